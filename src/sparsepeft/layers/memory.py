@@ -1,0 +1,76 @@
+"""The SPARTAN memory as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsepeft.ops import memory_read
+
+
+class SparseMemory(nn.Module):
+    r"""A two-level memory read by every position: ``y = x + sum_{p in topK} g_p V_p^T softmax(K_p x / temperature)``.
+
+    Source: arXiv:2211.16634, equations 1-3. Differs: child values may start at zero, so that a fresh memory
+    changes nothing (DESIGN: the default).
+
+    Args:
+        hidden_size: width D of the states read.
+        num_parents: P, the cells of the first level.
+        num_children: C, the cells under each parent.
+        top_k: parents kept per position, 1 <= top_k <= P.
+        temperature: divides the child logits.
+        initializer_range: standard deviation of parent and child keys.
+        value_initializer_range: standard deviation of child values; 0 makes the fresh memory an identity.
+        impl: which implementation of :func:`sparsepeft.ops.memory_read` runs.
+
+    Shapes:
+        parent_keys (P, D); child_keys, child_values (P, C, D); forward (..., D) -> (..., D).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_parents: int = 16,
+        num_children: int = 3,
+        top_k: int = 8,
+        *,
+        temperature: float = 1.0,
+        initializer_range: float = 0.02,
+        value_initializer_range: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.temperature, self.impl = top_k, temperature, impl
+        self.initializer_range, self.value_initializer_range = initializer_range, value_initializer_range
+        self.parent_keys = nn.Parameter(torch.empty(num_parents, hidden_size, device=device))
+        self.child_keys = nn.Parameter(torch.empty(num_parents, num_children, hidden_size, device=device))
+        self.child_values = nn.Parameter(torch.empty(num_parents, num_children, hidden_size, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Keys ~ N(0, initializer_range), values ~ N(0, value_initializer_range) or exactly zero."""
+        nn.init.normal_(self.parent_keys, std=self.initializer_range)
+        nn.init.normal_(self.child_keys, std=self.initializer_range)
+        if self.value_initializer_range:
+            nn.init.normal_(self.child_values, std=self.value_initializer_range)
+        else:
+            nn.init.zeros_(self.child_values)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Read the memory at every position of ``hidden_states`` (..., D) and add what was read."""
+        return memory_read(
+            hidden_states,
+            self.parent_keys,
+            self.child_keys,
+            self.child_values,
+            top_k=self.top_k,
+            temperature=self.temperature,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        num_parents, num_children, hidden_size = self.child_keys.shape
+        return f"hidden_size={hidden_size}, num_parents={num_parents}, num_children={num_children}, top_k={self.top_k}"

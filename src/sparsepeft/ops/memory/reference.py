@@ -1,0 +1,34 @@
+"""SPARTAN's memory, equation for equation. The other implementations are tested against this one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops.memory.select import softmax_dtype
+
+
+def memory_read_reference(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Read the memory by gathering the selected children of every token; see :func:`memory_read`.
+
+    All tensors share one dtype; ``x`` is (N, D). It materialises (N, K, C, D) twice: clear, and slow.
+    """
+    precise = softmax_dtype(x.dtype)
+
+    # Eq. (1): a distribution over all parents, then the K best, renormalised.
+    gate = torch.softmax((x @ parent_keys.T).to(precise), dim=-1)  # (N, P)
+    # Sorting is stable, so of equally good parents the one with the lowest index is kept.
+    selected = torch.sort((x @ parent_keys.T).to(precise), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    gate = gate.gather(-1, selected)  # (N, K)
+    gate = gate / gate.sum(-1, keepdim=True)
+
+    # Eq. (2): each selected parent attends to its own children.
+    keys, values = child_keys[selected], child_values[selected]  # (N, K, C, D)
+    scores = torch.einsum("nd,nkcd->nkc", x, keys).to(precise)
+    attention = torch.softmax(scores / temperature, dim=-1)  # (N, K, C)
+
+    # Eq. (3): the gated sum of what the parents read, added to the input.
+    weights = (gate.unsqueeze(-1) * attention).to(x.dtype)
+    return x + torch.einsum("nkc,nkcd->nd", weights, values)

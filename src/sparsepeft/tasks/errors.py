@@ -1,0 +1,7 @@
+"""The one error that loading a task raises."""
+
+from __future__ import annotations
+
+
+class TaskError(ValueError):
+    """A task's name, files or labels cannot be used: one sentence with what was received, what was expected, what to do."""

@@ -1,0 +1,102 @@
+"""What a task is (`TaskSpec`) and what loading one gives (`TaskData`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A text classification or regression task.
+
+    Attributes:
+        name: the name results are reported under.
+        text_columns: ``("text",)`` or ``("text", "text_pair")``, the columns of every loaded dataset.
+        label_names: by class index; ``None`` for regression.
+        metrics: names of what `compute_metrics` computes, in order.
+        main_metric: the score to compare by: one of ``metrics``, or any other name, which then stands for their mean.
+        paper_epochs: epochs in the SPARTAN paper (arXiv:2211.16634); a sensible number for tasks it does not have.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    main_metric: str
+    paper_epochs: int
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the model's output; 1 for regression."""
+        return 1 if self.label_names is None else len(self.label_names)
+
+    @property
+    def problem_type(self) -> str:
+        """The name `transformers` gives to the kind of loss."""
+        return "regression" if self.label_names is None else "single_label_classification"
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether an example is two texts."""
+        return len(self.text_columns) == 2
+
+    def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+        """Score logits against labels.
+
+        Args:
+            predictions: logits (N, C); regression also takes (N,) besides (N, 1).
+            labels: class indices or values, (N,).
+
+        Returns:
+            ``metrics`` in order, then ``main_metric`` where it is their mean. Always finite: a constant prediction has
+            correlation 0.0, a classification row with a NaN counts as wrong, non-finite regression outputs score 0.0.
+
+        Raises:
+            TaskError: shapes do not fit each other or the task, or there are no rows.
+        """
+        from sparsepeft.tasks.metrics import compute  # numpy loads late
+
+        return compute(self, predictions, labels)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A loaded task.
+
+    Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32).
+
+    Attributes:
+        spec: the task.
+        train: training examples.
+        validation: what results are reported on where there is no test set with labels.
+        test: test examples with labels, or ``None`` where they are not public.
+        extra: further labelled sets by name, such as ``validation_mismatched``.
+        notes: what a reader of the results must know, such as that a set is only part of the published one.
+        source: where the data came from.
+        fingerprints: ``"sha256:<hex>"`` of each file read; of the rows, for data from the hub.
+    """
+
+    spec: TaskSpec
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    extra: dict[str, Dataset] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    source: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
+    """Make the dataset of rows ``(text[, text_pair], label)``."""
+    from datasets import Dataset, Features, Value
+
+    names = (*spec.text_columns, "label")
+    label_type = "float32" if spec.label_names is None else "int64"
+    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": Value(label_type)})
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)

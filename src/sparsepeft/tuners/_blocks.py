@@ -1,0 +1,201 @@
+"""Finding a model's Transformer layers ("blocks"), whatever the architecture calls them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+_DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One Transformer layer: its dotted name, the module, its position in its stack and its width."""
+
+    name: str
+    module: nn.Module
+    index: int
+    hidden_size: int
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module below any PEFT layers."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def find_blocks(
+    model: nn.Module,
+    target_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+) -> list[Block]:
+    """The Transformer layers of ``model``, in registration order.
+
+    Found as the lists of modules that transformers itself records as hidden states or checkpoints; failing that, as
+    a homogeneous list as long as the config's number of layers.
+
+    Args:
+        model: any module; a model that already carries PEFT layers is looked through.
+        target_modules: overrides the search: a regular expression over full names, or names or suffixes of names.
+        layers_to_transform: positions within each stack to keep (an encoder-decoder has two stacks).
+
+    Raises:
+        ValueError: nothing found or matched, or a position out of range; the message names what there is.
+    """
+    stacks = _search(model) if target_modules is None else _match(model, target_modules)
+    if not stacks:
+        raise ValueError(_nothing_found(model, target_modules))
+    blocks = [
+        Block(name, module, index, _hidden_size(model, name, module))
+        for stack in stacks
+        for index, (name, module) in enumerate(stack)
+    ]
+    if layers_to_transform is None:
+        return blocks
+    wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+    unknown = sorted(wanted - {block.index for block in blocks})
+    if unknown or not wanted:
+        deepest = max(block.index for block in blocks)
+        raise ValueError(
+            f"layers_to_transform={sorted(wanted)} does not fit {type(model).__name__}, whose layers are numbered "
+            f"0 to {deepest}; pass positions in that range."
+        )
+    return [block for block in blocks if block.index in wanted]
+
+
+Stack = list[tuple[str, nn.Module]]
+
+
+def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """``named_modules`` that shows the backbone's own names and modules, without PEFT's wrappers and additions."""
+
+    def walk(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        yield prefix, module
+        for name, child in module.named_children():
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+    return walk(model, "")
+
+
+def _lists(model: nn.Module) -> dict[str, Stack]:
+    """All non-empty ``ModuleList``s by name."""
+    return {
+        name: [(f"{name}.{key}" if name else key, unwrap(child)) for key, child in module.named_children()]
+        for name, module in _named_modules(model)
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+
+
+def _search(model: nn.Module) -> list[Stack]:
+    lists = _lists(model)
+    owners = {name: _owner(model, name) for name in lists}
+    recorded = _recorded_classes(model)
+    found = {name for name, stack in lists.items() if all(isinstance(m, recorded) for _, m in stack)}
+    recorded_owners = {owners[name] for name in found}
+    # A checkpointed list counts where nothing is recorded: speech models also checkpoint their convolutions.
+    found |= {
+        name
+        for name, stack in lists.items()
+        if owners[name] not in recorded_owners and _is_checkpointed(stack)
+    }
+    if not found:
+        depths = _depths(model)
+        found = {
+            name for name, stack in lists.items() if len(stack) in depths and len({type(m) for _, m in stack}) == 1
+        }
+    # Hierarchical vision models list stages that list layers: the layers are meant.
+    for name in sorted(found):
+        inside = {other for other in lists if other.startswith(f"{name}.") and _is_checkpointed(lists[other])}
+        if inside:
+            found = (found - {name}) | inside
+    outermost = {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
+    return [lists[name] for name in lists if name in outermost]
+
+
+def _is_checkpointed(stack: Stack) -> bool:
+    return all(isinstance(module, GradientCheckpointingLayer) for _, module in stack)
+
+
+def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
+    """Classes whose outputs transformers records as ``hidden_states``."""
+    classes: set[type] = set()
+    for _, module in _named_modules(model):
+        if not isinstance(module, PreTrainedModel):
+            continue
+        specs = (getattr(module, "_can_record_outputs", None) or {}).get("hidden_states", ())
+        for spec in specs if isinstance(specs, (list, tuple)) else (specs,):
+            target = getattr(spec, "target_class", spec)
+            if isinstance(target, type):
+                classes.add(target)
+    return tuple(classes)
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The name of the innermost ``PreTrainedModel`` that holds ``name``."""
+    modules = dict(_named_modules(model))
+    path = name.split(".")
+    for end in range(len(path), -1, -1):
+        prefix = ".".join(path[:end])
+        if isinstance(modules[prefix], PreTrainedModel):
+            return prefix
+    return ""
+
+
+def _depths(model: nn.Module) -> set[int]:
+    config = getattr(model, "config", None)
+    return {getattr(config, name) for name in _DEPTH_NAMES if isinstance(getattr(config, name, None), int)}
+
+
+def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]:
+    """User-given names, grouped by their parent so that ``layers_to_transform`` counts within a stack."""
+    if isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        matched = [(n, m) for n, m in _named_modules(model) if n and pattern.fullmatch(n)]
+    else:
+        names = tuple(target_modules)
+        suffixes = tuple(f".{name}" for name in names)
+        matched = [(n, m) for n, m in _named_modules(model) if n and (n in names or n.endswith(suffixes))]
+    stacks: dict[str, Stack] = {}
+    for name, module in matched:
+        stacks.setdefault(name.rpartition(".")[0], []).append((name, module))
+    return list(stacks.values())
+
+
+def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
+    """The width of a block's states: the nearest config's, if the block has vectors of that size, else its norm's."""
+    modules = dict(_named_modules(model))
+    vectors = [p.shape[0] for p in block.parameters() if p.dim() == 1]
+    path = name.split(".")
+    for end in range(len(path), -1, -1):
+        config = getattr(modules[".".join(path[:end])], "config", None)
+        for width_name in _WIDTH_NAMES:
+            width = getattr(config, width_name, None)
+            if isinstance(width, int) and (not vectors or width in vectors):
+                return width
+    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None]
+    if norms:
+        return norms[0].weight.shape[0]
+    raise ValueError(
+        f"The width of {name!r} ({type(block).__name__}) could not be told from the model's config or a normalisation "
+        "layer; choose other target_modules, whose outputs end in the hidden size."
+    )
+
+
+def _nothing_found(model: nn.Module, target_modules: str | Iterable[str] | None) -> str:
+    candidates = [
+        f"'{stack[0][0]}' ({type(stack[0][1]).__name__}, {len(stack)} in its list)" for stack in _lists(model).values()
+    ]
+    what = (
+        f"No Transformer layers were found in {type(model).__name__}"
+        if target_modules is None
+        else f"target_modules={target_modules!r} matches no module of {type(model).__name__}"
+    )
+    shown = "; candidates: " + ", ".join(candidates[:5]) if candidates else ""
+    return f"{what}; set target_modules to the names (or one regular expression) of the layers to extend{shown}."

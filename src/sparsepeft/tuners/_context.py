@@ -1,0 +1,113 @@
+"""What the layers of one adapted model share during a forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+
+
+class ForwardContext:
+    """State of the current forward pass, one object per model, held by its layers and heads.
+
+    Attributes:
+        adapter_names: which adapter each row uses, in a mixed batch.
+        head_input: what the model hands to the first module of its head (a small head reads it).
+        attention_mask, decoder_attention_mask: (B, T) of the latest pass; kept after it, because gradient
+            checkpointing runs the layers again in backward.
+        loss_gradient: d total / d loss of the running backward pass, so that auxiliary losses follow the scaling
+            (gradient accumulation, loss scaling) of the main one.
+    """
+
+    def __init__(self) -> None:
+        self.adapter_names: list[str] | None = None
+        self.head_input: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
+        self.decoder_attention_mask: torch.Tensor | None = None
+        self.loss_gradient: torch.Tensor | None = None
+        self._handles: list[Any] = []
+
+    def rows(self, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Row indices of each adapter in a batch of ``batch_size`` (beams repeat each row in place)."""
+        names = self.adapter_names or []
+        if not names or batch_size % len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries for a batch of {batch_size}; pass one adapter name per input."
+            )
+        repeats = batch_size // len(names)
+        groups: dict[str, list[int]] = {}
+        for row in range(batch_size):
+            groups.setdefault(names[row // repeats], []).append(row)
+        return {name: torch.tensor(rows, device=device) for name, rows in groups.items()}
+
+    def watch(self, model: nn.Module) -> None:
+        """From now on note the masks that ``model`` is called with and the gradient its loss receives."""
+        if self._handles:
+            return
+        self._handles = [
+            model.register_forward_pre_hook(self._note_masks, with_kwargs=True),
+            model.register_forward_hook(self._note_loss),
+        ]
+
+    def unwatch(self) -> None:
+        """Undo :meth:`watch`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def mask_for(self, hidden_states: torch.Tensor, is_decoder: bool) -> torch.Tensor | None:
+        """The mask of these states (B, T, D): 1 where a position counts; None where all do or no mask fits."""
+        mask = self.decoder_attention_mask if is_decoder else self.attention_mask
+        if mask is None or mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
+            return None
+        return mask
+
+    def _note_masks(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        named = {**bound.get("kwargs", {}), **bound}
+        self.attention_mask = named.get("attention_mask")
+        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.decoder_attention_mask = named.get("decoder_attention_mask") if is_encoder_decoder else self.attention_mask
+        self.loss_gradient = None
+
+    def _note_loss(self, model: nn.Module, args: tuple, output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            loss.register_hook(self._note_gradient)
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:
+        self.loss_gradient = gradient
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on ``hidden_states`` that sends ``scale()`` as gradient to ``loss`` in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, loss: torch.Tensor, scale: Callable[[], torch.Tensor | None]
+    ) -> torch.Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        scale = ctx.scale()
+        one = torch.ones_like(loss)
+        return gradients[0], one if scale is None else one * scale.to(loss), None
+
+
+def attach_loss(hidden_states: torch.Tensor, loss: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    """``hidden_states`` unchanged, with ``loss`` added to whatever is differentiated through them.
+
+    An auxiliary loss collected in a list would be lost under reentrant gradient checkpointing, whose forward pass
+    runs without gradients; attached to the states it is part of the graph whenever the layer is.
+    """
+    attached: torch.Tensor = _AttachLoss.apply(hidden_states, loss, lambda: context.loss_gradient)
+    return attached

@@ -1,0 +1,321 @@
+"""Task heads: each adapter owns the modules between the last block and its labels.
+
+PEFT's ``modules_to_save`` copies a head as it is, so all adapters share one label count and whatever is fresh inside
+the backbone (a pooler missing from the checkpoint) is lost. Here every adapter has a head of its own size, and the
+model's ``config`` follows the active adapter, so that losses and pipelines use its labels.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from sparsepeft.tuners._blocks import Block, unwrap
+from sparsepeft.tuners._context import BASE, ForwardContext
+from sparsepeft.tuners._identity import is_loaded, is_quantized
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Where a model's head is.
+
+    Attributes:
+        modules: names of the head's modules, in the order they run.
+        output: the one of them that yields the logits, or None if no layer has ``num_labels`` outputs.
+        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs ("" if it is it).
+    """
+
+    modules: tuple[str, ...]
+    output: str | None
+    linear: str
+
+
+def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = None) -> HeadSpec:
+    """The modules that follow the last block and are the task's rather than the backbone's.
+
+    These are the model class's own head (all that stands beside the backbone, unless it is a language model's) and
+    whatever else follows the blocks but was not in the checkpoint.
+
+    Args:
+        model: a transformers model, adapted or not.
+        blocks: its Transformer layers.
+        names: the head's modules, if they are known (a saved adapter) or chosen by the user.
+    """
+    following = _following(model, blocks)
+    if names is not None:
+        modules = [name for name in names if name in dict(model.named_modules())]
+        if len(modules) < len(names):
+            missing = sorted(set(names) - set(modules))
+            raise ValueError(
+                f"head_modules names {missing}, which {type(model).__name__} does not have; after its last layer come "
+                f"{sorted(following)}. Load the model class the adapter was made for."
+            )
+    else:
+        loaded = any(is_loaded(p) for p in model.parameters())
+        at_root = _has_task_head(model, following)
+        modules = [
+            name
+            for name, module in following.items()
+            if (at_root and "." not in name) or (loaded and _is_fresh(module))
+        ]
+    output, linear = _find_output(model, modules)
+    return HeadSpec(tuple(modules), output, linear)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
+    """Modules with parameters registered after the one that holds the last block, innermost level first."""
+    path = blocks[-1].name.split(".")
+    found: dict[str, nn.Module] = {}
+    for depth in range(len(path) - 1, -1, -1):
+        prefix = ".".join(path[:depth])
+        parent = unwrap(model.get_submodule(prefix))
+        if isinstance(parent, nn.ModuleList):
+            continue
+        children = [name for name, _ in parent.named_children()]
+        for name in children[children.index(path[depth]) + 1 :]:
+            module = _original(parent.get_submodule(name))
+            full_name = f"{prefix}.{name}" if prefix else name
+            holds_block = any(block.name.startswith(f"{full_name}.") for block in blocks)
+            if not holds_block and any(True for _ in module.parameters()):
+                found[full_name] = module
+    return found
+
+
+def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
+    """Whether what stands beside the backbone is a task's head: not for language models and bare encoders."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
+    if get_output_embeddings() is not None:
+        return False
+    if getattr(model, "base_model", model) is not model:
+        return True
+    at_root = [name for name in following if "." not in name]
+    return _find_output(model, at_root)[0] is not None
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    return not any(is_loaded(p) for p in module.parameters())
+
+
+def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]:
+    """The last linear layer with ``num_labels`` outputs, as (head module, name inside it)."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    state = next((m.labels for m in model.modules() if isinstance(m, HeadModule)), None)
+    if state is not None:
+        num_labels = state.original.num_labels
+    for name in reversed(modules):
+        for inner, module in reversed(list(_original(model.get_submodule(name)).named_modules())):
+            if isinstance(module, nn.Linear) and module.out_features == num_labels:
+                return name, inner
+    return None, ""
+
+
+@dataclass
+class Labels:
+    """What a model's config says about one adapter's labels."""
+
+    num_labels: int
+    id2label: dict[int, str]
+    problem_type: str | None
+
+
+class LabelState:
+    """Keeps ``model.config`` (and ``model.num_labels``) at the active adapter's labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
+        self.original = self.read()
+        self.per_adapter: dict[str, Labels] = {}
+
+    def read(self) -> Labels:
+        """The labels the config has now."""
+        config = self._model[0].config
+        return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
+
+    def activate(self, adapter_name: str | None) -> None:
+        """Set the config to an adapter's labels, or back to the bare model's (None)."""
+        labels = self.per_adapter.get(adapter_name, self.original) if adapter_name else self.original
+        model = self._model[0]
+        model.config.id2label = dict(labels.id2label)
+        model.config.label2id = {label: index for index, label in labels.id2label.items()}
+        model.config.problem_type = labels.problem_type
+        if hasattr(model, "num_labels"):
+            model.num_labels = labels.num_labels
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the pooled states: what the model hands its own head, (B, D) or the first position's.
+
+    Args:
+        in_features: width of the pooled states.
+        num_labels: outputs.
+        per_position: keep all positions of (B, T, D) input (token classification, question answering).
+    """
+
+    def __init__(self, in_features: int, num_labels: int, per_position: bool, initializer_range: float = 0.02) -> None:
+        super().__init__()
+        self.per_position = per_position
+        self.out_proj = nn.Linear(in_features, num_labels)
+        nn.init.normal_(self.out_proj.weight, std=initializer_range)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, D) or (B, T, D) -> (B, num_labels), or (B, T, num_labels) if per position."""
+        if states.dim() == 3 and not self.per_position:
+            states = states[:, 0]
+        return self.out_proj(states)
+
+
+class HeadModule(ModulesToSaveWrapper):
+    """A backbone module of which each adapter may have its own copy: a part of the head, or a LayerNorm.
+
+    Differs from PEFT's wrapper: copies may differ in size; a mixed batch may mix them (logits are padded with -inf);
+    copies compute in their own dtype; adapters without a copy use the original; the model's labels follow.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter_name: str,
+        copy: nn.Module | None,
+        context: ForwardContext,
+        labels: LabelState | None = None,
+        is_first: bool = False,
+        is_output: bool = False,
+    ) -> None:
+        # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
+        AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
+        self.context, self.labels = context, labels
+        self.is_first, self.is_output = is_first, is_output
+        self.set_adapter([])
+
+    def update(self, adapter_name: str, copy: nn.Module | None = None, **kwargs: Any) -> None:
+        """Give ``adapter_name`` its own version of this module; None leaves it the original."""
+        self.original_module.requires_grad_(False)
+        if copy is not None:
+            self._adapters.add(adapter_name)
+            self.modules_to_save[adapter_name] = copy.requires_grad_(False)  # set_adapter decides
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter here if it has a copy; the model's labels follow either way."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        own = [name for name in names if name in self.modules_to_save]
+        for name, module in self.modules_to_save.items():
+            for parameter in module.parameters():
+                parameter.requires_grad_(name in own and not inference_mode)
+        self._active_adapter = own
+        self._activate_labels()
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Which of the adapters this module serves, for PEFT."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        return next((name for name in names if name in self.modules_to_save), None)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the active adapter's copy (and labels) and the original."""
+        super().enable_adapters(enabled)
+        self._activate_labels()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Forget an adapter's copy."""
+        if self.labels is not None:
+            self.labels.per_adapter.pop(adapter_name, None)
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._adapters.discard(adapter_name)
+        self.set_adapter(new_active_adapters or [])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active adapter's copy, each row's own in a mixed batch, or the original."""
+        kwargs.pop("adapter_names", None)  # PEFT may inject it; the context already knows
+        if self.is_first and args:
+            self.context.head_input = args[0]
+        if self.disable_adapters:
+            return self.original_module(*args, **kwargs)
+        if self.context.adapter_names is not None:
+            return self._mixed_batch_forward(*args, **kwargs)
+        active = self.active_adapters[0] if self.active_adapters else BASE
+        return self._run(active, args, kwargs, self.context.head_input)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The bare model's own module."""
+        return self.original_module
+
+    def _activate_labels(self) -> None:
+        if getattr(self, "labels", None) is not None and self.is_output:
+            self.labels.activate(self.active_adapters[0] if self.active_adapters and not self.disable_adapters else None)
+
+    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: torch.Tensor | None) -> Any:
+        if adapter_name not in self.modules_to_save:
+            return self.original_module(*args, **kwargs)
+        module = self.modules_to_save[adapter_name]
+        if isinstance(module, LinearHead):
+            args, kwargs = (head_input,), {}
+        given = args[0].dtype
+        wanted = next(module.parameters()).dtype
+        if torch.is_autocast_enabled(args[0].device.type) or wanted == given:
+            return module(*args, **kwargs)
+        output = module(args[0].to(wanted), *args[1:], **kwargs)
+        return output.to(given) if isinstance(output, torch.Tensor) else output
+
+    def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        batch = args[0].shape[0]
+        groups = self.context.rows(batch, args[0].device)
+        outputs: dict[str, torch.Tensor] = {}
+        for name, rows in groups.items():
+
+            def take(value: Any, rows: torch.Tensor = rows) -> Any:
+                is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
+                return value[rows] if is_rows else value
+
+            outputs[name] = self._run(
+                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(self.context.head_input)
+            )
+        width = max(output.shape[-1] for output in outputs.values())
+        first = next(iter(outputs.values()))
+        mixed = first.new_full((batch, *first.shape[1:-1], width), float("-inf"))
+        for name, rows in groups.items():
+            mixed[rows, ..., : outputs[name].shape[-1]] = outputs[name].to(mixed.dtype)
+        return mixed
+
+
+def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
+    """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
+
+    Weights are kept where sizes agree, so that a fresh adapter answers like the bare model; quantized layers become
+    ordinary ones, since a head is trained.
+    """
+    copied = copy.deepcopy(module)
+    for name, layer in list(copied.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        resize = name == linear and layer.out_features != num_labels
+        if not resize and not is_quantized(layer.weight):
+            continue
+        outputs = num_labels if name == linear else layer.out_features
+        new = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
+        if resize:
+            nn.init.normal_(new.weight, std=initializer_range)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+        else:
+            new.weight.data.copy_(layer.weight.dequantize())
+            if layer.bias is not None:
+                new.bias.data.copy_(layer.bias)
+        new.to(layer.weight.device, None if is_quantized(layer.weight) else layer.weight.dtype)
+        if not name:
+            copied = new
+        else:
+            copied.set_submodule(name, new)
+    return copied

@@ -1,0 +1,30 @@
+"""Making this package's methods known to PEFT.
+
+``peft.utils.register_peft_method`` takes only names of its own ``PeftType`` enum, but the mappings it fills accept
+any string key; the key needs the enum's ``value``, which some of PEFT's and transformers' code reads.
+"""
+
+from __future__ import annotations
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+
+class MethodName(str):
+    """The name of a PEFT method outside PEFT's enum."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain string, as an enum member would give it."""
+        return str(self)
+
+
+SPARTAN = MethodName("SPARTAN")
+
+
+def register(name: MethodName, config_class: type, tuner_class: type) -> None:
+    """Let ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers find a method by its config's type."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner_class
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner_class.prefix

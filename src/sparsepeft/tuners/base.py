@@ -1,0 +1,327 @@
+"""What this package's PEFT methods share: finding blocks, heads per task, mixed batches, identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from sparsepeft.tuners._blocks import Block, find_blocks
+from sparsepeft.tuners._context import BASE, ForwardContext
+from sparsepeft.tuners._heads import HeadModule, HeadSpec, Labels, LabelState, LinearHead, copy_with_labels, find_head
+from sparsepeft.tuners._identity import check_fingerprint, fingerprint
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+
+class TaskTunerLayer(nn.Module, BaseTunerLayer):
+    """Wraps one Transformer layer (``base_layer``) and looks like it from outside."""
+
+    def __init__(self, base_layer: nn.Module, hidden_size: int, is_decoder: bool, context: ForwardContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.hidden_size, self.is_decoder, self.context = hidden_size, is_decoder, context
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's forward; adapters act inside it, through hooks."""
+        return self.base_layer(*args, **kwargs)
+
+    def detach(self) -> None:
+        """Remove the hooks, so that the wrapped layer stands alone again."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not set yet: avoid endless recursion
+                raise
+            return getattr(self.base_layer, name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active here (none, where it does not extend this layer)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"The adapters {names} were to be active together, but each task has its own head, so one is active at "
+                "a time; pass adapter_names=[...] to the forward call to answer a batch of several tasks."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: see :meth:`TaskTuner._check_merge_allowed`."""
+        raise ValueError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """An adapter between layers is no change of a weight."""
+        return False
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # No dtype: PEFT would otherwise round a loaded float32 adapter to the backbone's dtype and back.
+        parameter = next(base_layer.parameters(), None)
+        return (None if parameter is None else parameter.device), None
+
+
+MERGE_REFUSED = (
+    "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of a "
+    "weight. Keep it attached (it adds a few percent of time at most), or call unload() for the bare backbone."
+)
+
+
+class TaskTuner(BaseTuner):
+    """Base of this package's tuners. Subclasses add layers in :meth:`_create_and_replace`."""
+
+    tuner_layer_cls = TaskTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own attribute; unused, blocks are found
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add an adapter: its layers, its head, its labels. See PEFT's ``BaseTuner.inject_adapter``."""
+        config = self.peft_config[adapter_name]
+        blocks = find_blocks(model, config.target_modules, config.layers_to_transform)
+        head = find_head(model, find_blocks(model), config.head_modules) if _has_labels(model) else None
+        self._check_identity(model, config, head)
+        self._blocks = {block.name: block for block in blocks}
+        self._context = self._find_context(model)
+        config._resolved_names = set(self._blocks)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._after_injection(model, adapter_name, config)
+        if head is not None and head.modules:
+            self._add_head(model, adapter_name, config, head)
+        active = [name for name in self.active_adapters if name in self.peft_config]
+        self.set_adapter(active, inference_mode=self.peft_config[active[0]].inference_mode if active else False)
+
+    def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig) -> None:
+        """For subclasses: further per-adapter modules."""
+
+    def _prepare_adapter_config(self, peft_config: TaskAdapterConfig, model_config: dict) -> TaskAdapterConfig:
+        return peft_config  # the blocks were found by inject_adapter
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: TaskAdapterConfig, key: str) -> bool:
+        return key in peft_config._resolved_names
+
+    def _find_context(self, model: nn.Module) -> ForwardContext:
+        for module in model.modules():
+            if isinstance(module, (TaskTunerLayer, HeadModule)):
+                return module.context
+        return ForwardContext()
+
+    def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec | None) -> None:
+        outside = head.modules if head is not None else ()
+        if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
+            found = getattr(model, "name_or_path", "") or type(model).__name__
+            expected = config.base_model_name_or_path or "unnamed"
+            if config.revision:
+                expected = f"{expected} (revision {config.revision})"
+            check_fingerprint(config.backbone_fingerprint, model, outside, expected, found)
+        elif not config._is_from_file:
+            config.backbone_fingerprint = fingerprint(model, outside)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+        if isinstance(child, TaskTunerLayer):
+            child.detach()
+
+    # -- heads -------------------------------------------------------------------------------------------------------
+
+    def _add_head(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
+        original = self._label_state(model).original
+        num_labels = config.num_labels or original.num_labels
+        if head.output is None and num_labels != original.num_labels:
+            raise ValueError(
+                f"num_labels={num_labels} was given, but the head of {type(model).__name__} has no layer with "
+                f"num_labels={original.num_labels} outputs to resize; leave num_labels unset or use a model with a "
+                "classification head."
+            )
+        if config.head_type == "linear" and head.output is None:
+            raise ValueError(
+                f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
+                "use head_type='model'."
+            )
+        initializer_range = getattr(model.config, "initializer_range", 0.02)
+        for name in head.modules:
+            is_output = name == head.output
+            module = model.get_submodule(name)
+            original_module = module.original_module if isinstance(module, HeadModule) else module
+            copied: nn.Module | None
+            if config.head_type == "model":
+                linear = head.linear if is_output else None
+                copied = copy_with_labels(original_module, linear, num_labels, initializer_range)
+            elif is_output:
+                copied = self._linear_head(model, head, original_module, num_labels, initializer_range)
+            else:
+                copied = None
+            if isinstance(module, HeadModule):
+                module.update(adapter_name, copied)
+                continue
+            wrapper = HeadModule(
+                module,
+                adapter_name,
+                copied,
+                self._context,
+                labels=self._label_state(model),
+                is_first=name == head.modules[0],
+                is_output=is_output,
+            )
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapper)
+        id2label = config.id2label or (dict(original.id2label) if num_labels == original.num_labels else None)
+        config.head_modules = list(head.modules)
+        config.num_labels = num_labels
+        config.id2label = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
+        self._label_state(model).per_adapter[adapter_name] = Labels(
+            num_labels, config.id2label, config.problem_type or ("regression" if num_labels == 1 else None)
+        )
+
+    def _linear_head(
+        self, model: nn.Module, head: HeadSpec, output: nn.Module, num_labels: int, initializer_range: float
+    ) -> LinearHead:
+        first = model.get_submodule(head.modules[0])
+        first = first.original_module if isinstance(first, HeadModule) else first
+        linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
+        per_position = isinstance(output, nn.Linear) and len(head.modules) == 1
+        created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
+        return created.to(next(output.parameters()).device)
+
+    def _label_state(self, model: nn.Module) -> LabelState:
+        for module in model.modules():
+            if isinstance(module, HeadModule) and module.labels is not None:
+                return module.labels
+        if not hasattr(self, "_labels"):
+            self._labels = LabelState(model)
+        return self._labels
+
+    # -- using -------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, with its head and labels."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names was passed while the model is training; call model.eval() for mixed batches.")
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "adapter_names and labels were passed together, but the tasks of a mixed batch may have different losses; "
+                "leave labels out, or compute each task's loss in a batch of its own."
+            )
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(
+                f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
+                f"{BASE!r} for the bare backbone)."
+            )
+        self._context.adapter_names = list(names)
+        try:
+            yield
+        finally:
+            self._context.adapter_names = None
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Like the model's own; also lets gradients through the frozen embeddings, which reentrant checkpoints need."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        self.model.enable_input_require_grads()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The newer name of :meth:`gradient_checkpointing_enable` in transformers."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+        self.model.enable_input_require_grads()
+
+    # -- taking away -------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_REFUSED)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        labels = self._label_state(self.model) if _has_labels(self.model) else None
+        # PEFT does not look inside the layers it unloads, but LayerNorms may be wrapped there.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, HeadModule):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        self._context.unwatch()
+        model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        if labels is not None:
+            labels.activate(None)
+        return model
+
+    # -- dtypes and files --------------------------------------------------------------------------------------------
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for module in self.model.modules():
+            copies = getattr(module, "modules_to_save", None) if isinstance(module, AuxiliaryTrainingWrapper) else None
+            if copies is not None and adapter_name in copies:
+                _cast(copies[adapter_name], torch.float32 if autocast_adapter_dtype else None)
+            if isinstance(module, TaskTunerLayer):
+                for container in module.adapter_layer_names:
+                    added = getattr(module, container)
+                    if adapter_name in added:
+                        dtype = torch.float32 if autocast_adapter_dtype else _float_dtype(module.base_layer)
+                        _cast(added[adapter_name], dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: TaskAdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.save_dtype is not None:
+            dtype = getattr(torch, config.save_dtype)
+            selected = {k: v.to(dtype) if v.is_floating_point() else v for k, v in selected.items()}
+        return selected
+
+
+def _has_labels(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "num_labels")
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast half-precision (or, with a dtype below float32, all) floating parameters in place."""
+    if dtype is None:
+        return
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float64):
+            parameter.data = parameter.data.to(dtype)
+
+
+__all__ = ["Block", "TaskTuner", "TaskTunerLayer"]

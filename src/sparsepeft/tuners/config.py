@@ -1,0 +1,93 @@
+"""What every adapter method of this package has in common in its config: layers, head, identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from sparsepeft.tuners._card import write_card
+
+FORMAT_VERSION = 1
+HEAD_TYPES = ("model", "linear")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def require_positive(name: str, value: Any, kind: type | tuple[type, ...] = int) -> None:
+    """Raise a ValueError unless ``value`` is a number of ``kind`` above zero."""
+    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        wanted = "a positive integer" if kind is int else "a positive number"
+        raise ValueError(f"{name}={value!r} was given, but {name} must be {wanted}.")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} was given, but {name} must be one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass
+class TaskAdapterConfig(PeftConfig):
+    """Base of this package's PEFT configs.
+
+    Args:
+        target_modules: the Transformer layers to extend: a regular expression over full module names, or a list of
+            names or suffixes. None finds them.
+        layers_to_transform: positions within each stack to extend; None extends all.
+        head_type: ``"model"`` trains a copy of the model's own head, ``"linear"`` one linear layer on the pooled
+            states (a few kilobytes, where RoBERTa's head has 2.4 MB).
+        head_modules: the modules that make up the head; None finds them, an empty list trains none.
+        num_labels: outputs of this task's head; None takes the model's.
+        id2label: names of the labels; None takes the model's if the count agrees.
+        problem_type: ``"regression"``, ``"single_label_classification"`` or ``"multi_label_classification"``;
+            None lets transformers decide from ``num_labels`` and the labels' dtype.
+        save_dtype: dtype of the saved tensors; None keeps the one in memory.
+        check_backbone: refuse to attach a saved adapter to another backbone than its own.
+        backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
+        format_version: of the files written.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Transformer layers to extend."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Positions in each stack."})
+    head_type: str = field(default="model", metadata={"help": "The head to train: 'model' or 'linear'."})
+    head_modules: list[str] | None = field(default=None, metadata={"help": "Names of the head's modules."})
+    num_labels: int | None = field(default=None, metadata={"help": "Outputs of the head."})
+    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the labels."})
+    problem_type: str | None = field(default=None, metadata={"help": "Which loss the task has."})
+    save_dtype: str | None = field(default=None, metadata={"help": "Dtype of the saved tensors."})
+    check_backbone: bool = field(default=True, metadata={"help": "Refuse another backbone than the recorded one."})
+    backbone_fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "Sampled backbone values."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved files."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A config that arrives with a fingerprint was read from a file: its backbone is fixed.
+        self._is_from_file = self.backbone_fingerprint is not None
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter's files have format version {self.format_version}, but this sparsepeft reads up to "
+                f"{FORMAT_VERSION}; upgrade sparsepeft."
+            )
+        require_choice("head_type", self.head_type, HEAD_TYPES)
+        if self.save_dtype is not None:
+            require_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        if self.id2label is not None:
+            self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
+            if self.num_labels is None:
+                self.num_labels = len(self.id2label)
+            if sorted(self.id2label) != list(range(self.num_labels)):
+                raise ValueError(
+                    f"id2label names the labels {sorted(self.id2label)}, but num_labels={self.num_labels}; name each of "
+                    f"0 to {self.num_labels - 1} once."
+                )
+        if self.num_labels is not None:
+            require_positive("num_labels", self.num_labels)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` and a model card that says how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)

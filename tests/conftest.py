@@ -1,0 +1,28 @@
+"""Shared fixtures: offline, deterministic, one thread per worker (two workers share two cores)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real evaluation data, or a skip that says how to provide it."""
+    value = os.environ.get("SPARSEPEFT_DATA")
+    if not value or not Path(value).is_dir():
+        pytest.skip("real data not found: set SPARSEPEFT_DATA to a folder with cola/, sst2/, ... (see docs/data.md)")
+    return Path(value)
