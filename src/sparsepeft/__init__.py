@@ -6,11 +6,8 @@ Importing this package registers its methods with PEFT, after which ``get_peft_m
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
-from sparsepeft.tuners import SpartanConfig, SpartanModel
+from sparsepeft.tuners import HeadConfig, SpartanConfig
 
-__all__ = ["SpartanConfig", "SpartanModel", "__version__"]
+__all__ = ["HeadConfig", "SpartanConfig", "__version__"]

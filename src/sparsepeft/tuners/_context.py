@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from sparsepeft.tuners._heads import LabelState
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
 class ForwardContext:
-    """State of the current forward pass, one object per model, held by its layers and heads.
+    """State that the layers and heads of one adapted model share, most of it of the current forward pass.
 
     Attributes:
+        disabled: adapters are switched off; one switch for layers and heads, since transformers' own
+            ``enable_adapters`` reaches the layers alone.
+        injected: the layers stand in a bare transformers model (its ``load_adapter``) and not in a ``PeftModel``.
+        labels: keeps the model's config at the active adapter's labels; None without a head.
         adapter_names: which adapter each row uses, in a mixed batch.
         head_input: what the model hands to the first module of its head (a small head reads it).
         attention_mask, decoder_attention_mask: (B, T) of the latest pass; kept after it, because gradient
@@ -25,6 +32,9 @@ class ForwardContext:
     """
 
     def __init__(self) -> None:
+        self.disabled = False
+        self.injected = False
+        self.labels: LabelState | None = None
         self.adapter_names: list[str] | None = None
         self.head_input: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None

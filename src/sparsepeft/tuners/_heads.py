@@ -109,9 +109,9 @@ def _is_fresh(module: nn.Module) -> bool:
 def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]:
     """The last linear layer with ``num_labels`` outputs, as (head module, name inside it)."""
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    state = next((m.labels for m in model.modules() if isinstance(m, HeadModule)), None)
-    if state is not None:
-        num_labels = state.original.num_labels
+    context = next((m.context for m in model.modules() if isinstance(m, HeadModule)), None)
+    if context is not None and context.labels is not None:  # the config has the active adapter's count
+        num_labels = context.labels.original.num_labels
     for name in reversed(modules):
         for inner, module in reversed(list(_original(model.get_submodule(name)).named_modules())):
             if isinstance(module, nn.Linear) and module.out_features == num_labels:
@@ -182,20 +182,23 @@ class HeadModule(ModulesToSaveWrapper):
     copies compute in their own dtype; adapters without a copy use the original; the model's labels follow.
     """
 
+    # The copies are adapter parameters for PEFT's tools even where `adapter_state_dict_load_map` lists none.
+    other_param_names = ("modules_to_save",)
+
     def __init__(
         self,
         module: nn.Module,
         adapter_name: str,
         copy: nn.Module | None,
         context: ForwardContext,
-        labels: LabelState | None = None,
         is_first: bool = False,
         is_output: bool = False,
     ) -> None:
         # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
         AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
-        self.context, self.labels = context, labels
+        self.context = context
         self.is_first, self.is_output = is_first, is_output
+        self._inference_mode = False
         self.set_adapter([])
 
     def update(self, adapter_name: str, copy: nn.Module | None = None, **kwargs: Any) -> None:
@@ -212,49 +215,63 @@ class HeadModule(ModulesToSaveWrapper):
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
                 parameter.requires_grad_(name in own and not inference_mode)
-        self._active_adapter = own
-        self._activate_labels()
+        self._active_adapter, self._inference_mode = own, inference_mode
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Which of the adapters this module serves, for PEFT."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         return next((name for name in names if name in self.modules_to_save), None)
 
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters of the whole model are switched off."""
+        return self.context.disabled
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch between the active adapter's copy (and labels) and the original."""
-        super().enable_adapters(enabled)
-        self._activate_labels()
+        self.context.set_enabled(enabled)
+        if enabled:
+            self.set_adapter(self.active_adapters, inference_mode=self._inference_mode)
+        else:
+            self.modules_to_save.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Forget an adapter's copy."""
-        if self.labels is not None:
-            self.labels.per_adapter.pop(adapter_name, None)
+        if self.context.labels is not None:
+            self.context.labels.per_adapter.pop(adapter_name, None)
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
         self._adapters.discard(adapter_name)
-        self.set_adapter(new_active_adapters or [])
+        self.set_adapter(new_active_adapters or [], inference_mode=self._inference_mode)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
+
+        Empty in a PeftModel: PEFT would look each one up before any check and end in a KeyError;
+        ``TaskTuner._remap_adapter_state_dict_for_load`` renames them instead.
+        """
+        return super().adapter_state_dict_load_map(adapter_name) if self.context.injected else {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active adapter's copy, each row's own in a mixed batch, or the original."""
         kwargs.pop("adapter_names", None)  # PEFT may inject it; the context already knows
-        if self.is_first and args:
-            self.context.head_input = args[0]
         if self.disable_adapters:
             return self.original_module(*args, **kwargs)
+        if self.is_first and args:
+            self.context.head_input = args[0]
+        head_input = self.context.head_input
+        if self.is_output:
+            self.context.head_input = None  # or it would keep the graph of the last pass alive
         if self.context.adapter_names is not None:
-            return self._mixed_batch_forward(*args, **kwargs)
+            return self._mixed_batch_forward(head_input, *args, **kwargs)
         active = self.active_adapters[0] if self.active_adapters else BASE
-        return self._run(active, args, kwargs, self.context.head_input)
+        return self._run(active, args, kwargs, head_input)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The bare model's own module."""
         return self.original_module
-
-    def _activate_labels(self) -> None:
-        if getattr(self, "labels", None) is not None and self.is_output:
-            self.labels.activate(self.active_adapters[0] if self.active_adapters and not self.disable_adapters else None)
 
     def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: torch.Tensor | None) -> Any:
         if adapter_name not in self.modules_to_save:
@@ -269,7 +286,9 @@ class HeadModule(ModulesToSaveWrapper):
         output = module(args[0].to(wanted), *args[1:], **kwargs)
         return output.to(given) if isinstance(output, torch.Tensor) else output
 
-    def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def _mixed_batch_forward(  # type: ignore[override]
+        self, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         batch = args[0].shape[0]
         groups = self.context.rows(batch, args[0].device)
         outputs: dict[str, torch.Tensor] = {}
@@ -280,7 +299,7 @@ class HeadModule(ModulesToSaveWrapper):
                 return value[rows] if is_rows else value
 
             outputs[name] = self._run(
-                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(self.context.head_input)
+                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(head_input)
             )
         width = max(output.shape[-1] for output in outputs.values())
         first = next(iter(outputs.values()))

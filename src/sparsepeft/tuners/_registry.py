@@ -21,6 +21,7 @@ class MethodName(str):
 
 
 SPARTAN = MethodName("SPARTAN")
+HEAD = MethodName("HEAD")
 
 
 def register(name: MethodName, config_class: type, tuner_class: type) -> None:

@@ -96,7 +96,7 @@ class TaskTuner(BaseTuner):
     ) -> None:
         """Add an adapter: its layers, its head, its labels. See PEFT's ``BaseTuner.inject_adapter``."""
         config = self.peft_config[adapter_name]
-        blocks = find_blocks(model, config.target_modules, config.layers_to_transform)
+        blocks = self._find_targets(model, config)
         head = find_head(model, find_blocks(model), config.head_modules) if _has_labels(model) else None
         self._check_identity(model, config, head)
         self._blocks = {block.name: block for block in blocks}
@@ -108,6 +108,10 @@ class TaskTuner(BaseTuner):
             self._add_head(model, adapter_name, config, head)
         active = [name for name in self.active_adapters if name in self.peft_config]
         self.set_adapter(active, inference_mode=self.peft_config[active[0]].inference_mode if active else False)
+
+    def _find_targets(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
+        """The Transformer layers that the adapter extends."""
+        return find_blocks(model, config.target_modules, config.layers_to_transform)
 
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig) -> None:
         """For subclasses: further per-adapter modules."""

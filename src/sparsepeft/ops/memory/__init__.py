@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsepeft.ops.memory.choice import MemoryChoice, explain_memory_impl
 from sparsepeft.ops.memory.masked import memory_read_masked
 from sparsepeft.ops.memory.reference import memory_read_reference
+from sparsepeft.ops.memory.selected import memory_read_selected
 
 __all__ = ["MemoryChoice", "explain_memory_impl", "memory_read"]
 
@@ -19,6 +20,7 @@ _Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": memory_read_reference,
     "masked": memory_read_masked,
+    "selected": memory_read_selected,
 }
 
 

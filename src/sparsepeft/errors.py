@@ -1,0 +1,22 @@
+"""The two ways a run ends badly: something given was wrong, or something failed while running."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What was given cannot be used; the message says what was received, what was expected and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """A run that had started could not be finished; the message says what is left of it."""
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
+    """One sentence for a name that is not among ``valid``: the valid ones, and the nearest if one is near."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{kind} {name!r} is unknown; valid are {', '.join(names)}{hint}"

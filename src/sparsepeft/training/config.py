@@ -1,0 +1,128 @@
+"""What a run is made of: flags over a file over the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+_POSITIVE = ("epochs", "max_steps", "max_train_samples", "learning_rate", "batch_size", "max_length", "few_shot")
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides the outcome of a training run.
+
+    Args:
+        task: a task's name, see :func:`sparsepeft.tasks.task_names`, or ``"custom"`` with ``train_file``.
+        output_dir: folder for weights, results and checkpoints.
+        method: ``"spartan"``, ``"full"``, ``"head"`` or ``"lora"``.
+        model: hub id or local folder; None is the bundled MiniLM.
+        recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
+        few_shot: train on this many examples, stratified by label and drawn by ``seed``.
+        settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
+        (the rest as their names say; None takes the recipe's or the task's value)
+    """
+
+    task: str
+    output_dir: str
+    method: str = "spartan"
+    model: str | None = None
+    recipe: str = "best"
+    data_dir: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    max_train_samples: int | None = None
+    few_shot: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    seed: int = 42
+    precision: str = "fp32"
+    save_dtype: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("recipe", RECIPES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise UserError(unknown_name(name, str(getattr(self, name)), choices))
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+                raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"seed={self.seed!r} was given, but the seed must be a whole number of at least 0.")
+        self.recipe_values()  # unknown settings are found before anything is loaded
+
+    def recipe_values(self) -> Recipe:
+        """The recipe for this method and task with this config's own values put in."""
+        recipe = get_recipe(self.recipe, self.method).with_settings(self.settings)
+        own = {name: getattr(self, name) for name in ("learning_rate", "batch_size") if getattr(self, name) is not None}
+        return dataclasses.replace(recipe, **own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return dataclasses.asdict(self)
+
+
+def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
+    """Combine command-line flags (None means not given) with a YAML or JSON file.
+
+    Raises:
+        UserError: the file cannot be read, has unknown keys, or task or output folder are missing.
+    """
+    values = _read(file) if file is not None else {}
+    valid = {f.name for f in dataclasses.fields(RunConfig)}
+    for key in values:
+        if key not in valid:
+            raise UserError(f"{file}: " + unknown_name("config key", str(key), valid))
+    given = {key: value for key, value in flags.items() if value is not None}
+    settings = {**(values.get("settings") or {}), **(given.pop("settings", None) or {})}
+    values = {**values, **given, "settings": settings}
+    if values.get("train_file") and not values.get("task"):
+        values["task"] = "custom"
+    for key, flag in (("task", "--task"), ("output_dir", "--output-dir")):
+        if not values.get(key):
+            raise UserError(f"No {key} was given; pass {flag} or set {key} in the config file.")
+    return RunConfig(**values)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """``["top_k=4", "temperature=1.6"]`` -> ``{"top_k": 4, "temperature": 1.6}``; values are read as YAML."""
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {pair!r} was given, but settings have the form key=value, for example --set top_k=4.")
+        parsed = yaml.safe_load(value)
+        try:  # YAML reads 1e-3 as a string
+            parsed = float(parsed) if isinstance(parsed, str) else parsed
+        except ValueError:
+            pass
+        settings[key.strip()] = parsed
+    return settings
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file to --config.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML or JSON ({str(error).splitlines()[0]}); correct it.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
+    return values

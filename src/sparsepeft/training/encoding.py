@@ -1,0 +1,66 @@
+"""Turning texts into batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from sparsepeft.errors import UserError
+from sparsepeft.tasks import TaskSpec
+
+# Tokenizers without a limit report a huge number.
+_NO_LIMIT = 1_000_000
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, wanted: int | None) -> int:
+    """How many tokens an input may have: ``wanted``, or what the model takes, at most 512.
+
+    Raises:
+        UserError: more than the model takes was wanted.
+    """
+    limits = [n for n in (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)) if n]
+    limit = min([n for n in limits if n < _NO_LIMIT], default=_NO_LIMIT)
+    if wanted is not None and wanted > limit:
+        raise UserError(f"max_length={wanted} was given, but this model takes at most {limit} tokens; pass less.")
+    return wanted or min(limit, 512)
+
+
+def encode(dataset: Dataset, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
+    """Token ids of every example, with its label and length.
+
+    Returns:
+        The dataset (``input_ids``, ..., ``labels``, ``length``) and how many examples were cut to ``max_length``.
+    """
+
+    def tokenize(batch: dict[str, list]) -> dict[str, Any]:
+        texts = [batch[name] for name in spec.text_columns]
+        whole = tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+        encoded["cut"] = [len(ids) > max_length for ids in whole]
+        encoded["labels"] = batch["label"]
+        return dict(encoded)
+
+    encoded = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names, keep_in_memory=True)
+    return encoded.remove_columns("cut"), sum(encoded["cut"])
+
+
+@dataclass
+class Collator:
+    """Pads a batch to its longest example."""
+
+    tokenizer: PreTrainedTokenizerBase
+    is_regression: bool
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A list of encoded examples -> tensors (B, T), labels (B,)."""
+        labels = [example["labels"] for example in examples if "labels" in example]
+        inputs = [{k: v for k, v in e.items() if k not in ("labels", "length")} for e in examples]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if labels:
+            batch["labels"] = torch.tensor(labels, dtype=torch.float if self.is_regression else torch.long)
+        return batch

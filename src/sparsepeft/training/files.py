@@ -1,0 +1,100 @@
+"""The files of a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.tasks import TaskData, TaskSpec
+from sparsepeft.training.config import RunConfig
+
+RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
+_RESULTS_VERSION = 1
+
+
+def write_weights(
+    folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, save_dtype: str | None
+) -> int:
+    """Save the trained weights into ``folder``, whole or not at all.
+
+    An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything.
+
+    Returns:
+        Bytes of the weight files.
+
+    Raises:
+        RunFailed: the files could not be written; what was in the folder is untouched.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        if isinstance(model, PeftModel):
+            config = model.peft_config["default"]
+            if hasattr(config, "save_dtype"):
+                config.save_dtype = save_dtype
+            model.save_pretrained(str(temporary))
+        else:
+            dtype = getattr(torch, save_dtype) if save_dtype else None
+            (model.to(dtype) if dtype else model).save_pretrained(str(temporary))
+            tokenizer.save_pretrained(str(temporary))
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error, an Exception
+        raise RunFailed(f"The trained weights could not be written to {folder} ({error}); free space and resume.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return size
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a run's folder.
+
+    Raises:
+        UserError: this is no run's folder, or the file is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run ({RUN} is missing); pass the --output-dir of `sparsepeft train`.")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train again with --overwrite.") from error
+    return content
+
+
+def spec_of(run: dict[str, Any]) -> TaskSpec:
+    """The task a run was trained on, from its ``run.json``."""
+    values = dict(run["task"])
+    for name in ("text_columns", "label_names", "metrics"):
+        values[name] = tuple(values[name]) if values[name] is not None else None
+    return TaskSpec(**values)
+
+
+def results_of(config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any) -> dict[str, Any]:
+    """The content of ``results.json``. ``score`` is the main metric on the test part, or on the official validation set."""
+    split = "test" if "test" in metrics else "validation"
+    return {
+        "format_version": _RESULTS_VERSION,
+        "task": data.spec.name,
+        "method": config.method,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "score": metrics[split][data.spec.main_metric],
+        "score_split": split,
+        "main_metric": data.spec.main_metric,
+        "metrics": metrics,
+        **measured,
+        "notes": list(data.notes),
+        "data_source": data.source,
+        "data_fingerprints": dict(data.fingerprints),
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("output_dir", "data_dir", "model")},
+    }

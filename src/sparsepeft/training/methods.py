@@ -1,0 +1,161 @@
+"""Building a model for a method, and reading it back from a run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.tuners import HeadConfig, SpartanConfig
+from sparsepeft.tuners._blocks import find_blocks
+from sparsepeft.tuners._heads import find_head
+
+_CONFIGS: dict[str, type[PeftConfig]] = {"spartan": SpartanConfig, "head": HeadConfig, "lora": LoraConfig}
+# Set by the task or when attaching; not the user's to choose with --set.
+_RESERVED = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "num_labels",
+    "id2label",
+    "problem_type",
+    "backbone_fingerprint",
+    "format_version",
+    "check_backbone",
+    "save_dtype",
+    "runtime_config",
+}
+
+
+def adapter_config(method: str, settings: dict[str, Any], spec: TaskSpec | None = None) -> PeftConfig | None:
+    """The method's PEFT config, or None for full fine-tuning.
+
+    Args:
+        method: one of :data:`sparsepeft.training.recipes.METHODS`.
+        settings: keys of the config.
+        spec: the task, whose labels go into the config; None to check the settings only.
+
+    Raises:
+        UserError: an unknown key, or a value the config refuses.
+    """
+    if method == "full":
+        if settings:
+            raise UserError(
+                f"The settings {sorted(settings)} were given, but full fine-tuning has no adapter to configure; leave them out."
+            )
+        return None
+    config_class = _CONFIGS[method]
+    valid = {f.name for f in dataclasses.fields(config_class)} - _RESERVED
+    for key in settings:
+        if key not in valid:
+            raise UserError(unknown_name(f"{method} setting", key, valid | {"weight_decay", "warmup_ratio"}))
+    labels: dict[str, Any] = {}
+    if spec is not None and method != "lora":
+        labels = {"num_labels": spec.num_labels, "problem_type": spec.problem_type, "id2label": id2label(spec)}
+    try:
+        return config_class(task_type=TaskType.SEQ_CLS, **settings, **labels)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def id2label(spec: TaskSpec) -> dict[int, str]:
+    """Names of the task's outputs."""
+    return dict(enumerate(spec.label_names)) if spec.label_names else {0: "score"}
+
+
+def load_backbone(model: str, spec: TaskSpec, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The backbone with a fresh classification head for the task.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    names = id2label(spec)
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            model,
+            num_labels=spec.num_labels,
+            id2label=names,
+            label2id={label: index for index, label in names.items()},
+            problem_type=spec.problem_type,
+            dtype=dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The model {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub (which needs "
+            "a network) or a local folder with config.json and safetensors to --model."
+        ) from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer, with a padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model!r} has no tokenizer that could be loaded ({_first_line(error)}); add one.") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any]) -> torch.nn.Module:
+    """The model to train: the backbone with the method's adapter, or all of it."""
+    config = adapter_config(method, settings, spec)
+    backbone = load_backbone(model, spec)
+    if getattr(backbone.config, "pad_token_id", None) is None:
+        backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
+    if config is None:
+        return backbone
+    if isinstance(config, LoraConfig) and config.modules_to_save is None:
+        # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
+        config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
+    try:
+        return get_peft_model(backbone, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> torch.nn.Module:
+    """The trained model of a run, in eval mode.
+
+    Raises:
+        UserError: files are missing, truncated or foreign, or the backbone is another.
+    """
+    if method == "full":
+        return load_backbone(str(folder), spec).eval()
+    try:
+        return PeftModel.from_pretrained(load_backbone(model, spec), str(folder)).eval()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, _safetensors_error()) as error:
+        raise UserError(f"The adapter in {folder} could not be loaded: {_first_line(error)}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Trained parameters: of the head, of the rest, and all."""
+    head = trained = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            head += parameter.numel() if ".modules_to_save." in name else 0
+    return {"trained": trained, "head": head, "adapter": trained - head, "all": sum(p.numel() for p in model.parameters())}
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,253 @@
+"""A training run from a config to weights and results in a folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.provenance import environment, write_json
+from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
+from sparsepeft.training.config import RunConfig
+from sparsepeft.training.encoding import Collator, encode, longest_input
+from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, read_run, results_of, write_weights
+from sparsepeft.training.methods import adapter_config, build_model, count_parameters, load_tokenizer
+from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FEW_SHOT_STEPS = 1000  # the paper's appendix B
+_SPLIT_SEED = 42  # the part of the training data that models are chosen on is the same in every run
+_NUM_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Encoded parts of a task: what is trained on, what the best checkpoint is chosen on, what is reported."""
+
+    train: Dataset
+    selection: Dataset | None
+    reported: dict[str, Dataset]
+    num_cut: int
+
+
+def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
+    """Train, choose the best checkpoint on a tenth of the training data, score once, save.
+
+    The output folder then holds the weights (for adapters: adapter and head only), ``run.json`` (the resolved
+    config) and ``results.json``, which is written last. A run that was interrupted goes on from its last complete
+    checkpoint when it is started again with the same config.
+
+    Args:
+        config: what to do.
+        callbacks: shown loss and metrics as they come.
+        overwrite: throw away a run that is already in the output folder.
+
+    Returns:
+        The results, as in ``results.json``.
+
+    Raises:
+        UserError: something given cannot be used (see :mod:`sparsepeft.tasks` for data).
+        RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
+    """
+    disable_progress_bars()
+    folder = Path(config.output_dir)
+    recipe = config.recipe_values()
+    adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
+    _prepare_folder(folder, config, overwrite)
+    model_id = resolve_model(config.model)
+    data = load_data(config)
+    tokenizer = load_tokenizer(model_id)
+    set_seed(config.seed)
+    model = build_model(config.method, model_id, data.spec, recipe.adapter)
+    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, model.config, config.max_length))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": vars(data.spec)})
+
+    trainer = SafeTrainer(
+        model=model,
+        args=_arguments(config, recipe, data.spec.paper_epochs, prepared, folder),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.selection,
+        data_collator=Collator(tokenizer, data.spec.label_names is None),
+        processing_class=tokenizer,
+        compute_metrics=lambda output: _metrics(data.spec, output),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(_default_printer())
+    parameters = count_parameters(model)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_resumable(folder))
+    seconds = time.perf_counter() - start
+
+    metrics = {}
+    for name, part in prepared.reported.items():
+        output = trainer.predict(part)
+        metrics[name] = data.spec.compute_metrics(output.predictions, output.label_ids)
+    saved = write_weights(folder, model, tokenizer, config.save_dtype)
+    results = results_of(
+        config,
+        data,
+        metrics,
+        parameters=parameters,
+        saved_bytes=saved,
+        model_bytes=sum(p.numel() * p.element_size() for p in _bare(model).parameters()),
+        model=describe_backbone(model_id),
+        num_train=len(prepared.train),
+        num_cut=prepared.num_cut,
+        train_seconds=round(seconds, 1),
+        steps=trainer.state.global_step,
+        best_step=trainer.state.best_global_step,
+        environment=environment(),
+    )
+    if isinstance(model, PeftModel) and hasattr(model.base_model, "parameter_formula"):
+        results["formula"] = model.base_model.parameter_formula()[0]
+    write_json(folder / RESULTS, results)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return results
+
+
+def load_data(config: RunConfig) -> TaskData:
+    """The task's datasets, from where the config says."""
+
+    def path(value: str | None) -> Path | None:
+        return Path(value) if value else None
+
+    return load_task(
+        config.task,
+        data_dir=path(config.data_dir),
+        train_file=path(config.train_file),
+        validation_file=path(config.validation_file),
+        test_file=path(config.test_file),
+        text_column=config.text_column,
+        text_pair_column=config.text_pair_column,
+        label_column=config.label_column,
+    )
+
+
+def prepare_data(data: TaskData, config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreparedData:
+    """Split, subsample and encode. Few-shot runs use every example for training and take the last step's weights."""
+    spec = data.spec
+    training, selection = split_train(data.train, spec, seed=_SPLIT_SEED)
+    if config.few_shot is not None:
+        training = few_shot(data.train, spec, config.few_shot, config.seed)
+    elif config.max_train_samples is not None:
+        # The tenth is cut from what is used, so that N samples cost N samples.
+        used = subsample(data.train, config.max_train_samples, _SPLIT_SEED)
+        training, selection = split_train(used, spec, seed=_SPLIT_SEED)
+    num_cut = 0
+    parts = {"train": training, "validation": data.validation, **data.extra}
+    if data.test is not None:
+        parts["test"] = data.test
+    if config.few_shot is None:
+        parts["selection"] = selection
+    encoded = {}
+    for name, part in parts.items():
+        encoded[name], cut = encode(part, spec, tokenizer, max_length)
+        num_cut += cut
+    if num_cut:
+        logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
+    return PreparedData(encoded.pop("train"), encoded.pop("selection", None), encoded, num_cut)
+
+
+def _prepare_folder(folder: Path, config: RunConfig, overwrite: bool) -> None:
+    if folder.is_file():
+        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+    if not (folder / RUN).exists():
+        return
+    if overwrite:
+        for name in (RESULTS, RUN):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return
+    if (folder / RESULTS).exists():
+        raise UserError(
+            f"{folder} already holds a finished run; pass another --output-dir, or --overwrite to replace that run."
+        )
+    before, now = read_run(folder)["config"], config.to_dict()
+    differing = sorted(key for key in now if key != "output_dir" and before.get(key) != now[key])
+    if differing:
+        raise UserError(
+            f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to resume it, "
+            "pass another --output-dir, or --overwrite to start anew."
+        )
+
+
+def _resumable(folder: Path) -> str | None:
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is None:
+        return None
+    logger.warning("Resuming from %s.", checkpoint.name)
+    return str(checkpoint)
+
+
+def _arguments(
+    config: RunConfig, recipe: Recipe, task_epochs: int, prepared: PreparedData, folder: Path
+) -> TrainingArguments:
+    steps_per_epoch = -(-len(prepared.train) // recipe.batch_size)
+    epochs = config.epochs or recipe.epochs or task_epochs
+    max_steps = config.max_steps or (FEW_SHOT_STEPS if config.few_shot and not config.epochs else -1)
+    total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
+    every = max(1, -(-total // _NUM_EVALUATIONS))
+    selecting = prepared.selection is not None
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=float(epochs),
+        max_steps=max_steps,
+        learning_rate=recipe.learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=32,
+        warmup_steps=int(recipe.warmup_ratio * total),
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        train_sampling_strategy="group_by_length",
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        eval_strategy="steps" if selecting else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=selecting,
+        metric_for_best_model="score" if selecting else None,
+        greater_is_better=True if selecting else None,
+        logging_steps=max(1, min(every, 50)),
+        logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _metrics(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
+    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    metrics = spec.compute_metrics(np.asarray(predictions), np.asarray(output.label_ids))
+    return {**metrics, "score": metrics[spec.main_metric]}
+
+
+def _default_printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _bare(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+__all__ = ["FEW_SHOT_STEPS", "PreparedData", "RunFailed", "load_data", "prepare_data", "train"]

@@ -1,0 +1,69 @@
+"""``transformers.Trainer`` that stops at a diverged loss and never leaves a broken checkpoint."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparsepeft.errors import RunFailed
+
+
+class SafeTrainer(Trainer):
+    """A Trainer whose last good checkpoint survives a NaN loss and a full disk."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; raises RunFailed where the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(loss.item()):
+            raise RunFailed(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training was stopped; "
+                f"{self._what_is_left()} Try a lower learning rate."
+            )
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise RunFailed(
+                f"{broken[0]} holds values that are not finite at step {self.state.global_step}, so training was stopped; "
+                f"{self._what_is_left()} Try a lower learning rate."
+            )
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunFailed(
+                f"The checkpoint of step {self.state.global_step} could not be written ({error}); {self._what_is_left()}"
+            ) from error
+
+    def _what_is_left(self) -> str:
+        last = last_checkpoint(Path(self.args.output_dir))
+        return f"the last good checkpoint is {last.name}." if last else "no checkpoint had been written yet."
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``: one whose weights can be read and whose state was written."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if (path / "trainer_state.json").is_file() and _has_weights(path):
+            return path
+    return None
+
+
+def _has_weights(folder: Path) -> bool:
+    files = list(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+    except (OSError, SafetensorError):
+        return False
+    return bool(files)

@@ -1,0 +1,41 @@
+"""Training a model's head alone: the baseline every adapter has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from torch import nn
+
+from sparsepeft.tuners._blocks import Block
+from sparsepeft.tuners._registry import HEAD
+from sparsepeft.tuners.base import TaskTuner
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+
+@dataclass
+class HeadConfig(TaskAdapterConfig):
+    """Trains the head and nothing else (a linear probe); a PEFT method, so that it is saved and loaded like the others.
+
+    Args:
+        (those of :class:`sparsepeft.tuners.config.TaskAdapterConfig`; no layer is extended)
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = HEAD
+        self.target_modules = DUMMY_TARGET_MODULES  # PEFT's name for "extend no module"
+
+
+class HeadModel(TaskTuner):
+    """Gives each adapter a head of its own on the unchanged backbone."""
+
+    prefix = "head_"
+
+    def _find_targets(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
+        return []
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        """Never called: no module is targeted."""

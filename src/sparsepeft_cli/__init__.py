@@ -1,0 +1,58 @@
+"""The command line. Outside ``sparsepeft``, whose import takes seconds (it registers with PEFT): help must be instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from sparsepeft_cli import demo, evaluate, predict, storage, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
+)
+for _module in (train, evaluate, predict, storage, demo):
+    app.command(_module.__name__.rpartition(".")[2], rich_help_panel="Commands")(_module.command)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 on success, 2 for what was given wrongly, 1 for what failed while running."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    _quiet()
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("Interrupted; the same command resumes a training run.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # the boundary to the user: every failure becomes one sentence and an exit code
+        if debug:
+            raise
+        from sparsepeft.errors import RunFailed, UserError
+
+        known = isinstance(error, (UserError, RunFailed))
+        sentence = " ".join(str(error).split()) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        print(f"Error: {sentence}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _quiet() -> None:
+    """Leave the screen to this program's own messages."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("sparsepeft").setLevel(logging.WARNING)
+    for name in ("torchao", "torch.utils._pytree"):  # torchao, if installed, talks on import
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("default", module="sparsepeft")

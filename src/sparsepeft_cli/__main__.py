@@ -1,0 +1,5 @@
+"""``python -m sparsepeft_cli``."""
+
+from sparsepeft_cli import main
+
+main()

@@ -1,0 +1,41 @@
+"""What commands print with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(content: Any) -> None:
+    """JSON for other programs, on standard output."""
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people: decimal units, as the storage industry and the paper use."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def millions(count: int) -> str:
+    """Parameters for people; small counts exactly."""
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,85 @@
+"""``sparsepeft storage``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Hub id, local folder, minilm, or roberta-base (known without a hub).")] = "minilm",
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
+    num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Of all weights: fp32, bf16 or fp16.")] = "fp32",
+    head: Annotated[str, typer.Option(help="Head of SPARTAN and adapters: model or linear.")] = "model",
+    num_parents: Annotated[int, typer.Option(min=1, help="SPARTAN's P.")] = 16,
+    num_children: Annotated[int, typer.Option(min=1, help="SPARTAN's C.")] = 3,
+    reduction_factor: Annotated[int, typer.Option(min=1, help="Of the adapters' bottlenecks.")] = 12,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods; may be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """What a device stores for many tasks on one backbone, method by method. Needs no weights.
+
+    Example: `sparsepeft storage --model roberta-base --tasks 9`
+    """
+    from sparsepeft.storage import METHODS, storage_report
+    from sparsepeft_cli._console import out, print_json
+
+    report = storage_report(
+        model,
+        tasks,
+        num_labels=num_labels,
+        dtype=dtype,
+        methods=tuple(method or METHODS),
+        reduction_factor=reduction_factor,
+        lora_rank=lora_rank,
+        num_parents=num_parents,
+        num_children=num_children,
+        head_type=head,
+    )
+    if json:
+        print_json(report.to_dict())
+        return
+    for part in _tables(report):
+        out.print(part, highlight=False)
+
+
+def _tables(report: Any) -> list[Any]:
+    from sparsepeft_cli._console import megabytes, millions, table
+
+    title = (
+        f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "
+        f"{megabytes(report.backbone_bytes)} in {report.dtype})"
+    )
+    columns = ["method", "per task", "+ head", "bytes/task", "all tasks", "bytes", "ratio"]
+    rows = [
+        [
+            row.method,
+            millions(row.parameters_per_task),
+            millions(row.head_parameters_per_task[0]),
+            megabytes(row.bytes_per_task[0]),
+            millions(row.total_parameters),
+            megabytes(row.total_bytes),
+            row.ratio_text,
+        ]
+        for row in report.methods
+    ]
+    parts: list[Any] = [table(title, columns, rows)]
+    parts += [f"{row.method:<9}{row.formula}" for row in report.methods]
+    if report.paper:
+        paper = [
+            [
+                figure.method,
+                figure.formula,
+                millions(figure.parameters_per_task),
+                millions(figure.total_parameters),
+                megabytes(figure.total_bytes),
+                figure.ratio_text,
+            ]
+            for figure in report.paper
+        ]
+        columns = ["method", "formula", "per task", "all tasks", "bytes", "ratio"]
+        parts += ["", table("The paper's figures (9 tasks, heads left out)", columns, paper)]
+    return parts + [f"note: {note}" for note in report.notes]

@@ -1,0 +1,76 @@
+"""``sparsepeft train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    task: Annotated[str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, or custom with --train-file.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for weights and results.")] = None,
+    method: Annotated[str | None, typer.Option(help="spartan, full, head or lora. [default: spartan]")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+    ] = None,
+    train_file: Annotated[Path | None, typer.Option(help="Your own CSV, TSV or JSONL.")] = None,
+    validation_file: Annotated[Path | None, typer.Option(help="Held-out rows; else a tenth of --train-file.")] = None,
+    test_file: Annotated[Path | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data. [default: the paper's]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    max_train_samples: Annotated[int | None, typer.Option(help="Use this many training examples.")] = None,
+    few_shot: Annotated[int | None, typer.Option(help="Train on N examples, 1000 steps: the paper's protocol.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: the recipe's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step. [default: 16]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation and order. [default: 42]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: fp32]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Hyperparameters: best or paper. [default: best]")] = None,
+    save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights: float32, bf16 or fp16.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in the output folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Train a task's adapter, choose the best checkpoint on a tenth of the training data, score it once.
+
+    An interrupted run goes on when the same command is given again.
+
+    Example: `sparsepeft train --task topics --output-dir out/topics --epochs 5`
+    """
+    flags: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("set_", "config", "overwrite", "json")}
+    from sparsepeft.training import load_config, parse_settings, train
+    from sparsepeft_cli._console import out, print_json
+    from sparsepeft_cli._progress import TrainingProgress
+
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+    flags["settings"] = parse_settings(set_ or [])
+    run = load_config(flags, config)
+    with TrainingProgress() as progress:
+        results = train(run, callbacks=[progress.callback], overwrite=overwrite)
+    if json:
+        print_json(results)
+    else:
+        out.print(_summary(results, run.output_dir), highlight=False)
+
+
+def _summary(results: dict[str, Any], folder: str) -> str:
+    from sparsepeft_cli._console import megabytes
+
+    lines = [
+        f"[bold]{results['task']}[/bold], {results['method']}: {results['main_metric']} "
+        f"[bold green]{results['score']:.4f}[/bold green] on {results['score_split']} "
+        f"({results['num_train']:,} training examples, {results['train_seconds']:.0f} s)",
+        f"{results['parameters']['trained']:,} parameters trained, of them {results['parameters']['head']:,} in the head"
+        + (f"; memory: {results['formula']}" if "formula" in results else ""),
+        f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
+    ]
+    lines += [f"note: {note}" for note in results["notes"]]
+    lines.append(f'next: sparsepeft predict {folder} "some text"')
+    return "\n".join(lines)
