@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from peft import PeftModel, get_peft_model
+
+from sparsepeft import SpartanConfig
 
 D, L, V = 32, 3, 99
 _TEXT = {
@@ -196,10 +201,48 @@ def first_tensor(output: Any) -> torch.Tensor:
     raise AssertionError(f"no comparable tensor in {type(output).__name__}")
 
 
+SMALL = {"num_parents": 6, "num_children": 2, "top_k": 3}
+
+
 def randomize(model: torch.nn.Module, adapter: str = "default", std: float = 0.5) -> None:
-    """Give a fresh memory values, so that it changes outputs."""
-    generator = torch.Generator().manual_seed(hash(adapter) % 1000 if adapter != "default" else 7)
+    """Give a fresh adapter (memory, head, norms) other values, so that it changes outputs; the same ones each time."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f"spartan_memory.{adapter}." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if f".{adapter}." not in name:
+                continue
+            seed = zlib.crc32(f"{adapter} {name.removeprefix('base_model.model.')}".encode())
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            if "spartan_memory" in name:
+                parameter.copy_(noise * std)
+            elif "norm" in name.lower():
+                parameter.add_((noise * 0.2).to(parameter.dtype))
+            else:  # the head
+                parameter.copy_(noise * 0.2)
+
+
+def adapted(name: str | Any, adapter: str = "default", *, random: bool = True, **config: Any) -> PeftModel:
+    """The tiny model ``name`` (or a given model) with a small memory, in eval mode."""
+    backbone = build(name) if isinstance(name, str) else name
+    model = get_peft_model(backbone, SpartanConfig(**(SMALL | config)), adapter_name=adapter).eval()
+    if random:
+        randomize(model, adapter)
+    return model
+
+
+def add(model: PeftModel, adapter: str, **config: Any) -> None:
+    """Add a further adapter with random values."""
+    model.add_adapter(adapter, SpartanConfig(**(SMALL | config)))
+    randomize(model, adapter)
+
+
+@torch.no_grad()
+def run(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    """The tensor a model's answer is compared by."""
+    return first_tensor(model(**inputs, **kwargs))
+
+
+def save_backbone(name: str | Any, folder: Path) -> str:
+    """Save a tiny model as a checkpoint and return its path."""
+    model = build(name) if isinstance(name, str) else name
+    model.save_pretrained(folder)
+    return str(folder)

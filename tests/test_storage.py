@@ -86,7 +86,8 @@ def test_counts_agree_with_models_in_memory(tiny: tuple[str, int]) -> None:
     row = by_method(storage_report(folder, 1, num_labels=4, num_parents=5, num_children=2, lora_rank=3))
     spartan = get_peft_model(real_model(folder, 4), SpartanConfig(num_parents=5, num_children=2, top_k=2))
     assert trainable(spartan) == row["spartan"].parameters_per_task + row["spartan"].head_parameters_per_task[0]
-    assert trainable(get_peft_model(real_model(folder, 4), LoraConfig(r=3))) == row["lora"].parameters_per_task
+    if "lora" in row:
+        assert trainable(get_peft_model(real_model(folder, 4), LoraConfig(r=3))) == row["lora"].parameters_per_task
     whole = sum(p.numel() for p in real_model(folder, 4).parameters())
     assert row["full"].total_parameters == whole
 
@@ -228,6 +229,15 @@ def test_methods_keep_their_order_and_any_subset_works(bert: str) -> None:
     report = storage_report(bert, methods=["spartan", "full", "spartan"])
     assert [row.method for row in report.methods] == ["spartan", "full"]
     assert tuple(row.method for row in storage_report(bert).methods) == METHODS
+
+
+def test_lora_is_left_out_where_peft_has_no_default(tmp_path: Path) -> None:
+    CONFIGS["distilbert"][0].save_pretrained(tmp_path)
+    report = storage_report(str(tmp_path))
+    assert [row.method for row in report.methods] == ["full", "houlsby", "pfeiffer", "spartan"]
+    assert "LoRA is left out" in report.notes[0]
+    with pytest.raises(UserError, match="leave 'lora' out of the methods"):
+        storage_report(str(tmp_path), methods=["lora"])
 
 
 @pytest.mark.parametrize("model", ["roberta-base", "minilm"])

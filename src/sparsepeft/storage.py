@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -152,7 +152,7 @@ def storage_report(
     *,
     num_labels: int | Sequence[int] = 2,
     dtype: str = "float32",
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     reduction_factor: int = 12,
     lora_rank: int = 8,
     num_parents: int = 16,
@@ -171,7 +171,8 @@ def storage_report(
         num_labels: outputs of every task's head, or one number per task.
         dtype: of the backbone and all that is trained: ``"float32"`` or ``"fp32"``, ``"bfloat16"`` or ``"bf16"``,
             ``"float16"`` or ``"fp16"``.
-        methods: which of :data:`METHODS`, in the order of the report.
+        methods: which of :data:`METHODS`, in the order of the report; None takes all, but leaves LoRA out (with a
+            note) where PEFT has no default modules for the architecture.
         reduction_factor: of Houlsby and Pfeiffer adapters (bottleneck d / r).
         lora_rank: rank of LoRA on PEFT's default modules for the architecture.
         num_parents, num_children: SPARTAN's P and C.
@@ -181,6 +182,7 @@ def storage_report(
         UserError: an unknown method, an impossible size, or a model whose config cannot be had or attached to.
     """
     num_labels = _check(num_tasks, num_labels, methods)
+    notes: tuple[str, ...] = ()
     sizes = _Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type)
     dtype = _DTYPE_ALIASES.get(dtype, dtype)
     try:
@@ -190,6 +192,8 @@ def storage_report(
             require_positive(name, getattr(sizes, name))
         resolved = resolve_model(model)
         config = _load_config(resolved)
+        if methods is None:
+            methods, notes = _supported_methods(config)
         counter = _Counter(config, sizes)
         backbone = counter.backbone_parameters()
         width = getattr(torch, dtype).itemsize
@@ -208,11 +212,11 @@ def storage_report(
         backbone_bytes=backbone * width,
         methods=rows,
         paper=_paper_figures() if is_paper else (),
-        notes=_paper_notes(counter, backbone, num_tasks) if is_paper else (),
+        notes=notes + (_paper_notes(counter, backbone, num_tasks) if is_paper else ()),
     )
 
 
-def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[str]) -> tuple[int, ...]:
+def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[str] | None) -> tuple[int, ...]:
     """Check what needs no model; the number of labels of each task."""
     try:
         require_positive("num_tasks", num_tasks)
@@ -226,12 +230,22 @@ def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[st
             f"num_labels has {len(labels)} entries, but there are num_tasks={num_tasks} tasks; give one number for "
             "all, or one per task."
         )
+    if methods is None:
+        return labels
     if isinstance(methods, str) or not methods:
         raise UserError(f"methods={methods!r} was given, but it must be a list with some of {', '.join(METHODS)}.")
     for method in methods:
         if method not in METHODS:
             raise UserError(unknown_name("method", str(method), METHODS))
     return labels
+
+
+def _supported_methods(config: PreTrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All methods that can be counted for an architecture, and a note on what was left out."""
+    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        return METHODS, ()
+    note = f"LoRA is left out, since PEFT has no default modules for {config.model_type!r} models."
+    return tuple(method for method in METHODS if method != "lora"), (note,)
 
 
 def _row(counter: _Counter, method: str, num_labels: tuple[int, ...], backbone: int, width: int) -> MethodStorage:
@@ -334,7 +348,7 @@ class _Counter:
         rank = self.sizes.lora_rank
         try:
             model = self.attach(LoraConfig(r=rank))
-        except ValueError as error:
+        except ValueError as error:  # no default modules for the architecture
             raise UserError(
                 f"LoRA cannot be counted for {self.config.model_type!r} models ({str(error).rstrip('.')}); leave "
                 "'lora' out of the methods."

@@ -53,13 +53,13 @@ class TrainingProgress:
         return _Callback()
 
     def __enter__(self) -> TrainingProgress:
-        self._progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
     def _start(self, total: int, done: int) -> None:
+        self._progress.start()  # not before: an error in the settings should stand alone on the screen
         self._task = self._progress.add_task(self._label, total=total, completed=done, shown="")
 
     def _move(self, step: int) -> None:

@@ -24,7 +24,7 @@ def command(
 
     Example: `sparsepeft storage --model roberta-base --tasks 9`
     """
-    from sparsepeft.storage import METHODS, storage_report
+    from sparsepeft.storage import storage_report
     from sparsepeft_cli._console import out, print_json
 
     report = storage_report(
@@ -32,7 +32,7 @@ def command(
         tasks,
         num_labels=num_labels,
         dtype=dtype,
-        methods=tuple(method or METHODS),
+        methods=method or None,
         reduction_factor=reduction_factor,
         lora_rank=lora_rank,
         num_parents=num_parents,

@@ -29,14 +29,16 @@ def load_bbc_files(spec: TaskSpec, data_dir: Path, seed: int) -> TaskData:
     for row in read_rows(path, required=("text", "label")):
         label = row.values["label"].strip()
         if label not in names:
-            raise TaskError(f"{path}:{row.line}: label is {label!r}; expected one of {', '.join(names)}, correct the row")
+            raise TaskError(
+                f"{path}:{row.line}: label is {label!r}; expected one of {', '.join(names)}, correct the row"
+            )
         rows.append((row.values["text"], names.index(label)))
     key = f"{spec.name}/{path.name}"
     return _split(spec, rows, seed, source=key, fingerprints={key: sha256(path)})
 
 
 def load_bbc_hub(spec: TaskSpec, seed: int) -> TaskData:
-    """Load the hub's copy (lower-cased); its own split shares texts between the parts and is not used."""
+    """Load the hub's copy (lower-cased); its two parts are joined, freed of duplicates and split anew."""
     from sparsepeft.tasks.hub import content_sha256, load_splits, pick_columns
 
     splits = load_splits(HUB_REPOSITORY, None, ["train", "test"])
@@ -56,23 +58,30 @@ def _split(
             raise TaskError(f"{source}: the text {text[:60]!r}... has two different labels; keep one of them")
     texts = sorted(labels)
     rng = random.Random(f"{spec.name}:{seed}")
-    tenth = len(texts) // 10
-    if tenth < 1:
-        raise TaskError(f"{source}: {len(texts)} distinct texts; expected at least 10 to split them 80/10/10, add texts")
+    if len(texts) < 10:
+        raise TaskError(
+            f"{source}: {len(texts)} distinct texts; expected at least 10 to split them 80/10/10, add texts"
+        )
     rng.shuffle(texts)
     test = _take(texts, labels, 1 / 10, rng)
     rest = [text for text in texts if text not in test]
     validation = _take(rest, labels, 1 / 9, rng)
-    train = [text for text in rest if text not in validation]
-    sets = [
-        build_dataset(spec, [(text, labels[text]) for text in part if text in keep])
-        for part, keep in ((train, set(train)), (rest, validation), (texts, test))
-    ]
+    part = {text: "test" if text in test else "validation" if text in validation else "train" for text in texts}
+    sets = {
+        name: build_dataset(spec, [(text, labels[text]) for text in texts if part[text] == name])
+        for name in ("train", "validation", "test")
+    }
     notes = [f"{spec.name}: no official split; 80/10/10 by label and seed {seed}, test is a part of its own"]
     if len(texts) != len(rows):
         notes.append(f"{spec.name}: {len(rows) - len(texts):,} duplicate texts of {len(rows):,} were left out")
     return TaskData(
-        spec, sets[0], sets[1], test=sets[2], notes=tuple(notes), source=source, fingerprints=fingerprints
+        spec,
+        sets["train"],
+        sets["validation"],
+        test=sets["test"],
+        notes=tuple(notes),
+        source=source,
+        fingerprints=fingerprints,
     )
 
 

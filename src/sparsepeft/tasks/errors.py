@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class TaskError(ValueError):
-    """A task's name, files or labels cannot be used: one sentence with what was received, what was expected, what to do."""
+    """A task's name, files or labels cannot be used: says what was received, what was expected and what to do."""

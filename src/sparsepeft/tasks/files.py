@@ -37,7 +37,9 @@ def require_file(folder: Path, names: Sequence[str]) -> Path:
     path = find_file(folder, names)
     if path is None:
         wanted = " or ".join(names)
-        raise TaskError(f"{folder} has no {wanted} (nor that with .gz); put the file there or choose another data folder")
+        raise TaskError(
+            f"{folder} has no {wanted} (nor that with .gz); put the file there or choose another data folder"
+        )
     return path
 
 
@@ -78,7 +80,7 @@ def read_rows(
         rows = _jsonl_rows(path, required)
     else:
         raise TaskError(
-            f"{path}: the ending says no known format; expected {', '.join(FORMATS)}, each also with .gz; rename the file"
+            f"{path}: the ending says no known format; expected {', '.join(FORMATS)}, also with .gz; rename the file"
         )
     empty = True
     for row in rows:
@@ -114,9 +116,7 @@ def _open(path: Path) -> TextIO:
     return path.open("r", encoding="utf-8-sig", newline="\n")
 
 
-def _tsv_rows(
-    path: Path, required: Collection[str], header: Sequence[str] | None, allow_short: bool
-) -> Iterator[Row]:
+def _tsv_rows(path: Path, required: Collection[str], header: Sequence[str] | None, allow_short: bool) -> Iterator[Row]:
     columns: list[str] | None = None
     for number, line in _lines(path):
         line = line.rstrip("\r\n")
@@ -149,7 +149,7 @@ def _csv_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
             yield Row(number, dict(zip(columns, fields, strict=True)))
     except csv.Error as error:
         raise TaskError(
-            f"{path}:{start}: malformed CSV ({error}); expected fields separated by commas and quoted with \"; "
+            f'{path}:{start}: malformed CSV ({error}); expected fields separated by commas and quoted with "; '
             "correct the row, or use TSV or JSONL"
         ) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -147,7 +146,7 @@ def _read(
 def _unlabelled(name: str, row: Row, layout: Layout) -> bool:
     """The official QQP has rows cut short; MultiNLI marks rows without agreement by "-"."""
     if name == "qqp":
-        return layout.label not in row.values
+        return not row.values.get(layout.label, "").strip()
     return name == "mnli" and row.values[layout.label] == "-"
 
 
@@ -163,7 +162,8 @@ def _label(path: Path, row: Row, layout: Layout) -> int | float:
         return value
     if text not in layout.written:
         raise TaskError(
-            f"{path}:{row.line}: {layout.label} is {text!r}; expected one of {', '.join(layout.written)}, correct the row"
+            f"{path}:{row.line}: {layout.label} is {text!r}; expected one of {', '.join(layout.written)}, "
+            "correct the row"
         )
     return layout.written.index(text)
 
@@ -195,8 +195,3 @@ def load_glue_hub(spec: TaskSpec) -> TaskData:
         source=f"hub:{HUB_REPOSITORY}",
         fingerprints={name: content_sha256(dataset) for name, dataset in sets.items()},
     )
-
-
-def hub_columns(name: str) -> Sequence[str]:
-    """Text columns of a GLUE task on the hub."""
-    return LAYOUTS[name].hub_texts

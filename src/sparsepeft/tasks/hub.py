@@ -36,7 +36,8 @@ def load_splits(repository: str, config: str | None, names: Sequence[str]) -> di
     missing = [name for name in names if name not in loaded]
     if missing:
         raise TaskError(
-            f"{tried} has no split {', '.join(missing)}, only {', '.join(loaded)}; pass --data-dir with the task's files"
+            f"{tried} has no split {', '.join(missing)}, only {', '.join(loaded)}; "
+            "pass --data-dir with the task's files"
         )
     return {name: loaded[name] for name in names}
 

@@ -13,7 +13,7 @@ ONE: Final = ("text",)
 PAIR: Final = ("text", "text_pair")
 CUSTOM: Final = "custom"
 
-# Class indices are GLUE's (and the hub's). Metrics: GLUE's; epochs: arXiv:2211.16634, 10 where the paper has no such task.
+# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
 _SPECS: Final = (
     TaskSpec("cola", ONE, ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation", 20),
     TaskSpec("sst2", ONE, ("negative", "positive"), ("accuracy",), "accuracy", 3),

@@ -1,4 +1,4 @@
-"""Seeded, stratified parts of a dataset. Python's own `random` is used: its sequences do not change between versions."""
+"""Seeded, stratified parts of a dataset, drawn with Python's `random`, whose sequences do not change with versions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 MAX_BINS = 10  # quantile bins of a regression's labels
 
 
-def split_train(
-    dataset: Dataset, spec: TaskSpec, fraction: float = 0.1, seed: int = 42
-) -> tuple[Dataset, Dataset]:
+def split_train(dataset: Dataset, spec: TaskSpec, fraction: float = 0.1, seed: int = 42) -> tuple[Dataset, Dataset]:
     """Hold out part of the training data for choosing checkpoints and hyperparameters.
 
     Classification is stratified by label; a class keeps at least one example for training, so a class with a single
     example is never held out (unless every class has but one). Regression is a plain seeded shuffle.
 
     Returns:
-        ``(train, selection)``, both in the dataset's order; ``selection`` has about ``fraction`` of the rows, at least 1.
+        ``(train, selection)``, both in the dataset's order; ``selection`` has ``fraction`` of the rows, at least one.
 
     Raises:
         TaskError: ``fraction`` is not between 0 and 1, or there are fewer than two rows.
@@ -57,7 +55,9 @@ def few_shot(dataset: Dataset, spec: TaskSpec, num_examples: int, seed: int) -> 
 
 
 def subsample(dataset: Dataset, n: int, seed: int = 42) -> Dataset:
-    """Draw at most ``n`` rows by seed, stratified by label (float labels: by quantile bins); all of them if ``n`` is larger.
+    """Draw at most ``n`` rows by seed, stratified by label (float labels: by quantile bins).
+
+    With ``n`` at least the number of rows the dataset itself comes back.
 
     Raises:
         TaskError: ``n`` is below 1.

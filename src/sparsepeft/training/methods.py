@@ -142,13 +142,13 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> torch
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Trained parameters: of the head, of the rest, and all."""
+    """Trained parameters: all, of the head, and of the rest."""
     head = trained = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
             head += parameter.numel() if ".modules_to_save." in name else 0
-    return {"trained": trained, "head": head, "adapter": trained - head, "all": sum(p.numel() for p in model.parameters())}
+    return {"trained": trained, "head": head, "adapter": trained - head}
 
 
 def _safetensors_error() -> type[Exception]:

@@ -26,6 +26,7 @@ from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, read_run, resul
 from sparsepeft.training.methods import adapter_config, build_model, count_parameters, load_tokenizer
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
+from sparsepeft.tuners._identity import backbone_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         metrics,
         parameters=parameters,
         saved_bytes=saved,
-        model_bytes=sum(p.numel() * p.element_size() for p in _bare(model).parameters()),
+        model_bytes=sum(p.numel() * p.element_size() for _, p in backbone_parameters(_bare(model))),
         model=describe_backbone(model_id),
         num_train=len(prepared.train),
         num_cut=prepared.num_cut,

@@ -12,17 +12,29 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+_TIME_FIRST = {"xlnet"}  # model types whose layers keep states as (T, B, D)
 _DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One Transformer layer: its dotted name, the module, its position in its stack and its width."""
+    """One Transformer layer.
+
+    Attributes:
+        name: its dotted name.
+        module: the layer.
+        index: its position in its stack.
+        hidden_size: the width of its states.
+        is_decoder: whether it stands in the decoder of an encoder-decoder.
+        batch_dim: which dimension of its states counts the rows of a batch.
+    """
 
     name: str
     module: nn.Module
     index: int
     hidden_size: int
+    is_decoder: bool
+    batch_dim: int
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -51,8 +63,18 @@ def find_blocks(
     stacks = _search(model) if target_modules is None else _match(model, target_modules)
     if not stacks:
         raise ValueError(_nothing_found(model, target_modules))
+    config = getattr(model, "config", None)
+    has_encoder = bool(getattr(config, "is_encoder_decoder", False))
+    batch_dim = int(getattr(config, "model_type", None) in _TIME_FIRST)
     blocks = [
-        Block(name, module, index, _hidden_size(model, name, module))
+        Block(
+            name=name,
+            module=module,
+            index=index,
+            hidden_size=_hidden_size(model, name, module),
+            is_decoder=has_encoder and "decoder" in name.split("."),
+            batch_dim=batch_dim,
+        )
         for stack in stacks
         for index, (name, module) in enumerate(stack)
     ]
@@ -100,11 +122,7 @@ def _search(model: nn.Module) -> list[Stack]:
     found = {name for name, stack in lists.items() if all(isinstance(m, recorded) for _, m in stack)}
     recorded_owners = {owners[name] for name in found}
     # A checkpointed list counts where nothing is recorded: speech models also checkpoint their convolutions.
-    found |= {
-        name
-        for name, stack in lists.items()
-        if owners[name] not in recorded_owners and _is_checkpointed(stack)
-    }
+    found |= {name for name, stack in lists.items() if owners[name] not in recorded_owners and _is_checkpointed(stack)}
     if not found:
         depths = _depths(model)
         found = {
@@ -179,7 +197,9 @@ def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
             width = getattr(config, width_name, None)
             if isinstance(width, int) and (not vectors or width in vectors):
                 return width
-    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None]
+    norms = [
+        m for m in block.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None
+    ]
     if norms:
         return norms[0].weight.shape[0]
     raise ValueError(

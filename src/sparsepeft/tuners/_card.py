@@ -31,7 +31,7 @@ def write_card(folder: Path, config: TaskAdapterConfig) -> None:
 
 def _section(config: TaskAdapterConfig) -> str:
     method = str(config.peft_type)
-    auto_class = _AUTO_CLASSES.get(str(config.task_type), "AutoModel")
+    auto_class = _AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoModel")
     base = config.base_model_name_or_path or "path/to/the/backbone"
     labels = "\nLabels: " + ", ".join(config.id2label.values()) + ".\n" if config.id2label else ""
     return f"""{_BEGIN}

@@ -22,6 +22,7 @@ class ForwardContext:
         disabled: adapters are switched off; one switch for layers and heads, since transformers' own
             ``enable_adapters`` reaches the layers alone.
         injected: the layers stand in a bare transformers model (its ``load_adapter``) and not in a ``PeftModel``.
+        configs: the config of each adapter.
         labels: keeps the model's config at the active adapter's labels; None without a head.
         adapter_names: which adapter each row uses, in a mixed batch.
         head_input: what the model hands to the first module of its head (a small head reads it).
@@ -34,6 +35,7 @@ class ForwardContext:
     def __init__(self) -> None:
         self.disabled = False
         self.injected = False
+        self.configs: dict[str, Any] = {}
         self.labels: LabelState | None = None
         self.adapter_names: list[str] | None = None
         self.head_input: torch.Tensor | None = None
@@ -41,6 +43,12 @@ class ForwardContext:
         self.decoder_attention_mask: torch.Tensor | None = None
         self.loss_gradient: torch.Tensor | None = None
         self._handles: list[Any] = []
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch the adapters, and the labels in the model's config, on or off."""
+        self.disabled = not enabled
+        if self.labels is not None:
+            self.labels.enable(enabled)
 
     def rows(self, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Row indices of each adapter in a batch of ``batch_size`` (beams repeat each row in place)."""

@@ -133,17 +133,24 @@ class LabelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
-        self.original = self.read()
+        config = model.config
+        self.original = Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
         self.per_adapter: dict[str, Labels] = {}
-
-    def read(self) -> Labels:
-        """The labels the config has now."""
-        config = self._model[0].config
-        return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
+        self._active: str | None = None
+        self._enabled = True
 
     def activate(self, adapter_name: str | None) -> None:
         """Set the config to an adapter's labels, or back to the bare model's (None)."""
-        labels = self.per_adapter.get(adapter_name, self.original) if adapter_name else self.original
+        self._active = adapter_name
+        self._write()
+
+    def enable(self, enabled: bool) -> None:
+        """Follow the active adapter, or keep to the bare model's labels."""
+        self._enabled = enabled
+        self._write()
+
+    def _write(self) -> None:
+        labels = self.per_adapter.get(self._active or "", self.original) if self._enabled else self.original
         model = self._model[0]
         model.config.id2label = dict(labels.id2label)
         model.config.label2id = {label: index for index, label in labels.id2label.items()}
@@ -194,9 +201,9 @@ class HeadModule(ModulesToSaveWrapper):
         is_first: bool = False,
         is_output: bool = False,
     ) -> None:
+        self.context = context  # first of all, since looking up any attribute asks it whether adapters are on
         # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
         AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
-        self.context = context
         self.is_first, self.is_output = is_first, is_output
         self._inference_mode = False
         self.set_adapter([])
@@ -216,6 +223,8 @@ class HeadModule(ModulesToSaveWrapper):
             for parameter in module.parameters():
                 parameter.requires_grad_(name in own and not inference_mode)
         self._active_adapter, self._inference_mode = own, inference_mode
+        if self.is_output and self.context.labels is not None:
+            self.context.labels.activate(own[0] if own else None)
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Which of the adapters this module serves, for PEFT."""
@@ -243,6 +252,11 @@ class HeadModule(ModulesToSaveWrapper):
             del self.modules_to_save[adapter_name]
         self._adapters.discard(adapter_name)
         self.set_adapter(new_active_adapters or [], inference_mode=self._inference_mode)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An adapter's tensors as they are saved, in the dtype its config asks for."""
+        own = super().adapter_state_dict(adapter_name, state_dict)
+        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if own else own
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
@@ -309,6 +323,20 @@ class HeadModule(ModulesToSaveWrapper):
         return mixed
 
 
+def cast_for_saving(tensors: dict[str, torch.Tensor], save_dtype: str | None) -> dict[str, torch.Tensor]:
+    """Floating-point tensors in the dtype named ``save_dtype``; None keeps their own."""
+    if save_dtype is None:
+        return tensors
+    dtype = getattr(torch, save_dtype)
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """``module`` on ``device``; where it has no storage yet (``low_cpu_mem_usage``), as it is."""
+    has_storage = all(parameter.device.type != "meta" for parameter in module.parameters())
+    return module.to(device) if has_storage and device is not None else module
+
+
 def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
     """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
 
@@ -332,7 +360,9 @@ def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, ini
             new.weight.data.copy_(layer.weight.dequantize())
             if layer.bias is not None:
                 new.bias.data.copy_(layer.bias)
-        new.to(layer.weight.device, None if is_quantized(layer.weight) else layer.weight.dtype)
+        new = move_unless_meta(new, layer.weight.device)
+        if not is_quantized(layer.weight):
+            new.to(layer.weight.dtype)
         if not name:
             copied = new
         else:

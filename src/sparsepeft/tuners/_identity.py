@@ -50,7 +50,9 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
         of one checkpoint agree.
     """
     named = _comparable(model, exclude)
-    plain = {name: tensor for name, tensor in named.items() if not is_quantized(tensor) and tensor.device.type != "meta"}
+    plain = {
+        name: tensor for name, tensor in named.items() if not is_quantized(tensor) and tensor.device.type != "meta"
+    }
     names = sorted(plain)
     step = max(1, len(names) // _NUM_TENSORS)
     chosen = names[::step][:_NUM_TENSORS]
@@ -78,7 +80,11 @@ def check_fingerprint(
         tensor = named.get(name)
         if tensor is not None and (is_quantized(tensor) or tensor.device.type == "meta"):
             continue
-        if tensor is None or list(tensor.shape) != saved["shape"] or not _close(tensor, saved["values"], expected["dtype"]):
+        if (
+            tensor is None
+            or list(tensor.shape) != saved["shape"]
+            or not _close(tensor, saved["values"], expected["dtype"])
+        ):
             raise ValueError(
                 f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to {found_name!r}, "
                 f"whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set check_backbone=False in "

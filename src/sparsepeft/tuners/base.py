@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, find_blocks
 from sparsepeft.tuners._context import BASE, ForwardContext
-from sparsepeft.tuners._heads import HeadModule, HeadSpec, Labels, LabelState, LinearHead, copy_with_labels, find_head
-from sparsepeft.tuners._identity import check_fingerprint, fingerprint
+from sparsepeft.tuners._heads import (
+    HeadModule,
+    HeadSpec,
+    Labels,
+    LabelState,
+    LinearHead,
+    cast_for_saving,
+    copy_with_labels,
+    find_head,
+    move_unless_meta,
+)
+from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
 class TaskTunerLayer(nn.Module, BaseTunerLayer):
     """Wraps one Transformer layer (``base_layer``) and looks like it from outside."""
 
-    def __init__(self, base_layer: nn.Module, hidden_size: int, is_decoder: bool, context: ForwardContext) -> None:
+    def __init__(self, block: Block, context: ForwardContext) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.hidden_size, self.is_decoder, self.context = hidden_size, is_decoder, context
-        self._disable_adapters = False
+        self.base_layer = block.module
+        self.hidden_size, self.is_decoder, self.batch_dim = block.hidden_size, block.is_decoder, block.batch_dim
+        self.context = context
         self._active_adapter = []
+        self._inference_mode = False
         self.merged_adapters = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +68,20 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
                 "a time; pass adapter_names=[...] to the forward call to answer a batch of several tasks."
             )
         super().set_adapter(names, inference_mode=inference_mode)
+        self._inference_mode = inference_mode
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters of the whole model are switched off."""
+        return self.context.disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters (of the whole model) on or off; frozen ones stay frozen."""
+        self.context.set_enabled(enabled)
+        for container in self.adapter_layer_names:
+            getattr(self, container).requires_grad_(False)
+        if enabled:
+            self.set_adapter(self.active_adapters, inference_mode=self._inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see :meth:`TaskTuner._check_merge_allowed`."""
@@ -68,8 +96,7 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # No dtype: PEFT would otherwise round a loaded float32 adapter to the backbone's dtype and back.
-        parameter = next(base_layer.parameters(), None)
-        return (None if parameter is None else parameter.device), None
+        return _execution_device(base_layer), None
 
 
 MERGE_REFUSED = (
@@ -78,11 +105,22 @@ MERGE_REFUSED = (
 )
 
 
+_PEFT_PREFIX = "base_model.model."
+
+
 class TaskTuner(BaseTuner):
     """Base of this package's tuners. Subclasses add layers in :meth:`_create_and_replace`."""
 
     tuner_layer_cls = TaskTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own attribute; unused, blocks are found
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any
+    ) -> None:
+        # PeftModel hands over a dictionary, `inject_adapter_in_model` (transformers' `load_adapter`) the config itself.
+        self._injected = isinstance(peft_config, PeftConfig)
+        self._inference_mode: bool | None = None
+        super().__init__(model, peft_config, *args, **kwargs)
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
@@ -95,25 +133,40 @@ class TaskTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Add an adapter: its layers, its head, its labels. See PEFT's ``BaseTuner.inject_adapter``."""
-        config = self.peft_config[adapter_name]
+        _check_adapter_name(model, adapter_name)
+        # A copy, since the head's modules, labels and the backbone's fingerprint are noted in it: the caller's object can
+        # then be used for another model.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config.modules_to_save = None
         blocks = self._find_targets(model, config)
-        head = find_head(model, find_blocks(model), config.head_modules) if _has_labels(model) else None
+        head = HeadSpec((), None, "")
+        if _has_labels(model):
+            head = find_head(model, self._find_layers(model, config), config.head_modules)
+        _check_head(model, config, head)
         self._check_identity(model, config, head)
         self._blocks = {block.name: block for block in blocks}
         self._context = self._find_context(model)
+        self._context.injected, self._context.configs = self._injected, self.peft_config
         config._resolved_names = set(self._blocks)
+        inference_mode = self._inference_mode  # of the adapter that stays active
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        self._after_injection(model, adapter_name, config)
-        if head is not None and head.modules:
+        self._after_injection(model, adapter_name, config, head)
+        # PEFT's models for token classification and question answering go through these names and cannot take none.
+        config.modules_to_save = list(head.modules) or ["none"]
+        if head.modules:
             self._add_head(model, adapter_name, config, head)
         active = [name for name in self.active_adapters if name in self.peft_config]
-        self.set_adapter(active, inference_mode=self.peft_config[active[0]].inference_mode if active else False)
+        self.set_adapter(active, inference_mode=config.inference_mode if inference_mode is None else inference_mode)
+
+    def _find_layers(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
+        """The Transformer layers that the head follows."""
+        return find_blocks(model, config.target_modules)
 
     def _find_targets(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
         """The Transformer layers that the adapter extends."""
         return find_blocks(model, config.target_modules, config.layers_to_transform)
 
-    def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig) -> None:
+    def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         """For subclasses: further per-adapter modules."""
 
     def _prepare_adapter_config(self, peft_config: TaskAdapterConfig, model_config: dict) -> TaskAdapterConfig:
@@ -129,16 +182,15 @@ class TaskTuner(BaseTuner):
                 return module.context
         return ForwardContext()
 
-    def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec | None) -> None:
-        outside = head.modules if head is not None else ()
+    def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
             found = getattr(model, "name_or_path", "") or type(model).__name__
             expected = config.base_model_name_or_path or "unnamed"
             if config.revision:
                 expected = f"{expected} (revision {config.revision})"
-            check_fingerprint(config.backbone_fingerprint, model, outside, expected, found)
+            check_fingerprint(config.backbone_fingerprint, model, head.modules, expected, found)
         elif not config._is_from_file:
-            config.backbone_fingerprint = fingerprint(model, outside)
+            config.backbone_fingerprint = fingerprint(model, head.modules)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -150,17 +202,6 @@ class TaskTuner(BaseTuner):
     def _add_head(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         original = self._label_state(model).original
         num_labels = config.num_labels or original.num_labels
-        if head.output is None and num_labels != original.num_labels:
-            raise ValueError(
-                f"num_labels={num_labels} was given, but the head of {type(model).__name__} has no layer with "
-                f"num_labels={original.num_labels} outputs to resize; leave num_labels unset or use a model with a "
-                "classification head."
-            )
-        if config.head_type == "linear" and head.output is None:
-            raise ValueError(
-                f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
-                "use head_type='model'."
-            )
         initializer_range = getattr(model.config, "initializer_range", 0.02)
         for name in head.modules:
             is_output = name == head.output
@@ -177,15 +218,8 @@ class TaskTuner(BaseTuner):
             if isinstance(module, HeadModule):
                 module.update(adapter_name, copied)
                 continue
-            wrapper = HeadModule(
-                module,
-                adapter_name,
-                copied,
-                self._context,
-                labels=self._label_state(model),
-                is_first=name == head.modules[0],
-                is_output=is_output,
-            )
+            is_first = name == head.modules[0]
+            wrapper = HeadModule(module, adapter_name, copied, self._context, is_first=is_first, is_output=is_output)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, wrapper)
         id2label = config.id2label or (dict(original.id2label) if num_labels == original.num_labels else None)
@@ -204,21 +238,19 @@ class TaskTuner(BaseTuner):
         linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
         per_position = isinstance(output, nn.Linear) and len(head.modules) == 1
         created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
-        return created.to(next(output.parameters()).device)
+        return move_unless_meta(created, _execution_device(output))
 
     def _label_state(self, model: nn.Module) -> LabelState:
-        for module in model.modules():
-            if isinstance(module, HeadModule) and module.labels is not None:
-                return module.labels
-        if not hasattr(self, "_labels"):
-            self._labels = LabelState(model)
-        return self._labels
+        if self._context.labels is None:
+            self._context.labels = LabelState(model)
+        return self._context.labels
 
     # -- using -------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active, with its head and labels."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._inference_mode = inference_mode
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -227,7 +259,9 @@ class TaskTuner(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names was passed while the model is training; call model.eval() for mixed batches.")
+            raise ValueError(
+                "adapter_names was passed while the model is training; call model.eval() for mixed batches."
+            )
         if kwargs.get("labels") is not None:
             raise ValueError(
                 "adapter_names and labels were passed together, but the tasks of a mixed batch may have different losses; "
@@ -257,6 +291,18 @@ class TaskTuner(BaseTuner):
 
     # -- taking away -------------------------------------------------------------------------------------------------
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; if it was the active one, the first of the others becomes active in every layer."""
+        if adapter_name in self.peft_config and adapter_name in self.active_adapters:
+            # Before PEFT lets each layer choose for itself among the adapters that extend it.
+            others = [name for name in self.peft_config if name != adapter_name][:1]
+            chosen = f"{others[0]!r} is active now" if others else "no adapter is left, so the bare backbone answers"
+            warnings.warn(f"The active adapter {adapter_name!r} was deleted; {chosen}.", UserWarning, stacklevel=2)
+            self.set_adapter(others, inference_mode=bool(others) and self.peft_config[others[0]].inference_mode)
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        self.set_adapter(active, inference_mode=bool(self._inference_mode))
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
 
@@ -269,7 +315,7 @@ class TaskTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        labels = self._label_state(self.model) if _has_labels(self.model) else None
+        labels = self._context.labels
         # PEFT does not look inside the layers it unloads, but LayerNorms may be wrapped there.
         for name, module in list(self.model.named_modules()):
             if isinstance(module, HeadModule):
@@ -296,6 +342,34 @@ class TaskTuner(BaseTuner):
                         _cast(added[adapter_name], dtype)
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Rename a file's tensors to this model's; refuse a file that does not fit, naming all that is wrong with it.
+
+        Raises:
+            ValueError: tensors are missing, unexpected, or of another shape.
+        """
+        expected = _saved_names(model, adapter_name)
+        found = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+        problems = {
+            "missing": sorted(expected.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - expected.keys()),
+            "of another shape": [
+                f"{key} {list(found[key].shape)} instead of {list(expected[key][1])}"
+                for key in sorted(expected.keys() & found.keys())
+                if found[key].shape != expected[key][1]
+            ],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
+            raise ValueError(
+                f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The file is "
+                "damaged or belongs to another config or model class; save the adapter again, or load the right folder."
+            )
+        return {expected[key][0]: tensor for key, tensor in found.items()}
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -305,10 +379,66 @@ class TaskTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.save_dtype is not None:
-            dtype = getattr(torch, config.save_dtype)
-            selected = {k: v.to(dtype) if v.is_floating_point() else v for k, v in selected.items()}
-        return selected
+        return cast_for_saving(selected, config.save_dtype)
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where a module computes: its parameters' device, or, where accelerate offloads them, what its hook says."""
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Size]]:
+    """What an adapter's file holds: name in the file (PEFT's prefix aside) -> name in the model's state and shape."""
+    expected: dict[str, tuple[str, torch.Size]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (TaskTunerLayer, HeadModule)):
+            continue
+        for container in module.adapter_layer_names:
+            own = getattr(module, container)
+            if adapter_name not in own:
+                continue
+            saved = name if isinstance(module, HeadModule) else f"{name}.{container}"
+            for key, tensor in own[adapter_name].state_dict().items():
+                target = f"{name}.{container}.{adapter_name}.{key}"
+                expected[f"{saved.removeprefix(_PEFT_PREFIX)}.{key}"] = (target, tensor.shape)
+    return expected
+
+
+def _shorten(names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _check_head(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
+    """Refuse what a config asks of a head that the model does not have."""
+    if head.output is not None:
+        return
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if config.num_labels is not None and (not head.modules or config.num_labels != labels):
+        raise ValueError(
+            f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with num_labels "
+            "outputs to resize; leave num_labels unset or use a model with a classification head."
+        )
+    if config.head_type == "linear":
+        raise ValueError(
+            f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
+            "use head_type='model'."
+        )
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse names with which PEFT could not tell an adapter's tensors from the backbone's."""
+    taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
+    if adapter_name in {BASE, "model", "base_model"} or "." in adapter_name or adapter_name in taken:
+        raise ValueError(
+            f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a module "
+            f"of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
+        )
 
 
 def _has_labels(model: nn.Module) -> bool:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.utils.constants import DUMMY_TARGET_MODULES
-
 from torch import nn
 
-from sparsepeft.tuners._blocks import Block
+from sparsepeft.tuners._blocks import Block, find_blocks
 from sparsepeft.tuners._registry import HEAD
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
@@ -36,6 +35,9 @@ class HeadModel(TaskTuner):
 
     def _find_targets(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
         return []
+
+    def _find_layers(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
+        return find_blocks(model)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         """Never called: no module is targeted."""

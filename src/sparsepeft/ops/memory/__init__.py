@@ -65,9 +65,11 @@ def memory_read(
     _check_arguments(x, parent_keys, child_keys, child_values, top_k, temperature)
     num_parents, num_children, hidden = child_keys.shape
     if impl == "auto":
-        impl = explain_memory_impl(
-            num_parents=num_parents, num_children=num_children, top_k=top_k, hidden_size=hidden
-        ).impl
+        exporting = torch.compiler.is_exporting()
+        choice = explain_memory_impl(
+            num_parents=num_parents, num_children=num_children, top_k=top_k, exporting=exporting
+        )
+        impl = choice.impl
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
 
@@ -130,5 +132,5 @@ def _check_arguments(
         raise ValueError(
             f"top_k is {top_k}, but the memory has {parent_keys.shape[0]} parents: choose 1 <= top_k <= P."
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # not isfinite: it breaks a compiled graph
         raise ValueError(f"temperature is {temperature}; expected a positive finite number (1.0 is neutral).")

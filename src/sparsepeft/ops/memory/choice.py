@@ -1,19 +1,48 @@
-"""Which implementation of the memory ``impl="auto"`` means."""
+"""Which implementation of the memory ``impl="auto"`` means.
+
+The rule compares the work per token of the two forms, in products with a vector of size D. Scoring the parents is
+common to both. Its constants are fitted to a sweep over P, C and K on a 2-core x86 machine (float32, 4096 tokens, and
+1, 32 and 512; ``benchmarks/results/memory.json`` holds the last sweep over P). Neither D nor the number of tokens
+moves the crossover much, so the rule leaves them out, and a traced graph is chosen as the eager call is.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+# A child's key and value read through the grouped, smaller products of the selected form: dense work is 2.
+_SELECTED_CHILD_WORK = 3
+# Gathering a token's vector for one parent and adding back what that parent read.
+_SELECTED_PAIR_WORK = 80
+# torch.export: keys and values of each selected child are gathered, nothing is shared between tokens.
+_GATHERED_CHILD_WORK = 300
+
 
 class MemoryChoice(NamedTuple):
-    """An implementation and why it was chosen."""
+    """An implementation of :func:`memory_read` and, in a sentence, why it was chosen."""
 
     impl: str
     reason: str
 
 
-def explain_memory_impl(
-    *, num_parents: int, num_children: int, top_k: int, hidden_size: int, num_tokens: int | None = None
-) -> MemoryChoice:
-    """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason."""
-    return MemoryChoice("masked", "placeholder")
+def explain_memory_impl(*, num_parents: int, num_children: int, top_k: int, exporting: bool = False) -> MemoryChoice:
+    """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason.
+
+    Args:
+        num_parents: P.
+        num_children: children per parent, C.
+        top_k: parents kept per token, K.
+        exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
+    """
+    masked = 2 * num_parents * num_children
+    if exporting:
+        selected = _GATHERED_CHILD_WORK * top_k * num_children
+    else:
+        selected = top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)
+    impl, relation = ("selected", "less") if selected < masked else ("masked", "no less")
+    shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
+    return MemoryChoice(
+        impl,
+        f"At {shape}, reading only the selected children costs as much as {selected} products with a vector per token, "
+        f"{relation} than the {masked} of the masked dense form.",
+    )

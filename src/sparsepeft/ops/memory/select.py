@@ -23,7 +23,8 @@ def top_k_lowest_index(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     num_columns = scores.shape[-1]
     if top_k == num_columns:
         return scores, torch.arange(num_columns, device=scores.device).expand_as(scores)
-    if num_columns <= _SORT_MAX_COLUMNS:
+    # Runtimes that take exported graphs know top-k better than a stable sort.
+    if num_columns <= _SORT_MAX_COLUMNS and not torch.compiler.is_exporting():
         values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
         return values[:, :top_k], indices[:, :top_k]
 
@@ -42,6 +43,7 @@ def top_k_lowest_index(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def _settle_ties(scores: Tensor, threshold: Tensor, top_k: int) -> Tensor:
     """Return the indices of the ``top_k`` best of each row, given its K-th best score, (N, 1)."""
+    scores, threshold = scores.detach(), threshold.detach()
     # A key that ranks scores above the threshold by their distance to it, and scores at the threshold by index.
     position = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
     key = torch.where(scores < threshold, -torch.inf, torch.where(scores == threshold, -position, scores - threshold))

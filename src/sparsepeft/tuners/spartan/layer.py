@@ -9,7 +9,9 @@ from torch import nn
 
 from sparsepeft.layers import SparseMemory
 from sparsepeft.ops.load_balancing import load_balancing_loss
+from sparsepeft.tuners._blocks import Block
 from sparsepeft.tuners._context import BASE, ForwardContext, attach_loss
+from sparsepeft.tuners._heads import move_unless_meta
 from sparsepeft.tuners.base import TaskTunerLayer
 from sparsepeft.tuners.spartan.config import SpartanConfig
 
@@ -24,11 +26,11 @@ class SpartanLayer(TaskTunerLayer):
     adapter_layer_names = ("spartan_memory",)
     other_param_names = ("load_balancing_coef",)
 
-    def __init__(self, base_layer: nn.Module, hidden_size: int, is_decoder: bool, context: ForwardContext) -> None:
-        super().__init__(base_layer, hidden_size, is_decoder, context)
+    def __init__(self, block: Block, context: ForwardContext) -> None:
+        super().__init__(block, context)
         self.spartan_memory = nn.ModuleDict()
         self.load_balancing_coef: dict[str, float] = {}
-        self._handle = base_layer.register_forward_hook(self._after_layer, prepend=True)
+        self._handle = self.base_layer.register_forward_hook(self._after_layer, prepend=True)
 
     def detach(self) -> None:
         """Remove the hook, so that the wrapped layer stands alone again."""
@@ -47,9 +49,7 @@ class SpartanLayer(TaskTunerLayer):
             value_initializer_range=config.value_initializer_range,
             impl=config.impl,
         )
-        if device is not None and next(memory.parameters()).device.type != "meta":
-            memory.to(device)
-        self.spartan_memory[adapter_name] = memory
+        self.spartan_memory[adapter_name] = move_unless_meta(memory, device)
         self.load_balancing_coef[adapter_name] = config.load_balancing_coef
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -66,20 +66,22 @@ class SpartanLayer(TaskTunerLayer):
         memory = self.spartan_memory[adapter_name]
         coefficient = self.load_balancing_coef[adapter_name]
         if coefficient and self.training:
-            mask = self.context.mask_for(hidden_states, self.is_decoder)
-            loss = load_balancing_loss(hidden_states, memory.parent_keys, top_k=memory.top_k, mask=mask)
+            states = hidden_states.transpose(0, self.batch_dim)
+            mask = self.context.mask_for(states, self.is_decoder)
+            loss = load_balancing_loss(states, memory.parent_keys, top_k=memory.top_k, mask=mask)
             hidden_states = attach_loss(hidden_states, coefficient * loss, self.context)
         return memory(hidden_states)
 
     def _read_mixed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        groups = self.context.rows(hidden_states.shape[0], hidden_states.device)
+        groups = self.context.rows(hidden_states.shape[self.batch_dim], hidden_states.device)
         if len(groups) == 1:
             (name,) = groups
             return self._read_one(hidden_states, name) if name in self.spartan_memory else hidden_states
         result = hidden_states.clone()
+        by_row, result_by_row = hidden_states.transpose(0, self.batch_dim), result.transpose(0, self.batch_dim)
         for name, rows in groups.items():
             if name != BASE and name in self.spartan_memory:
-                result[rows] = self._read_one(hidden_states[rows], name)
+                result_by_row[rows] = self._read_one(by_row[rows], name)
         return result
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsepeft.tuners._heads import HeadModule, copy_with_labels
+from sparsepeft.tuners._heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.tuners._identity import is_quantized
 from sparsepeft.tuners.base import TaskTuner, TaskTunerLayer
 from sparsepeft.tuners.config import TaskAdapterConfig
@@ -18,7 +18,6 @@ class SpartanModel(TaskTuner):
     """Adds SPARTAN memories to a model; made by ``get_peft_model(model, SpartanConfig(...))``."""
 
     prefix = "spartan_"
-    tuner_layer_cls = SpartanLayer
 
     def _create_and_replace(
         self,
@@ -33,30 +32,32 @@ class SpartanModel(TaskTuner):
         if isinstance(target, SpartanLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        block = self._blocks[current_key]
-        layer = SpartanLayer(target, block.hidden_size, "decoder" in current_key.split("."), self._context)
+        layer = SpartanLayer(self._blocks[current_key], self._context)
         layer.train(target.training)
         if adapter_name in self.active_adapters:
             layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
-    def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig) -> None:
+    def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if not isinstance(config, SpartanConfig):
             return
         if config.load_balancing_coef:
             self._context.watch(model)
         if config.train_layer_norms:
-            self._add_layer_norms(model, adapter_name)
+            self._add_layer_norms(model, adapter_name, head)
 
-    def _add_layer_norms(self, model: nn.Module, adapter_name: str) -> None:
-        """Give the adapter its own copy of every normalisation layer of the backbone."""
+    def _add_layer_norms(self, model: nn.Module, adapter_name: str, head: HeadSpec) -> None:
+        """Give the adapter its own copy of every normalisation layer of the backbone; the head's are its own anyway."""
+        in_head = tuple(f"{name}." for name in head.modules)
         for name, module in list(model.named_modules()):
+            if f"{name}.".startswith(in_head) or ".modules_to_save." in name:
+                continue
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             if isinstance(module, HeadModule) and _is_norm(module.original_module):
                 module.update(adapter_name, copy_with_labels(module.original_module, None, 0, 0.0))
-            elif _is_norm(module) and not isinstance(parent, nn.ModuleDict) and not isinstance(parent, HeadModule):
+            elif _is_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
                 setattr(parent, child, HeadModule(module, adapter_name, copied, self._context))
 
@@ -74,4 +75,6 @@ class SpartanModel(TaskTuner):
 def _is_norm(module: Any) -> bool:
     name = type(module).__name__.lower()
     weight = getattr(module, "weight", None)
-    return "norm" in name and isinstance(weight, nn.Parameter) and not is_quantized(weight) and not list(module.children())
+    return (
+        "norm" in name and isinstance(weight, nn.Parameter) and not is_quantized(weight) and not list(module.children())
+    )

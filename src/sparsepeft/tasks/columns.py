@@ -1,0 +1,79 @@
+"""Which columns of a local file hold the text, the second text and the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from sparsepeft.tasks.errors import TaskError
+
+PAIRS: Final = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+SINGLES: Final = ("text", "sentence", "review", "content", "document")
+LABELS: Final = ("label", "labels", "target", "score", "class", "category", "gold_label", "is_duplicate")
+
+
+class Columns(NamedTuple):
+    """Names of the text columns (one or two) and of the label column."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+def choose_columns(
+    path: Path, found: Sequence[str], text: str | None, text_pair: str | None, label: str | None
+) -> Columns:
+    """Take the columns named by the caller; detect those that were not, where only one reading is possible.
+
+    Raises:
+        TaskError: a named column is not there, or the columns can be read in more than one way or in none.
+    """
+    for flag, name in (("text_column", text), ("text_pair_column", text_pair), ("label_column", label)):
+        if name is not None and name not in found:
+            raise TaskError(f"{path}: {flag} {name!r} is not among the columns {_listed(found)}; name one of these")
+    if text_pair is not None and text is None:
+        raise TaskError(f"{path}: text_pair_column {text_pair!r} came without text_column; name both")
+    texts = tuple(name for name in (text, text_pair) if name is not None)
+    label = label or _detect_label(path, [name for name in found if name not in texts])
+    texts = texts or _detect_texts(path, [name for name in found if name != label])
+    if len({*texts, label}) != len(texts) + 1:
+        raise TaskError(f"{path}: the columns {_listed((*texts, label))} must be different; name another one")
+    return Columns(texts, label)
+
+
+def _detect_label(path: Path, found: Sequence[str]) -> str:
+    matches = [name for name in found if name.lower() in LABELS]
+    if len(matches) == 1:
+        return matches[0]
+    state = f"more than one could be ({_listed(matches)})" if matches else "none is called like one"
+    raise TaskError(f"{path}: which column is the label? {state}; the columns are {_listed(found)}; pass label_column")
+
+
+def _detect_texts(path: Path, found: Sequence[str]) -> tuple[str, ...]:
+    lower = {name.lower(): name for name in found}
+    pairs = [(lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower]
+    paired = {name for pair in pairs for name in pair}
+    matches: list[tuple[str, ...]] = [*pairs]
+    matches += [(lower[name],) for name in SINGLES if name in lower and lower[name] not in paired]
+    if not matches and len(found) == 1:
+        return (found[0],)
+    if len(matches) == 1:
+        return matches[0]
+    state = (
+        f"more than one could be ({', '.join(' + '.join(match) for match in matches)})" if matches else "none is known"
+    )
+    raise TaskError(
+        f"{path}: which column is the text? {state}; the columns besides the label are {_listed(found)}; "
+        "pass text_column (and text_pair_column)"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

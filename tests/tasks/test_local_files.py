@@ -1,0 +1,186 @@
+"""Own files: formats, columns, classes or values, held-out validation, and every error a user can make."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sparsepeft.tasks import TaskData, TaskError, load_task
+
+Rows = list[tuple[object, ...]]
+
+
+def write(path: Path, columns: tuple[str, ...], rows: Rows) -> Path:
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    if kind == "jsonl":
+        lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+    else:
+        lines = [{"csv": ",", "tsv": "\t"}[kind].join(map(str, row)) for row in (columns, *rows)]
+    content = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def load(tmp_path: Path, labels: list[object], validation: list[object] | None = None, **kwargs: object) -> TaskData:
+    def part(name: str, values: list[object]) -> Path:
+        return write(tmp_path / f"{name}.jsonl", ("text", "label"), [(f"text {i}", v) for i, v in enumerate(values)])
+
+    files = {"train_file": part("train", labels)}
+    if validation is not None:
+        files["validation_file"] = part("validation", validation)
+    return load_task("custom", **files, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ending", [f"{kind}{gz}" for kind in ("csv", "tsv", "jsonl") for gz in ("", ".gz")])
+def test_every_format(tmp_path: Path, ending: str) -> None:
+    rows: Rows = [("Good film", "pos"), ("Bad film", "neg"), ("", "pos")]
+    paths = [write(tmp_path / f"{name}.{ending}", ("text", "label"), rows) for name in ("train", "valid", "test")]
+    data = load_task("custom", train_file=paths[0], validation_file=str(paths[1]), test_file=paths[2])
+    assert data.spec.label_names == ("neg", "pos")
+    assert data.spec.num_labels == 2
+    assert data.spec.problem_type == "single_label_classification"
+    for part in (data.train, data.validation, data.test):
+        assert part is not None
+        assert part["text"][:] == ["Good film", "Bad film", ""]
+        assert part["label"][:] == [1, 0, 1]
+    assert data.source == f"train.{ending}"
+    assert set(data.fingerprints) == {f"{name}.{ending}" for name in ("train", "valid", "test")}
+    assert len([note for note in data.notes if "same content as the training file" in note]) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        (("text", "label"), ("text",)),
+        (("Sentence", "Label"), ("Sentence",)),
+        (("idx_text", "label"), ("idx_text",)),
+        (("id", "review", "target"), ("review",)),
+        (("sentence1", "sentence2", "score"), ("sentence1", "sentence2")),
+        (("premise", "hypothesis", "gold_label"), ("premise", "hypothesis")),
+        (("index", "question", "sentence", "label"), ("question", "sentence")),
+        (("text", "text_pair", "label", "file"), ("text", "text_pair")),
+    ],
+)
+def test_columns_are_detected(tmp_path: Path, columns: tuple[str, ...], texts: tuple[str, ...]) -> None:
+    label = columns[2] if len(columns) == 3 else next(name for name in columns if name.lower() == "label")
+    rows: Rows = [tuple(str(i % 2) if name == label else f"{name} {i}" for name in columns) for i in range(4)]
+    data = load_task("custom", train_file=write(tmp_path / "train.csv", columns, rows))
+    assert data.spec.is_pair == (len(texts) == 2)
+    seen = {data.train[i][column] for i in range(len(data.train)) for column in data.spec.text_columns}
+    assert {value.rsplit(" ", 1)[0] for value in seen} == set(texts)
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.csv", ("a", "b", "c", "d"), [("x", "p", "1", "q"), ("y", "r", "2", "s")])
+    data = load_task("custom", train_file=path, text_column="b", text_pair_column="d", label_column="c")
+    rows = [*data.train, *data.validation]
+    assert sorted((row["text"], row["text_pair"], row["label"]) for row in rows) == [("p", "q", 0), ("r", "s", 1)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "kwargs", "message"),
+    [
+        (("a", "b", "label"), {}, r"which column is the text\? none is known; .* are 'a', 'b'; pass text_column"),
+        (("text", "sentence1", "sentence2", "label"), {}, r"more than one could be \(sentence1 \+ sentence2, text\)"),
+        (("text", "mood"), {}, r"which column is the label\? none is called like one; the columns are 'text', 'mood'"),
+        (("text", "label", "score"), {}, r"more than one could be \('label', 'score'\)"),
+        (("text", "label"), {"text_column": "body"}, r"text_column 'body' is not among the columns 'text', 'label'"),
+        (("text", "label"), {"label_column": "y"}, r"label_column 'y' is not among the columns"),
+        (("a", "b", "label"), {"text_pair_column": "b"}, r"text_pair_column 'b' came without text_column"),
+        (("text", "label"), {"text_column": "label", "label_column": "label"}, r"must be different"),
+    ],
+)
+def test_columns_that_cannot_be_told(
+    tmp_path: Path, columns: tuple[str, ...], kwargs: dict[str, str], message: str
+) -> None:
+    path = write(tmp_path / "train.csv", columns, [tuple("x" for _ in columns)])
+    with pytest.raises(TaskError, match=message):
+        load_task("custom", train_file=path, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["b", "a", "b", "a"], ("a", "b")),
+        ([10, 9, 10, 9], ("9", "10")),
+        (["10", "9", "-1", "09"], ("-1", "9", "10")),
+        (["1.0", "0.0", "1", "0"], ("0", "1")),
+        ([True, False, True, False], ("false", "true")),
+        (["1", "two", "1", "two"], ("1", "two")),
+        (["1_0", "2_0", "1_0", "2_0"], ("1_0", "2_0")),
+    ],
+)
+def test_classes_are_sorted(tmp_path: Path, labels: list[object], names: tuple[str, ...]) -> None:
+    assert load(tmp_path, labels, labels).spec.label_names == names
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1, 2], ["0.5", "1", "1e-1"], ["-.5", "3.", "2"]])
+def test_numbers_that_are_not_whole_mean_regression(tmp_path: Path, labels: list[object]) -> None:
+    data = load(tmp_path, labels, labels)
+    assert data.spec.label_names is None
+    assert (data.spec.num_labels, data.spec.problem_type) == (1, "regression")
+    assert data.train.features["label"].dtype == "float32"
+    assert data.train["label"][:] == pytest.approx([float(str(label)) for label in labels])
+
+
+def test_problem_type_overrides(tmp_path: Path) -> None:
+    assert load(tmp_path, [1, 2, 3], [1], problem_type="regression").spec.label_names is None
+    assert load(tmp_path, [0.5, 1.5, "nan"], [0.5], problem_type="classification").spec.label_names == (
+        "0.5",
+        "1.5",
+        "nan",
+    )
+    with pytest.raises(TaskError, match=r"problem_type is 'ranking'; expected classification or regression"):
+        load(tmp_path, [1, 2], [1], problem_type="ranking")
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation", "kwargs", "message"),
+    [
+        (["a", "b"], ["a", "c", "d"], {}, r"validation\.jsonl:2: 'c', 'd' is no label of this task; expected 'a', 'b'"),
+        ([0, 1], [0, 1, 2], {}, r"validation\.jsonl:3: '2' is no label"),
+        (["a", ""], None, {}, r"train\.jsonl:2: label is empty"),
+        (["a", "  "], None, {}, r"train\.jsonl:2: label is empty"),
+        (["a", None], None, {}, r"train\.jsonl:2: label is empty"),
+        (["a", ["b"]], None, {}, r"train\.jsonl:2: label is \['b'\]; expected a text or a number"),
+        (["a", "a"], None, {}, r"every label is 'a'; expected at least two classes"),
+        ([0.5, float("nan")], None, {}, r"train\.jsonl:2: the label is 'nan'; expected a finite number"),
+        ([0.5, float("inf")], None, {}, r"train\.jsonl:2: the label is 'inf'; expected a finite number"),
+        ([0.5, 1.5], [1, "high"], {}, r"validation\.jsonl:2: the label is 'high'; expected a finite number"),
+        (["low", 1.5], None, {"problem_type": "regression"}, r"train\.jsonl:1: the label is 'low'"),
+    ],
+)
+def test_labels_that_do_not_fit(
+    tmp_path: Path, labels: list[object], validation: list[object] | None, kwargs: dict[str, str], message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        load(tmp_path, labels, validation, **kwargs)
+
+
+def test_a_text_must_be_a_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ("text", "label"), [("a", 1), (None, 0)])
+    with pytest.raises(TaskError, match=r"train\.jsonl:2: text is None; expected a text"):
+        load_task("custom", train_file=path)
+
+
+def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path) -> None:
+    labels: list[object] = ["a"] * 60 + ["b"] * 40 + ["rare"]
+    data = load(tmp_path, labels)
+    assert Counter(data.validation["label"][:]) == {0: 6, 1: 4}
+    assert (len(data.train), len(data.validation)) == (91, 10)
+    assert not set(data.train["text"][:]) & set(data.validation["text"][:])
+    assert data.notes == (
+        "custom: no validation file: 10 of 101 training rows (a seeded, stratified tenth, seed 42) "
+        "are held out as validation",
+    )
+    assert load(tmp_path, labels).validation["text"][:] == data.validation["text"][:]
+    assert load(tmp_path, labels, seed=1).validation["text"][:] != data.validation["text"][:]
+
+
+def test_many_classes_are_noted(tmp_path: Path) -> None:
+    data = load(tmp_path, list(range(30)), [0])
+    assert "30 classes in 30 rows" in data.notes[0]

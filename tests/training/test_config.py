@@ -1,0 +1,99 @@
+"""Flags over file over recipe, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsepeft.errors import UserError
+from sparsepeft.training import RunConfig, load_config, parse_settings
+from sparsepeft.training.methods import adapter_config
+from sparsepeft.training.recipes import METHODS, RECIPES, get_recipe
+
+
+def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: topics\nlearning_rate: 0.5\nbatch_size: 4\nsettings: {top_k: 2, num_parents: 6}\n")
+    config = load_config({"output_dir": "o", "batch_size": 8, "settings": {"top_k": 3}, "epochs": None}, file)
+    recipe = config.recipe_values()
+    assert (config.task, recipe.learning_rate, recipe.batch_size) == ("topics", 0.5, 8)
+    assert recipe.adapter["top_k"] == 3
+    assert recipe.adapter["num_parents"] == 6
+    assert recipe.adapter["num_children"] == get_recipe("best", "spartan").adapter["num_children"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"task": "topics"}, ["output_dir", "--output-dir"]),
+        ({"output_dir": "o"}, ["task", "--task"]),
+        ({"task": "topics", "output_dir": "o", "method": "spartn"}, ["'spartn'", "lora", "did you mean 'spartan'"]),
+        ({"task": "topics", "output_dir": "o", "recipe": "bets"}, ["did you mean 'best'", "paper"]),
+        ({"task": "topics", "output_dir": "o", "precision": "bf15"}, ["did you mean 'bf16'"]),
+        ({"task": "topics", "output_dir": "o", "epochs": -1}, ["epochs=-1", "positive"]),
+        ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["few_shot=0", "positive"]),
+        ({"task": "topics", "output_dir": "o", "seed": -3}, ["seed=-3"]),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(flags)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("task: topics\nlerning_rate: 1\n", ["'lerning_rate'", "did you mean 'learning_rate'"]),
+        ("[1, 2]", ["list", "mapping"]),
+        ("task: [", ["not valid YAML"]),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_config({"output_dir": "o"}, file)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_missing_config_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_config({"output_dir": "o"}, tmp_path / "none.yaml")
+
+
+def test_settings_are_read_as_yaml() -> None:
+    assert parse_settings(["top_k=4", "temperature=1.6", "train_layer_norms=true", "lr=1e-3"]) == {
+        "top_k": 4,
+        "temperature": 1.6,
+        "train_layer_norms": True,
+        "lr": 1e-3,
+    }
+    with pytest.raises(UserError, match="key=value"):
+        parse_settings(["top_k"])
+
+
+def test_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'num_parents'"):
+        adapter_config("spartan", {"num_parent": 3})
+    with pytest.raises(UserError, match="no adapter to configure"):
+        adapter_config("full", {"top_k": 3})
+    with pytest.raises(UserError, match="at most all parents"):
+        adapter_config("spartan", {"top_k": 30})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_its_method(method: str, recipe: str) -> None:
+    values = get_recipe(recipe, method)
+    config = adapter_config(method, values.adapter)
+    assert (config is None) == (method == "full")
+    assert values.learning_rate > 0
+
+
+def test_optimiser_settings_go_to_the_recipe() -> None:
+    config = RunConfig("topics", "o", settings={"weight_decay": 0.1, "top_k": 2})
+    recipe = config.recipe_values()
+    assert recipe.weight_decay == 0.1
+    assert "weight_decay" not in recipe.adapter

@@ -1,0 +1,81 @@
+"""Generation: with and without cache, with beams, with several adapters in a batch; and the states in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.models import ARCHITECTURES, L, adapted, add, build
+
+DECODERS = ["gpt2", "opt", "llama", "qwen3", "gemma", "mixtral"]
+SEQ2SEQ = ["t5", "bart"]
+
+
+def _prompts(name: str) -> dict[str, torch.Tensor]:
+    inputs = ARCHITECTURES["llama"].inputs()
+    if name in DECODERS:  # decoders continue at the end: pad on the left
+        inputs = {key: value.flip(1) for key, value in inputs.items()}
+    return inputs
+
+
+def _task_type(name: str) -> str:
+    return "CAUSAL_LM" if name in DECODERS else "SEQ_2_SEQ_LM"
+
+
+def _generate(model: PeftModel, inputs: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | kwargs
+    return model.generate(**inputs, **settings)
+
+
+@pytest.mark.parametrize("name", DECODERS + SEQ2SEQ)
+def test_a_cache_changes_nothing(name: str) -> None:
+    model = adapted(name, task_type=_task_type(name))
+    inputs = _prompts(name)
+    cached = _generate(model, inputs, use_cache=True)
+    assert torch.equal(cached, _generate(model, inputs, use_cache=False))
+    with model.disable_adapter():
+        bare = _generate(model, inputs)
+    assert torch.equal(bare, _generate(build(name), inputs))
+    assert not torch.equal(cached, bare)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5", "bart"])
+def test_each_row_of_a_mixed_batch_is_continued_by_its_own_adapter(name: str, num_beams: int) -> None:
+    model = adapted(name, "one", task_type=_task_type(name))
+    add(model, "two", num_parents=9, top_k=4, task_type=_task_type(name))
+    inputs = _prompts(name)
+    names = ["two", "__base__", "one"]
+    mixed = _generate(model, inputs, num_beams=num_beams, adapter_names=names)
+    alone = {}
+    for adapter in ("one", "two"):
+        model.set_adapter(adapter)
+        alone[adapter] = _generate(model, inputs, num_beams=num_beams)
+    with model.disable_adapter():
+        alone["__base__"] = _generate(model, inputs, num_beams=num_beams)
+    for row, adapter in enumerate(names):
+        assert torch.equal(mixed[row], alone[adapter][row]), adapter
+    assert not torch.equal(alone["one"], alone["two"])
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "gpt2", "llama", "opt", "vit"])
+def test_hidden_states_are_those_after_the_memory(name: str) -> None:
+    """Entry i is what layer i + 1 receives; the last is left to transformers, which may tie it to the final norm."""
+    model = adapted(name)
+    inputs = ARCHITECTURES[name].inputs()
+    received: list[torch.Tensor] = []
+    layers = [module for module in model.modules() if type(module).__name__ == "SpartanLayer"]
+    after_memory: list[torch.Tensor] = []
+    for layer in layers:
+        layer.base_layer.register_forward_pre_hook(
+            lambda module, args, kwargs: received.append((args or tuple(kwargs.values()))[0].detach()), with_kwargs=True
+        )
+        layer.spartan_memory["default"].register_forward_hook(lambda m, args, out: after_memory.append(out.detach()))
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == L + 1
+    for index in range(L):
+        assert torch.equal(states[index], received[index])
+    for index in range(1, L):
+        assert torch.equal(states[index], after_memory[index - 1])

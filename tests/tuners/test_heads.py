@@ -1,0 +1,281 @@
+"""Every task has a head of its own: its size, its labels, its loss, its fresh layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel, get_peft_model
+
+from sparsepeft import SpartanConfig
+from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
+
+INPUTS = ARCHITECTURES["bert"].inputs()
+LABELS = torch.tensor([1, 0, 1])
+
+
+def _many_heads(name: str = "bert") -> PeftModel:
+    """Tasks with two, five and three labels and one of regression on one backbone."""
+    model = adapted(name, "two")
+    add(model, "five", num_labels=5, id2label={i: f"class{i}" for i in range(5)})
+    add(model, "degree", num_labels=1, problem_type="regression")
+    add(model, "small", num_labels=3, head_type="linear")
+    return model
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "llama-seqcls", "vit"])
+def test_tasks_with_other_label_counts_share_a_backbone_and_are_saved_apart(name: str, tmp_path) -> None:
+    inputs = ARCHITECTURES[name].inputs()
+    model = _many_heads(name)
+    model.save_pretrained(tmp_path)
+    for adapter, width in {"two": 2, "five": 5, "degree": 1, "small": 3}.items():
+        model.set_adapter(adapter)
+        expected = run(model, inputs)
+        assert expected.shape == (3, width)
+        alone = PeftModel.from_pretrained(build(name), tmp_path / adapter)
+        assert torch.equal(run(alone, inputs), expected)
+        assert alone.config.num_labels == width
+        assert alone.config.id2label == model.config.id2label
+
+
+def test_the_config_follows_the_active_adapter() -> None:
+    model = _many_heads()
+    bare = (2, {0: "LABEL_0", 1: "LABEL_1"}, None)
+    five = (5, {i: f"class{i}" for i in range(5)}, None)
+
+    def labels() -> tuple:
+        return model.config.num_labels, model.config.id2label, model.config.problem_type
+
+    assert labels() == bare
+    model.set_adapter("five")
+    assert labels() == five
+    assert model.config.label2id == {f"class{i}": i for i in range(5)}
+    assert model.base_model.model.num_labels == 5
+    with model.disable_adapter():
+        assert labels() == bare
+        assert model.base_model.model.num_labels == 2
+    assert labels() == five
+    model.set_adapter("degree")
+    assert labels() == (1, {0: "LABEL_0"}, "regression")
+    with pytest.warns(UserWarning, match="'two' is active"):
+        model.delete_adapter("degree")
+    assert labels() == bare
+    model.set_adapter("five")
+    backbone = model.unload()
+    assert (backbone.config.num_labels, backbone.num_labels) == (2, 2)
+
+
+def test_switching_while_adapters_are_off_takes_effect_when_they_come_back() -> None:
+    model = _many_heads()
+    with model.disable_adapter():
+        model.set_adapter("five")
+        assert model.config.num_labels == 2
+        assert run(model, INPUTS).shape == (3, 2)
+    assert model.config.num_labels == 5
+    assert run(model, INPUTS).shape == (3, 5)
+
+
+def test_the_loss_is_the_active_tasks() -> None:
+    model = _many_heads()
+    for adapter, labels in {"two": LABELS, "five": torch.tensor([4, 0, 3])}.items():
+        model.set_adapter(adapter)
+        output = model(**INPUTS, labels=labels)
+        torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+        assert model.config.problem_type == "single_label_classification"
+    model.set_adapter("degree")
+    targets = torch.tensor([0.5, 2.0, -1.0])
+    output = model(**INPUTS, labels=targets)
+    torch.testing.assert_close(output.loss, torch.nn.functional.mse_loss(output.logits.squeeze(), targets))
+    # transformers writes the problem type it has decided on into the config: a task's must not stick to another.
+    add(model, "multi", num_labels=4, problem_type="multi_label_classification")
+    model.set_adapter("multi")
+    many = torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
+    output = model(**INPUTS, labels=many)
+    torch.testing.assert_close(output.loss, torch.nn.functional.binary_cross_entropy_with_logits(output.logits, many))
+    with model.disable_adapter():
+        assert model(**INPUTS, labels=LABELS).logits.shape == (3, 2)
+
+
+def test_a_small_head_is_one_linear_layer_on_what_the_models_head_receives() -> None:
+    model = adapted("roberta", head_type="linear", num_labels=3)
+    trained = {n.partition("modules_to_save.default.")[2]: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    assert {n: tuple(p.shape) for n, p in trained.items()} == {"out_proj.weight": (3, 32), "out_proj.bias": (3,)}
+    states = model.base_model.model.roberta(**INPUTS).last_hidden_state[:, 0]
+    expected = torch.nn.functional.linear(states, trained["out_proj.weight"], trained["out_proj.bias"])
+    torch.testing.assert_close(run(model, INPUTS), expected)
+
+
+def test_a_small_head_on_a_model_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="head_type='model'"):
+        adapted("llama", head_type="linear")
+    with pytest.raises(ValueError, match="num_labels"):
+        adapted("llama", num_labels=3)
+
+
+@pytest.mark.parametrize("head_type", ["model", "linear"])
+@pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering"])
+def test_heads_that_answer_for_every_position(kind: str, head_type: str, tmp_path) -> None:
+    config = build("bert").config
+    config.num_labels = 2
+    backbone = getattr(hf, f"BertFor{kind}")
+    torch.manual_seed(0)
+    bare = backbone(config).eval()
+    task_type = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}[kind]
+
+    def answer(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            output = model(**INPUTS)
+        return output.logits if kind == "TokenClassification" else torch.stack([output.start_logits, output.end_logits])
+
+    expected = answer(bare)
+    folder = save_backbone(bare, tmp_path / "backbone")
+    model = get_peft_model(backbone.from_pretrained(folder), SpartanConfig(**SMALL, task_type=task_type, head_type=head_type))
+    if head_type == "model":
+        assert torch.equal(answer(model.eval()), expected)
+    randomize(model)
+    model.eval().save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(backbone.from_pretrained(folder), tmp_path / "task")
+    assert torch.equal(answer(loaded), answer(model))
+    assert not torch.equal(answer(model), expected)
+    assert type(loaded).__name__ == f"PeftModelFor{kind}"
+
+
+def test_token_classification_mixes_tasks_in_a_batch() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(hf.BertForTokenClassification(build("bert").config), SpartanConfig(**SMALL), "tags").eval()
+    randomize(model, "tags")
+    add(model, "more", num_labels=6)
+    mixed = run(model, INPUTS, adapter_names=["tags", "more", "tags"])
+    assert mixed.shape == (3, 7, 6)
+    assert torch.isinf(mixed[0, :, 2:]).all()
+    assert torch.isfinite(mixed[1]).all()
+    model.set_adapter("more")
+    torch.testing.assert_close(mixed[1], run(model, INPUTS)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels_given", [1, 4])
+def test_num_labels_may_differ_from_the_loaded_classes_count(labels_given: int) -> None:
+    expected = run(build("bert"), INPUTS)
+    model = adapted("bert", num_labels=labels_given, random=False)
+    assert run(model, INPUTS).shape == (3, labels_given)
+    with model.disable_adapter():
+        assert torch.equal(run(model, INPUTS), expected)
+
+
+def _checkpoint_without_pooler(folder) -> str:
+    torch.manual_seed(0)
+    return save_backbone(hf.BertForMaskedLM(build("bert").config), folder)
+
+
+def _classifier(folder: str, seed: int, cls: type = hf.BertForSequenceClassification) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return cls.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("load_again_with", [2, 3])
+def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path, load_again_with: int) -> None:
+    folder = _checkpoint_without_pooler(tmp_path / "backbone")
+    first, second = _classifier(folder, 1), _classifier(folder, load_again_with)
+    assert not torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
+    model = get_peft_model(first, SpartanConfig(**SMALL))
+    assert model.peft_config["default"].head_modules == ["bert.pooler", "classifier"]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    before = first.bert.pooler.modules_to_save["default"].dense.weight.clone()
+    for _ in range(3):
+        model(**INPUTS, labels=LABELS).loss.backward()
+        optimizer.step()
+    assert not torch.equal(first.bert.pooler.modules_to_save["default"].dense.weight, before)
+    model.eval().save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(second, tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_a_pooler_from_the_checkpoint_stays_frozen(tmp_path) -> None:
+    folder = save_backbone("bert", tmp_path / "backbone")
+    model = get_peft_model(_classifier(folder, 1), SpartanConfig(**SMALL))
+    assert model.peft_config["default"].head_modules == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("masked_lm", "classifier", "head"),
+    [
+        (hf.ModernBertForMaskedLM, hf.ModernBertForSequenceClassification, {"head", "classifier"}),
+        (hf.DebertaV2ForMaskedLM, hf.DebertaV2ForSequenceClassification, {"pooler", "classifier"}),
+        (hf.RobertaForMaskedLM, hf.RobertaForSequenceClassification, {"classifier"}),
+        (hf.MPNetForMaskedLM, hf.MPNetForSequenceClassification, {"classifier"}),
+        (hf.AlbertForMaskedLM, hf.AlbertForSequenceClassification, {"albert.pooler", "classifier"}),
+        (hf.DistilBertForMaskedLM, hf.DistilBertForSequenceClassification, {"pre_classifier", "classifier"}),
+    ],
+)
+def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, masked_lm, classifier, head) -> None:
+    name = {"ModernBert": "modernbert", "DebertaV2": "deberta-v2"}.get(
+        masked_lm.__name__.removesuffix("ForMaskedLM"), masked_lm.__name__.removesuffix("ForMaskedLM").lower()
+    )
+    torch.manual_seed(0)
+    folder = save_backbone(masked_lm(build(name).config), tmp_path / "backbone")
+    model = get_peft_model(_classifier(folder, 1, classifier), SpartanConfig(**SMALL))
+    trained = set(model.peft_config["default"].head_modules)
+    assert head <= trained
+    randomize(model)
+    model.eval().save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(_classifier(folder, 2, classifier), tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_head_modules_can_be_chosen_and_left_out() -> None:
+    model = adapted("roberta", head_modules=["classifier.out_proj"], num_labels=3)
+    assert run(model, INPUTS).shape == (3, 3)
+    trained = {n.partition("modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad and "save" in n}
+    assert trained == {"base_model.model.classifier.out_proj."}
+    model = adapted("roberta", head_modules=[])
+    assert all("spartan_memory" in n for n, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="score"):
+        adapted("roberta", head_modules=["score"])
+
+
+def test_layer_norms_are_each_adapters_own(tmp_path) -> None:
+    expected = run(build("bert"), INPUTS)
+    model = adapted("bert", "norms", train_layer_norms=True, random=False)
+    assert torch.equal(run(model, INPUTS), expected)
+    randomize(model, "norms")
+    add(model, "plain")
+    add(model, "others", train_layer_norms=True)
+    answers = {}
+    for name in ("norms", "plain", "others"):
+        model.set_adapter(name)
+        answers[name] = run(model, INPUTS)
+        own = {n for n, p in model.named_parameters() if p.requires_grad and "LayerNorm" in n}
+        assert len(own) == (0 if name == "plain" else 2 * (2 * 3 + 1))  # weight, bias of two per layer and embeddings'
+    assert torch.equal(answers["plain"], run(adapted("bert", "plain"), INPUTS))
+    mixed = run(model, INPUTS, adapter_names=["others", "plain", "norms"])
+    for row, name in enumerate(("others", "plain", "norms")):
+        torch.testing.assert_close(mixed[row], answers[name][row], rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(run(model, INPUTS), expected)
+    model.save_pretrained(tmp_path)
+    for name, answer in answers.items():
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path / name)
+        assert torch.equal(run(loaded, INPUTS), answer)
+    model.set_adapter("norms")
+    model.delete_adapter("others")
+    assert torch.equal(run(model, INPUTS), answers["norms"])
+    assert torch.equal(run(model.unload(), INPUTS), expected)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "llama", "gemma", "t5", "deberta-v2", "vit", "electra", "opt"])
+def test_layer_norms_of_other_architectures(name: str, tmp_path) -> None:
+    inputs = ARCHITECTURES[name].inputs()
+    expected = run(build(name), inputs)
+    model = adapted(name, train_layer_norms=True, random=False)
+    assert torch.equal(run(model, inputs), expected)
+    assert any("norm" in n.lower() and p.requires_grad for n, p in model.named_parameters())
+    randomize(model)
+    add(model, "second", train_layer_norms=True)
+    with model.disable_adapter():
+        assert torch.equal(run(model, inputs), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(build(name), tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    bare = model.unload()
+    assert torch.equal(run(bare, inputs), expected)
+    assert bare.state_dict().keys() == build(name).state_dict().keys()

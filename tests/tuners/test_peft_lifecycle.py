@@ -1,0 +1,358 @@
+"""Adapters coming, going and taking turns, through PEFT's and transformers' own interfaces."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel, get_peft_model
+
+from sparsepeft import HeadConfig, SpartanConfig
+from sparsepeft.tuners import SpartanLayer
+from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
+
+INPUTS = ARCHITECTURES["bert"].inputs()
+
+
+def _answers(model: PeftModel, *names: str) -> dict[str, torch.Tensor]:
+    answers = {}
+    for name in names:
+        model.set_adapter(name)
+        answers[name] = run(model, INPUTS)
+    return answers
+
+
+def test_importing_registers_the_methods_and_patches_nothing() -> None:
+    code = """
+import inspect, peft, peft.mapping, peft.peft_model, peft.tuners.tuners_utils, peft.utils.other, transformers
+modules = (peft.mapping, peft.peft_model, peft.tuners.tuners_utils, peft.utils.other, peft.utils.save_and_load)
+def members():
+    found = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found[module.__name__, name] = (id(value), {k: id(v) for k, v in vars(value).items()} if inspect.isclass(value) else 0)
+    return found
+before = members()
+assert "SPARTAN" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+import sparsepeft
+assert members() == before
+assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"] is sparsepeft.SpartanConfig
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_memories_of_different_sizes_take_turns_on_one_backbone() -> None:
+    model = adapted("bert", "small")
+    add(model, "large", num_parents=12, num_children=4, top_k=7)
+    add(model, "partial", num_parents=3, num_children=1, top_k=2, layers_to_transform=[1])
+    answers = _answers(model, "small", "large", "partial")
+    for adapter, sizes in {"small": SMALL, "large": {"num_parents": 12, "num_children": 4, "top_k": 7}}.items():
+        alone = adapted("bert", adapter, **sizes)
+        assert torch.equal(run(alone, INPUTS), answers[adapter])
+    assert len({tuple(answer.flatten().tolist()) for answer in answers.values()}) == 3
+
+
+def test_the_formula_counts_layers_that_an_adapter_extends() -> None:
+    model = adapted("bert", "all")
+    add(model, "one", layers_to_transform=1)
+    assert model.base_model.parameter_formula("all")[1] == 3 * model.base_model.parameter_formula("one")[1]
+
+
+@pytest.mark.parametrize("active", ["one", "two"])
+def test_adding_an_adapter_leaves_the_active_one_active_and_trainable(active: str) -> None:
+    model = adapted("bert", "one").train()
+    add(model, "two")
+    model.set_adapter(active)
+    add(model, "three")
+    assert model.active_adapter == active
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(f".{active}." in name for name in trained)
+
+
+def test_set_adapter_moves_the_gradients_along() -> None:
+    model = adapted("bert", "one")
+    add(model, "two")
+    for name in ("two", "one"):
+        model.set_adapter(name)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n, p in model.named_parameters() if f".{name}." in n
+        }
+    model.set_adapter("two", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_switching_adapters_off_and_on_keeps_what_is_trainable() -> None:
+    model = adapted("bert")
+    model.add_adapter("frozen", SpartanConfig(**SMALL, inference_mode=True))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    model.set_adapter("frozen", inference_mode=True)
+    with model.disable_adapter():
+        pass
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_two_adapters_at_once_are_refused() -> None:
+    model = adapted("bert", "one")
+    add(model, "two")
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.base_model.set_adapter(["one", "two"])
+
+
+def test_deleting_an_inactive_adapter_changes_no_answer() -> None:
+    model = adapted("bert", "one")
+    add(model, "two")
+    expected = run(model, INPUTS)
+    model.delete_adapter("two")
+    assert list(model.peft_config) == ["one"]
+    assert not any("two" in name for name, _ in model.named_parameters())
+    assert torch.equal(run(model, INPUTS), expected)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_deleting_the_active_adapter_makes_one_other_active_in_every_layer() -> None:
+    model = adapted("bert", "first", layers_to_transform=[0])
+    add(model, "second", layers_to_transform=[1])
+    add(model, "third", num_labels=4)
+    expected = _answers(model, "first", "second", "third")
+    with pytest.warns(UserWarning, match="'second' is active"):
+        model.set_adapter("first")
+        model.delete_adapter("first")
+    assert model.active_adapter == "second"
+    assert torch.equal(run(model, INPUTS), expected["second"])
+    with pytest.warns(UserWarning, match="'third' is active"):
+        model.delete_adapter("second")
+    assert torch.equal(run(model, INPUTS), expected["third"])
+    assert model.config.num_labels == 4
+
+
+def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_come() -> None:
+    expected = run(build("bert"), INPUTS)
+    model = adapted("bert", num_labels=5)
+    with pytest.warns(UserWarning, match="no adapter is left"):
+        model.delete_adapter("default")
+    assert torch.equal(run(model.base_model.model, INPUTS), expected)
+    assert model.config.num_labels == 2
+    add(model, "next", num_labels=3)
+    model.set_adapter("next")
+    assert run(model, INPUTS).shape == (3, 3)
+
+
+def test_deleting_an_unknown_adapter_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        adapted("bert").delete_adapter("nothing")
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_refuses_with_the_reason_and_the_alternative(merge: str) -> None:
+    model = adapted("bert")
+    with pytest.raises(ValueError, match=r"depends on each input.*unload\(\)"):
+        getattr(model, merge)()
+    assert not torch.equal(run(model, INPUTS), run(build("bert"), INPUTS))
+
+
+def test_after_unload_the_backbone_takes_a_new_adapter_without_complaint() -> None:
+    backbone = adapted("bert", train_layer_norms=True).unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = get_peft_model(backbone, SpartanConfig(**SMALL))
+    randomize(again)
+    assert torch.equal(run(again.eval(), INPUTS), run(adapted("bert"), INPUTS))
+
+
+def test_a_config_can_be_used_for_several_models() -> None:
+    config = SpartanConfig(**SMALL)
+    before = copy.deepcopy(config.to_dict())
+    first = get_peft_model(build("bert"), config)
+    torch.manual_seed(5)
+    other = ARCHITECTURES["bert"].build()  # other values, other labels: neither may be held against the config
+    other.config.num_labels = 2
+    second = get_peft_model(other, config)
+    assert first.peft_config["default"].backbone_fingerprint != second.peft_config["default"].backbone_fingerprint
+    added = {"base_model_name_or_path"}  # PEFT's own note
+    assert {k: v for k, v in config.to_dict().items() if k not in added} == {
+        k: v for k, v in before.items() if k not in added
+    }
+    second.add_adapter("again", config)
+    assert second.peft_config["again"] is not second.peft_config["default"]
+
+
+def test_deepcopy_is_independent() -> None:
+    model = adapted("bert", num_labels=3)
+    run(model, INPUTS)
+    model(**INPUTS)  # leaves nothing behind that a copy could not take
+    expected = run(model, INPUTS)
+    copied = copy.deepcopy(model)
+    assert torch.equal(run(copied, INPUTS), expected)
+    randomize(copied, std=2.0)
+    assert not torch.equal(run(copied, INPUTS), expected)
+    assert torch.equal(run(model, INPUTS), expected)
+    with copied.disable_adapter():
+        assert copied.config.num_labels == 2
+        assert model.config.num_labels == 3
+        assert torch.equal(run(model, INPUTS), expected)
+
+
+def test_the_whole_model_can_be_pickled(tmp_path) -> None:
+    model = adapted("bert", num_labels=3, train_layer_norms=True)
+    model(**INPUTS)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    assert loaded.config.num_labels == 3
+
+
+def test_peft_reports_a_regular_state() -> None:
+    model = adapted("bert", "one")
+    add(model, "two", layers_to_transform=[0], num_labels=3)
+    model.set_adapter("one")
+    status = model.get_model_status()
+    assert status.enabled is True
+    assert status.active_adapters == ["one"]
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+
+
+def test_a_wrapped_layer_looks_like_the_layer() -> None:
+    model = adapted("gemma")
+    layer = next(module for module in model.modules() if isinstance(module, SpartanLayer))
+    assert layer.self_attn is layer.base_layer.self_attn
+    with pytest.raises(AttributeError):
+        _ = layer.no_such_attribute
+
+
+def test_top_k_of_one_warns_and_gives_parents_no_gradient() -> None:
+    with pytest.warns(UserWarning, match="no gradient"):
+        config = SpartanConfig(num_parents=4, num_children=2, top_k=1)
+    model = get_peft_model(build("bert"), config)
+    randomize(model)
+    model(**INPUTS).logits.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if "spartan_memory" in n}
+    assert all(g.abs().max() < 1e-6 for n, g in gradients.items() if n.endswith("parent_keys"))
+    assert all(g.abs().max() > 1e-6 for n, g in gradients.items() if n.endswith("child_keys"))
+
+
+def test_every_default_starts_values_at_zero_and_keys_without_gradient() -> None:
+    model = get_peft_model(build("bert"), SpartanConfig())
+    model(**INPUTS).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("child_values"):
+            assert not parameter.any()
+            assert parameter.grad.any()
+        elif name.endswith("_keys"):
+            assert parameter.any()
+            assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_parents": 0}, "num_parents"),
+        ({"num_children": 1.5}, "num_children"),
+        ({"top_k": 17}, "top_k=17"),
+        ({"top_k": True}, "top_k"),
+        ({"temperature": 0}, "temperature"),
+        ({"load_balancing_coef": -1}, "load_balancing_coef"),
+        ({"impl": "fast"}, "impl"),
+        ({"head_type": "mlp"}, "head_type"),
+        ({"save_dtype": "int8"}, "save_dtype"),
+        ({"num_labels": 0}, "num_labels"),
+        ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "id2label"),
+        ({"format_version": 99}, "upgrade sparsepeft"),
+    ],
+)
+def test_a_wrong_config_says_which_field(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpartanConfig(**wrong)
+
+
+def test_a_misspelt_field_is_an_error() -> None:
+    with pytest.raises(TypeError, match="num_parent"):
+        SpartanConfig(num_parent=3)
+
+
+def test_training_the_head_alone_is_a_method_too(tmp_path) -> None:
+    model = get_peft_model(build("roberta"), HeadConfig(num_labels=3)).eval()
+    randomize(model)
+    assert all("modules_to_save.default" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("roberta"), tmp_path)
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    with loaded.disable_adapter():
+        assert torch.equal(run(loaded, INPUTS), run(build("roberta"), INPUTS))
+
+
+def test_methods_cannot_be_mixed_on_one_backbone() -> None:
+    with pytest.raises(ValueError, match="different peft types"):
+        adapted("bert").add_adapter("other", HeadConfig())
+
+
+# -- transformers' own interface ----------------------------------------------------------------------------------------
+
+
+def test_transformers_adds_switches_and_deletes_adapters() -> None:
+    expected = run(build("bert"), INPUTS)
+    model = build("bert")
+    model.add_adapter(SpartanConfig(**SMALL, num_labels=3), "one")
+    randomize(model, "one")
+    model.add_adapter(SpartanConfig(**SMALL), "two")
+    randomize(model, "two")
+    assert model.active_adapters() == ["two"]
+    answers = {}
+    for name, labels in (("one", 3), ("two", 2)):
+        model.set_adapter(name)
+        answers[name] = run(model, INPUTS)
+        assert answers[name].shape == (3, labels)
+        assert model.config.num_labels == labels
+        assert torch.equal(answers[name], run(adapted("bert", name, num_labels=labels), INPUTS))
+    model.set_adapter("one")
+    model.disable_adapters()
+    assert model.config.num_labels == 2
+    assert torch.equal(run(model, INPUTS), expected)
+    model.enable_adapters()
+    assert model.config.num_labels == 3
+    assert torch.equal(run(model, INPUTS), answers["one"])
+    model.delete_adapter("two")
+    assert torch.equal(run(model, INPUTS), answers["one"])
+    model.delete_adapter("one")
+    assert torch.equal(run(model, INPUTS), expected)
+    assert model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"train_layer_norms": True, "num_labels": 3}, {"head_type": "linear"}])
+def test_transformers_loads_what_peft_saved(tmp_path, options: dict) -> None:
+    model = adapted("bert", **options)
+    model.save_pretrained(tmp_path)
+    loaded = build("bert")
+    loaded.load_adapter(str(tmp_path), adapter_name="task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    assert loaded.config.num_labels == model.config.num_labels
+
+
+def test_peft_loads_what_transformers_saved(tmp_path) -> None:
+    model = build("bert")
+    model.add_adapter(SpartanConfig(**SMALL, num_labels=3))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_transformers_from_pretrained_finds_the_adapter_in_a_folder(tmp_path) -> None:
+    backbone = save_backbone("bert", tmp_path / "backbone")
+    model = adapted(hf.AutoModelForSequenceClassification.from_pretrained(backbone))
+    model.save_pretrained(tmp_path / "task")
+    loaded = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
