@@ -26,3 +26,11 @@ def data_dir() -> Path:
     if not value or not Path(value).is_dir():
         pytest.skip("real data not found: set SPARSEPEFT_DATA to a folder with cola/, sst2/, ... (see docs/data.md)")
     return Path(value)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT and its tokenizer."""
+    from tests.tiny import save_tiny_backbone
+
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))

@@ -44,8 +44,17 @@ _SEQ2SEQ = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
+    "init_std": 0.3,  # with the default, greedy decoding repeats one token whatever the adapter
 }
-_T5 = {"d_model": D, "d_kv": 8, "d_ff": 64, "num_layers": L, "num_heads": 4, "vocab_size": V}
+_T5 = {
+    "decoder_start_token_id": 0,
+    "d_model": D,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": L,
+    "num_heads": 4,
+    "vocab_size": V,
+}
 _MODERN = _TEXT | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 
@@ -111,9 +120,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "albert": Architecture(
         lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**_TEXT, embedding_size=16)), num_blocks=1
     ),
-    "electra": Architecture(
-        lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**_TEXT, embedding_size=16))
-    ),
+    "electra": Architecture(lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**_TEXT, embedding_size=16))),
     "deberta-v2": Architecture(
         lambda: hf.DebertaV2ForSequenceClassification(
             hf.DebertaV2Config(**_TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"])
@@ -122,13 +129,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": Architecture(lambda: hf.MPNetForSequenceClassification(hf.MPNetConfig(**_TEXT))),
     "modernbert": Architecture(lambda: hf.ModernBertForSequenceClassification(hf.ModernBertConfig(**_MODERN))),
     "gpt2": Architecture(
-        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=D, n_layer=L, n_head=4, vocab_size=V, bos_token_id=1, eos_token_id=2)),
+        lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(n_embd=D, n_layer=L, n_head=4, vocab_size=V, bos_token_id=1, eos_token_id=2)
+        ),
         has_head=False,
     ),
     "opt": Architecture(
         lambda: hf.OPTForCausalLM(
             hf.OPTConfig(
-                hidden_size=D, num_hidden_layers=L, num_attention_heads=4, ffn_dim=64, vocab_size=V, word_embed_proj_dim=D
+                hidden_size=D,
+                num_hidden_layers=L,
+                num_attention_heads=4,
+                ffn_dim=64,
+                vocab_size=V,
+                word_embed_proj_dim=D,
             )
         ),
         has_head=False,
@@ -182,7 +196,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         _pixels,
     ),
     "xlnet": Architecture(
-        lambda: hf.XLNetForSequenceClassification(hf.XLNetConfig(d_model=D, n_layer=L, n_head=4, d_inner=64, vocab_size=V))
+        lambda: hf.XLNetForSequenceClassification(
+            hf.XLNetConfig(d_model=D, n_layer=L, n_head=4, d_inner=64, vocab_size=V)
+        )
     ),
 }
 

@@ -11,10 +11,8 @@ from sparsepeft.tasks import TaskError, load_task
 from sparsepeft.tasks.registry import GLUE_TASKS
 
 PAIR = ("A first one.", 'It says "so')
-MNLI_COLUMNS = (
-    "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
-    "sentence1 sentence2 label1"
-).split()
+PARSES = ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse")
+MNLI_COLUMNS = ("index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2", "label1", "gold_label")
 # task: official folder, header, a row as a function of its label, labels as written, labels expected
 OFFICIAL = {
     "cola": ("CoLA", None, lambda y: ("gj04", y, "" if y == "1" else "*", PAIR[1]), ("0", "1"), (0, 1)),
@@ -42,7 +40,7 @@ OFFICIAL = {
     ),
     "mnli": (
         "MNLI",
-        (*MNLI_COLUMNS, "gold_label"),
+        MNLI_COLUMNS,
         lambda y: ("0", "1", "1e", "fiction", "( A )", "( B )", "(ROOT A)", "(ROOT B)", *PAIR, y, y),
         ("contradiction", "entailment", "neutral"),
         (2, 0, 1),

@@ -150,6 +150,7 @@ def test_problem_type_overrides(tmp_path: Path) -> None:
         (["a", "a"], None, {}, r"every label is 'a'; expected at least two classes"),
         ([0.5, float("nan")], None, {}, r"train\.jsonl:2: the label is 'nan'; expected a finite number"),
         ([0.5, float("inf")], None, {}, r"train\.jsonl:2: the label is 'inf'; expected a finite number"),
+        ([0.5, 1e39], None, {}, r"train\.jsonl:2: the label is '1e\+39'; expected a finite number"),
         ([0.5, 1.5], [1, "high"], {}, r"validation\.jsonl:2: the label is 'high'; expected a finite number"),
         (["low", 1.5], None, {"problem_type": "regression"}, r"train\.jsonl:1: the label is 'low'"),
     ],
@@ -164,6 +165,12 @@ def test_labels_that_do_not_fit(
 def test_a_text_must_be_a_text(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ("text", "label"), [("a", 1), (None, 0)])
     with pytest.raises(TaskError, match=r"train\.jsonl:2: text is None; expected a text"):
+        load_task("custom", train_file=path)
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ("text", "label"), [("caf\u00e9 \U0001f600", 1), ("\ud83d", 0)])
+    with pytest.raises(TaskError, match=r"train\.jsonl:2: text has half of a surrogate pair"):
         load_task("custom", train_file=path)
 
 

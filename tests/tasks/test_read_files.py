@@ -54,6 +54,7 @@ def test_gzip_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
         ("a.tsv", "x\ty\n1\t2\n1\t2\t3\n", r"a\.tsv:3: expected 2 fields as in the header, found 3"),
         ("a.csv", 'x,y\n"1\n1",2\n1\n', r"a\.csv:4: expected 2 fields as in the header, found 1"),
         ("a.csv", 'x,y\n1,2\n"1,2\n', r"a\.csv:3: malformed CSV"),
+        ("a.csv", "x\n1\n" + "long " * 30000, r"a\.csv:3: malformed CSV \(field larger than field limit"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv: column 'x' occurs twice"),
         ("a.jsonl", '{"x": 1}\n{"x": \n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", '{"x": 1}\n[1]\n', r"a\.jsonl:2: found a JSON list; expected one object per line"),

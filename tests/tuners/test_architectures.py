@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
+from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run
 from torch import nn
 
 from sparsepeft import SpartanConfig
 from sparsepeft.tuners import SpartanLayer
-from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -58,7 +58,9 @@ def test_every_layer_has_a_memory_of_the_formulas_size(name: str) -> None:
 def test_only_memory_and_head_get_gradients(name: str) -> None:
     model = adapted(name).train()
     output = model(**ARCHITECTURES[name].inputs())
-    sum(v.float().square().mean() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad).backward()
+    sum(
+        v.float().square().mean() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad
+    ).backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("spartan_memory.default" in n or "modules_to_save.default" in n for n in trained)
@@ -130,7 +132,7 @@ def test_without_transformer_layers_the_error_names_target_modules_and_candidate
 
 
 def test_target_modules_that_match_nothing_are_an_error_that_shows_candidates() -> None:
-    with pytest.raises(ValueError, match="encoder.layer.0"):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0"):
         adapted("bert", target_modules=["blocks"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-
 from tests.models import ARCHITECTURES, L, adapted, add, build
 
 DECODERS = ["gpt2", "opt", "llama", "qwen3", "gemma", "mixtral"]

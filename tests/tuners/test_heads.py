@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
+from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import SpartanConfig
-from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 LABELS = torch.tensor([1, 0, 1])
@@ -98,7 +98,9 @@ def test_the_loss_is_the_active_tasks() -> None:
 
 def test_a_small_head_is_one_linear_layer_on_what_the_models_head_receives() -> None:
     model = adapted("roberta", head_type="linear", num_labels=3)
-    trained = {n.partition("modules_to_save.default.")[2]: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    trained = {
+        n.partition("modules_to_save.default.")[2]: p for n, p in model.named_parameters() if "modules_to_save" in n
+    }
     assert {n: tuple(p.shape) for n, p in trained.items()} == {"out_proj.weight": (3, 32), "out_proj.bias": (3,)}
     states = model.base_model.model.roberta(**INPUTS).last_hidden_state[:, 0]
     expected = torch.nn.functional.linear(states, trained["out_proj.weight"], trained["out_proj.bias"])
@@ -129,7 +131,9 @@ def test_heads_that_answer_for_every_position(kind: str, head_type: str, tmp_pat
 
     expected = answer(bare)
     folder = save_backbone(bare, tmp_path / "backbone")
-    model = get_peft_model(backbone.from_pretrained(folder), SpartanConfig(**SMALL, task_type=task_type, head_type=head_type))
+    model = get_peft_model(
+        backbone.from_pretrained(folder), SpartanConfig(**SMALL, task_type=task_type, head_type=head_type)
+    )
     if head_type == "model":
         assert torch.equal(answer(model.eval()), expected)
     randomize(model)
@@ -225,7 +229,9 @@ def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, maske
 def test_head_modules_can_be_chosen_and_left_out() -> None:
     model = adapted("roberta", head_modules=["classifier.out_proj"], num_labels=3)
     assert run(model, INPUTS).shape == (3, 3)
-    trained = {n.partition("modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad and "save" in n}
+    trained = {
+        n.partition("modules_to_save")[0] for n, p in model.named_parameters() if p.requires_grad and "save" in n
+    }
     assert trained == {"base_model.model.classifier.out_proj."}
     model = adapted("roberta", head_modules=[])
     assert all("spartan_memory" in n for n, p in model.named_parameters() if p.requires_grad)

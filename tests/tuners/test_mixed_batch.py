@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-
 from tests.models import ARCHITECTURES, adapted, add, run
 
 INPUTS = ARCHITECTURES["bert"].inputs(batch=5)

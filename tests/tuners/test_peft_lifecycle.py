@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
+from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
 from sparsepeft.tuners import SpartanLayer
-from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 
@@ -36,7 +36,8 @@ def members():
     for module in modules:
         for name, value in vars(module).items():
             if inspect.isclass(value) or inspect.isfunction(value):
-                found[module.__name__, name] = (id(value), {k: id(v) for k, v in vars(value).items()} if inspect.isclass(value) else 0)
+                inside = {k: id(v) for k, v in vars(value).items()} if inspect.isclass(value) else None
+                found[module.__name__, name] = (id(value), inside)
     return found
 before = members()
 assert "SPARTAN" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
@@ -126,8 +127,8 @@ def test_deleting_the_active_adapter_makes_one_other_active_in_every_layer() -> 
     add(model, "second", layers_to_transform=[1])
     add(model, "third", num_labels=4)
     expected = _answers(model, "first", "second", "third")
+    model.set_adapter("first")
     with pytest.warns(UserWarning, match="'second' is active"):
-        model.set_adapter("first")
         model.delete_adapter("first")
     assert model.active_adapter == "second"
     assert torch.equal(run(model, INPUTS), expected["second"])
@@ -298,7 +299,7 @@ def test_methods_cannot_be_mixed_on_one_backbone() -> None:
         adapted("bert").add_adapter("other", HeadConfig())
 
 
-# -- transformers' own interface ----------------------------------------------------------------------------------------
+# -- transformers' own interface ---------------------------------------------------------------------------------------
 
 
 def test_transformers_adds_switches_and_deletes_adapters() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparsepeft.errors import UserError
 
-class TaskError(ValueError):
+
+class TaskError(UserError):
     """A task's name, files or labels cannot be used: says what was received, what was expected and what to do."""

@@ -14,6 +14,7 @@ from sparsepeft.tasks.errors import TaskError
 # Not int() and float() alone: these also take "1_000", which is a name rather than a number.
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+MAX_FLOAT32: Final = 3.4e38  # labels are float32
 PROBLEM_TYPES: Final = ("classification", "regression")
 
 Lines = Sequence[tuple[int, str]]
@@ -95,7 +96,7 @@ def _whole(text: str) -> str:
 
 def _finite(path: Path, line: int, text: str) -> float:
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= MAX_FLOAT32:  # also false for NaN
         raise TaskError(
             f"{path}:{line}: the label is {text!r}; expected a finite number for regression, correct the row"
         )

@@ -98,6 +98,10 @@ def _read(path: Path, columns: Columns) -> list[Example]:
                 raise TaskError(
                     f"{path}:{row.line}: {name} is {text!r}; expected a text (it may be empty), correct the row"
                 )
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+                raise TaskError(
+                    f"{path}:{row.line}: {name} has half of a surrogate pair; expected text, correct the row"
+                )
         examples.append(Example(row.line, texts, _label_text(path, row.line, columns.label, row.values[columns.label])))
     return examples
 

@@ -112,6 +112,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         train_seconds=round(seconds, 1),
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
+        selection_score=trainer.state.best_metric,
         environment=environment(),
     )
     if isinstance(model, PeftModel) and hasattr(model.base_model, "parameter_formula"):
@@ -217,6 +218,7 @@ def _arguments(
         max_grad_norm=recipe.max_grad_norm,
         train_sampling_strategy="group_by_length",
         seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         eval_strategy="steps" if selecting else "no",

@@ -1,4 +1,4 @@
-"""This package's methods for PEFT. Importing this module registers them."""
+"""The package's methods for PEFT. Importing this module registers them."""
 
 from sparsepeft.tuners._registry import HEAD, SPARTAN, register
 from sparsepeft.tuners.head import HeadConfig, HeadModel

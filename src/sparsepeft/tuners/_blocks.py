@@ -201,7 +201,7 @@ def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
         m for m in block.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None
     ]
     if norms:
-        return norms[0].weight.shape[0]
+        return int(norms[0].get_parameter("weight").shape[0])
     raise ValueError(
         f"The width of {name!r} ({type(block).__name__}) could not be told from the model's config or a normalisation "
         "layer; choose other target_modules, whose outputs end in the hidden size."

@@ -31,9 +31,10 @@ def write_card(folder: Path, config: TaskAdapterConfig) -> None:
 
 def _section(config: TaskAdapterConfig) -> str:
     method = str(config.peft_type)
-    auto_class = _AUTO_CLASSES.get(getattr(config.task_type, "value", config.task_type), "AutoModel")
+    auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     base = config.base_model_name_or_path or "path/to/the/backbone"
     labels = "\nLabels: " + ", ".join(config.id2label.values()) + ".\n" if config.id2label else ""
+    parameters = f"\nParameters of the memory: {config.formula}\n" if config.formula else ""
     return f"""{_BEGIN}
 ## How to load
 
@@ -50,4 +51,4 @@ model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
 ```
 
 The adapter was trained on the backbone `{base}` and refuses any other.
-{labels}{_END}"""
+{parameters}{labels}{_END}"""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, unwrap
 from sparsepeft.tuners._context import BASE, ForwardContext
-from sparsepeft.tuners._identity import is_loaded, is_quantized
+from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
 
 
 def _is_fresh(module: nn.Module) -> bool:
-    return not any(is_loaded(p) for p in module.parameters())
+    return not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
 
 
 def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]:
@@ -133,7 +134,7 @@ class LabelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
-        config = model.config
+        config: Any = model.config
         self.original = Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
         self.per_adapter: dict[str, Labels] = {}
         self._active: str | None = None
@@ -151,7 +152,7 @@ class LabelState:
 
     def _write(self) -> None:
         labels = self.per_adapter.get(self._active or "", self.original) if self._enabled else self.original
-        model = self._model[0]
+        model: Any = self._model[0]
         model.config.id2label = dict(labels.id2label)
         model.config.label2id = {label: index for index, label in labels.id2label.items()}
         model.config.problem_type = labels.problem_type
@@ -208,7 +209,7 @@ class HeadModule(ModulesToSaveWrapper):
         self._inference_mode = False
         self.set_adapter([])
 
-    def update(self, adapter_name: str, copy: nn.Module | None = None, **kwargs: Any) -> None:
+    def update(self, adapter_name: str, *, copy: nn.Module | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Give ``adapter_name`` its own version of this module; None leaves it the original."""
         self.original_module.requires_grad_(False)
         if copy is not None:
@@ -253,7 +254,9 @@ class HeadModule(ModulesToSaveWrapper):
         self._adapters.discard(adapter_name)
         self.set_adapter(new_active_adapters or [], inference_mode=self._inference_mode)
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def adapter_state_dict(  # type: ignore[override]  # PEFT's own subclasses take the second argument, too
+        self, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """An adapter's tensors as they are saved, in the dtype its config asks for."""
         own = super().adapter_state_dict(adapter_name, state_dict)
         return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if own else own
@@ -337,13 +340,28 @@ def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Modul
     return module.to(device) if has_storage and device is not None else module
 
 
+def _copy_with_values(module: nn.Module) -> nn.Module:
+    """A copy that has its values where accelerate keeps the module's own elsewhere (offloading)."""
+    hooks = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
+    copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
+    if not hooks:
+        return copied
+    remove_hook_from_module(copied, recurse=True)
+    values = dict(backbone_parameters(module))
+    for name, parameter in list(copied.named_parameters()):
+        if parameter.device.type == "meta":
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, nn.Parameter(values[name].detach().clone()))
+    return copied
+
+
 def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
     """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
 
     Weights are kept where sizes agree, so that a fresh adapter answers like the bare model; quantized layers become
     ordinary ones, since a head is trained.
     """
-    copied = copy.deepcopy(module)
+    copied = _copy_with_values(module)
     for name, layer in list(copied.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
@@ -360,7 +378,7 @@ def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, ini
             new.weight.data.copy_(layer.weight.dequantize())
             if layer.bias is not None:
                 new.bias.data.copy_(layer.bias)
-        new = move_unless_meta(new, layer.weight.device)
+        move_unless_meta(new, layer.weight.device)
         if not is_quantized(layer.weight):
             new.to(layer.weight.dtype)
         if not name:

@@ -16,15 +16,25 @@ _NUM_VALUES = 8
 
 
 def backbone_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every parameter of the bare model, looking through PEFT's wrappers."""
+    """Name and value of every parameter of the bare model, through PEFT's wrappers and accelerate's offloading."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     elif isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, parameter
+        yield prefix + name, parameter if parameter.device.type != "meta" else _offloaded(module, name, parameter)
     for name, child in module.named_children():
         yield from backbone_parameters(child, f"{prefix}{name}.")
+
+
+def _offloaded(module: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The value that accelerate keeps elsewhere for a parameter on the meta device; the parameter if there is none."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None and name in weights:
+            return weights[name]
+    return parameter
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
@@ -41,7 +51,7 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
     """Sampled values of the tensors that make up the backbone.
 
     Args:
-        model: the bare or the adapted model.
+        model: the bare or the adapted model; offloaded tensors are fetched where accelerate's hooks say how.
         exclude: names of modules that are no part of the backbone (the head).
 
     Returns:
@@ -86,15 +96,16 @@ def check_fingerprint(
             or not _close(tensor, saved["values"], expected["dtype"])
         ):
             raise ValueError(
-                f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to {found_name!r}, "
-                f"whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set check_backbone=False in "
-                "the adapter's config (PeftConfig.from_pretrained) and pass that config, if you know that it fits."
+                f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to "
+                f"{found_name!r}, whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set "
+                "check_backbone=False in the adapter's config (PeftConfig.from_pretrained) and pass that config, if you "
+                "know that it fits."
             )
         compared += 1
     if compared < len(expected["tensors"]) or expected["quantized"]:
         warnings.warn(
-            f"The backbone {found_name!r} is quantized (here or when the adapter was trained): only {compared} sampled "
-            "tensors could be compared, so make sure that it is the model the adapter was trained on.",
+            f"The backbone {found_name!r} is quantized or offloaded (here or when the adapter was trained): only "
+            f"{compared} sampled tensors could be compared, so make sure that it is the model the adapter was trained on.",
             UserWarning,
             stacklevel=2,
         )
@@ -105,7 +116,9 @@ def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Ten
     excluded = tuple(f"{name}." for name in exclude)
     named = {n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and p.numel()}
     if any(is_loaded(p) for p in named.values()):
-        named = {n: p for n, p in named.items() if is_loaded(p)}
+        # Offloading makes new tensors, so whether one was loaded is only known of those that stayed.
+        offloaded = {n for n, p in model.named_parameters() if p.device.type == "meta"}
+        named = {n: p for n, p in named.items() if is_loaded(p) or n in offloaded}
     prefix = getattr(model, "base_model_prefix", "") or ""
     return {n.removeprefix(f"{prefix}."): p for n, p in named.items()}
 

@@ -6,6 +6,8 @@ any string key; the key needs the enum's ``value``, which some of PEFT's and tra
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -24,8 +26,9 @@ SPARTAN = MethodName("SPARTAN")
 HEAD = MethodName("HEAD")
 
 
-def register(name: MethodName, config_class: type, tuner_class: type) -> None:
+def register(name: MethodName, config_class: type, tuner_class: Any) -> None:
     """Let ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers find a method by its config's type."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config_class
-    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner_class
-    PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner_class.prefix
+    key: Any = name  # PEFT's annotations say PeftType
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_class
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner_class
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = tuner_class.prefix

@@ -100,8 +100,8 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
 
 
 MERGE_REFUSED = (
-    "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of a "
-    "weight. Keep it attached (it adds a few percent of time at most), or call unload() for the bare backbone."
+    "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of "
+    "a weight. Keep it attached (it adds a few percent of time at most), or call unload() for the bare backbone."
 )
 
 
@@ -134,10 +134,11 @@ class TaskTuner(BaseTuner):
     ) -> None:
         """Add an adapter: its layers, its head, its labels. See PEFT's ``BaseTuner.inject_adapter``."""
         _check_adapter_name(model, adapter_name)
-        # A copy, since the head's modules, labels and the backbone's fingerprint are noted in it: the caller's object can
-        # then be used for another model.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        # A copy, since the head's modules, labels and the backbone's fingerprint are noted in it: the caller's object
+        # can then be used for another model.
+        config: Any = copy.copy(self.peft_config[adapter_name])
         config.modules_to_save = None
+        self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")
         if _has_labels(model):
@@ -169,11 +170,11 @@ class TaskTuner(BaseTuner):
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         """For subclasses: further per-adapter modules."""
 
-    def _prepare_adapter_config(self, peft_config: TaskAdapterConfig, model_config: dict) -> TaskAdapterConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # the blocks were found by inject_adapter
 
     @staticmethod
-    def _check_target_module_exists(peft_config: TaskAdapterConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config._resolved_names
 
     def _find_context(self, model: nn.Module) -> ForwardContext:
@@ -191,6 +192,8 @@ class TaskTuner(BaseTuner):
             check_fingerprint(config.backbone_fingerprint, model, head.modules, expected, found)
         elif not config._is_from_file:
             config.backbone_fingerprint = fingerprint(model, head.modules)
+            if config.revision is None:
+                config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -216,7 +219,7 @@ class TaskTuner(BaseTuner):
             else:
                 copied = None
             if isinstance(module, HeadModule):
-                module.update(adapter_name, copied)
+                module.update(adapter_name, copy=copied)
                 continue
             is_first = name == head.modules[0]
             wrapper = HeadModule(module, adapter_name, copied, self._context, is_first=is_first, is_output=is_output)
@@ -238,7 +241,8 @@ class TaskTuner(BaseTuner):
         linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
         per_position = isinstance(output, nn.Linear) and len(head.modules) == 1
         created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
-        return move_unless_meta(created, _execution_device(output))
+        move_unless_meta(created, _execution_device(output))
+        return created
 
     def _label_state(self, model: nn.Module) -> LabelState:
         if self._context.labels is None:
@@ -264,8 +268,8 @@ class TaskTuner(BaseTuner):
             )
         if kwargs.get("labels") is not None:
             raise ValueError(
-                "adapter_names and labels were passed together, but the tasks of a mixed batch may have different losses; "
-                "leave labels out, or compute each task's loss in a batch of its own."
+                "adapter_names and labels were passed together, but the tasks of a mixed batch may have different "
+                "losses; leave labels out, or compute each task's loss in a batch of its own."
             )
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
@@ -306,7 +310,7 @@ class TaskTuner(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -322,10 +326,10 @@ class TaskTuner(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         self._context.unwatch()
-        model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if labels is not None:
             labels.activate(None)
-        return model
+        return self.model
 
     # -- dtypes and files --------------------------------------------------------------------------------------------
 
@@ -364,8 +368,8 @@ class TaskTuner(BaseTuner):
         if any(problems.values()):
             listed = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
             raise ValueError(
-                f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The file is "
-                "damaged or belongs to another config or model class; save the adapter again, or load the right folder."
+                f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The "
+                "file is damaged or belongs to another config or model class; save the adapter again, or load the right folder."
             )
         return {expected[key][0]: tensor for key, tensor in found.items()}
 
@@ -373,7 +377,7 @@ class TaskTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: TaskAdapterConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -383,13 +387,12 @@ class TaskTuner(BaseTuner):
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module computes: its parameters' device, or, where accelerate offloads them, what its hook says."""
+    """Where a module computes: where accelerate's hook says, if its parameters are offloaded, else where they are."""
     for inner in module.modules():
-        hook = getattr(inner, "_hf_hook", None)
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    parameter = next(module.parameters(), None)
-    return None if parameter is None else parameter.device
+        device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), None)
 
 
 def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Size]]:
@@ -421,8 +424,8 @@ def _check_head(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> 
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if config.num_labels is not None and (not head.modules or config.num_labels != labels):
         raise ValueError(
-            f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with num_labels "
-            "outputs to resize; leave num_labels unset or use a model with a classification head."
+            f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with "
+            "num_labels outputs to resize; leave num_labels unset or use a model with a classification head."
         )
     if config.head_type == "linear":
         raise ValueError(
@@ -436,8 +439,8 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
     if adapter_name in {BASE, "model", "base_model"} or "." in adapter_name or adapter_name in taken:
         raise ValueError(
-            f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a module "
-            f"of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
+            f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
+            f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
 
 

@@ -15,10 +15,10 @@ HEAD_TYPES = ("model", "linear")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def require_positive(name: str, value: Any, kind: type | tuple[type, ...] = int) -> None:
-    """Raise a ValueError unless ``value`` is a number of ``kind`` above zero."""
-    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-        wanted = "a positive integer" if kind is int else "a positive number"
+def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
+    """Raise a ValueError unless ``value`` is a number (by default an integer) above zero."""
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not value > 0:
+        wanted = "a positive integer" if integer else "a positive number"
         raise ValueError(f"{name}={value!r} was given, but {name} must be {wanted}.")
 
 
@@ -63,6 +63,8 @@ class TaskAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.formula: str | None = None  # filled in when attached: the adapter's parameter count, for its card
+        self._resolved_names: set[str] = set()  # filled in when attached: the modules to extend
         # A config that arrives with a fingerprint was read from a file: its backbone is fixed.
         self._is_from_file = self.backbone_fingerprint is not None
         if self.format_version > FORMAT_VERSION:
@@ -81,8 +83,8 @@ class TaskAdapterConfig(PeftConfig):
                 self.num_labels = len(self.id2label)
             if sorted(self.id2label) != list(range(self.num_labels)):
                 raise ValueError(
-                    f"id2label names the labels {sorted(self.id2label)}, but num_labels={self.num_labels}; name each of "
-                    f"0 to {self.num_labels - 1} once."
+                    f"id2label names the labels {sorted(self.id2label)}, but num_labels={self.num_labels}; name each "
+                    f"of 0 to {self.num_labels - 1} once."
                 )
         if self.num_labels is not None:
             require_positive("num_labels", self.num_labels)

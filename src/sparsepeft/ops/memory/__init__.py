@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.choice import MemoryChoice, explain_memory_impl
+from sparsepeft.ops.memory.choice import MemoryChoice, choose_memory_impl, explain_memory_impl
 from sparsepeft.ops.memory.masked import memory_read_masked
 from sparsepeft.ops.memory.reference import memory_read_reference
 from sparsepeft.ops.memory.selected import memory_read_selected
@@ -65,11 +65,7 @@ def memory_read(
     _check_arguments(x, parent_keys, child_keys, child_values, top_k, temperature)
     num_parents, num_children, hidden = child_keys.shape
     if impl == "auto":
-        exporting = torch.compiler.is_exporting()
-        choice = explain_memory_impl(
-            num_parents=num_parents, num_children=num_children, top_k=top_k, exporting=exporting
-        )
-        impl = choice.impl
+        impl = choose_memory_impl(num_parents, num_children, top_k, exporting=torch.compiler.is_exporting())
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
 

@@ -15,7 +15,7 @@ _SELECTED_CHILD_WORK = 3
 # Gathering a token's vector for one parent and adding back what that parent read.
 _SELECTED_PAIR_WORK = 80
 # torch.export: keys and values of each selected child are gathered, nothing is shared between tokens.
-_GATHERED_CHILD_WORK = 300
+_GATHERED_CHILD_WORK = 100
 
 
 class MemoryChoice(NamedTuple):
@@ -23,6 +23,12 @@ class MemoryChoice(NamedTuple):
 
     impl: str
     reason: str
+
+
+def choose_memory_impl(num_parents: int, num_children: int, top_k: int, *, exporting: bool) -> str:
+    """Return the name alone: the sizes may be symbolic while ``torch.compile`` traces, and then have no text."""
+    masked, selected = _work(num_parents, num_children, top_k, exporting)
+    return "selected" if selected < masked else "masked"
 
 
 def explain_memory_impl(*, num_parents: int, num_children: int, top_k: int, exporting: bool = False) -> MemoryChoice:
@@ -34,15 +40,17 @@ def explain_memory_impl(*, num_parents: int, num_children: int, top_k: int, expo
         top_k: parents kept per token, K.
         exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
     """
-    masked = 2 * num_parents * num_children
-    if exporting:
-        selected = _GATHERED_CHILD_WORK * top_k * num_children
-    else:
-        selected = top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)
-    impl, relation = ("selected", "less") if selected < masked else ("masked", "no less")
+    masked, selected = _work(num_parents, num_children, top_k, exporting)
     shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
     return MemoryChoice(
-        impl,
+        choose_memory_impl(num_parents, num_children, top_k, exporting=exporting),
         f"At {shape}, reading only the selected children costs as much as {selected} products with a vector per token, "
-        f"{relation} than the {masked} of the masked dense form.",
+        f"{'less' if selected < masked else 'no less'} than the {masked} of the masked dense form.",
     )
+
+
+def _work(num_parents: int, num_children: int, top_k: int, exporting: bool) -> tuple[int, int]:
+    masked = 2 * num_parents * num_children
+    if exporting:
+        return masked, _GATHERED_CHILD_WORK * top_k * num_children
+    return masked, top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)

@@ -52,7 +52,7 @@ class SpartanConfig(TaskAdapterConfig):
         self.peft_type = SPARTAN
         for name in ("num_parents", "num_children", "top_k"):
             require_positive(name, getattr(self, name))
-        require_positive("temperature", self.temperature, (int, float))
+        require_positive("temperature", self.temperature, integer=False)
         require_choice("impl", self.impl, IMPLS)
         for name in ("initializer_range", "value_initializer_range", "load_balancing_coef"):
             value = getattr(self, name)
@@ -60,13 +60,13 @@ class SpartanConfig(TaskAdapterConfig):
                 raise ValueError(f"{name}={value!r} was given, but {name} must be zero or a positive number.")
         if self.top_k > self.num_parents:
             raise ValueError(
-                f"top_k={self.top_k} was given with num_parents={self.num_parents}, but a position can keep at most all "
-                f"parents; set top_k to {self.num_parents} or less."
+                f"top_k={self.top_k} was given with num_parents={self.num_parents}, but a position can keep at most "
+                f"all parents; set top_k to {self.num_parents} or less."
             )
         if self.top_k == 1 and not self._is_from_file:
             warnings.warn(
-                "top_k=1: the renormalised weight of a single parent is always 1, so the parents get no gradient and stay "
-                "as initialised; use top_k=2 or more to train them.",
+                "top_k=1: the renormalised weight of a single parent is always 1, so the parents get no gradient and "
+                "stay as initialised; use top_k=2 or more to train them.",
                 UserWarning,
                 stacklevel=3,
             )

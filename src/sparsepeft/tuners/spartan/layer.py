@@ -63,7 +63,7 @@ class SpartanLayer(TaskTunerLayer):
         return hidden_states
 
     def _read_one(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        memory = self.spartan_memory[adapter_name]
+        memory: Any = self.spartan_memory[adapter_name]
         coefficient = self.load_balancing_coef[adapter_name]
         if coefficient and self.training:
             states = hidden_states.transpose(0, self.batch_dim)
@@ -92,14 +92,14 @@ class SpartanLayer(TaskTunerLayer):
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
             return type(output)((self.read(self._checked(output[0])), *output[1:]))
         raise TypeError(
-            f"{type(layer).__name__} returned {type(output).__name__}, but a memory can follow a layer that returns its "
-            "hidden states, alone or first in a tuple; choose other target_modules."
+            f"{type(layer).__name__} returned {type(output).__name__}, but a memory can follow a layer that returns "
+            "its hidden states, alone or first in a tuple; choose other target_modules."
         )
 
     def _checked(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"{type(self.base_layer).__name__} returned states of shape {tuple(hidden_states.shape)}, but its memory was "
-                f"made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden size."
+                f"{type(self.base_layer).__name__} returned states of shape {tuple(hidden_states.shape)}, but its memory "
+                f"was made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden size."
             )
         return hidden_states

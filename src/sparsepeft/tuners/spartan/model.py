@@ -21,7 +21,7 @@ class SpartanModel(TaskTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SpartanConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -42,6 +42,7 @@ class SpartanModel(TaskTuner):
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if not isinstance(config, SpartanConfig):
             return
+        config.formula = self.parameter_formula(adapter_name)[0]
         if config.load_balancing_coef:
             self._context.watch(model)
         if config.train_layer_norms:
@@ -56,7 +57,7 @@ class SpartanModel(TaskTuner):
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             if isinstance(module, HeadModule) and _is_norm(module.original_module):
-                module.update(adapter_name, copy_with_labels(module.original_module, None, 0, 0.0))
+                module.update(adapter_name, copy=copy_with_labels(module.original_module, None, 0, 0.0))
             elif _is_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
                 setattr(parent, child, HeadModule(module, adapter_name, copied, self._context))
@@ -68,7 +69,8 @@ class SpartanModel(TaskTuner):
             for module in self.model.modules()
             if isinstance(module, TaskTunerLayer) and adapter_name in module._get_available_adapters()
         ]
-        formula: tuple[str, int] = self.peft_config[adapter_name].parameter_formula(widths)
+        config: Any = self.peft_config[adapter_name]
+        formula: tuple[str, int] = config.parameter_formula(widths)
         return formula
 
 

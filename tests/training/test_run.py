@@ -1,0 +1,263 @@
+"""Training runs: what they leave, how they resume, what stops them."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.training import Predictor, RunConfig, evaluate, train
+from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def config(backbone: Path, folder: Path, **changes: Any) -> RunConfig:
+    values = {"task": "topics", "output_dir": str(folder), "model": str(backbone), "max_steps": 12, "batch_size": 8}
+    return RunConfig(**(values | changes))
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run like Ctrl-C does, after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["spartan", "full", "head", "lora"])
+def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
+    tiny_backbone: Path, tmp_path: Path, method: str
+) -> None:
+    results = train(config(tiny_backbone, tmp_path, method=method))
+    assert json.loads((tmp_path / RESULTS).read_text()) == results
+    assert results["score"] == results["metrics"]["test"]["accuracy"]
+    assert not (tmp_path / CHECKPOINTS).exists()
+    for part, metrics in evaluate(tmp_path).items():
+        assert metrics == pytest.approx(results["metrics"][part])
+    backbone_bytes = (tiny_backbone / "model.safetensors").stat().st_size
+    if method == "full":
+        assert results["saved_bytes"] > 0.9 * backbone_bytes
+    else:
+        assert results["saved_bytes"] < backbone_bytes
+        assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_parameters_are_the_closed_formula_and_the_head(tiny_backbone: Path, tmp_path: Path) -> None:
+    settings = {"num_parents": 4, "num_children": 2, "top_k": 2}
+    results = train(config(tiny_backbone, tmp_path, settings=settings, max_steps=1))
+    assert results["parameters"]["adapter"] == 4 * (1 + 2 * 2) * 32 * 2
+    assert results["parameters"]["head"] == 32 * 5 + 5
+    assert results["formula"].endswith("1,280")
+
+
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone: Path, tmp_path: Path) -> None:
+    whole = train(config(tiny_backbone, tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tiny_backbone, tmp_path / "cut"), callbacks=[Interrupt(7)])
+    assert last_checkpoint(tmp_path / "cut" / CHECKPOINTS) is not None
+    resumed = train(config(tiny_backbone, tmp_path / "cut"))
+    assert resumed["metrics"] == whole["metrics"]
+    for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
+
+
+def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tiny_backbone, tmp_path), callbacks=[Interrupt(7)])
+    good = last_checkpoint(tmp_path / CHECKPOINTS)
+    assert good is not None
+    truncated = tmp_path / CHECKPOINTS / "checkpoint-999"
+    truncated.mkdir()
+    (truncated / "trainer_state.json").write_text("{}")
+    (truncated / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:100])
+    assert last_checkpoint(tmp_path / CHECKPOINTS) == good
+
+
+def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path) -> None:
+    train(config(tiny_backbone, tmp_path, max_steps=1))
+    before = (tmp_path / RESULTS).read_text()
+    with pytest.raises(UserError, match="--overwrite"):
+        train(config(tiny_backbone, tmp_path, max_steps=1))
+    assert (tmp_path / RESULTS).read_text() == before
+    assert train(config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
+
+
+
+def test_an_unfinished_run_with_other_values_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tiny_backbone, tmp_path), callbacks=[Interrupt(3)])
+    with pytest.raises(UserError, match="other values of learning_rate"):
+        train(config(tiny_backbone, tmp_path, learning_rate=0.5))
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SafeTrainer.compute_loss
+
+    def diverge(self: SafeTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 7 and self.model.training else loss
+
+    monkeypatch.setattr(SafeTrainer, "compute_loss", diverge)
+    with pytest.raises(RunFailed, match=r"nan at step 8.*checkpoint-6"):
+        train(config(tiny_backbone, tmp_path))
+    assert last_checkpoint(tmp_path / CHECKPOINTS) is not None
+    assert not (tmp_path / RESULTS).exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    original = PeftModel.save_pretrained
+    calls = []
+
+    def fill(self: Any, folder: str, *args: Any, **kwargs: Any) -> None:
+        calls.append(folder)
+        original(self, folder, *args, **kwargs)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", fill)
+    with pytest.raises(RunFailed, match=r"No space left.*last good checkpoint is checkpoint-4"):
+        train(config(tiny_backbone, tmp_path))
+    kept = last_checkpoint(tmp_path / CHECKPOINTS)
+    assert kept is not None
+    assert kept.name == "checkpoint-4"
+    assert not Path(calls[-1]).exists()
+    monkeypatch.undo()
+    assert train(config(tiny_backbone, tmp_path))["steps"] == 12
+
+
+def test_a_full_disk_at_the_end_leaves_what_was_there(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tiny_backbone, tmp_path, max_steps=2))
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    import sparsepeft.training.files as files
+
+    def full(source: Any, target: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises((RunFailed, OSError), match="No space left"):
+        train(config(tiny_backbone, tmp_path, max_steps=2, seed=1), overwrite=True)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_few_shot_trains_on_k_examples_without_choosing(tiny_backbone: Path, tmp_path: Path) -> None:
+    results = train(config(tiny_backbone, tmp_path, few_shot=20, max_steps=3))
+    assert results["num_train"] == 20
+    assert results["best_step"] is None
+
+
+def test_max_train_samples_includes_the_tenth_for_choosing(tiny_backbone: Path, tmp_path: Path) -> None:
+    assert train(config(tiny_backbone, tmp_path, max_train_samples=50, max_steps=2))["num_train"] == 45
+
+
+def test_long_texts_are_cut_and_said_once(
+    tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = train(config(tiny_backbone, tmp_path, max_length=10, max_steps=1))
+    said = [record for record in caplog.records if "were cut" in record.getMessage()]
+    assert len(said) == 1
+    assert results["num_cut"] > 300
+    with pytest.raises(UserError, match="at most 64 tokens"):
+        train(config(tiny_backbone, tmp_path / "more", max_length=65))
+
+
+@pytest.mark.parametrize("save_dtype", ["bfloat16", "float16"])
+def test_save_dtype_halves_the_file(tiny_backbone: Path, tmp_path: Path, save_dtype: str) -> None:
+    full = train(config(tiny_backbone, tmp_path / "full"))
+    half = train(config(tiny_backbone, tmp_path / "half", save_dtype=save_dtype))
+    assert {str(t.dtype) for t in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {
+        f"torch.{save_dtype}"
+    }
+    header = 2500  # the names in the file do not shrink
+    assert half["saved_bytes"] - header < 0.55 * (full["saved_bytes"] - header)
+    texts = ["A striker scored.", "Shares fell."]
+    wide, narrow = Predictor(tmp_path / "full").predict(texts), Predictor(tmp_path / "half").predict(texts)
+    assert [p.label for p in wide] == [p.label for p in narrow]
+
+
+def test_bf16_precision_runs(tiny_backbone: Path, tmp_path: Path) -> None:
+    assert train(config(tiny_backbone, tmp_path, precision="bf16", max_steps=2))["steps"] == 2
+
+
+def test_another_backbone_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_backbone
+
+    train(config(tiny_backbone, tmp_path / "run", max_steps=1))
+    other = save_tiny_backbone(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="other values"):
+        Predictor(tmp_path / "run", model=str(other))
+
+
+def test_regression_and_pairs(tiny_backbone: Path, tmp_path: Path) -> None:
+    from tests.tiny import topics_rows, write_jsonl
+
+    texts = [row["text"] for row in topics_rows("train")]
+    rows = [{"a": a, "b": b, "y": len(a) / 50} for a, b in zip(texts[:40], texts[40:80], strict=True)]
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    run = config(
+        tiny_backbone,
+        tmp_path / "run",
+        task="custom",
+        train_file=str(file),
+        text_column="a",
+        text_pair_column="b",
+        label_column="y",
+        max_steps=4,
+    )
+    results = train(run)
+    assert results["main_metric"] in results["metrics"]["validation"]
+    (prediction,) = Predictor(tmp_path / "run").predict([("one text", "another")])
+    assert prediction.label is None
+    assert isinstance(prediction.score, float)
+    with pytest.raises(UserError, match=r"takes 2 text\(s\)"):
+        Predictor(tmp_path / "run").predict(["one text alone"])
+
+
+def test_predictions_are_in_order_and_independent_of_batching(tiny_backbone: Path, tmp_path: Path) -> None:
+    from tests.tiny import topics_rows
+
+    train(config(tiny_backbone, tmp_path, max_steps=4))
+    texts = [row["text"] for row in topics_rows("test")][:20]
+    batched, single = Predictor(tmp_path, batch_size=7).predict(texts), Predictor(tmp_path, batch_size=1).predict(texts)
+    for one, other in zip(batched, single, strict=True):
+        assert one.label == other.label
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+        assert sum(one.scores.values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "missing", "run"])
+def test_damaged_files_are_named(tiny_backbone: Path, tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    train(config(tiny_backbone, tmp_path, max_steps=1))
+    weights = tmp_path / "adapter_model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif damage == "foreign":
+        save_file({"something.else": torch.zeros(3)}, weights)
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (tmp_path / RUN).write_text("{")
+    with pytest.raises(UserError) as caught:
+        Predictor(tmp_path)
+    assert str(tmp_path) in str(caught.value)

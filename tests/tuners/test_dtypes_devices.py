@@ -1,0 +1,235 @@
+"""Half-precision, quantized and offloaded backbones under a float32 memory."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import cpu_offload, disk_offload
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run, save_backbone
+
+from sparsepeft import SpartanConfig
+
+INPUTS = ARCHITECTURES["bert"].inputs()
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def _cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+@HALF
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "llama", "llama-seqcls", "mixtral", "t5", "vit"])
+def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch.dtype, tmp_path) -> None:
+    inputs = _cast(ARCHITECTURES[name].inputs(), dtype)
+    expected = run(build(name).to(dtype), inputs)
+    model = adapted(build(name).to(dtype), random=False)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".default." in n)
+    assert all(
+        p.dtype == dtype for n, p in model.named_parameters() if ".default." not in n and p.dtype != torch.float32
+    )
+    fresh = run(model, inputs)
+    assert fresh.dtype == expected.dtype
+    if ARCHITECTURES[name].has_head:  # its head computes in float32: same weights, finer products
+        torch.testing.assert_close(fresh, expected, rtol=2e-2, atol=2e-2)
+    else:
+        assert torch.equal(fresh, expected)
+    with model.disable_adapter():
+        assert torch.equal(run(model, inputs), expected)
+    randomize(model)
+    model.train()
+    sum(
+        v.float().square().mean() for v in model(**inputs).values() if torch.is_tensor(v) and v.requires_grad
+    ).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if "spartan_memory" in n}
+    assert all(
+        g is not None and g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients.values()
+    )
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(name).to(dtype), tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    assert all(p.dtype == torch.float32 for n, p in loaded.named_parameters() if ".default." in n)
+
+
+@HALF
+def test_layer_norms_train_in_float32_on_a_half_precision_backbone(dtype: torch.dtype) -> None:
+    expected = run(build("bert").to(dtype), INPUTS)
+    model = adapted(build("bert").to(dtype), train_layer_norms=True, random=False)
+    norms = [p for n, p in model.named_parameters() if "LayerNorm.modules_to_save" in n]
+    assert norms
+    assert all(p.dtype == torch.float32 for p in norms)
+    torch.testing.assert_close(run(model, INPUTS), expected, rtol=3e-2, atol=3e-2)
+    with model.disable_adapter():
+        assert torch.equal(run(model, INPUTS), expected)
+
+
+def test_the_memory_may_be_kept_in_the_backbones_dtype() -> None:
+    model = get_peft_model(build("llama").bfloat16(), SpartanConfig(**SMALL), autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if "spartan_memory" in n)
+
+
+def test_autocast_trains() -> None:
+    model = adapted("bert").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**INPUTS, labels=torch.tensor([0, 1, 1])).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_float64_is_kept() -> None:
+    model = adapted(build("bert").double())
+    assert run(model, INPUTS).dtype == torch.float64
+
+
+# -- quantized ---------------------------------------------------------------------------------------------------------
+
+
+def _quantized(folder: str, cls: type) -> torch.nn.Module:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = hf.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    return cls.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("bert", hf.BertForSequenceClassification),
+        ("llama", hf.LlamaForCausalLM),
+        ("roberta", hf.RobertaForSequenceClassification),
+    ],
+)
+def test_a_torchao_backbone(name: str, cls: type, tmp_path) -> None:
+    inputs = ARCHITECTURES[name].inputs()
+    folder = save_backbone(name, tmp_path / "backbone")
+    expected = run(_quantized(folder, cls), inputs)
+    model = adapted(_quantized(folder, cls), random=False)
+    assert any(type(p).__module__.startswith("torchao") for p in model.parameters())
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(run(model, inputs), expected)
+    randomize(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    labels = torch.tensor([0, 1, 1]) if ARCHITECTURES[name].has_head else inputs["input_ids"]
+    model(**inputs, labels=labels).loss.backward()
+    optimizer.step()
+    assert before
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    model.eval().save_pretrained(tmp_path / "task")
+    with pytest.warns(UserWarning, match="quantized"):
+        loaded = PeftModel.from_pretrained(_quantized(folder, cls), tmp_path / "task")
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    with pytest.warns(UserWarning, match="quantized"):
+        plain = PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "task")
+    torch.testing.assert_close(run(plain, inputs), run(model, inputs), rtol=0.1, atol=0.1)
+
+
+def test_another_backbone_is_noticed_even_when_quantized(tmp_path) -> None:
+    folder = save_backbone("bert", tmp_path / "backbone")
+    cls = hf.BertForSequenceClassification
+    adapted(cls.from_pretrained(folder)).save_pretrained(tmp_path / "task")
+    torch.manual_seed(5)
+    other = ARCHITECTURES["bert"].build()
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight.add_(1.0)
+    save_backbone(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="backbone"):
+        PeftModel.from_pretrained(_quantized(str(tmp_path / "other"), cls), tmp_path / "task")
+
+
+def test_a_bitsandbytes_backbone(tmp_path) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    folder = save_backbone("llama", tmp_path / "backbone")
+    config = hf.BitsAndBytesConfig(load_in_8bit=True)
+    model = adapted(hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config))
+    model.save_pretrained(tmp_path / "task")
+    again = hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "task")
+    inputs = {k: v.to(model.device) for k, v in ARCHITECTURES["llama"].inputs().items()}
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    backbone = save_backbone("bert", tmp_path / "backbone")
+    model = adapted(hf.BertForSequenceClassification.from_pretrained(backbone))
+    model.save_pretrained(tmp_path / "task")
+    return backbone, tmp_path / "task", run(model, INPUTS)
+
+
+def test_a_device_map_on_one_device(folders) -> None:
+    backbone, task, expected = folders
+    model = hf.BertForSequenceClassification.from_pretrained(backbone, device_map={"": "cpu"})
+    assert torch.equal(run(PeftModel.from_pretrained(model, task), INPUTS), expected)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(folders, where: str, tmp_path) -> None:
+    """Weights wait on the CPU or the disk and are fetched layer by layer; the memory stays where it computes."""
+    backbone, task, expected = folders
+    model = hf.BertForSequenceClassification.from_pretrained(backbone).eval()
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in model.bert.encoder.parameters())
+    loaded = PeftModel.from_pretrained(model, task)
+    assert all(p.device.type == "cpu" for n, p in loaded.named_parameters() if ".default." in n)
+    assert torch.equal(run(loaded, INPUTS), expected)
+    assert any(p.device.type == "meta" for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloading_an_adapted_model(folders, where: str, tmp_path) -> None:
+    backbone, task, expected = folders
+    model = PeftModel.from_pretrained(hf.BertForSequenceClassification.from_pretrained(backbone), task)
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert torch.equal(run(model, INPUTS), expected)
+
+
+def test_an_offloaded_backbone_is_still_recognised(folders, tmp_path) -> None:
+    _, task, _ = folders
+    torch.manual_seed(5)
+    other = save_backbone(ARCHITECTURES["bert"].build(), tmp_path / "other")
+    model = hf.BertForSequenceClassification.from_pretrained(other)
+    disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="other values"):
+        PeftModel.from_pretrained(model, task)
+
+
+def test_a_device_map_with_the_disk(folders, tmp_path) -> None:
+    backbone, task, expected = folders
+    device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    model = hf.BertForSequenceClassification.from_pretrained(
+        backbone, device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    # Not PeftModel.from_pretrained: it takes the hooks off and looks for each weight under a name without our wrapper.
+    loaded = get_peft_model(model, SpartanConfig.from_pretrained(task)).eval()
+    set_peft_model_state_dict(loaded, load_file(task / "adapter_model.safetensors"))
+    assert torch.equal(run(loaded, INPUTS), expected)
+
+
+def test_moving_the_model_moves_the_memory() -> None:
+    model = adapted("bert").to("meta")
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_attaching_without_storage_counts_parameters() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(ARCHITECTURES["bert"].build(), SpartanConfig(num_labels=3))
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert model.base_model.parameter_formula()[1] == sum(
+        p.numel() for n, p in model.named_parameters() if "spartan_memory" in n
+    )

@@ -1,0 +1,216 @@
+"""What is written, and what happens to a file that does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file, save_file
+from tests.models import ARCHITECTURES, D, adapted, add, build, run, save_backbone
+
+from sparsepeft import SpartanConfig
+
+INPUTS = ARCHITECTURES["bert"].inputs()
+FILE = "adapter_model.safetensors"
+
+
+def test_only_memory_and_head_are_saved_as_safetensors(tmp_path) -> None:
+    adapted("roberta", num_labels=3).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, "adapter_config.json", "README.md"}
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / FILE)}
+    parts = ("child_keys", "child_values", "parent_keys")
+    memory = {f"roberta.encoder.layer.{layer}.spartan_memory.{part}" for layer in range(3) for part in parts}
+    head = {f"classifier.{name}" for name in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")}
+    assert names == memory | head
+
+
+def test_layer_norms_are_saved_with_the_adapter(tmp_path) -> None:
+    adapted("bert", train_layer_norms=True).save_pretrained(tmp_path)
+    names = load_file(tmp_path / FILE)
+    assert sum("LayerNorm" in name for name in names) == 2 * (2 * 3 + 1)
+
+
+def test_each_adapter_has_a_folder_of_its_own_that_loads_under_any_name(tmp_path) -> None:
+    model = adapted("bert", "one")
+    add(model, "two", num_labels=4)
+    model.save_pretrained(tmp_path)
+    model.set_adapter("two")
+    loaded = adapted("bert", "one")
+    loaded.load_adapter(str(tmp_path / "two"), "renamed")
+    loaded.set_adapter("renamed")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("options", [{}, {"head_type": "linear", "num_labels": 3}, {"train_layer_norms": True}])
+def test_loading_without_a_second_copy_in_memory(tmp_path, low_cpu_mem_usage: bool, options: dict) -> None:
+    model = adapted("bert", **options)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert all(p.device.type == "cpu" for p in loaded.parameters())
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    loaded.load_adapter(str(tmp_path), "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded.set_adapter("second")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_low_cpu_mem_usage_keeps_what_was_there() -> None:
+    model = adapted("bert", "one")
+    model.add_adapter("two", SpartanConfig(num_parents=4, top_k=2), low_cpu_mem_usage=True)
+    memory = [p for n, p in model.named_parameters() if "spartan_memory.two" in n]
+    assert memory
+    assert all(p.device.type == "meta" for p in memory)
+    assert not any(p.device.type == "meta" for n, p in model.named_parameters() if "spartan_memory.one" in n)
+
+
+def test_auto_classes_find_backbone_and_class(tmp_path) -> None:
+    backbone = save_backbone("bert", tmp_path / "backbone")
+    model = adapted(hf.AutoModelForSequenceClassification.from_pretrained(backbone), num_labels=5, task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path / "task")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    backbone = save_backbone("gpt2", tmp_path / "lm")
+    model = adapted(hf.AutoModelForCausalLM.from_pretrained(backbone), task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "lm-task")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lm-task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    backbone = save_backbone("bert", tmp_path / "plain")
+    model = adapted(hf.BertForSequenceClassification.from_pretrained(backbone))
+    model.save_pretrained(tmp_path / "plain-task")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "plain-task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_save_dtype_halves_the_file_and_nearly_keeps_the_answers(tmp_path, dtype: str) -> None:
+    model = adapted("roberta", train_layer_norms=True)
+    model.save_pretrained(tmp_path / "full")
+    model.peft_config["default"].save_dtype = dtype
+    model.save_pretrained(tmp_path / "half")
+    full, half = load_file(tmp_path / "full" / FILE), load_file(tmp_path / "half" / FILE)
+    assert full.keys() == half.keys()
+    assert all(tensor.dtype == getattr(torch, dtype) for tensor in half.values())
+    assert sum(t.nbytes for t in half.values()) * 2 == sum(t.nbytes for t in full.values())
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(build("roberta"), tmp_path / "half", low_cpu_mem_usage=low_cpu_mem_usage)
+        assert all(p.dtype == torch.float32 for p in loaded.parameters())
+        # bf16 keeps 8 bits: weights move by up to 0.4 %
+        torch.testing.assert_close(run(loaded, INPUTS), run(model, INPUTS), rtol=0.05, atol=0.02)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def _break(folder, change) -> None:
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+def _drop(*fragments: str):
+    def change(tensors: dict) -> None:
+        for name in [name for name in tensors if any(fragment in name for fragment in fragments)]:
+            del tensors[name]
+
+    return change
+
+
+def _rename(tensors: dict) -> None:
+    tensors["base_model.model.bert.encoder.layer.7.spartan_memory.parent_keys"] = torch.zeros(6, D)
+
+
+def _resize(tensors: dict) -> None:
+    tensors["base_model.model.classifier.weight"] = torch.zeros(4, D)
+
+
+def _all_at_once(tensors: dict) -> None:
+    _drop("layer.1.", "classifier.bias")(tensors)
+    _rename(tensors)
+    _resize(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (_drop("classifier"), ["missing: classifier.bias, classifier.weight"]),
+        (_drop("layer.2.spartan_memory.parent_keys"), ["missing: bert.encoder.layer.2.spartan_memory.parent_keys"]),
+        (_rename, ["unexpected: bert.encoder.layer.7.spartan_memory.parent_keys"]),
+        (_resize, ["of another shape: classifier.weight [4, 32] instead of [2, 32]"]),
+        (_all_at_once, ["missing: ", "unexpected: ", "of another shape: "]),
+        (dict.clear, ["missing: ", "and 7 more"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "again"])
+def test_a_file_that_does_not_fit_is_one_error_with_all_names(tmp_path, change, parts: list[str], how: str) -> None:
+    adapted("bert").save_pretrained(tmp_path)
+    _break(tmp_path, change)
+    attach = {
+        "from_pretrained": lambda: PeftModel.from_pretrained(build("bert"), tmp_path),
+        "load_adapter": lambda: adapted("bert").load_adapter(str(tmp_path), "task"),
+        "again": lambda: adapted("bert").load_adapter(str(tmp_path), "default"),
+    }
+    with pytest.raises(ValueError, match="do not fit the adapter") as error:
+        attach[how]()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_the_file_of_another_config_is_refused(tmp_path) -> None:
+    adapted("bert", num_parents=8).save_pretrained(tmp_path / "large")
+    adapted("bert").save_pretrained(tmp_path / "small")
+    (tmp_path / "large" / FILE).rename(tmp_path / "small" / FILE)
+    with pytest.raises(ValueError, match=r"parent_keys \[8, 32\] instead of \[6, 32\]"):
+        PeftModel.from_pretrained(build("bert"), tmp_path / "small")
+
+
+def test_a_file_with_layer_norms_needs_the_config_that_says_so(tmp_path) -> None:
+    adapted("bert", train_layer_norms=True).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train_layer_norms": False}))
+    with pytest.raises(ValueError, match=r"unexpected: .*LayerNorm"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_the_card_says_how_to_load_it_and_the_code_in_it_runs(tmp_path) -> None:
+    backbone = save_backbone("bert", tmp_path / "backbone")
+    model = adapted(
+        hf.AutoModelForSequenceClassification.from_pretrained(backbone),
+        task_type="SEQ_CLS",
+        id2label={0: "sad", 1: "glad", 2: "so so"},
+    )
+    folder = tmp_path / "task"
+    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # renewed, not repeated
+    card = (folder / "README.md").read_text()
+    assert card.count("## How to load") == 1
+    assert card.count("import sparsepeft") == 1
+    assert "sad, glad, so so" in card
+    assert f"{model.base_model.parameter_formula()[1]:,}" in card
+    code = card.partition("```python")[2].partition("```")[0]
+    namespace: dict = {}
+    exec(code.replace("path/to/this/folder", str(folder)), namespace)
+    assert torch.equal(run(namespace["model"].eval(), INPUTS), run(model, INPUTS))
+
+
+def test_the_users_own_card_is_kept(tmp_path) -> None:
+    model = adapted("bert")
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nMy own notes.\n")
+    model.save_pretrained(tmp_path)
+    assert "My own notes." in card.read_text()
+
+
+def test_peft_functions_see_backbone_and_adapter_apart() -> None:
+    from peft.utils.save_and_load import get_base_model_state_dict, get_peft_model_state_dict, set_peft_model_state_dict
+
+    model = adapted("bert", train_layer_norms=True, num_labels=3)
+    bare = build("bert").state_dict()
+    found = get_base_model_state_dict(model)
+    assert found.keys() == bare.keys()
+    assert all(torch.equal(found[name], bare[name]) for name in bare)
+    state = get_peft_model_state_dict(model)
+    fresh = adapted("bert", train_layer_norms=True, num_labels=3, random=False)
+    set_peft_model_state_dict(fresh, state)
+    assert torch.equal(run(fresh, INPUTS), run(model, INPUTS))

@@ -1,0 +1,191 @@
+"""transformers' Trainer, accelerate's launcher, and the example that uses nothing else of ours than the config."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel, get_peft_model
+from tests.models import SMALL, D, L, adapted, build, run, save_backbone
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sparsepeft import SpartanConfig
+
+pytestmark = pytest.mark.slow
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_trainer.py"
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Sequences whose label is whether they begin with a high token."""
+
+    def __init__(self, count: int, num_labels: int = 2) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.ids = torch.randint(3, 99, (count, 7), generator=generator)
+        self.labels = self.ids[:, 0] * num_labels // 99
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": torch.ones(7), "labels": self.labels[index]}
+
+
+ROWS = {"input_ids": _Rows(8).ids, "attention_mask": torch.ones(8, 7, dtype=torch.long)}
+
+
+def _trainer(model: PeftModel, folder: Path, **settings) -> hf.Trainer:
+    defaults = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+        "save_strategy": "epoch",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    arguments = hf.TrainingArguments(str(folder), **(defaults | settings))
+    return hf.Trainer(model, arguments, train_dataset=_Rows(40), eval_dataset=_Rows(16))
+
+
+def _fresh(folder: str, **config) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(hf.BertForSequenceClassification.from_pretrained(folder), SpartanConfig(**SMALL, **config))
+
+
+@pytest.fixture
+def backbone(tmp_path) -> str:
+    return save_backbone("bert", tmp_path / "backbone")
+
+
+def test_resuming_continues_where_it_stopped(backbone: str, tmp_path) -> None:
+    straight = _fresh(backbone, train_layer_norms=True)
+    _trainer(straight, tmp_path / "straight").train()
+    stopped = _fresh(backbone, train_layer_norms=True)
+    _trainer(stopped, tmp_path / "stopped").train()
+    first = tmp_path / "stopped" / "checkpoint-5"
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in first.iterdir()}
+    assert not (first / "model.safetensors").exists()
+    resumed = _fresh(backbone, train_layer_norms=True)
+    assert not torch.allclose(run(resumed.eval(), ROWS), run(straight.eval(), ROWS), atol=1e-3)
+    _trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(first))
+    torch.testing.assert_close(run(resumed.eval(), ROWS), run(straight.eval(), ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_model_is_loaded_at_the_end(backbone: str, tmp_path) -> None:
+    model = _fresh(backbone)
+    trainer = _trainer(
+        model,
+        tmp_path / "run",
+        num_train_epochs=4,
+        learning_rate=0.1,  # too high, so that the last epoch is not the best
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        save_total_limit=2,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+    best = PeftModel.from_pretrained(
+        hf.BertForSequenceClassification.from_pretrained(backbone), trainer.state.best_model_checkpoint
+    )
+    assert torch.equal(run(best, ROWS), run(model.eval(), ROWS))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_accumulation_steps": 2, "bf16": True},
+    ],
+)
+def test_trainer_options_learn(backbone: str, tmp_path, settings: dict) -> None:
+    model = _fresh(backbone, load_balancing_coef=0.01)
+    trainer = _trainer(model, tmp_path / "run", num_train_epochs=20, learning_rate=2e-2, **settings)
+    trainer.eval_dataset = trainer.train_dataset  # whether it learns, not what
+    before = trainer.evaluate()["eval_loss"]
+    backbone_before = {n: p.clone() for n, p in model.named_parameters() if ".default." not in n}
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    assert all(torch.equal(p, backbone_before[n]) for n, p in model.named_parameters() if n in backbone_before)
+
+
+def test_checkpoints_of_a_second_task_leave_the_first_alone(backbone: str, tmp_path) -> None:
+    model = _fresh(backbone)
+    expected = run(model.eval(), ROWS)
+    model.add_adapter("second", SpartanConfig(**SMALL, num_labels=3))
+    model.set_adapter("second")
+    trainer = _trainer(model, tmp_path / "run", num_train_epochs=1)
+    trainer.train_dataset = _Rows(40, num_labels=3)
+    trainer.train()
+    model.set_adapter("default")
+    assert torch.equal(run(model.eval(), ROWS), expected)
+
+
+def test_a_trained_adapter_of_a_quantized_backbone(backbone: str, tmp_path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = hf.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    base = hf.BertForSequenceClassification.from_pretrained(
+        backbone, quantization_config=config, device_map={"": "cpu"}
+    )
+    model = adapted(base, random=False)
+    trainer = _trainer(model, tmp_path / "run", num_train_epochs=8)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+def _run(*command: str, cwd: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=cwd, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def _local_model(folder: Path) -> str:
+    """A tiny model with a tokenizer, as a hub would have it."""
+    words = ["[PAD]", "[UNK]", "the", "a", "of", "in", "and", "to", "bank", "team", "film", "flight", "health", "phone"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    ).save_pretrained(folder)
+    config = build("bert").config
+    config.update({"vocab_size": len(words), "hidden_size": D, "num_hidden_layers": L})
+    return save_backbone(hf.BertForSequenceClassification(config), folder)
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")])
+def test_the_example_trains_on_the_built_in_topics(tmp_path, launcher: tuple[str, ...]) -> None:
+    model = _local_model(tmp_path / "model")
+    out = tmp_path / "out"
+    printed = _run(*launcher, str(EXAMPLE), model, "--output", str(out), "--max-steps", "3", cwd=tmp_path)
+    assert "eval_loss" in printed
+    assert "trainable params" in printed
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["num_labels"] == len(config["id2label"]) > 2
+    loaded = PeftModel.from_pretrained(hf.AutoModelForSequenceClassification.from_pretrained(model), out)
+    assert run(loaded, {"input_ids": torch.tensor([[2, 8, 3]])}).shape == (1, config["num_labels"])
+
+
+def test_the_example_reads_a_csv_file(tmp_path) -> None:
+    rows = [
+        f"the {word} {index},{label}" for index in range(10) for word, label in (("bank", "money"), ("team", "sport"))
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    model = _local_model(tmp_path / "model")
+    command = [str(EXAMPLE), model, "--data", "rows.csv", "--output", "out", "--max-steps", "2"]
+    assert "eval_loss" in _run(*command, cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["id2label"] == {
+        "0": "money",
+        "1": "sport",
+    }
