@@ -225,6 +225,21 @@ def test_peft_reports_a_regular_state() -> None:
         assert model.get_model_status().enabled is False
 
 
+def test_a_pipeline_uses_the_active_adapters_labels() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")
+    model = adapted("bert", "moods", id2label={0: "sad", 1: "glad", 2: "calm"})
+    add(model, "topics", id2label={0: "news", 1: "sport"})
+    classify = hf.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    model.set_adapter("moods")
+    assert {entry["label"] for entry in classify("a b", top_k=None)} == {"sad", "glad", "calm"}
+    model.set_adapter("topics")
+    assert {entry["label"] for entry in classify("a b", top_k=None)} == {"news", "sport"}
+
+
 def test_a_wrapped_layer_looks_like_the_layer() -> None:
     model = adapted("gemma")
     layer = next(module for module in model.modules() if isinstance(module, SpartanLayer))
@@ -292,6 +307,15 @@ def test_training_the_head_alone_is_a_method_too(tmp_path) -> None:
     assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
     with loaded.disable_adapter():
         assert torch.equal(run(loaded, INPUTS), run(build("roberta"), INPUTS))
+    loaded.add_adapter("other", HeadConfig(num_labels=5))
+    loaded.set_adapter("other")
+    assert run(loaded, INPUTS).shape == (3, 5)
+    with pytest.warns(UserWarning, match="'default' is active"):
+        loaded.delete_adapter("other")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    loaded.add_adapter("third", HeadConfig())
+    loaded.delete_adapter("third")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
 
 
 def test_methods_cannot_be_mixed_on_one_backbone() -> None:

@@ -91,10 +91,7 @@ def load_backbone(model: str, spec: TaskSpec, dtype: torch.dtype | None = None) 
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"The model {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub (which needs "
-            "a network) or a local folder with config.json and safetensors to --model."
-        ) from error
+        raise UserError(_not_loaded("model", model, error)) from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -102,7 +99,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model!r} has no tokenizer that could be loaded ({_first_line(error)}); add one.") from error
+        raise UserError(_not_loaded("tokenizer of the model", model, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -149,6 +146,13 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
             trained += parameter.numel()
             head += parameter.numel() if ".modules_to_save." in name else 0
     return {"trained": trained, "head": head, "adapter": trained - head}
+
+
+def _not_loaded(what: str, model: str, error: Exception) -> str:
+    return (
+        f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub (which needs a "
+        "network) or a local folder with config.json, safetensors and tokenizer files to --model."
+    )
 
 
 def _safetensors_error() -> type[Exception]:

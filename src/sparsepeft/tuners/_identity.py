@@ -98,14 +98,15 @@ def check_fingerprint(
             raise ValueError(
                 f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to "
                 f"{found_name!r}, whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set "
-                "check_backbone=False in the adapter's config (PeftConfig.from_pretrained) and pass that config, if you "
-                "know that it fits."
+                "check_backbone=False in the adapter's config (PeftConfig.from_pretrained) and pass that config, if "
+                "you know that it fits."
             )
         compared += 1
     if compared < len(expected["tensors"]) or expected["quantized"]:
         warnings.warn(
             f"The backbone {found_name!r} is quantized or offloaded (here or when the adapter was trained): only "
-            f"{compared} sampled tensors could be compared, so make sure that it is the model the adapter was trained on.",
+            f"{compared} sampled tensors could be compared, so make sure that it is the model the adapter was trained "
+            "on.",
             UserWarning,
             stacklevel=2,
         )
@@ -133,7 +134,7 @@ def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
     saved_dtype = getattr(torch, dtype, torch.float32)
     resolution = max(torch.finfo(tensor.dtype).eps, torch.finfo(saved_dtype).eps)
     found, saved = torch.tensor(_sample(tensor)), torch.tensor(values)
-    return torch.allclose(found, saved, rtol=2 * resolution, atol=1e-6)
+    return torch.allclose(found, saved, rtol=1e-7, atol=0)
 
 
 def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:

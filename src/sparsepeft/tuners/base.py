@@ -369,7 +369,8 @@ class TaskTuner(BaseTuner):
             listed = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
             raise ValueError(
                 f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The "
-                "file is damaged or belongs to another config or model class; save the adapter again, or load the right folder."
+                "file is damaged or belongs to another config or model class; save the adapter again, or load the "
+                "right folder."
             )
         return {expected[key][0]: tensor for key, tensor in found.items()}
 

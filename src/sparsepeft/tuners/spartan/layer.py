@@ -99,7 +99,7 @@ class SpartanLayer(TaskTunerLayer):
     def _checked(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"{type(self.base_layer).__name__} returned states of shape {tuple(hidden_states.shape)}, but its memory "
-                f"was made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden size."
+                f"{type(self.base_layer).__name__} returned states of shape {tuple(hidden_states.shape)}, but its "
+                f"memory was made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden size."
             )
         return hidden_states

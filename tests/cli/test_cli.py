@@ -1,0 +1,196 @@
+"""The command line as a person meets it: output, exit codes, one sentence for what went wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sparsepeft.storage import METHODS as STORAGE_METHODS
+from sparsepeft_cli import main
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def sparsepeft(*arguments: object, stdin: str = "") -> Done:
+    """Run the command line's entry point in this process, which has paid for the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    variables = {"COLUMNS": "200", "SPARSEPEFT_DATA": ""}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.delenv("SPARSEPEFT_DATA")
+        patch.setattr(sys, "argv", ["sparsepeft", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "topics"
+    done = sparsepeft(
+        "train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", 8, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["task"] == "topics"
+    return folder
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("storage",), ("demo",)])
+def test_help_has_an_example_and_loads_neither_torch_nor_peft(command: tuple[str, ...]) -> None:
+    done = sparsepeft(*command, "--help")
+    assert done.returncode == 0
+    if command:
+        assert f"sparsepeft {command[0]}" in done.stdout
+        assert "Example" in done.stdout
+    code = f"import sys; sys.argv = ['sparsepeft', *{command!r}, '--help']; from sparsepeft_cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'peft', 'transformers', 'sparsepeft'} & set(sys.modules); sys.exit(bool(heavy))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_evaluate_and_predict(trained: Path, tmp_path: Path) -> None:
+    done = sparsepeft("evaluate", trained, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((trained / "results.json").read_text())["metrics"]
+
+    done = sparsepeft("predict", trained, "A striker scored twice.")
+    (line,) = done.stdout.splitlines()
+    assert set(json.loads(line)) == {"label", "score", "scores"}
+
+    file = tmp_path / "texts.txt"
+    file.write_text('A plain line.\n"A JSON line."\n{"text": "An object."}\n\n')
+    from_file = sparsepeft("predict", trained, "--file", file)
+    from_stdin = sparsepeft("predict", trained, stdin=file.read_text())
+    assert len(from_file.stdout.splitlines()) == 4
+    assert from_file.stdout == from_stdin.stdout
+
+
+@pytest.mark.slow
+def test_own_file(tiny_backbone: Path, tmp_path: Path) -> None:
+    rows = ["review,mood"] + [f"review number {i} was {w},{w}" for i in range(20) for w in ("good", "bad")]
+    (tmp_path / "mine.csv").write_text("\n".join(rows) + "\n")
+    done = sparsepeft(
+        *("train", "--task", "custom", "--train-file", tmp_path / "mine.csv", "--text-column", "review"),
+        *("--label-column", "mood", "--model", tiny_backbone, "--output-dir", tmp_path / "out", "--max-steps", 3),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["task"]["label_names"] == ["bad", "good"]
+    assert "sparsepeft predict" in done.stdout
+
+
+@pytest.mark.slow
+def test_config_file_and_settings(tiny_backbone: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"task: topics\nmodel: {tiny_backbone}\nmax_steps: 1\nsettings: {{num_parents: 4, top_k: 2}}\n")
+    done = sparsepeft("train", "--config", file, "--output-dir", tmp_path / "o", "--set", "top_k=3", "--json")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "o" / "adapter_config.json").read_text())
+    assert (config["num_parents"], config["top_k"]) == (4, 3)
+
+
+def _bad_files(folder: Path) -> None:
+    (folder / "empty.csv").write_text("")
+    (folder / "fields.tsv").write_text("text\tlabel\none\ta\ntwo\tb\tc\n")
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(20)))
+    (folder / "unseen.csv").write_text("text,label\nt,z\n")
+
+
+BAD = {
+    "unknown task": (["--task", "sst3"], ["sst3", "did you mean 'sst2'", "mnli"]),
+    "unknown method": (["--task", "topics", "--method", "spartn"], ["spartn", "did you mean 'spartan'"]),
+    "unknown setting": (["--task", "topics", "--set", "num_parent=3"], ["num_parent", "did you mean 'num_parents'"]),
+    "malformed setting": (["--task", "topics", "--set", "top_k"], ["key=value"]),
+    "top_k above num_parents": (["--task", "topics", "--set", "top_k=17"], ["top_k=17", "num_parents=16"]),
+    "non-positive size": (["--task", "topics", "--set", "num_children=0"], ["num_children=0", "positive"]),
+    "no data folder": (["--task", "sst2", "--data-dir", "{tmp}/none"], ["none", "does not exist"]),
+    "missing file": (["--task", "custom", "--train-file", "{tmp}/none.csv"], ["none.csv"]),
+    "empty file": (["--task", "custom", "--train-file", "{tmp}/empty.csv"], ["empty.csv", "empty"]),
+    "wrong number of fields": (["--task", "custom", "--train-file", "{tmp}/fields.tsv"], ["fields.tsv:3", "2", "3"]),
+    "unseen label": (
+        ["--task", "custom", "--train-file", "{tmp}/train.csv", "--validation-file", "{tmp}/unseen.csv"],
+        ["'z'", "train"],
+    ),
+    "no such model": (["--task", "topics", "--model", "{tmp}"], ["config.json"]),
+    "model not on the hub": (["--task", "topics", "--model", "nobody/nothing"], ["nobody/nothing", "--model"]),
+    "no task": ([], ["--task"]),
+    "config file": (["--task", "topics", "--config", "{tmp}/none.yaml"], ["none.yaml", "does not exist"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_2_and_one_sentence(case: str, tmp_path: Path) -> None:
+    _bad_files(tmp_path)
+    arguments, words = BAD[case]
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    done = sparsepeft("train", *given, "--output-dir", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("Error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsepeft_cli", "train", "--task", "sst3", "--output-dir", str(tmp_path)]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=120)
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.slow
+def test_failures_of_the_other_commands(trained: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (("evaluate", tmp_path), ["run.json is missing"]),
+        (("predict", tmp_path, "text"), ["run.json is missing"]),
+        (("predict", trained, "one", "two"), ["takes 1 text"]),
+        (("predict", trained, "--file", tmp_path / "none"), ["does not exist"]),
+        (("train", "--task", "topics", "--output-dir", trained), ["already holds a finished run", "--overwrite"]),
+        (("storage", "--model", "nobody/nothing"), ["nobody/nothing"]),
+        (("storage", "--method", "spartn"), ["did you mean 'spartan'"]),
+    ):
+        done = sparsepeft(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    done = sparsepeft("storage", "--tasks", 0)
+    assert done.returncode == 2
+    done = sparsepeft("predict", trained, stdin='["a", "b"]\n')
+    assert done.returncode == 2
+    assert "standard input, line 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_storage() -> None:
+    done = sparsepeft("storage", "--model", "roberta-base", "--tasks", 9)
+    assert done.returncode == 0, done.stderr
+    for figure in ("1,032,192", "1,179,648", "1,107.00 M", "133.62 M"):
+        assert figure in done.stdout
+    done = sparsepeft("storage", "--model", "roberta-base", "--json")
+    assert [row["method"] for row in json.loads(done.stdout)["methods"]] == list(STORAGE_METHODS)

@@ -1,0 +1,40 @@
+"""The memory as a module; what it computes is tested with the op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsepeft.layers import SparseMemory
+from sparsepeft.ops import memory_read
+
+
+def test_it_reads_its_own_parameters() -> None:
+    memory = SparseMemory(8, 5, 3, 2, temperature=1.6, value_initializer_range=1.0, initializer_range=1.0)
+    states = torch.randn(2, 4, 8)
+    expected = memory_read(
+        states, memory.parent_keys, memory.child_keys, memory.child_values, top_k=2, temperature=1.6, impl="reference"
+    )
+    torch.testing.assert_close(memory(states), expected)
+    assert not torch.allclose(memory(states), states)
+    assert sum(p.numel() for p in memory.parameters()) == 5 * (1 + 2 * 3) * 8
+
+
+def test_fresh_it_is_the_identity_and_its_keys_are_spread_as_asked() -> None:
+    memory = SparseMemory(64, 32, 16, 8, initializer_range=0.5)
+    states = torch.randn(3, 64)
+    assert torch.equal(memory(states), states)
+    assert memory.child_keys.std().item() == pytest.approx(0.5, rel=0.05)
+    assert memory.child_keys.mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_printed_it_shows_its_sizes() -> None:
+    assert "hidden_size=8, num_parents=5, num_children=3, top_k=2" in repr(SparseMemory(8, 5, 3, 2))
+
+
+def test_without_storage_it_is_given_values_later() -> None:
+    memory = SparseMemory(8, device=torch.device("meta"))
+    assert all(p.device.type == "meta" for p in memory.parameters())
+    memory.to_empty(device="cpu").reset_parameters()
+    states = torch.randn(3, 8)
+    assert torch.equal(memory(states), states)
