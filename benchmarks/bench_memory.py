@@ -106,16 +106,12 @@ def run(case: Case, repeats: int, seed: int, idle_wait_s: float) -> dict[str, An
     num_weights = case.num_tokens * parents * children
     repeats = repeats if num_weights < MAX_TRAINED_WEIGHTS else max(3, repeats // 4)
     readers = {name: reader(name) for name in case.candidates}
-    options = {"repeats": repeats, "warm_up": 1, "idle_wait_s": idle_wait_s}
+    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s)
     with torch.no_grad():
-        forward = time_alternating(
-            {name: partial(read, *tensors, top_k=case.top_k) for name, read in readers.items()}, **options
-        )
+        forward = measure({name: partial(read, *tensors, top_k=case.top_k) for name, read in readers.items()})
     if num_weights > MAX_TRAINED_WEIGHTS:
         del readers["masked"]
-    training = time_alternating(
-        {name: partial(train, read, tensors, grad_output, case.top_k) for name, read in readers.items()}, **options
-    )
+    training = measure({name: partial(train, read, tensors, grad_output, case.top_k) for name, read in readers.items()})
     choice = explain_memory_impl(num_parents=parents, num_children=children, top_k=case.top_k)
     return {
         **case._asdict(),
@@ -144,7 +140,7 @@ def main() -> None:
         "--idle-wait",
         type=float,
         default=0.0,
-        help="seconds to wait for an idle machine before each round (default: 0)",
+        help="seconds to wait for an idle machine before each round",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random memory and hidden states")
     parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it works")

@@ -58,11 +58,15 @@ def test_each_row_of_a_mixed_batch_is_continued_by_its_own_adapter(name: str, nu
     assert not torch.equal(alone["one"], alone["two"])
 
 
+@pytest.mark.parametrize("recorded_before", [False, True])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "gpt2", "llama", "opt", "vit"])
-def test_hidden_states_are_those_after_the_memory(name: str) -> None:
+def test_hidden_states_are_those_after_the_memory(name: str, recorded_before: bool) -> None:
     """Entry i is what layer i + 1 receives; the last is left to transformers, which may tie it to the final norm."""
-    model = adapted(name)
     inputs = ARCHITECTURES[name].inputs()
+    backbone = build(name)
+    if recorded_before:  # transformers puts its recording hooks on the layers at the first use
+        backbone(**inputs, output_hidden_states=True)
+    model = adapted(backbone)
     received: list[torch.Tensor] = []
     layers = [module for module in model.modules() if type(module).__name__ == "SpartanLayer"]
     after_memory: list[torch.Tensor] = []

@@ -134,7 +134,7 @@ def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
     saved_dtype = getattr(torch, dtype, torch.float32)
     resolution = max(torch.finfo(tensor.dtype).eps, torch.finfo(saved_dtype).eps)
     found, saved = torch.tensor(_sample(tensor)), torch.tensor(values)
-    return torch.allclose(found, saved, rtol=1e-7, atol=0)
+    return torch.allclose(found, saved, rtol=2 * resolution, atol=1e-6)
 
 
 def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:

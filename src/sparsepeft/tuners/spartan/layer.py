@@ -100,6 +100,7 @@ class SpartanLayer(TaskTunerLayer):
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"{type(self.base_layer).__name__} returned states of shape {tuple(hidden_states.shape)}, but its "
-                f"memory was made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden size."
+                f"memory was made for width {self.hidden_size}; choose target_modules whose outputs end in the hidden "
+                "size."
             )
         return hidden_states
