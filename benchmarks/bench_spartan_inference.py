@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import describe_environment, time_alternating, write_json
 from peft import PeftModel, get_peft_model
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from _common import describe_environment, time_alternating, write_json
 from sparsepeft import SpartanConfig
 
 ROBERTA_BASE = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
@@ -103,7 +103,7 @@ def files() -> dict[str, Any]:
         config = SpartanConfig(task_type="SEQ_CLS", head_type="linear", save_dtype=dtype)
         model = get_peft_model(backbone(), config).eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_(std=0.02)
             before = model(input_ids=inputs).logits

@@ -46,7 +46,8 @@ def main() -> None:
                 result = json.loads(file.read_text())
                 print(
                     f"{task:<9} {method:<8} seed {seed}  {result['main_metric']:<22} {result['score']:.4f} on "
-                    f"{result['score_split']}, chosen at {result['selection_score']:.4f}, {result['train_seconds']:.0f} s",
+                    f"{result['score_split']}, chosen at {result['selection_score']:.4f}, "
+                    f"{result['train_seconds']:.0f} s",
                     flush=True,
                 )
     print(_summary(folder))

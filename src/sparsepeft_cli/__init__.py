@@ -1,4 +1,4 @@
-"""The command line. Outside ``sparsepeft``, whose import takes seconds (it registers with PEFT): help must be instant."""
+"""The command line; outside ``sparsepeft``, whose import takes seconds (it registers with PEFT), so that help is instant."""
 
 from __future__ import annotations
 

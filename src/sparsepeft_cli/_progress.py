@@ -28,7 +28,7 @@ class TrainingProgress:
         self._task: Any = None
 
     def labelled(self, label: str) -> TrainingProgress:
-        """This display, with another name for the bars that start from now on."""
+        """The same display, with another name for the bars that start from now on."""
         self._label = label
         self._values = {}
         return self

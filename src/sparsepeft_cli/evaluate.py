@@ -10,7 +10,9 @@ import typer
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
-    data_dir: Annotated[Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:

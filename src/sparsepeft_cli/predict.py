@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,13 @@ import typer
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
-    text: Annotated[str | None, typer.Argument(help="The text; without it, lines are read from --file or stdin.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="The text; without it, lines are read from --file or stdin.")
+    ] = None,
     text_pair: Annotated[str | None, typer.Argument(help="The second text, for tasks about pairs.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help='One input a line: plain text (a tab between pairs), or JSON: "a", ["a", "b"], {...}.')
+        Path | None,
+        typer.Option(help='One input a line: plain text (a tab between pairs), or JSON: "a", ["a", "b"], {...}.'),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")] = 32,
@@ -56,10 +60,8 @@ def _parse(lines: Iterable[str], columns: tuple[str, ...], source: str) -> Itera
         line = line.rstrip("\r\n")
         value: object = line.split("\t") if len(columns) == 2 else line
         if line[:1] in ("{", "[", '"'):
-            try:
+            with contextlib.suppress(ValueError):  # a text that merely begins like JSON
                 value = json.loads(line)
-            except ValueError:
-                pass  # a text that merely begins like JSON
         if isinstance(value, dict):
             value = [value.get(name) for name in columns]
         parts = [value] if isinstance(value, str) else value

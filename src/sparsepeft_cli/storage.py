@@ -8,7 +8,9 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Hub id, local folder, minilm, or roberta-base (known without a hub).")] = "minilm",
+    model: Annotated[
+        str, typer.Option(help="Hub id, local folder, minilm, or roberta-base (known without a hub).")
+    ] = "minilm",
     tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
     num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
     dtype: Annotated[str, typer.Option(help="Of all weights: fp32, bf16 or fp16.")] = "fp32",

@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    task: Annotated[str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, or custom with --train-file.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, or custom with --train-file.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for weights and results.")] = None,
     method: Annotated[str | None, typer.Option(help="spartan, full, head or lora. [default: spartan]")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
@@ -33,7 +35,9 @@ def command(
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: fp32]")] = None,
     recipe: Annotated[str | None, typer.Option(help="Hyperparameters: best or paper. [default: best]")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights: float32, bf16 or fp16.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in the output folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -63,11 +67,12 @@ def command(
 def _summary(results: dict[str, Any], folder: str) -> str:
     from sparsepeft_cli._console import megabytes
 
+    parameters = results["parameters"]
     lines = [
         f"[bold]{results['task']}[/bold], {results['method']}: {results['main_metric']} "
         f"[bold green]{results['score']:.4f}[/bold green] on {results['score_split']} "
         f"({results['num_train']:,} training examples, {results['train_seconds']:.0f} s)",
-        f"{results['parameters']['trained']:,} parameters trained, of them {results['parameters']['head']:,} in the head"
+        f"{parameters['trained']:,} parameters trained, of them {parameters['head']:,} in the head"
         + (f"; memory: {results['formula']}" if "formula" in results else ""),
         f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
     ]

@@ -94,7 +94,6 @@ def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path)
     assert train(config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
 
 
-
 def test_an_unfinished_run_with_other_values_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(config(tiny_backbone, tmp_path), callbacks=[Interrupt(3)])

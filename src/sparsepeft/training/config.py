@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,12 +107,12 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
-            raise UserError(f"--set {pair!r} was given, but settings have the form key=value, for example --set top_k=4.")
+            raise UserError(
+                f"--set {pair!r} was given, but settings have the form key=value, for example --set top_k=4."
+            )
         parsed = yaml.safe_load(value)
-        try:  # YAML reads 1e-3 as a string
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
             parsed = float(parsed) if isinstance(parsed, str) else parsed
-        except ValueError:
-            pass
         settings[key.strip()] = parsed
     return settings
 

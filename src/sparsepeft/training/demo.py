@@ -54,7 +54,7 @@ def run_demo(
         config = RunConfig(task=TASK, method=method, output_dir=str(folder / method), epochs=epochs)
         results[method] = train(config, callbacks(method), overwrite=True)
     test = load_task(TASK).test
-    assert test is not None  # the built-in sample has one  # noqa: S101
+    assert test is not None  # the built-in sample has one
     labels = Counter(test["label"][:])
     predictor = Predictor(folder / "spartan")
     texts = list(test["text"][:])

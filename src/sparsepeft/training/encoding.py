@@ -29,7 +29,9 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     return wanted or min(limit, 512)
 
 
-def encode(dataset: Dataset, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
+def encode(
+    dataset: Dataset, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, int]:
     """Token ids of every example, with its label and length.
 
     Returns:

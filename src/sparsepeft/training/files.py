@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.tasks import TaskData, TaskSpec
@@ -22,7 +22,7 @@ _RESULTS_VERSION = 1
 
 
 def write_weights(
-    folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, save_dtype: str | None
+    folder: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, save_dtype: str | None
 ) -> int:
     """Save the trained weights into ``folder``, whole or not at all.
 
@@ -43,13 +43,17 @@ def write_weights(
             model.save_pretrained(str(temporary))
         else:
             dtype = getattr(torch, save_dtype) if save_dtype else None
-            (model.to(dtype) if dtype else model).save_pretrained(str(temporary))
+            if dtype is not None:
+                model.to(dtype)
+            model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(str(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         for file in sorted(temporary.iterdir()):
             os.replace(file, folder / file.name)
     except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error, an Exception
-        raise RunFailed(f"The trained weights could not be written to {folder} ({error}); free space and resume.") from error
+        raise RunFailed(
+            f"The trained weights could not be written to {folder} ({error}); free space and resume."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size
@@ -79,8 +83,10 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
     return TaskSpec(**values)
 
 
-def results_of(config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any) -> dict[str, Any]:
-    """The content of ``results.json``. ``score`` is the main metric on the test part, or on the official validation set."""
+def results_of(
+    config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any
+) -> dict[str, Any]:
+    """The content of ``results.json``; ``score`` is the main metric on the test part, or else on the validation set."""
     split = "test" if "test" in metrics else "validation"
     return {
         "format_version": _RESULTS_VERSION,

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tuners import HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import find_head
+
+Model = PreTrainedModel | PeftModel
 
 _CONFIGS: dict[str, type[PeftConfig]] = {"spartan": SpartanConfig, "head": HeadConfig, "lora": LoraConfig}
 # Set by the task or when attaching; not the user's to choose with --set.
@@ -51,7 +53,8 @@ def adapter_config(method: str, settings: dict[str, Any], spec: TaskSpec | None 
     if method == "full":
         if settings:
             raise UserError(
-                f"The settings {sorted(settings)} were given, but full fine-tuning has no adapter to configure; leave them out."
+                f"The settings {sorted(settings)} were given, but full fine-tuning has no adapter to "
+                "configure; leave them out."
             )
         return None
     config_class = _CONFIGS[method]
@@ -73,7 +76,7 @@ def id2label(spec: TaskSpec) -> dict[int, str]:
     return dict(enumerate(spec.label_names)) if spec.label_names else {0: "score"}
 
 
-def load_backbone(model: str, spec: TaskSpec, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     """The backbone with a fresh classification head for the task.
 
     Raises:
@@ -87,7 +90,7 @@ def load_backbone(model: str, spec: TaskSpec, dtype: torch.dtype | None = None) 
             id2label=names,
             label2id={label: index for index, label in names.items()},
             problem_type=spec.problem_type,
-            dtype=dtype or torch.float32,
+            dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
     except (OSError, ValueError) as error:
@@ -105,7 +108,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any]) -> torch.nn.Module:
+def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
     """The model to train: the backbone with the method's adapter, or all of it."""
     config = adapter_config(method, settings, spec)
     backbone = load_backbone(model, spec)
@@ -122,7 +125,7 @@ def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any
         raise UserError(str(error)) from error
 
 
-def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> torch.nn.Module:
+def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model:
     """The trained model of a run, in eval mode.
 
     Raises:
@@ -150,8 +153,8 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def _not_loaded(what: str, model: str, error: Exception) -> str:
     return (
-        f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub (which needs a "
-        "network) or a local folder with config.json, safetensors and tokenizer files to --model."
+        f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub "
+        "(which needs a network) or a local folder with config.json, safetensors and tokenizer files to --model."
     )
 
 

@@ -59,9 +59,7 @@ _PAPER = {
     "lora": Recipe(1e-4, adapter={"r": 8, "lora_alpha": 16}),
 }
 _BEST = {
-    "spartan": Recipe(
-        3e-3, warmup_ratio=0.06, adapter={"num_parents": 16, "num_children": 3, "top_k": 8}
-    ),
+    "spartan": Recipe(3e-3, warmup_ratio=0.06, adapter={"num_parents": 16, "num_children": 3, "top_k": 8}),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-3, warmup_ratio=0.06),
     "lora": Recipe(1e-3, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),

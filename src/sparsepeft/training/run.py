@@ -15,15 +15,16 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, read_run, results_of, write_weights
-from sparsepeft.training.methods import adapter_config, build_model, count_parameters, load_tokenizer
+from sparsepeft.training.methods import Model, adapter_config, build_model, count_parameters, load_tokenizer
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
 from sparsepeft.tuners._identity import backbone_parameters
@@ -88,7 +89,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         compute_metrics=lambda output: _metrics(data.spec, output),
         callbacks=list(callbacks),
     )
-    trainer.remove_callback(_default_printer())
+    trainer.remove_callback(PrinterCallback)
     parameters = count_parameters(model)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=_resumable(folder))
@@ -97,7 +98,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     metrics = {}
     for name, part in prepared.reported.items():
         output = trainer.predict(part)
-        metrics[name] = data.spec.compute_metrics(output.predictions, output.label_ids)
+        metrics[name] = data.spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
     saved = write_weights(folder, model, tokenizer, config.save_dtype)
     results = results_of(
         config,
@@ -105,7 +106,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         metrics,
         parameters=parameters,
         saved_bytes=saved,
-        model_bytes=sum(p.numel() * p.element_size() for _, p in backbone_parameters(_bare(model))),
+        model_bytes=_backbone_bytes(model),
         model=describe_backbone(model_id),
         num_train=len(prepared.train),
         num_cut=prepared.num_cut,
@@ -116,7 +117,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         environment=environment(),
     )
     if isinstance(model, PeftModel) and hasattr(model.base_model, "parameter_formula"):
-        results["formula"] = model.base_model.parameter_formula()[0]
+        results["formula"] = model.base_model.parameter_formula()[0]  # type: ignore[operator]  # behind __getattr__
     write_json(folder / RESULTS, results)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
@@ -140,7 +141,9 @@ def load_data(config: RunConfig) -> TaskData:
     )
 
 
-def prepare_data(data: TaskData, config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreparedData:
+def prepare_data(
+    data: TaskData, config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreparedData:
     """Split, subsample and encode. Few-shot runs use every example for training and take the last step's weights."""
     spec = data.spec
     training, selection = split_train(data.train, spec, seed=_SPLIT_SEED)
@@ -183,8 +186,8 @@ def _prepare_folder(folder: Path, config: RunConfig, overwrite: bool) -> None:
     differing = sorted(key for key in now if key != "output_dir" and before.get(key) != now[key])
     if differing:
         raise UserError(
-            f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to resume it, "
-            "pass another --output-dir, or --overwrite to start anew."
+            f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to "
+            "resume it, pass another --output-dir, or --overwrite to start anew."
         )
 
 
@@ -238,19 +241,15 @@ def _arguments(
 
 
 def _metrics(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
-    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    metrics = spec.compute_metrics(np.asarray(predictions), np.asarray(output.label_ids))
+    metrics = spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 
-def _default_printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
-
-
-def _bare(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def _logits(predictions: Any) -> np.ndarray:
+    """The logits, which some models return with other things."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
-__all__ = ["FEW_SHOT_STEPS", "PreparedData", "RunFailed", "load_data", "prepare_data", "train"]
+def _backbone_bytes(model: Model) -> int:
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    return sum(parameter.numel() * parameter.element_size() for _, parameter in backbone_parameters(bare))

@@ -23,8 +23,8 @@ class SafeTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(loss.item()):
             raise RunFailed(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training was stopped; "
-                f"{self._what_is_left()} Try a lower learning rate."
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training was "
+                f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
         return loss
 
@@ -32,20 +32,21 @@ class SafeTrainer(Trainer):
         broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
             raise RunFailed(
-                f"{broken[0]} holds values that are not finite at step {self.state.global_step}, so training was stopped; "
-                f"{self._what_is_left()} Try a lower learning rate."
+                f"{broken[0]} holds values that are not finite at step {self.state.global_step}, so training was "
+                f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise RunFailed(
-                f"The checkpoint of step {self.state.global_step} could not be written ({error}); {self._what_is_left()}"
+                f"The checkpoint of step {self.state.global_step} could not be written ({error}); "
+                f"{self._what_is_left()}"
             ) from error
 
     def _what_is_left(self) -> str:
-        last = last_checkpoint(Path(self.args.output_dir))
+        last = last_checkpoint(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {last.name}." if last else "no checkpoint had been written yet."
 
 
