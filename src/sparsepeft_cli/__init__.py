@@ -1,4 +1,4 @@
-"""The command line; outside ``sparsepeft``, whose import takes seconds (it registers with PEFT), so that help is instant."""
+"""The command line, outside ``sparsepeft``: importing that takes seconds (it registers with PEFT), help should not."""
 
 from __future__ import annotations
 
