@@ -33,7 +33,7 @@ class Timing(NamedTuple):
 def time_alternating(
     candidates: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 2, idle_wait_s: float = 0.0
 ) -> dict[str, Timing]:
-    """Time callables in turn, A B C A B C ..., so that a disturbance of the machine meets all of them alike.
+    """Time callables in turn, A B C, B C A, ..., so that a disturbance of the machine meets all of them alike.
 
     Each round starts when the machine is idle, or after ``idle_wait_s``. Threads are the caller's: set them once with
     ``torch.set_num_threads`` before.
@@ -44,9 +44,13 @@ def time_alternating(
         for _ in range(warm_up):
             candidate()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        wait_until_idle(idle_wait_s)
-        for name, candidate in candidates.items():
+    names = list(candidates)
+    for repeat in range(repeats):
+        order = names[repeat % len(names) :] + names[: repeat % len(names)]  # nobody is always the first
+        if wait_until_idle(idle_wait_s):
+            candidates[order[-1]]()  # threads and caches went to sleep; its own turn is the furthest away
+        for name in order:
+            candidate = candidates[name]
             start = time.perf_counter()
             candidate()
             samples[name].append(1e3 * (time.perf_counter() - start))

@@ -309,6 +309,20 @@ def test_compiles_to_one_graph(impl: str, shape: str) -> None:
         torch.testing.assert_close(compiled(shorter, *inputs[1:]), step(shorter, *inputs[1:]))
 
 
+@pytest.mark.slow  # the inductor backend calls a C++ compiler
+@pytest.mark.parametrize("impl", FAST)
+def test_inductor_matches_reference(impl: str) -> None:
+    torch.compiler.reset()
+    inputs = make_inputs("many parents", torch.float32)
+    grad_output = torch.randn_like(inputs[0])
+    expected = run(inputs, grad_output, top_k=5, impl="reference")
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = torch.compile(lambda *t: memory_read(*t, top_k=5, impl=impl), fullgraph=True)(*leaves)
+    output.backward(grad_output)
+    actual = {"output": output.detach(), **{n: leaf.grad for n, leaf in zip(NAMES, leaves, strict=True)}}
+    assert_all_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
 class Reader(torch.nn.Module):
     def __init__(self, memory: list[Tensor], top_k: int, impl: str) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsepeft.ops.memory.gathered import memory_read_gathered
 from sparsepeft.ops.memory.pairs import TILE_SLOTS, PairGroups, PairTile
 from sparsepeft.ops.memory.select import softmax_dtype, top_k_lowest_index
 
@@ -25,28 +26,13 @@ def memory_read_selected(
 ) -> Tensor:
     """Read the memory by grouping tokens under their selected parents; see :func:`memory_read`.
 
-    All tensors share one dtype; ``x`` is (N, D). One opaque operator to ``torch.compile``; ``torch.export`` gets plain
-    gathers, which other runtimes understand.
+    All tensors share one dtype; ``x`` is (N, D). One opaque operator to ``torch.compile``; ``torch.export`` gets
+    :func:`memory_read_gathered`.
     """
     if torch.compiler.is_exporting():
-        return _read_by_gathering(x, parent_keys, child_keys, child_values, top_k, temperature)
+        return memory_read_gathered(x, parent_keys, child_keys, child_values, top_k, temperature)
     output, _, _ = _read(x, parent_keys, child_keys, child_values, top_k, float(temperature))
     return output
-
-
-def _read_by_gathering(
-    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
-) -> Tensor:
-    precise = softmax_dtype(x.dtype)
-    best, selected = top_k_lowest_index(torch.mm(x, parent_keys.T).to(precise), top_k)
-    gate = torch.softmax(best, dim=-1)  # (N, K)
-    output = x.to(precise)
-    for rank in range(top_k):  # one parent at a time: the largest temporary is (N, C, D)
-        scores = torch.matmul(child_keys[selected[:, rank]], x.unsqueeze(-1)).squeeze(-1).to(precise)  # (N, C)
-        weights = gate[:, rank : rank + 1] * torch.softmax(scores / temperature, dim=-1)
-        read = torch.matmul(weights.to(x.dtype).unsqueeze(1), child_values[selected[:, rank]])  # (N, 1, D)
-        output = output + read.squeeze(1)
-    return output.to(x.dtype)
 
 
 @torch.library.custom_op("sparsepeft::memory_read_selected", mutates_args=())
