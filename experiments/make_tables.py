@@ -57,9 +57,9 @@ def six_tasks() -> str:
     return "\n\n".join(
         [
             "## SPARTAN and a head alone on six tasks",
-            f"{first['model']}, two epochs, at most 8,000 training examples (a tenth of them for choosing the checkpoint), "
-            f"recipe `{first['recipe']}`, seed {first['seed']}, scores x 100. Official validation sets; BBC News: its test "
-            "part. By `python experiments/six_tasks.py --data-dir DATA`.",
+            f"{first['model']}, two epochs, at most 8,000 training examples, a tenth of them for choosing the "
+            f"checkpoint; recipe `{first['recipe']}`, seed {first['seed']}, scores x 100. Official validation sets; BBC News: "
+            "its test part. By `python experiments/six_tasks.py --data-dir DATA`.",
             table(["task", "metric", "trained on", "scored on", *methods], rows),
             "\n".join(f"- {note}" for note in notes),
         ]
@@ -114,8 +114,8 @@ def memory() -> str:
     return "\n\n".join(
         [
             "## `ops.memory_read`",
-            f"Forward, milliseconds, D=768, float32, {_machine(report)}; medians of alternating calls, each form checked "
-            "against the reference first. `gather` is what one writes first in plain PyTorch. By "
+            f"Forward, milliseconds, D=768, float32, {_machine(report)}; medians of alternating calls, each form "
+            "checked against the reference first. `gather` is what one writes first in plain PyTorch. By "
             "`python benchmarks/bench_memory.py --output benchmarks/results/memory.json`.",
             table(["tokens", "P", "C", "K", "gather", "masked", "selected", "auto", "auto is"], rows),
         ]

@@ -62,25 +62,23 @@ def memory_read(
         TypeError: a tensor is not floating point, or ``top_k`` is not an int.
         ValueError: shapes do not fit, ``top_k`` or ``temperature`` is out of range, or ``impl`` is unknown.
     """
-    _check_arguments(x, parent_keys, child_keys, child_values, top_k, temperature)
+    if not _fits(x, parent_keys, child_keys, child_values, top_k, temperature):
+        _raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
     num_parents, num_children, hidden = child_keys.shape
     if impl == "auto":
         impl = choose_memory_impl(num_parents, num_children, top_k, exporting=torch.compiler.is_exporting())
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
 
-    dtype = x.dtype
-    for parameter in (parent_keys, child_keys, child_values):
-        dtype = torch.promote_types(dtype, parameter.dtype)
+    memory = [parent_keys, child_keys, child_values]
+    tokens = x.reshape(-1, hidden)
+    if not all(parameter.dtype == x.dtype for parameter in memory):
+        dtype = x.dtype
+        for parameter in memory:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        tokens, *memory = (tensor.to(dtype) for tensor in (tokens, *memory))
     with _autocast_off(x.device.type):
-        output = _IMPLEMENTATIONS[impl](
-            x.reshape(-1, hidden).to(dtype),
-            parent_keys.to(dtype),
-            child_keys.to(dtype),
-            child_values.to(dtype),
-            top_k,
-            temperature,
-        )
+        output = _IMPLEMENTATIONS[impl](tokens, *memory, top_k, temperature)
     return output.reshape(x.shape).to(x.dtype)
 
 
@@ -92,7 +90,27 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]
     return contextlib.nullcontext()
 
 
-def _check_arguments(
+def _fits(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> bool:
+    """Whether the arguments are sound. Said in one go: at batch size 1 a check of its own for each would be felt."""
+    shape = child_keys.shape
+    return (
+        len(shape) == 3
+        and child_values.shape == shape
+        and parent_keys.shape == (shape[0], shape[2])
+        and x.ndim >= 1
+        and x.shape[-1] == shape[2]
+        and shape[1] >= 1
+        and shape[2] >= 1
+        and all(tensor.is_floating_point() for tensor in (x, parent_keys, child_keys, child_values))
+        and type(top_k) is int
+        and 1 <= top_k <= shape[0]
+        and 0 < temperature < math.inf  # not isfinite: it breaks a compiled graph
+    )
+
+
+def _raise_misfit(
     x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
 ) -> None:
     named = {"x": x, "parent_keys": parent_keys, "child_keys": child_keys, "child_values": child_values}
@@ -128,5 +146,4 @@ def _check_arguments(
         raise ValueError(
             f"top_k is {top_k}, but the memory has {parent_keys.shape[0]} parents: choose 1 <= top_k <= P."
         )
-    if not 0 < temperature < math.inf:  # not isfinite: it breaks a compiled graph
-        raise ValueError(f"temperature is {temperature}; expected a positive finite number (1.0 is neutral).")
+    raise ValueError(f"temperature is {temperature}; expected a positive finite number (1.0 is neutral).")
