@@ -1,38 +1,27 @@
-"""Fine-tune a text classifier with transformers' own tools; from sparsepeft comes the config alone.
+"""Fine-tune a text classifier as transformers' own examples do; from sparsepeft comes the config alone.
 
-python examples/train_with_trainer.py distilbert/distilroberta-base          # the built-in news topics
-python examples/train_with_trainer.py path/to/a/model --data reviews.csv     # columns "text" and "label"
+python examples/train_with_trainer.py distilbert/distilroberta-base --output_dir out/topics --learning_rate 1e-3
 """
 
-import argparse
+import sys
 from importlib.resources import files
 
 from datasets import load_dataset
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
 from sparsepeft import SpartanConfig
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="distilbert/distilroberta-base")
-parser.add_argument("--data", default=str(files("sparsepeft") / "tasks" / "topics" / "train.jsonl"))
-parser.add_argument("--output", default="out/topics")
-parser.add_argument("--epochs", type=float, default=10)
-parser.add_argument("--max-steps", type=int, default=-1)
-args = parser.parse_args()
+(training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(sys.argv[2:])
+topics = str(files("sparsepeft") / "tasks" / "topics" / "train.jsonl")  # or your own: columns "text" and "label"
+data = load_dataset("json", data_files=topics, split="train").class_encode_column("label")
+names = data.features["label"].names
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True).train_test_split(0.1, seed=0)
 
-data = load_dataset("csv" if args.data.endswith(".csv") else "json", data_files=args.data, split="train")
-data = data.class_encode_column("label").train_test_split(test_size=0.1, seed=0)
-names = data["train"].features["label"].names
-tokenizer = AutoTokenizer.from_pretrained(args.model)
-data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True)
-
-model = AutoModelForSequenceClassification.from_pretrained(args.model)
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 model = get_peft_model(model, SpartanConfig(task_type="SEQ_CLS", id2label=dict(enumerate(names))))
 model.print_trainable_parameters()
-training = TrainingArguments(
-    args.output, learning_rate=1e-3, num_train_epochs=args.epochs, max_steps=args.max_steps, report_to="none"
-)
 trainer = Trainer(model, training, train_dataset=data["train"], eval_dataset=data["test"], processing_class=tokenizer)
 trainer.train()
 print(trainer.evaluate())

@@ -168,24 +168,10 @@ def _local_model(folder: Path) -> str:
 def test_the_example_trains_on_the_built_in_topics(tmp_path, launcher: tuple[str, ...]) -> None:
     model = _local_model(tmp_path / "model")
     out = tmp_path / "out"
-    printed = _run(*launcher, str(EXAMPLE), model, "--output", str(out), "--max-steps", "3", cwd=tmp_path)
+    printed = _run(*launcher, str(EXAMPLE), model, "--output_dir", str(out), "--max_steps", "3", cwd=tmp_path)
     assert "eval_loss" in printed
     assert "trainable params" in printed
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["num_labels"] == len(config["id2label"]) > 2
     loaded = PeftModel.from_pretrained(hf.AutoModelForSequenceClassification.from_pretrained(model), out)
     assert run(loaded, {"input_ids": torch.tensor([[2, 8, 3]])}).shape == (1, config["num_labels"])
-
-
-def test_the_example_reads_a_csv_file(tmp_path) -> None:
-    rows = [
-        f"the {word} {index},{label}" for index in range(10) for word, label in (("bank", "money"), ("team", "sport"))
-    ]
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
-    model = _local_model(tmp_path / "model")
-    command = [str(EXAMPLE), model, "--data", "rows.csv", "--output", "out", "--max-steps", "2"]
-    assert "eval_loss" in _run(*command, cwd=tmp_path)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["id2label"] == {
-        "0": "money",
-        "1": "sport",
-    }

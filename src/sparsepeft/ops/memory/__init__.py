@@ -70,15 +70,14 @@ def memory_read(
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
 
-    memory = [parent_keys, child_keys, child_values]
-    tokens = x.reshape(-1, hidden)
-    if not all(parameter.dtype == x.dtype for parameter in memory):
+    tensors = x.reshape(-1, hidden), parent_keys, child_keys, child_values
+    if not all(parameter.dtype == x.dtype for parameter in tensors):
         dtype = x.dtype
-        for parameter in memory:
+        for parameter in tensors:
             dtype = torch.promote_types(dtype, parameter.dtype)
-        tokens, *memory = (tensor.to(dtype) for tensor in (tokens, *memory))
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)  # type: ignore[assignment]  # still four
     with _autocast_off(x.device.type):
-        output = _IMPLEMENTATIONS[impl](tokens, *memory, top_k, temperature)
+        output = _IMPLEMENTATIONS[impl](*tensors, top_k, temperature)
     return output.reshape(x.shape).to(x.dtype)
 
 
