@@ -1,22 +1,26 @@
-"""What every benchmark shares: alternating timing, a description of the machine, a check before speed, atomic JSON."""
+"""What every benchmark shares: alternating timing, a description of the machine, a check before speed."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+
+from sparsepeft.provenance import environment, write_json
+
+__all__ = [
+    "Timing",
+    "describe_environment",
+    "require_agreement",
+    "time_alternating",
+    "wait_until_idle",
+    "write_json",
+]
 
 
 class Timing(NamedTuple):
@@ -98,60 +102,9 @@ def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Te
 
 def describe_environment(*, seed: int) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat a measurement."""
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "transformers", "peft")},
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "seed": seed,
-    }
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name, then rename: a reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)  # temporary files are private
-    temporary.replace(path)
+    return {**environment(), "load_average": os.getloadavg()[0], "seed": seed}
 
 
 def _cpu_ticks() -> tuple[int, int]:
     ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)  # idle and waiting for a disk, against everything
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: an unpacked archive
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
