@@ -32,10 +32,9 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.tuners import SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import find_head
-from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, require_choice, require_positive
+from sparsepeft.tuners.config import HEAD_TYPES, dtype_name, require_choice, require_positive
 
 METHODS = ("full", "houlsby", "pfeiffer", "lora", "spartan")
-_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _CLASSES = (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification)
 
 _ROBERTA_BASE_NAMES = ("roberta-base", "FacebookAI/roberta-base")
@@ -184,9 +183,8 @@ def storage_report(
     num_labels = _check(num_tasks, num_labels, methods)
     notes: tuple[str, ...] = ()
     sizes = _Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type)
-    dtype = _DTYPE_ALIASES.get(dtype, dtype)
     try:
-        require_choice("dtype", dtype, SAVE_DTYPES)
+        dtype = dtype_name("dtype", dtype)
         require_choice("head_type", head_type, HEAD_TYPES)
         for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
             require_positive(name, getattr(sizes, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -194,3 +195,49 @@ def test_storage() -> None:
         assert figure in done.stdout
     done = sparsepeft("storage", "--model", "roberta-base", "--json")
     assert [row["method"] for row in json.loads(done.stdout)["methods"]] == list(STORAGE_METHODS)
+
+
+@pytest.mark.slow
+def test_what_fails_while_running_ends_with_1(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsepeft.training.trainer import SafeTrainer
+
+    original = SafeTrainer.compute_loss
+    monkeypatch.setattr(SafeTrainer, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * float("nan"))
+    arguments = (
+        "train",
+        "--task",
+        "topics",
+        "--model",
+        tiny_backbone,
+        "--output-dir",
+        tmp_path / "out",
+        "--max-steps",
+        3,
+    )
+    done = sparsepeft(*arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "The loss became nan at step 1" in done.stderr
+    monkeypatch.undo()
+    assert sparsepeft(*arguments).returncode == 0  # the same command goes on
+
+
+@pytest.mark.slow
+def test_damaged_and_misplaced_memories_end_with_2(trained: Path, tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_backbone
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    other = save_tiny_backbone(tmp_path / "other", seed=3)
+    for arguments, words in (
+        (("predict", damaged, "text"), ["damaged", "could not be loaded"]),
+        (("predict", trained, "text", "--model", other), ["other values", "check_backbone=False"]),
+    ):
+        done = sparsepeft(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert all(word in done.stderr for word in words), done.stderr

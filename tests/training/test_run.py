@@ -179,13 +179,17 @@ def test_long_texts_are_cut_and_said_once(
         train(config(tiny_backbone, tmp_path / "more", max_length=65))
 
 
-@pytest.mark.parametrize("save_dtype", ["bfloat16", "float16"])
-def test_save_dtype_halves_the_file(tiny_backbone: Path, tmp_path: Path, save_dtype: str) -> None:
-    full = train(config(tiny_backbone, tmp_path / "full"))
-    half = train(config(tiny_backbone, tmp_path / "half", save_dtype=save_dtype))
-    assert {str(t.dtype) for t in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {
-        f"torch.{save_dtype}"
-    }
+@pytest.mark.parametrize(
+    ("method", "save_dtype", "dtype"),
+    [("spartan", "bf16", "bfloat16"), ("spartan", "float16", "float16"), ("lora", "bf16", "bfloat16")],
+)
+def test_save_dtype_halves_the_file(
+    tiny_backbone: Path, tmp_path: Path, method: str, save_dtype: str, dtype: str
+) -> None:
+    full = train(config(tiny_backbone, tmp_path / "full", method=method))
+    half = train(config(tiny_backbone, tmp_path / "half", method=method, save_dtype=save_dtype))
+    saved = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
     header = 2500  # the names in the file do not shrink
     assert half["saved_bytes"] - header < 0.55 * (full["saved_bytes"] - header)
     texts = ["A striker scored.", "Shares fell."]

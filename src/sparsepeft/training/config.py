@@ -12,6 +12,7 @@ import yaml
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
+from sparsepeft.tuners.config import dtype_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 _POSITIVE = ("epochs", "max_steps", "max_train_samples", "learning_rate", "batch_size", "max_length", "few_shot")
@@ -66,6 +67,11 @@ class RunConfig:
                 raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UserError(f"seed={self.seed!r} was given, but the seed must be a whole number of at least 0.")
+        if self.save_dtype is not None:
+            try:
+                self.save_dtype = dtype_name("save_dtype", self.save_dtype)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         self.recipe_values()  # unknown settings are found before anything is loaded
 
     def recipe_values(self) -> Recipe:

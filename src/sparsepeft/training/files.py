@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.tasks import TaskData, TaskSpec
 from sparsepeft.training.config import RunConfig
+from sparsepeft.tuners._heads import cast_for_saving
+from sparsepeft.tuners.config import TaskAdapterConfig
 
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 _RESULTS_VERSION = 1
@@ -38,9 +42,13 @@ def write_weights(
     try:
         if isinstance(model, PeftModel):
             config = model.peft_config["default"]
-            if hasattr(config, "save_dtype"):
+            if isinstance(config, TaskAdapterConfig):
                 config.save_dtype = save_dtype
             model.save_pretrained(str(temporary))
+            if not isinstance(config, TaskAdapterConfig) and save_dtype is not None:
+                # PEFT's own methods save what is in memory.
+                weights = temporary / SAFETENSORS_WEIGHTS_NAME
+                save_file(cast_for_saving(load_file(weights), save_dtype), weights, metadata={"format": "pt"})
         else:
             dtype = getattr(torch, save_dtype) if save_dtype else None
             if dtype is not None:

@@ -12,7 +12,8 @@ from sparsepeft.tuners._card import write_card
 
 FORMAT_VERSION = 1
 HEAD_TYPES = ("model", "linear")
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
@@ -26,6 +27,12 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} was given, but {name} must be one of {', '.join(map(repr, choices))}.")
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """Torch's name of a floating dtype given by that or its short name; a ValueError if it is neither."""
+    require_choice(name, value, tuple(DTYPES))
+    return DTYPES[value]
 
 
 @dataclass
@@ -43,7 +50,7 @@ class TaskAdapterConfig(PeftConfig):
         id2label: names of the labels; None takes the model's if the count agrees.
         problem_type: ``"regression"``, ``"single_label_classification"`` or ``"multi_label_classification"``;
             None lets transformers decide from ``num_labels`` and the labels' dtype.
-        save_dtype: dtype of the saved tensors; None keeps the one in memory.
+        save_dtype: dtype of the saved tensors, such as ``"bfloat16"`` or ``"bf16"``; None keeps the one in memory.
         check_backbone: refuse to attach a saved adapter to another backbone than its own.
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
@@ -74,7 +81,7 @@ class TaskAdapterConfig(PeftConfig):
             )
         require_choice("head_type", self.head_type, HEAD_TYPES)
         if self.save_dtype is not None:
-            require_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
+            self.save_dtype = dtype_name("save_dtype", self.save_dtype)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         if self.id2label is not None:
