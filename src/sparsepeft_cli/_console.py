@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +13,11 @@ from rich.table import Table
 
 out = Console()
 err = Console(stderr=True)
+
+
+def program() -> str:
+    """How the reader can start this program: its name, or its path where that is not on the search path."""
+    return "sparsepeft" if shutil.which("sparsepeft") or "sparsepeft" not in sys.argv[0] else sys.argv[0]
 
 
 def print_json(content: Any) -> None:

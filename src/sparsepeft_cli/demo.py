@@ -19,7 +19,7 @@ def command(
     import dataclasses
 
     from sparsepeft.training.demo import run_demo
-    from sparsepeft_cli._console import megabytes, out, print_json, table
+    from sparsepeft_cli._console import megabytes, out, print_json, program, table
     from sparsepeft_cli._progress import TrainingProgress
 
     with TrainingProgress() as progress:
@@ -50,4 +50,4 @@ def command(
     )
     for text, prediction in result.predictions:
         out.print(f"  {prediction.label:<9} {prediction.score:5.1%}  {text}", highlight=False)
-    out.print(f'\nNext: sparsepeft predict {output_dir}/spartan "Any sentence you like."', highlight=False)
+    out.print(f'\nNext: {program()} predict {output_dir}/spartan "Any sentence you like."', highlight=False)

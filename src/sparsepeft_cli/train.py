@@ -65,7 +65,7 @@ def command(
 
 
 def _summary(results: dict[str, Any], folder: str) -> str:
-    from sparsepeft_cli._console import megabytes
+    from sparsepeft_cli._console import megabytes, program
 
     parameters = results["parameters"]
     lines = [
@@ -77,5 +77,5 @@ def _summary(results: dict[str, Any], folder: str) -> str:
         f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
     ]
     lines += [f"note: {note}" for note in results["notes"]]
-    lines.append(f'next: sparsepeft predict {folder} "some text"')
+    lines.append(f'next: {program()} predict {folder} "some text"')
     return "\n".join(lines)
