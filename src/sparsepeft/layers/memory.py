@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsepeft.ops import memory_read
+from sparsepeft.ops.memory import memory_read_unchecked
 
 
 class SparseMemory(nn.Module):
@@ -23,6 +23,9 @@ class SparseMemory(nn.Module):
         initializer_range: standard deviation of parent and child keys.
         value_initializer_range: standard deviation of child values; 0 makes the fresh memory an identity.
         impl: which implementation of :func:`sparsepeft.ops.memory_read` runs.
+
+    Raises:
+        ValueError: a size or the temperature is out of range; in forward, states of another width.
 
     Shapes:
         parent_keys (P, D); child_keys, child_values (P, C, D); forward (..., D) -> (..., D).
@@ -42,6 +45,11 @@ class SparseMemory(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        if not 1 <= top_k <= num_parents or num_children < 1 or temperature <= 0:
+            raise ValueError(
+                f"num_parents={num_parents}, num_children={num_children}, top_k={top_k}, temperature={temperature} were "
+                "given; a memory needs at least one child per parent, 1 <= top_k <= num_parents and a positive temperature."
+            )
         self.top_k, self.temperature, self.impl = top_k, temperature, impl
         self.initializer_range, self.value_initializer_range = initializer_range, value_initializer_range
         self.parent_keys = nn.Parameter(torch.empty(num_parents, hidden_size, device=device))
@@ -60,14 +68,14 @@ class SparseMemory(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Read the memory at every position of ``hidden_states`` (..., D) and add what was read."""
-        return memory_read(
-            hidden_states,
-            self.parent_keys,
-            self.child_keys,
-            self.child_values,
-            top_k=self.top_k,
-            temperature=self.temperature,
-            impl=self.impl,
+        if hidden_states.shape[-1] != self.parent_keys.shape[-1]:
+            raise ValueError(
+                f"The states have shape {tuple(hidden_states.shape)}, but this memory was made for width "
+                f"{self.parent_keys.shape[-1]}; pass states whose last dimension is that."
+            )
+        keys, child_keys, child_values = self.parent_keys, self.child_keys, self.child_values
+        return memory_read_unchecked(
+            hidden_states, keys, child_keys, child_values, self.top_k, self.temperature, self.impl
         )
 
     def extra_repr(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from sparsepeft.ops.memory.masked import memory_read_masked
 from sparsepeft.ops.memory.reference import memory_read_reference
 from sparsepeft.ops.memory.selected import memory_read_selected
 
-__all__ = ["MemoryChoice", "explain_memory_impl", "memory_read"]
+__all__ = ["MemoryChoice", "explain_memory_impl", "memory_read", "memory_read_unchecked"]
 
 _Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
@@ -64,29 +63,39 @@ def memory_read(
     """
     if not _fits(x, parent_keys, child_keys, child_values, top_k, temperature):
         _raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
+    return memory_read_unchecked(x, parent_keys, child_keys, child_values, top_k, temperature, impl)
+
+
+def memory_read_unchecked(
+    x: Tensor,
+    parent_keys: Tensor,
+    child_keys: Tensor,
+    child_values: Tensor,
+    top_k: int,
+    temperature: float,
+    impl: str = "auto",
+) -> Tensor:
+    """:func:`memory_read` for a module that made the memory itself: at batch size 1 the checks are felt."""
     num_parents, num_children, hidden = child_keys.shape
     if impl == "auto":
         impl = choose_memory_impl(num_parents, num_children, top_k, exporting=torch.compiler.is_exporting())
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
-
-    tensors = x.reshape(-1, hidden), parent_keys, child_keys, child_values
-    if not all(parameter.dtype == x.dtype for parameter in tensors):
-        dtype = x.dtype
-        for parameter in tensors:
+    read = _IMPLEMENTATIONS[impl]
+    tokens, dtype = x.reshape(-1, hidden), x.dtype
+    if not dtype == parent_keys.dtype == child_keys.dtype == child_values.dtype:
+        for parameter in (parent_keys, child_keys, child_values):
             dtype = torch.promote_types(dtype, parameter.dtype)
-        tensors = tuple(tensor.to(dtype) for tensor in tensors)  # type: ignore[assignment]  # still four
-    with _autocast_off(x.device.type):
-        output = _IMPLEMENTATIONS[impl](*tensors, top_k, temperature)
-    return output.reshape(x.shape).to(x.dtype)
-
-
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
-    # Autocast would round the residual and the memory to half precision. Entering the context only where autocast
-    # is on keeps exported graphs free of it.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+        tokens, parent_keys = tokens.to(dtype), parent_keys.to(dtype)
+        child_keys, child_values = child_keys.to(dtype), child_values.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast would round the residual and the memory to half precision. Entering the context only where autocast
+        # is on keeps exported graphs free of it.
+        with torch.autocast(x.device.type, enabled=False):
+            output = read(tokens, parent_keys, child_keys, child_values, top_k, temperature)
+    else:
+        output = read(tokens, parent_keys, child_keys, child_values, top_k, temperature)
+    return output.view(x.shape).to(x.dtype)
 
 
 def _fits(
