@@ -38,3 +38,17 @@ def test_without_storage_it_is_given_values_later() -> None:
     memory.to_empty(device="cpu").reset_parameters()
     states = torch.randn(3, 8)
     assert torch.equal(memory(states), states)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"top_k": 6}, {"num_children": 0}, {"num_parents": 0}, {"temperature": 0.0}]
+)
+def test_wrong_sizes_are_refused(wrong: dict) -> None:
+    sizes = {"num_parents": 5, "num_children": 3, "top_k": 2} | wrong
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        SparseMemory(8, **sizes)
+
+
+def test_states_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 7\).*width 8"):
+        SparseMemory(8, 5, 3, 2)(torch.zeros(2, 7))

@@ -47,8 +47,9 @@ class SparseMemory(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_parents or num_children < 1 or temperature <= 0:
             raise ValueError(
-                f"num_parents={num_parents}, num_children={num_children}, top_k={top_k}, temperature={temperature} were "
-                "given; a memory needs at least one child per parent, 1 <= top_k <= num_parents and a positive temperature."
+                f"num_parents={num_parents}, num_children={num_children}, top_k={top_k}, temperature={temperature} "
+                "were given; a memory needs at least one child per parent, 1 <= top_k <= num_parents and a positive "
+                "temperature."
             )
         self.top_k, self.temperature, self.impl = top_k, temperature, impl
         self.initializer_range, self.value_initializer_range = initializer_range, value_initializer_range
