@@ -118,6 +118,7 @@ def memory() -> str:
             "checked against the reference first. `gather` is what one writes first in plain PyTorch. By "
             "`python benchmarks/bench_memory.py --output benchmarks/results/memory.json`.",
             table(["tokens", "P", "C", "K", "gather", "masked", "selected", "auto", "auto is"], rows),
+            *report.get("notes", []),
         ]
     )
 
