@@ -44,6 +44,7 @@ def six_tasks() -> str:
             about[task]["main_metric"],
             f"{about[task]['num_train']:,}",
             about[task]["score_split"],
+            str(about[task]["config"]["max_length"] or ""),
             *(f"{100 * scores[task, method]:.1f}" if (task, method) in scores else "" for method in methods),
         ]
         for task in TASKS
@@ -51,7 +52,7 @@ def six_tasks() -> str:
     ]
     whole = [task for task in TASKS if all((task, method) in scores for method in methods)]
     means = [f"**{100 * sum(scores[t, m] for t in whole) / len(whole):.1f}**" for m in methods] if whole else []
-    rows.append([f"**mean of {len(whole)}**", "", "", "", *means])
+    rows.append([f"**mean of {len(whole)}**", "", "", "", "", *means])
     first = results[0]
     notes = sorted({note for result in results for note in result["notes"]})
     return "\n\n".join(
@@ -60,7 +61,7 @@ def six_tasks() -> str:
             f"{first['model']}, two epochs, at most 8,000 training examples, a tenth of them for choosing the "
             f"checkpoint; recipe `{first['recipe']}`, seed {first['seed']}, scores x 100. Official validation sets; "
             "BBC News: its test part. By `python experiments/six_tasks.py --data-dir DATA`.",
-            table(["task", "metric", "trained on", "scored on", *methods], rows),
+            table(["task", "metric", "trained on", "scored on", "texts cut to", *methods], rows),
             "\n".join(f"- {note}" for note in notes),
         ]
     ).rstrip()

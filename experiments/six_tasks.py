@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--max-train-samples", type=int, default=8000)
+    parser.add_argument("--max-length", type=int, help="cut texts to this many tokens; default: what the model takes")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--set", action="append", default=[], dest="settings")
     options = parser.parse_args()
@@ -63,6 +64,7 @@ def _run(options: argparse.Namespace, task: str, method: str, seed: int) -> dict
             data_dir=options.data_dir,
             epochs=options.epochs,
             max_train_samples=options.max_train_samples,
+            max_length=options.max_length,
             learning_rate=options.learning_rate,
             settings=parse_settings(options.settings),
         )

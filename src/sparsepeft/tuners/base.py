@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,9 +49,9 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         """The wrapped layer's forward; adapters act inside it, through hooks."""
         return self.base_layer(*args, **kwargs)
 
+    @abstractmethod
     def detach(self) -> None:
         """Remove the hooks, so that the wrapped layer stands alone again."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         try:

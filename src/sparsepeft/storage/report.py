@@ -1,0 +1,207 @@
+"""The report that ``sparsepeft storage`` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import (
+    PreTrainedConfig,
+)
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config
+from sparsepeft.storage.paper import PaperFigure, is_roberta_base, paper_figures, paper_notes
+from sparsepeft.tuners.config import HEAD_TYPES, dtype_name, require_choice, require_positive
+
+
+@dataclass(frozen=True)
+class MethodStorage:
+    """One method's share of a :class:`StorageReport`.
+
+    Attributes:
+        method: one of :data:`METHODS`.
+        parameters_per_task: trained for each task, without the head.
+        head_type: ``"model"`` (the model's own) or ``"linear"``.
+        head_parameters_per_task: the head's, for each task.
+        bytes_per_task: what each task adds to the device, head included.
+        total_parameters, total_bytes: for all tasks, heads included, the backbone counted once (full fine-tuning: a
+            copy per task).
+        total_parameters_without_heads: the same without heads, as the paper counts.
+        ratio: ``total_bytes`` over one bare backbone's bytes.
+        ratio_text: the same for a table, such as ``"1.1x"``.
+        formula: the closed formula for ``parameters_per_task``, written out.
+        formula_parameters: its value.
+        counted: where ``parameters_per_task`` comes from: ``"model"`` or ``"attached adapter"`` (counted on real
+            objects), or ``"formula"``.
+    """
+
+    method: str
+    parameters_per_task: int
+    head_type: str
+    head_parameters_per_task: tuple[int, ...]
+    bytes_per_task: tuple[int, ...]
+    total_parameters: int
+    total_parameters_without_heads: int
+    total_bytes: int
+    ratio: float
+    ratio_text: str
+    formula: str
+    formula_parameters: int
+    counted: str
+
+
+@dataclass(frozen=True)
+class StorageReport:
+    """What :func:`storage_report` found; ``paper`` is empty unless the backbone has RoBERTa-base's sizes."""
+
+    model: str
+    num_tasks: int
+    num_labels: tuple[int, ...]
+    dtype: str
+    backbone_parameters: int
+    backbone_bytes: int
+    methods: tuple[MethodStorage, ...]
+    paper: tuple[PaperFigure, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return dataclasses.asdict(self)
+
+
+def storage_report(
+    model: str,
+    num_tasks: int = 9,
+    *,
+    num_labels: int | Sequence[int] = 2,
+    dtype: str = "float32",
+    methods: Sequence[str] | None = None,
+    reduction_factor: int = 12,
+    lora_rank: int = 8,
+    num_parents: int = 16,
+    num_children: int = 3,
+    head_type: str = "model",
+) -> StorageReport:
+    """Count what each method stores for ``num_tasks`` tasks. Reads a config, no weights.
+
+    Bytes are parameters times the dtype's width; the few kilobytes of file headers are left out. A head is what
+    follows the backbone in the model class; a pooler that a checkpoint lacks (and training would add to the head)
+    cannot be told from a config.
+
+    Args:
+        model: hub id or local folder, ``"minilm"``, or ``"roberta-base"``, whose sizes are built in.
+        num_tasks: tasks on the device.
+        num_labels: outputs of every task's head, or one number per task.
+        dtype: of the backbone and all that is trained: ``"float32"`` or ``"fp32"``, ``"bfloat16"`` or ``"bf16"``,
+            ``"float16"`` or ``"fp16"``.
+        methods: which of :data:`METHODS`, in the order of the report; None takes all, but leaves LoRA out (with a
+            note) where PEFT has no default modules for the architecture.
+        reduction_factor: of Houlsby and Pfeiffer adapters (bottleneck d / r).
+        lora_rank: rank of LoRA on PEFT's default modules for the architecture.
+        num_parents, num_children: SPARTAN's P and C.
+        head_type: of SPARTAN and the adapters; full fine-tuning and LoRA always train the model's own head.
+
+    Raises:
+        UserError: an unknown method, an impossible size, or a model whose config cannot be had or attached to.
+    """
+    num_labels = _check(num_tasks, num_labels, methods)
+    notes: tuple[str, ...] = ()
+    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type)
+    try:
+        dtype = dtype_name("dtype", dtype)
+        require_choice("head_type", head_type, HEAD_TYPES)
+        for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
+            require_positive(name, getattr(sizes, name))
+        resolved = resolve_model(model)
+        config = load_config(resolved)
+        if methods is None:
+            methods, notes = _supported_methods(config)
+        counter = ParameterCounter(config, sizes)
+        backbone = counter.backbone_parameters()
+        width = getattr(torch, dtype).itemsize
+        rows = tuple(_row(counter, method, num_labels, backbone, width) for method in dict.fromkeys(methods))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    is_paper = is_roberta_base(config)
+    return StorageReport(
+        model=describe_backbone(resolved),
+        num_tasks=num_tasks,
+        num_labels=num_labels,
+        dtype=dtype,
+        backbone_parameters=backbone,
+        backbone_bytes=backbone * width,
+        methods=rows,
+        paper=paper_figures() if is_paper else (),
+        notes=notes + (paper_notes(counter, backbone, num_tasks) if is_paper else ()),
+    )
+
+
+def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[str] | None) -> tuple[int, ...]:
+    """Check what needs no model; the number of labels of each task."""
+    try:
+        require_positive("num_tasks", num_tasks)
+        labels = (num_labels,) * num_tasks if isinstance(num_labels, int) else tuple(num_labels)
+        for count in labels:
+            require_positive("num_labels", count)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if len(labels) != num_tasks:
+        raise UserError(
+            f"num_labels has {len(labels)} entries, but there are num_tasks={num_tasks} tasks; give one number for "
+            "all, or one per task."
+        )
+    if methods is None:
+        return labels
+    if isinstance(methods, str) or not methods:
+        raise UserError(f"methods={methods!r} was given, but it must be a list with some of {', '.join(METHODS)}.")
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(unknown_name("method", str(method), METHODS))
+    return labels
+
+
+def _supported_methods(config: PreTrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All methods that can be counted for an architecture, and a note on what was left out."""
+    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        return METHODS, ()
+    note = f"LoRA is left out, since PEFT has no default modules for {config.model_type!r} models."
+    return tuple(method for method in METHODS if method != "lora"), (note,)
+
+
+def _row(
+    counter: ParameterCounter, method: str, num_labels: tuple[int, ...], backbone: int, width: int
+) -> MethodStorage:
+    own = counter.own(method)
+    head_type = "model" if method in ("full", "lora") else counter.sizes.head_type
+    heads = tuple(counter.head_parameters(head_type, count) for count in num_labels)
+    without_heads = (0 if method == "full" else backbone) + own.parameters * len(heads)
+    total = without_heads + sum(heads)
+    ratio = total / backbone
+    return MethodStorage(
+        method=method,
+        parameters_per_task=own.parameters,
+        head_type=head_type,
+        head_parameters_per_task=heads,
+        bytes_per_task=tuple((own.parameters + head) * width for head in heads),
+        total_parameters=total,
+        total_parameters_without_heads=without_heads,
+        total_bytes=total * width,
+        ratio=ratio,
+        ratio_text=_ratio_text(ratio),
+        formula=own.formula,
+        formula_parameters=own.formula_parameters,
+        counted=own.counted,
+    )
+
+
+def _ratio_text(ratio: float) -> str:
+    text = f"{ratio:.1f}"
+    return f"{text.removesuffix('.0') if ratio >= 2 else text}x"
