@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ def write_weights(
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         for file in sorted(temporary.iterdir()):
             os.replace(file, folder / file.name)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error, an Exception
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise RunFailed(
             f"The trained weights could not be written to {folder} ({error}); free space and resume."
         ) from error

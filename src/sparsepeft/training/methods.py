@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
@@ -137,7 +138,7 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model
         return PeftModel.from_pretrained(load_backbone(model, spec), str(folder)).eval()
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, _safetensors_error()) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The adapter in {folder} could not be loaded: {_first_line(error)}") from error
 
 
@@ -156,12 +157,6 @@ def _not_loaded(what: str, model: str, error: Exception) -> str:
         f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub "
         "(which needs a network) or a local folder with config.json, safetensors and tokenizer files to --model."
     )
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
 
 
 def _first_line(error: BaseException) -> str:
