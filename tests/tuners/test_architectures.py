@@ -12,7 +12,7 @@ from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run
 from torch import nn
 
 from sparsepeft import SpartanConfig
-from sparsepeft.tuners import SpartanLayer
+from sparsepeft.tuners.spartan import SpartanLayer
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 

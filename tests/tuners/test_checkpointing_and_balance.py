@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsepeft import SpartanConfig
 from sparsepeft.ops.load_balancing import load_balancing_loss
-from sparsepeft.tuners import SpartanLayer
+from sparsepeft.tuners.spartan import SpartanLayer
 
 LABELS = torch.tensor([1, 0, 1])
 KINDS = pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])

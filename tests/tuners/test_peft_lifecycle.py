@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
-from sparsepeft.tuners import SpartanLayer
+from sparsepeft.tuners.spartan import SpartanLayer
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 

@@ -1,5 +1,6 @@
-"""Modules over :mod:`sparsepeft.ops`: they hold parameters and call one op."""
+"""Modules over :mod:`sparsepeft.ops`, and the baselines' own."""
 
+from sparsepeft.layers.bottleneck import BottleneckAdapter
 from sparsepeft.layers.memory import SparseMemory
 
-__all__ = ["SparseMemory"]
+__all__ = ["BottleneckAdapter", "SparseMemory"]

@@ -15,6 +15,7 @@ from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.tuners.config import dtype_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+SCORE_ON = ("validation", "selection")
 _POSITIVE = ("epochs", "max_steps", "max_train_samples", "learning_rate", "batch_size", "max_length", "few_shot")
 
 
@@ -29,6 +30,8 @@ class RunConfig:
         model: hub id or local folder; None is the bundled MiniLM.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
+        score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
+            data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
         (the rest as their names say; None takes the recipe's or the task's value)
     """
@@ -55,10 +58,12 @@ class RunConfig:
     seed: int = 42
     precision: str = "fp32"
     save_dtype: str | None = None
+    score_on: str = "validation"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("recipe", RECIPES), ("precision", PRECISIONS)):
+        named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise UserError(unknown_name(name, str(getattr(self, name)), choices))
         for name in _POSITIVE:

@@ -23,7 +23,7 @@ from sparsepeft.tuners._heads import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
-_RESULTS_VERSION = 1
+RESULTS_VERSION = 1
 
 
 def write_weights(
@@ -95,10 +95,14 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
 def results_of(
     config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any
 ) -> dict[str, Any]:
-    """The content of ``results.json``; ``score`` is the main metric on the test part, or else on the validation set."""
-    split = "test" if "test" in metrics else "validation"
+    """The content of ``results.json``.
+
+    ``score`` is the main metric on the test part if there is one, or else on what was
+    scored (the validation set, or the part of the training data that ``score_on`` asked for).
+    """
+    split = next(name for name in ("test", "validation", "selection") if name in metrics)
     return {
-        "format_version": _RESULTS_VERSION,
+        "format_version": RESULTS_VERSION,
         "task": data.spec.name,
         "method": config.method,
         "recipe": config.recipe,

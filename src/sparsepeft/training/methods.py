@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.tasks import TaskSpec
-from sparsepeft.tuners import HeadConfig, SpartanConfig
+from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import find_head
+from sparsepeft.tuners.config import TaskAdapterConfig
 
 Model = PreTrainedModel | PeftModel
 
-_CONFIGS: dict[str, type[PeftConfig]] = {"spartan": SpartanConfig, "head": HeadConfig, "lora": LoraConfig}
+_CONFIGS: dict[str, type[PeftConfig]] = {
+    "spartan": SpartanConfig,
+    "pfeiffer": BottleneckConfig,
+    "houlsby": BottleneckConfig,
+    "lora": LoraConfig,
+    "ia3": IA3Config,
+    "bitfit": BitFitConfig,
+    "head": HeadConfig,
+}
 # Set by the task or when attaching; not the user's to choose with --set.
 _RESERVED = {
     "task_type",
@@ -64,7 +73,7 @@ def adapter_config(method: str, settings: dict[str, Any], spec: TaskSpec | None 
         if key not in valid:
             raise UserError(unknown_name(f"{method} setting", key, valid | {"weight_decay", "warmup_ratio"}))
     labels: dict[str, Any] = {}
-    if spec is not None and method != "lora":
+    if spec is not None and issubclass(config_class, TaskAdapterConfig):
         labels = {"num_labels": spec.num_labels, "problem_type": spec.problem_type, "id2label": id2label(spec)}
     try:
         return config_class(task_type=TaskType.SEQ_CLS, **settings, **labels)
@@ -117,7 +126,7 @@ def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any
         backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
     if config is None:
         return backbone
-    if isinstance(config, LoraConfig) and config.modules_to_save is None:
+    if isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
         # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
         config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
     try:

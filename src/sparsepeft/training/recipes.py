@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
 
-METHODS = ("spartan", "full", "head", "lora")
+METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "full")
 RECIPES = ("best", "paper")
 
 
@@ -57,12 +57,20 @@ _PAPER = {
     "full": Recipe(2e-5),
     "head": Recipe(1e-3),
     "lora": Recipe(1e-4, adapter={"r": 8, "lora_alpha": 16}),
+    "pfeiffer": Recipe(1e-4, adapter={"style": "pfeiffer", "reduction_factor": 12}),
+    "houlsby": Recipe(1e-4, adapter={"style": "houlsby", "reduction_factor": 12}),
+    "ia3": Recipe(1e-4),
+    "bitfit": Recipe(1e-4),
 }
 _BEST = {
     "spartan": Recipe(3e-3, warmup_ratio=0.06, adapter={"num_parents": 16, "num_children": 3, "top_k": 8}),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-3, warmup_ratio=0.06),
     "lora": Recipe(1e-3, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),
+    "pfeiffer": Recipe(1e-3, warmup_ratio=0.06, adapter={"style": "pfeiffer", "reduction_factor": 12}),
+    "houlsby": Recipe(1e-3, warmup_ratio=0.06, adapter={"style": "houlsby", "reduction_factor": 12}),
+    "ia3": Recipe(5e-3, warmup_ratio=0.06),
+    "bitfit": Recipe(3e-3, warmup_ratio=0.06),
 }
 
 

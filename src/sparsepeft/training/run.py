@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FEW_SHOT_STEPS = 1000  # the paper's appendix B
 _SPLIT_SEED = 42  # the part of the training data that models are chosen on is the same in every run
 _NUM_EVALUATIONS = 10
+_MAX_SELECTION = 1000  # examples that hyperparameters are chosen on; a tenth of SST-2 alone would be 6,735
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         selection_score=trainer.state.best_metric,
         environment=environment(),
     )
-    if isinstance(model, PeftModel) and hasattr(model.base_model, "parameter_formula"):
-        results["formula"] = model.base_model.parameter_formula()[0]  # type: ignore[operator]  # behind __getattr__
+    formula = getattr(model.peft_config["default"], "formula", None) if isinstance(model, PeftModel) else None
+    if formula is not None:
+        results["formula"] = formula
     write_json(folder / RESULTS, results)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
@@ -147,25 +149,31 @@ def prepare_data(
     """Split, subsample and encode. Few-shot runs use every example for training and take the last step's weights."""
     spec = data.spec
     training, selection = split_train(data.train, spec, seed=_SPLIT_SEED)
+    selecting = config.score_on == "selection"
     if config.few_shot is not None:
-        training = few_shot(data.train, spec, config.few_shot, config.seed)
+        training = few_shot(training if selecting else data.train, spec, config.few_shot, config.seed)
     elif config.max_train_samples is not None:
         # The tenth is cut from what is used, so that N samples cost N samples.
         used = subsample(data.train, config.max_train_samples, _SPLIT_SEED)
         training, selection = split_train(used, spec, seed=_SPLIT_SEED)
+    parts = {"train": training}
+    if selecting:
+        parts["selection"] = subsample(selection, _MAX_SELECTION, _SPLIT_SEED)
+    else:
+        parts |= {"validation": data.validation, **data.extra}
+        if data.test is not None:
+            parts["test"] = data.test
+        if config.few_shot is None:
+            parts["selection"] = selection
     num_cut = 0
-    parts = {"train": training, "validation": data.validation, **data.extra}
-    if data.test is not None:
-        parts["test"] = data.test
-    if config.few_shot is None:
-        parts["selection"] = selection
     encoded = {}
     for name, part in parts.items():
         encoded[name], cut = encode(part, spec, tokenizer, max_length)
         num_cut += cut
     if num_cut:
         logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
-    return PreparedData(encoded.pop("train"), encoded.pop("selection", None), encoded, num_cut)
+    reported = {name: part for name, part in encoded.items() if name != "train" and (selecting or name != "selection")}
+    return PreparedData(encoded["train"], None if config.few_shot else encoded["selection"], reported, num_cut)
 
 
 def _prepare_folder(folder: Path, config: RunConfig, overwrite: bool) -> None:

@@ -1,10 +1,23 @@
 """The package's methods for PEFT. Importing this module registers them."""
 
-from sparsepeft.tuners._registry import HEAD, SPARTAN, register
+from sparsepeft.tuners._registry import BITFIT, BOTTLENECK, HEAD, SPARTAN, register
+from sparsepeft.tuners.bitfit import BitFitConfig, BitFitModel
+from sparsepeft.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from sparsepeft.tuners.head import HeadConfig, HeadModel
-from sparsepeft.tuners.spartan import SpartanConfig, SpartanLayer, SpartanModel
+from sparsepeft.tuners.spartan import SpartanConfig, SpartanModel
 
 register(SPARTAN, SpartanConfig, SpartanModel)
+register(BOTTLENECK, BottleneckConfig, BottleneckModel)
+register(BITFIT, BitFitConfig, BitFitModel)
 register(HEAD, HeadConfig, HeadModel)
 
-__all__ = ["HeadConfig", "HeadModel", "SpartanConfig", "SpartanLayer", "SpartanModel"]
+__all__ = [
+    "BitFitConfig",
+    "BitFitModel",
+    "BottleneckConfig",
+    "BottleneckModel",
+    "HeadConfig",
+    "HeadModel",
+    "SpartanConfig",
+    "SpartanModel",
+]

@@ -24,6 +24,8 @@ class MethodName(str):
 
 SPARTAN = MethodName("SPARTAN")
 HEAD = MethodName("HEAD")
+BOTTLENECK = MethodName("BOTTLENECK")
+BITFIT = MethodName("BITFIT")
 
 
 def register(name: MethodName, config_class: type, tuner_class: Any) -> None:

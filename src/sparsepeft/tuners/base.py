@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -30,87 +29,15 @@ from sparsepeft.tuners._heads import (
     move_unless_meta,
 )
 from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.tuners._layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
-class TaskTunerLayer(nn.Module, BaseTunerLayer):
-    """Wraps one Transformer layer (``base_layer``) and looks like it from outside."""
-
-    def __init__(self, block: Block, context: ForwardContext) -> None:
-        super().__init__()
-        self.base_layer = block.module
-        self.hidden_size, self.is_decoder, self.batch_dim = block.hidden_size, block.is_decoder, block.batch_dim
-        self.context = context
-        self._active_adapter = []
-        self._inference_mode = False
-        self.merged_adapters = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped layer's forward; adapters act inside it, through hooks."""
-        return self.base_layer(*args, **kwargs)
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Remove the hooks, so that the wrapped layer stands alone again."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not set yet: avoid endless recursion
-                raise
-            return getattr(self.base_layer, name)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active here (none, where it does not extend this layer)."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise ValueError(
-                f"The adapters {names} were to be active together, but each task has its own head, so one is active at "
-                "a time; pass adapter_names=[...] to the forward call to answer a batch of several tasks."
-            )
-        super().set_adapter(names, inference_mode=inference_mode)
-        self._inference_mode = inference_mode
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the adapters of the whole model are switched off."""
-        return self.context.disabled
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters (of the whole model) on or off; frozen ones stay frozen."""
-        self.context.set_enabled(enabled)
-        for container in self.adapter_layer_names:
-            getattr(self, container).requires_grad_(False)
-        if enabled:
-            self.set_adapter(self.active_adapters, inference_mode=self._inference_mode)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: see :meth:`TaskTuner._check_merge_allowed`."""
-        raise ValueError(MERGE_REFUSED)
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """An adapter between layers is no change of a weight."""
-        return False
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        # No dtype: PEFT would otherwise round a loaded float32 adapter to the backbone's dtype and back.
-        return _execution_device(base_layer), None
-
-
-MERGE_REFUSED = (
-    "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of "
-    "a weight. Keep it attached (it adds a few percent of time at most), or call unload() for the bare backbone."
-)
-
-
 class TaskTuner(BaseTuner):
-    """Base of this package's tuners. Subclasses add layers in :meth:`_create_and_replace`."""
+    """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
 
     tuner_layer_cls = TaskTunerLayer
+    layer_class: type[TaskTunerLayer]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own attribute; unused, blocks are found
 
     def __init__(
@@ -168,6 +95,8 @@ class TaskTuner(BaseTuner):
 
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         """For subclasses: further per-adapter modules."""
+        if self._blocks:
+            config.formula = self.parameter_formula(adapter_name)[0]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # the blocks were found by inject_adapter
@@ -175,6 +104,26 @@ class TaskTuner(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in peft_config._resolved_names
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.layer_class):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = self.layer_class(self._blocks[current_key], self._context)
+        layer.train(target.training)
+        if adapter_name in self.active_adapters:
+            layer.set_adapter(adapter_name)
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
 
     def _find_context(self, model: nn.Module) -> ForwardContext:
         for module in model.modules():
@@ -240,13 +189,24 @@ class TaskTuner(BaseTuner):
         linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
         per_position = isinstance(output, nn.Linear) and len(head.modules) == 1
         created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
-        move_unless_meta(created, _execution_device(output))
+        move_unless_meta(created, execution_device(output))
         return created
 
     def _label_state(self, model: nn.Module) -> LabelState:
         if self._context.labels is None:
             self._context.labels = LabelState(model)
         return self._context.labels
+
+    def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
+        """The closed formula for the parameters an adapter adds, written out, and its value (head excluded)."""
+        widths = [
+            module.hidden_size
+            for module in self.model.modules()
+            if isinstance(module, TaskTunerLayer) and adapter_name in module._get_available_adapters()
+        ]
+        config: Any = self.peft_config[adapter_name]
+        formula: tuple[str, int] = config.parameter_formula(widths)
+        return formula
 
     # -- using -------------------------------------------------------------------------------------------------------
 
@@ -366,15 +326,6 @@ class TaskTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return cast_for_saving(selected, config.save_dtype)
-
-
-def _execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module computes: where accelerate's hook says, if its parameters are offloaded, else where they are."""
-    for inner in module.modules():
-        device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), None)
 
 
 def _check_head(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsepeft.tuners._heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.tuners._identity import is_quantized
-from sparsepeft.tuners.base import TaskTuner, TaskTunerLayer
+from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.spartan.config import SpartanConfig
 from sparsepeft.tuners.spartan.layer import SpartanLayer
@@ -18,31 +18,11 @@ class SpartanModel(TaskTuner):
     """Adds SPARTAN memories to a model; made by ``get_peft_model(model, SpartanConfig(...))``."""
 
     prefix = "spartan_"
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, SpartanLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = SpartanLayer(self._blocks[current_key], self._context)
-        layer.train(target.training)
-        if adapter_name in self.active_adapters:
-            layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
+    layer_class = SpartanLayer
 
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        if not isinstance(config, SpartanConfig):
-            return
-        config.formula = self.parameter_formula(adapter_name)[0]
+        super()._after_injection(model, adapter_name, config, head)
+        assert isinstance(config, SpartanConfig)
         if config.load_balancing_coef:
             self._context.watch(model)
         if config.train_layer_norms:
@@ -61,17 +41,6 @@ class SpartanModel(TaskTuner):
             elif _is_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
                 setattr(parent, child, HeadModule(module, adapter_name, copied, self._context))
-
-    def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
-        """The closed formula for the parameters of an adapter's memory, written out, and its value (head excluded)."""
-        widths = [
-            module.hidden_size
-            for module in self.model.modules()
-            if isinstance(module, TaskTunerLayer) and adapter_name in module._get_available_adapters()
-        ]
-        config: Any = self.peft_config[adapter_name]
-        formula: tuple[str, int] = config.parameter_formula(widths)
-        return formula
 
 
 def _is_norm(module: Any) -> bool:

@@ -1,0 +1,147 @@
+"""Search for each method's best recipe, on training data alone, with as many trials for every method.
+
+    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer full] [--trials base lr1e-3 ...]
+
+A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of each task and scored on a tenth of the
+training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
+``experiments/results/search/``, one file a run; a run whose result is there is not repeated, and several processes may
+share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from sparsepeft.provenance import write_json
+from sparsepeft.training import RunConfig, train
+
+RESULTS = Path(__file__).parent / "results" / "search"
+TASKS = ("cola", "sst2", "stsb")
+
+# Keys are the recipe's (learning_rate apart) or the method's config's. Each method has twelve trials.
+TRIALS: dict[str, dict[str, dict[str, Any]]] = {
+    "spartan": {
+        "lr3e-3": {"learning_rate": 3e-3},
+        "lr1e-3": {"learning_rate": 1e-3},
+        "lr1e-2": {"learning_rate": 1e-2},
+        "lr3e-3-values": {"learning_rate": 3e-3, "value_initializer_range": 0.02},
+        "lr3e-3-norms": {"learning_rate": 3e-3, "train_layer_norms": True},
+        "lr3e-3-keys0.1": {"learning_rate": 3e-3, "initializer_range": 0.1},
+        "lr3e-3-balance": {"learning_rate": 3e-3, "load_balancing_coef": 0.01},
+        "lr3e-3-k16": {"learning_rate": 3e-3, "top_k": 16},
+        "lr3e-3-upper": {"learning_rate": 3e-3, "layers_to_transform": [3, 4, 5]},
+        "lr3e-3-t1.6": {"learning_rate": 3e-3, "temperature": 1.6},
+        "lr3e-3-k2": {"learning_rate": 3e-3, "top_k": 2},
+        "lr3e-3-cosine": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.01},
+    },
+    "pfeiffer": {
+        "lr1e-3": {"learning_rate": 1e-3},
+        "lr3e-4": {"learning_rate": 3e-4},
+        "lr1e-4": {"learning_rate": 1e-4},
+        "lr2e-3": {"learning_rate": 2e-3},
+        "lr4e-3": {"learning_rate": 4e-3},
+        "lr1e-3-r16": {"learning_rate": 1e-3, "reduction_factor": 16},
+        "lr1e-3-r6": {"learning_rate": 1e-3, "reduction_factor": 6},
+        "lr1e-3-init0.002": {"learning_rate": 1e-3, "initializer_range": 0.002},
+        "lr1e-3-upper": {"learning_rate": 1e-3, "layers_to_transform": [3, 4, 5]},
+        "lr1e-3-gelu": {"learning_rate": 1e-3, "non_linearity": "gelu"},
+        "lr1e-3-constant": {"learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup"},
+        "lr1e-3-cosine": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.01},
+    },
+    "full": {
+        "lr5e-5": {"learning_rate": 5e-5},
+        "lr2e-5": {"learning_rate": 2e-5},
+        "lr1e-4": {"learning_rate": 1e-4},
+        "lr2e-4": {"learning_rate": 2e-4},
+        "lr3e-4": {"learning_rate": 3e-4},
+        "lr5e-4": {"learning_rate": 5e-4},
+        "lr1e-4-decay": {"learning_rate": 1e-4, "weight_decay": 0.1},
+        "lr1e-4-warmup": {"learning_rate": 1e-4, "warmup_ratio": 0.2},
+        "lr2e-4-warmup": {"learning_rate": 2e-4, "warmup_ratio": 0.2},
+        "lr1e-4-constant": {"learning_rate": 1e-4, "lr_scheduler_type": "constant_with_warmup"},
+        "lr1e-4-cosine": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine"},
+        "lr2e-4-cosine": {"learning_rate": 2e-4, "lr_scheduler_type": "cosine"},
+    },
+}
+
+
+def main() -> None:
+    """Run what is missing, then print each trial's mean over tasks and seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(TRIALS))
+    parser.add_argument("--trials", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--few-shot", type=int, default=200)
+    parser.add_argument("--max-steps", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", default="bf16")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for seed in options.seeds:
+        for method in options.methods:
+            for trial, settings in TRIALS[method].items():
+                if options.trials and trial not in options.trials:
+                    continue
+                for task in options.tasks:
+                    _run_once(RESULTS / f"{method}-{trial}-{task}-{seed}.json", options, task, method, seed, settings)
+    print(_summary())
+
+
+def _run_once(
+    file: Path, options: argparse.Namespace, task: str, method: str, seed: int, settings: dict[str, Any]
+) -> None:
+    """One run, unless its result is there or another process is at it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file.with_suffix(".lock"), timeout=0), tempfile.TemporaryDirectory() as output:
+            if file.exists():
+                return
+            rest = {key: value for key, value in settings.items() if key != "learning_rate"}
+            config = RunConfig(
+                task=task,
+                method=method,
+                seed=seed,
+                output_dir=output,
+                data_dir=options.data_dir,
+                few_shot=options.few_shot,
+                max_steps=options.max_steps,
+                precision=options.precision,
+                learning_rate=settings["learning_rate"],
+                settings=rest,
+                score_on="selection",
+            )
+            result = train(config)
+            write_json(file, result)
+            print(f"{file.stem:<40} {result['score']:.4f}  {result['train_seconds']:.0f} s", flush=True)
+    except Timeout:
+        return
+
+
+def _summary() -> str:
+    """Each trial's score x 100 by task (mean over seeds) and their mean, best first within a method."""
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text())
+        trial = file.stem.removeprefix(f"{result['method']}-").removesuffix(f"-{result['task']}-{result['seed']}")
+        scores.setdefault((result["method"], trial), {}).setdefault(result["task"], []).append(100 * result["score"])
+    rows = []
+    for (method, trial), tasks in scores.items():
+        means = {task: statistics.mean(values) for task, values in tasks.items()}
+        shown = "  ".join(f"{task} {mean:5.1f} (n={len(tasks[task])})" for task, mean in means.items())
+        rows.append((method, len(means), statistics.mean(means.values()), f"{method:<9}{trial:<18}{shown}"))
+    rows.sort(key=lambda row: (row[0], -row[1], -row[2]))
+    return "\n".join(f"{text}  mean {mean:.1f}" for _, _, mean, text in rows)
+
+
+if __name__ == "__main__":
+    main()

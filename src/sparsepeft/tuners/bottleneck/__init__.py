@@ -1,0 +1,7 @@
+"""Bottleneck adapters (Pfeiffer, Houlsby) as a PEFT method."""
+
+from sparsepeft.tuners.bottleneck.config import BottleneckConfig
+from sparsepeft.tuners.bottleneck.layer import BottleneckLayer
+from sparsepeft.tuners.bottleneck.model import BottleneckModel
+
+__all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]

@@ -1,0 +1,127 @@
+"""A Transformer layer with bottleneck adapters inside."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsepeft.layers import BottleneckAdapter
+from sparsepeft.tuners._blocks import Block
+from sparsepeft.tuners._context import ForwardContext
+from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners._sublayers import find_sublayer
+from sparsepeft.tuners.bottleneck.config import BottleneckConfig
+
+
+class BottleneckLayer(TaskTunerLayer):
+    """One Transformer layer with the bottleneck adapters of all tasks that extend it.
+
+    Houlsby's stand in hooks of the modules that give a sublayer's output (``bottleneck_attention``,
+    ``bottleneck_ffn``), Pfeiffer's in a hook of the whole layer (``bottleneck_output``). Whether a norm ends the layer
+    (post-LN) is seen in the first pass: then the layer returns the very tensor that its last norm returned.
+    """
+
+    adapter_layer_names = ("bottleneck_attention", "bottleneck_ffn", "bottleneck_output")
+
+    def __init__(self, block: Block, context: ForwardContext) -> None:
+        super().__init__(block, context)
+        self.bottleneck_attention = nn.ModuleDict()
+        self.bottleneck_ffn = nn.ModuleDict()
+        self.bottleneck_output = nn.ModuleDict()
+        self._last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
+        self._ends_in_norm: bool | None = None  # seen in the first pass
+        self._places: dict[str, nn.Module] = {}  # where hooks stand
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add fresh adapters for ``adapter_name``.
+
+        Raises:
+            ValueError: a sublayer cannot be found.
+        """
+        if config.style == "pfeiffer":
+            self._hook_output()
+            containers = [self.bottleneck_output]
+        else:
+            self._hook_sublayer("attention", config.attention_module)
+            self._hook_sublayer("ffn", config.ffn_module)
+            containers = [self.bottleneck_attention, self.bottleneck_ffn]
+        for container in containers:
+            size = config.bottleneck_size(self.hidden_size)
+            adapter = BottleneckAdapter(self.hidden_size, size, str(config.non_linearity), config.initializer_range)
+            self.add_adapter(container, adapter_name, adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # -- Pfeiffer ----------------------------------------------------------------------------------------------------
+
+    def _hook_output(self) -> None:
+        if "output" in self._places:
+            return
+        if getattr(self.base_layer, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"{type(self.base_layer).__name__} computes its FFN in chunks (chunk_size_feed_forward="
+                f"{self.base_layer.chunk_size_feed_forward}), which hides the norm that the adapter needs; set it to 0 "
+                "in the model's config."
+            )
+        self._places["output"] = self.base_layer
+        self._handles.append(self.base_layer.register_forward_hook(self._after_layer, prepend=True))
+        for module in self.base_layer.modules():
+            if "norm" in type(module).__name__.lower():
+                self._handles.append(module.register_forward_hook(self._after_norm))
+
+    def _after_norm(self, norm: nn.Module, args: tuple, output: Any) -> None:
+        if self.bottleneck_output and not self.disable_adapters and args:
+            self._last_norm = (norm, args[0], output)
+
+    def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        last_norm, self._last_norm = self._last_norm, None
+        if self.disable_adapters or not self.bottleneck_output:
+            return None
+        return self.change_states(layer, output, partial(self._extend_output, last_norm))
+
+    def _extend_output(
+        self, last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        if self._ends_in_norm is None:
+            # In float16 some models clamp the norm's output, which makes it another tensor with the same values.
+            self._ends_in_norm = last_norm is not None and (
+                last_norm[2] is hidden_states
+                or (hidden_states.dtype == torch.float16 and torch.equal(last_norm[2], hidden_states))
+            )
+        if last_norm is None or not self._ends_in_norm:  # pre-LN: the layer ends in a sum
+            return self.by_row(self.bottleneck_output, partial(self._add, self.bottleneck_output), hidden_states)
+        norm, summed, _ = last_norm
+        apply = partial(self._add_before_norm, norm)
+        return self.by_row(self.bottleneck_output, apply, hidden_states, summed)
+
+    def _add_before_norm(
+        self, norm: nn.Module, adapter_name: str, hidden_states: torch.Tensor, summed: torch.Tensor
+    ) -> torch.Tensor:
+        # Not through __call__, whose hook would keep these tensors.
+        normed: torch.Tensor = norm.forward(summed + self.bottleneck_output[adapter_name](hidden_states))
+        return normed
+
+    # -- Houlsby -----------------------------------------------------------------------------------------------------
+
+    def _hook_sublayer(self, which: str, name: str | None) -> None:
+        place = find_sublayer(self.base_layer, which, name)
+        if which not in self._places:
+            self._places[which] = place
+            hook = partial(self._after_sublayer, f"bottleneck_{which}")
+            self._handles.append(place.register_forward_hook(hook, prepend=True))
+        elif self._places[which] is not place:
+            raise ValueError(
+                f"{which}_module={name!r} was given, but another adapter of this model has its {which} adapters "
+                "elsewhere; use the same module for all."
+            )
+
+    def _after_sublayer(self, container: str, sublayer: nn.Module, args: tuple, output: Any) -> Any:
+        adapters = getattr(self, container)
+        if self.disable_adapters or not adapters:
+            return None
+        return self.change_states(sublayer, output, partial(self.by_row, adapters, partial(self._add, adapters)))
+
+    def _add(self, adapters: nn.ModuleDict, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + adapters[adapter_name](hidden_states)
