@@ -32,6 +32,9 @@ class RunConfig:
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
+        cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
+            where the adapter is kept to upper layers (``layers_to_transform``).
+        compile: run the model through ``torch.compile``.
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
         (the rest as their names say; None takes the recipe's or the task's value)
     """
@@ -59,6 +62,8 @@ class RunConfig:
     precision: str = "fp32"
     save_dtype: str | None = None
     score_on: str = "validation"
+    cache_frozen_layers: bool = False
+    compile: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

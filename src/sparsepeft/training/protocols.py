@@ -107,10 +107,17 @@ def grid_search(
     configs = {}
     for rate in GRID_LEARNING_RATES:
         for value in sizes:
-            own = {"learning_rate": rate, "settings": settings | ({size: value} if size else {}), "score_on": "selection"}
+            own = {
+                "learning_rate": rate,
+                "settings": settings | ({size: value} if size else {}),
+                "score_on": "selection",
+            }
             name = f"lr{rate:.0e}".replace("e-0", "e-") + (f"-{size}{value}" if size else "")
             if num_examples is not None:
                 configs[name] = few_shot(task, method, seed, Path(output_dir) / name, num_examples, **values, **own)
+                continue
+            if values.get("max_steps") is not None:  # which decides alone how long a run is
+                configs[name] = full_data(task, method, seed, Path(output_dir) / name, max_epochs, **values, **own)
                 continue
             for epochs in dict.fromkeys(min(epochs, max_epochs or epochs) for epochs in GRID_EPOCHS):
                 full = f"{name}-epochs{epochs:g}"

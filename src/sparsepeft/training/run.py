@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
+from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, read_run, results_of, write_weights
@@ -80,20 +82,28 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": vars(data.spec)})
 
+    collator = Collator(tokenizer, data.spec.label_names is None)
+    start = time.perf_counter()
+    cache, training = None, prepared.train
+    if config.cache_frozen_layers:
+        cache = FrozenLayerCache(model, folder / CHECKPOINTS / "frozen_layers.bin")
+        training = cache.fill(prepared.train, collator)
+        collator = CachingCollator(collator, cache)
     trainer = SafeTrainer(
         model=model,
         args=_arguments(config, recipe, data.spec.paper_epochs, prepared, folder),
-        train_dataset=prepared.train,
+        train_dataset=training,
         eval_dataset=prepared.selection,
-        data_collator=Collator(tokenizer, data.spec.label_names is None),
+        data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=lambda output: _metrics(data.spec, output),
         callbacks=list(callbacks),
+        cache=cache,
     )
     trainer.remove_callback(PrinterCallback)
     parameters = count_parameters(model)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resumable(folder))
+    with cache.attached() if cache else nullcontext():
+        trainer.train(resume_from_checkpoint=_resumable(folder))
     seconds = time.perf_counter() - start
 
     metrics = {}
@@ -242,6 +252,8 @@ def _arguments(
         greater_is_better=True if selecting else None,
         logging_steps=max(1, min(every, 50)),
         logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
+        torch_compile=config.compile,
+        remove_unused_columns=False,  # the collator takes what it knows
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -13,10 +13,27 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsepeft.errors import RunFailed
+from sparsepeft.training.caching import STATES, FrozenLayerCache
 
 
 class SafeTrainer(Trainer):
-    """A Trainer whose last good checkpoint survives a NaN loss and a full disk."""
+    """A Trainer whose last good checkpoint survives a NaN loss and a full disk.
+
+    Args:
+        cache: outputs of the frozen layers, which the batches of a :class:`CachingCollator` start from.
+        *args, **kwargs: of ``transformers.Trainer``.
+    """
+
+    def __init__(self, *args: Any, cache: FrozenLayerCache | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache = cache
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, from the cached states where a batch has them."""
+        if self.cache is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.cache.using(inputs.pop(STATES, None)):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step; raises RunFailed where the loss is not finite."""

@@ -26,7 +26,7 @@ class SpartanConfig(TaskAdapterConfig):
         value_initializer_range: standard deviation of child values; with 0 a fresh memory changes no output.
         load_balancing_coef: weight of a loss that keeps all parents in use; 0 leaves it out. Padding never counts.
         train_layer_norms: also train each adapter's own copy of the backbone's normalisation layers, as the
-            released code does (the paper's text does not).
+            released code does (the paper's text does not); with ``layers_to_transform``, those of these layers.
         impl: implementation of the read, see :func:`sparsepeft.ops.memory_read`.
         (and those of :class:`sparsepeft.tuners.config.TaskAdapterConfig`)
 

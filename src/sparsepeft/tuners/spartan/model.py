@@ -26,13 +26,17 @@ class SpartanModel(TaskTuner):
         if config.load_balancing_coef:
             self._context.watch(model)
         if config.train_layer_norms:
-            self._add_layer_norms(model, adapter_name, head)
+            self._add_layer_norms(model, adapter_name, config, head)
 
-    def _add_layer_norms(self, model: nn.Module, adapter_name: str, head: HeadSpec) -> None:
-        """Give the adapter its own copy of every normalisation layer of the backbone; the head's are its own anyway."""
+    def _add_layer_norms(self, model: nn.Module, adapter_name: str, config: SpartanConfig, head: HeadSpec) -> None:
+        """Give the adapter its own copy of every normalisation layer of the backbone; the head's are its own anyway.
+
+        Kept to some layers, it gets the norms of those layers alone.
+        """
         in_head = tuple(f"{name}." for name in head.modules)
+        within = tuple(f"{name}." for name in self._blocks) if config.layers_to_transform is not None else ("",)
         for name, module in list(model.named_modules()):
-            if f"{name}.".startswith(in_head) or ".modules_to_save." in name:
+            if f"{name}.".startswith(in_head) or ".modules_to_save." in name or not name.startswith(within):
                 continue
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)

@@ -1,0 +1,186 @@
+"""Training on top of frozen layers whose outputs are computed once per example.
+
+Where the lower layers of a model are frozen (adapters in the upper layers only, or a head alone), their outputs for
+an example never change: the few-shot protocol's 1000 steps over 200 examples would compute each of them 80 times. Here
+they are computed once, without dropout, and read back from a file while the upper layers train.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from sparsepeft.errors import UserError
+from sparsepeft.training.encoding import Collator
+from sparsepeft.tuners._blocks import Block, find_blocks
+
+STATES, INDEX = "cached_states", "cache_index"
+
+
+class CachedBlock(nn.Module):
+    """A frozen layer that lets states pass, or gives those it was told to; looks like the layer from outside."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.skipping = False
+        self.states: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output; while :attr:`skipping`, :attr:`states` (or what came in) instead."""
+        if not self.skipping:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        return hidden_states if self.states is None else self.states
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not set yet: avoid endless recursion
+                raise
+            return getattr(self.base_layer, name)
+
+
+class FrozenLayerCache:
+    """The outputs of a model's frozen lower layers for a dataset.
+
+    Args:
+        model: whose lowest layers (and embeddings) train nothing.
+        file: where the states are kept, (tokens, D) in float32, mapped into memory; about 4 D bytes a token.
+
+    Raises:
+        UserError: nothing is frozen at the bottom, or the model's layers hand on more than their hidden states.
+    """
+
+    def __init__(self, model: nn.Module, file: Path) -> None:
+        self.model, self.file = model, file
+        self.blocks = frozen_blocks(model)
+        self.width = self.blocks[-1].hidden_size
+        self._wrapped = [CachedBlock(block.module) for block in self.blocks]
+        self._offsets: list[int] = []
+        self._states = torch.empty(0)
+
+    @torch.no_grad()
+    def fill(self, dataset: Dataset, collator: Collator, batch_size: int = 32) -> Dataset:
+        """Compute the states of every example; the dataset comes back with the column that finds them."""
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        self._offsets = [0, *itertools.accumulate(lengths)]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        num_values = self._offsets[-1] * self.width
+        states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
+        self._states = states.view(-1, self.width)
+        seen: list[torch.Tensor] = []
+        last = self.blocks[-1].module
+        handle = last.register_forward_hook(lambda module, args, output: seen.append(_only_states(module, output)))
+        training = self.model.training
+        device = next(self.model.parameters()).device
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        try:
+            self.model.eval()
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
+                self.model(**{key: value for key, value in batch.items() if key != "labels"})
+                for row, state, mask in zip(rows, seen.pop(), batch["attention_mask"].bool(), strict=True):
+                    self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
+        finally:
+            handle.remove()
+            self.model.train(training)
+        return dataset.add_column(INDEX, list(range(len(dataset))))
+
+    def pad(self, rows: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
+        """The states of some examples where their mask is 1, zeros elsewhere: (B, T, D)."""
+        padded = torch.zeros(*attention_mask.shape, self.width)
+        padded[attention_mask.bool()] = torch.cat([self._states[self._offsets[r] : self._offsets[r + 1]] for r in rows])
+        return padded
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While this lasts, the model can be told by :meth:`using` to start above the frozen layers."""
+        places = {id(module): name for name, module in self.model.named_modules()}
+        parents = [places[id(block.module)].rpartition(".") for block in self.blocks]
+        for (parent, _, child), wrapped in zip(parents, self._wrapped, strict=True):
+            setattr(self.model.get_submodule(parent), child, wrapped)
+        try:
+            yield
+        finally:
+            for (parent, _, child), wrapped in zip(parents, self._wrapped, strict=True):
+                setattr(self.model.get_submodule(parent), child, wrapped.base_layer)
+
+    @contextmanager
+    def using(self, states: torch.Tensor | None) -> Iterator[None]:
+        """Start from ``states`` (B, T, D) in the passes within; with None the frozen layers run as ever."""
+        for wrapped in self._wrapped:
+            wrapped.skipping = states is not None
+        self._wrapped[-1].states = states
+        try:
+            yield
+        finally:
+            for wrapped in self._wrapped:
+                wrapped.skipping = False
+            self._wrapped[-1].states = None
+
+
+def frozen_blocks(model: nn.Module) -> list[Block]:
+    """The lowest layers of ``model``, as many as train nothing and have nothing trained below them.
+
+    Raises:
+        UserError: there are none.
+    """
+    blocks = find_blocks(model)
+    if any(block.is_decoder for block in blocks) or len({block.name.rpartition(".")[0] for block in blocks}) > 1:
+        raise UserError(
+            f"cache_frozen_layers was given, but {type(model).__name__} has more than one stack of layers; train it "
+            "without."
+        )
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    trained = [name for name, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    # The wrapper of an extended layer carries the adapter beside the layer itself.
+    layers = [names[id(block.module)].removesuffix(".base_layer") for block in blocks]
+    order = list(modules)
+    below = [name for name in trained if order.index(name) < order.index(layers[0])]
+    frozen = list(
+        itertools.takewhile(
+            lambda pair: not any(f"{name}.".startswith(f"{pair[1]}.") for name in trained),
+            zip(blocks, layers, strict=True),
+        )
+    )
+    if below or not frozen:
+        raise UserError(
+            f"cache_frozen_layers was given, but {below[0] if below else layers[0]} is trained, so there is nothing "
+            "below it to compute once; keep the adapter to upper layers with --set layers_to_transform=[...]."
+        )
+    return [block for block, _ in frozen]
+
+
+def _only_states(module: nn.Module, output: Any) -> torch.Tensor:
+    if not isinstance(output, torch.Tensor):
+        raise UserError(
+            f"cache_frozen_layers was given, but {type(module).__name__} hands on more than its hidden states "
+            f"({type(output).__name__}), which cannot be cached; train this model without."
+        )
+    return output
+
+
+class CachingCollator(Collator):
+    """Adds to each batch of the training data the states of its examples."""
+
+    def __init__(self, collator: Collator, cache: FrozenLayerCache) -> None:
+        super().__init__(collator.tokenizer, collator.is_regression)
+        self.cache = cache
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A list of encoded examples -> tensors (B, T), labels (B,) and, where known, cached states (B, T, D)."""
+        rows = [example[INDEX] for example in examples if INDEX in example]
+        batch = super().__call__([{k: v for k, v in example.items() if k != INDEX} for example in examples])
+        if rows:
+            batch[STATES] = self.cache.pad(rows, batch["attention_mask"])
+        return batch
