@@ -12,6 +12,8 @@ from torch import nn
 from sparsepeft import SpartanConfig
 from sparsepeft.errors import UserError
 from sparsepeft.storage import METHODS, MethodStorage, StorageReport, storage_report
+from sparsepeft.training.methods import adapter_config
+from sparsepeft.training.recipes import get_recipe
 
 D, L = 24, 3
 TEXT = {
@@ -92,6 +94,23 @@ def test_counts_agree_with_models_in_memory(tiny: tuple[str, int]) -> None:
     assert row["full"].total_parameters == whole
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_file_sizes_are_those_on_disk(bert: str, tmp_path: Path, method: str, dtype: str) -> None:
+    report = storage_report(bert, 1, num_labels=3, dtype=dtype, methods=[method])
+    config = hf.AutoConfig.from_pretrained(bert)
+    config.num_labels = 3
+    model = hf.BertForSequenceClassification(config)
+    adapter = adapter_config(method, get_recipe("paper", method).adapter)
+    if isinstance(adapter, LoraConfig):
+        adapter.modules_to_save = ["classifier"]
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "task")
+    (size,) = [file.stat().st_size for file in (tmp_path / "task").glob("*.safetensors")]
+    assert report.methods[0].file_bytes_per_task == (size,)
+
+
 def test_totals_count_the_backbone_once_except_for_full_fine_tuning(bert: str) -> None:
     report = storage_report(bert, 3, num_labels=[2, 1, 5])
     assert report.num_labels == (2, 1, 5)
@@ -126,6 +145,8 @@ def test_linear_heads_are_counted_where_they_exist(tmp_path: Path) -> None:
         "lora": own,
         "houlsby": linear,
         "pfeiffer": linear,
+        "bitfit": linear,
+        "head": linear,
         "spartan": linear,
     }
 
@@ -143,6 +164,8 @@ def test_roberta_base(roberta_base: StorageReport) -> None:
         "houlsby": "1.2x",
         "pfeiffer": "1.1x",
         "lora": "1.1x",
+        "bitfit": "1.1x",
+        "head": "1.0x",
         "spartan": "1.1x",
     }
     config = hf.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)  # the rest: defaults
@@ -234,9 +257,9 @@ def test_methods_keep_their_order_and_any_subset_works(bert: str) -> None:
 def test_lora_is_left_out_where_peft_has_no_default(tmp_path: Path) -> None:
     CONFIGS["distilbert"][0].save_pretrained(tmp_path)
     report = storage_report(str(tmp_path))
-    assert [row.method for row in report.methods] == ["full", "houlsby", "pfeiffer", "spartan"]
-    assert "LoRA is left out" in report.notes[0]
-    with pytest.raises(UserError, match="leave 'lora' out of the methods"):
+    assert [row.method for row in report.methods] == [m for m in METHODS if m != "lora"]
+    assert "lora is left out" in report.notes[0]
+    with pytest.raises(UserError, match="'lora' cannot be counted .* leave it out of the methods"):
         storage_report(str(tmp_path), methods=["lora"])
 
 
@@ -251,6 +274,6 @@ def documented(row: MethodStorage) -> str:
     """The row of docs/storage.md for a method."""
     return (
         f"| {row.method} | {row.parameters_per_task:,} | {row.head_parameters_per_task[0]:,} | "
-        f"{row.bytes_per_task[0] / 1e6:.2f} MB | {row.total_parameters_without_heads / 1e6:.2f} M | "
+        f"{row.file_bytes_per_task[0] / 1e6:.2f} MB | {row.total_parameters_without_heads / 1e6:.2f} M | "
         f"{row.total_parameters / 1e6:.2f} M | {row.total_bytes / 1e9:.3f} GB | {row.ratio_text} |"
     )

@@ -14,6 +14,10 @@ class RunFailed(RuntimeError):
     """A run that had started could not be finished; the message says what is left of it."""
 
 
+class Diverged(RunFailed):
+    """A run whose loss or weights are no longer finite: its hyperparameters are at fault, not the machine."""
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One sentence for a name that is not among ``valid``: the valid ones, and the nearest if one is near."""
     names = sorted(valid)

@@ -55,13 +55,13 @@ def _tables(report: Any) -> list[Any]:
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "
         f"{megabytes(report.backbone_bytes)} in {report.dtype})"
     )
-    columns = ["method", "per task", "+ head", "bytes/task", "all tasks", "bytes", "ratio"]
+    columns = ["method", "per task", "+ head", "file/task", "all tasks", "bytes", "ratio"]
     rows = [
         [
             row.method,
             millions(row.parameters_per_task),
             millions(row.head_parameters_per_task[0]),
-            megabytes(row.bytes_per_task[0]),
+            megabytes(row.file_bytes_per_task[0]),
             millions(row.total_parameters),
             megabytes(row.total_bytes),
             row.ratio_text,

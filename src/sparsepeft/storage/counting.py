@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -23,11 +26,13 @@ from transformers import (
 )
 
 from sparsepeft.errors import UserError
-from sparsepeft.tuners import SpartanConfig
+from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import find_head
+from sparsepeft.tuners.config import TaskAdapterConfig
 
-METHODS = ("full", "houlsby", "pfeiffer", "lora", "spartan")
+METHODS = ("full", "houlsby", "pfeiffer", "lora", "bitfit", "head", "spartan")
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _CLASSES = (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification)
 
 ROBERTA_BASE_NAMES = ("roberta-base", "FacebookAI/roberta-base")
@@ -85,13 +90,14 @@ class ParameterCounter:
             "choose another model."
         )
 
-    def attach(self, adapter: PeftConfig, num_labels: int = 2) -> nn.Module:
+    def attach(self, adapter: PeftConfig, num_labels: int = 2) -> PeftModel:
         """The model with an adapter, without storage."""
         model = self.build(num_labels)
         if isinstance(adapter, LoraConfig):
             adapter.modules_to_save = list(find_head(model, find_blocks(model)).modules)
         with torch.device("meta"):
-            return get_peft_model(model, adapter)
+            attached: PeftModel = get_peft_model(model, adapter)
+        return attached
 
     def backbone_parameters(self) -> int:
         """Parameters of the model without its head."""
@@ -106,57 +112,75 @@ class ParameterCounter:
         return self._heads[key]
 
     def own(self, method: str) -> Own:
-        """A method's own parameters for one task."""
-        counts: dict[str, Callable[[], Own]] = {
-            "full": self._full,
-            "houlsby": self._houlsby,
-            "pfeiffer": self._pfeiffer,
-            "lora": self._lora,
-            "spartan": self._spartan,
-        }
-        return counts[method]()
+        """A method's own parameters for one task.
 
-    def _full(self) -> Own:
-        count = self.backbone_parameters()
-        return Own(count, f"N = {count:,}", count, "model")
+        Raises:
+            UserError: the method cannot be attached to this architecture.
+        """
+        if method == "full":
+            count = self.backbone_parameters()
+            return Own(count, f"N = {count:,}", count, "model")
+        model = self.attached(method)
+        adapter = model.peft_config["default"]
+        if isinstance(adapter, TaskAdapterConfig):
+            formula, value = adapter.parameter_formula(self.widths)  # type: ignore[attr-defined]  # of the subclasses
+        else:
+            formula, value = self._lora_formula(model)
+        return Own(_own_parameters(model), formula, value, "attached adapter")
 
-    def _spartan(self) -> Own:
-        parents = self.sizes.num_parents
+    def attached(self, method: str, num_labels: int = 2) -> PeftModel:
+        """The model with a method's adapter and head, without storage."""
+        sizes = self.sizes
         # top_k changes no count, but may not exceed the parents.
-        adapter = SpartanConfig(num_parents=parents, num_children=self.sizes.num_children, top_k=min(8, parents))
-        formula, value = adapter.parameter_formula(self.widths)
-        return Own(_own_parameters(self.attach(adapter)), formula, value, "attached adapter")
-
-    def _lora(self) -> Own:
-        rank = self.sizes.lora_rank
+        memory: dict[str, Any] = {"num_parents": sizes.num_parents, "num_children": sizes.num_children}
+        adapters: dict[str, Callable[[], PeftConfig]] = {
+            "spartan": lambda: SpartanConfig(**memory, top_k=min(8, sizes.num_parents), head_type=sizes.head_type),
+            "pfeiffer": lambda: self._bottleneck("pfeiffer"),
+            "houlsby": lambda: self._bottleneck("houlsby"),
+            "bitfit": lambda: BitFitConfig(head_type=sizes.head_type),
+            "head": lambda: HeadConfig(head_type=sizes.head_type),
+            "lora": lambda: LoraConfig(r=sizes.lora_rank),
+        }
         try:
-            model = self.attach(LoraConfig(r=rank))
-        except ValueError as error:  # no default modules for the architecture
+            return self.attach(adapters[method](), num_labels)
+        except ValueError as error:  # LoRA has no default modules for the architecture, BitFit finds no biases
             raise UserError(
-                f"LoRA cannot be counted for {self.config.model_type!r} models ({str(error).rstrip('.')}); leave "
-                "'lora' out of the methods."
+                f"{method!r} cannot be counted for {self.config.model_type!r} models ({str(error).rstrip('.')}); leave "
+                "it out of the methods."
             ) from error
+
+    def file_bytes(self, method: str, num_labels: int, dtype: torch.dtype) -> int:
+        """The exact size of the weights' file that one task adds, header included."""
+        if method == "full":
+            tensors: dict[str, torch.Tensor] = dict(self.build(num_labels).state_dict())
+        else:
+            model = self.attached(method, num_labels)
+            tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return safetensors_bytes({name: tensor.shape for name, tensor in tensors.items()}, dtype)
+
+    def _bottleneck(self, style: str) -> BottleneckConfig:
+        factor, head_type = self.sizes.reduction_factor, self.sizes.head_type
+        return BottleneckConfig(style=style, reduction_factor=factor, head_type=head_type)
+
+    def _lora_formula(self, model: nn.Module) -> tuple[str, int]:
+        rank = self.sizes.lora_rank
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         shapes = Counter((int(layer.in_features or 0), int(layer.out_features or 0)) for layer in layers.values())
         value = rank * sum(n * (width_in + width_out) for (width_in, width_out), n in shapes.items())
         terms = " + ".join(f"{n}·({width_in}+{width_out})" for (width_in, width_out), n in shapes.items())
         names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-        formula = f"rΣ(d_in+d_out) = {rank}·{terms if len(shapes) == 1 else f'[{terms}]'} = {value:,} ({names})"
-        return Own(_own_parameters(model), formula, value, "attached adapter")
+        return f"rΣ(d_in+d_out) = {rank}·{terms if len(shapes) == 1 else f'[{terms}]'} = {value:,} ({names})", value
 
-    def _pfeiffer(self) -> Own:
-        return self._bottleneck(1, "L", "")
 
-    def _houlsby(self) -> Own:
-        return self._bottleneck(2, "2L", "2·")
-
-    def _bottleneck(self, per_layer: int, symbol: str, factor: str) -> Own:
-        """Two linear layers with biases, d -> d/r -> d, once or twice per layer."""
-        shapes = Counter((d, max(1, d // self.sizes.reduction_factor)) for d in self.widths)
-        value = per_layer * sum(n * (2 * d * inner + inner + d) for (d, inner), n in shapes.items())
-        terms = " + ".join(f"{n}·(2·{d}·{inner} + {inner} + {d})" for (d, inner), n in shapes.items())
-        numbers = f"{factor}{terms}" if len(shapes) == 1 or not factor else f"{factor}[{terms}]"
-        return Own(value, f"{symbol}(2d(d/r) + d/r + d) = {numbers} = {value:,}", value, "formula")
+def safetensors_bytes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
+    """Bytes of a safetensors file with tensors of these shapes, as PEFT and transformers write it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end  # the header's length, the header padded to eight bytes, the values
 
 
 def _num_parameters(module: nn.Module) -> int:

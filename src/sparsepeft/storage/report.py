@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import (
-    PreTrainedConfig,
-)
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
@@ -29,7 +25,8 @@ class MethodStorage:
         parameters_per_task: trained for each task, without the head.
         head_type: ``"model"`` (the model's own) or ``"linear"``.
         head_parameters_per_task: the head's, for each task.
-        bytes_per_task: what each task adds to the device, head included.
+        bytes_per_task: what each task adds to the device, head included, without the file's header.
+        file_bytes_per_task: the exact size of each task's file of weights, header included.
         total_parameters, total_bytes: for all tasks, heads included, the backbone counted once (full fine-tuning: a
             copy per task).
         total_parameters_without_heads: the same without heads, as the paper counts.
@@ -37,8 +34,7 @@ class MethodStorage:
         ratio_text: the same for a table, such as ``"1.1x"``.
         formula: the closed formula for ``parameters_per_task``, written out.
         formula_parameters: its value.
-        counted: where ``parameters_per_task`` comes from: ``"model"`` or ``"attached adapter"`` (counted on real
-            objects), or ``"formula"``.
+        counted: where ``parameters_per_task`` comes from: ``"model"`` or ``"attached adapter"``.
     """
 
     method: str
@@ -46,6 +42,7 @@ class MethodStorage:
     head_type: str
     head_parameters_per_task: tuple[int, ...]
     bytes_per_task: tuple[int, ...]
+    file_bytes_per_task: tuple[int, ...]
     total_parameters: int
     total_parameters_without_heads: int
     total_bytes: int
@@ -90,7 +87,7 @@ def storage_report(
 ) -> StorageReport:
     """Count what each method stores for ``num_tasks`` tasks. Reads a config, no weights.
 
-    Bytes are parameters times the dtype's width; the few kilobytes of file headers are left out. A head is what
+    Bytes are parameters times the dtype's width; files have a header of a few kilobytes more. A head is what
     follows the backbone in the model class; a pooler that a checkpoint lacks (and training would add to the head)
     cannot be told from a config.
 
@@ -100,8 +97,8 @@ def storage_report(
         num_labels: outputs of every task's head, or one number per task.
         dtype: of the backbone and all that is trained: ``"float32"`` or ``"fp32"``, ``"bfloat16"`` or ``"bf16"``,
             ``"float16"`` or ``"fp16"``.
-        methods: which of :data:`METHODS`, in the order of the report; None takes all, but leaves LoRA out (with a
-            note) where PEFT has no default modules for the architecture.
+        methods: which of :data:`METHODS`, in the order of the report; None takes all that the
+            architecture allows, with a note on the others.
         reduction_factor: of Houlsby and Pfeiffer adapters (bottleneck d / r).
         lora_rank: rank of LoRA on PEFT's default modules for the architecture.
         num_parents, num_children: SPARTAN's P and C.
@@ -120,12 +117,17 @@ def storage_report(
             require_positive(name, getattr(sizes, name))
         resolved = resolve_model(model)
         config = load_config(resolved)
-        if methods is None:
-            methods, notes = _supported_methods(config)
         counter = ParameterCounter(config, sizes)
         backbone = counter.backbone_parameters()
-        width = getattr(torch, dtype).itemsize
-        rows = tuple(_row(counter, method, num_labels, backbone, width) for method in dict.fromkeys(methods))
+        torch_dtype = getattr(torch, dtype)
+        rows = []
+        for method in dict.fromkeys(methods or METHODS):
+            try:
+                rows.append(_row(counter, method, num_labels, backbone, torch_dtype))
+            except UserError as error:
+                if methods is not None:
+                    raise
+                notes = (*notes, f"{method} is left out: {error}")
     except UserError:
         raise
     except ValueError as error:
@@ -137,8 +139,8 @@ def storage_report(
         num_labels=num_labels,
         dtype=dtype,
         backbone_parameters=backbone,
-        backbone_bytes=backbone * width,
-        methods=rows,
+        backbone_bytes=backbone * torch_dtype.itemsize,
+        methods=tuple(rows),
         paper=paper_figures() if is_paper else (),
         notes=notes + (paper_notes(counter, backbone, num_tasks) if is_paper else ()),
     )
@@ -168,16 +170,8 @@ def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[st
     return labels
 
 
-def _supported_methods(config: PreTrainedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """All methods that can be counted for an architecture, and a note on what was left out."""
-    if config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        return METHODS, ()
-    note = f"LoRA is left out, since PEFT has no default modules for {config.model_type!r} models."
-    return tuple(method for method in METHODS if method != "lora"), (note,)
-
-
 def _row(
-    counter: ParameterCounter, method: str, num_labels: tuple[int, ...], backbone: int, width: int
+    counter: ParameterCounter, method: str, num_labels: tuple[int, ...], backbone: int, dtype: torch.dtype
 ) -> MethodStorage:
     own = counter.own(method)
     head_type = "model" if method in ("full", "lora") else counter.sizes.head_type
@@ -190,10 +184,11 @@ def _row(
         parameters_per_task=own.parameters,
         head_type=head_type,
         head_parameters_per_task=heads,
-        bytes_per_task=tuple((own.parameters + head) * width for head in heads),
+        bytes_per_task=tuple((own.parameters + head) * dtype.itemsize for head in heads),
+        file_bytes_per_task=tuple(counter.file_bytes(method, count, dtype) for count in num_labels),
         total_parameters=total,
         total_parameters_without_heads=without_heads,
-        total_bytes=total * width,
+        total_bytes=total * dtype.itemsize,
         ratio=ratio,
         ratio_text=_ratio_text(ratio),
         formula=own.formula,

@@ -107,7 +107,7 @@ def grid_search(
     configs = {}
     for rate in GRID_LEARNING_RATES:
         for value in sizes:
-            own = {
+            own: dict[str, Any] = {
                 "learning_rate": rate,
                 "settings": settings | ({size: value} if size else {}),
                 "score_on": "selection",

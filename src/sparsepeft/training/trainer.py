@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsepeft.errors import RunFailed
+from sparsepeft.errors import Diverged, RunFailed
 from sparsepeft.training.caching import STATES, FrozenLayerCache
 
 
@@ -36,10 +36,10 @@ class SafeTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One step; raises RunFailed where the loss is not finite."""
+        """One step; raises Diverged where the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(loss.item()):
-            raise RunFailed(
+            raise Diverged(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training was "
                 f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
@@ -48,7 +48,7 @@ class SafeTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if broken:
-            raise RunFailed(
+            raise Diverged(
                 f"{broken[0]} holds values that are not finite at step {self.state.global_step}, so training was "
                 f"stopped; {self._what_is_left()} Try a lower learning rate."
             )

@@ -37,7 +37,7 @@ class TaskTuner(BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
 
     tuner_layer_cls = TaskTunerLayer
-    layer_class: type[TaskTunerLayer]
+    layer_class: type[TaskTunerLayer] = TaskTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own attribute; unused, blocks are found
 
     def __init__(
@@ -314,6 +314,16 @@ class TaskTuner(BaseTuner):
             ValueError: tensors are missing, unexpected, or of another shape.
         """
         return fit_state_dict(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for the name just before the last part, but an adapter can have modules of its own below it.
+        for container in cls.layer_class.adapter_layer_names:
+            before, found, after = key.partition(f".{container}.{adapter_name}.")
+            if found:
+                return f"{before}.{container}.{after}"
+        removed: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return removed
 
     @classmethod
     def _get_adapter_state_dict(

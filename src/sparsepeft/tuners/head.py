@@ -27,6 +27,10 @@ class HeadConfig(TaskAdapterConfig):
         self.peft_type = HEAD
         self.target_modules = DUMMY_TARGET_MODULES  # PEFT's name for "extend no module"
 
+    def parameter_formula(self, hidden_sizes: list[int]) -> tuple[str, int]:
+        """Nothing beside the head."""
+        return "0 (the head alone) = 0", 0
+
 
 class HeadModel(TaskTuner):
     """Gives each adapter a head of its own on the unchanged backbone."""

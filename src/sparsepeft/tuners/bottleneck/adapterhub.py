@@ -86,8 +86,7 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
     blocks = find_blocks(backbone)
     style, settings = _settings(saved, tensors, blocks)
     labels, head = _read_head(folder, backbone, blocks)
-    task_type = next((task for end, task in _TASK_TYPES.items() if type(backbone).__name__.endswith(end)), None)
-    config = BottleneckConfig(style=style, task_type=task_type, **settings, **labels)
+    config = BottleneckConfig(style=style, task_type=_task_type(backbone), **settings, **labels)
     model = get_peft_model(backbone, config, adapter_name=adapter_name)
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
     kept = {key: tensor for key, tensor in own.items() if ".bottleneck_" not in key}  # a head that is not in the folder
@@ -100,6 +99,13 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
         model.unload()  # the caller's backbone is to be as before
         raise
     return model
+
+
+def _task_type(backbone: nn.Module) -> str | None:
+    """PEFT's name for what the model does, where PEFT's class for it can call the model: with texts."""
+    if getattr(backbone, "main_input_name", None) != "input_ids":
+        return None
+    return next((task for end, task in _TASK_TYPES.items() if type(backbone).__name__.endswith(end)), None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -243,14 +249,16 @@ def _rename(tensors: dict[str, Tensor], adapter: str | None, style: str, blocks:
     renamed = {}
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
-        place = places.get(match["place"]) if match and match["adapter"] == adapter else None
+        place = None
+        if match and match["adapter"] == adapter:
+            place = places.get(match["place"]) or places.get(match["place"].partition(".")[2])
         name = f"{place}.{match['linear'].removesuffix('.0')}.{match['kind']}" if match and place else key
         renamed[name] = tensor
     return renamed
 
 
 def _peer_names(name: str) -> set[str]:
-    """What a layer may be called in AdapterHub's file: saved from the bare backbone, or (ViT) by transformers 4."""
+    """What a layer may be called in a file that was saved from the bare backbone, or (ViT) with transformers 4."""
     names = {name, name.replace(".layers.", ".encoder.layer.")}
     return names | {each.partition(".")[2] for each in names}
 
