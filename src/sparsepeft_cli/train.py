@@ -13,7 +13,10 @@ def command(
         str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, or custom with --train-file.")
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for weights and results.")] = None,
-    method: Annotated[str | None, typer.Option(help="spartan, full, head or lora. [default: spartan]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="spartan, pfeiffer, houlsby, lora, ia3, bitfit, head or full. [default: spartan]"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
@@ -33,6 +36,13 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and order. [default: 42]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. [default: fp32]")] = None,
+    cache_frozen_layers: Annotated[
+        bool | None, typer.Option("--cache-frozen-layers", help="Run layers below the lowest adapter once per example.")
+    ] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="Run the model through torch.compile.")] = None,
+    score_on: Annotated[
+        str | None, typer.Option(help="validation, or selection: a tenth of the training data. [default: validation]")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Hyperparameters: best or paper. [default: best]")] = None,
     save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights: float32, bf16 or fp16.")] = None,
     set_: Annotated[

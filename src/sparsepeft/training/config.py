@@ -26,7 +26,7 @@ class RunConfig:
     Args:
         task: a task's name, see :func:`sparsepeft.tasks.task_names`, or ``"custom"`` with ``train_file``.
         output_dir: folder for weights, results and checkpoints.
-        method: ``"spartan"``, ``"full"``, ``"head"`` or ``"lora"``.
+        method: one of :data:`sparsepeft.training.recipes.METHODS`.
         model: hub id or local folder; None is the bundled MiniLM.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.

@@ -1,0 +1,21 @@
+"""What the parent cells of a trained SPARTAN memory have learned."""
+
+from sparsepeft.inspection.collect import find_memories, inspect_memories
+from sparsepeft.inspection.labels import quantile_edges
+from sparsepeft.inspection.report import LayerReport, MemoryReport, ParentReport, WordReport
+from sparsepeft.inspection.run import inspect_run
+from sparsepeft.inspection.words import Words, encode_with_words, token_words
+
+__all__ = [
+    "LayerReport",
+    "MemoryReport",
+    "ParentReport",
+    "WordReport",
+    "Words",
+    "encode_with_words",
+    "find_memories",
+    "inspect_memories",
+    "inspect_run",
+    "quantile_edges",
+    "token_words",
+]

@@ -1,0 +1,249 @@
+"""Running a model over texts and watching its memories, without changing what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, TaskType
+from torch import nn
+
+from sparsepeft.errors import UserError
+from sparsepeft.inspection.labels import Labels
+from sparsepeft.inspection.picks import Picks
+from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report, words_of
+from sparsepeft.inspection.untrained import untrained_adapter
+from sparsepeft.inspection.words import WordCounts, Words
+from sparsepeft.layers import SparseMemory
+from sparsepeft.tuners.spartan import SpartanLayer
+
+_MASK_IGNORED = "The attention mask does not count the states of {}, so all of its positions were counted."
+_FORGOTTEN = "There were too many different words to keep; the rarest were forgotten along the way."
+
+
+@dataclass(frozen=True)
+class MemoryOfLayer:
+    """A memory of the active adapter and where it stands.
+
+    Attributes:
+        index: the layer's position in its stack.
+        name: the layer's dotted name in the bare model.
+        layer: the wrapped layer.
+        memory: what follows it.
+    """
+
+    index: int
+    name: str
+    layer: SpartanLayer
+    memory: SparseMemory
+
+
+def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLayer]:
+    """The memories of a model's active adapter, in the model's order.
+
+    Args:
+        model: a ``PeftModel``.
+        layer: only those of this layer, by its position in its stack (an encoder-decoder has two such layers).
+
+    Raises:
+        UserError: the active adapter has no SPARTAN memory, or none after ``layer``.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            f"{type(model).__name__} is no PeftModel, so it has no SPARTAN memory to inspect; pass a model from "
+            "get_peft_model or PeftModel.from_pretrained, or the folder of a run trained with --method spartan."
+        )
+    found: list[MemoryOfLayer] = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, SpartanLayer) and model.active_adapter in module.spartan_memory:
+            memory: Any = module.spartan_memory[model.active_adapter]
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            found.append(MemoryOfLayer(numbers[-1] if numbers else len(found), name, module, memory))
+    if not found:
+        kind = getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown")
+        raise UserError(
+            f"The adapter {model.active_adapter!r} is of the method {kind} and has no SPARTAN memory to inspect; pass "
+            "an adapter or a run that was trained with --method spartan."
+        )
+    if layer is None:
+        return found
+    chosen = [memory for memory in found if memory.index == layer]
+    if not chosen:
+        numbers = sorted({memory.index for memory in found})
+        raise UserError(
+            f"Layer {layer} has no memory; choose one of {', '.join(map(str, numbers))} (layers count from 0)."
+        )
+    return chosen
+
+
+def inspect_memories(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    label_names: Sequence[str] | None = None,
+    label_edges: Sequence[float] | None = None,
+    layer: int | None = None,
+    compare_untrained: bool = False,
+    seed: int = 42,
+    num_words: int = 10,
+    min_word_count: int = 5,
+) -> MemoryReport:
+    """What each parent cell of a model's SPARTAN memories is picked for.
+
+    The model's answers, mode, adapters and the global random state are left as they were.
+
+    Args:
+        model: a ``PeftModel``; its active adapter is inspected.
+        batches: what the model takes, (B, T) tensors by name; besides ``"labels"``, which it is not given, and
+            ``"words"``, a :class:`Words` (see :func:`encode_with_words` and :func:`token_words`), both optional.
+            Positions whose ``attention_mask`` is 0 never count. Read once, or twice with ``compare_untrained``.
+        label_names: names of the labels; None takes the model's.
+        label_edges: borders of bins, where labels are values; see :func:`quantile_edges`.
+        layer: only this layer, by its position in its stack.
+        compare_untrained: also inspect a fresh memory with the same config on the same backbone.
+        seed: of that fresh memory.
+        num_words, min_word_count: how many words to list for a parent, and how often each must have met it.
+
+    Returns:
+        The report; memory use does not grow with the number of batches.
+
+    Raises:
+        UserError: no memory, unknown layer, nothing to count, labels without a name, values without edges.
+
+    Example:
+        >>> report = inspect_memories(model, [encode_with_words(tokenizer, texts) | {"labels": labels}])
+        >>> report.layers[-1].nmi_documents
+    """
+    find_memories(model, layer)
+    assert isinstance(model, PeftModel)  # find_memories has looked
+    if compare_untrained and iter(batches) is batches:
+        raise UserError("compare_untrained reads the batches twice, but an iterator was given; pass a list or loader.")
+    config: Any = model.peft_config[model.active_adapter]
+    names = label_names if label_names is not None else _names_of(model)
+    per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS
+
+    def inspect() -> MemoryReport:
+        labels = Labels(names, label_edges, per_position)
+        return _Watch(model, find_memories(model, layer), labels).run(batches, num_words, min_word_count)
+
+    report = inspect()
+    if not compare_untrained:
+        return report
+    with untrained_adapter(model, seed):
+        return dataclasses.replace(report, untrained=inspect())
+
+
+def _names_of(model: PeftModel) -> tuple[str, ...]:
+    id2label = getattr(model.get_base_model().config, "id2label", None) or {}
+    return tuple(str(id2label[index]) for index in sorted(id2label))
+
+
+class _Watch:
+    """Counts of all memories during one run over the batches."""
+
+    def __init__(self, model: PeftModel, memories: list[MemoryOfLayer], labels: Labels) -> None:
+        self.model, self.memories, self.labels = model, memories, labels
+        self.picks = [Picks(found.memory, len(labels.names)) for found in memories]
+        self.words = WordCounts(len(memories), len(memories[0].memory.parent_keys))
+        self.notes: dict[str, None] = {}  # ordered, each once
+        self._batch: dict[str, Any] = {}
+        self._classes: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._position_classes: np.ndarray | None = None
+
+    def run(self, batches: Iterable[Mapping[str, Any]], num_words: int, min_count: int) -> MemoryReport:
+        with self._hooks(), _eval_mode(self.model), torch.inference_mode():
+            for batch in batches:
+                self._run_batch(dict(batch))
+        if not self.picks[0].positions:
+            raise UserError("There is nothing to count: the batches hold no positions; pass at least one text.")
+        if self.words.has_forgotten:
+            self.notes[_FORGOTTEN] = None
+        if self.labels.note:
+            self.notes[self.labels.note] = None
+        has_labels = self.labels.unit is not None
+        return MemoryReport(
+            adapter=str(self.model.active_adapter),
+            label_names=self.labels.names if has_labels else None,
+            layers=[self._layer_report(i, num_words, min_count) for i in range(len(self.memories))],
+            notes=tuple(self.notes),
+        )
+
+    def _layer_report(self, i: int, num_words: int, min_count: int) -> LayerReport:
+        found, picks = self.memories[i], self.picks[i]
+        words = words_of(self.words, i, len(picks.first), num_words, min_count)
+        return layer_report(found.index, found.name, picks, self.labels.names, words)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for i, found in enumerate(self.memories):
+                stack.callback(found.memory.register_forward_pre_hook(partial(self._look, i)).remove)
+            yield
+
+    def _run_batch(self, batch: dict[str, Any]) -> None:
+        labels = batch.pop("labels", None)
+        device = self.model.device
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "words"}
+        if labels is not None and _makes_decoder_inputs(self.model, inputs, labels):
+            inputs["labels"] = labels.to(device)
+            batch["decoder_attention_mask"] = labels != -100
+        self._batch = batch
+        self._classes, self._position_classes = self.labels.read(labels)
+        self.model(**inputs)
+        for picks in self.picks:
+            picks.finish_batch(self._classes)
+        self.words.shrink()
+
+    def _look(self, i: int, memory: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook of memory ``i``: count, and leave its arguments alone."""
+        layer, picks = self.memories[i].layer, self.picks[i]
+        states = args[0].transpose(0, layer.batch_dim)
+        states = states.flatten(1, -2) if states.dim() > 2 else states.unsqueeze(1)  # (B, T, D)
+        num_rows, length = states.shape[:2]
+        positions = self._mask(i, num_rows, length).flatten().nonzero()[:, 0]
+        flat = positions.cpu().numpy()
+        rows = flat // length
+        classes = self._position_classes
+        if classes is not None and classes.shape == (num_rows, length):
+            classes = classes.reshape(-1)[flat]
+        elif len(self._classes) == num_rows:
+            classes = self._classes[rows]
+        else:
+            classes = np.full(len(rows), -1)
+        first = picks.add(states.reshape(-1, states.shape[-1])[positions.to(states.device)], rows, num_rows, classes)
+        words: Words | None = self._batch.get("words")
+        if words is not None and not layer.is_decoder and words.occurrence.shape == (num_rows, length):
+            self.words.add(i, words, flat, first)
+
+    def _mask(self, i: int, num_rows: int, length: int) -> torch.Tensor:
+        """Which positions count, (B, T)."""
+        mask = self._batch.get("decoder_attention_mask" if self.memories[i].layer.is_decoder else "attention_mask")
+        if mask is not None and tuple(mask.shape) == (num_rows, length):
+            return torch.as_tensor(mask).bool()
+        if mask is not None:
+            self.notes[_MASK_IGNORED.format(self.memories[i].name)] = None
+        return torch.ones(num_rows, length, dtype=torch.bool)
+
+
+def _makes_decoder_inputs(model: PeftModel, inputs: Mapping[str, Any], labels: torch.Tensor) -> bool:
+    """Whether the model needs the labels, (B, T), because it shifts them to get its decoder's inputs."""
+    is_encoder_decoder = getattr(model.get_base_model().config, "is_encoder_decoder", False)
+    return bool(is_encoder_decoder) and labels.dim() == 2 and not any(k.startswith("decoder_input") for k in inputs)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,72 @@
+"""An inspection as one HTML page that needs nothing else: no network, no scripts, no other files."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from sparsepeft.inspection.figures import inline_svg, label_figure, most_used, nmi_figure, picks_figure
+from sparsepeft.inspection.report import LayerReport, MemoryReport
+
+
+def render_page(report: MemoryReport, title: str = "What the parent cells have learned") -> str:
+    """The page; names of labels and words of the texts are escaped.
+
+    Args:
+        report: what to show.
+        title: its heading.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": _number, "percent": _percent}
+    source = resources.files("sparsepeft.inspection").joinpath("page.html").read_text(encoding="utf-8")
+    has_nmi = any(layer.nmi_positions is not None for layer in report.layers)
+    return environment.from_string(source).render(
+        report=report,
+        title=title,
+        has_labels=report.label_names is not None,
+        # matplotlib has escaped what stands inside its drawings.
+        nmi_svg=Markup(inline_svg(nmi_figure(report), _describe_nmi(report), "nmi")) if has_nmi else None,
+        figures=[_drawings(number, layer) for number, layer in enumerate(report.layers)],
+    )
+
+
+def _drawings(number: int, layer: LayerReport) -> dict[str, Markup | None]:
+    labels = None
+    if any(parent.labels_positions for parent in most_used(layer)):
+        labels = Markup(inline_svg(label_figure(layer), _describe_labels(layer), f"labels-{number}"))
+    picks = inline_svg(picks_figure(layer), _describe_picks(layer), f"picks-{number}")
+    return {"labels": labels, "picks": Markup(picks)}
+
+
+def _describe_labels(layer: LayerReport) -> str:
+    """The drawing in words; the numbers stand in the table below it."""
+    held = [
+        f"parent {p.index}: {p.purity:.0%} {p.main_label} of {p.documents} documents"
+        for p in most_used(layer)
+        if p.purity is not None
+    ]
+    return f"Bars of the labels that pick each parent of {layer.name}. {'; '.join(held)}"
+
+
+def _describe_picks(layer: LayerReport) -> str:
+    shares = ", ".join(f"parent {parent.index} {parent.share_first:.0%}" for parent in most_used(layer))
+    return f"Bars of how often each parent of {layer.name} comes first: {shares}"
+
+
+def _describe_nmi(report: MemoryReport) -> str:
+    values = ", ".join(f"{layer.name} {_number(layer.nmi_documents)}" for layer in report.layers)
+    return f"Lines of the normalised mutual information by layer; of documents: {values}"
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _percent(value: Any) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,93 @@
+"""Running counts of what one memory's parents are picked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sparsepeft.inspection.reading import read
+from sparsepeft.layers import SparseMemory
+
+
+class Picks:
+    """Counts over positions and documents (rows of a batch), in memory that does not grow with their number.
+
+    Args:
+        memory: the memory that is read.
+        num_classes: L, the number of labels; 0 without labels.
+
+    Attributes:
+        positions: positions counted.
+        first, picked: how often each parent had the highest weight, and was among the K picked, (P,).
+        gates, moved: sums of each parent's weight and of what it adds relative to the state, where picked, (P,).
+        children: how often each child was picked most where its parent came first, (P, C).
+        entropy, moved_total: sums over positions of the K weights' entropy and of the whole relative update.
+        labelled_positions: labels of the positions at which each parent came first, (P, L).
+        documents: documents of each parent, (P,).
+        labelled_documents: their labels, (P, L).
+    """
+
+    def __init__(self, memory: SparseMemory, num_classes: int) -> None:
+        num_parents, num_children, _ = memory.child_keys.shape
+        self.memory = memory
+        self.positions = 0
+        self.first, self.picked, self.documents = (np.zeros(num_parents, dtype=np.int64) for _ in range(3))
+        self.gates, self.moved = np.zeros(num_parents), np.zeros(num_parents)
+        self.children = np.zeros((num_parents, num_children), dtype=np.int64)
+        self.entropy = self.moved_total = 0.0
+        self.labelled_positions, self.labelled_documents = (
+            np.zeros((num_parents, num_classes), dtype=np.int64) for _ in range(2)
+        )
+        self._row_first = self._row_gates = np.zeros((0, num_parents))
+
+    def add(self, states: torch.Tensor, rows: np.ndarray, num_rows: int, classes: np.ndarray) -> np.ndarray:
+        """Count positions; called once for each time the memory is read in a forward pass.
+
+        Args:
+            states: the states at the positions that count, (N, D).
+            rows: the document each belongs to, (N,).
+            num_rows: B, documents in the batch.
+            classes: the label of each position, (N,); negative where it has none.
+
+        Returns:
+            The parent with the highest weight at each position, (N,).
+        """
+        num_parents = len(self.first)
+        if len(self._row_first) != num_rows:
+            self._row_first = np.zeros((num_rows, num_parents), dtype=np.int64)
+            self._row_gates = np.zeros((num_rows, num_parents))
+        firsts = []
+        for part, reading in read(self.memory, states):
+            parents, gates, children, moved, total = (t.cpu().numpy() for t in reading)
+            gates, moved, first = gates.astype(np.float64), moved.astype(np.float64), parents[:, 0]
+            self.positions += len(parents)
+            self.first += np.bincount(first, minlength=num_parents)
+            self.picked += np.bincount(parents.ravel(), minlength=num_parents)
+            self.gates += np.bincount(parents.ravel(), gates.ravel(), minlength=num_parents)
+            self.moved += np.bincount(parents.ravel(), moved.ravel(), minlength=num_parents)
+            np.add.at(self.children, (first, children[:, 0]), 1)
+            self.entropy -= float((gates * np.log(np.maximum(gates, np.finfo(gates.dtype).tiny))).sum())
+            self.moved_total += float(total.sum(dtype=np.float64))
+            has_label = classes[part] >= 0
+            np.add.at(self.labelled_positions, (first[has_label], classes[part][has_label]), 1)
+            np.add.at(self._row_first, (rows[part], first), 1)
+            np.add.at(self._row_gates, (rows[part][:, None], parents), gates)
+            firsts.append(first)
+        return np.concatenate(firsts) if firsts else np.zeros(0, dtype=np.int64)
+
+    def finish_batch(self, classes: np.ndarray) -> None:
+        """Give each document of the batch to the parent that came first most often in it.
+
+        Of equally frequent parents the one with the higher total weight in the document wins, then the lower index.
+
+        Args:
+            classes: the label of each document, (B,); negative where it has none.
+        """
+        counted = self._row_first.sum(1) > 0
+        most = self._row_first == self._row_first.max(1, keepdims=True)
+        parents = np.where(most, self._row_gates, -np.inf).argmax(1)
+        self.documents += np.bincount(parents[counted], minlength=len(self.documents))
+        if len(classes) == len(parents):
+            labelled = counted & (classes >= 0)
+            np.add.at(self.labelled_documents, (parents[labelled], classes[labelled]), 1)
+        self._row_first, self._row_gates = self._row_first[:0], self._row_gates[:0]

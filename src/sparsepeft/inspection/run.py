@@ -1,0 +1,123 @@
+"""Inspecting what ``sparsepeft train`` left in a folder, over held-out texts of its task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.inspection.collect import find_memories, inspect_memories
+from sparsepeft.inspection.labels import quantile_edges
+from sparsepeft.inspection.report import MemoryReport
+from sparsepeft.inspection.words import encode_with_words
+from sparsepeft.tasks import TaskData, subsample
+from sparsepeft.training.inference import Predictor
+from sparsepeft.training.run import load_data
+
+_BATCHES_SORTED = 32  # so many batches are sorted by length together
+
+
+def inspect_run(
+    folder: str | Path,
+    *,
+    split: str | None = None,
+    layer: int | None = None,
+    max_examples: int | None = None,
+    data_dir: str | None = None,
+    model: str | None = None,
+    batch_size: int = 32,
+    compare_untrained: bool = False,
+) -> MemoryReport:
+    """What each parent cell of a trained run is picked for, on texts it was not trained on.
+
+    Args:
+        folder: the output folder of ``sparsepeft train``.
+        split: ``"validation"``, ``"test"`` or another labelled part of the task; None takes the test part where there
+            is one, else the validation part.
+        layer: only this layer, by its position in its stack; None takes all.
+        max_examples: a sample of so many, stratified by label; None takes all.
+        data_dir: where the task's files are, if they have moved since training.
+        model: the backbone, if it has moved since training.
+        batch_size: texts per forward pass.
+        compare_untrained: also inspect a fresh memory of the same config and seed on the same backbone.
+
+    Raises:
+        UserError: the folder holds no trained memory, or layer or split are unknown or empty.
+    """
+    predictor = Predictor(folder, model, batch_size)
+    find_memories(predictor.model, layer)  # before data is read
+    if data_dir is not None:
+        predictor.config.data_dir = data_dir
+    data = load_data(predictor.config)
+    name, part = _part(data, split)
+    if max_examples is not None:
+        part = subsample(part, max_examples, predictor.config.seed)
+    if not len(part):
+        raise UserError(f"The part {name!r} of {data.spec.name} is empty; choose another --split.")
+    report = inspect_memories(
+        predictor.model,
+        Batches(predictor, part),
+        label_names=data.spec.label_names,
+        label_edges=quantile_edges(part["label"][:]) if data.spec.label_names is None else None,
+        layer=layer,
+        compare_untrained=compare_untrained,
+        seed=predictor.config.seed,
+    )
+    source = _source(predictor, data, name, len(part), model)
+    notes = (*report.notes, *data.notes)
+    return dataclasses.replace(report, source=source, notes=notes)
+
+
+class Batches:
+    """Texts of a dataset as padded batches with labels and words, roughly sorted by length; can be read repeatedly.
+
+    Args:
+        predictor: whose tokenizer, longest input and batch size are used.
+        dataset: the texts, with the task's columns and ``label``.
+    """
+
+    def __init__(self, predictor: Predictor, dataset: Dataset) -> None:
+        self._predictor, self._dataset = predictor, dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches of at most the predictor's batch size, in an order that wastes little padding."""
+        columns, size = self._predictor.spec.text_columns, self._predictor.batch_size
+        label_dtype = torch.float if self._predictor.spec.label_names is None else torch.long
+        for start in range(0, len(self._dataset), _BATCHES_SORTED * size):
+            chunk = self._dataset[start : start + _BATCHES_SORTED * size]
+            order = sorted(range(len(chunk["label"])), key=lambda row: sum(len(chunk[name][row]) for name in columns))
+            for first in range(0, len(order), size):
+                rows = order[first : first + size]
+                texts = [[chunk[name][row] for row in rows] for name in columns]
+                batch = encode_with_words(self._predictor.tokenizer, *texts, max_length=self._predictor.max_length)
+                yield batch | {"labels": torch.tensor([chunk["label"][row] for row in rows], dtype=label_dtype)}
+
+
+def _part(data: TaskData, split: str | None) -> tuple[str, Dataset]:
+    parts = {"validation": data.validation, **data.extra}
+    if data.test is not None:
+        parts["test"] = data.test
+    name = split or ("test" if "test" in parts else "validation")
+    if name not in parts:
+        raise UserError(unknown_name(f"split of {data.spec.name}", name, parts))
+    return name, parts[name]
+
+
+def _source(predictor: Predictor, data: TaskData, split: str, num_examples: int, model: str | None) -> dict[str, Any]:
+    config = predictor.config
+    return {
+        "task": data.spec.name,
+        "split": split,
+        "examples": num_examples,
+        "max_length": predictor.max_length,
+        "model": describe_backbone(resolve_model(model or config.model)),
+        "seed": config.seed,
+        "data_source": data.source,
+        "data_fingerprints": dict(data.fingerprints),
+    }

@@ -1,0 +1,164 @@
+"""Whole words behind token positions, and how often each parent of each memory met them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+# Entries of the table of counts; the rarest words are forgotten when it is full.
+_MAX_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a batch, piece by piece.
+
+    Attributes:
+        texts: each occurrence of a word, in order.
+        occurrence: which of them a position belongs to, (B, T); -1 for padding and special tokens.
+    """
+
+    texts: list[str]
+    occurrence: np.ndarray
+
+
+def encode_with_words(
+    tokenizer: PreTrainedTokenizerBase, *columns: Sequence[str], max_length: int | None = None
+) -> dict[str, Any]:
+    """A padded batch of texts (or pairs of texts) with its words under ``"words"``.
+
+    Args:
+        tokenizer: a fast one rebuilds whole words; a slow one leaves tokens.
+        columns: the texts, and for pairs the second texts, B each.
+        max_length: longer inputs are cut.
+
+    Returns:
+        Tensors (B, T) by the model's input names, and ``"words"``, a :class:`Words`.
+    """
+    encoded = tokenizer(
+        *(list(column) for column in columns),
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=True,
+        return_tensors="pt",
+    )
+    words = _whole_words(encoded, columns, tokenizer) if encoded.is_fast else token_words(tokenizer, encoded.input_ids)
+    return {**encoded, "words": words}
+
+
+def token_words(tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor) -> Words:
+    """Every token as a word of its own, special tokens left out; ``input_ids`` is (B, T)."""
+    ids = input_ids.cpu().numpy()
+    is_word = ~np.isin(ids, np.array(sorted(tokenizer.all_special_ids), dtype=np.int64))
+    occurrence = np.full(ids.shape, -1, dtype=np.int64)
+    occurrence[is_word] = np.arange(is_word.sum())
+    return Words([str(token) for token in tokenizer.convert_ids_to_tokens(ids[is_word].tolist())], occurrence)
+
+
+def _whole_words(encoded: BatchEncoding, columns: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> Words:
+    """Pieces that the tokenizer counts to one word and that no white space separates (some do not split at it)."""
+    texts: list[str] = []
+    occurrence = np.full(tuple(encoded["input_ids"].shape), -1, dtype=np.int64)
+    for row in range(len(occurrence)):
+        word_ids, sequences = encoded.word_ids(row), encoded.sequence_ids(row)
+        offsets = (encoded.encodings or [])[row].offsets
+        previous: tuple[int | None, int | None] = (None, None)
+        start = end = 0
+        for position, (word, sequence) in enumerate(zip(word_ids, sequences, strict=True)):
+            if word is None or sequence is None:
+                previous = (None, None)
+                continue
+            text, (begin, stop) = columns[sequence][row], offsets[position]
+            apart = text[end:stop] != text[end:stop].lstrip()
+            if (word, sequence) != previous or apart:
+                texts.append("")
+                start = begin
+            previous, end = (word, sequence), stop
+            texts[-1] = text[start:stop]
+            occurrence[row, position] = len(texts) - 1
+    return Words([_as_read(text, tokenizer) for text in texts], occurrence)
+
+
+def _as_read(word: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The word as the model sees it: in lower case where the tokenizer writes it so."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    normalized = normalizer.normalize_str(word) if normalizer is not None else word
+    return str(normalized).replace("▁", " ").strip()
+
+
+class WordCounts:
+    """How many occurrences of each word went to each parent of each memory.
+
+    An occurrence goes to the parent that most of its pieces have as their first (the lowest index of several). Memory
+    is bounded: when the table is full, the rarer half of the words is forgotten.
+
+    Args:
+        num_memories: M.
+        num_parents: P.
+    """
+
+    def __init__(self, num_memories: int, num_parents: int) -> None:
+        self._max_words = max(1000, _MAX_ENTRIES // (num_memories * num_parents))
+        self._index: dict[str, int] = {}
+        self._counts = np.zeros((num_memories, 1024, num_parents), dtype=np.int64)  # (M, words, P)
+        self._totals = np.zeros((num_memories, num_parents), dtype=np.int64)
+        self.has_forgotten = False
+
+    def add(self, memory: int, words: Words, positions: np.ndarray, parents: np.ndarray) -> None:
+        """Count a batch.
+
+        Args:
+            memory: which memory, 0 to M - 1.
+            words: the batch's words.
+            positions: flat indices into ``words.occurrence`` of the positions that count, (N,).
+            parents: the first parent of each, (N,).
+        """
+        num_parents = self._totals.shape[1]
+        occurrences = words.occurrence.reshape(-1)[positions]
+        is_word = occurrences >= 0
+        # A vote is a number: occurrence * P + parent. Sorted by occurrence, then votes, then parent, the first wins.
+        votes, counts = np.unique(occurrences[is_word] * num_parents + parents[is_word], return_counts=True)
+        votes = votes[np.lexsort((votes, -counts, votes // num_parents))]
+        voted, first = np.unique(votes // num_parents, return_index=True)
+        winners = votes[first] % num_parents
+        known = np.array([self._index_of(words.texts[occurrence]) for occurrence in voted], dtype=np.int64)
+        np.add.at(self._counts[memory], (known, winners), 1)
+        np.add.at(self._totals[memory], winners, 1)
+
+    def shrink(self) -> None:
+        """Forget the rarer half of the words if there are too many; to be called between batches."""
+        if len(self._index) <= self._max_words:
+            return
+        words = list(self._index)
+        counts = self._counts[:, : len(words)]
+        kept = np.sort(np.argsort(-counts.sum((0, 2)), kind="stable")[: self._max_words // 2])
+        self._counts[:, : len(kept)] = counts[:, kept]
+        self._counts[:, len(kept) :] = 0
+        self._index = {words[old]: new for new, old in enumerate(kept)}
+        self.has_forgotten = True
+
+    def top(self, memory: int, parent: int, num_words: int, min_count: int) -> list[tuple[str, int, float]]:
+        """The words with the highest lift for a parent.
+
+        Returns:
+            (word, occurrences at this parent, lift), by lift, then by occurrences. Lift is the word's share among the
+            parent's words over its share among all.
+        """
+        names = list(self._index)
+        counts = self._counts[memory, : len(names)]  # (words, P)
+        ours, total = counts[:, parent], self._totals[memory].sum()
+        rows = np.flatnonzero(ours >= max(1, min_count))
+        lift = (ours[rows] / max(1, self._totals[memory, parent])) / (counts[rows].sum(1) / max(1, total))
+        order = np.lexsort((rows, -ours[rows], -lift))[:num_words]
+        return [(names[rows[i]], int(ours[rows[i]]), float(lift[i])) for i in order]
+
+    def _index_of(self, word: str) -> int:
+        index = self._index.setdefault(word, len(self._index))
+        if index >= self._counts.shape[1]:
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)], axis=1)
+        return index

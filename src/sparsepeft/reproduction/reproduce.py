@@ -1,0 +1,81 @@
+"""A table from start to finish: search if asked to, run what is left, compute, write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsepeft.reproduction.grid import GridSearch, has_diverged
+from sparsepeft.reproduction.matrix import Matrix
+from sparsepeft.reproduction.planning import Planned, plan
+from sparsepeft.reproduction.runner import Watcher, run_all
+from sparsepeft.reproduction.tables import Table, make_table
+from sparsepeft.reproduction.writing import write_table
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a matrix.
+
+    Attributes:
+        table: computed from the results that are there.
+        files: the table's; empty while there is no result.
+        failures: type and message by the run's name.
+    """
+
+    table: Table
+    files: tuple[Path, ...]
+    failures: dict[str, Any]
+
+
+def reproduce(
+    name: str,
+    matrix: Matrix,
+    *,
+    grid: bool = False,
+    run: bool = True,
+    keep_weights: bool = False,
+    watcher: Watcher | None = None,
+) -> Outcome:
+    """Run what a matrix lacks, and write its table.
+
+    Args:
+        name: ``"table1"``, ``"table2"`` or ``"table3"``.
+        matrix: its runs.
+        grid: choose each task's and method's hyperparameters by the paper's grid search first.
+        run: False computes the table of the results that are there.
+        keep_weights: leave the trained weights in each run's work folder.
+        watcher: told about each run.
+
+    Raises:
+        UserError: a name, value, model or the data cannot be used; found before the first run.
+    """
+    watcher = watcher or Watcher()
+    search = GridSearch(matrix) if grid else None
+    runs = matrix.runs() if search is None else search.runs()
+    failures: dict[str, Any] = {}
+    if run:
+        num_points = len(search.points) if search else 0
+        watcher.begins(num_points + len(matrix.pairs()) * len(matrix.names()[2]))
+        if search:
+            failed = run_all(search.points, watcher)
+            lost = {point.name for point in search.points if has_diverged(point)}
+            failures = {point: error for point, error in failed.items() if point not in lost}
+            runs = search.runs()
+        failures |= run_all(runs, watcher, keep_weights)
+    table = make_table(name, runs, search.chosen() if search else None)
+    files = write_table(table, matrix.output_dir) if table.rows else []
+    return Outcome(table, tuple(files), failures)
+
+
+def plan_of(matrix: Matrix, grid: bool = False) -> list[Planned]:
+    """How every run of a matrix stands; with a grid search, its points and the runs that are decided. Changes nothing.
+
+    Raises:
+        UserError: as :func:`reproduce`.
+    """
+    if not grid:
+        return plan(matrix.runs())
+    search = GridSearch(matrix)
+    return plan([*search.points, *search.runs()])

@@ -1,0 +1,96 @@
+"""``sparsepeft inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train --method spartan`.")],
+    layer: Annotated[int | None, typer.Option(min=0, help="Only this layer, counted from 0. [default: all]")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Held-out part: validation, test, ... [default: test where there is one]")
+    ] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Look at a sample of so many texts.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for JSON, PNG, SVG and an HTML page; needs matplotlib.")
+    ] = None,
+    compare_untrained: Annotated[bool, typer.Option(help="Also inspect a fresh memory, for comparison.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what each parent cell of a trained memory has learned, on texts it was not trained on.
+
+    Example: `sparsepeft inspect out/topics --output-dir out/topics/inspection`
+    """
+    from sparsepeft.inspection import inspect_run
+    from sparsepeft.inspection.files import PAGE, write_inspection
+    from sparsepeft.plotting import require_matplotlib
+    from sparsepeft_cli._console import err, out, print_json
+
+    if output_dir is not None:
+        require_matplotlib()
+    with err.status("reading memories"):
+        report = inspect_run(
+            folder,
+            split=split,
+            layer=layer,
+            max_examples=max_examples,
+            data_dir=str(data_dir) if data_dir else None,
+            model=model,
+            batch_size=batch_size,
+            compare_untrained=compare_untrained,
+        )
+        if output_dir is not None:
+            write_inspection(report, output_dir)
+    if json:
+        print_json(report.to_dict())
+        return
+    for part in report_tables(report):
+        out.print(part, highlight=False)
+    if output_dir is not None:
+        out.print(f"page: {output_dir / PAGE}", highlight=False)
+
+
+def report_tables(report: Any) -> list[Any]:
+    """What a ``MemoryReport`` shows on a console: all layers, and the parents of the last."""
+    from sparsepeft_cli._console import table
+
+    last, has_labels = report.layers[-1], report.label_names is not None
+    fresh = report.untrained.layers if report.untrained else [None] * len(report.layers)
+    columns = ["layer", *(["NMI docs", "NMI pos."] if has_labels else [])]
+    columns += ["untrained"] if has_labels and report.untrained else []
+    rows = []
+    for layer, untrained in zip(report.layers, fresh, strict=True):
+        name = f"{layer.index}, decoder" if "decoder" in layer.name.split(".") else layer.index
+        row = [name, *([_number(layer.nmi_documents), _number(layer.nmi_positions)] if has_labels else [])]
+        row += [_number(untrained.nmi_documents)] if has_labels and untrained else []
+        dead = ", ".join(map(str, layer.dead_parents)) or "none"
+        rows.append([*row, _number(layer.gate_entropy), f"{layer.moved:.1%}", dead])
+    title = f"{last.documents:,} documents, {last.positions:,} positions"
+    layers = table(title, [*columns, "entropy", "moved", "dead"], rows)
+
+    columns = ["parent", "comes first", "picks", "documents", *(["purity", "main label"] if has_labels else [])]
+    rows = []
+    for parent in last.parents:
+        purity = "–" if parent.purity is None else f"{parent.purity:.1%}"
+        row = [parent.index, f"{parent.share_first:.1%}", f"{parent.share_picked:.1%}", parent.documents]
+        rows.append(row + ([purity, parent.main_label or "–"] if has_labels else []))
+    words = [f"{p.index}: {', '.join(word.word for word in p.words)}" for p in last.parents if p.words]
+    return [
+        layers,
+        table(f"parents of {last.name}", columns, rows),
+        *(["words by lift", *words] if words else []),
+        *(f"note: {note}" for note in report.notes),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,216 @@
+"""``sparsepeft reproduce``: the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsepeft_cli import reproduce_figure2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The paper's tables and figures from runs made here.\n\nExample: `sparsepeft reproduce table2`",
+)
+
+_GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+_METHODS = ("full", "pfeiffer", "houlsby", "spartan")
+_PROTOCOLS = {"table1": "full-data", "table2": "few-shot", "table3": "few-shot"}
+_TITLES = {
+    "table1": "Table 1: storage, device speed and GLUE scores, trained on all data.",
+    "table2": "Table 2: storage, fine-tuning speed and mean GLUE score, trained on 200 examples.",
+    "table3": "Table 3: the same runs as table 2, task by task.",
+}
+
+DataDir = Annotated[
+    Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+]
+Model = Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Some tasks, a,b or repeated. [default: the nine of GLUE]")]
+Methods = Annotated[
+    list[str] | None, typer.Option(help="Some methods, a,b or repeated. [default: full,pfeiffer,houlsby,spartan]")
+]
+Seeds = Annotated[list[str] | None, typer.Option(help="Seeds, a,b or repeated. [default: 42,43,44]")]
+MaxTrainSamples = Annotated[int | None, typer.Option(help="Use at most this many training examples (table 1).")]
+MaxEpochs = Annotated[float | None, typer.Option(help="Train for at most this many epochs (table 1).")]
+MaxSteps = Annotated[int | None, typer.Option(help="Train for this many steps. [default: the protocol's]")]
+FewShot = Annotated[int | None, typer.Option(help="Training examples per task (tables 2, 3). [default: 200]")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Hyperparameters: paper or best.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value of every run: max_length=128."),
+]
+OutputDir = Annotated[Path | None, typer.Option(help="Folder of the results. [default: outputs/reproduce/PROTOCOL]")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what is left and how long it may take; run nothing.")]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Search learning rate, sizes and epochs first, as the paper did (appendix A).")
+]
+TableOnly = Annotated[bool, typer.Option("--table-only", help="Write the table of the results there are; run nothing.")]
+KeepWeights = Annotated[bool, typer.Option("--keep-weights", help="Leave trained weights in OUTPUT_DIR/work.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _command(table: str) -> Callable[..., None]:
+    def command(
+        data_dir: DataDir = None,
+        model: Model = None,
+        tasks: Tasks = None,
+        methods: Methods = None,
+        seeds: Seeds = None,
+        max_train_samples: MaxTrainSamples = None,
+        max_epochs: MaxEpochs = None,
+        max_steps: MaxSteps = None,
+        few_shot: FewShot = None,
+        precision: Precision = "fp32",
+        recipe: RecipeName = "paper",
+        set_: Settings = None,
+        output_dir: OutputDir = None,
+        grid: Grid = False,
+        dry_run: DryRun = False,
+        table_only: TableOnly = False,
+        keep_weights: KeepWeights = False,
+        json: Json = False,
+    ) -> None:
+        values = {
+            "data_dir": str(data_dir) if data_dir else None,
+            "model": model,
+            "max_train_samples": max_train_samples,
+            "max_steps": max_steps,
+            "precision": precision,
+            "recipe": recipe,
+        }
+        folder = output_dir or Path("outputs/reproduce") / (_PROTOCOLS[table] + ("-grid" if grid else ""))
+        matrix = _matrix(table, tasks, methods, seeds, few_shot, max_epochs, folder, values, set_)
+        if dry_run:
+            _show_plan(matrix, grid, json)
+        else:
+            _show_table(table, matrix, {"grid": grid, "run": not table_only, "keep_weights": keep_weights}, json)
+
+    command.__doc__ = f"""{_TITLES[table]}
+
+    A run that is done is not repeated: the same command goes on after an interruption, also in several processes.
+
+    Example: `sparsepeft reproduce {table} --data-dir DATA --tasks cola,rte --dry-run`
+    """
+    return command
+
+
+for _table in _PROTOCOLS:
+    app.command(_table)(_command(_table))
+app.command("figure2")(reproduce_figure2.command)
+
+
+def _matrix(
+    table: str,
+    tasks: list[str] | None,
+    methods: list[str] | None,
+    seeds: list[str] | None,
+    few_shot: int | None,
+    max_epochs: float | None,
+    output_dir: Path,
+    values: dict[str, Any],
+    settings: list[str] | None,
+) -> Any:
+    import dataclasses
+
+    from sparsepeft.errors import UserError
+    from sparsepeft.reproduction import Matrix
+    from sparsepeft.training import RunConfig, parse_settings
+    from sparsepeft.training.protocols import FEW_SHOT_EXAMPLES
+
+    protocol = _PROTOCOLS[table]
+    if few_shot is not None and protocol != "few-shot":
+        raise UserError(f"--few-shot {few_shot} was given, but {table} trains on all data; use table2 or table3.")
+    seed_texts = _several(seeds) or ["42", "43", "44"]
+    wrong = [text for text in seed_texts if not text.isdecimal()]
+    if wrong:
+        raise UserError(f"--seeds {wrong[0]} was given, but seeds are whole numbers of at least 0; pass e.g. 42,43.")
+    fields = {f.name for f in dataclasses.fields(RunConfig)}
+    further = parse_settings(settings or [])
+    values |= {key: value for key, value in further.items() if key in fields}
+    values["settings"] = {key: value for key, value in further.items() if key not in fields}
+    return Matrix(
+        tasks=_several(tasks) or _GLUE,
+        methods=_several(methods) or _METHODS,
+        output_dir=output_dir,
+        protocol=protocol,
+        seeds=[int(text) for text in seed_texts],
+        num_examples=few_shot or FEW_SHOT_EXAMPLES,
+        max_epochs=max_epochs,
+        values=values,
+    )
+
+
+def _several(values: list[str] | None) -> list[str]:
+    """``["a,b", "c"]`` -> ``["a", "b", "c"]``."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _show_table(name: str, matrix: Any, options: dict[str, bool], json: bool) -> None:
+    from sparsepeft.errors import RunFailed
+    from sparsepeft.reproduction import reproduce
+    from sparsepeft.reproduction.render import cells
+    from sparsepeft_cli._console import out, print_json, table
+    from sparsepeft_cli._matrix_progress import MatrixProgress
+
+    with MatrixProgress() as progress:
+        outcome = reproduce(name, matrix, watcher=progress, **options)
+    if json:
+        print_json(outcome.table.to_dict())
+    elif outcome.table.rows:
+        names, methods = cells(outcome.table)
+        # A column for each method: a row for each would be too wide for most terminals.
+        header, *rows = zip(names, *methods, strict=True)
+        out.print(f"{outcome.table.title}\n{outcome.table.model}, scores x 100", highlight=False)
+        out.print(table("", header, rows))
+        for note in outcome.table.notes:
+            out.print(f"- {note}", highlight=False, markup=False)
+        out.print(f"written: {', '.join(map(str, outcome.files))}", highlight=False, soft_wrap=True)
+    else:
+        out.print(f"There is no result in {matrix.output_dir} yet.", highlight=False)
+    if outcome.failures:
+        raise RunFailed(
+            f"{len(outcome.failures)} runs failed ({', '.join(outcome.failures)}); NAME.error.json in "
+            f"{matrix.output_dir} says why. The same command tries them again."
+        )
+
+
+def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
+    from sparsepeft.reproduction import plan_of
+    from sparsepeft_cli._console import err, out, print_json
+
+    with err.status("checking names and data"):
+        planned = plan_of(matrix, grid)
+    if json:
+        print_json([{"name": p.run.name, "state": p.state, "detail": p.detail, "seconds": p.seconds} for p in planned])
+        return
+    for part in _plan_parts(planned):
+        out.print(part, highlight=False)
+    if grid:
+        out.print("The runs with the chosen values follow the grid's.", highlight=False)
+
+
+def _plan_parts(planned: list[Any]) -> list[Any]:
+    from sparsepeft_cli._console import table
+
+    rows = [
+        [p.run.name, p.state, _duration(p.seconds), f"{p.result['score']:.4f}" if p.result else ""] for p in planned
+    ]
+    left = [p for p in planned if p.state != "done"]
+    known = [p.seconds for p in left if p.seconds is not None]
+    line = f"{len(planned) - len(left)} of {len(planned)} runs are done"
+    if known:
+        line += f"; {len(known)} of the others may take {_duration(sum(known))}"
+    details = [f"{p.run.name}: {p.state}: {p.detail}" for p in planned if p.detail]
+    return [table("", ["run", "state", "time", "score"], rows), *details, f"{line}."]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,64 @@
+"""``sparsepeft reproduce figure2``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the run, the figure and the page.")] = Path(
+        "outputs/reproduce/figure2"
+    ),
+    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="Parents kept per position; the paper does not give it.")] = 2,
+    anneal: Annotated[
+        bool, typer.Option(help="Let K fall from 5 to --top-k over the first half of the training.")
+    ] = True,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = 42,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A further setting of the memory.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train 5 parents with 1 child each on BBC News and show which topics pick each in the last layer.
+
+    A finished training is not repeated and an interrupted one goes on.
+
+    Example: `sparsepeft reproduce figure2 --data-dir DATA --max-length 128 --precision bf16`
+    """
+    from sparsepeft.inspection.figure2 import reproduce_figure2
+    from sparsepeft.training import parse_settings
+    from sparsepeft_cli._console import out, print_json
+    from sparsepeft_cli._progress import TrainingProgress
+    from sparsepeft_cli.inspect import report_tables
+
+    settings = parse_settings(set_ or [])
+    with TrainingProgress() as progress:
+        report = reproduce_figure2(
+            output_dir,
+            top_k=top_k,
+            anneal=anneal,
+            epochs=epochs,
+            settings=settings,
+            callbacks=[progress.callback],
+            data_dir=str(data_dir) if data_dir else None,
+            model=model,
+            max_length=max_length,
+            precision=precision,
+            seed=seed,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    for part in report_tables(report):
+        out.print(part, highlight=False)
+    out.print(f"figure: {output_dir / 'figure2.png'}\npage: {output_dir / 'inspection.html'}", highlight=False)
