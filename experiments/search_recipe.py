@@ -26,8 +26,8 @@ from sparsepeft.training import RunConfig, train
 RESULTS = Path(__file__).parent / "results" / "search"
 TASKS = ("cola", "sst2", "stsb")
 
-# Keys are the recipe's or the method's config's. Every method has as many trials as the others: eight chosen beforehand,
-# then four around what was best.
+# Keys are the recipe's or the method's config's. Every method has as many trials as the others: eight chosen
+# beforehand, then four around what was best.
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "spartan": {
         "lr3e-3": {"learning_rate": 3e-3},
@@ -52,10 +52,10 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
         "lr1e-3-r16": {"learning_rate": 1e-3, "reduction_factor": 16},
         "lr1e-3-r6": {"learning_rate": 1e-3, "reduction_factor": 6},
         "lr1e-3-init0.002": {"learning_rate": 1e-3, "initializer_range": 0.002},
-        "lr1e-3-upper": {"learning_rate": 1e-3, "layers_to_transform": [3, 4, 5]},
-        "lr1e-3-gelu": {"learning_rate": 1e-3, "non_linearity": "gelu"},
-        "lr1e-3-constant": {"learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup"},
-        "lr1e-3-cosine": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.01},
+        "lr5e-4": {"learning_rate": 5e-4},
+        "lr3e-4-r6": {"learning_rate": 3e-4, "reduction_factor": 6},
+        "lr3e-4-gelu": {"learning_rate": 3e-4, "non_linearity": "gelu"},
+        "lr3e-4-constant": {"learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup"},
     },
     "full": {
         "lr5e-5": {"learning_rate": 5e-5},
