@@ -14,15 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from sparsepeft.inspection import LayerReport, find_memories, inspect_run
+from sparsepeft.inspection import LayerReport, inspect_run
+from sparsepeft.inspection.anneal import AnnealTopK
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.training import RunConfig, train
 
 RESULTS = Path(__file__).parent / "results" / "figure2_search"
-# What differs from the first; `learning_rate` is the run's, `anneal` lets K fall from P while training, the rest are
-# settings of the memory.
+# What differs from the first. `learning_rate` and `recipe` are the run's, `anneal` lets K fall from P while training;
+# the rest are settings of the memory.
 TRIALS: dict[str, dict[str, Any]] = {
     "top_k_2": {},
     "top_k_3": {"top_k": 3},
@@ -34,6 +33,8 @@ TRIALS: dict[str, dict[str, Any]] = {
     "values_0.02": {"value_initializer_range": 0.02},
     "anneal_5_to_2": {"anneal": True},
     "anneal_balance_0.01": {"anneal": True, "load_balancing_coef": 0.01},
+    "recipe_paper": {"recipe": "paper"},
+    "anneal_recipe_paper": {"anneal": True, "recipe": "paper"},
     "last_layer_only": {"layers_to_transform": [5]},
 }
 
@@ -63,7 +64,7 @@ def main() -> None:
 
 def _run(options: argparse.Namespace, changes: dict[str, Any]) -> dict[str, Any]:
     settings = {"num_parents": 5, "num_children": 1, "top_k": 2, **changes}
-    memory = {key: value for key, value in settings.items() if key not in ("anneal", "learning_rate")}
+    memory = {key: value for key, value in settings.items() if key not in ("anneal", "learning_rate", "recipe")}
     with tempfile.TemporaryDirectory() as output:
         config = RunConfig(
             task="bbc-news",
@@ -73,11 +74,12 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> dict[str, Any]
             max_length=options.max_length,
             precision=options.precision,
             seed=options.seed,
+            recipe=settings.get("recipe", "best"),
             learning_rate=settings.get("learning_rate"),
             score_on="selection",
             settings=memory,
         )
-        results = train(config, [_Anneal()] if "anneal" in settings else [])
+        results = train(config, [AnnealTopK()] if "anneal" in settings else [])
         report = inspect_run(output, split="validation", compare_untrained=True)
     assert report.untrained is not None
     return {
@@ -92,16 +94,6 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> dict[str, Any]
         "untrained": [_summary(layer) for layer in report.untrained.layers],
         "environment": environment(),
     }
-
-
-class _Anneal(TrainerCallback):
-    """K falls from P to the config's in equal steps over the first half of the training."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for found in find_memories(kwargs["model"]):
-            most, least = len(found.memory.parent_keys), kwargs["model"].peft_config["default"].top_k
-            progress = min(1.0, 2 * state.global_step / state.max_steps)
-            found.memory.top_k = max(least, most - int(progress * (most - least + 1)))
 
 
 def _summary(layer: LayerReport) -> dict[str, Any]:

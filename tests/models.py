@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import transformers as hf
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
-from sparsepeft import SpartanConfig
+from sparsepeft import BitFitConfig, BottleneckConfig, SpartanConfig
+from sparsepeft.tuners._layer import TaskTunerLayer
 
 D, L, V = 32, 3, 99
 _TEXT = {
@@ -218,6 +219,18 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 SMALL = {"num_parents": 6, "num_children": 2, "top_k": 3}
+METHODS: dict[str, Callable[..., PeftConfig]] = {
+    "spartan": lambda **values: SpartanConfig(**(SMALL | values)),
+    "pfeiffer": lambda **values: BottleneckConfig(style="pfeiffer", **({"reduction_factor": 5} | values)),
+    "houlsby": lambda **values: BottleneckConfig(style="houlsby", **({"reduction_factor": 6.5} | values)),
+    "bitfit": lambda **values: BitFitConfig(**values),
+}
+# XLNet's layers add the residual inside their sublayers; the others below have no biases.
+REFUSED = {
+    "houlsby": ["xlnet"],
+    "bitfit": ["modernbert", "llama", "llama-seqcls", "qwen3", "gemma", "mixtral", "t5"],
+}
+SUPPORTED = [(method, name) for method in METHODS for name in ARCHITECTURES if name not in REFUSED.get(method, ())]
 
 
 def randomize(model: torch.nn.Module, adapter: str = "default", std: float = 0.5) -> None:
@@ -236,18 +249,20 @@ def randomize(model: torch.nn.Module, adapter: str = "default", std: float = 0.5
                 parameter.copy_(noise * 0.2)
 
 
-def adapted(name: str | Any, adapter: str = "default", *, random: bool = True, **config: Any) -> PeftModel:
-    """The tiny model ``name`` (or a given model) with a small memory, in eval mode."""
+def adapted(
+    name: str | Any, adapter: str = "default", *, config: PeftConfig | None = None, random: bool = True, **values: Any
+) -> PeftModel:
+    """The tiny model ``name`` (or a given model) in eval mode with the adapter of ``config``, else a small memory."""
     backbone = build(name) if isinstance(name, str) else name
-    model = get_peft_model(backbone, SpartanConfig(**(SMALL | config)), adapter_name=adapter).eval()
+    model = get_peft_model(backbone, config or METHODS["spartan"](**values), adapter_name=adapter).eval()
     if random:
         randomize(model, adapter)
     return model
 
 
-def add(model: PeftModel, adapter: str, **config: Any) -> None:
+def add(model: PeftModel, adapter: str, *, config: PeftConfig | None = None, **values: Any) -> None:
     """Add a further adapter with random values."""
-    model.add_adapter(adapter, SpartanConfig(**(SMALL | config)))
+    model.add_adapter(adapter, config or METHODS["spartan"](**values))
     randomize(model, adapter)
 
 
@@ -255,6 +270,101 @@ def add(model: PeftModel, adapter: str, **config: Any) -> None:
 def run(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
     """The tensor a model's answer is compared by."""
     return first_tensor(model(**inputs, **kwargs))
+
+
+def task_layers(model: Any) -> list[TaskTunerLayer]:
+    """The extended layers of an adapted model."""
+    return [module for module in model.modules() if isinstance(module, TaskTunerLayer)]
+
+
+def adapter_parameters(model: Any, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+    """An adapter's parameters in the layers, without its head."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, TaskTunerLayer)]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if f".{adapter}." in name and name.startswith(tuple(f"{layer}." for layer in layers))
+    }
+
+
+def answers(model: PeftModel, inputs: dict[str, torch.Tensor], *adapters: str) -> dict[str, torch.Tensor]:
+    """What each adapter, and the bare backbone as ``__base__``, answers alone."""
+    found = {}
+    for adapter in adapters:
+        model.set_adapter(adapter)
+        found[adapter] = run(model, inputs)
+    with model.disable_adapter():
+        found["__base__"] = run(model, inputs)
+    return found
+
+
+def without_dropout(model: Any) -> Any:
+    """``model`` with every dropout at zero, so that two runs in training mode can be compared."""
+    for module in model.modules():
+        for attribute in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(vars(module).get(attribute), float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
+def labelled_inputs(name: str) -> dict[str, torch.Tensor]:
+    """Inputs of the tiny model ``name`` with labels for its loss."""
+    inputs = ARCHITECTURES[name].inputs()
+    text = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    return inputs | {"labels": torch.tensor([1, 0, 1]) if ARCHITECTURES[name].has_head else text}
+
+
+def cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Inputs whose floating-point tensors have ``dtype``."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def gradients(model: Any, inputs: dict[str, torch.Tensor], scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Gradients of ``scale`` times the model's loss, by parameter."""
+    model.zero_grad()
+    (model(**inputs).loss * scale).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal up to float32's rounding in sums of another order, measured by each gradient's largest entry."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-3).item()
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def backward_through_everything(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Backward from all that a model returns, for models that have no loss of their own."""
+    outputs = [v for v in model(**inputs).values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    sum(v.float().square().mean() for v in outputs).backward()
+
+
+def checkpoint(model: PeftModel, use_reentrant: bool | None) -> None:
+    """Turn on gradient checkpointing of one kind; None leaves it off."""
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+
+# MPNet, ALBERT and XLNet do not support checkpointing in transformers.
+CHECKPOINTED = [
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "deberta-v2",
+    "gpt2",
+    "llama",
+    "mixtral",
+    "t5",
+    "bart",
+    "vit",
+    "whisper",
+    "clip-imagecls",
+]
 
 
 def save_backbone(name: str | Any, folder: Path) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from sparsepeft.training import RunConfig
 
 
 def topics_rows(part: str) -> list[dict[str, str]]:
@@ -17,8 +21,15 @@ def topics_rows(part: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def save_tiny_backbone(folder: Path, seed: int = 0, max_positions: int = 64) -> Path:
-    """Save a two-layer BERT with a word tokenizer made from the built-in sample."""
+def save_tiny_backbone(
+    folder: Path,
+    seed: int = 0,
+    max_positions: int = 64,
+    padding_side: str = "right",
+    build: Callable[..., hf.PreTrainedModel] = lambda **config: hf.BertModel(hf.BertConfig(**config)),
+    **config: Any,
+) -> Path:
+    """Save a two-layer BERT (or what ``build`` makes of a config) and a word tokenizer for the built-in sample."""
     words = {word for row in topics_rows("train") for word in row["text"].lower().replace(".", " ").split()}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: index for index, word in enumerate(special + sorted(words))}
@@ -34,18 +45,37 @@ def save_tiny_backbone(folder: Path, seed: int = 0, max_positions: int = 64) -> 
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=max_positions,
+        padding_side=padding_side,
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = hf.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=max_positions,
-    )
-    hf.BertModel(config).save_pretrained(folder)
+    values = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": max_positions,
+        "pad_token_id": 0,
+    }
+    build(**(values | config)).save_pretrained(folder)
     return folder
+
+
+def run_config(backbone: Path, folder: Path, **changes: Any) -> RunConfig:
+    """A short training run on the built-in sample."""
+    values = {"task": "topics", "output_dir": str(folder), "model": str(backbone), "max_steps": 12, "batch_size": 8}
+    return RunConfig(**(values | changes))
+
+
+class Interrupt(hf.TrainerCallback):
+    """Stops a run like Ctrl-C does, after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
+from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig, load_adapterhub
 
-__all__ = ["BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "__version__"]
+__all__ = ["BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "__version__", "load_adapterhub"]

@@ -24,6 +24,7 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = 42,
+    recipe: Annotated[str, typer.Option(help="Hyperparameters: paper or best.")] = "paper",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A further setting of the memory.")
     ] = None,
@@ -48,6 +49,7 @@ def command(
             top_k=top_k,
             anneal=anneal,
             epochs=epochs,
+            recipe=recipe,
             settings=settings,
             callbacks=[progress.callback],
             data_dir=str(data_dir) if data_dir else None,

@@ -17,6 +17,9 @@ def command(
     head: Annotated[str, typer.Option(help="Head of SPARTAN and adapters: model or linear.")] = "model",
     num_parents: Annotated[int, typer.Option(min=1, help="SPARTAN's P.")] = 16,
     num_children: Annotated[int, typer.Option(min=1, help="SPARTAN's C.")] = 3,
+    train_layer_norms: Annotated[
+        bool, typer.Option("--train-layer-norms", help="SPARTAN's tasks have norms of their own (recipe best).")
+    ] = False,
     reduction_factor: Annotated[int, typer.Option(min=1, help="Of the adapters' bottlenecks.")] = 12,
     lora_rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods; may be repeated.")] = None,
@@ -40,6 +43,7 @@ def command(
         num_parents=num_parents,
         num_children=num_children,
         head_type=head,
+        train_layer_norms=train_layer_norms,
     )
     if json:
         print_json(report.to_dict())

@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, write_jsonl
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.training import Predictor, RunConfig, evaluate, train
+from sparsepeft.training import Predictor, evaluate, train
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.training.recipes import METHODS
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
 
-def config(backbone: Path, folder: Path, **changes: Any) -> RunConfig:
-    values = {"task": "topics", "output_dir": str(folder), "model": str(backbone), "max_steps": 12, "batch_size": 8}
-    return RunConfig(**(values | changes))
-
-
-class Interrupt(TrainerCallback):
-    """Stops a run like Ctrl-C does, after ``step``."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("method", ["spartan", "full", "head", "lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     tiny_backbone: Path, tmp_path: Path, method: str
 ) -> None:
-    results = train(config(tiny_backbone, tmp_path, method=method))
+    results = train(run_config(tiny_backbone, tmp_path, method=method))
     assert json.loads((tmp_path / RESULTS).read_text()) == results
     assert results["score"] == results["metrics"]["test"]["accuracy"]
     assert not (tmp_path / CHECKPOINTS).exists()
     for part, metrics in evaluate(tmp_path).items():
         assert metrics == pytest.approx(results["metrics"][part])
+    assert results["saved_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     backbone_bytes = (tiny_backbone / "model.safetensors").stat().st_size
     if method == "full":
         assert results["saved_bytes"] > 0.9 * backbone_bytes
@@ -56,18 +44,18 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
 
 def test_parameters_are_the_closed_formula_and_the_head(tiny_backbone: Path, tmp_path: Path) -> None:
     settings = {"num_parents": 4, "num_children": 2, "top_k": 2}
-    results = train(config(tiny_backbone, tmp_path, settings=settings, max_steps=1))
+    results = train(run_config(tiny_backbone, tmp_path, settings=settings, max_steps=1))
     assert results["parameters"]["adapter"] == 4 * (1 + 2 * 2) * 32 * 2
     assert results["parameters"]["head"] == 32 * 5 + 5
     assert results["formula"].endswith("1,280")
 
 
 def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone: Path, tmp_path: Path) -> None:
-    whole = train(config(tiny_backbone, tmp_path / "whole"))
+    whole = train(run_config(tiny_backbone, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        train(config(tiny_backbone, tmp_path / "cut"), callbacks=[Interrupt(7)])
+        train(run_config(tiny_backbone, tmp_path / "cut"), callbacks=[Interrupt(7)])
     assert last_checkpoint(tmp_path / "cut" / CHECKPOINTS) is not None
-    resumed = train(config(tiny_backbone, tmp_path / "cut"))
+    resumed = train(run_config(tiny_backbone, tmp_path / "cut"))
     assert resumed["metrics"] == whole["metrics"]
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         torch.testing.assert_close(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
@@ -75,7 +63,7 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone
 
 def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(config(tiny_backbone, tmp_path), callbacks=[Interrupt(7)])
+        train(run_config(tiny_backbone, tmp_path), callbacks=[Interrupt(7)])
     good = last_checkpoint(tmp_path / CHECKPOINTS)
     assert good is not None
     truncated = tmp_path / CHECKPOINTS / "checkpoint-999"
@@ -86,19 +74,19 @@ def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path)
 
 
 def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path) -> None:
-    train(config(tiny_backbone, tmp_path, max_steps=1))
+    train(run_config(tiny_backbone, tmp_path, max_steps=1))
     before = (tmp_path / RESULTS).read_text()
     with pytest.raises(UserError, match="--overwrite"):
-        train(config(tiny_backbone, tmp_path, max_steps=1))
+        train(run_config(tiny_backbone, tmp_path, max_steps=1))
     assert (tmp_path / RESULTS).read_text() == before
-    assert train(config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
+    assert train(run_config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
 
 
 def test_an_unfinished_run_with_other_values_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(config(tiny_backbone, tmp_path), callbacks=[Interrupt(3)])
+        train(run_config(tiny_backbone, tmp_path), callbacks=[Interrupt(3)])
     with pytest.raises(UserError, match="other values of learning_rate"):
-        train(config(tiny_backbone, tmp_path, learning_rate=0.5))
+        train(run_config(tiny_backbone, tmp_path, learning_rate=0.5))
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
@@ -112,7 +100,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(SafeTrainer, "compute_loss", diverge)
     with pytest.raises(RunFailed, match=r"nan at step 8.*checkpoint-6"):
-        train(config(tiny_backbone, tmp_path))
+        train(run_config(tiny_backbone, tmp_path))
     assert last_checkpoint(tmp_path / CHECKPOINTS) is not None
     assert not (tmp_path / RESULTS).exists()
 
@@ -133,19 +121,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 
     monkeypatch.setattr(PeftModel, "save_pretrained", fill)
     with pytest.raises(RunFailed, match=r"No space left.*last good checkpoint is checkpoint-4"):
-        train(config(tiny_backbone, tmp_path))
+        train(run_config(tiny_backbone, tmp_path))
     kept = last_checkpoint(tmp_path / CHECKPOINTS)
     assert kept is not None
     assert kept.name == "checkpoint-4"
     assert not Path(calls[-1]).exists()
     monkeypatch.undo()
-    assert train(config(tiny_backbone, tmp_path))["steps"] == 12
+    assert train(run_config(tiny_backbone, tmp_path))["steps"] == 12
 
 
 def test_a_full_disk_at_the_end_leaves_what_was_there(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(config(tiny_backbone, tmp_path, max_steps=2))
+    train(run_config(tiny_backbone, tmp_path, max_steps=2))
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     import sparsepeft.training.files as files
 
@@ -154,29 +142,29 @@ def test_a_full_disk_at_the_end_leaves_what_was_there(
 
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises((RunFailed, OSError), match="No space left"):
-        train(config(tiny_backbone, tmp_path, max_steps=2, seed=1), overwrite=True)
+        train(run_config(tiny_backbone, tmp_path, max_steps=2, seed=1), overwrite=True)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_few_shot_trains_on_k_examples_without_choosing(tiny_backbone: Path, tmp_path: Path) -> None:
-    results = train(config(tiny_backbone, tmp_path, few_shot=20, max_steps=3))
+    results = train(run_config(tiny_backbone, tmp_path, few_shot=20, max_steps=3))
     assert results["num_train"] == 20
     assert results["best_step"] is None
 
 
 def test_max_train_samples_includes_the_tenth_for_choosing(tiny_backbone: Path, tmp_path: Path) -> None:
-    assert train(config(tiny_backbone, tmp_path, max_train_samples=50, max_steps=2))["num_train"] == 45
+    assert train(run_config(tiny_backbone, tmp_path, max_train_samples=50, max_steps=2))["num_train"] == 45
 
 
 def test_long_texts_are_cut_and_said_once(
     tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    results = train(config(tiny_backbone, tmp_path, max_length=10, max_steps=1))
+    results = train(run_config(tiny_backbone, tmp_path, max_length=10, max_steps=1))
     said = [record for record in caplog.records if "were cut" in record.getMessage()]
     assert len(said) == 1
     assert results["num_cut"] > 300
     with pytest.raises(UserError, match="at most 64 tokens"):
-        train(config(tiny_backbone, tmp_path / "more", max_length=65))
+        train(run_config(tiny_backbone, tmp_path / "more", max_length=65))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +174,8 @@ def test_long_texts_are_cut_and_said_once(
 def test_save_dtype_halves_the_file(
     tiny_backbone: Path, tmp_path: Path, method: str, save_dtype: str, dtype: str
 ) -> None:
-    full = train(config(tiny_backbone, tmp_path / "full", method=method))
-    half = train(config(tiny_backbone, tmp_path / "half", method=method, save_dtype=save_dtype))
+    full = train(run_config(tiny_backbone, tmp_path / "full", method=method))
+    half = train(run_config(tiny_backbone, tmp_path / "half", method=method, save_dtype=save_dtype))
     saved = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}"}
     header = 2500  # the names in the file do not shrink
@@ -198,25 +186,41 @@ def test_save_dtype_halves_the_file(
 
 
 def test_bf16_precision_runs(tiny_backbone: Path, tmp_path: Path) -> None:
-    assert train(config(tiny_backbone, tmp_path, precision="bf16", max_steps=2))["steps"] == 2
+    assert train(run_config(tiny_backbone, tmp_path, precision="bf16", max_steps=2))["steps"] == 2
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler on a CPU"
+)
+@pytest.mark.parametrize("method", ["spartan", "pfeiffer"])
+def test_a_compiled_run_trains_the_same(tmp_path: Path, method: str) -> None:
+    backbone = save_tiny_backbone(tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    changes = {"method": method, "few_shot": 16, "max_steps": 3}
+    eager = train(run_config(backbone, tmp_path / "eager", **changes))
+    compiled = train(run_config(backbone, tmp_path / "compiled", compile=True, **changes))
+    for part, metrics in evaluate(tmp_path / "compiled").items():
+        assert metrics == pytest.approx(compiled["metrics"][part])
+    expected = load_file(tmp_path / "eager" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "compiled" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert compiled["saved_bytes"] == eager["saved_bytes"]
+    for name, tensor in expected.items():
+        # Adam moves a weight by up to the learning rate however small its gradient is; fused sums round differently.
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0.03 * 3e-3)
 
 
 def test_another_backbone_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
-    from tests.tiny import save_tiny_backbone
-
-    train(config(tiny_backbone, tmp_path / "run", max_steps=1))
+    train(run_config(tiny_backbone, tmp_path / "run", max_steps=1))
     other = save_tiny_backbone(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match="other values"):
         Predictor(tmp_path / "run", model=str(other))
 
 
 def test_regression_and_pairs(tiny_backbone: Path, tmp_path: Path) -> None:
-    from tests.tiny import topics_rows, write_jsonl
-
     texts = [row["text"] for row in topics_rows("train")]
     rows = [{"a": a, "b": b, "y": len(a) / 50} for a, b in zip(texts[:40], texts[40:80], strict=True)]
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    run = config(
+    run = run_config(
         tiny_backbone,
         tmp_path / "run",
         task="custom",
@@ -236,9 +240,7 @@ def test_regression_and_pairs(tiny_backbone: Path, tmp_path: Path) -> None:
 
 
 def test_predictions_are_in_order_and_independent_of_batching(tiny_backbone: Path, tmp_path: Path) -> None:
-    from tests.tiny import topics_rows
-
-    train(config(tiny_backbone, tmp_path, max_steps=4))
+    train(run_config(tiny_backbone, tmp_path, max_steps=4))
     texts = [row["text"] for row in topics_rows("test")][:20]
     batched, single = Predictor(tmp_path, batch_size=7).predict(texts), Predictor(tmp_path, batch_size=1).predict(texts)
     for one, other in zip(batched, single, strict=True):
@@ -251,7 +253,7 @@ def test_predictions_are_in_order_and_independent_of_batching(tiny_backbone: Pat
 def test_damaged_files_are_named(tiny_backbone: Path, tmp_path: Path, damage: str) -> None:
     from safetensors.torch import save_file
 
-    train(config(tiny_backbone, tmp_path, max_steps=1))
+    train(run_config(tiny_backbone, tmp_path, max_steps=1))
     weights = tmp_path / "adapter_model.safetensors"
     if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:-50])

@@ -10,7 +10,17 @@ import transformers as hf
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run, save_backbone
+from tests.models import (
+    ARCHITECTURES,
+    SMALL,
+    adapted,
+    backward_through_everything,
+    build,
+    cast,
+    randomize,
+    run,
+    save_backbone,
+)
 
 from sparsepeft import SpartanConfig
 
@@ -18,14 +28,10 @@ INPUTS = ARCHITECTURES["bert"].inputs()
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-def _cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-
-
 @HALF
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "llama", "llama-seqcls", "mixtral", "t5", "vit"])
 def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch.dtype, tmp_path) -> None:
-    inputs = _cast(ARCHITECTURES[name].inputs(), dtype)
+    inputs = cast(ARCHITECTURES[name].inputs(), dtype)
     expected = run(build(name).to(dtype), inputs)
     model = adapted(build(name).to(dtype), random=False)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".default." in n)
@@ -42,9 +48,7 @@ def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch
         assert torch.equal(run(model, inputs), expected)
     randomize(model)
     model.train()
-    sum(
-        v.float().square().mean() for v in model(**inputs).values() if torch.is_tensor(v) and v.requires_grad
-    ).backward()
+    backward_through_everything(model, inputs)
     gradients = {n: p.grad for n, p in model.named_parameters() if "spartan_memory" in n}
     assert all(
         g is not None and g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients.values()

@@ -29,6 +29,7 @@ def reproduce_figure2(
     top_k: int = 2,
     anneal: bool = True,
     epochs: float = 10,
+    recipe: str = "paper",
     settings: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **values: Any,
@@ -45,6 +46,7 @@ def reproduce_figure2(
         top_k: K.
         anneal: let K fall from 5 to ``top_k`` while training, see :class:`AnnealTopK`.
         epochs: passes over the training part.
+        recipe: where learning rate and schedule come from.
         settings: further keys of the memory's config or of the optimisation.
         callbacks: shown loss and metrics while training.
         values: further fields of :class:`sparsepeft.training.RunConfig`.
@@ -60,7 +62,7 @@ def reproduce_figure2(
     run = output_dir / ("run-annealed" if anneal else "run")
     memory = {"num_parents": 5, "num_children": 1, "top_k": top_k}
     config = RunConfig(
-        task="bbc-news", output_dir=str(run), epochs=epochs, settings=memory | (settings or {}), **values
+        task="bbc-news", output_dir=str(run), epochs=epochs, recipe=recipe, settings=memory | (settings or {}), **values
     )
     if not _is_done(run, config):
         train(config, [*callbacks, AnnealTopK()] if anneal else callbacks)

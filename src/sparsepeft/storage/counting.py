@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,8 +27,8 @@ from transformers import (
 from sparsepeft.errors import UserError
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._heads import find_head
-from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners._heads import count_head_parameters, find_head
+from sparsepeft.tuners.base import TaskTuner
 
 METHODS = ("full", "houlsby", "pfeiffer", "lora", "bitfit", "head", "spartan")
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -56,6 +55,7 @@ class Sizes:
     num_parents: int
     num_children: int
     head_type: str
+    train_layer_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ParameterCounter:
         key = (head_type, num_labels)
         if key not in self._heads:
             adapter = SpartanConfig(head_type=head_type, num_labels=num_labels)
-            self._heads[key] = _head_parameters(self.attach(adapter, num_labels))
+            self._heads[key] = count_head_parameters(self.attach(adapter, num_labels))
         return self._heads[key]
 
     def own(self, method: str) -> Own:
@@ -121,11 +121,8 @@ class ParameterCounter:
             count = self.backbone_parameters()
             return Own(count, f"N = {count:,}", count, "model")
         model = self.attached(method)
-        adapter = model.peft_config["default"]
-        if isinstance(adapter, TaskAdapterConfig):
-            formula, value = adapter.parameter_formula(self.widths)  # type: ignore[attr-defined]  # of the subclasses
-        else:
-            formula, value = self._lora_formula(model)
+        tuner = model.base_model
+        formula, value = tuner.parameter_formula() if isinstance(tuner, TaskTuner) else self._lora_formula(model)
         return Own(_own_parameters(model), formula, value, "attached adapter")
 
     def attached(self, method: str, num_labels: int = 2) -> PeftModel:
@@ -133,6 +130,7 @@ class ParameterCounter:
         sizes = self.sizes
         # top_k changes no count, but may not exceed the parents.
         memory: dict[str, Any] = {"num_parents": sizes.num_parents, "num_children": sizes.num_children}
+        memory["train_layer_norms"] = sizes.train_layer_norms
         adapters: dict[str, Callable[[], PeftConfig]] = {
             "spartan": lambda: SpartanConfig(**memory, top_k=min(8, sizes.num_parents), head_type=sizes.head_type),
             "pfeiffer": lambda: self._bottleneck("pfeiffer"),
@@ -187,15 +185,10 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _head_parameters(model: nn.Module) -> int:
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return sum(_num_parameters(wrapper.modules_to_save) for wrapper in wrappers)
-
-
-def _own_parameters(model: nn.Module) -> int:
+def _own_parameters(model: PeftModel) -> int:
     """Everything trainable but the head."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable - _head_parameters(model)
+    return trainable - count_head_parameters(model)
 
 
 def load_config(model: str) -> PreTrainedConfig:

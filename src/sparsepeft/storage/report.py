@@ -84,6 +84,7 @@ def storage_report(
     num_parents: int = 16,
     num_children: int = 3,
     head_type: str = "model",
+    train_layer_norms: bool = False,
 ) -> StorageReport:
     """Count what each method stores for ``num_tasks`` tasks. Reads a config, no weights.
 
@@ -102,6 +103,7 @@ def storage_report(
         reduction_factor: of Houlsby and Pfeiffer adapters (bottleneck d / r).
         lora_rank: rank of LoRA on PEFT's default modules for the architecture.
         num_parents, num_children: SPARTAN's P and C.
+        train_layer_norms: SPARTAN's tasks also have norms of their own, as the recipe "best" trains them.
         head_type: of SPARTAN and the adapters; full fine-tuning and LoRA always train the model's own head.
 
     Raises:
@@ -109,7 +111,7 @@ def storage_report(
     """
     num_labels = _check(num_tasks, num_labels, methods)
     notes: tuple[str, ...] = ()
-    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type)
+    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms)
     try:
         dtype = dtype_name("dtype", dtype)
         require_choice("head_type", head_type, HEAD_TYPES)

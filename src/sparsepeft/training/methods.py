@@ -15,7 +15,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._heads import find_head
+from sparsepeft.tuners._heads import count_head_parameters, find_head
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 Model = PreTrainedModel | PeftModel
@@ -152,12 +152,9 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Trained parameters: all, of the head, and of the rest."""
-    head = trained = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel()
-            head += parameter.numel() if ".modules_to_save." in name else 0
+    """Trained parameters: all, of the head (0 where the whole model is trained), and of the rest."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    head = count_head_parameters(model) if isinstance(model, PeftModel) else 0
     return {"trained": trained, "head": head, "adapter": trained - head}
 
 

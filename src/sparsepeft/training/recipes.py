@@ -63,12 +63,22 @@ _PAPER = {
     "bitfit": Recipe(1e-4),
 }
 _BEST = {
-    "spartan": Recipe(3e-3, warmup_ratio=0.06, adapter={"num_parents": 16, "num_children": 3, "top_k": 8}),
+    "spartan": Recipe(
+        3e-3,
+        warmup_ratio=0.06,
+        adapter={
+            "num_parents": 16,
+            "num_children": 3,
+            "top_k": 8,
+            "value_initializer_range": 0.02,
+            "train_layer_norms": True,
+        },
+    ),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-3, warmup_ratio=0.06),
     "lora": Recipe(1e-3, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),
-    "pfeiffer": Recipe(1e-3, warmup_ratio=0.06, adapter={"style": "pfeiffer", "reduction_factor": 12}),
-    "houlsby": Recipe(1e-3, warmup_ratio=0.06, adapter={"style": "houlsby", "reduction_factor": 12}),
+    "pfeiffer": Recipe(3e-4, warmup_ratio=0.06, adapter={"style": "pfeiffer", "reduction_factor": 12}),
+    "houlsby": Recipe(3e-4, warmup_ratio=0.06, adapter={"style": "houlsby", "reduction_factor": 12}),
     "ia3": Recipe(5e-3, warmup_ratio=0.06),
     "bitfit": Recipe(3e-3, warmup_ratio=0.06),
 }

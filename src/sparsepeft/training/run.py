@@ -79,9 +79,6 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     set_seed(config.seed)
     model = build_model(config.method, model_id, data.spec, recipe.adapter)
     prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, model.config, config.max_length))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": vars(data.spec)})
-
     collator = Collator(tokenizer, data.spec.label_names is None)
     start = time.perf_counter()
     cache, training = None, prepared.train
@@ -89,6 +86,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         cache = FrozenLayerCache(model, folder / CHECKPOINTS / "frozen_layers.bin")
         training = cache.fill(prepared.train, collator)
         collator = CachingCollator(collator, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": vars(data.spec)})
+
     trainer = SafeTrainer(
         model=model,
         args=_arguments(config, recipe, data.spec.paper_epochs, prepared, folder),

@@ -2,7 +2,7 @@
 
 from sparsepeft.tuners._registry import BITFIT, BOTTLENECK, HEAD, SPARTAN, register
 from sparsepeft.tuners.bitfit import BitFitConfig, BitFitModel
-from sparsepeft.tuners.bottleneck import BottleneckConfig, BottleneckModel
+from sparsepeft.tuners.bottleneck import BottleneckConfig, BottleneckModel, load_adapterhub
 from sparsepeft.tuners.head import HeadConfig, HeadModel
 from sparsepeft.tuners.spartan import SpartanConfig, SpartanModel
 
@@ -20,4 +20,5 @@ __all__ = [
     "HeadModel",
     "SpartanConfig",
     "SpartanModel",
+    "load_adapterhub",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -332,6 +333,14 @@ def cast_for_saving(tensors: dict[str, torch.Tensor], save_dtype: str | None) ->
         return tensors
     dtype = getattr(torch, save_dtype)
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
+    """Parameters of one adapter's own head; copies of other modules (norms) are not among them."""
+    config: Any = model.peft_config[adapter_name]
+    names = getattr(config, "head_modules", None) or getattr(config, "modules_to_save", None) or []
+    heads: list[Any] = [model.get_base_model().get_submodule(name).modules_to_save for name in names]
+    return sum(p.numel() for head in heads if adapter_name in head for p in head[adapter_name].parameters())
 
 
 def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:

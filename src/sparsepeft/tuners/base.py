@@ -37,7 +37,7 @@ class TaskTuner(BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
 
     tuner_layer_cls = TaskTunerLayer
-    layer_class: type[TaskTunerLayer] = TaskTunerLayer
+    layer_class: type[TaskTunerLayer] = TaskTunerLayer  # type: ignore[type-abstract]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own attribute; unused, blocks are found
 
     def __init__(
@@ -358,7 +358,8 @@ def _check_head(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse names with which PEFT could not tell an adapter's tensors from the backbone's."""
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
-    if adapter_name in {BASE, "model", "base_model"} or "." in adapter_name or adapter_name in taken:
+    taken |= {BASE, "model", "base_model", *dir(nn.ModuleDict)}  # a ModuleDict cannot hold its methods' names
+    if "." in adapter_name or adapter_name in taken:
         raise ValueError(
             f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
             f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."

@@ -77,9 +77,9 @@ class BitFitLayer(TaskTunerLayer):
         names = self.context.adapter_names
         if names is not None and output.shape[self.batch_dim] == 1 < len(names):
             raise ValueError(
-                f"{key.replace('-', '.')} of {type(self.base_layer).__name__} computes once for all rows of a batch, so "
-                "its bias cannot be another in each row; answer the rows of each adapter in a batch of their own, with "
-                "set_adapter."
+                f"{key.replace('-', '.')} of {type(self.base_layer).__name__} computes once for all rows of a batch, "
+                "so its bias cannot be another in each row; answer the rows of each adapter in a batch of their own, "
+                "with set_adapter."
             )
         return self.by_row(self.bitfit_bias, partial(self._add, key), output)
 

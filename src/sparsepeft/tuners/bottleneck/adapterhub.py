@@ -35,6 +35,13 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "phm_layer": (False,),
     "stochastic_depth": (0, 0.0, None),
 }
+# Where `adapters` 1.3.0 puts adapters of these kinds at other places than its formulas, and ours, say.
+_ELSEWHERE = {
+    ("albert", "houlsby"): "on the attention's input instead of its output",
+    ("beit", "houlsby"): "behind the layer scale",
+    ("xmod", "pfeiffer"): "in place of the model's language adapters",
+    ("xmod", "houlsby"): "in place of the model's language adapters",
+}
 _DEFAULT_ACTIVATION = {"pfeiffer": "relu", "houlsby": "swish"}
 _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
 _TASK_TYPES = {
@@ -85,6 +92,9 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
         raise UserError(f"{folder} has neither adapter.safetensors nor pytorch_adapter.bin; copy the whole folder.")
     blocks = find_blocks(backbone)
     style, settings = _settings(saved, tensors, blocks)
+    if (saved.get("model_type"), style) in _ELSEWHERE:
+        place = _ELSEWHERE[saved["model_type"], style]
+        raise _not_supported(f"a {style} layout that `adapters` computes {place} in {saved['model_type']} models")
     labels, head = _read_head(folder, backbone, blocks)
     config = BottleneckConfig(style=style, task_type=_task_type(backbone), **settings, **labels)
     model = get_peft_model(backbone, config, adapter_name=adapter_name)
@@ -180,14 +190,15 @@ def _settings(saved: dict[str, Any], tensors: dict[str, Tensor], blocks: list[Bl
         return style, {"reduction_factor": 16, "non_linearity": _DEFAULT_ACTIVATION[style]}
     if config.get("architecture") is not None:
         raise _not_supported(f"architecture {config['architecture']!r}")
+    for key, values in _FIXED.items():
+        if key in config and config[key] not in values:
+            raise _not_supported(f"{key}={config[key]!r}")
     layout = {key: config.get(key, False) for key in _SEQ_BN}
     style = next((style for style, known in _LAYOUTS.items() if known == layout), "")
     if not style:
         raise _not_supported(", ".join(f"{key}={value!r}" for key, value in layout.items()))
-    unused = _FIXED | ({"residual_before_ln": (True,)} if style == "pfeiffer" else {})
-    for key, values in unused.items():
-        if key in config and config[key] not in values:
-            raise _not_supported(f"{key}={config[key]!r}")
+    if style == "pfeiffer" and config.get("residual_before_ln", True) is not True:
+        raise _not_supported(f"residual_before_ln={config['residual_before_ln']!r}")
     # Old task adapters (their files have a "type") name an invertible adapter that they do not have.
     if any("invertible" in key for key in tensors) or (config.get("inv_adapter") and "type" not in saved):
         raise _not_supported(f"an invertible adapter, inv_adapter={config.get('inv_adapter')!r}")

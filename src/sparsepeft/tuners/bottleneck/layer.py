@@ -20,8 +20,9 @@ class BottleneckLayer(TaskTunerLayer):
     """One Transformer layer with the bottleneck adapters of all tasks that extend it.
 
     Houlsby's stand in hooks of the modules that give a sublayer's output (``bottleneck_attention``,
-    ``bottleneck_ffn``), Pfeiffer's in a hook of the whole layer (``bottleneck_output``). Whether a norm ends the layer
-    (post-LN) is seen in the first pass: then the layer returns the very tensor that its last norm returned.
+    ``bottleneck_ffn``), Pfeiffer's (``bottleneck_output``) in a hook of the norm that ends the layer, or without such a
+    norm (pre-LN) of the layer itself. Which it is, is seen in the first pass: a layer that ends in a norm returns the
+    very tensor that this norm returned.
     """
 
     adapter_layer_names = ("bottleneck_attention", "bottleneck_ffn", "bottleneck_output")
@@ -32,8 +33,20 @@ class BottleneckLayer(TaskTunerLayer):
         self.bottleneck_ffn = nn.ModuleDict()
         self.bottleneck_output = nn.ModuleDict()
         self._last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
-        self._ends_in_norm: bool | None = None  # seen in the first pass
-        self._places: dict[str, nn.Module] = {}  # where hooks stand
+        self._places: dict[str, nn.Module] = {}  # where hooks stand; "end": the norm or layer that Pfeiffer's act in
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's forward; adapters act inside it, through hooks."""
+        layer: Any = self.base_layer
+        is_known = "output" not in self._places or "end" in self._places
+        if is_known or not getattr(layer, "gradient_checkpointing", False):
+            return super().forward(*args, **kwargs)
+        # transformers checkpoints the inside of a layer, which hides from the layer's own hook what made its last norm.
+        layer.gradient_checkpointing = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            layer.gradient_checkpointing = True
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add fresh adapters for ``adapter_name``.
@@ -71,9 +84,14 @@ class BottleneckLayer(TaskTunerLayer):
             if "norm" in type(module).__name__.lower():
                 self._handles.append(module.register_forward_hook(self._after_norm))
 
-    def _after_norm(self, norm: nn.Module, args: tuple, output: Any) -> None:
-        if self.bottleneck_output and not self.disable_adapters and args:
+    def _after_norm(self, norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if self.disable_adapters or not self.bottleneck_output or not args:
+            return None
+        if "end" not in self._places:
             self._last_norm = (norm, args[0], output)
+        if norm is not self._places.get("end"):
+            return None
+        return self.by_row(self.bottleneck_output, partial(self._add_before_norm, norm), output, args[0])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
         last_norm, self._last_norm = self._last_norm, None
@@ -84,17 +102,18 @@ class BottleneckLayer(TaskTunerLayer):
     def _extend_output(
         self, last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        if self._ends_in_norm is None:
-            # In float16 some models clamp the norm's output, which makes it another tensor with the same values.
-            self._ends_in_norm = last_norm is not None and (
-                last_norm[2] is hidden_states
-                or (hidden_states.dtype == torch.float16 and torch.equal(last_norm[2], hidden_states))
-            )
-        if last_norm is None or not self._ends_in_norm:  # pre-LN: the layer ends in a sum
-            return self.by_row(self.bottleneck_output, partial(self._add, self.bottleneck_output), hidden_states)
-        norm, summed, _ = last_norm
-        apply = partial(self._add_before_norm, norm)
-        return self.by_row(self.bottleneck_output, apply, hidden_states, summed)
+        if "end" not in self._places:
+            self._places["end"] = self.base_layer
+            if last_norm is not None and _is_same(last_norm[2], hidden_states):
+                norm, summed, _ = last_norm
+                self._places["end"] = norm
+                # The norm's hook was passed before it was known; from now on it is the one to act.
+                extended = self._after_norm(norm, (summed,), hidden_states)
+                assert extended is not None
+                return extended
+        if self._places["end"] is not self.base_layer:
+            return hidden_states
+        return self.by_row(self.bottleneck_output, partial(self._add, self.bottleneck_output), hidden_states)
 
     def _add_before_norm(
         self, norm: nn.Module, adapter_name: str, hidden_states: torch.Tensor, summed: torch.Tensor
@@ -125,3 +144,10 @@ class BottleneckLayer(TaskTunerLayer):
 
     def _add(self, adapters: nn.ModuleDict, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + adapters[adapter_name](hidden_states)
+
+
+def _is_same(normed: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether a layer returned what its last norm did."""
+    # In float16 some models clamp the norm's output, which makes it another tensor with the same values.
+    clamped = output.dtype == torch.float16 and normed.shape == output.shape
+    return normed is output or (clamped and torch.allclose(normed, output, rtol=0, atol=0, equal_nan=True))

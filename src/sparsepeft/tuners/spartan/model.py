@@ -21,12 +21,25 @@ class SpartanModel(TaskTuner):
     layer_class = SpartanLayer
 
     def _after_injection(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        super()._after_injection(model, adapter_name, config, head)
         assert isinstance(config, SpartanConfig)
         if config.load_balancing_coef:
             self._context.watch(model)
         if config.train_layer_norms:
             self._add_layer_norms(model, adapter_name, config, head)
+        super()._after_injection(model, adapter_name, config, head)
+
+    def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
+        """The closed formula for the memory's parameters, and what an adapter's own norms add, with its value."""
+        formula, value = super().parameter_formula(adapter_name)
+        config: Any = self.peft_config[adapter_name]
+        in_head = config.head_modules or ()
+        norms = sum(
+            parameter.numel()
+            for name, module in self.model.named_modules()
+            if isinstance(module, HeadModule) and name not in in_head and adapter_name in module.modules_to_save
+            for parameter in module.modules_to_save[adapter_name].parameters()
+        )
+        return (f"{formula}, and norms {norms:,}" if norms else formula), value + norms
 
     def _add_layer_norms(self, model: nn.Module, adapter_name: str, config: SpartanConfig, head: HeadSpec) -> None:
         """Give the adapter its own copy of every normalisation layer of the backbone; the head's are its own anyway.

@@ -1,0 +1,70 @@
+"""Candidates that need a process of their own: told by lines, answering by lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+
+class Worker:
+    """A process that says when it is ready and then runs as many steps as it is told.
+
+    Args:
+        command: what to start.
+        threads: of the process.
+        log: where its other output goes.
+
+    Raises:
+        RuntimeError: it died before it was ready.
+    """
+
+    def __init__(self, command: list[str], threads: int, log: Path) -> None:
+        self.log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+        self.ready = self._answer()
+
+    def run(self, num_steps: int) -> dict[str, Any]:
+        """Run steps and return what the process says about them.
+
+        Raises:
+            RuntimeError: the process died; the message has the end of what it said.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{num_steps}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died since; there is no answer, which says so
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.close()
+            last = (self.log.read_text().strip().splitlines() or ["nothing"])[-1]
+            raise RuntimeError(f"the process ended with code {self._process.returncode} and said last: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

@@ -1,0 +1,270 @@
+"""Training on the cached outputs of frozen layers: the same training, with those layers run once per example."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from tests.models import METHODS, adapted
+from tests.tiny import Interrupt, run_config, save_tiny_backbone
+from torch import nn
+from transformers.models.bert.modeling_bert import BertLayer
+
+from sparsepeft import HeadConfig
+from sparsepeft.errors import UserError
+from sparsepeft.training import train
+from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
+from sparsepeft.training.encoding import Collator
+from sparsepeft.training.files import CHECKPOINTS
+from sparsepeft.training.methods import build_model, load_tokenizer
+from sparsepeft.training.run import load_data, prepare_data
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+WEIGHTS = "adapter_model.safetensors"
+UPPER = {
+    "spartan": {"method": "spartan", "settings": {"layers_to_transform": [2]}},
+    "pfeiffer": {"method": "pfeiffer", "settings": {"layers_to_transform": [1, 2]}},
+    "norms": {"method": "spartan", "settings": {"layers_to_transform": [2], "train_layer_norms": True}},
+    "head": {"method": "head"},
+}
+
+
+def _llama(**config: Any) -> hf.PreTrainedModel:
+    return hf.LlamaModel(hf.LlamaConfig(**config))
+
+
+def _gpt2(**config: Any) -> hf.PreTrainedModel:
+    return hf.GPT2Model(hf.GPT2Config(**config, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three layers without dropout, so that training with and without the cache sees the same states."""
+    folder = tmp_path_factory.mktemp("backbones")
+    return {
+        "bert": save_tiny_backbone(folder / "bert", num_hidden_layers=3, **NO_DROPOUT),
+        "llama-left": save_tiny_backbone(folder / "left", num_hidden_layers=3, build=_llama, padding_side="left"),
+        "gpt2-right": save_tiny_backbone(folder / "right", num_hidden_layers=3, build=_gpt2),
+    }
+
+
+def _prepare(backbone: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
+    """The model, encoded training data and collator of a run."""
+    config = run_config(backbone, folder, **changes)
+    data = load_data(config)
+    tokenizer = load_tokenizer(str(backbone))
+    model = build_model(config.method, str(backbone), data.spec, config.recipe_values().adapter)
+    return model, prepare_data(data, config, tokenizer, 64).train, Collator(tokenizer, is_regression=False)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-left", "gpt2-right"])
+def test_a_batch_has_the_states_that_the_frozen_layers_would_give_it(
+    backbones: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    model, rows, collator = _prepare(backbones[name], tmp_path, few_shot=30, **UPPER["spartan"])
+    cache = FrozenLayerCache(model, tmp_path / "states.bin")
+    assert [block.index for block in cache.blocks] == [0, 1]
+    cached = CachingCollator(collator, cache)
+    rows = cache.fill(rows, cached, batch_size=7)
+    batch = cached([rows[index] for index in (3, 29, 0, 11)])
+    states = batch.pop(STATES)
+    plain = collator([{k: v for k, v in rows[index].items() if k != INDEX} for index in (3, 29, 0, 11)])
+    assert batch.keys() == plain.keys()
+    assert all(torch.equal(batch[key], plain[key]) for key in batch)
+    mask = batch["attention_mask"].bool()
+    assert not mask.all()  # or padding was not tried
+    with torch.no_grad():
+        expected = model.eval()(**plain, output_hidden_states=True).hidden_states[2]
+    # Batches of other sizes and lengths add up in another order: a few roundings of float32.
+    torch.testing.assert_close(states[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    assert not states[~mask].any()
+    with torch.no_grad(), cache.attached(), cache.using(states):
+        found = model(**plain)
+    torch.testing.assert_close(found.loss, model(**plain).loss, rtol=1e-5, atol=1e-6)
+
+
+def _structure(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in model.named_modules()]
+
+
+def test_the_model_is_as_it_was_afterwards_even_after_an_error(backbones: dict[str, Path], tmp_path: Path) -> None:
+    model, rows, collator = _prepare(backbones["bert"], tmp_path, few_shot=10, **UPPER["spartan"])
+    before, batch = _structure(model), collator([rows[0], rows[1]])
+    expected = model.eval()(**batch).logits
+    cache = FrozenLayerCache(model, tmp_path / "states.bin")
+    for _ in range(2):  # a cache can be attached again
+        states = torch.randn(2, batch["input_ids"].shape[1], 32)
+        with cache.attached(), cache.using(states):
+            assert _structure(model) != before
+            assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
+        with pytest.raises(ValueError, match="exactly one"), cache.attached(), cache.using(states):
+            model()
+        assert _structure(model) == before
+        assert torch.equal(model(**batch).logits, expected)
+    with cache.attached(), cache.using(None):
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_filling_leaves_mode_and_hooks_as_they_were(backbones: dict[str, Path], tmp_path: Path) -> None:
+    model, rows, collator = _prepare(backbones["bert"], tmp_path, few_shot=10, **UPPER["spartan"])
+    cache = FrozenLayerCache(model, tmp_path / "states.bin")
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    for training in (True, False):
+        model.train(training)
+        cache.fill(rows, collator)
+        assert model.training is training
+        assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "lowest"),
+    [
+        ("bert", HeadConfig(), 3),
+        ("gpt2", HeadConfig(), 3),
+        ("bert", METHODS["spartan"](layers_to_transform=[1]), 1),
+        ("bert", METHODS["spartan"](layers_to_transform=[1], train_layer_norms=True), 1),
+        ("llama-seqcls", METHODS["houlsby"](layers_to_transform=[2]), 2),
+        ("bert", METHODS["bitfit"](layers_to_transform=[1, 2]), 1),
+        ("albert", HeadConfig(), 1),
+    ],
+)
+def test_the_frozen_layers_are_those_below_the_lowest_trained_one(name: str, config: Any, lowest: int) -> None:
+    assert [block.index for block in frozen_blocks(adapted(name, config=config))] == list(range(lowest))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("bert", METHODS["spartan"](), "layer.0 is trained.*layers_to_transform"),
+        ("bert", METHODS["pfeiffer"](layers_to_transform=[0, 2]), "layer.0 is trained"),
+        ("bert", METHODS["spartan"](train_layer_norms=True), "is trained, so there is nothing below"),
+        ("bart-seqcls", METHODS["spartan"](layers_to_transform=[2]), "more than one stack"),
+        ("bart-seqcls", HeadConfig(), "more than one stack"),
+    ],
+)
+def test_where_nothing_can_be_cached_the_error_says_why(name: str, config: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"cache_frozen_layers.*{message}"):
+        frozen_blocks(adapted(name, config=config))
+
+
+def test_layers_that_hand_on_more_than_states_are_refused(tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
+    model, rows, collator = _prepare(backbone, tmp_path, method="head", few_shot=10)
+    with pytest.raises(UserError, match="MPNetLayer hands on more than its hidden states"):
+        FrozenLayerCache(model, tmp_path / "states.bin").fill(rows, collator)
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rows_through_layers() -> Iterator[Counter[tuple[int, bool]]]:
+    """Counts rows by layer and whether the layer was training."""
+    rows: Counter[tuple[int, bool]] = Counter()
+
+    def count(module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(module, BertLayer):
+            rows[module.attention.self.layer_idx, module.training] += len(args[0])
+
+    handle = nn.modules.module.register_module_forward_hook(count)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+class Losses(hf.TrainerCallback):
+    """Keeps the logged losses."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        self.values += [value for key, value in (logs or {}).items() if key == "loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("bert", what) for what in UPPER]
+    + [("llama-left", "spartan"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")],
+)
+def test_training_is_the_same_with_and_without(
+    backbones: dict[str, Path], tmp_path: Path, name: str, what: str
+) -> None:
+    weights, losses, results = {}, {}, {}
+    for cached in (False, True):
+        folder, log = tmp_path / str(cached), Losses()
+        run = run_config(backbones[name], folder, few_shot=40, cache_frozen_layers=cached, **UPPER[what])
+        results[cached] = train(run, callbacks=[log])
+        weights[cached], losses[cached] = load_file(folder / WEIGHTS), log.values
+        assert not (folder / CHECKPOINTS).exists()
+    assert len(losses[True]) >= 5
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    for part, metrics in results[False]["metrics"].items():
+        assert results[True]["metrics"][part] == pytest.approx(metrics)
+    assert weights[True].keys() == weights[False].keys()
+    # Adam moves a weight by up to the learning rate however small its gradient is, so that roundings in gradients near
+    # zero show; what the 12 steps did agrees to a hundredth of one of them.
+    step = run.recipe_values().learning_rate
+    for key, tensor in weights[False].items():
+        torch.testing.assert_close(weights[True][key], tensor, rtol=0, atol=0.01 * step)
+
+
+@pytest.mark.slow
+def test_frozen_layers_run_once_per_example_and_for_evaluation(backbones: dict[str, Path], tmp_path: Path) -> None:
+    run = run_config(backbones["bert"], tmp_path, max_train_samples=60, cache_frozen_layers=True, **UPPER["spartan"])
+    with _rows_through_layers() as rows:
+        results = train(run)
+    data = load_data(run)
+    selection = 60 - results["num_train"]
+    num_evaluations = 6  # 12 steps, every second
+    evaluated = num_evaluations * selection + len(data.validation) + len(data.test or ())
+    assert rows[0, True] == rows[1, True] == 0
+    steps_per_epoch = -(-results["num_train"] // 8)
+    assert rows[2, True] == results["num_train"] + 8 * (12 - steps_per_epoch)
+    assert rows[0, False] == rows[1, False] == results["num_train"] + evaluated
+    assert results["best_step"] is not None
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes(backbones: dict[str, Path], tmp_path: Path) -> None:
+    def run(folder: str) -> Any:
+        return run_config(
+            backbones["bert"], tmp_path / folder, max_train_samples=60, cache_frozen_layers=True, **UPPER["spartan"]
+        )
+
+    whole = train(run("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(run("cut"), callbacks=[Interrupt(7)])
+    resumed = train(run("cut"))
+    assert resumed["metrics"] == whole["metrics"]
+    for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items():
+        torch.testing.assert_close(load_file(tmp_path / "cut" / WEIGHTS)[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "full"}, "embeddings.* is trained"),
+        ({"method": "spartan"}, "layer.0 is trained"),
+        ({"method": "pfeiffer"}, "layer.0 is trained"),
+        ({"method": "lora"}, "layer.0.* is trained"),
+    ],
+)
+def test_a_run_that_cannot_use_it_stops_before_training_and_leaves_nothing(
+    backbones: dict[str, Path], tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(run_config(backbones["bert"], tmp_path / "run", cache_frozen_layers=True, few_shot=10, **changes))
+    assert not (tmp_path / "run").exists()
