@@ -11,8 +11,6 @@ share the work.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from make_tables import recipe_search
 from sparsepeft.provenance import write_json
 from sparsepeft.training import RunConfig, train
 
@@ -95,7 +94,7 @@ def main() -> None:
                     continue
                 for task in options.tasks:
                     _run_once(RESULTS / f"{method}-{trial}-{task}-{seed}.json", options, task, method, seed, settings)
-    print(_summary())
+    print(recipe_search())
 
 
 def _run_once(
@@ -126,22 +125,6 @@ def _run_once(
             print(f"{file.stem:<40} {result['score']:.4f}  {result['train_seconds']:.0f} s", flush=True)
     except Timeout:
         return
-
-
-def _summary() -> str:
-    """Each trial's score x 100 by task (mean over seeds) and their mean, best first within a method."""
-    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for file in sorted(RESULTS.glob("*.json")):
-        result = json.loads(file.read_text())
-        trial = file.stem.removeprefix(f"{result['method']}-").removesuffix(f"-{result['task']}-{result['seed']}")
-        scores.setdefault((result["method"], trial), {}).setdefault(result["task"], []).append(100 * result["score"])
-    rows = []
-    for (method, trial), tasks in scores.items():
-        means = {task: statistics.mean(values) for task, values in tasks.items()}
-        shown = "  ".join(f"{task} {mean:5.1f} (n={len(tasks[task])})" for task, mean in means.items())
-        rows.append((method, len(means), statistics.mean(means.values()), f"{method:<9}{trial:<18}{shown}"))
-    rows.sort(key=lambda row: (row[0], -row[1], -row[2]))
-    return "\n".join(f"{text}  mean {mean:.1f}" for _, _, mean, text in rows)
 
 
 if __name__ == "__main__":
