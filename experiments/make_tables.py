@@ -118,8 +118,9 @@ def six_tasks() -> str:
         [
             "## SPARTAN and a head alone on six tasks",
             f"{first['model']}, two epochs, at most 8,000 training examples, a tenth of them for choosing the "
-            f"checkpoint; learning rate 3e-3, norms frozen, values from zero (not today's recipe `best`); seed {first['seed']}, scores x 100. Official validation sets; "
-            "BBC News: its test part. By `python experiments/six_tasks.py --data-dir DATA`.",
+            f"checkpoint; learning rate 3e-3, norms frozen, values from zero (not today's recipe `best`); seed "
+            f"{first['seed']}, scores x 100. Official validation sets; BBC News: its test part. By "
+            "`python experiments/six_tasks.py --data-dir DATA`.",
             table(["task", "metric", "trained on", "scored on", "texts cut to", *methods], rows),
             "\n".join(f"- {note}" for note in notes),
         ]

@@ -259,7 +259,7 @@ def test_lora_is_left_out_where_peft_has_no_default(tmp_path: Path) -> None:
     report = storage_report(str(tmp_path))
     assert [row.method for row in report.methods] == [m for m in METHODS if m != "lora"]
     assert "lora is left out" in report.notes[0]
-    with pytest.raises(UserError, match="'lora' cannot be counted .* leave it out of the methods"):
+    with pytest.raises(UserError, match=r"'lora' cannot be counted .* leave it out of the methods"):
         storage_report(str(tmp_path), methods=["lora"])
 
 

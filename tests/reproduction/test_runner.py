@@ -185,6 +185,7 @@ def start(folder: Path, backbone: Path, max_steps: int) -> subprocess.Popen[str]
         *("--model", str(backbone), "--output-dir", str(folder), "--json"),
     ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    variables.pop("SPARSEPEFT_DATA", None)  # else the command's config would have a folder that the test's has not
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 

@@ -45,9 +45,10 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
 def test_parameters_are_the_closed_formula_and_the_head(tiny_backbone: Path, tmp_path: Path) -> None:
     settings = {"num_parents": 4, "num_children": 2, "top_k": 2}
     results = train(run_config(tiny_backbone, tmp_path, settings=settings, max_steps=1))
-    assert results["parameters"]["adapter"] == 4 * (1 + 2 * 2) * 32 * 2
+    norms = (1 + 2 * 2) * 2 * 32  # of the embeddings and of both layers
+    assert results["parameters"]["adapter"] == 4 * (1 + 2 * 2) * 32 * 2 + norms
     assert results["parameters"]["head"] == 32 * 5 + 5
-    assert results["formula"].endswith("1,280")
+    assert results["formula"].endswith("1,280, and norms 320")
 
 
 def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone: Path, tmp_path: Path) -> None:

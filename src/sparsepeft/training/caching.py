@@ -154,8 +154,9 @@ def frozen_blocks(model: nn.Module) -> list[Block]:
         )
     )
     if below or not frozen:
+        name = (below or layers)[0].removeprefix("base_model.model.").removesuffix(".modules_to_save.default")
         raise UserError(
-            f"cache_frozen_layers was given, but {below[0] if below else layers[0]} is trained, so there is nothing "
+            f"cache_frozen_layers was given, but {name} is trained, so there is nothing "
             "below it to compute once; keep the adapter to upper layers with --set layers_to_transform=[...]."
         )
     return [block for block, _ in frozen]

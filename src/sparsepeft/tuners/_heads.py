@@ -338,8 +338,12 @@ def cast_for_saving(tensors: dict[str, torch.Tensor], save_dtype: str | None) ->
 def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
     """Parameters of one adapter's own head; copies of other modules (norms) are not among them."""
     config: Any = model.peft_config[adapter_name]
-    names = getattr(config, "head_modules", None) or getattr(config, "modules_to_save", None) or []
-    heads: list[Any] = [model.get_base_model().get_submodule(name).modules_to_save for name in names]
+    # peft's own methods name the heads of all architectures, by the end of their names.
+    names = tuple(
+        f".{n}" for n in getattr(config, "head_modules", None) or getattr(config, "modules_to_save", None) or []
+    )
+    wrappers = [module for name, module in model.get_base_model().named_modules() if f".{name}".endswith(names)]
+    heads: list[Any] = [wrapper.modules_to_save for wrapper in wrappers if hasattr(wrapper, "modules_to_save")]
     return sum(p.numel() for head in heads if adapter_name in head for p in head[adapter_name].parameters())
 
 
