@@ -37,6 +37,7 @@ from sparsepeft.training.recipes import METHODS, get_recipe
 
 HERE = Path(__file__).resolve().parent
 BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000
+GROUPS = ("methods", f"methods, {LENGTH} tokens", "options")
 EPOCH = -(-EXAMPLES // BATCH)
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
     parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine per round")
     parser.add_argument("--seed", type=int, default=0, help="of the examples and the runs")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="what to measure; all if left out")
     parser.add_argument("--peer-folder", type=Path, default=DEFAULT_FOLDER, help="where the peer's environment is kept")
     parser.add_argument("--quick", action="store_true", help="few candidates and steps, to see that it works")
     options = parser.parse_args()
@@ -84,11 +86,12 @@ def main() -> None:
         folder = Path(temporary)
         real, full = real_texts(options, folder), full_length_texts(options, folder)
         plan = {
-            "methods": (real, methods(options.quick) + peers(options.quick, (None, LENGTH))),
-            f"methods, {LENGTH} tokens": (full, methods(options.quick) + peers(options.quick, (None,))),
-            "options": (real, option_candidates(num_layers, options.quick) + peers(True, (None, LENGTH))),
+            GROUPS[0]: (real, methods(options.quick) + peers(options.quick, (None, LENGTH))),
+            GROUPS[1]: (full, methods(options.quick) + peers(options.quick, (None,))),
+            GROUPS[2]: (real, option_candidates(num_layers, options.quick) + peers(True, (None, LENGTH))),
         }
-        for number, (name, (data, candidates)) in enumerate(plan.items()):
+        for number, name in enumerate(options.groups):
+            data, candidates = plan[name]
             print(f"-- {name}", flush=True)
             group_folder = folder / str(number)
             group_folder.mkdir()
