@@ -1,11 +1,11 @@
 """Search for each method's best recipe, on training data alone, with as many trials for every method.
 
-    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer full] [--trials base lr1e-3 ...]
+    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer full] [--trials lr3e-3 lr1e-3 ...]
 
 A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of each task and scored on a tenth of the
 training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
-``experiments/results/search/``, one file a run; a run whose result is there is not repeated, and several processes may
-share the work.
+``experiments/results/search_STEPS/``, one file a run; a run whose result is there is not repeated, and several
+processes may share the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from make_tables import recipe_search
 from sparsepeft.provenance import write_json
 from sparsepeft.training import RunConfig, train
 
-RESULTS = Path(__file__).parent / "results" / "search"
+RESULTS = Path(__file__).parent / "results"
 TASKS = ("cola", "sst2", "stsb")
 
 # Keys are the recipe's or the method's config's. Every method has as many trials as the others: eight chosen
@@ -41,6 +41,12 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
         "lr1e-3-norms-values": {"learning_rate": 1e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
         "lr3e-3-norms-values": {"learning_rate": 3e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
         "lr2e-3-norms-t1.6": {"learning_rate": 2e-3, "train_layer_norms": True, "temperature": 1.6},
+        "lr3e-3-norms-values-upper3": {
+            "learning_rate": 3e-3,
+            "train_layer_norms": True,
+            "value_initializer_range": 0.02,
+            "layers_to_transform": [3, 4, 5],
+        },
     },
     "pfeiffer": {
         "lr1e-3": {"learning_rate": 1e-3},
@@ -93,7 +99,8 @@ def main() -> None:
                 if options.trials and trial not in options.trials:
                     continue
                 for task in options.tasks:
-                    _run_once(RESULTS / f"{method}-{trial}-{task}-{seed}.json", options, task, method, seed, settings)
+                    file = RESULTS / f"search_{options.max_steps}" / f"{method}-{trial}-{task}-{seed}.json"
+                    _run_once(file, options, task, method, seed, settings)
     print(recipe_search())
 
 
@@ -101,7 +108,7 @@ def _run_once(
     file: Path, options: argparse.Namespace, task: str, method: str, seed: int, settings: dict[str, Any]
 ) -> None:
     """One run, unless its result is there or another process is at it."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(file.with_suffix(".lock"), timeout=0), tempfile.TemporaryDirectory() as output:
             if file.exists():
