@@ -23,6 +23,7 @@ def main() -> None:
         option_scores(),
         adapters_equality(),
         recipe_search(),
+        figure2(),
         inference(),
         memory(),
     ]
@@ -144,6 +145,55 @@ def option_scores() -> str:
             table(["options", "tasks", "runs", "mean score", "without them"], rows),
         ]
     )
+
+
+def figure2() -> str:
+    """What parents specialise in: the run on the test part, and the search for its setting."""
+    rows = []
+    for file in sorted((EXPERIMENTS / "figure2_search").glob("*.json")):
+        trial = json.loads(file.read_text())
+        last, fresh = trial["trained"][-1], trial["untrained"][-1]
+        rows.append(
+            [
+                file.stem.rsplit("-", 3)[0],
+                f"{trial['epochs']:g}",
+                str(trial["seed"]),
+                f"{100 * trial['selection_accuracy']:.1f}",
+                f"{last['nmi_documents']:.3f}",
+                f"{fresh['nmi_documents']:.3f}",
+                str(last["purest"]),
+            ]
+        )
+    parts = ["## What parent cells have learned"]
+    final = EXPERIMENTS / "figure2" / "inspection.json"
+    if final.exists():
+        report = json.loads(final.read_text())
+        shown = [("trained", report["layers"][-1]), ("untrained", report["untrained"]["layers"][-1])]
+        header = ["BBC News, test part, last layer", "NMI of documents", "NMI of positions", "purest parent"]
+        parts.append(table(header, [[name, *_specialised(layer)] for name, layer in shown]))
+        parts.append("![The paper's Figure 2](../experiments/results/figure2/figure2.png)")
+    parts.append(
+        "The search for its setting, on the validation part, texts cut to 64 tokens. By `python "
+        "experiments/figure2_search.py --data-dir DATA`."
+    )
+    header = [
+        "trial",
+        "epochs",
+        "seed",
+        "accuracy",
+        "NMI of documents",
+        "untrained",
+        "purest parent of a tenth or more",
+    ]
+    parts.append(table(header, rows))
+    return "\n\n".join(parts) if rows else ""
+
+
+def _specialised(layer: dict[str, Any]) -> list[str]:
+    large = [p for p in layer["parents"] if p["documents"] >= 0.1 * layer["documents"]]
+    best = max(large, key=lambda parent: parent["purity"])
+    purest = f"{best['purity']:.0%} {best['main_label']}, {best['documents']} of {layer['documents']} documents"
+    return [f"{layer['nmi_documents']:.3f}", f"{layer['nmi_positions']:.3f}", purest]
 
 
 def inference() -> str:
