@@ -34,6 +34,7 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "epochs": -1}, ["epochs=-1", "positive"]),
         ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["few_shot=0", "positive"]),
         ({"task": "topics", "output_dir": "o", "seed": -3}, ["seed=-3"]),
+        ({"task": "topics", "output_dir": "o", "compile": "no"}, ["compile='no'", "true or false"]),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -> None:

@@ -75,6 +75,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
                 raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
+        for name in ("cache_frozen_layers", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} was given, but {name} must be true or false.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise UserError(f"seed={self.seed!r} was given, but the seed must be a whole number of at least 0.")
         if self.save_dtype is not None:
