@@ -192,7 +192,10 @@ def figure2() -> str:
 def _specialised(layer: dict[str, Any]) -> list[str]:
     large = [p for p in layer["parents"] if p["documents"] >= 0.1 * layer["documents"]]
     best = max(large, key=lambda parent: parent["purity"])
-    purest = f"{best['purity']:.0%} {best['main_label']}, {best['documents']} of {layer['documents']} documents"
+    counts = best["labels_documents"]
+    purest = (
+        f"{best['purity']:.0%} {max(counts, key=counts.get)}, {best['documents']} of {layer['documents']} documents"
+    )
     return [f"{layer['nmi_documents']:.3f}", f"{layer['nmi_positions']:.3f}", purest]
 
 
