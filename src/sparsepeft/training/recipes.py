@@ -64,7 +64,7 @@ _PAPER = {
 }
 _BEST = {
     "spartan": Recipe(
-        3e-3,
+        1e-3,
         warmup_ratio=0.06,
         adapter={
             "num_parents": 16,
