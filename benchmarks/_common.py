@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsepeft.provenance import environment, write_json
@@ -35,15 +36,21 @@ class Timing(NamedTuple):
 
 
 def time_alternating(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 2, idle_wait_s: float = 0.0
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warm_up: int = 2,
+    idle_wait_s: float = 0.0,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time callables in turn, A B C, B C A, ..., so that a disturbance of the machine meets all of them alike.
 
     Each round starts when the machine is idle, or after ``idle_wait_s``. Threads are the caller's: set them once with
-    ``torch.set_num_threads`` before.
+    ``torch.set_num_threads`` before. On the device "cuda" it is the GPU's time, with cold caches.
     """
     if repeats < 2:
         raise ValueError(f"repeats is {repeats}; quartiles need at least 2.")
+    latency_ms = _gpu_clock() if device == "cuda" else _cpu_latency_ms
     for candidate in candidates.values():
         for _ in range(warm_up):
             candidate()
@@ -54,10 +61,7 @@ def time_alternating(
         if wait_until_idle(idle_wait_s):
             candidates[order[-1]]()  # threads and caches went to sleep; its own turn is the furthest away
         for name in order:
-            candidate = candidates[name]
-            start = time.perf_counter()
-            candidate()
-            samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append(latency_ms(candidates[name]))
     timings = {}
     for name, values in samples.items():
         first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -103,6 +107,28 @@ def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Te
 def describe_environment(*, seed: int) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat a measurement."""
     return {**environment(), "load_average": os.getloadavg()[0], "seed": seed}
+
+
+def _cpu_latency_ms(candidate: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    candidate()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _gpu_clock() -> Callable[[Callable[[], object]], float]:
+    """Return a function that times a call by the GPU's own clock."""
+    larger_than_caches = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+
+    def latency_ms(candidate: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        larger_than_caches.zero_()  # empties them, and is still at it when the candidate's first kernel is launched
+        start.record()
+        candidate()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return latency_ms
 
 
 def _cpu_ticks() -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """Speed of memory_read: dense, selected, and a plain gather, over the number of parents.
 
     python benchmarks/bench_memory.py --output benchmarks/results/memory.json
+    python benchmarks/bench_memory.py --device cuda --dtype bfloat16 --output benchmarks/results/memory_gpu.json
 
 Every implementation is first compared with the reference. Times are of one call, forward, and forward with backward to
-the hidden states and the whole memory.
+the hidden states and the whole memory. On a GPU the fused form is a candidate too, where it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sparsepeft.ops import explain_memory_impl, memory_read
 Read = Callable[..., Tensor]
 # Float32 rounding over sums of up to 4096 terms; a wrongly selected parent would show as 1e-2 or more.
 TOLERANCE = 1e-4
+# A few roundings of bfloat16 (4e-3) in sums of 64 tokens.
+HALF_TOLERANCE = 3e-2
 # Masked dense training keeps several (tokens, P * C) tensors: beyond this many entries it is not timed.
 MAX_TRAINED_WEIGHTS = 1 << 26
 
@@ -74,8 +77,12 @@ def train(read: Read, tensors: list[Tensor], grad_output: Tensor, top_k: int) ->
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def verify(case: Case, tensors: list[Tensor], grad_output: Tensor) -> dict[str, float]:
-    """Compare every candidate with the reference: a full forward pass, and gradients from 64 tokens."""
+def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Compare every candidate with the reference: a full forward pass, and gradients from 64 tokens.
+
+    In float32; then in ``dtype`` against the masked form in float32, with all parents kept: near ties may be rounded to
+    another selection.
+    """
     x, *memory = tensors
     few = slice(0, 64)  # the reference gathers: too large for all tokens of a large memory
     expected = train(reader("reference"), [x[few], *memory], grad_output[few], case.top_k)
@@ -87,35 +94,47 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor) -> dict[str, 
         with torch.no_grad():
             output = read(*tensors, top_k=case.top_k)[few]
         errors[name] = max(error, require_agreement(name, [output], expected[:1], tolerance=TOLERANCE))
+    if dtype != torch.float32:
+        narrow = [tensor[:64].to(dtype) if tensor is tensors[0] else tensor.to(dtype) for tensor in tensors]
+        expected = train(reader("masked"), [t.float() for t in narrow], grad_output[:64], case.num_parents)
+        for name in case.candidates:
+            actual = train(reader(name), narrow, grad_output[:64].to(dtype), case.num_parents)
+            require_agreement(name, [t.float() for t in actual], expected, tolerance=HALF_TOLERANCE)
     return errors
 
 
-def run(case: Case, repeats: int, seed: int, idle_wait_s: float) -> dict[str, Any]:
+def run(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Verify, then time, one case."""
+    choice = explain_memory_impl(
+        num_parents=case.num_parents, num_children=case.num_children, top_k=case.top_k, on_gpu=device == "cuda"
+    )
+    if choice.impl == "triton":
+        case = case._replace(candidates=(*case.candidates, "triton"))
     generator = torch.Generator().manual_seed(seed)
     parents, children, hidden = case.num_parents, case.num_children, case.hidden_size
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
+        return (torch.randn(*shape, generator=generator) * scale).to(device)
 
     x, grad_output = normal(case.num_tokens, hidden), normal(case.num_tokens, hidden)
     memory = [normal(*shape, hidden, scale=0.02) for shape in ((parents,), (parents, children), (parents, children))]
     tensors = [x, *memory]
-    errors = verify(case, tensors, grad_output)
+    errors = verify(case, tensors, grad_output, dtype)
+    tensors, grad_output = [tensor.to(dtype) for tensor in tensors], grad_output.to(dtype)
 
     num_weights = case.num_tokens * parents * children
     repeats = repeats if num_weights < MAX_TRAINED_WEIGHTS else max(3, repeats // 4)
     readers = {name: reader(name) for name in case.candidates}
-    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s)
+    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
     with torch.no_grad():
         forward = measure({name: partial(read, *tensors, top_k=case.top_k) for name, read in readers.items()})
     if num_weights > MAX_TRAINED_WEIGHTS:
         del readers["masked"]
     training = measure({name: partial(train, read, tensors, grad_output, case.top_k) for name, read in readers.items()})
-    choice = explain_memory_impl(num_parents=parents, num_children=children, top_k=case.top_k)
     return {
         **case._asdict(),
-        "dtype": "float32",
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
         "chosen": choice.impl,
         "reason": choice.reason,
         "largest_relative_error": errors,
@@ -142,6 +161,8 @@ def main() -> None:
         default=0.0,
         help="seconds to wait for an idle machine before each round",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the candidates run")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all tensors")
     parser.add_argument("--seed", type=int, default=0, help="of the random memory and hidden states")
     parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it works")
     arguments = parser.parse_args()
@@ -150,10 +171,11 @@ def main() -> None:
     environment = describe_environment(seed=arguments.seed)
     results: list[dict[str, Any]] = []
     for case in cases(arguments.quick):
-        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait)
+        dtype = getattr(torch, arguments.dtype)
+        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait, arguments.device, dtype)
         results.append(result)
         for direction in ("forward", "forward_backward"):
-            times = ", ".join(f"{name} {timing['median_ms']:.1f}" for name, timing in result[direction].items())
+            times = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in result[direction].items())
             shape = f"N={case.num_tokens} P={case.num_parents} C={case.num_children} K={case.top_k}"
             print(f"{case.name}: {shape} {direction} ms: {times}; auto = {result['chosen']}", flush=True)
     write_json(arguments.output, {"environment": environment, "results": results})

@@ -8,6 +8,18 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsify
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig, load_adapterhub
 
-__all__ = ["BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "__version__", "load_adapterhub"]
+__all__ = [
+    "BitFitConfig",
+    "BottleneckConfig",
+    "HeadConfig",
+    "SpartanConfig",
+    "SptConfig",
+    "__version__",
+    "desparsify",
+    "load_adapterhub",
+    "load_sparse",
+    "sparsify",
+]

@@ -1,4 +1,4 @@
-"""Keeping all parents of a sparse memory in use."""
+"""Keeping all parents of a sparse memory, or all blocks of a routed FFN, in use."""
 
 from __future__ import annotations
 
@@ -25,9 +25,39 @@ def load_balancing_loss(
         A scalar in float32; 0 if no position counts.
     """
     positions = x[mask.bool()] if mask is not None else x.reshape(-1, x.shape[-1])
-    if positions.shape[0] == 0:
-        return x.new_zeros((), dtype=torch.float32)
-    probabilities = (positions.float() @ parent_keys.float().t()).softmax(-1)  # (N, P)
-    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k, -1).indices, 1.0)
-    shares = chosen.mean(0) / top_k
-    return parent_keys.shape[0] * (shares.detach() * probabilities.mean(0)).sum()
+    logits = positions.float() @ parent_keys.float().t()  # (N, P)
+    return routing_load_balancing_loss(logits, logits.topk(top_k, -1).indices)
+
+
+def routing_load_balancing_loss(
+    logits: torch.Tensor, blocks: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""How unevenly tokens are routed: 1 when all blocks are chosen alike, up to G / G' when always the same G'.
+
+    loss = G * sum_g f_g * m_g, with f_g the share of all choices that went to block g and m_g the mean of
+    softmax(logits)_g over tokens; the gradient flows through m_g.
+
+    Source: as :func:`load_balancing_loss`.
+
+    Args:
+        logits: the router's, (N, G).
+        blocks: the chosen blocks, (N, G').
+        mask: any shape of N entries, non-zero where a token counts; None counts all.
+
+    Returns:
+        A scalar in float32; 0 if no token counts.
+
+    Raises:
+        ValueError: ``mask`` is not for N tokens.
+    """
+    if mask is not None:
+        if mask.numel() != logits.shape[0]:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, but {logits.shape[0]} tokens were routed.")
+        counted = mask.reshape(-1).bool()
+        logits, blocks = logits[counted], blocks[counted]
+    if logits.shape[0] == 0:
+        return logits.new_zeros((), dtype=torch.float32)
+    probabilities = logits.float().softmax(-1)  # (N, G)
+    chosen = torch.zeros_like(probabilities).scatter_(1, blocks, 1.0)
+    shares = chosen.mean(0) / blocks.shape[1]
+    return logits.shape[1] * (shares.detach() * probabilities.mean(0)).sum()

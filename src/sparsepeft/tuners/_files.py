@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._heads import HeadModule
@@ -42,13 +43,17 @@ def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, to
     """What an adapter's file holds: name in the file (PEFT's prefix aside) -> name in the model's state and shape."""
     expected: dict[str, tuple[str, torch.Size]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (BaseTunerLayer, HeadModule)):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         for container in module.adapter_layer_names:
             own = getattr(module, container)
             if adapter_name not in own:
                 continue
-            saved = name if isinstance(module, HeadModule) else f"{name}.{container}"
+            saved = f"{name}.{container}"
+            if isinstance(module, HeadModule):
+                saved = name
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                saved = f"{saved}.{adapter_name}"  # PEFT has put it back already
             for key, tensor in own[adapter_name].state_dict().items():
                 target = f"{name}.{container}.{adapter_name}.{key}"
                 expected[f"{saved.removeprefix(_PEFT_PREFIX)}.{key}"] = (target, tensor.shape)

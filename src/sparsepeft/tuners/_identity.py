@@ -17,6 +17,8 @@ _NUM_VALUES = 8
 
 def backbone_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter of the bare model, through PEFT's wrappers and accelerate's offloading."""
+    if not getattr(module, "is_backbone", True):
+        return  # an adapter's own, without being a PEFT layer
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.choice import MemoryChoice, choose_memory_impl, explain_memory_impl
+from sparsepeft.ops.memory.checks import check_index, check_stack, memory_fits, raise_misfit
+from sparsepeft.ops.memory.choice import MemoryChoice, choose_memory_impl, explain_memory_impl, require_triton
 from sparsepeft.ops.memory.masked import memory_read_masked
+from sparsepeft.ops.memory.mixed import read_memory_by_memory
 from sparsepeft.ops.memory.reference import memory_read_reference
 from sparsepeft.ops.memory.selected import memory_read_selected
 
-__all__ = ["MemoryChoice", "explain_memory_impl", "memory_read", "memory_read_unchecked"]
+__all__ = ["MemoryChoice", "explain_memory_impl", "memory_read", "memory_read_mixed", "memory_read_unchecked"]
 
 _Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+
+
+def _read_triton(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    from sparsepeft.ops.memory.triton import memory_read_triton  # Triton is optional, and slow to import
+
+    return memory_read_triton(x, parent_keys, child_keys, child_values, top_k, temperature)
+
+
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": memory_read_reference,
     "masked": memory_read_masked,
     "selected": memory_read_selected,
+    "triton": _read_triton,
 }
 
 
@@ -52,17 +65,19 @@ def memory_read(
         child_values: (P, C, D).
         top_k: parents kept per token, 1 <= top_k <= P.
         temperature: divides the children's scores, not the parents'; positive.
-        impl: ``"auto"``, ``"reference"``, ``"masked"`` or ``"selected"``; see :func:`explain_memory_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"masked"``, ``"selected"``, or on a GPU ``"triton"``; see
+            :func:`explain_memory_impl`.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
 
     Raises:
         TypeError: a tensor is not floating point, or ``top_k`` is not an int.
-        ValueError: shapes do not fit, ``top_k`` or ``temperature`` is out of range, or ``impl`` is unknown.
+        ValueError: shapes do not fit, ``top_k`` or ``temperature`` is out of range, ``impl`` is unknown or cannot run
+            on these tensors.
     """
-    if not _fits(x, parent_keys, child_keys, child_values, top_k, temperature):
-        _raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
+    if not memory_fits(x, parent_keys, child_keys, child_values, top_k, temperature):
+        raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
     return memory_read_unchecked(x, parent_keys, child_keys, child_values, top_k, temperature, impl)
 
 
@@ -76,18 +91,15 @@ def memory_read_unchecked(
     impl: str = "auto",
 ) -> Tensor:
     """:func:`memory_read` for a module that made the memory itself: at batch size 1 the checks are felt."""
-    num_parents, num_children, hidden = child_keys.shape
-    if impl == "auto":
-        impl = choose_memory_impl(num_parents, num_children, top_k, exporting=torch.compiler.is_exporting())
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
+    impl = _resolve(impl, x, child_keys, top_k)
     read = _IMPLEMENTATIONS[impl]
-    tokens, dtype = x.reshape(-1, hidden), x.dtype
+    tokens, dtype = x.reshape(-1, x.shape[-1]), x.dtype
     if not dtype == parent_keys.dtype == child_keys.dtype == child_values.dtype:
         for parameter in (parent_keys, child_keys, child_values):
             dtype = torch.promote_types(dtype, parameter.dtype)
-        tokens, parent_keys = tokens.to(dtype), parent_keys.to(dtype)
-        child_keys, child_values = child_keys.to(dtype), child_values.to(dtype)
+        parent_keys, child_keys, child_values = (t.to(dtype) for t in (parent_keys, child_keys, child_values))
+        if impl != "triton":  # its kernel converts as it reads
+            tokens = tokens.to(dtype)
     if torch.is_autocast_enabled(x.device.type):
         # Autocast would round the residual and the memory to half precision. Entering the context only where autocast
         # is on keeps exported graphs free of it.
@@ -98,60 +110,73 @@ def memory_read_unchecked(
     return output.view(x.shape).to(x.dtype)
 
 
-def _fits(
-    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
-) -> bool:
-    """Whether the arguments are sound. Said in one go: at batch size 1 a check of its own for each would be felt."""
-    shape = child_keys.shape
-    return (
-        len(shape) == 3
-        and child_values.shape == shape
-        and parent_keys.shape == (shape[0], shape[2])
-        and x.ndim >= 1
-        and x.shape[-1] == shape[2]
-        and shape[1] >= 1
-        and shape[2] >= 1
-        and all(tensor.is_floating_point() for tensor in (x, parent_keys, child_keys, child_values))
-        and type(top_k) is int
-        and 1 <= top_k <= shape[0]
-        and 0 < temperature < math.inf  # not isfinite: it breaks a compiled graph
-    )
+def _resolve(impl: str, x: Tensor, child_keys: Tensor, top_k: int) -> str:
+    """Return the implementation that ``impl`` means, for one memory or a stack of them."""
+    if impl == "auto":
+        num_parents, num_children = child_keys.shape[-3:-1]
+        return choose_memory_impl(
+            num_parents,
+            num_children,
+            top_k,
+            exporting=torch.compiler.is_exporting(),
+            on_gpu=x.is_cuda and max(x.element_size(), child_keys.element_size()) <= 4,
+        )
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
+    if impl == "triton":
+        require_triton(x, child_keys)
+    return impl
 
 
-def _raise_misfit(
-    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
-) -> None:
-    named = {"x": x, "parent_keys": parent_keys, "child_keys": child_keys, "child_values": child_values}
-    for name, tensor in named.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor: convert it first.")
-    if x.ndim < 1:
-        raise ValueError("x is a scalar; expected hidden states of shape (..., D).")
-    if parent_keys.ndim != 2:
-        raise ValueError(f"parent_keys has shape {tuple(parent_keys.shape)}; expected (P, D), one key per parent.")
-    for name, tensor in (("child_keys", child_keys), ("child_values", child_values)):
-        if tensor.ndim != 3:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (P, C, D), C children per parent.")
-        if tensor.shape[0] != parent_keys.shape[0]:
-            raise ValueError(
-                f"{name} is for {tensor.shape[0]} parents, parent_keys for {parent_keys.shape[0]}: "
-                "give both the same first dimension P."
-            )
-    if child_keys.shape[1] != child_values.shape[1]:
-        raise ValueError(
-            f"child_keys has {child_keys.shape[1]} children per parent, child_values {child_values.shape[1]}: "
-            "give both the same second dimension C."
-        )
-    sizes = {name: tensor.shape[-1] for name, tensor in named.items()}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"last dimensions differ ({listed}): expected one hidden size D for all.")
-    if child_keys.shape[1] < 1 or child_keys.shape[2] < 1:
-        raise ValueError(f"child_keys has shape {tuple(child_keys.shape)}; expected at least one child and D >= 1.")
-    if not isinstance(top_k, int) or isinstance(top_k, bool):
-        raise TypeError(f"top_k is {top_k!r}; expected an int between 1 and {parent_keys.shape[0]}.")
-    if not 1 <= top_k <= parent_keys.shape[0]:
-        raise ValueError(
-            f"top_k is {top_k}, but the memory has {parent_keys.shape[0]} parents: choose 1 <= top_k <= P."
-        )
-    raise ValueError(f"temperature is {temperature}; expected a positive finite number (1.0 is neutral).")
+def memory_read_mixed(
+    x: Tensor,
+    memory_index: Tensor,
+    parent_keys: Tensor,
+    child_keys: Tensor,
+    child_values: Tensor,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Read, in one batch, another memory in each row: row b gives what :func:`memory_read` gives with its memory.
+
+    Source: as :func:`memory_read`. Differs: several memories of one shape are stacked, A of them.
+
+    Args:
+        x: hidden states, (B, T, D).
+        memory_index: which memory a row reads, integers, (B,); -1 for none, which leaves the row as it is. May stand on
+            the CPU for an ``x`` on a GPU; one that stands on the GPU is not checked by the fused form, as that would
+            wait for the device: there an index out of range makes its row NaN.
+        parent_keys: (A, P, D).
+        child_keys: (A, P, C, D).
+        child_values: (A, P, C, D).
+        top_k: parents kept per token, 1 <= top_k <= P.
+        temperature: divides the children's scores, not the parents'; positive.
+        impl: ``"triton"`` is one launch for all rows. Every other name, ``"reference"`` too, is a loop over the
+            memories that reads each with this ``impl`` of :func:`memory_read`. ``"auto"`` chooses as there.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: a tensor is not floating point, ``memory_index`` not integral, or ``top_k`` not an int.
+        ValueError: as for :func:`memory_read`; stacks or index do not fit, or an index names no memory.
+    """
+    check_stack(x, memory_index, parent_keys, child_keys, child_values)
+    if not memory_fits(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature):
+        raise_misfit(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature)
+    impl = _resolve(impl, x, child_keys, top_k)
+    if memory_index.device.type == "cpu" or impl != "triton":
+        check_index(memory_index, len(parent_keys))
+    memory_index = memory_index.to(x.device, torch.long)
+    if impl != "triton":
+        read = partial(memory_read_unchecked, top_k=top_k, temperature=temperature, impl=impl)
+        return read_memory_by_memory(x, memory_index, parent_keys, child_keys, child_values, read)
+    from sparsepeft.ops.memory.triton import memory_read_mixed_triton
+
+    dtype = x.dtype
+    for parameter in (parent_keys, child_keys, child_values):
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    parent_keys, child_keys, child_values = (t.to(dtype) for t in (parent_keys, child_keys, child_values))
+    return memory_read_mixed_triton(x, memory_index, parent_keys, child_keys, child_values, top_k, temperature)

@@ -9,8 +9,16 @@ leaves them out, so that a traced graph is chosen as the eager call is.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Columns of a tile of scores, both sizes padded: up to here the fused form's registers are known not to spill.
+_MAX_FUSED_COLUMNS = 512
 # A child's key and value read through the grouped, smaller products of the selected form: dense work is 2.
 _SELECTED_CHILD_WORK = 3
 # Gathering a token's vector for one parent and adding back what that parent read.
@@ -27,13 +35,19 @@ class MemoryChoice(NamedTuple):
     reason: str
 
 
-def choose_memory_impl(num_parents: int, num_children: int, top_k: int, *, exporting: bool) -> str:
+def choose_memory_impl(
+    num_parents: int, num_children: int, top_k: int, *, exporting: bool, on_gpu: bool = False
+) -> str:
     """Return the name alone: the sizes may be symbolic while ``torch.compile`` traces, and then have no text."""
+    if on_gpu and _HAS_TRITON and not exporting and _fits_tile(num_parents, num_children):
+        return "triton"
     masked, selected = _work(num_parents, num_children, top_k, exporting)
     return "selected" if selected < masked else "masked"
 
 
-def explain_memory_impl(*, num_parents: int, num_children: int, top_k: int, exporting: bool = False) -> MemoryChoice:
+def explain_memory_impl(
+    *, num_parents: int, num_children: int, top_k: int, exporting: bool = False, on_gpu: bool = False
+) -> MemoryChoice:
     """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason.
 
     Args:
@@ -41,14 +55,64 @@ def explain_memory_impl(*, num_parents: int, num_children: int, top_k: int, expo
         num_children: children per parent, C.
         top_k: parents kept per token, K.
         exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
+        on_gpu: whether the tensors are on a CUDA device, in float32 or narrower; the fused form can run then.
     """
-    masked, selected = _work(num_parents, num_children, top_k, exporting)
+    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu)
     shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
+    if impl == "triton":
+        return MemoryChoice(
+            impl,
+            f"On a GPU, at {shape}, one kernel reads the hidden states once and writes them once; its speed has not "
+            "been measured yet.",
+        )
+    masked, selected = _work(num_parents, num_children, top_k, exporting)
     return MemoryChoice(
-        choose_memory_impl(num_parents, num_children, top_k, exporting=exporting),
+        impl,
         f"At {shape}, reading only the selected children costs as much as {selected} products with a vector per token, "
         f"{'less' if selected < masked else 'no less'} than the {masked} of the masked dense form.",
     )
+
+
+def padded_sizes(num_parents: int, num_children: int) -> tuple[int, int]:
+    """Return the parents and children that the fused form's tiles have: powers of two, and 16 parents at least.
+
+    16 is the least that a matrix unit takes. No bit tricks: the sizes may be symbolic.
+    """
+    parents, children = 16, 1
+    while parents < num_parents:
+        parents *= 2
+    while children < num_children:
+        children *= 2
+    return parents, children
+
+
+def require_triton(x: Tensor, child_keys: Tensor) -> None:
+    """Raise where the fused form cannot run on these tensors, ``child_keys`` (..., P, C, D).
+
+    Raises:
+        ValueError: no Triton, no GPU, float64, or too large a memory.
+    """
+    num_parents, num_children = child_keys.shape[-3:-1]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
+    if not _HAS_TRITON:
+        problem = "the package triton is not installed: install it, or leave impl at 'auto'"
+    elif not x.is_cuda and not interpreted:
+        problem = f"x is on {x.device}, expected a CUDA device: move it there, or leave impl at 'auto'"
+    elif torch.float64 in (x.dtype, child_keys.dtype):
+        problem = "a tensor is float64; expected float32 or narrower: convert it, or leave impl at 'auto'"
+    elif not _fits_tile(num_parents, num_children):
+        problem = (
+            f"P={num_parents} and C={num_children} are too many for a tile (padded to powers of two, P * C may be "
+            f"{_MAX_FUSED_COLUMNS}): leave impl at 'auto'"
+        )
+    else:
+        return
+    raise ValueError(f"impl is 'triton', but {problem}.")
+
+
+def _fits_tile(num_parents: int, num_children: int) -> bool:
+    parents, children = padded_sizes(num_parents, num_children)
+    return parents * children <= _MAX_FUSED_COLUMNS
 
 
 def _work(num_parents: int, num_children: int, top_k: int, exporting: bool) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sparsepeft.tuners._registry import SPARTAN
 from sparsepeft.tuners.config import TaskAdapterConfig, require_choice, require_positive
 
-IMPLS = ("auto", "reference", "masked", "selected")
+IMPLS = ("auto", "reference", "masked", "selected", "triton")
 
 
 @dataclass

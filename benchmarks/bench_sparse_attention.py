@@ -1,0 +1,178 @@
+"""Speed and memory of sparse_attention on a CPU, against SDPA, over the number of tokens.
+
+    python benchmarks/bench_sparse_attention.py --output benchmarks/results/sparse_attention.json
+
+Every implementation is first compared with the reference. Times are of one call forward, and forward with backward to
+query, key and value, encoding and selection included; these two are also timed by themselves. Memory is what a forward
+and backward pass allocates beyond its inputs, at its peak, as counted by torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from _common import describe_environment, require_agreement, time_alternating, write_json
+from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
+from sparsepeft.ops.sparse_attention import encode
+from sparsepeft.ops.sparse_attention.blocks import keep_blocks
+from sparsepeft.ops.sparse_attention.compiled import compiled_forward
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Float32 rounding; a wrongly kept key would show as 1e-2 or more.
+TOLERANCE = 1e-4
+# The reference holds (heads, n, n): it is compared on so many of the first tokens.
+VERIFIED_TOKENS = 512
+
+
+class Case(NamedTuple):
+    """One attention layer of one sequence."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    top_l: int
+    causal: bool
+
+
+def cases(quick: bool) -> list[Case]:
+    """Return the cases; the quick one only shows that the script works."""
+    if quick:
+        return [Case(256, 2, 1, 32, 32, True)]
+    eighth = [Case(n, 16, 16, 64, n // 8, causal) for n in (1024, 2048, 4096, 8192) for causal in (False, True)]
+    fixed = [Case(n, 16, 16, 64, 512, True) for n in (1024, 2048, 8192, 16384)]
+    return [*eighth, *fixed, Case(4096, 16, 4, 64, 512, True), Case(4096, 8, 8, 128, 512, True)]
+
+
+def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
+    """Return what is compared, by name."""
+    sparse = partial(sparse_attention, top_l=case.top_l, causal=case.causal, impl="cpu")
+    return {
+        "sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True),
+        "token": lambda *tensors: sparse(*tensors, codebooks, granularity="token"),
+        "block": lambda *tensors: sparse(*tensors, codebooks, granularity="block"),
+    }
+
+
+def train(attention: Attention, tensors: list[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """Return the output and the gradients of one forward and backward pass."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = attention(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Tensor) -> dict[str, float]:
+    """Compare both granularities with the reference, in outputs and gradients."""
+    few = [tensor[:, :, :VERIFIED_TOKENS].contiguous() for tensor in (*tensors, grad_output)]
+    top_l = max(1, case.top_l * few[0].shape[2] // case.num_tokens)
+    errors = {}
+    for granularity in ("token", "block"):
+        attend = partial(
+            sparse_attention, codebooks=codebooks, top_l=top_l, causal=case.causal, granularity=granularity
+        )
+        expected, actual = (train(partial(attend, impl=impl), few[:3], few[3]) for impl in ("reference", "cpu"))
+        errors[granularity] = require_agreement(granularity, actual, expected, tolerance=TOLERANCE)
+    return errors
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the most bytes of tensors alive at one time that were made while the function ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    alive = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Callable[[], object]]:
+    """Return what can be timed by itself: codes, the block lists, and selection with almost no attention."""
+    query, key, _ = tensors
+    none = {"window": None, "query_positions": None, "key_mask": None}
+    reach = Reach.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
+    rules = Rules(case.top_l, 1.0, 0.0, True, True, 0)
+    codes = encode(query, codebooks), encode(key, codebooks)
+    narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
+    return {
+        "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
+        "block lists": lambda: keep_blocks(*codes, reach, rules._replace(block_size=64)),
+        "token selection and attention over vectors of 1": lambda: compiled_forward(*narrow, codes, reach, rules),
+    }
+
+
+def run(case: Case, repeats: int, seed: int, idle_wait_s: float) -> dict[str, Any]:
+    """Verify, then time, one case."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(1, heads, case.num_tokens, case.head_size, generator=generator)
+
+    tensors = [normal(case.num_heads), normal(case.num_kv_heads), normal(case.num_kv_heads)]
+    grad_output = normal(case.num_heads)
+    codebooks = fit_codebooks(tensors[1][0, :, :2048], num_iterations=5, seed=seed)
+    errors = verify(case, tensors, grad_output, codebooks)
+
+    attentions = candidates(case, codebooks)
+    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s)
+    with torch.no_grad():
+        forward = measure({name: partial(attend, *tensors) for name, attend in attentions.items()})
+        alone = measure(parts(case, tensors, codebooks))
+    training = {name: partial(train, attend, tensors, grad_output) for name, attend in attentions.items()}
+    both = measure(training)
+    peaks = {name: peak_bytes(step) for name, step in training.items()}
+    first = [tensor[:, :, :2048] for tensor in tensors[:2]]
+    recall = selection_recall(*first, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
+    return {
+        **case._asdict(),
+        "dtype": "float32",
+        "largest_relative_error": errors,
+        "forward": {name: timing._asdict() for name, timing in forward.items()},
+        "forward_backward": {name: timing._asdict() for name, timing in both.items()},
+        "parts_of_forward": {name: timing._asdict() for name, timing in alone.items()},
+        "peak_mib": {name: size / 2**20 for name, size in peaks.items()},
+        "speedup_over_sdpa": {name: both["sdpa"].median_ms / both[name].median_ms for name in ("token", "block")},
+        "memory_of_sdpa": {name: peaks[name] / peaks["sdpa"] for name in ("token", "block")},
+        # Of random vectors, the hardest there are: the figure to report is that of a real model.
+        "recall_on_random_vectors": recall,
+    }
+
+
+def main() -> None:
+    """Run all cases and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each candidate")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
+    parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine each round")
+    parser.add_argument("--seed", type=int, default=0, help="of the random vectors")
+    parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it works")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    environment = describe_environment(seed=arguments.seed)
+    results: list[dict[str, Any]] = []
+    for case in cases(arguments.quick):
+        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait)
+        results.append(result)
+        times = ", ".join(f"{name} {timing['median_ms']:.0f}" for name, timing in result["forward_backward"].items())
+        alone = ", ".join(f"{name} {timing['median_ms']:.0f}" for name, timing in result["parts_of_forward"].items())
+        peaks = ", ".join(f"{name} {size:.0f}" for name, size in result["peak_mib"].items())
+        print(f"{case}\n  forward + backward ms: {times}\n  ms alone: {alone}\n  peak MiB: {peaks}", flush=True)
+    write_json(arguments.output, {"environment": environment, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""An FFN that uses, for each token, some blocks of its neurons: one signature, several implementations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops.routed_ffn.activations import Activation, resolve_activation
+from sparsepeft.ops.routed_ffn.blockwise import routed_ffn_blockwise
+from sparsepeft.ops.routed_ffn.choice import IMPLEMENTATIONS, RoutedFFNChoice, explain_routed_ffn_impl, products_of
+from sparsepeft.ops.routed_ffn.projections import LowRank, Projection, check_projection
+from sparsepeft.ops.routed_ffn.reference import routed_ffn_reference
+from sparsepeft.ops.routed_ffn.routing import Routing, compute_dtype, route
+
+__all__ = [
+    "LowRank",
+    "Projection",
+    "RoutedFFNChoice",
+    "Routing",
+    "explain_routed_ffn_impl",
+    "route",
+    "routed_ffn",
+]
+
+
+def routed_ffn(
+    x: Tensor,
+    up: Projection,
+    down: Projection,
+    routing: Routing,
+    *,
+    gate: Projection | None = None,
+    activation: str | Activation,
+    dropout: float = 0.0,
+    recompute: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Compute an FFN with, for each token, only the blocks of neurons that a router chose.
+
+    The I neurons are cut into G blocks of I / G neighbours. With S the token's chosen blocks and U_g, V_g, D_g the rows
+    of the up and gate projections and the columns of the down projection that belong to block g,
+
+    plain:  y = sum_{g in S} r_g D_g act(U_g x + b_g) + d
+    gated:  y = sum_{g in S} r_g D_g (act(V_g x + c_g) * (U_g x + b_g)) + d,
+
+    where r_g = w_g / stop_gradient(w_g) is 1 and carries the gradient of the router's probability w_g:
+    d loss / d log w_g = <grad_y, the block's output>. So with all blocks chosen y is the dense FFN. No token is ever
+    dropped, however many choose the same block.
+
+    Source: arXiv:2312.10365, section 4.2. Differs: the paper's code scales blocks by twice a sigmoid; here values stay
+    the FFN's own. Gated FFNs, biases and low-rank updates inside are ours.
+
+    Dtypes: products are taken in the common dtype of ``x`` and ``up.weight``, or in autocast's where it is on; low-rank
+    updates are rounded to it, and a token's blocks are summed in float32 at least.
+
+    For backward, ReLU in a plain FFN whose down projection is frozen keeps one bit for each of a token's N G' I / G
+    neurons; anything else keeps what enters the activation, or with ``recompute`` nothing. Frozen weights cost no
+    gradient product. Dropout masks are drawn again.
+
+    Args:
+        x: hidden states, (..., D), N tokens in all.
+        up: weight (I, D).
+        down: weight (D', I); D' is D in a Transformer.
+        routing: what :func:`route` chose for the N tokens, of G blocks.
+        gate: weight (I, D), for a gated FFN.
+        activation: a Hugging Face name (``"relu"``, ``"gelu_new"``, ``"silu"``, ...) or an elementwise function. It is
+            called again in backward, so it must not depend on a random generator.
+        dropout: probability of zeroing an activation, as T5 does; drawn anew in each call.
+        recompute: whether backward takes the first products again instead of keeping what enters the activation.
+        impl: ``"auto"``, ``"reference"``, ``"looped"``, ``"grouped_mm"`` or ``"triton"``; see
+            :func:`explain_routed_ffn_impl`.
+
+    Returns:
+        Tensor (..., D'), in the dtype of ``x``, or autocast's where it is on.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: shapes do not fit, G does not divide I, the activation or ``impl`` is unknown, or the chosen
+            implementation does not take these dtypes and sizes.
+        ImportError: ``impl="triton"`` without Triton.
+    """
+    function = resolve_activation(activation)
+    _check(x, up, down, gate, routing, dropout)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = compute_dtype(x) if autocast else torch.promote_types(x.dtype, up.weight.dtype)
+    if impl == "auto":
+        block_size = up.weight.shape[0] // routing.logits.shape[-1]
+        exporting = torch.compiler.is_exporting()
+        impl = explain_routed_ffn_impl(x.device.type, dtype, block_size, exporting=exporting).impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *IMPLEMENTATIONS])}.")
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if impl == "reference":
+            output = routed_ffn_reference(tokens, up, down, gate, function, routing, dropout)
+        else:
+            make_products = products_of(impl)
+            output = routed_ffn_blockwise(
+                tokens, up, down, gate, function, routing, dropout, make_products=make_products, recompute=recompute
+            )
+    return output.view(*x.shape[:-1], down.weight.shape[0]).to(dtype if autocast else x.dtype)
+
+
+def _check(
+    x: Tensor, up: Projection, down: Projection, gate: Projection | None, routing: Routing, dropout: float
+) -> None:
+    if x.ndim < 1:
+        raise ValueError("x is a scalar; expected hidden states of shape (..., D).")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; expected a floating-point tensor: convert it first.")
+    for name, projection in (("up", up), ("down", down)):
+        if projection.weight.ndim != 2:
+            raise ValueError(
+                f"{name}.weight has shape {tuple(projection.weight.shape)}; expected (out, in), as nn.Linear."
+            )
+    hidden, inner = x.shape[-1], up.weight.shape[0]
+    check_projection("up", up, inner, hidden)
+    check_projection("down", down, down.weight.shape[0], inner)
+    if gate is not None:
+        check_projection("gate", gate, inner, hidden)
+    num_tokens, num_blocks = x.numel() // hidden if hidden else 0, routing.logits.shape[-1]
+    if routing.blocks.ndim != 2 or routing.blocks.shape[0] != num_tokens:
+        raise ValueError(
+            f"routing.blocks has shape {tuple(routing.blocks.shape)}, but x has {num_tokens} tokens: route the same x."
+        )
+    if inner % num_blocks:
+        divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)
+        raise ValueError(
+            f"the inner size {inner} cannot be cut into {num_blocks} equal blocks: choose a divisor, one of {divisors}."
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; expected a probability, 0 <= p < 1.")

@@ -1,0 +1,119 @@
+"""The products of a routed FFN as Triton kernels: gather and scatter are part of them, and nothing waits for the host.
+
+The products that return to the tokens write a token's rows next to each other, so that adding them up is a sum over a
+dimension: no atomics, and the same bits each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsepeft.ops.routed_ffn.groups import Groups, Tile
+from sparsepeft.ops.routed_ffn.products import row_dot
+from sparsepeft.ops.routed_ffn.triton_kernels import _grouped_bwd_kernel, _grouped_fwd_kernel
+
+
+class TritonProducts:
+    """All blocks in one launch a product; float32, bfloat16 or float16, any sizes."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._ends = groups.counts.cumsum(0).to(torch.int32)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield one tile of all blocks."""
+        if len(self._groups.order):
+            yield self._groups.whole()
+
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return self._product(x, weight, x_rows=tile.tokens, y_rows=None)
+
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`; a token's rows stand next to each other."""
+        return self._product(h.contiguous(), weight.mT, x_rows=None, y_rows=tile.slots)
+
+    def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
+        """See :class:`Products`."""
+        total.add_(rows.unflatten(0, (len(total), -1)).sum(1, dtype=total.dtype))
+
+    def agreement(self, tile: Tile, rows: Tensor, x: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return row_dot(rows.unflatten(0, (len(x), -1)), x.unsqueeze(1)).flatten().index_select(0, tile.slots)
+
+    def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
+        """See :class:`Products`."""
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        _require_dtype(x.dtype)
+        num_blocks, width, size = total.shape
+        sizes = {"BLOCK_W": _tile_size(width, x.dtype), "BLOCK_D": _tile_size(size, x.dtype), "BLOCK_M": 32}
+        grid = (num_blocks, triton.cdiv(width, sizes["BLOCK_W"]), triton.cdiv(size, sizes["BLOCK_D"]))
+        with torch.cuda.device_of(x):
+            _grouped_bwd_kernel[grid](
+                h.contiguous(),
+                x,
+                total,
+                self._ends,
+                tile.tokens,
+                width,
+                size,
+                x.stride(0),
+                *total.stride(),
+                num_warps=8,
+                **sizes,
+            )
+
+    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return bias.index_select(0, self._groups.blocks)
+
+    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
+        """See :class:`Products`."""
+        total.index_add_(0, self._groups.blocks, h.to(total.dtype))
+
+    def _product(self, x: Tensor, weight: Tensor, *, x_rows: Tensor | None, y_rows: Tensor | None) -> Tensor:
+        """Return ``x @ weight[block]^T`` for ``weight`` (G, N, K), rows of x gathered or of the result scattered."""
+        _require_dtype(x.dtype)
+        num_rows, (num_blocks, size, _) = len(self._groups.order), weight.shape
+        output = x.new_empty(num_rows, size)
+        sizes = {"BLOCK_M": _largest_tile(x.dtype), "BLOCK_N": _tile_size(size, x.dtype), "BLOCK_K": 32}
+        # Each block fills its last tile in part: at most one tile a block more than full tiles would be.
+        grid = (num_rows // sizes["BLOCK_M"] + num_blocks, triton.cdiv(size, sizes["BLOCK_N"]))
+        with torch.cuda.device_of(x):
+            _grouped_fwd_kernel[grid](
+                x,
+                weight,
+                output,
+                self._ends,
+                x_rows,
+                y_rows,
+                num_blocks,
+                size,
+                weight.shape[2],
+                x.stride(0),
+                *weight.stride(),
+                GATHER=x_rows is not None,
+                SCATTER=y_rows is not None,
+                num_warps=8,
+                **sizes,
+            )
+        return output
+
+
+def _tile_size(size: int, dtype: torch.dtype) -> int:
+    """Return the width of a tile: what a tensor core takes at least, what registers hold at most."""
+    return min(max(triton.next_power_of_2(size), 16), _largest_tile(dtype))
+
+
+def _largest_tile(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float32 else 128
+
+
+def _require_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the Triton form got {dtype}; it takes float32, bfloat16 or float16: use impl='looped'.")

@@ -1,0 +1,122 @@
+"""Sparse attention (SPT): keys kept by product quantization; one signature, several implementations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops.sparse_attention.checks import check_arguments
+from sparsepeft.ops.sparse_attention.choice import SparseAttentionChoice, check_impl, explain_sparse_attention_impl
+from sparsepeft.ops.sparse_attention.codebooks import fit_codebooks, refresh_codebooks
+from sparsepeft.ops.sparse_attention.codes import encode
+from sparsepeft.ops.sparse_attention.dispatch import sparse_attention_opaque
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.recall import selection_recall
+from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
+from sparsepeft.ops.sparse_attention.tokens import count_matches
+
+__all__ = [
+    "SparseAttentionChoice",
+    "count_matches",
+    "encode",
+    "explain_sparse_attention_impl",
+    "fit_codebooks",
+    "refresh_codebooks",
+    "selection_recall",
+    "sparse_attention",
+]
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebooks: Tensor,
+    *,
+    top_l: int,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    keep_self: bool = True,
+    keep_first: bool = True,
+    granularity: str = "token",
+    block_size: int = 64,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Attend to the keys whose codes agree most with the query's, and to no others.
+
+    y_i = sum_{j in S_i} softmax_{S_i}(scale * q_i . k_j) v_j
+
+    Queries and keys are cut into M sub-vectors, each encoded by its nearest codeword; the similarity of a query and a
+    key is the number of equal codes. A key is valid for a query if ``key_mask`` does not hide it, it is no later than
+    the query (``causal``) and within the last ``window`` positions.
+
+    ``granularity="token"``: S_i holds the query's own position and the first valid key (``keep_self``, ``keep_first``),
+    then the valid keys with the most equal codes; of equally many the nearest, of equally near the earlier; ``top_l``
+    in all. ``granularity="block"``: the same for blocks of queries and keys, ceil(top_l / block_size) key blocks for a
+    query block, by the mean number of equal codes over their pairs; attention in kept blocks is exact and keeps to the
+    valid pairs. A ``top_l`` of the number of keys or more is dense attention. A query without a kept valid key
+    gets zeros. The selection has no gradient.
+
+    Source: arXiv:2312.10365, section on sparse multi-head attention. Differs: ties go to the nearest key, always-kept
+    keys, and block granularity; the paper keeps indices and probabilities for backward, here they are computed again.
+
+    Memory is linear in the number of tokens (not in ``"reference"``). Scores and sums are float32 at least; query, key
+    and value share one dtype. Autocast does not apply.
+
+    Args:
+        query: (B, H, Tq, D).
+        key: (B, Hkv, Tk, D); H is a multiple of Hkv.
+        value: (B, Hkv, Tk, Dv).
+        codebooks: (Hkv, M, C, W), M * W = D, C <= 16; for the keys and the queries of the group. See `fit_codebooks`.
+        top_l: keys kept per query, L >= 1.
+        causal: whether a query sees only keys no later than itself.
+        key_mask: bool, (B, Tk), True where a key may be attended; None for all.
+        query_positions: int, (Tq,) or (B, Tq), index of each query among the keys; default: the last Tq of them.
+        window: sliding window of causal attention: a query sees this many positions, its own included.
+        scale: of the scores; default D ** -0.5.
+        softcap: scores become softcap * tanh(score / softcap).
+        keep_self: always keep the query's own position (or block).
+        keep_first: always keep the first valid key (or its block); with ``top_l`` 1, ``keep_self`` comes first.
+        granularity: ``"token"`` or ``"block"``.
+        block_size: tokens of a query block and of a key block.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` (compiled) or ``"torch"``; see `explain_sparse_attention_impl`.
+
+    Returns:
+        (B, H, Tq, Dv), dtype of ``query``.
+
+    Raises:
+        TypeError: a dtype or the type of an argument is wrong.
+        ValueError: shapes do not fit, a number is out of range, or ``impl`` is unknown or cannot take these tensors.
+    """
+    check_arguments(
+        *(query, key, value, codebooks, top_l, causal, key_mask, query_positions, window, scale, softcap),
+        granularity=granularity,
+        block_size=block_size,
+    )
+    check_impl(impl)
+    rules = Rules(
+        top_l=min(top_l, key.shape[2]),
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        softcap=float(softcap or 0.0),
+        keep_self=bool(keep_self),
+        keep_first=bool(keep_first),
+        block_size=block_size if granularity == "block" else 0,
+    )
+    reach = Reach.of(
+        query.shape[0],
+        query.shape[2],
+        key.shape[2],
+        causal=causal,
+        window=window,
+        query_positions=query_positions,
+        key_mask=key_mask,
+        device=query.device,
+    )
+    if impl == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            return sparse_attention_reference(query, key, value, codebooks, reach, rules)
+    return sparse_attention_opaque(query, key, value, codebooks, reach, rules, impl)

@@ -1,0 +1,140 @@
+"""Block granularity: a block of queries keeps blocks of keys, chosen by histograms of their codes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+
+
+class BlockLists(NamedTuple):
+    """The key blocks kept by each of the I query blocks: the first ``counts`` of ``indices``, ascending, int32.
+
+    ``indices`` is (B, H, I, K), K as in :func:`list_shape`; ``counts`` is (B, H, I).
+    """
+
+    indices: Tensor
+    counts: Tensor
+
+    def pairs(self, num_queries: int, num_keys: int, block_size: int) -> Tensor:
+        """Return which queries and keys lie in kept blocks, bool, (B, H, Tq, Tk)."""
+        kept = self.to_mask(-(-num_keys // block_size))
+        kept = kept.repeat_interleave(block_size, -1)[..., :num_keys]
+        return kept.repeat_interleave(block_size, -2)[..., :num_queries, :]
+
+    def to_mask(self, num_key_blocks: int) -> Tensor:
+        """Return the lists as bool, (B, H, I, J)."""
+        used = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts.unsqueeze(-1)
+        mask = torch.zeros(*self.counts.shape, num_key_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        # Unused entries go to a column that is cut off.
+        return mask.scatter(-1, self.indices.long().masked_fill(~used, num_key_blocks), True)[..., :-1]
+
+
+def block_scores(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+    """Return the similarity of query blocks I and key blocks J, float32, (B, H, I, J).
+
+    It is the mean number of equal codes over the pairs of real queries in I and unmasked keys in J:
+    sum_m sum_c h_I(m, c) h_J(m, c) / (n_I n_J), with h the histogram of codes and n the number of tokens of a block.
+    Causality and window do not enter: they decide which blocks can be chosen. With ``keep_self`` a query whose own key
+    is masked is padding and not counted. The sums are whole numbers below 2^24, hence exact, up to blocks of 512
+    tokens with 64 sub-vectors.
+    """
+    heads, kv_heads, num_keys = query_codes.shape[1], key_codes.shape[1], key_codes.shape[2]
+    keys_real = queries_real = None
+    if reach.key_mask is not None:
+        keys_real = reach.key_mask
+        if rules.keep_self:
+            inside = (reach.positions >= 0) & (reach.positions < num_keys)
+            own = reach.key_mask.gather(1, reach.positions.clamp(0, num_keys - 1).long())
+            queries_real = own | ~inside
+    query_counts = _histograms(query_codes, queries_real, rules.block_size)  # (B, H, I, 1 + M * 16)
+    key_counts = _histograms(key_codes, keys_real, rules.block_size)  # (B, Hkv, J, 1 + M * 16)
+    grouped = query_counts.unflatten(1, (kv_heads, heads // kv_heads))
+    others = key_counts.unsqueeze(2).mT
+    equal = (grouped[..., 1:] @ others[..., 1:, :]).flatten(1, 2)
+    pairs = (grouped[..., :1] @ others[..., :1, :]).flatten(1, 2)
+    return equal / pairs.clamp_min(1)
+
+
+def keep_blocks(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> BlockLists:
+    """Return the key blocks each query block keeps: ceil(top_l / block_size), or all that can be chosen.
+
+    A block can be chosen if it holds a valid key for a query of the block. First come the blocks that hold the queries'
+    own positions (if ``keep_self``; two of them even where one is to be kept), then the first block that can be chosen
+    (if ``keep_first``), then by score, of equal scores the nearest, of equally near the earlier.
+    """
+    size, num_keys = rules.block_size, key_codes.shape[2]
+    scores = block_scores(query_codes, key_codes, reach, rules)  # (B, H, I, J)
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    nearest, farthest = (torch.div(p, size, rounding_mode="floor") for p in _extent(reach.positions, size))
+    lower, upper = _extent(reach.lower, size)[0], _extent(reach.upper, size)[1]  # (B, I, 1)
+
+    if reach.key_mask is None:
+        before = torch.arange(num_keys + 1, device=scores.device).expand(len(lower), -1)
+    else:
+        before = F.pad(reach.key_mask.long().cumsum(-1), (1, 0))
+    starts = torch.maximum(index * size, lower).long()
+    ends = torch.minimum(((index + 1) * size).clamp_max(num_keys), upper).long()
+    possible = (starts < ends) & (
+        before.gather(1, ends.flatten(1)) > before.gather(1, starts.clamp_max(num_keys).flatten(1))
+    ).view_as(starts)  # (B, I, J)
+
+    own = possible & (index >= nearest) & (index <= farthest)
+    first = possible & (possible.cumsum(-1) == 1)
+    distance = torch.maximum(nearest - index, index - farthest).clamp_min(0)
+    distance = 2 * distance + (index > farthest)
+    if rules.keep_first:
+        scores = scores.masked_fill(first.unsqueeze(1), torch.inf)
+    num_kept = torch.full_like(lower, -(-rules.top_l // size))
+    ahead = torch.zeros_like(possible)
+    if rules.keep_self:
+        num_kept, ahead = num_kept.maximum(own.sum(-1, keepdim=True).clamp_max(2)), own
+    scores = scores.masked_fill(~possible.unsqueeze(1), -torch.inf)
+
+    # Least significant first, each sort stable: nearness, score, own blocks.
+    by_distance = distance.sort(dim=-1, stable=True).indices.unsqueeze(1).expand_as(scores)
+    by_score = scores.gather(-1, by_distance).sort(dim=-1, descending=True, stable=True).indices
+    order = by_distance.gather(-1, by_score)
+    ahead_in_order = ahead.unsqueeze(1).expand_as(scores).gather(-1, order).to(torch.uint8)
+    order = order.gather(-1, ahead_in_order.sort(dim=-1, descending=True, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
+    kept = (rank < num_kept.unsqueeze(1)) & possible.unsqueeze(1)
+    shape = list_shape(query_codes.shape, num_keys, rules.top_l, size)
+    ascending = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., : shape[-1]]
+    return BlockLists(ascending.to(torch.int32).contiguous(), kept.sum(-1, dtype=torch.int32))
+
+
+def list_shape(query_shape: torch.Size, num_keys: int, top_l: int, block_size: int) -> tuple[int, int, int, int]:
+    """Return the shape (B, H, I, K) of the lists: known beforehand, so that nothing waits for a device."""
+    batch, heads, num_queries, _ = query_shape
+    num_kept = max(2, -(-top_l // block_size))  # consecutive positions lie in two blocks at most
+    return batch, heads, -(-num_queries // block_size), min(num_kept, -(-num_keys // block_size))
+
+
+def _histograms(codes: Tensor, real: Tensor | None, block_size: int) -> Tensor:
+    """Count the tokens of each block, then the codes of each sub-vector in it: float32, (B, H, blocks, 1 + M * 16)."""
+    batch, heads, num_tokens, num_subvectors = codes.shape
+    num_blocks = -(-num_tokens // block_size)
+    counts = torch.zeros(batch, heads, num_blocks, 1 + num_subvectors * 16, device=codes.device)
+    if num_tokens == 0:
+        return counts
+    weights = torch.ones(batch, 1, num_tokens, 1, device=codes.device)
+    if real is not None:
+        weights = real.to(weights.dtype)[:, None, :, None]
+    columns = 1 + codes.long() + 16 * torch.arange(num_subvectors, device=codes.device)
+    columns = torch.cat([torch.zeros_like(columns[..., :1]), columns], -1)  # (B, H, T, 1 + M)
+    padding = (0, 0, 0, num_blocks * block_size - num_tokens)
+    columns = F.pad(columns, padding).view(batch, heads, num_blocks, -1)
+    weights = F.pad(weights.expand(batch, heads, num_tokens, 1 + num_subvectors), padding)
+    return counts.scatter_add_(-1, columns, weights.reshape(batch, heads, num_blocks, -1))
+
+
+def _extent(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest of each block's values, (B, I, 1) each."""
+    missing = -values.shape[1] % block_size
+    blocks = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, block_size))
+    return blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)

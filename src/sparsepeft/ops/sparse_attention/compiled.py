@@ -1,0 +1,201 @@
+"""Binding of the compiled CPU kernels, both granularities.
+
+They take float32, bfloat16 and float16, and sum in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops.sparse_attention.blocks import BlockLists
+from sparsepeft.ops.sparse_attention.native import load_library
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+
+MAX_HEAD_SIZE = 256
+_MAX_SUBVECTORS = 250  # matches are counted in bytes
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ALIGNMENT = 64
+
+
+class _View(ctypes.Structure):
+    """`View` of csrc/common.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token")))
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/common.h."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_size")),
+        *((n, ctypes.c_int64) for n in ("subvectors", "top_l", "keep_self", "keep_first", "block_size", "list_stride")),
+        *((n, ctypes.c_int64) for n in ("dtype", "grad_dtype", "threads", "parts", "grad_key_part", "grad_value_part")),
+        *((n, ctypes.c_double) for n in ("scale", "softcap")),
+        *((n, _View) for n in ("query", "key", "value", "output", "grad_output")),
+        *((n, _View) for n in ("grad_query", "grad_key", "grad_value")),
+        *((n, ctypes.c_void_p) for n in ("query_codes", "key_codes", "key_mask", "positions", "lower", "upper")),
+        *((n, ctypes.c_void_p) for n in ("lists", "counts", "log_sum_exp", "scratch")),
+        ("scratch_bytes", ctypes.c_int64),
+    )
+
+
+class _Encoding(ctypes.Structure):
+    """`Encoding` of csrc/encode.h."""
+
+    _fields_ = (
+        *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "tokens", "subvectors", "codewords", "width")),
+        *((n, ctypes.c_int64) for n in ("dtype", "threads")),
+        ("vectors", _View),
+        *((n, ctypes.c_void_p) for n in ("codebooks", "half_norms", "codes")),
+    )
+
+
+def why_not_compiled(query: Tensor, value: Tensor, num_subvectors: int) -> str | None:
+    """Return why the kernels cannot take these tensors, or None; whether they can be built is not asked here."""
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}, the compiled kernels run on a CPU"
+    if query.dtype not in _DTYPES:
+        return f"the tensors are {query.dtype}, the compiled kernels take float32, bfloat16 and float16"
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_SIZE:
+        return f"the head size is {max(query.shape[-1], value.shape[-1])}, the compiled kernels take {MAX_HEAD_SIZE}"
+    if num_subvectors > _MAX_SUBVECTORS:
+        return f"there are {num_subvectors} sub-vectors, the compiled kernels take {_MAX_SUBVECTORS}"
+    return None
+
+
+def compiled_forward(
+    query: Tensor, key: Tensor, value: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+) -> tuple[Tensor, Tensor]:
+    """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    log_sum_exp = torch.empty(query.shape[:3])
+    problem, keep_alive = _problem(query, key, value, codes, reach, rules)
+    problem.output, problem.log_sum_exp = _view(output), log_sum_exp.data_ptr()
+    _run(problem, backward=False)
+    del keep_alive
+    return output, log_sum_exp
+
+
+def compiled_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    codes: tuple[Tensor, Tensor] | BlockLists,
+    reach: Reach,
+    rules: Rules,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value. Token granularity selects again from the codes."""
+    problem, keep_alive = _problem(query, key, value, codes, reach, rules)
+    grad_output = _rows_contiguous(grad_output)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    # Threads that share a head's keys sum up for themselves first.
+    dtype = torch.float32 if problem.parts > 1 else key.dtype
+    grad_key, grad_value = (torch.empty(problem.parts, *t.shape, dtype=dtype) for t in (key, value))
+    problem.grad_dtype = _DTYPES[dtype]
+    problem.grad_key_part, problem.grad_value_part = grad_key.stride(0), grad_value.stride(0)
+    problem.grad_query, problem.grad_key, problem.grad_value = map(_view, (grad_query, grad_key[0], grad_value[0]))
+    problem.output, problem.grad_output = _view(output), _view(grad_output)
+    problem.log_sum_exp = log_sum_exp.data_ptr()
+    _run(problem, backward=True)
+    del keep_alive
+    if problem.parts > 1:
+        return grad_query, grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    return grad_query, grad_key[0], grad_value[0]
+
+
+def compiled_keep_tokens(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+    """Return what :func:`keep_tokens` returns, bool, (B, H, Tq, Tk): the kernel's own selection, to be looked at."""
+    batch, heads, num_queries, _ = query_codes.shape
+    query = torch.empty(batch, heads, num_queries, 1)
+    key = torch.empty(batch, key_codes.shape[1], key_codes.shape[2], 1)
+    kept = torch.zeros(batch, heads, num_queries, key_codes.shape[2], dtype=torch.bool)
+    problem, keep_alive = _problem(query, key, key, (query_codes, key_codes), reach, rules)
+    scratch = _scratch(problem, backward=False)
+    _library().sparse_attention_select(ctypes.byref(problem), ctypes.c_void_p(kept.data_ptr()))
+    del keep_alive, scratch
+    return kept
+
+
+def encode_compiled(vectors: Tensor, codebooks: Tensor) -> Tensor:
+    """Return the codes; see :func:`encode`."""
+    vectors = _rows_contiguous(vectors)
+    batch, heads, num_tokens, _ = vectors.shape
+    kv_heads, num_subvectors, num_codewords, width = codebooks.shape
+    codebooks = codebooks.float().contiguous()
+    half_norms = codebooks.square().sum(-1) / 2
+    codes = torch.empty(batch, heads, num_tokens, num_subvectors, dtype=torch.uint8)
+    encoding = _Encoding(batch, heads, kv_heads, num_tokens, num_subvectors, num_codewords, width)
+    encoding.dtype, encoding.threads = _DTYPES[vectors.dtype], torch.get_num_threads()
+    encoding.vectors, encoding.codes = _view(vectors), codes.data_ptr()
+    encoding.codebooks, encoding.half_norms = codebooks.data_ptr(), half_norms.data_ptr()
+    _library().sparse_attention_encode(ctypes.byref(encoding))
+    return codes
+
+
+def _problem(
+    query: Tensor, key: Tensor, value: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+) -> tuple[_Problem, list[Tensor]]:
+    """Return the kernel's arguments, and the tensors that must outlive the call."""
+    tensors = [_rows_contiguous(tensor) for tensor in (query, key, value)]
+    (batch, heads, num_queries, head_size), (kv_heads, num_keys) = query.shape, key.shape[1:3]
+    problem = _Problem(batch, heads, kv_heads, num_queries, num_keys, head_size, value.shape[-1])
+    problem.top_l, problem.scale, problem.softcap = rules.top_l, rules.scale, rules.softcap
+    problem.keep_self, problem.keep_first, problem.block_size = rules.keep_self, rules.keep_first, rules.block_size
+    problem.query, problem.key, problem.value = map(_view, tensors)
+    problem.dtype = _DTYPES[query.dtype]
+    groups, threads = batch * kv_heads, torch.get_num_threads()
+    # A thread takes whole heads where these divide well, else a part of a head's queries.
+    problem.threads = threads
+    problem.parts = 1 if groups % threads == 0 or groups >= 4 * threads else threads
+
+    given = [tensor.contiguous() for tensor in codes]
+    if isinstance(codes, BlockLists):
+        problem.lists, problem.counts = (tensor.data_ptr() for tensor in given)
+        problem.list_stride = codes.indices.shape[-1]
+    else:
+        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in given)
+        problem.subvectors = codes[0].shape[-1]
+    limits = [reach.positions, reach.lower, reach.upper]
+    problem.positions, problem.lower, problem.upper = (tensor.data_ptr() for tensor in limits)
+    if reach.key_mask is not None:
+        limits.append(reach.key_mask)
+        problem.key_mask = reach.key_mask.data_ptr()
+    return problem, [*tensors, *given, *limits]
+
+
+def _run(problem: _Problem, *, backward: bool) -> None:
+    scratch = _scratch(problem, backward=backward)
+    _library().sparse_attention_run(ctypes.byref(problem), ctypes.c_int64(backward))
+    del scratch
+
+
+def _scratch(problem: _Problem, *, backward: bool) -> Tensor:
+    """Give every thread its scratch memory: a head's keys and values in float32, and a block of queries."""
+    library = _library()
+    library.sparse_attention_scratch_bytes.restype = ctypes.c_int64
+    size = library.sparse_attention_scratch_bytes(ctypes.byref(problem), ctypes.c_int64(backward))
+    scratch = torch.empty(problem.threads * size + _ALIGNMENT, dtype=torch.uint8)
+    problem.scratch, problem.scratch_bytes = scratch.data_ptr() + -scratch.data_ptr() % _ALIGNMENT, size
+    return scratch
+
+
+def _library() -> ctypes.CDLL:
+    library = load_library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not available; see the warning, or use impl='torch'.")
+    return library
+
+
+def _view(tensor: Tensor) -> _View:
+    return _View(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied where its last dimension is strided."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

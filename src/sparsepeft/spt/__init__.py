@@ -1,0 +1,17 @@
+"""Sparse fine-tuning (SPT): sparse attention and routed FFNs in transformers' models."""
+
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.convert import Sparsification, desparsify, sparsification, sparsify
+from sparsepeft.spt.loading import load_sparse, save_sparse
+from sparsepeft.spt.report import SptReport
+
+__all__ = [
+    "Sparsification",
+    "SptConfig",
+    "SptReport",
+    "desparsify",
+    "load_sparse",
+    "save_sparse",
+    "sparsification",
+    "sparsify",
+]

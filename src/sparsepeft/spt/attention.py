@@ -1,0 +1,207 @@
+"""Sparse attention inside transformers' models, through their attention interface."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.masks import SparseMask, dense_mask, read_mask, sparse_mask
+from sparsepeft.spt.state import SptState
+
+logger = logging.getLogger(__name__)
+
+NAME = "spt"  # as transformers knows it
+_REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
+
+
+class AttentionCall(NamedTuple):
+    """What a layer attended with, recorded for calibration."""
+
+    query: Tensor  # (B, H, Tq, D), as scaled by :func:`_standard_scale`
+    key: Tensor  # (B, Hkv, Tk, D)
+    value: Tensor
+    mask: SparseMask
+
+
+class Codebooks(nn.Module):
+    """The codebooks of one attention layer, (Hkv, M, C, W), and those it will have after the next optimizer step."""
+
+    codebooks: Tensor
+
+    def __init__(self, codebooks: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codebooks", codebooks)
+        self.due = False
+        self.coming: Tensor | None = None
+
+    @torch.no_grad()
+    def prepare(self, query: Tensor, key: Tensor, mask: SparseMask) -> None:
+        """Compute the next codebooks; they wait, since gradient checkpointing will ask for today's codes again."""
+        vectors = vectors_of(query, key, mask)
+        if vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
+            self.coming = refresh_codebooks(self.codebooks, vectors)
+
+    def step(self) -> None:
+        """Put the next codebooks into use."""
+        if self.coming is not None:
+            self.codebooks.copy_(self.coming)
+            self.coming, self.due = None, False
+
+
+class SparseAttention(nn.Module):
+    """What a sparse attention layer carries: settings, and codebooks of which every adapter has its own.
+
+    Args:
+        codebooks: (Hkv, M, C, W).
+        config: with ``top_l`` as a count.
+    """
+
+    def __init__(self, codebooks: Tensor, config: SptConfig) -> None:
+        super().__init__()
+        self.state = SptState(Codebooks(codebooks))
+        self.config = config
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: SparseMask, scale: float) -> Tensor:
+        """(B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv)."""
+        query, scale = _standard_scale(query, scale)
+        query, key, value = _of_one_dtype(query, key, value)
+        codebooks: Codebooks = self.state.current
+        if self.training and codebooks.due:
+            codebooks.prepare(query, key, mask)
+        return sparse_attention(
+            query,
+            key,
+            value,
+            codebooks.codebooks,
+            top_l=int(self.config.top_l),
+            causal=mask.causal,
+            key_mask=mask.key_mask,
+            query_positions=mask.query_positions,
+            window=mask.window,
+            scale=scale,
+            keep_self=self.config.keep_self,
+            keep_first=self.config.keep_first,
+            granularity=self.config.granularity,
+            block_size=self.config.block_size,
+        )
+
+
+def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:
+    """Queries and keys of each key head, as codebooks are made from: (Hkv, N, D), without padding."""
+    num_kv_heads, size = key.shape[1], key.shape[-1]
+    queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
+    keys = key.transpose(1, 2)[mask.key_mask].transpose(0, 1)  # (Hkv, N, D)
+    queries = queries.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).reshape(num_kv_heads, -1, size)
+    return torch.cat([_some(queries), _some(keys)], dim=1).detach()
+
+
+def _some(vectors: Tensor) -> Tensor:
+    """Evenly spaced ones where there are too many."""
+    count = vectors.shape[1]
+    if count <= _REFRESH_VECTORS:
+        return vectors
+    return vectors[:, torch.linspace(0, count - 1, _REFRESH_VECTORS, device=vectors.device).long()]
+
+
+def _standard_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The query as if scores were divided by sqrt(D) later: some models (OPT) have scaled it already.
+
+    Queries and keys share codebooks, which a query of another length would not fit.
+    """
+    standard = query.shape[-1] ** -0.5
+    return (query, scale) if math.isclose(scale, standard, rel_tol=1e-3) else (query * (scale / standard), standard)
+
+
+def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Autocast's dtype where that is on: rotary embeddings leave queries and keys in float32. Else the common one."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+_recorder: ContextVar[dict[nn.Module, AttentionCall] | None] = ContextVar("spt_recorder", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[dict[nn.Module, AttentionCall]]:
+    """While this lasts, layers attend densely, and what they attended with is kept: the last call of each."""
+    calls: dict[nn.Module, AttentionCall] = {}
+    token = _recorder.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorder.reset(token)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query (B, H, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, H, D).
+
+    A module without :class:`SparseAttention` (cross-attention, a layer left out) attends densely.
+
+    Raises:
+        ValueError: the mask is not the one that belongs to it, or the layer adds something to its scores.
+    """
+    mask = read_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
+    calls = _recorder.get()
+    sparse: SparseAttention | None = getattr(module, "spt", None)
+    if sparse is None or calls is not None:
+        if calls is not None:
+            refuse_additions(module, kwargs)
+            scaled, _ = _standard_scale(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            calls[module] = AttentionCall(scaled.detach(), key.detach(), value.detach(), mask)
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, dense_mask(mask), dropout=dropout, scaling=scaling, is_causal=False, **kwargs
+        )
+        return output
+    refuse_additions(module, kwargs)
+    if dropout > 0:
+        _say_once_that_dropout_is_left_out()
+    attended = sparse(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise where a layer adds biases, sinks or a cap to its scores, which the selection would not see."""
+    for name in ("position_bias", "s_aux", "softcap", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends with {name}, which sparse attention leaves out; convert this model "
+                "with SptConfig(attention=False)."
+            )
+
+
+_said: set[str] = set()
+
+
+def _say_once_that_dropout_is_left_out() -> None:
+    if "dropout" not in _said:
+        _said.add("dropout")
+        logger.warning("Sparse attention has no dropout of attention weights; the model's is left out.")
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sparse_mask)

@@ -1,0 +1,110 @@
+"""Files of sparse models: of adapters that were trained on one, and of one without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsepeft.errors import UserError
+from sparsepeft.provenance import write_bytes
+from sparsepeft.spt.convert import install, sparsification
+from sparsepeft.spt.router import Start
+from sparsepeft.spt.state import SptState, read_settings
+from sparsepeft.spt.structure import find_feed_forwards, weight_of
+
+SPARSE_WEIGHTS = "spt.safetensors"
+_PREFIX, _SETTINGS, _CODEBOOKS = "base_model.model.", "spt_settings.settings", ".spt.state.codebooks"
+
+
+def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
+    """Write what :func:`sparsify` added to a model: routers, order of the neurons, codebooks and settings.
+
+    The model's own weights are not among it: :func:`load_sparse` takes a dense model and this folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the model is not sparse, or is wrapped by PEFT.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("save_sparse got a PeftModel; its own save_pretrained saves what sparsify added, too.")
+    if sparsification(model) is None:
+        raise ValueError("The model is not sparse, so there is nothing to save; call sparsify first.")
+    states = {name: module.current for name, module in model.named_modules() if isinstance(module, SptState)}
+    tensors = {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, state in states.items()
+        for key, tensor in state.state_dict().items()
+    }
+    file = Path(folder) / SPARSE_WEIGHTS
+    write_bytes(file, save(tensors))
+    return file
+
+
+def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> PeftModel | PreTrainedModel:
+    """Make a dense model sparse as an adapter's was, and put the adapter on it.
+
+    Args:
+        model: the dense backbone.
+        adapter: folder or hub id, as for ``PeftModel.from_pretrained``; or a folder of :func:`save_sparse`.
+        kwargs: for ``PeftModel.from_pretrained``.
+
+    Returns:
+        The model with its adapter; ``model`` itself, sparse, from a folder of :func:`save_sparse`.
+
+    Raises:
+        UserError: the adapter was not trained on a sparse model, or on one of another shape, or the file is damaged.
+        ValueError: ``model`` is sparse already.
+    """
+    if sparsification(model) is not None:
+        raise ValueError("The model is sparse already; load the adapter into a dense model.")
+    file = Path(adapter) / SPARSE_WEIGHTS
+    saved = _read(file) if file.is_file() else load_peft_weights(str(adapter), device="cpu")
+    saved = {_plain(key): tensor for key, tensor in saved.items()}
+    if _SETTINGS not in saved:
+        raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
+    config = read_settings(saved[_SETTINGS])
+    codebooks = {name.removesuffix(_CODEBOOKS): books for name, books in saved.items() if name.endswith(_CODEBOOKS)}
+    feed_forwards = []
+    for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
+        place = feed_forward.name if feed_forward.is_module else f"{feed_forward.name}.{feed_forward.names.activation}"
+        start = Start(*(_saved(saved, f"{place}.spt_router.{part}", adapter) for part in Start._fields))
+        sizes = start.weight.shape[1], len(start.neuron_order)
+        if sizes != feed_forward.sizes:
+            raise UserError(
+                f"{adapter} was trained on FFNs of hidden and inner size {sizes}, but {feed_forward.name} has "
+                f"{feed_forward.sizes}; pass the backbone that it was trained on."
+            )
+        device = weight_of(feed_forward.part(feed_forward.names.up)).device
+        feed_forwards.append((feed_forward, Start(*(tensor.to(device) for tensor in start))))
+    modules = dict(model.named_modules())
+    if missing := sorted(codebooks.keys() - modules.keys()):
+        raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
+    install(model, config, {name: books.to(model.device) for name, books in codebooks.items()}, feed_forwards)
+    return model if file.is_file() else PeftModel.from_pretrained(model, str(adapter), **kwargs)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} could not be read ({error}); convert the model again.") from error
+
+
+def _plain(key: str) -> str:
+    """A tensor's name in the model without PEFT, which puts wrappers around it and around layers."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _saved(saved: dict[str, Tensor], name: str, adapter: str | Path) -> Tensor:
+    if name not in saved:
+        raise UserError(f"{adapter} has no {name}, so it does not belong to this model; pass its own backbone.")
+    return saved[name]

@@ -1,0 +1,125 @@
+"""What a sparse attention layer must know about its batch, handed through a model as its attention mask.
+
+transformers builds the mask once per forward pass with a function registered beside the attention function. A mask of
+queries x keys would be what sparse attention wants to avoid, so this one is a tensor (B, 1, 1, Tk + Tq + 2) of int32:
+for each key whether it may be attended, for each query its position among the keys, whether attention is causal, and
+the sliding window. Being a tensor with four dimensions it passes through `generate`, gradient checkpointing, data
+parallelism and compiled graphs as any mask does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sliding_window_causal_mask_function,
+)
+
+_NO_WINDOW = 0
+
+
+class SparseMask(NamedTuple):
+    """The parts of a mask that was made by :func:`sparse_mask`."""
+
+    key_mask: Tensor  # (B, Tk) bool
+    query_positions: Tensor  # (Tq,) int64
+    causal: bool
+    window: int | None
+
+
+def sparse_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """Transformers' mask interface (``AttentionMaskInterface``): never None, so that a lost mask can be told.
+
+    Returns:
+        (B, 1, 1, Tk + Tq + 2), int32.
+
+    Raises:
+        ValueError: the pattern is not causal, causal with a window, or bidirectional.
+    """
+    positions = torch.arange(q_length, device=device) + (q_offset - kv_offset)
+    causal, window = _pattern(mask_function, local_size, batch_size, positions + kv_offset, kv_length, kv_offset)
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is None:
+        keys = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
+    else:
+        keys = padding[:, kv_offset : kv_offset + kv_length].to(device, torch.int32)
+    flags = torch.tensor([causal, window or _NO_WINDOW], dtype=torch.int32, device=device)
+    rest = torch.cat([positions.to(torch.int32), flags]).expand(batch_size, -1)
+    return torch.cat([keys, rest], dim=1)[:, None, None]
+
+
+def read_mask(mask: Tensor | None, batch_size: int, q_length: int, kv_length: int) -> SparseMask:
+    """Take apart what :func:`sparse_mask` made.
+
+    Raises:
+        ValueError: it is missing or some other mask; attending without it would let padding in.
+    """
+    expected = (batch_size, 1, 1, kv_length + q_length + 2)
+    if mask is None or tuple(mask.shape) != expected or mask.dtype != torch.int32:
+        received = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)} and type {mask.dtype}"
+        raise ValueError(
+            f"Sparse attention received {received}; it expects the one that this package registers with transformers "
+            f"(here {expected}, int32). Pass the model a mask of padding, (batch, keys), not one of your own making."
+        )
+    keys, positions, flags = mask[:, 0, 0].split([kv_length, q_length, 2], dim=1)
+    causal, window = flags[0].tolist()
+    return SparseMask(keys.bool(), positions[0].long(), bool(causal), window or None)
+
+
+def dense_mask(mask: SparseMask) -> Tensor:
+    """The same as (B, 1, Tq, Tk) of bool, for layers that stay dense; True may be attended."""
+    index = torch.arange(mask.key_mask.shape[1], device=mask.key_mask.device)
+    allowed = torch.ones(len(mask.query_positions), len(index), dtype=torch.bool, device=index.device)
+    if mask.causal:
+        allowed &= index <= mask.query_positions[:, None]
+    if mask.window is not None:
+        allowed &= index > mask.query_positions[:, None] - mask.window
+    return (allowed & mask.key_mask[:, None])[:, None]
+
+
+def _pattern(
+    function: Callable[..., Any],
+    local_size: int | None,
+    batch_size: int,
+    queries: Tensor,
+    kv_length: int,
+    kv_offset: int,
+) -> tuple[bool, int | None]:
+    """Whether a pattern is causal, and its window."""
+    if function is causal_mask_function:
+        return True, None
+    if function is bidirectional_mask_function:
+        return False, None
+    # A closure: compare it with the one pattern left, for a few queries of every row, which costs O(keys).
+    if local_size is not None:
+        some = queries[torch.tensor([0, len(queries) // 2, len(queries) - 1], device=queries.device)]
+        batch = torch.arange(batch_size, device=queries.device)[:, None, None]
+        head = torch.zeros((), dtype=torch.long, device=queries.device)
+        keys = torch.arange(kv_length, device=queries.device) + kv_offset
+        asked = batch, head, some[None, :, None], keys[None, None]
+        if torch.equal(
+            *torch.broadcast_tensors(function(*asked), sliding_window_causal_mask_function(local_size)(*asked))
+        ):
+            return True, local_size
+    raise ValueError(
+        "Sparse attention knows causal attention, with or without a sliding window, and attention in both directions; "
+        "this batch wants another pattern (packed sequences, chunks, or a mask of the model's own). Give each sequence "
+        "a row of its own, padded, or leave attention dense with SptConfig(attention=False)."
+    )

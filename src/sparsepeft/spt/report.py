@@ -1,0 +1,120 @@
+"""What making a model sparse costs and saves, on the calibration batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsepeft.ops.sparse_attention import selection_recall
+from sparsepeft.spt.attention import AttentionCall, SparseAttention
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.masks import dense_mask
+from sparsepeft.spt.structure import FeedForward
+
+
+@dataclass
+class SptReport:
+    """Layer by layer, each with the inputs it has in the dense model.
+
+    Attributes:
+        recall: share of the L keys with the highest scores that are among those kept, by the attention's name.
+        attention_error: norm of the output's change over the norm of the output.
+        feed_forward_error: the same for FFNs.
+        feed_forward_operations: multiply-adds of the routed FFNs, routers included, over those of the dense ones.
+    """
+
+    recall: dict[str, float] = field(default_factory=dict)
+    attention_error: dict[str, float] = field(default_factory=dict)
+    feed_forward_error: dict[str, float] = field(default_factory=dict)
+    feed_forward_operations: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return dict(vars(self))
+
+
+@contextmanager
+def watching(feed_forwards: list[FeedForward]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """While this lasts, what goes into each FFN and what comes out of it is kept, by its name."""
+    seen: dict[str, Any] = {}
+
+    def note_input(name: str, args: tuple) -> None:
+        seen[name] = args[0].detach()
+
+    def note_output(name: str, output: Tensor) -> None:
+        seen[name] = (seen[name], output.detach())
+
+    handles = []
+    for each in feed_forwards:
+        up, down = each.part(each.names.up), each.part(each.names.down)
+        handles.append(up.register_forward_pre_hook(lambda m, args, name=each.name: note_input(name, args)))
+        handles.append(down.register_forward_hook(lambda m, args, output, name=each.name: note_output(name, output)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def report_attention(report: SptReport, name: str, layer: SparseAttention, call: AttentionCall) -> None:
+    """Add one attention layer."""
+    query, key, value, mask = call
+    config, scale = layer.config, query.shape[-1] ** -0.5
+    report.recall[name] = selection_recall(
+        query,
+        key,
+        layer.state.current.codebooks,
+        top_l=int(config.top_l),
+        causal=mask.causal,
+        key_mask=mask.key_mask,
+        query_positions=mask.query_positions,
+        window=mask.window,
+        keep_self=config.keep_self,
+        keep_first=config.keep_first,
+        granularity=config.granularity,
+        block_size=config.block_size,
+    )
+    dense = scaled_dot_product_attention(query, key, value, dense_mask(mask), scale=scale, enable_gqa=True)
+    real = mask.key_mask[:, None, mask.query_positions, None]  # queries that are padding are nobody's business
+    report.attention_error[name] = _relative(layer(query, key, value, mask, scale) * real, dense.nan_to_num() * real)
+
+
+@torch.no_grad()
+def report_feed_forwards(
+    report: SptReport,
+    routed: list[tuple[FeedForward, RoutedFeedForward]],
+    seen: dict[str, tuple[Tensor, Tensor]],
+    config: SptConfig,
+) -> None:
+    """Add all FFNs."""
+    dense = left = 0
+    for feed_forward, layer in routed:
+        given, expected = seen[feed_forward.name]
+        report.feed_forward_error[feed_forward.name] = _relative(_evaluated(layer, given), expected)
+        hidden, inner = feed_forward.sizes
+        products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
+        dense += products
+        left += products * config.num_active_blocks // config.num_blocks + hidden * config.num_blocks
+    report.feed_forward_operations = left / dense if dense else None
+
+
+def _evaluated(layer: nn.Module, given: Tensor) -> Tensor:
+    training = layer.training
+    layer.eval()
+    try:
+        output: Tensor = layer(given)
+        return output
+    finally:
+        layer.train(training)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))

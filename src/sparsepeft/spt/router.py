@@ -1,0 +1,100 @@
+"""Which blocks of an FFN a token uses: where the choice starts from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsepeft.ops.routed_ffn import Projection
+from sparsepeft.ops.routed_ffn.projections import project
+from sparsepeft.spt.structure import FeedForward, weight_of
+
+_RIDGE = 1e-2  # of the inputs' variance
+_FEATURES = 512
+
+
+class Start(NamedTuple):
+    """What a router is before training."""
+
+    neuron_order: Tensor  # (I,)
+    weight: Tensor  # (G, D)
+    bias: Tensor  # (G,)
+
+
+class Router(nn.Module):
+    """Logits of blocks: ``weight`` (G, D) and ``bias`` (G,), and the order of neurons that says what the blocks are."""
+
+    neuron_order: Tensor
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        self.register_buffer("neuron_order", start.neuron_order)
+        self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
+        self.bias = nn.Parameter(start.bias.to(torch.float32, copy=True))
+
+
+@torch.no_grad()
+def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int) -> Start:
+    """A neuron fires where its weights point, so a block does where the mean of its neurons' weights points."""
+    rows = deciding_weight(feed_forward)[order]
+    centres = rows.view(num_blocks, -1, rows.shape[1]).mean(1)
+    return Start(order, centres, centres.new_zeros(num_blocks))
+
+
+@torch.no_grad()
+def start_from_outputs(feed_forward: FeedForward, order: Tensor, num_blocks: int, inputs: Tensor) -> Start:
+    """Predict from an input how much each block adds to the output: ridge regression of the logarithm of its norm.
+
+    Args:
+        feed_forward: the dense FFN.
+        order: of its neurons, (I,).
+        num_blocks: G.
+        inputs: hidden states (N, D) that go into it.
+    """
+    inputs = inputs.float()
+    parts = _inner(feed_forward, inputs)[:, order].chunk(num_blocks, dim=1)
+    columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
+    norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
+    wanted = norms.clamp_min(1e-6).log()  # (N, G)
+    mean_in, mean_out = inputs.mean(0), wanted.mean(0)
+    centred = inputs - mean_in
+    gram = centred.T @ centred
+    gram.diagonal().add_(_RIDGE * len(inputs) * inputs.var() + 1e-6)
+    weight = torch.linalg.solve(gram, centred.T @ (wanted - mean_out)).T
+    return Start(order, weight, mean_out - weight @ mean_in)
+
+
+@torch.no_grad()
+def activity(feed_forward: FeedForward, inputs: Tensor, seed: int) -> Tensor:
+    """When each neuron adds how much to the output, against its own mean: (I, F), a random projection of (I, N).
+
+    Args:
+        feed_forward: the dense FFN.
+        inputs: (N, D).
+        seed: of the projection.
+    """
+    weights = _projection(feed_forward, feed_forward.names.down).weight.norm(dim=0)
+    added = _inner(feed_forward, inputs.float()).abs() * weights  # (N, I)
+    added = (added - added.mean(0)).T
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(added.shape[1], min(_FEATURES, added.shape[1]), generator=generator)
+    return added @ draw.to(added.device)
+
+
+def deciding_weight(feed_forward: FeedForward) -> Tensor:
+    """The weight that says whether a neuron fires, (I, D): the gate's, where there is one."""
+    return weight_of(feed_forward.part(feed_forward.names.gate or feed_forward.names.up)).detach()
+
+
+def _inner(feed_forward: FeedForward, inputs: Tensor) -> Tensor:
+    names = feed_forward.names
+    inner = feed_forward.activation(project(inputs, _projection(feed_forward, names.gate or names.up)))
+    return inner if names.gate is None else inner * project(inputs, _projection(feed_forward, names.up))
+
+
+def _projection(feed_forward: FeedForward, name: str) -> Projection:
+    module = feed_forward.part(name)
+    bias = getattr(module, "bias", None)
+    return Projection(weight_of(module).float(), None if bias is None else bias.float())

@@ -1,0 +1,132 @@
+"""Where the FFNs of a model are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsepeft.tuners._blocks import Block, find_blocks
+
+
+class Names(NamedTuple):
+    """How the parts of an FFN are called, relative to the module that has them."""
+
+    gate: str | None
+    up: str
+    down: str
+    activation: str
+    inner_dropout: str | None = None  # between activation and down projection
+    outer_dropout: str | None = None  # behind the down projection
+
+
+# A module that is nothing but an FFN, and a layer that has the FFN's parts among others.
+_MODULES = (
+    Names("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Mistral, Qwen, Gemma
+    Names("wi_0", "wi_1", "wo", "act", inner_dropout="dropout"),  # T5 v1.1
+    Names(None, "wi", "wo", "act", inner_dropout="dropout"),  # T5
+    Names(None, "c_fc", "c_proj", "act", outer_dropout="dropout"),  # GPT-2
+)
+_LAYERS = (
+    Names(None, "fc1", "fc2", "activation_fn"),  # OPT
+    Names(None, "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),  # BERT, RoBERTa
+)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """An FFN in a model.
+
+    Attributes:
+        owner: the module that has its parts.
+        name: of the owner.
+        names: of the parts.
+        activation: between the projections.
+        sizes: hidden and inner size.
+        is_decoder: whether the layer is one of a decoder beside an encoder.
+        is_module: whether the owner is nothing but the FFN, so that it can be replaced as a whole.
+    """
+
+    owner: nn.Module
+    name: str
+    names: Names
+    activation: Callable[[Tensor], Tensor]
+    sizes: tuple[int, int]
+    is_decoder: bool
+    is_module: bool
+
+    def part(self, name: str) -> nn.Module:
+        """A part by its relative name."""
+        return self.owner.get_submodule(name)
+
+
+def find_feed_forwards(model: nn.Module, layers: Iterable[int] | None = None) -> list[FeedForward]:
+    """The FFN of every Transformer layer, or of the layers with these indices.
+
+    Raises:
+        ValueError: a layer has none that is known, or an index is out of range.
+    """
+    return [_in_layer(block) for block in find_blocks(model, layers_to_transform=layers)]
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """A projection's weight as ``nn.Linear`` has it, (out, in): a view, whatever wraps the projection.
+
+    Raises:
+        ValueError: it is no plain linear map.
+    """
+    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    if type(base) is nn.Linear:
+        return base.weight
+    if type(base) is Conv1D:
+        return base.weight.t()
+    raise ValueError(
+        f"The FFN has a {type(base).__name__} where a plain nn.Linear is expected; load the model without "
+        "quantization, or leave its FFNs dense with SptConfig(ffn=False)."
+    )
+
+
+def _in_layer(block: Block) -> FeedForward:
+    layer = block.module
+    for names in _LAYERS:
+        if _has(layer, names):
+            return _feed_forward(layer, block.name, names, block, is_module=False)
+    for name, module in layer.named_modules():
+        for names in _MODULES:
+            if _has(module, names):
+                return _feed_forward(module, f"{block.name}.{name}", names, block, is_module=True)
+    known = "; ".join(", ".join(part for part in names[:4] if part) for names in (*_MODULES, *_LAYERS))
+    raise ValueError(
+        f"{block.name} ({type(layer).__name__}) has no FFN of a known form (one of: {known}); leave the FFNs dense "
+        "with SptConfig(ffn=False)."
+    )
+
+
+def _feed_forward(owner: nn.Module, name: str, names: Names, block: Block, is_module: bool) -> FeedForward:
+    inner, hidden = weight_of(owner.get_submodule(names.up)).shape
+    activation = attrgetter(names.activation)(owner)
+    return FeedForward(owner, name, names, activation, (hidden, inner), block.is_decoder, is_module)
+
+
+def _has(module: nn.Module, names: Names) -> bool:
+    return all(_exists(module, name) for name in names if name is not None)
+
+
+def _exists(module: nn.Module, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def projections(feed_forward: FeedForward) -> Iterator[tuple[str, nn.Module]]:
+    """The linear maps, by their relative names."""
+    for name in (feed_forward.names.gate, feed_forward.names.up, feed_forward.names.down):
+        if name is not None:
+            yield name, feed_forward.part(name)

@@ -1,0 +1,122 @@
+"""FFNs of every form, and one run of each: output and all gradients, by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops import LowRank, Projection, Routing, route, routed_ffn
+
+LORA_RANKS = (2, 3)
+
+
+class Form(NamedTuple):
+    gated: bool
+    bias: bool
+    trained: bool
+    lora: bool
+
+    def __str__(self) -> str:
+        return "-".join(
+            (
+                "gated" if self.gated else "plain",
+                "bias" if self.bias else "no bias",
+                "trained" if self.trained else "frozen",
+                "lora" if self.lora else "no lora",
+            )
+        )
+
+
+FORMS = [Form(*(bool(number >> bit & 1) for bit in range(4))) for number in range(16)]
+
+
+class Sizes(NamedTuple):
+    tokens: int
+    hidden: int
+    block: int  # neurons in a block, I / G
+    blocks: int
+    active: int
+
+
+class Case(NamedTuple):
+    """Tensors by name; a name says where in the FFN a tensor stands."""
+
+    form: Form
+    sizes: Sizes
+    tensors: dict[str, Tensor]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return self._replace(tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    def projection(self, name: str, tensors: dict[str, Tensor], dropout: float = 0.0) -> Projection:
+        lora = [
+            LowRank(tensors[f"{name}.lora{i}.down"], tensors[f"{name}.lora{i}.up"], 0.5 + i, dropout)
+            for i in range(len(LORA_RANKS) if self.form.lora else 0)
+        ]
+        return Projection(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), tuple(lora))
+
+    def trains(self, name: str) -> bool:
+        return self.form.trained or "lora" in name or name in ("x", "router.weight", "router.bias")
+
+
+def make_case(form: Form, sizes: Sizes, dtype: torch.dtype = torch.float64) -> Case:
+    inner = sizes.block * sizes.blocks
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype) / max(shape[-1], 1) ** 0.5  # every product is of unit size
+
+    tensors = {
+        "x": torch.randn(sizes.tokens, sizes.hidden, dtype=dtype),
+        "router.weight": normal(sizes.blocks, sizes.hidden),
+        "router.bias": normal(sizes.blocks),
+    }
+    maps = {"up": (inner, sizes.hidden), "down": (sizes.hidden, inner)}
+    if form.gated:
+        maps["gate"] = maps["up"]
+    for name, (outputs, inputs) in maps.items():
+        tensors[f"{name}.weight"] = normal(outputs, inputs)
+        if form.bias:
+            tensors[f"{name}.bias"] = normal(outputs)
+        for index, rank in enumerate(LORA_RANKS if form.lora else ()):
+            tensors[f"{name}.lora{index}.down"] = normal(rank, inputs)
+            tensors[f"{name}.lora{index}.up"] = normal(outputs, rank)
+    return Case(form, sizes, tensors)
+
+
+def call(case: Case, tensors: dict[str, Tensor], *, blocks: Tensor | None = None, lora_dropout: float = 0.0, **options):
+    """Route and compute; ``blocks`` overrides what the router chooses."""
+    x = tensors["x"]
+    routing = route(x, tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
+    if blocks is not None:
+        routing = Routing(blocks, torch.log_softmax(routing.logits, -1).gather(-1, blocks), routing.logits)
+    return routed_ffn(
+        x,
+        case.projection("up", tensors, lora_dropout),
+        case.projection("down", tensors, lora_dropout),
+        routing,
+        gate=case.projection("gate", tensors, lora_dropout) if case.form.gated else None,
+        **options,
+    )
+
+
+def run(case: Case, **options) -> dict[str, Tensor]:
+    """Output and the gradients of everything that trains."""
+    leaves = {name: tensor.clone().requires_grad_(case.trains(name)) for name, tensor in case.tensors.items()}
+    output = call(case, leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
+    assert all((leaf.grad is not None) == leaf.requires_grad for leaf in leaves.values())
+    return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare by name; the allowed error is relative to a tensor's largest entry, or to 1 where that is smaller."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        scale = max(value.abs().amax().item(), 1.0) if value.numel() else 1.0
+        torch.testing.assert_close(
+            actual[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )

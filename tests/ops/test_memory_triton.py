@@ -1,0 +1,206 @@
+"""The fused memory without a GPU: in Triton's interpreter against the reference, and assembled for two GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.ops import memory_triton_cases as cases
+from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
+from torch import Tensor
+
+from sparsepeft.ops import explain_memory_impl, memory_read, memory_read_mixed
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_matches_reference(shape: tuple[int, ...]) -> None:
+    interpreted(cases.check_float32, shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(33, 100, 16, 3, 16), (5, 48, 5, 5, 5)], ids=str)
+def test_half_precision_is_as_close_to_float32_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    interpreted(cases.check_half, shape, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision(dtype: torch.dtype) -> None:
+    interpreted(cases.check_half_selects_among_the_best, dtype)
+    interpreted(cases.check_float32_memory_on_half_input, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_parents", [7, 16, 33])
+def test_ties_keep_the_lowest_parent(num_parents: int) -> None:
+    interpreted(cases.check_ties, num_parents)
+
+
+@needs_triton
+def test_nan_in_nan_out() -> None:
+    interpreted(cases.check_nan)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_zero_values_leave_the_input_exactly(dtype: torch.dtype) -> None:
+    interpreted(cases.check_zero_values, dtype)
+
+
+@needs_triton
+def test_layouts_and_autocast() -> None:
+    interpreted(cases.check_layouts)
+
+
+@needs_triton
+def test_gradients_only_where_required() -> None:
+    interpreted(cases.check_only_needed_gradients)
+
+
+@needs_triton
+def test_compiles_to_one_graph() -> None:
+    interpreted(cases.check_compiles_and_is_registered)
+
+
+# Mixed batches
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shape", [(19, 48, 16, 3, 16), (3, 16, 5, 2, 5)], ids=str)
+def test_mixed_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    interpreted(cases.check_mixed, shape, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(0, 16, 5, 2, 3), (21, 20, 16, 3, 8)], ids=str)
+def test_mixed_matches_reference_where_few_are_kept(shape: tuple[int, ...]) -> None:
+    interpreted(cases.check_mixed, shape, torch.float32)
+
+
+@needs_triton
+def test_mixed_rows_stay_apart() -> None:
+    interpreted(cases.check_mixed_rows_stay_apart)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "masked", "selected"])
+def test_mixed_loop_gives_each_row_its_own(impl: str) -> None:
+    inputs = cases.make_inputs((4, 12, 6, 3, 2), torch.float64, "cpu", memories=3)
+    index = torch.tensor([1, 2, -1, 1, 0], dtype=torch.int32)
+    grad_output = torch.randn_like(inputs[0])
+    actual = cases.run(memory_read_mixed, inputs, grad_output, index, top_k=2, temperature=1.6, impl=impl)
+    memory_grads = {name: torch.zeros_like(tensor) for name, tensor in zip(cases.NAMES[1:], inputs[1:], strict=True)}
+    for row, memory in enumerate(index.tolist()):
+        if memory < 0:
+            assert torch.equal(actual["output"][row], inputs[0][row])
+            assert torch.equal(actual["x"][row], grad_output[row])
+            continue
+        own = [inputs[0][row], *(tensor[memory] for tensor in inputs[1:])]
+        alone = cases.run(memory_read, own, grad_output[row], top_k=2, temperature=1.6, impl="reference")
+        for name in ("output", "x"):
+            torch.testing.assert_close(actual[name][row], alone[name], rtol=1e-11, atol=1e-12)
+        for name, total in memory_grads.items():
+            total[memory] += alone[name]
+    cases.assert_all_close(actual, memory_grads, rtol=1e-11, atol=1e-12)  # float64: only the order of sums differs
+
+
+# Ahead of time
+
+
+def launch(
+    hidden: int, parents: int, children: int, dtype: torch.dtype, x_dtype: torch.dtype, memories: int | None
+) -> None:
+    """Forward and backward on any numbers."""
+    from sparsepeft.ops.memory.triton import memory_read_mixed_triton
+
+    stack = memories or 1
+    x = torch.zeros(2 if memories else 1, 64, hidden, dtype=x_dtype, requires_grad=True)
+    memory = [
+        torch.zeros(stack, *shape, hidden, dtype=dtype, requires_grad=True)
+        for shape in ((parents,), (parents, children), (parents, children))
+    ]
+    index = torch.zeros(2, dtype=torch.long) if memories else None
+    memory_read_mixed_triton(x, index, *memory, max(1, parents // 2), 1.0).sum().backward()
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_assembles_without_spills(capability: int) -> None:
+    """The paper's memory in bfloat16, each row its own."""
+    kernels = assert_assembles(launch, 768, 16, 3, torch.bfloat16, torch.bfloat16, 4, capability=capability)
+    assert [kernel.name for kernel in kernels] == ["_memory_fwd_kernel", "_memory_bwd_kernel"]
+
+
+@needs_triton
+@pytest.mark.slow  # float32 products take the assembler long
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("sizes", [(1000, 16, 3), (4096, 64, 2), (384, 33, 5)], ids=str)
+def test_assembles_without_spills_at_other_sizes(
+    sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], capability: int
+) -> None:
+    assert_assembles(launch, *sizes, *dtypes, None, capability=capability)
+
+
+# The choice, and errors
+
+
+def test_choice_on_a_gpu() -> None:
+    pytest.importorskip("triton")
+    small = explain_memory_impl(num_parents=16, num_children=3, top_k=8, on_gpu=True)
+    assert small.impl == "triton"
+    assert "not been measured" in small.reason
+    assert explain_memory_impl(num_parents=16, num_children=3, top_k=8, on_gpu=True, exporting=True).impl == "masked"
+    assert explain_memory_impl(num_parents=4096, num_children=3, top_k=8, on_gpu=True).impl == "selected"
+
+
+@needs_triton
+def test_triton_refuses_what_it_cannot_run() -> None:
+    inputs = cases.make_inputs((4, 12, 6, 3, 2), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="impl is 'triton', but x is on cpu, expected a CUDA device"):
+        memory_read(*inputs, top_k=2, impl="triton")
+    with pytest.raises(ValueError, match="impl is 'triton', but a tensor is float64"):
+        interpreted(memory_read, *(tensor.double() for tensor in inputs), top_k=2, impl="triton")
+    inputs = cases.make_inputs((4, 12, 33, 9, 2), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="impl is 'triton', but P=33 and C=9 are too many"):
+        interpreted(memory_read, *inputs, top_k=2, impl="triton")
+
+
+X, INDEX, PARENTS, CHILDREN = torch.zeros(2, 3, 8), torch.tensor([0, 1]), torch.zeros(2, 4, 8), torch.zeros(2, 4, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], INDEX, PARENTS, CHILDREN, CHILDREN), ValueError, r"x has shape \(3, 8\); expected \(B, T, D\)"),
+        (
+            (X, INDEX.float(), PARENTS, CHILDREN, CHILDREN),
+            TypeError,
+            "memory_index has dtype torch.float32; expected int",
+        ),
+        ((X, INDEX[:1], PARENTS, CHILDREN, CHILDREN), ValueError, "give one index per row of x"),
+        ((X, INDEX + 1, PARENTS, CHILDREN, CHILDREN), ValueError, "holds 2, but 2 memories are stacked: use 0 to 1"),
+        ((X, INDEX - 2, PARENTS, CHILDREN, CHILDREN), ValueError, "holds -2"),
+        (
+            (X, INDEX, PARENTS[0], CHILDREN, CHILDREN),
+            ValueError,
+            r"parent_keys has shape \(4, 8\); expected \(A, P, D\)",
+        ),
+        ((X, INDEX, PARENTS, CHILDREN, CHILDREN[0]), ValueError, r"child_values .* expected \(A, P, C, D\)"),
+        ((X, INDEX, PARENTS, CHILDREN[:1], CHILDREN), ValueError, "child_keys stacks 1 memories, parent_keys 2"),
+        ((X, INDEX, PARENTS, CHILDREN[..., :7], CHILDREN), ValueError, "last dimensions differ"),
+    ],
+)
+def test_mixed_errors_say_what_to_do(arguments: tuple[Tensor, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        memory_read_mixed(*arguments, top_k=2)
+
+
+def test_mixed_impl_and_top_k_are_checked() -> None:
+    with pytest.raises(ValueError, match="impl is 'fused'; expected one of auto, reference, masked, selected, triton"):
+        memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=2, impl="fused")
+    with pytest.raises(ValueError, match="top_k is 5, but the memory has 4 parents"):
+        memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=5)

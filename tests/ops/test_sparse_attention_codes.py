@@ -1,0 +1,204 @@
+"""Product quantization and its codebooks; the compiled kernels' build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.ops.sparse_attention_cases import CASES, make_inputs
+
+from sparsepeft.ops import fit_codebooks, refresh_codebooks, sparse_attention
+from sparsepeft.ops.sparse_attention import encode, native
+
+
+@pytest.mark.parametrize("impl", ["compiled", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "num_codewords", "width"), [(1, 16, 6), (37, 16, 4), (50, 5, 3), (33, 1, 12)])
+def test_encode_finds_the_nearest(
+    num_tokens: int, num_codewords: int, width: int, dtype: torch.dtype, impl: str
+) -> None:
+    vectors = torch.randn(2, 4, num_tokens, 12).to(dtype)
+    codebooks = torch.randn(2, 12 // width, num_codewords, width)
+    codes = encode(vectors.transpose(1, 2).contiguous().transpose(1, 2), codebooks, impl=impl)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (2, 4, num_tokens, 12 // width)
+    subvectors = vectors.double().unflatten(-1, (-1, width)).movedim(2, 3)  # (B, H, M, T, W)
+    distances = torch.cdist(subvectors, codebooks.double().repeat_interleave(2, 0)).movedim(2, 3)
+    chosen = distances.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+    assert (chosen - distances.amin(-1)).max() < 1e-5  # float32 rounding of a near tie
+
+
+@pytest.mark.parametrize("impl", ["compiled", "torch"])
+def test_encode_gives_ties_to_the_lowest_codeword(impl: str) -> None:
+    codebooks = torch.tensor([[[[3.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]]])
+    vectors = torch.tensor([[[[0.0, 1.0], [1.0, 1.0], [3.0, 0.0]]]])
+    assert encode(vectors, codebooks, impl=impl).flatten().tolist() == [1, 1, 0]
+
+
+def test_encode_refuses() -> None:
+    vectors, codebooks = torch.randn(1, 2, 3, 8), torch.randn(2, 2, 16, 4)
+    with pytest.raises(ValueError, match="H a multiple of Hkv"):
+        encode(torch.randn(1, 3, 3, 8), codebooks)
+    with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
+        encode(vectors.long(), codebooks)
+    with pytest.raises(ValueError, match="expected one of auto, compiled, torch"):
+        encode(vectors, codebooks, impl="fast")
+
+
+def clusters(num_clusters: int = 16, spread: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of two heads and three sub-vectors around known centres, far apart: (2, N, 12) and (2, 3, C, 4)."""
+    centres = 10 * torch.randn(2, 3, num_clusters, 4)
+    members = torch.arange(40 * num_clusters) % num_clusters
+    vectors = centres[:, :, members] + spread * torch.randn(2, 3, len(members), 4)
+    return vectors.transpose(1, 2).flatten(2), centres
+
+
+def test_k_means_finds_clusters() -> None:
+    vectors, centres = clusters()
+    codebooks = fit_codebooks(vectors, subvector_dim=4, seed=3)
+    assert codebooks.shape == (2, 3, 16, 4)
+    # Seeding by squared distance finds every cluster that is far from the others.
+    assert torch.cdist(centres, codebooks).amin(-1).max() < 0.1
+
+
+def test_every_codeword_is_used() -> None:
+    vectors = torch.randn(2, 500, 12)
+    vectors[:, :480] *= 1e-3  # nearly all in one heap
+    codebooks = fit_codebooks(vectors, subvector_dim=4)
+    codes = encode(vectors.unsqueeze(0), codebooks)
+    for head in range(2):
+        for m in range(3):
+            assert len(codes[0, head, :, m].unique()) == 16
+
+
+def test_k_means_lowers_the_error_and_repeats_itself() -> None:
+    vectors = torch.randn(1, 300, 8)
+
+    def error(codebooks: torch.Tensor) -> float:
+        subvectors = vectors.unflatten(-1, (-1, 4)).transpose(1, 2)
+        return torch.cdist(subvectors, codebooks).amin(-1).square().sum().item()
+
+    state = torch.random.get_rng_state()
+    errors = [error(fit_codebooks(vectors, subvector_dim=4, num_iterations=n, seed=1)) for n in (0, 1, 5, 20)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    same, other = (fit_codebooks(vectors, subvector_dim=4, seed=seed) for seed in (1, 2))
+    assert torch.equal(fit_codebooks(vectors, subvector_dim=4, seed=1), same)
+    assert not torch.equal(other, same)
+
+
+def test_equal_vectors_are_no_obstacle() -> None:
+    codebooks = fit_codebooks(torch.ones(1, 20, 8), subvector_dim=8)
+    assert torch.equal(codebooks, torch.ones(1, 1, 16, 8))
+
+
+def test_refresh_follows_the_vectors() -> None:
+    vectors, _ = clusters()
+    codebooks = fit_codebooks(vectors, subvector_dim=4)
+    before, moved = codebooks.clone(), vectors + 0.5
+    refreshed = refresh_codebooks(codebooks, moved)
+    assert torch.equal(codebooks, before)
+    torch.testing.assert_close(refreshed, before + 0.5, rtol=0, atol=1e-5)  # the same clusters: the means move along
+    settled = refresh_codebooks(refreshed, moved)
+    torch.testing.assert_close(settled, refreshed, rtol=0, atol=1e-5)
+    # A codeword far from everything gets a place among the vectors again.
+    refreshed[0, 0, 5] = 1e4
+    revived = refresh_codebooks(refreshed, moved)
+    assert revived.abs().max() < 100
+    assert refresh_codebooks(codebooks.bfloat16(), moved.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("vectors", "options", "message"),
+    [
+        (torch.randn(2, 50, 12), {"subvector_dim": 5}, "subvector_dim is 5, the head size 12"),
+        (torch.randn(50, 12), {}, r"vectors has shape \(50, 12\); expected \(H, N, D\)"),
+        (torch.randn(2, 15, 8), {}, "15 vectors per head for 16 codewords"),
+        (torch.randn(2, 50, 8), {"num_codewords": 17}, "num_codewords is 17; expected 1 to 16"),
+        (torch.full((2, 50, 8), torch.nan), {}, "NaN or infinity"),
+        (torch.full((2, 50, 8), torch.inf), {}, "NaN or infinity"),
+    ],
+)
+def test_fit_refuses(vectors: torch.Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_codebooks(vectors, **options)
+
+
+def test_refresh_refuses() -> None:
+    codebooks = torch.randn(2, 2, 16, 4)
+    with pytest.raises(ValueError, match="the same H"):
+        refresh_codebooks(codebooks, torch.randn(1, 50, 8))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        refresh_codebooks(codebooks, torch.full((2, 50, 8), torch.nan))
+    with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
+        fit_codebooks(torch.ones(2, 50, 8, dtype=torch.long))
+
+
+# The build
+
+
+@pytest.fixture
+def _fresh_library() -> Iterator[None]:
+    native.load_library.cache_clear()
+    yield
+    native.load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_library")
+def test_without_a_compiler_plain_pytorch_is_used_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    tensors, options = make_inputs(CASES["causal"])
+    expected = sparse_attention(*tensors, **options, impl="reference")
+    native.load_library.cache_clear()
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    for _ in range(2):
+        output = sparse_attention(*tensors, **options)
+        torch.testing.assert_close(output, expected, rtol=0, atol=4e-6)  # float32 rounding
+    told = [str(w.message) for w in recwarn if "compiled kernels are not available" in str(w.message)]
+    assert len(told) == 1
+    assert "no C++ compiler was found" in told[0]
+    with pytest.raises(RuntimeError, match="use impl='torch'"):
+        sparse_attention(*tensors, **options, impl="cpu")
+
+
+def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(native.BuildError, match="broken failed: it is broken"):
+        native.build_library()
+    assert not list((tmp_path / "cache").iterdir())  # nothing half-built is left
+
+
+def test_an_unwritable_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(native.BuildError, match="cannot be written"):
+        native.build_library()
+
+
+def test_the_library_is_built_once_for_its_sources_and_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo 1; exit; fi\necho x >> {log}\n'
+        'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "cache"))
+    first = native.build_library()
+    assert native.build_library() == first
+    assert log.read_text() == "x\n"
+    compiler.write_text(compiler.read_text().replace("echo 1", "echo 2"))  # another version of it
+    assert native.build_library() != first
+    assert log.read_text() == "x\nx\n"
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".so", ".so"]  # and no temporary file

@@ -1,0 +1,220 @@
+"""What sparse attention keeps, against loops that do what the docstring says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.ops.sparse_attention_cases import CASES, Case, assert_all_close, make_inputs, run
+from torch import Tensor
+
+from sparsepeft.ops import selection_recall, sparse_attention
+from sparsepeft.ops.sparse_attention import compiled, count_matches, native
+from sparsepeft.ops.sparse_attention.blocks import block_scores, keep_blocks
+from sparsepeft.ops.sparse_attention.compiled import compiled_keep_tokens
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.tokens import keep_tokens
+
+SELECTORS = {"plain": keep_tokens, "compiled": compiled_keep_tokens}
+
+
+def make_codes(case: Case, num_codewords: int) -> tuple[Tensor, Tensor, Reach, Rules]:
+    """Random codes (few codewords: many ties), and the rest of what a selection is given."""
+    num_subvectors = case.head_size // case.width
+    shapes = (case.batch, case.heads, case.num_queries), (case.batch, case.kv_heads, case.num_keys)
+    query_codes, key_codes = (torch.randint(num_codewords, (*s, num_subvectors), dtype=torch.uint8) for s in shapes)
+    _, options = make_inputs(case)
+    reach = Reach.of(
+        case.batch,
+        case.num_queries,
+        case.num_keys,
+        causal=options.get("causal", False),
+        window=options.get("window"),
+        query_positions=options.get("query_positions"),
+        key_mask=options["key_mask"],
+        device=torch.device("cpu"),
+    )
+    always = options.get("keep_self", True), options.get("keep_first", True)
+    return query_codes, key_codes, reach, Rules(min(case.top_l, case.num_keys), 1.0, 0.0, *always, 0)
+
+
+def valid_keys(case: Case, reach: Reach, batch: int, query: int) -> list[int]:
+    """The definition, from the arguments and not from the limits."""
+    position = int(reach.positions[batch, query])
+    return [
+        j
+        for j in range(case.num_keys)
+        if (reach.key_mask is None or reach.key_mask[batch, j])
+        and (not case.options.get("causal") or j <= position)
+        and ("window" not in case.options or j > position - case.options["window"])
+    ]
+
+
+def naive_tokens(case: Case, query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+    kept = torch.zeros(case.batch, case.heads, case.num_queries, case.num_keys, dtype=torch.bool)
+    for b in range(case.batch):
+        for i in range(case.num_queries):
+            valid, position = valid_keys(case, reach, b, i), int(reach.positions[b, i])
+            for h in range(case.heads):
+                codes = key_codes[b, h * case.kv_heads // case.heads].tolist()
+                own = query_codes[b, h, i].tolist()
+
+                def order(j: int, codes=codes, own=own, valid=valid, position=position) -> tuple:
+                    matches = sum(x == y for x, y in zip(codes[j], own, strict=True))
+                    return (
+                        not (rules.keep_self and j == position),
+                        not (rules.keep_first and j == valid[0]),
+                        -matches,
+                        abs(j - position),
+                        j,
+                    )
+
+                kept[b, h, i, sorted(valid, key=order)[: rules.top_l]] = True
+    return kept
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("num_codewords", [1, 3, 16])
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_are_kept_as_defined(name: str, num_codewords: int, selector: str) -> None:
+    case = CASES[name]._replace(batch=min(2, CASES[name].batch))
+    codes = make_codes(case, num_codewords)  # with one codeword everything is a tie
+    assert torch.equal(SELECTORS[selector](*codes), naive_tokens(case, *codes))
+
+
+@pytest.mark.parametrize("top_l", [1, 2, 3, 63, 64, 65, 127, 128, 129, 200, 1000])
+def test_compiled_selection_at_the_edges_of_words(top_l: int) -> None:
+    for num_keys in (64, 128, 200):
+        for options in ({}, {"causal": True}, {"causal": True, "window": 65}):
+            case = Case(1, 2, 1, num_keys, num_keys, 8, 8, 2, top_l, "scattered", options)
+            codes = make_codes(case, 2)
+            assert torch.equal(compiled_keep_tokens(*codes), keep_tokens(*codes))
+
+
+def test_many_subvectors_are_counted_without_overflow() -> None:
+    case = Case(1, 1, 1, 80, 80, 250, 8, 1, 20)
+    codes = make_codes(case, 1)
+    codes[1][:, :, ::3] = 0
+    assert torch.equal(compiled_keep_tokens(*codes), keep_tokens(*codes))
+
+
+@pytest.mark.slow
+def test_kernels_without_wide_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Built for any CPU of this kind: the forms for processors without AVX."""
+    monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_TUNINGS", ((),))
+    monkeypatch.setattr(compiled, "load_library", native.load_library.__wrapped__)
+    for name in ("scattered mask", "window and padding", "nothing forced"):
+        codes = make_codes(CASES[name], 3)
+        assert torch.equal(compiled_keep_tokens(*codes), keep_tokens(*codes))
+        tensors, options = make_inputs(CASES[name])
+        for granularity in ("token", "block"):
+            runs = [
+                run(tensors, tensors[0], **options, granularity=granularity, block_size=16, impl=impl)
+                for impl in ("cpu", "reference")
+            ]
+            assert_all_close(*runs, tolerance=4e-6)  # float32 rounding
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_count_matches() -> None:
+    query_codes, key_codes = (torch.randint(3, (2, heads, n, 5), dtype=torch.uint8) for heads, n in ((4, 6), (2, 7)))
+    matches = count_matches(query_codes, key_codes)
+    for h in range(4):
+        expected = (query_codes[:, h, :, None] == key_codes[:, h // 2, None]).sum(-1)
+        assert torch.equal(matches[:, h].long(), expected)
+
+
+# Blocks
+
+
+def naive_block_scores(case: Case, query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+    """The mean over pairs, pair by pair."""
+    size = rules.block_size
+    blocks = [range(0, n, size) for n in (case.num_queries, case.num_keys)]
+    scores = torch.zeros(case.batch, case.heads, *map(len, blocks))
+    matches = count_matches(query_codes, key_codes)
+    for b in range(case.batch):
+        mask = [True] * case.num_keys if reach.key_mask is None else reach.key_mask[b].tolist()
+        positions = reach.positions[b].tolist()
+        padding = [rules.keep_self and 0 <= p < case.num_keys and not mask[p] for p in positions]
+        for i, query_begin in enumerate(blocks[0]):
+            queries = [q for q in range(query_begin, min(query_begin + size, case.num_queries)) if not padding[q]]
+            for j, key_begin in enumerate(blocks[1]):
+                keys = [k for k in range(key_begin, min(key_begin + size, case.num_keys)) if mask[k]]
+                if queries and keys:
+                    pairs = matches[b][:, queries][:, :, keys]
+                    scores[b, :, i, j] = pairs.sum((1, 2)).float() / (len(queries) * len(keys))
+    return scores
+
+
+def naive_blocks(case: Case, scores: Tensor, reach: Reach, rules: Rules) -> Tensor:
+    size = rules.block_size
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for b in range(case.batch):
+        for i in range(scores.shape[2]):
+            queries = range(i * size, min((i + 1) * size, case.num_queries))
+            possible = sorted({k // size for q in queries for k in valid_keys(case, reach, b, q)})
+            places = [int(reach.positions[b, q]) // size for q in queries]
+            own = set(possible) & set(range(min(places), max(places) + 1)) if rules.keep_self else set()
+            count = max(-(-rules.top_l // size), min(2, len(own)))
+            for h, row in enumerate(scores[b, :, i].tolist()):
+
+                def order(j: int, row=row, places=places, own=own, possible=possible) -> tuple:
+                    after = j > max(places)
+                    distance = j - max(places) if after else max(0, min(places) - j)
+                    return j not in own, not (rules.keep_first and j == possible[0]), -row[j], distance, after
+
+                kept[b, h, i, sorted(possible, key=order)[:count]] = True
+    return kept
+
+
+@pytest.mark.parametrize("num_codewords", [1, 16])
+@pytest.mark.parametrize("block_size", [7, 16])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "positions outside"])  # not consecutive
+def test_blocks_are_kept_as_defined(name: str, block_size: int, num_codewords: int) -> None:
+    case = CASES[name]
+    query_codes, key_codes, reach, rules = make_codes(case, num_codewords)
+    rules = rules._replace(block_size=block_size)
+    scores = block_scores(query_codes, key_codes, reach, rules)
+    # Whole numbers up to the one division: equal to the bit, ties included.
+    assert torch.equal(scores, naive_block_scores(case, query_codes, key_codes, reach, rules))
+    lists = keep_blocks(query_codes, key_codes, reach, rules)
+    assert torch.equal(lists.to_mask(scores.shape[-1]), naive_blocks(case, scores, reach, rules))
+    for row, count in zip(lists.indices.flatten(0, 2).tolist(), lists.counts.flatten().tolist(), strict=True):
+        assert row[:count] == sorted(set(row[:count]))  # ascending, as the kernels and BlockMask expect
+
+
+# Recall
+
+
+def test_recall_of_a_perfect_and_of_a_blind_selection() -> None:
+    query, key = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 200, 8)
+    blind = torch.zeros(2, 1, 16, 8)  # all codewords equal: every code is 0, the nearest keys are kept
+    recall = selection_recall(query, key, blind, top_l=20, keep_self=False, keep_first=False)
+    assert 0.05 < recall < 0.15  # by chance one in ten
+    assert selection_recall(query, key, blind, top_l=200) == 1.0
+    # Keys at the codewords, queries far along one of them: the keys of that codeword score highest.
+    words = 10 * torch.eye(8).unsqueeze(0).unsqueeze(0).repeat(2, 1, 1, 1)
+    at_words = words[:, 0].repeat(1, 25, 1).unsqueeze(0)
+    free = {"keep_self": False, "keep_first": False}
+    assert selection_recall(5 * at_words[:, :, :40], at_words, words, top_l=25, **free) == 1.0
+
+
+def test_recall_counts_pairs_by_hand() -> None:
+    case = CASES["grouped heads"]
+    (query, key, _), options = make_inputs(case)
+    codebooks, top_l = options["codebooks"], case.top_l
+    for granularity in ("token", "block"):
+        recall = selection_recall(
+            query, key, codebooks, top_l=top_l, causal=True, granularity=granularity, block_size=5
+        )
+        one_hot = torch.eye(case.num_keys).expand(*key.shape[:2], -1, -1)  # attention then shows what is kept
+        weights = sparse_attention(
+            *(query, key, one_hot, codebooks), top_l=top_l, causal=True, granularity=granularity, block_size=5
+        )
+        scores = query @ key.repeat_interleave(3, 1).mT
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+        best = scores.topk(top_l, -1).indices[:, :, top_l:]
+        assert recall == pytest.approx((weights[:, :, top_l:].gather(-1, best) > 0).float().mean().item())

@@ -1,0 +1,70 @@
+"""Tiny models of the architectures that can be made sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+V, T = 99, 24
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": V}
+_LLAMA = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": V, "bos_token_id": 1, "eos_token_id": 2}
+_OPT = {k: v for k, v in SIZES.items() if k != "intermediate_size"} | {"ffn_dim": 64, "word_embed_proj_dim": 32}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": V}
+
+DECODERS: dict[str, tuple[type, Any]] = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**_LLAMA)),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**_LLAMA, head_dim=16)),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**_LLAMA, sliding_window=9)),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**_LLAMA, head_dim=16)),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(**_GPT2)),
+    "opt": (hf.OPTForCausalLM, hf.OPTConfig(**_OPT)),
+}
+ENCODERS: dict[str, tuple[type, Any]] = {
+    "bert": (hf.BertForSequenceClassification, hf.BertConfig(**SIZES)),
+    "roberta": (hf.RobertaForSequenceClassification, hf.RobertaConfig(**SIZES, max_position_embeddings=64)),
+}
+FEED_FORWARD_ONLY: dict[str, tuple[type, Any]] = {
+    "t5": (hf.T5ForConditionalGeneration, hf.T5Config(**_T5, decoder_start_token_id=0)),
+    "t5-gated": (
+        hf.T5ForConditionalGeneration,
+        hf.T5Config(**_T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
+    ),
+}
+ALL = DECODERS | ENCODERS | FEED_FORWARD_ONLY
+
+
+def build(name: str) -> Any:
+    """A model with weights large enough that every part matters."""
+    cls, config = ALL[name]
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+def inputs(name: str, padding: str | None = "left", batch: int = 3, length: int = T) -> dict[str, torch.Tensor]:
+    """A batch with one padded row."""
+    ids = torch.randint(3, V, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :5] = 0
+    elif padding == "right":
+        mask[1, -5:] = 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    return found | {"decoder_input_ids": ids[:, :7]} if name.startswith("t5") else found
+
+
+def logits(model: Any, name: str, **kwargs: Any) -> torch.Tensor:
+    """What a model answers, padding set to zero."""
+    given = inputs(name, **kwargs)
+    with torch.no_grad():
+        found = model(**given).logits
+    if found.dim() == 3 and not name.startswith("t5"):
+        found = found * given["attention_mask"][..., None]
+    return found

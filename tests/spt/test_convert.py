@@ -1,0 +1,178 @@
+"""Models made sparse and dense again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tests.spt.models import ALL, DECODERS, ENCODERS, FEED_FORWARD_ONLY, SIZES, T, build, inputs, logits
+
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.convert import desparsify, sparsification, sparsify
+
+DENSE = {"top_l": T, "num_blocks": 4, "num_active_blocks": 4}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the same sums in another order, through two layers with large weights
+
+
+def config(name: str, **values: Any) -> SptConfig:
+    return SptConfig(**{"attention": name not in FEED_FORWARD_ONLY, "num_blocks": 4, "num_active_blocks": 2} | values)
+
+
+def made_sparse(name: str, **values: Any) -> Any:
+    return sparsify(build(name), config(name, **values), calibration_data=inputs(name, padding=None))
+
+
+@pytest.mark.parametrize("padding", ["left", "right", None])
+@pytest.mark.parametrize("assignment", ["clustered", "contiguous"])
+@pytest.mark.parametrize("name", ALL)
+def test_everything_kept_is_the_dense_model(name: str, assignment: str, padding: str | None) -> None:
+    model = made_sparse(name, **DENSE, block_assignment=assignment).double()
+    expected = logits(build(name).double(), name, padding=padding)
+    torch.testing.assert_close(logits(model, name, padding=padding), expected)
+
+
+@pytest.mark.parametrize("granularity", ["token", "block"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_sparse_answers_differ_and_padding_is_never_seen(name: str, granularity: str) -> None:
+    padding = "right" if name in ENCODERS else "left"  # encoders answer at the first position
+    model = made_sparse(name, top_l=4, granularity=granularity, block_size=4)
+    found = logits(model, name, padding=padding)
+    assert not torch.allclose(found, logits(build(name), name, padding=padding), **CLOSE)
+    given = inputs(name, padding)
+    given["input_ids"] = torch.where(given["attention_mask"].bool(), given["input_ids"], 7)
+    with torch.no_grad():
+        other = model(**given).logits
+    other = other * given["attention_mask"][..., None] if other.dim() == 3 else other
+    torch.testing.assert_close(other, found)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dense_again_bit_for_bit(name: str) -> None:
+    model = made_sparse(name)
+    state = build(name).state_dict()
+    assert desparsify(model) is model
+    assert sparsification(model) is None
+    found = model.state_dict()
+    assert list(found) == list(state)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    assert torch.equal(logits(model, name), logits(build(name), name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_some_layers(name: str) -> None:
+    model = made_sparse(name, layers_to_transform=(1,))
+    done = sparsification(model)
+    assert done is not None
+    assert len(done.attention) == (name not in FEED_FORWARD_ONLY)
+    assert len(done.feed_forwards) == (2 if name in FEED_FORWARD_ONLY else 1)
+    logits(model, name)
+
+
+def plain_name(key: str) -> str:
+    """The name that a projection has in the dense model."""
+    return key.replace(".activation_fn.", ".").replace(".intermediate.intermediate_act_fn.", ".")
+
+
+def put_in_order(model: Any) -> None:
+    """Give LoRA weights, copied from a dense model, the order of the neurons in the blocks."""
+    for _, routed in sparsification(model).feed_forwards:
+        for name, module in routed.named_modules():
+            if isinstance(module, LoraLayer):
+                is_down = name == routed._names.down
+                weight = (module.lora_A if is_down else module.lora_B)["default"].weight
+                weight.data = weight.data.index_select(int(is_down), routed.spt_router.current.neuron_order)
+
+
+TARGETS = {
+    "llama": ["q_proj", "up_proj", "gate_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "opt": ["q_proj", "fc1", "fc2"],
+    "bert": ["query", "intermediate.dense", "output.dense"],
+    "t5-gated": ["q", "wi_0", "wi_1", "wo"],
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_lora_inside_equals_lora_in_the_dense_model(name: str) -> None:
+    lora = LoraConfig(target_modules=TARGETS[name], r=3, init_lora_weights=False)
+    dense = get_peft_model(build(name), lora).eval().double()
+    sparse = get_peft_model(made_sparse(name, **DENSE), lora).eval().double()
+    updates = {key: tensor for key, tensor in dense.state_dict().items() if "lora_" in key}
+    found = {plain_name(key): tensor for key, tensor in sparse.state_dict().items() if "lora_" in key}
+    assert found.keys() == updates.keys()
+    for key, tensor in found.items():
+        tensor.copy_(updates[key])
+    put_in_order(sparse)
+    torch.testing.assert_close(logits(sparse, name), logits(dense, name))
+    merged = desparsify(sparse.merge_and_unload())
+    torch.testing.assert_close(logits(merged, name), logits(dense, name))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_gradients_reach_lora_and_router(name: str) -> None:
+    model = get_peft_model(made_sparse(name, top_l=6), LoraConfig(target_modules=TARGETS[name], r=3)).train()
+    given = inputs(name)
+    labels = given["input_ids"] if name in DECODERS else torch.tensor([0, 1, 0])
+    model(**given, labels=labels).loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in key:  # whose partner starts from zero
+            assert parameter.grad is not None, key
+            assert parameter.grad.abs().sum() > 0, key
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len([key for key in trained if "spt_router.modules_to_save" in key]) == 4  # weight and bias of two layers
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_with_a_cache_is_generation_without(name: str, cache: str) -> None:
+    model = made_sparse(name, top_l=4)
+    given = inputs(name)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**given, **options, use_cache=False)
+    kept = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(**given, **options, **kept), expected)
+
+
+def test_refused_before_anything_is_changed() -> None:
+    ids = inputs("llama")["input_ids"]
+    deberta = hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SIZES))
+    cases: list[tuple[Any, dict[str, Any], Any, str]] = [
+        (build("llama"), {}, None, "calibration_data"),
+        (build("llama"), {}, ids[:0], "empty"),
+        (build("llama"), {}, {"inputs_embeds": torch.full((1, 4, 32), torch.nan)}, "NaN"),
+        (build("llama"), {"subvector_dim": 3}, ids, "does not divide"),
+        (
+            build("llama"),
+            {"num_blocks": 5, "num_active_blocks": 1},
+            ids,
+            "num_blocks=5 does not divide; choose one of 1, 2",
+        ),
+        (build("llama"), {"layers_to_transform": (7,)}, ids, "7"),
+        (build("t5"), {}, inputs("t5"), "position_bias"),
+        (deberta, {}, ids, "attention interface"),
+    ]
+    for model, values, data, words in cases:
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=words):
+            sparsify(model, SptConfig(**{"num_blocks": 4, "num_active_blocks": 2} | values), calibration_data=data)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert sparsification(model) is None
+    with pytest.raises(TypeError, match="before get_peft_model"):
+        sparsify(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), SptConfig(), ids)  # type: ignore
+    with pytest.raises(ValueError, match="sparse already"):
+        sparsify(made_sparse("llama"), SptConfig(), ids)
+    with pytest.raises(ValueError, match="not sparse"):
+        desparsify(build("llama"))
+
+
+def test_a_model_with_nans_is_named() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.k_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn are NaN"):
+        sparsify(model, SptConfig(ffn=False), inputs("llama")["input_ids"])
