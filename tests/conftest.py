@@ -34,3 +34,11 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_backbone
 
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer."""
+    from tests.tiny import save_tiny_language_model
+
+    return save_tiny_language_model(tmp_path_factory.mktemp("language_model"))

@@ -61,6 +61,21 @@ def save_tiny_backbone(
     return folder
 
 
+def save_tiny_language_model(folder: Path, **config: Any) -> Path:
+    """Save a two-layer Llama with grouped heads and the word tokenizer; [SEP] ends a document."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 3, "bos_token_id": 2}
+    return save_tiny_backbone(
+        folder, build=lambda **values: hf.LlamaForCausalLM(hf.LlamaConfig(**values)), **(sizes | config)
+    )
+
+
+def topics_text(folder: Path) -> Path:
+    """The built-in sample as one plain text."""
+    path = folder / "topics.txt"
+    path.write_text("\n".join(row["text"].lower() for row in topics_rows("train")), encoding="utf-8")
+    return path
+
+
 def run_config(backbone: Path, folder: Path, **changes: Any) -> RunConfig:
     """A short training run on the built-in sample."""
     values = {"task": "topics", "output_dir": str(folder), "model": str(backbone), "max_steps": 12, "batch_size": 8}

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sparsepeft_cli import demo, evaluate, inspect, predict, reproduce, storage, train
+from sparsepeft_cli import demo, evaluate, inspect, predict, reproduce, sparsify, storage, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
-for _module in (train, evaluate, predict, inspect, storage, demo):
+for _module in (train, evaluate, predict, sparsify, inspect, storage, demo):
     app.command(_module.__name__.rpartition(".")[2], rich_help_panel="Commands")(_module.command)
 app.add_typer(reproduce.app, name="reproduce", rich_help_panel="Commands")
 

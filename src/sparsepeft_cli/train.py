@@ -7,15 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli._train_lm import train_lm
+
+_LM = "Language models (--task lm)"
+
 
 def command(
     task: Annotated[
-        str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, or custom with --train-file.")
+        str | None, typer.Option(help="Task: a GLUE task, bbc-news, topics, custom with --train-file, lm with --text.")
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for weights and results.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="spartan, pfeiffer, houlsby, lora, ia3, bitfit, head or full. [default: spartan]"),
+        typer.Option(
+            help="spartan, pfeiffer, houlsby, lora, ia3, bitfit, head or full. [default: spartan; lora for lm]"
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
     data_dir: Annotated[
@@ -27,7 +33,9 @@ def command(
     text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training data. [default: the paper's]")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training data. [default: the paper's; 1 for lm]")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     max_train_samples: Annotated[int | None, typer.Option(help="Use this many training examples.")] = None,
     few_shot: Annotated[int | None, typer.Option(help="Train on N examples, 1000 steps: the paper's protocol.")] = None,
@@ -48,6 +56,31 @@ def command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Training text: .txt, .jsonl, .csv or .tsv; may be repeated.", rich_help_panel=_LM),
+    ] = None,
+    validation_text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out text; else a tenth of --text.", rich_help_panel=_LM)
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="Tokens per example. [default: the model's, at most 512]", rich_help_panel=_LM)
+    ] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help="Batches that make a step. [default: 1]", rich_help_panel=_LM)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Less memory for more time.", rich_help_panel=_LM),
+    ] = None,
+    spt: Annotated[
+        bool | None,
+        typer.Option("--spt", help="Make attention and FFNs sparse before fine-tuning.", rich_help_panel=_LM),
+    ] = None,
+    spt_set: Annotated[
+        list[str] | None,
+        typer.Option("--spt-set", metavar="KEY=VALUE", help="A setting of SptConfig.", rich_help_panel=_LM),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in the output folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -56,15 +89,23 @@ def command(
 
     An interrupted run goes on when the same command is given again.
 
+    With `--task lm`: fine-tune a language model on plain text and measure its perplexity, dense or sparse (`--spt`).
+
     Example: `sparsepeft train --task topics --output-dir out/topics --epochs 5`
+
+    Example: `sparsepeft train --task lm --model MODEL --text mine.txt --spt --output-dir out/mine`
     """
     flags: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("set_", "config", "overwrite", "json")}
-    from sparsepeft.training import load_config, parse_settings, train
+    from sparsepeft.training import is_language_model, load_config, parse_settings, train
     from sparsepeft_cli._console import out, print_json
     from sparsepeft_cli._progress import TrainingProgress
 
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+    flags = {key: _plain(value) for key, value in flags.items()}
     flags["settings"] = parse_settings(set_ or [])
+    flags["spt_set"] = parse_settings(spt_set, "--spt-set", "num_active_blocks=6") if spt_set else None
+    if is_language_model(flags, config):
+        train_lm(flags, config, overwrite, json)
+        return
     run = load_config(flags, config)
     with TrainingProgress() as progress:
         results = train(run, callbacks=[progress.callback], overwrite=overwrite)
@@ -72,6 +113,13 @@ def command(
         print_json(results)
     else:
         out.print(_summary(results, run.output_dir), highlight=False)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, as configs have them; None for an option that was not given once."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value] or None
+    return str(value) if isinstance(value, Path) else value
 
 
 def _summary(results: dict[str, Any], folder: str) -> str:

@@ -56,7 +56,9 @@ def trained(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("evaluate",), ("predict",), ("storage",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("evaluate",), ("predict",), ("sparsify",), ("storage",), ("demo",)]
+)
 def test_help_has_an_example_and_loads_neither_torch_nor_peft(command: tuple[str, ...]) -> None:
     done = sparsepeft(*command, "--help")
     assert done.returncode == 0

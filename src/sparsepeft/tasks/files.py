@@ -90,6 +90,15 @@ def read_rows(
         raise TaskError(f"{path} has no rows; expected at least one example in it")
 
 
+def read_text(path: Path) -> str:
+    """A file of plain text, or that with .gz, as it is.
+
+    Raises:
+        TaskError: no such file, unreadable or not UTF-8.
+    """
+    return "".join(line for _, line in _lines(Path(path)))
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"

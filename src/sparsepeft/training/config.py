@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,18 +69,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise UserError(unknown_name(name, str(getattr(self, name)), choices))
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
-                raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
-        for name in ("cache_frozen_layers", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r} was given, but {name} must be true or false.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"seed={self.seed!r} was given, but the seed must be a whole number of at least 0.")
+        check_values(self, named, _POSITIVE)
         if self.save_dtype is not None:
             try:
                 self.save_dtype = dtype_name("save_dtype", self.save_dtype)
@@ -89,13 +79,39 @@ class RunConfig:
 
     def recipe_values(self) -> Recipe:
         """The recipe for this method and task with this config's own values put in."""
-        recipe = get_recipe(self.recipe, self.method).with_settings(self.settings)
-        own = {name: getattr(self, name) for name in ("learning_rate", "batch_size") if getattr(self, name) is not None}
-        return dataclasses.replace(recipe, **own)
+        return recipe_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return dataclasses.asdict(self)
+
+
+def check_values(config: Any, choices: Mapping[str, Iterable[str]], positive: Iterable[str]) -> None:
+    """Refuse a config whose named fields are not among their choices, not positive, no flags, or no seed.
+
+    Raises:
+        UserError: naming the field and its value.
+    """
+    for name, valid in choices.items():
+        if getattr(config, name) not in valid:
+            raise UserError(unknown_name(name, str(getattr(config, name)), valid))
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+            raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise UserError(f"{field.name}={value!r} was given, but {field.name} must be true or false.")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise UserError(f"seed={config.seed!r} was given, but the seed must be a whole number of at least 0.")
+
+
+def recipe_of(config: Any) -> Recipe:
+    """The recipe that a config names, with the config's own values put in."""
+    recipe = get_recipe(config.recipe, config.method).with_settings(config.settings)
+    own = {key: getattr(config, key) for key in ("learning_rate", "batch_size") if getattr(config, key) is not None}
+    return dataclasses.replace(recipe, **own)
 
 
 def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
@@ -104,14 +120,7 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     Raises:
         UserError: the file cannot be read, has unknown keys, or task or output folder are missing.
     """
-    values = _read(file) if file is not None else {}
-    valid = {f.name for f in dataclasses.fields(RunConfig)}
-    for key in values:
-        if key not in valid:
-            raise UserError(f"{file}: " + unknown_name("config key", str(key), valid))
-    given = {key: value for key, value in flags.items() if value is not None}
-    settings = {**(values.get("settings") or {}), **(given.pop("settings", None) or {})}
-    values = {**values, **given, "settings": settings}
+    values = merge_config(flags, file, RunConfig)
     if values.get("train_file") and not values.get("task"):
         values["task"] = "custom"
     for key, flag in (("task", "--task"), ("output_dir", "--output-dir")):
@@ -120,14 +129,32 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     return RunConfig(**values)
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) -> dict[str, Any]:
+    """Values for a config class from flags (None means not given) over a file; mappings in both are joined.
+
+    Raises:
+        UserError: the file cannot be read or has unknown keys.
+    """
+    values = {key: value for key, value in read_config(file).items() if value is not None}
+    valid = {f.name for f in dataclasses.fields(config_class)}
+    for key in values:
+        if key not in valid:
+            raise UserError(f"{file}: " + unknown_name("config key", str(key), valid))
+    given = {key: value for key, value in flags.items() if value is not None}
+    for key, value in given.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = {**values[key], **value} if both else value
+    return values
+
+
+def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_k=4") -> dict[str, Any]:
     """``["top_k=4", "temperature=1.6"]`` -> ``{"top_k": 4, "temperature": 1.6}``; values are read as YAML."""
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key.strip():
             raise UserError(
-                f"--set {pair!r} was given, but settings have the form key=value, for example --set top_k=4."
+                f"{option} {pair!r} was given, but settings have the form key=value, for example {option} {example}."
             )
         parsed = yaml.safe_load(value)
         with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
@@ -136,7 +163,14 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_config(file: Path | None) -> dict[str, Any]:
+    """The content of a YAML or JSON config file; empty without one.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    if file is None:
+        return {}
     if not file.is_file():
         raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file to --config.")
     try:

@@ -16,7 +16,9 @@ from sparsepeft.tasks import TaskSpec
 _NO_LIMIT = 1_000_000
 
 
-def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, wanted: int | None) -> int:
+def longest_input(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, wanted: int | None, name: str = "max_length"
+) -> int:
     """How many tokens an input may have: ``wanted``, or what the model takes, at most 512.
 
     Raises:
@@ -25,7 +27,7 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     limits = [n for n in (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)) if n]
     limit = min([n for n in limits if n < _NO_LIMIT], default=_NO_LIMIT)
     if wanted is not None and wanted > limit:
-        raise UserError(f"max_length={wanted} was given, but this model takes at most {limit} tokens; pass less.")
+        raise UserError(f"{name}={wanted} was given, but this model takes at most {limit} tokens; pass less.")
     return wanted or min(limit, 512)
 
 

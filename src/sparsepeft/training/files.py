@@ -84,6 +84,34 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content
 
 
+def prepare_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """See that a run may start, or go on, in ``folder``; with ``overwrite`` throw away what is there.
+
+    Raises:
+        UserError: the folder holds a finished run, an unfinished one of another config, or is a file.
+    """
+    if folder.is_file():
+        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+    if not (folder / RUN).exists():
+        return
+    if overwrite:
+        for name in (RESULTS, RUN):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return
+    if (folder / RESULTS).exists():
+        raise UserError(
+            f"{folder} already holds a finished run; pass another --output-dir, or --overwrite to replace that run."
+        )
+    before, now = read_run(folder)["config"], json.loads(json.dumps(config))  # tuples are lists, as in the file
+    differing = sorted(key for key in now if key != "output_dir" and before.get(key) != now[key])
+    if differing:
+        raise UserError(
+            f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to "
+            "resume it, pass another --output-dir, or --overwrite to start anew."
+        )
+
+
 def spec_of(run: dict[str, Any]) -> TaskSpec:
     """The task a run was trained on, from its ``run.json``."""
     values = dict(run["task"])

@@ -17,6 +17,8 @@ from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import read_run, spec_of
+from sparsepeft.training.language_model import evaluate_language_model
+from sparsepeft.training.lm_config import LM
 from sparsepeft.training.methods import load_tokenizer, load_trained
 from sparsepeft.training.run import load_data
 
@@ -53,6 +55,11 @@ class Predictor:
     def __init__(self, folder: str | Path, model: str | None = None, batch_size: int = 32) -> None:
         self.folder = Path(folder)
         run = read_run(self.folder)
+        if run["task"] == LM:
+            raise UserError(
+                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft evaluate` "
+                "gives its perplexity."
+            )
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])
         model_id = resolve_model(model or self.config.model)
@@ -106,7 +113,12 @@ class Predictor:
 
 
 def evaluate(folder: str | Path, data_dir: str | None = None, model: str | None = None) -> dict[str, dict[str, float]]:
-    """Metrics of a run's model on every labelled part that is not trained on, by name of the part."""
+    """Metrics of a run's model on every labelled part that is not trained on, by name of the part.
+
+    For a language model that is the perplexity on its validation text.
+    """
+    if read_run(Path(folder))["task"] == LM:
+        return evaluate_language_model(folder, model)
     predictor = Predictor(folder, model)
     if data_dir is not None:
         predictor.config.data_dir = data_dir

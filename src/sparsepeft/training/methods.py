@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sparsepeft.tasks import TaskSpec
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import count_head_parameters, find_head
+from sparsepeft.tuners._identity import backbone_parameters
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 Model = PreTrainedModel | PeftModel
@@ -49,13 +52,16 @@ _RESERVED = {
 }
 
 
-def adapter_config(method: str, settings: dict[str, Any], spec: TaskSpec | None = None) -> PeftConfig | None:
+def adapter_config(
+    method: str, settings: dict[str, Any], spec: TaskSpec | None = None, task_type: TaskType = TaskType.SEQ_CLS
+) -> PeftConfig | None:
     """The method's PEFT config, or None for full fine-tuning.
 
     Args:
         method: one of :data:`sparsepeft.training.recipes.METHODS`.
         settings: keys of the config.
-        spec: the task, whose labels go into the config; None to check the settings only.
+        spec: the task, whose labels go into the config; None to check the settings only, or if there are no labels.
+        task_type: PEFT's name of the kind of model.
 
     Raises:
         UserError: an unknown key, or a value the config refuses.
@@ -76,7 +82,7 @@ def adapter_config(method: str, settings: dict[str, Any], spec: TaskSpec | None 
     if spec is not None and issubclass(config_class, TaskAdapterConfig):
         labels = {"num_labels": spec.num_labels, "problem_type": spec.problem_type, "id2label": id2label(spec)}
     try:
-        return config_class(task_type=TaskType.SEQ_CLS, **settings, **labels)
+        return config_class(task_type=task_type, **settings, **labels)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 
@@ -104,7 +110,7 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
     except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("model", model, error)) from error
+        raise UserError(not_loaded("model", model, error)) from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -112,7 +118,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(_not_loaded("tokenizer of the model", model, error)) from error
+        raise UserError(not_loaded("tokenizer of the model", model, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -143,8 +149,15 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model
     """
     if method == "full":
         return load_backbone(str(folder), spec).eval()
-    try:
+    with loading_adapter(folder):
         return PeftModel.from_pretrained(load_backbone(model, spec), str(folder)).eval()
+
+
+@contextmanager
+def loading_adapter(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while an adapter is loaded into a ``UserError`` that names its folder."""
+    try:
+        yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -158,7 +171,15 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return {"trained": trained, "head": head, "adapter": trained - head}
 
 
-def _not_loaded(what: str, model: str, error: Exception) -> str:
+def backbone_bytes(model: Model) -> int:
+    """Bytes of the backbone's weights as they are in memory: what a full copy of the model takes."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = {id(parameter): parameter for _, parameter in backbone_parameters(bare)}  # tied ones once
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def not_loaded(what: str, model: str, error: Exception) -> str:
+    """One sentence for a model or tokenizer that transformers did not load."""
     return (
         f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub "
         "(which needs a network) or a local folder with config.json, safetensors and tokenizer files to --model."

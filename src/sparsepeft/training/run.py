@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
-from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, read_run, results_of, write_weights
-from sparsepeft.training.methods import Model, adapter_config, build_model, count_parameters, load_tokenizer
+from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, prepare_folder, results_of, write_weights
+from sparsepeft.training.methods import adapter_config, backbone_bytes, build_model, count_parameters, load_tokenizer
 from sparsepeft.training.recipes import Recipe
-from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
-from sparsepeft.tuners._identity import backbone_parameters
+from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     folder = Path(config.output_dir)
     recipe = config.recipe_values()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
-    _prepare_folder(folder, config, overwrite)
+    prepare_folder(folder, config.to_dict(), overwrite)
     model_id = resolve_model(config.model)
     data = load_data(config)
     tokenizer = load_tokenizer(model_id)
@@ -103,7 +100,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     trainer.remove_callback(PrinterCallback)
     parameters = count_parameters(model)
     with cache.attached() if cache else nullcontext():
-        trainer.train(resume_from_checkpoint=_resumable(folder))
+        trainer.train(resume_from_checkpoint=resumable(folder / CHECKPOINTS))
     seconds = time.perf_counter() - start
 
     metrics = {}
@@ -117,7 +114,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         metrics,
         parameters=parameters,
         saved_bytes=saved,
-        model_bytes=_backbone_bytes(model),
+        model_bytes=backbone_bytes(model),
         model=describe_backbone(model_id),
         num_train=len(prepared.train),
         num_cut=prepared.num_cut,
@@ -186,37 +183,6 @@ def prepare_data(
     return PreparedData(encoded["train"], None if config.few_shot else encoded["selection"], reported, num_cut)
 
 
-def _prepare_folder(folder: Path, config: RunConfig, overwrite: bool) -> None:
-    if folder.is_file():
-        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
-    if not (folder / RUN).exists():
-        return
-    if overwrite:
-        for name in (RESULTS, RUN):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return
-    if (folder / RESULTS).exists():
-        raise UserError(
-            f"{folder} already holds a finished run; pass another --output-dir, or --overwrite to replace that run."
-        )
-    before, now = read_run(folder)["config"], config.to_dict()
-    differing = sorted(key for key in now if key != "output_dir" and before.get(key) != now[key])
-    if differing:
-        raise UserError(
-            f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to "
-            "resume it, pass another --output-dir, or --overwrite to start anew."
-        )
-
-
-def _resumable(folder: Path) -> str | None:
-    checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None:
-        return None
-    logger.warning("Resuming from %s.", checkpoint.name)
-    return str(checkpoint)
-
-
 def _arguments(
     config: RunConfig, recipe: Recipe, task_epochs: int, prepared: PreparedData, folder: Path
 ) -> TrainingArguments:
@@ -226,37 +192,24 @@ def _arguments(
     total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
     every = max(1, -(-total // _NUM_EVALUATIONS))
     selecting = prepared.selection is not None
-    return TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+    return training_arguments(
+        folder / CHECKPOINTS,
+        recipe,
+        total_steps=total,
+        save_steps=every,
+        seed=config.seed,
+        precision=config.precision,
         num_train_epochs=float(epochs),
         max_steps=max_steps,
-        learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=32,
-        warmup_steps=int(recipe.warmup_ratio * total),
-        lr_scheduler_type=recipe.lr_scheduler_type,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
         train_sampling_strategy="group_by_length",
-        seed=config.seed,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
         eval_strategy="steps" if selecting else "no",
         eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
         load_best_model_at_end=selecting,
         metric_for_best_model="score" if selecting else None,
         greater_is_better=True if selecting else None,
-        logging_steps=max(1, min(every, 50)),
-        logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
         torch_compile=config.compile,
         remove_unused_columns=False,  # the collator takes what it knows
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -268,8 +221,3 @@ def _metrics(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
 def _logits(predictions: Any) -> np.ndarray:
     """The logits, which some models return with other things."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
-
-
-def _backbone_bytes(model: Model) -> int:
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    return sum(parameter.numel() * parameter.element_size() for _, parameter in backbone_parameters(bare))

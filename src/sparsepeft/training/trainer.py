@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsepeft.errors import Diverged, RunFailed
 from sparsepeft.training.caching import STATES, FrozenLayerCache
+from sparsepeft.training.recipes import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class SafeTrainer(Trainer):
@@ -74,6 +78,53 @@ def last_checkpoint(folder: Path) -> Path | None:
         if (path / "trainer_state.json").is_file() and _has_weights(path):
             return path
     return None
+
+
+def resumable(folder: Path) -> str | None:
+    """The newest complete checkpoint in ``folder``, for a trainer to go on from; None if there is none."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    logger.warning("Resuming from %s.", checkpoint.name)
+    return str(checkpoint)
+
+
+def training_arguments(
+    folder: Path, recipe: Recipe, *, total_steps: int, save_steps: int, seed: int, precision: str, **own: Any
+) -> TrainingArguments:
+    """What all runs have in common.
+
+    Args:
+        folder: of the checkpoints.
+        recipe: hyperparameters.
+        total_steps: of the run, for the warm-up.
+        save_steps: between two checkpoints.
+        seed: of order and dropout.
+        precision: fp32, bf16 or fp16.
+        **own: further arguments of ``transformers.TrainingArguments``.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=recipe.learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        warmup_steps=int(recipe.warmup_ratio * total_steps),
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=1,
+        logging_steps=max(1, min(save_steps, 50)),
+        logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **own,
+    )
 
 
 def _has_weights(folder: Path) -> bool:

@@ -1,0 +1,210 @@
+"""Fine-tuning a language model, dense or sparse, from a config to weights and perplexity in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import TaskType
+from transformers import AutoConfig, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.provenance import environment, write_json
+from sparsepeft.spt import Sparsification
+from sparsepeft.training.encoding import longest_input
+from sparsepeft.training.files import (
+    CHECKPOINTS,
+    RESULTS,
+    RESULTS_VERSION,
+    RUN,
+    prepare_folder,
+    read_run,
+    write_weights,
+)
+from sparsepeft.training.lm_config import LM, LanguageModelConfig
+from sparsepeft.training.lm_data import Corpus, fingerprints, load_corpus
+from sparsepeft.training.lm_model import (
+    add_adapter,
+    count_trained,
+    load_language_model,
+    load_trained_language_model,
+    make_sparse,
+    perplexity,
+    to_accelerator,
+)
+from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer
+from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
+
+_NUM_CHECKPOINTS = 10
+_EPOCHS = 1
+
+
+def train_language_model(
+    config: LanguageModelConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False
+) -> dict[str, Any]:
+    """Make the model sparse if that is asked for, fine-tune it, measure its perplexity, save.
+
+    Documents are joined with the end-of-text token and cut into blocks, each a row of its own. Perplexity on the
+    validation blocks is measured before and after; before also of the dense model, so that what the conversion alone
+    does can be seen. The output folder then holds the weights (for adapters: adapter, routers and codebooks only),
+    ``run.json`` and ``results.json``, which is written last. An interrupted run goes on when it is started again with
+    the same config.
+
+    Args:
+        config: what to do.
+        callbacks: shown the loss as it comes.
+        overwrite: throw away a run that is already in the output folder.
+
+    Returns:
+        The results, as in ``results.json``.
+
+    Raises:
+        UserError: something given cannot be used.
+        RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
+    """
+    folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
+    adapter_config(config.method, recipe.adapter, task_type=TaskType.CAUSAL_LM)  # wrong settings are found first
+    prepare_folder(folder, config.to_dict(), overwrite)
+    model_id = resolve_model(config.model)
+    corpus, tokenizer, block_length = _corpus(config, model_id)
+    backbone, _ = load_language_model(model_id)
+    to_accelerator(backbone)
+
+    def measure(model: torch.nn.Module) -> dict[str, float]:
+        return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
+
+    before = {"dense": measure(backbone)}
+    done = None
+    if spt is not None:
+        done = make_sparse(backbone, spt, corpus.train)
+        before["sparse"] = measure(backbone)
+    set_seed(config.seed)
+    model = add_adapter(backbone, config.method, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": LM})
+
+    start = time.perf_counter()
+    steps = _train(model, config, recipe, corpus, [*callbacks, *_refresh(done)])
+    seconds = time.perf_counter() - start
+    metrics = {"validation": measure(model)}
+    results = {
+        "format_version": RESULTS_VERSION,
+        "task": LM,
+        "method": config.method,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "score": metrics["validation"]["perplexity"],
+        "score_split": "validation",
+        "main_metric": "perplexity",
+        "metrics": metrics,
+        "before": before,
+        "spt": None if done is None else describe(done),
+        "parameters": count_trained(model),
+        "saved_bytes": write_weights(folder, model, tokenizer, None),
+        "model_bytes": backbone_bytes(model),
+        "model": describe_backbone(model_id),
+        "block_length": block_length,
+        "num_train_tokens": corpus.train.numel(),
+        "num_validation_tokens": corpus.validation.numel(),
+        "train_seconds": round(seconds, 1),
+        "steps": steps,
+        "environment": environment(),
+        "notes": list(corpus.notes),
+        "data_fingerprints": fingerprints([*config.text, *config.validation_text]),
+        "config": {
+            key: value
+            for key, value in config.to_dict().items()
+            if key not in ("output_dir", "model", "text", "validation_text")
+        },
+    }
+    write_json(folder / RESULTS, results)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return results
+
+
+def evaluate_language_model(folder: str | Path, model: str | None = None) -> dict[str, dict[str, float]]:
+    """Perplexity of a run's model on its validation text, by name of the part.
+
+    Args:
+        folder: the output folder of ``sparsepeft train --task lm``.
+        model: the backbone, if it has moved since.
+
+    Raises:
+        UserError: the folder holds no finished training, files are damaged or missing, or the backbone is another.
+    """
+    folder = Path(folder)
+    config = LanguageModelConfig(**read_run(folder)["config"])
+    trained = load_trained_language_model(folder, config, model)
+    to_accelerator(trained)
+    home = str(folder) if config.method == "full" else resolve_model(model or config.model)
+    corpus, _, _ = _corpus(config, home)
+    batch_size = config.recipe_values().batch_size
+    return {"validation": perplexity(trained, corpus.validation, batch_size, config.precision)}
+
+
+def describe(done: Sparsification) -> dict[str, Any]:
+    """A conversion's settings and report, for a result file."""
+    return {"config": dataclasses.asdict(done.config), "report": done.report.to_dict()}
+
+
+def _corpus(config: LanguageModelConfig, model_id: str) -> tuple[Corpus, Any, int]:
+    """Blocks of text, the tokenizer, and the blocks' length."""
+    tokenizer = load_tokenizer(model_id)
+    length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), config.block_length, "block_length")
+    return load_corpus(config.text, config.validation_text, tokenizer, length, config.text_column), tokenizer, length
+
+
+def _train(
+    model: Model, config: LanguageModelConfig, recipe: Recipe, corpus: Corpus, callbacks: list[TrainerCallback]
+) -> int:
+    """Fine-tune in place; the number of steps."""
+    folder = Path(config.output_dir) / CHECKPOINTS
+    trainer = SafeTrainer(
+        model=model,
+        args=_arguments(config, recipe, len(corpus.train), folder),
+        train_dataset=[{"input_ids": block, "labels": block} for block in corpus.train],
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resumable(folder))
+    return int(trainer.state.global_step)
+
+
+def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, folder: Path) -> TrainingArguments:
+    epochs = config.epochs or recipe.epochs or _EPOCHS
+    steps_per_epoch = -(-num_blocks // (recipe.batch_size * config.gradient_accumulation))
+    total = config.max_steps or max(1, int(steps_per_epoch * epochs))
+    return training_arguments(
+        folder,
+        recipe,
+        total_steps=total,
+        save_steps=max(1, -(-total // _NUM_CHECKPOINTS)),
+        seed=config.seed,
+        precision=config.precision,
+        num_train_epochs=float(epochs),
+        max_steps=config.max_steps or -1,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+    )
+
+
+def _refresh(done: Sparsification | None) -> list[TrainerCallback]:
+    """What tells a sparse model's codebooks where a resumed training stands."""
+    if done is None or done.refresh is None:
+        return []
+    refresh = done.refresh
+
+    class _Resume(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step:
+                refresh.resume(state.global_step)
+
+    return [_Resume()]

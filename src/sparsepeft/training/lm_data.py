@@ -1,0 +1,143 @@
+"""Text for a language model: documents from files, cut into blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsepeft.errors import UserError
+from sparsepeft.tasks.files import read_rows, read_text, sha256
+
+_HELD_OUT = 0.1
+_SPLIT_SEED = 42  # the held-out text is the same in every run
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Blocks of tokens.
+
+    Attributes:
+        train: (N, T) int64.
+        validation: (M, T) int64.
+        notes: what a reader of the results should know.
+    """
+
+    train: Tensor
+    validation: Tensor
+    notes: tuple[str, ...]
+
+
+def load_corpus(
+    text: Sequence[str],
+    validation_text: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    text_column: str = "text",
+) -> Corpus:
+    """Read, split and cut text.
+
+    Without ``validation_text`` a tenth is held out: whole documents, drawn by a fixed seed, where there are at least
+    ten; else the last tenth of each.
+
+    Raises:
+        UserError: a file cannot be read, has no text, or there is less than a block of training or validation text.
+    """
+    notes: tuple[str, ...] = ()
+    training = read_documents(text, text_column)
+    if validation_text:
+        validation = read_documents(validation_text, text_column)
+    else:
+        training, validation, note = _hold_out(training)
+        notes = (note,)
+    parts = {"training text": training, "validation text": validation}
+    train, held_out = (cut(join(part, tokenizer), block_length, name) for name, part in parts.items())
+    return Corpus(train, held_out, notes)
+
+
+def read_documents(files: Sequence[str], text_column: str = "text") -> list[str]:
+    """The documents in some files: a .txt file is one, each row of a .jsonl, .csv or .tsv file is one.
+
+    Raises:
+        UserError: a file is missing, damaged, lacks the column, or has no text.
+    """
+    documents = []
+    for name in files:
+        path = Path(name)
+        found = [read_text(path)] if path.name.removesuffix(".gz").endswith(".txt") else _rows(path, text_column)
+        found = [document for document in found if document.strip()]
+        if not found:
+            raise UserError(f"{path} has no text in it; pass a file with text.")
+        documents += found
+    return documents
+
+
+def join(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The tokens of all documents, (N,), an end-of-text token after each.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise UserError(
+            "The model's tokenizer has no end-of-text token to put between documents; set its eos_token and save it "
+            "with the model."
+        )
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
+
+
+def cut(tokens: Tensor, block_length: int, name: str) -> Tensor:
+    """(N,) -> (N // T, T); what is left over at the end fills no block.
+
+    Raises:
+        UserError: there is less than one block.
+    """
+    count = len(tokens) // block_length
+    if count == 0:
+        raise UserError(
+            f"The {name} has {len(tokens)} tokens, less than one block of {block_length}; give more text, or a smaller "
+            "block length."
+        )
+    return tokens[: count * block_length].view(count, block_length)
+
+
+def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
+    """At most ``count`` blocks from the whole length of a text."""
+    return blocks if len(blocks) <= count else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+
+
+def fingerprints(files: Sequence[str]) -> dict[str, Any]:
+    """SHA-256 of each file, by its name without folder."""
+    return {Path(name).name: sha256(Path(name)) for name in files}
+
+
+def _rows(path: Path, column: str) -> list[str]:
+    texts = []
+    for row in read_rows(path, required=(column,)):
+        text = row.values[column]
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{row.line}: {column!r} is no text but {text!r}; correct the row.")
+        texts.append(text)
+    return texts
+
+
+def _hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:
+    """Training and validation documents, and how they were split."""
+    count = round(_HELD_OUT * len(documents))
+    if len(documents) >= 1 / _HELD_OUT:
+        order = np.random.default_rng(_SPLIT_SEED).permutation(len(documents)).tolist()
+        held_out = set(order[:count])
+        rest = [document for index, document in enumerate(documents) if index not in held_out]
+        return rest, [documents[index] for index in sorted(held_out)], f"{count} documents were held out for validation"
+    ends = [len(document) - round(_HELD_OUT * len(document)) for document in documents]
+    training = [document[:end] for document, end in zip(documents, ends, strict=True)]
+    validation = [document[end:] for document, end in zip(documents, ends, strict=True)]
+    return training, validation, "the last tenth of the text was held out for validation"

@@ -1,0 +1,96 @@
+"""``sparsepeft sparsify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hub id or local folder of a causal or masked language model.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for what the conversion adds, and the report.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Typical text for calibration: .txt, .jsonl, .csv or .tsv; may be repeated."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the text, in files with rows.")] = "text",
+    block_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of SptConfig.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a conversion that is already in the output folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Make a language model's attention and FFNs sparse; report what that changes before any fine-tuning.
+
+    Saves routers, codebooks and settings, not the model's weights; `sparsepeft.spt.load_sparse` puts them together.
+
+    Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=6`
+    """
+    from sparsepeft.training import parse_settings, sparsify_language_model
+    from sparsepeft_cli._console import err, out, print_json
+
+    settings = parse_settings(set_ or [], example="num_active_blocks=6")
+    with err.status("converting"):
+        results = sparsify_language_model(
+            model,
+            output_dir,
+            [str(path) for path in text or ()],
+            text_column=text_column,
+            settings=settings,
+            block_length=block_length,
+            overwrite=overwrite,
+        )
+    if json:
+        print_json(results)
+        return
+    for part in report_parts(results["config"], results["report"], results["model"]):
+        out.print(part, highlight=False)
+    perplexity = results["perplexity"]
+    if perplexity["dense"] is not None:
+        out.print(
+            f"perplexity {perplexity['dense']:.2f} dense, {perplexity['sparse']:.2f} sparse, "
+            f"on {results['num_scored_tokens']:,} other tokens of the text",
+            highlight=False,
+        )
+    out.print(f"next: load_sparse(model, '{output_dir}') in Python", highlight=False, soft_wrap=True)
+
+
+def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
+    """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
+    from sparsepeft_cli._console import table
+
+    columns = {
+        "recall": report["recall"],
+        "attention error": report["attention_error"],
+        "FFN error": report["feed_forward_error"],
+    }
+    shown = {name: values for name, values in columns.items() if values}
+    layers: dict[str, dict[str, float]] = {}
+    for column, values in shown.items():
+        for name, value in values.items():
+            layers.setdefault(_layer(name), {})[column] = value
+    rows = [
+        [layer, *(f"{found[column]:.3f}" if column in found else "" for column in shown)]
+        for layer, found in layers.items()
+    ]
+    parts: list[Any] = [table(title, ["layer", *shown], rows)] if rows else []
+    lines = []
+    if config["attention"]:
+        lines.append(f"attention: {config['top_l']} keys for each query, by {config['granularity']}")
+    if config["ffn"]:
+        lines.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
+        if report["feed_forward_operations"] is not None:
+            lines[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+    return parts + lines
+
+
+def _layer(name: str) -> str:
+    """A layer's name from that of a part of it: up to its number."""
+    words = name.split(".")
+    numbers = [index for index, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[-1] + 1]) if numbers else name

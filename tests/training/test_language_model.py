@@ -1,0 +1,323 @@
+"""Fine-tuning language models: text to blocks, what a run leaves, how it resumes, perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import Interrupt, save_tiny_language_model, topics_rows, topics_text, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from sparsepeft.errors import UserError
+from sparsepeft.spt import load_sparse, sparsification
+from sparsepeft.training import LanguageModelConfig, Predictor, evaluate, sparsify_language_model, train_language_model
+from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.training.lm_data import evenly_spaced, join, load_corpus, read_documents
+from sparsepeft.training.lm_model import perplexity
+from sparsepeft.training.methods import load_tokenizer
+from sparsepeft.training.trainer import last_checkpoint
+
+SPT = {"top_l": 0.25, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
+
+
+def lm_config(language_model: Path, folder: Path, **changes: Any) -> LanguageModelConfig:
+    """A short run on the built-in sample's text, written beside the folder."""
+    values: dict[str, Any] = {
+        "text": str(topics_text(folder.parent)),
+        "output_dir": str(folder),
+        "model": str(language_model),
+        "block_length": 32,
+        "max_steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+    }
+    return LanguageModelConfig(**(values | changes))
+
+
+def test_documents_of_each_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One line.\n\nAnother.\n")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "first", "n": 1}, {"text": "  "}, {"text": "second"}])
+    (tmp_path / "c.csv").write_text('text,label\n"a, b",x\n')
+    files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv")]
+    assert read_documents(files) == ["One line.\n\nAnother.\n", "first", "second", "a, b"]
+    assert read_documents(files[2:], "label") == ["x"]
+
+
+def test_blocks_hold_all_documents_in_order(tiny_language_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_language_model))
+    documents = [row["text"].lower() for row in topics_rows("train")[:40]]
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in documents])
+    other = write_jsonl(tmp_path / "v.jsonl", [{"text": text} for text in documents[:9]])
+    corpus = load_corpus([str(file)], [str(other)], tokenizer, 16)
+    tokens = join(documents, tokenizer)
+    assert corpus.train.shape == (len(tokens) // 16, 16)
+    assert torch.equal(corpus.train.flatten(), tokens[: corpus.train.numel()])
+    assert int((tokens == tokenizer.sep_token_id).sum()) == 40
+    assert tokenizer.cls_token_id not in tokens
+    assert corpus.notes == ()
+
+
+@pytest.mark.parametrize("num_documents", [1, 40])
+def test_held_out_text_is_not_trained_on(tiny_language_model: Path, tmp_path: Path, num_documents: int) -> None:
+    tokenizer = load_tokenizer(str(tiny_language_model))
+    rows = topics_rows("train")
+    if num_documents == 1:
+        file = topics_text(tmp_path)
+    else:
+        file = write_jsonl(tmp_path / "t.jsonl", [{"text": row["text"].lower()} for row in rows[:num_documents]])
+    corpus = load_corpus([str(file)], [], tokenizer, 8)
+    assert len(corpus.notes) == 1
+    share = corpus.validation.numel() / (corpus.validation.numel() + corpus.train.numel())
+    assert 0.05 < share < 0.15
+    texts = [" ".join(map(str, part.flatten().tolist())) for part in (corpus.train, corpus.validation)]
+    end = f" {tokenizer.sep_token_id} "
+    whole = join(read_documents([str(file)]), tokenizer)
+    documents = " ".join(map(str, whole.tolist())).split(end)
+    for document in documents:  # each is in one of the two parts only
+        assert sum(document in text for text in texts) <= 1
+    assert torch.equal(load_corpus([str(file)], [], tokenizer, 8).validation, corpus.validation)
+
+
+def test_evenly_spaced_blocks() -> None:
+    blocks = torch.arange(10).view(10, 1)
+    assert evenly_spaced(blocks, 3).flatten().tolist() == [0, 4, 9]
+    assert evenly_spaced(blocks, 20).equal(blocks)
+
+
+def test_perplexity_is_that_of_all_predicted_tokens(tiny_language_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_language_model).train()
+    blocks = torch.randint(5, 60, (7, 12))
+    with torch.no_grad():
+        log_probabilities = model.eval()(input_ids=blocks).logits.log_softmax(-1)
+    found = log_probabilities[:, :-1].gather(2, blocks[:, 1:, None])
+    model.train()
+    # Batches of 3, 3 and 1: the last counts for less.
+    result = perplexity(model, blocks, batch_size=3)
+    assert result["loss"] == pytest.approx(-float(found.mean()), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert model.training
+
+
+BAD_CONFIGS = {
+    "method": ({"method": "lroa"}, ["did you mean 'lora'"]),
+    "a head": ({"method": "head"}, ["head", "lora"]),
+    "spt setting": ({"spt": {"num_active_block": 3}}, ["num_active_block", "did you mean 'num_active_blocks'"]),
+    "spt value": ({"spt": {"num_active_blocks": 9}}, ["num_active_blocks=9", "num_blocks=8"]),
+    "spt number": ({"spt": {"top_l": "many"}}, ["top_l='many'", "number", "0.125"]),
+    "spt truth": ({"spt": {"attention": 0}}, ["attention=0", "true or false"]),
+    "spt layers": ({"spt": {"layers_to_transform": 3}}, ["SPT settings"]),
+    "spt as a word": ({"spt": True}, ["mapping"]),
+    "full and sparse": ({"method": "full", "spt": {}}, ["full", "lora"]),
+    "block of one": ({"block_length": 1}, ["block_length=1", "2"]),
+    "half a block": ({"block_length": 20.5}, ["block_length=20.5", "whole number"]),
+    "no steps": ({"max_steps": 0}, ["max_steps=0", "positive"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs(case: str) -> None:
+    changes, words = BAD_CONFIGS[case]
+    with pytest.raises(UserError) as caught:
+        LanguageModelConfig(**({"text": "t.txt", "output_dir": "o", "model": "m"} | changes))
+    assert all(word in str(caught.value) for word in words)
+
+
+BAD_RUNS = {
+    "missing file": ({"text": "{tmp}/none.txt"}, ["none.txt", "does not exist"]),
+    "empty text": ({"text": "{tmp}/empty.txt"}, ["empty.txt", "no text"]),
+    "no such column": ({"text": "{tmp}/rows.jsonl", "text_column": "body"}, ["'body'", "'text'"]),
+    "no text in a row": ({"text": "{tmp}/numbers.jsonl"}, ["numbers.jsonl:1", "7"]),
+    "short text": ({"text": "{tmp}/short.txt"}, ["training text", "less than one block of 32"]),
+    "short validation": ({"validation_text": "{tmp}/short.txt"}, ["validation text", "less than one block of 32"]),
+    "long block": ({"block_length": 65}, ["block_length=65", "at most 64"]),
+    "masked model": ({"model": "{bert}"}, ["bert", "causal language model"]),
+    "no such model": ({"model": "{tmp}"}, ["config.json"]),
+    "setting of the method": ({"settings": {"rr": 3}}, ["'rr'", "lora_alpha"]),
+    "sub-vectors": ({"spt": {"subvector_dim": 3}}, ["8 channels", "subvector_dim=3"]),
+    "blocks of neurons": ({"spt": {"num_blocks": 7, "num_active_blocks": 2}}, ["64 neurons", "num_blocks=7"]),
+    "an adapter inside a routed FFN": ({"method": "ia3", "spt": SPT}, ["method=ia3", "no plain LoRA"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_runs_leave_nothing(case: str, tiny_language_model: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("the team won\n")
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "numbers.jsonl", [{"text": 7}])
+    changes, words = BAD_RUNS[case]
+    values = {
+        key: value.format(tmp=tmp_path, bert=tiny_backbone) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    with pytest.raises(UserError) as caught:
+        train_language_model(lm_config(tiny_language_model, tmp_path / "out", **values))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_without_a_known_ffn(tmp_path: Path) -> None:
+    import transformers as hf
+
+    def mamba(**values: Any) -> hf.PreTrainedModel:
+        return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=values["vocab_size"], hidden_size=16, num_hidden_layers=1))
+
+    model = save_tiny_language_model(tmp_path / "mamba")
+    from tests.tiny import save_tiny_backbone
+
+    save_tiny_backbone(model, build=mamba)
+    with pytest.raises(UserError, match="no FFN of a known form"):
+        train_language_model(lm_config(model, tmp_path / "out", spt={"attention": False}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "spt"),
+    [(method, None) for method in ("lora", "spartan", "houlsby", "ia3", "full")]
+    + [(method, SPT) for method in ("lora", "spartan", "pfeiffer")],
+)
+def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
+    method: str, spt: dict | None, tiny_language_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    results = train_language_model(lm_config(tiny_language_model, out, method=method, spt=spt))
+    assert json.loads((out / RESULTS).read_text()) == results
+    assert results["score"] == results["metrics"]["validation"]["perplexity"]
+    assert results["score"] < min(values["perplexity"] for values in results["before"].values())
+    assert list(results["before"]) == ["dense"] + ["sparse"] * (spt is not None)
+    assert not (out / CHECKPOINTS).exists()
+    # The same weights and arithmetic: the order of a sum may differ, not more.
+    assert evaluate(out)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert results["saved_bytes"] == size
+    if method != "full":
+        assert size < (tiny_language_model / "model.safetensors").stat().st_size
+    assert (results["parameters"]["routers"] > 0) == (spt is not None)
+    if spt is not None:
+        assert results["spt"]["config"]["top_l"] == 8
+        assert results["spt"]["report"]["feed_forward_operations"] == pytest.approx(0.5 + 32 * 4 / (3 * 32 * 64))
+        assert results["before"]["dense"] != results["before"]["sparse"]
+    with pytest.raises(UserError, match="no labels"):
+        Predictor(out)
+    with pytest.raises(UserError, match="finished run"):
+        train_language_model(lm_config(tiny_language_model, out, method=method, spt=spt))
+
+
+@pytest.mark.slow
+def test_parameters_are_the_closed_formula(tiny_language_model: Path, tmp_path: Path) -> None:
+    results = train_language_model(lm_config(tiny_language_model, tmp_path / "o", spt=SPT, max_steps=1))
+    lora = 2 * 8 * ((32 + 32) + (32 + 16))  # 2 layers, rank 8: queries 32 to 32, values 32 to 16
+    routers = 2 * 4 * (32 + 1)
+    assert results["parameters"] == {"trained": lora + routers, "routers": routers}
+    vocabulary = json.loads((tiny_language_model / "config.json").read_text())["vocab_size"]
+    layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert results["model_bytes"] == 4 * (2 * 32 * vocabulary + 2 * layer + 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted", [7, 10])  # codebooks are due after step 6, so they wait at its checkpoint
+def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(
+    interrupted: int, tiny_language_model: Path, tmp_path: Path
+) -> None:
+    whole = train_language_model(lm_config(tiny_language_model, tmp_path / "whole", spt=SPT))
+    config = lm_config(tiny_language_model, tmp_path / "cut", spt=SPT)
+    with pytest.raises(KeyboardInterrupt):
+        train_language_model(config, callbacks=[Interrupt(interrupted)])
+    checkpoint = last_checkpoint(tmp_path / "cut" / CHECKPOINTS)
+    assert checkpoint is not None
+    with pytest.raises(UserError, match="unfinished run with other values of seed"):
+        train_language_model(lm_config(tiny_language_model, tmp_path / "cut", spt=SPT, seed=1))
+    resumed = train_language_model(config)
+    assert resumed["metrics"]["validation"]["loss"] == pytest.approx(whole["metrics"]["validation"]["loss"], rel=1e-5)
+    for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.slow
+def test_accumulation_and_checkpointing_change_nothing(tiny_language_model: Path, tmp_path: Path) -> None:
+    changes = [
+        {"batch_size": 8},
+        {"batch_size": 8, "gradient_checkpointing": True},
+        {"batch_size": 4, "gradient_accumulation": 2},
+    ]
+    losses = [
+        train_language_model(
+            # Plain LoRA: the balance of a routed FFN is that of a batch, which accumulation makes smaller.
+            lm_config(tiny_language_model, tmp_path / str(index), max_steps=4, **change)
+        )["metrics"]["validation"]["loss"]
+        for index, change in enumerate(changes)
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bf16_sparse_with_checkpointing(tiny_language_model: Path, tmp_path: Path) -> None:
+    config = lm_config(
+        tiny_language_model, tmp_path / "o", spt=SPT, precision="bf16", gradient_checkpointing=True, max_steps=8
+    )
+    results = train_language_model(config)
+    assert results["score"] < results["before"]["sparse"]["perplexity"]
+
+
+@pytest.mark.slow
+def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    text = [str(topics_text(tmp_path))]
+    model, folder = str(tiny_language_model), tmp_path / "o"
+    results = sparsify_language_model(model, folder, text, settings=SPT, block_length=32)
+    assert json.loads((folder / "spt.json").read_text()) == results
+    assert results["config"]["top_l"] == 8
+    assert results["calibration"] == [8, 32]
+    sparse = load_sparse(AutoModelForCausalLM.from_pretrained(model).eval(), folder)
+    assert sparsification(sparse).config.top_l == 8  # type: ignore[union-attr]
+    tokenizer = load_tokenizer(model)
+    tokens = join(read_documents(text), tokenizer)
+    rest = tokens[: len(tokens) // 32 * 32].view(-1, 32)[8:]
+    found = perplexity(sparse, evenly_spaced(rest, 64), 4)["perplexity"]
+    assert found == pytest.approx(results["perplexity"]["sparse"], rel=1e-5)
+    assert found != pytest.approx(results["perplexity"]["dense"], rel=1e-5)
+
+    with pytest.raises(UserError, match="--overwrite"):
+        sparsify_language_model(model, folder, text, settings=SPT, block_length=32)
+    with pytest.raises(UserError, match="--text"):
+        sparsify_language_model(model, tmp_path / "p")
+    masked = sparsify_language_model(str(tiny_backbone), tmp_path / "p", text, settings=SPT, block_length=32)
+    assert masked["perplexity"] == {"dense": None, "sparse": None}
+    assert len(masked["report"]["recall"]) == 2
+    without = sparsify_language_model(model, tmp_path / "q", settings={"attention": False})
+    assert without["calibration"] is None
+    assert without["report"]["recall"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spt", [None, {"granularity": "token"}])
+def test_a_real_model_learns_a_real_text(data_dir: Path, tmp_path: Path, spt: dict | None) -> None:
+    model = Path(os.environ["SPARSEPEFT_DATA"]).parent / "models" / "wikitext2-llama"
+    if not model.is_dir():
+        pytest.skip(f"no language model found in {model.parent}: put the folder wikitext2-llama there")
+    from sparsepeft.tasks.files import read_rows
+
+    texts = [row.values["text"] for row in read_rows(data_dir / "bbc-news" / "all.tsv.gz")][:120]
+    write_jsonl(tmp_path / "bbc.jsonl", [{"text": text} for text in texts])
+    config = LanguageModelConfig(
+        text=str(tmp_path / "bbc.jsonl"),
+        output_dir=str(tmp_path / "o"),
+        model=str(model),
+        block_length=128,
+        max_steps=12,
+        batch_size=4,
+        learning_rate=3e-3,
+        spt=spt,
+    )
+    results = train_language_model(config)
+    start = results["before"]["dense" if spt is None else "sparse"]["perplexity"]
+    assert results["score"] < 0.8 * start  # 0.57 dense and 0.59 sparse when this was written
+    assert 500 < results["before"]["dense"]["perplexity"] < 2000  # 1,026 on other texts of the same set, longer blocks
+    assert (tmp_path / "o" / RUN).is_file()
