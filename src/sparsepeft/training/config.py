@@ -99,10 +99,10 @@ def check_values(config: Any, choices: Mapping[str, Iterable[str]], positive: It
         value = getattr(config, name)
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
             raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(field.default, bool) and not isinstance(value, bool):
-            raise UserError(f"{field.name}={value!r} was given, but {field.name} must be true or false.")
+    for flag in dataclasses.fields(config):
+        value = getattr(config, flag.name)
+        if isinstance(flag.default, bool) and not isinstance(value, bool):
+            raise UserError(f"{flag.name}={value!r} was given, but {flag.name} must be true or false.")
     if not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed={config.seed!r} was given, but the seed must be a whole number of at least 0.")
 
