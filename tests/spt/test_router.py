@@ -7,7 +7,7 @@ import torch
 from tests.spt.models import build, inputs
 
 from sparsepeft.spt import SptConfig, sparsification, sparsify
-from sparsepeft.spt.router import activity, start_from_outputs, start_from_weights
+from sparsepeft.spt.router import activity, inner_states, start_from_outputs, start_from_weights
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
 
 NAMES = ["llama", "gpt2", "opt", "bert", "t5-gated"]
@@ -34,7 +34,7 @@ def test_the_regression_predicts_how_much_blocks_add(name: str) -> None:
     hidden, size = feed_forward.sizes
     x = torch.randn(400, hidden, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
-    start = start_from_outputs(feed_forward, order, 4, x[:300])
+    start = start_from_outputs(feed_forward, order, 4, x[:300], inner_states(feed_forward, x[:300]))
     added = torch.stack([dense(feed_forward, x, block).norm(dim=1) for block in order.chunk(4)], dim=1).log()
     predicted = x @ start.weight.T + start.bias
     torch.testing.assert_close(predicted[:300].mean(0), added[:300].mean(0), rtol=1e-3, atol=1e-3)
@@ -54,7 +54,7 @@ def test_neurons_that_fire_alike_are_alike(name: str) -> None:
                 weight[1] = weight[0]
                 if module.bias is not None:
                     module.bias[1] = module.bias[0]
-    features = activity(feed_forward, torch.randn(50, hidden), seed=0)
+    features = activity(feed_forward, inner_states(feed_forward, torch.randn(50, hidden)), seed=0)
     assert features.shape == (size, 50)
     alike = torch.nn.functional.cosine_similarity(features[:1], features[1:])
     assert alike[0] == pytest.approx(1.0, abs=1e-4)

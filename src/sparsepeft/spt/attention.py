@@ -85,17 +85,24 @@ class SparseAttention(nn.Module):
             key,
             value,
             codebooks.codebooks,
-            top_l=int(self.config.top_l),
-            causal=mask.causal,
-            key_mask=mask.key_mask,
-            query_positions=mask.query_positions,
-            window=mask.window,
             scale=scale,
-            keep_self=self.config.keep_self,
-            keep_first=self.config.keep_first,
-            granularity=self.config.granularity,
-            block_size=self.config.block_size,
+            **self.selection(mask),
         )
+
+    def selection(self, mask: SparseMask) -> dict[str, Any]:
+        """Which keys a query may see and which it keeps, as the op's arguments."""
+        config = self.config
+        return {
+            "top_l": int(config.top_l),
+            "causal": mask.causal,
+            "key_mask": mask.key_mask,
+            "query_positions": mask.query_positions,
+            "window": mask.window,
+            "keep_self": config.keep_self,
+            "keep_first": config.keep_first,
+            "granularity": config.granularity,
+            "block_size": config.block_size,
+        }
 
 
 def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:

@@ -31,7 +31,8 @@ class SptConfig:
         keep_first: the first position is always kept.
         num_blocks: G, blocks that an FFN's inner dimension is cut into.
         num_active_blocks: G', blocks that a token uses.
-        block_assignment: ``"clustered"`` puts neurons with alike weights into a block, ``"contiguous"`` neighbours.
+        block_assignment: ``"clustered"`` puts neurons into a block that add to the output at the same time (without
+            calibration data: of like weights), ``"contiguous"`` neighbours.
         load_balancing_coef: weight of the loss that keeps all blocks in use.
         layers_to_transform: indices of the layers; all if None.
         seed: of the clusterings.

@@ -18,7 +18,7 @@ from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.refresh import CodebookRefresh
 from sparsepeft.spt.report import SptReport, report_attention, report_feed_forwards, watching
-from sparsepeft.spt.router import Start, activity, deciding_weight, start_from_outputs, start_from_weights
+from sparsepeft.spt.router import Start, activity, deciding_weight, inner_states, start_from_outputs, start_from_weights
 from sparsepeft.spt.state import Settings, SptState
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
 from sparsepeft.tuners._context import ForwardContext
@@ -228,14 +228,15 @@ def _start(
     """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
     inner, num_blocks = feed_forward.sizes[1], config.num_blocks
     inputs = None if batch is None else _inputs(feed_forward, batch, seen)
+    states = None if inputs is None else inner_states(feed_forward, inputs)
     if config.block_assignment == "contiguous":
         order = torch.arange(inner, device=deciding_weight(feed_forward).device)
     else:
-        features = deciding_weight(feed_forward) if inputs is None else activity(feed_forward, inputs, config.seed)
+        features = deciding_weight(feed_forward) if states is None else activity(feed_forward, states, config.seed)
         order = clustered_order(features, num_blocks, config.seed)
-    if inputs is None:
+    if inputs is None or states is None:
         return start_from_weights(feed_forward, order, num_blocks)
-    return start_from_outputs(feed_forward, order, num_blocks, inputs)
+    return start_from_outputs(feed_forward, order, num_blocks, inputs, states)
 
 
 def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

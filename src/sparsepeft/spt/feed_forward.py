@@ -15,6 +15,7 @@ from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.router import Router, Start
 from sparsepeft.spt.state import SptState
 from sparsepeft.spt.structure import FeedForward, projections, weight_of
+from sparsepeft.tuners._blocks import unwrap
 from sparsepeft.tuners._context import ForwardContext, attach_loss
 
 
@@ -47,7 +48,8 @@ class RoutedFeedForward(nn.Module):
         names = self._names
         routing = route(hidden_states, router.weight, router.bias, num_active=self.config.num_active_blocks)
         if self.training and self.config.load_balancing_coef and routing.logits.requires_grad:
-            loss = routing_load_balancing_loss(routing.logits, routing.blocks, self._mask(hidden_states))
+            mask = self.context.mask_for(hidden_states, self._is_decoder)
+            loss = routing_load_balancing_loss(routing.logits, routing.blocks, mask)
             hidden_states = attach_loss(hidden_states, self.config.load_balancing_coef * loss, self.context)
         output = routed_ffn(
             hidden_states,
@@ -73,18 +75,12 @@ class RoutedFeedForward(nn.Module):
                 f"Something acts on {name} from outside (adapter_names of a mixed batch, or offloading), "
                 "but a routed FFN does not call it as a module; run the rows of one adapter at a time, on one device."
             )
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base: Any = unwrap(module)
         return Projection(weight_of(module), base.bias, tuple(_updates(module, name)))
 
     def _dropout(self, name: str | None) -> float:
         dropout: Any = None if name is None else self.get_submodule(name)
         return dropout.p if dropout is not None and self.training else 0.0
-
-    def _mask(self, hidden_states: Tensor) -> Tensor | None:
-        context = self.context
-        mask = context.decoder_attention_mask if self._is_decoder else context.attention_mask
-        num_tokens = hidden_states.numel() // hidden_states.shape[-1]
-        return mask.reshape(-1).bool() if mask is not None and mask.dim() == 2 and mask.numel() == num_tokens else None
 
     @torch.no_grad()
     def _reorder(self, order: Tensor) -> None:
@@ -124,7 +120,7 @@ def _updates(module: nn.Module, name: str) -> list[LowRank]:
 
 def _inner(projection: nn.Module, is_output: bool) -> list[tuple[Tensor, int]]:
     """The tensors of a projection that have the inner dimension, and where; for LoRA's both kinds are linear."""
-    base: Any = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    base: Any = unwrap(projection)
     found = [(weight_of(projection), 0 if is_output else 1)]  # a view: writing to it writes to the parameter
     if is_output and base.bias is not None:
         found.append((base.bias, 0))

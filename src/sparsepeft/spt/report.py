@@ -67,21 +67,8 @@ def watching(feed_forwards: list[FeedForward]) -> Iterator[dict[str, tuple[Tenso
 def report_attention(report: SptReport, name: str, layer: SparseAttention, call: AttentionCall) -> None:
     """Add one attention layer."""
     query, key, value, mask = call
-    config, scale = layer.config, query.shape[-1] ** -0.5
-    report.recall[name] = selection_recall(
-        query,
-        key,
-        layer.state.current.codebooks,
-        top_l=int(config.top_l),
-        causal=mask.causal,
-        key_mask=mask.key_mask,
-        query_positions=mask.query_positions,
-        window=mask.window,
-        keep_self=config.keep_self,
-        keep_first=config.keep_first,
-        granularity=config.granularity,
-        block_size=config.block_size,
-    )
+    scale = query.shape[-1] ** -0.5
+    report.recall[name] = selection_recall(query, key, layer.state.current.codebooks, **layer.selection(mask))
     dense = scaled_dot_product_attention(query, key, value, dense_mask(mask), scale=scale, enable_gqa=True)
     real = mask.key_mask[:, None, mask.query_positions, None]  # queries that are padding are nobody's business
     report.attention_error[name] = _relative(layer(query, key, value, mask, scale) * real, dense.nan_to_num() * real)

@@ -44,7 +44,9 @@ def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int
 
 
 @torch.no_grad()
-def start_from_outputs(feed_forward: FeedForward, order: Tensor, num_blocks: int, inputs: Tensor) -> Start:
+def start_from_outputs(
+    feed_forward: FeedForward, order: Tensor, num_blocks: int, inputs: Tensor, inner: Tensor
+) -> Start:
     """Predict from an input how much each block adds to the output: ridge regression of the logarithm of its norm.
 
     Args:
@@ -52,9 +54,10 @@ def start_from_outputs(feed_forward: FeedForward, order: Tensor, num_blocks: int
         order: of its neurons, (I,).
         num_blocks: G.
         inputs: hidden states (N, D) that go into it.
+        inner: what they become before the down projection, see :func:`inner_states`.
     """
     inputs = inputs.float()
-    parts = _inner(feed_forward, inputs)[:, order].chunk(num_blocks, dim=1)
+    parts = inner[:, order].chunk(num_blocks, dim=1)
     columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
     norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
     wanted = norms.clamp_min(1e-6).log()  # (N, G)
@@ -67,16 +70,16 @@ def start_from_outputs(feed_forward: FeedForward, order: Tensor, num_blocks: int
 
 
 @torch.no_grad()
-def activity(feed_forward: FeedForward, inputs: Tensor, seed: int) -> Tensor:
+def activity(feed_forward: FeedForward, inner: Tensor, seed: int) -> Tensor:
     """When each neuron adds how much to the output, against its own mean: (I, F), a random projection of (I, N).
 
     Args:
         feed_forward: the dense FFN.
-        inputs: (N, D).
+        inner: see :func:`inner_states`.
         seed: of the projection.
     """
     weights = _projection(feed_forward, feed_forward.names.down).weight.norm(dim=0)
-    added = _inner(feed_forward, inputs.float()).abs() * weights  # (N, I)
+    added = inner.abs() * weights  # (N, I)
     added = (added - added.mean(0)).T
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(added.shape[1], min(_FEATURES, added.shape[1]), generator=generator)
@@ -88,8 +91,10 @@ def deciding_weight(feed_forward: FeedForward) -> Tensor:
     return weight_of(feed_forward.part(feed_forward.names.gate or feed_forward.names.up)).detach()
 
 
-def _inner(feed_forward: FeedForward, inputs: Tensor) -> Tensor:
-    names = feed_forward.names
+@torch.no_grad()
+def inner_states(feed_forward: FeedForward, inputs: Tensor) -> Tensor:
+    """What goes into the down projection, (N, I) in float32, for hidden states (N, D)."""
+    names, inputs = feed_forward.names, inputs.float()
     inner = feed_forward.activation(project(inputs, _projection(feed_forward, names.gate or names.up)))
     return inner if names.gate is None else inner * project(inputs, _projection(feed_forward, names.up))
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsepeft.tuners._blocks import Block, find_blocks
+from sparsepeft.tuners._blocks import Block, find_blocks, unwrap
 
 
 class Names(NamedTuple):
@@ -80,7 +79,7 @@ def weight_of(projection: nn.Module) -> Tensor:
     Raises:
         ValueError: it is no plain linear map.
     """
-    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    base = unwrap(projection)
     if type(base) is nn.Linear:
         return base.weight
     if type(base) is Conv1D:

@@ -79,11 +79,13 @@ class ForwardContext:
         self._handles = []
 
     def mask_for(self, hidden_states: torch.Tensor, is_decoder: bool) -> torch.Tensor | None:
-        """The mask of these states (B, T, D): 1 where a position counts; None where all do or no mask fits."""
+        """The mask of states (B, T, D) or (B T, D): 1 where a position counts; None where all do or none fits."""
         mask = self.decoder_attention_mask if is_decoder else self.attention_mask
-        if mask is None or mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
+        if mask is None or mask.dim() != 2:
             return None
-        return mask
+        if hidden_states.dim() == 2:  # some layers flatten their batch
+            mask = mask.reshape(-1)
+        return mask if mask.shape == hidden_states.shape[:-1] else None
 
     def _note_masks(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.blocks import BlockLists
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, softmax_dtype
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 from sparsepeft.ops.sparse_attention.tokens import keep_tokens
 
 # So many queries at a time that a tile of scores has about this many entries (int64 while selecting: 32 MiB).

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.codes import MAX_CODEWORDS, check_codebooks, nearest_codewords
-from sparsepeft.ops.sparse_attention.problem import softmax_dtype
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.compiled import encode_compiled
 from sparsepeft.ops.sparse_attention.native import load_library
-from sparsepeft.ops.sparse_attention.problem import softmax_dtype
 
 MAX_CODEWORDS = 16
 # So many tokens at a time that a tile of distances has about this many entries.

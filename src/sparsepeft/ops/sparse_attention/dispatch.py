@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.blocks import BlockLists, keep_blocks, list_shape
 from sparsepeft.ops.sparse_attention.choice import choose_impl
 from sparsepeft.ops.sparse_attention.chunked import chunked_backward, chunked_forward
 from sparsepeft.ops.sparse_attention.codes import encode
 from sparsepeft.ops.sparse_attention.compiled import compiled_backward, compiled_forward
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, softmax_dtype
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 
 _FORWARD = {"cpu": compiled_forward, "torch": chunked_forward}
 _BACKWARD = {"cpu": compiled_backward, "torch": chunked_backward}

@@ -65,8 +65,3 @@ class Reach(NamedTuple):
         if self.key_mask is not None:
             allowed = allowed & self.key_mask.unsqueeze(1)
         return allowed.unsqueeze(1)
-
-
-def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of scores and sums: float32 for half precision, else ``dtype`` itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

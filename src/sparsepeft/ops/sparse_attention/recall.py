@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.blocks import keep_blocks
 from sparsepeft.ops.sparse_attention.checks import check_arguments
 from sparsepeft.ops.sparse_attention.chunked import kept_tiles
 from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, softmax_dtype
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 
 
 @torch.no_grad()

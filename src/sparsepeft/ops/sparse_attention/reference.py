@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepeft.ops.memory.select import softmax_dtype
 from sparsepeft.ops.sparse_attention.blocks import keep_blocks
 from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, softmax_dtype
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 from sparsepeft.ops.sparse_attention.tokens import keep_tokens
 
 
