@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +17,54 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
+class Routing:
+    """Which adapter each row of a mixed batch uses.
+
+    Args:
+        adapter_names: one for each input; :data:`BASE` for the bare backbone.
+    """
+
+    def __init__(self, adapter_names: list[str]) -> None:
+        self.adapter_names = adapter_names
+        self._rows: dict[int, dict[str, list[int]]] = {}
+
+    def rows(self, batch_size: int, device: torch.device) -> dict[str, slice | torch.Tensor]:
+        """Row indices of each adapter in a batch of ``batch_size`` (beams repeat each row in place).
+
+        Rows that follow each other are a slice, which costs no copy.
+        """
+        names = self.adapter_names
+        if not names or batch_size % len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries for a batch of {batch_size}; pass one adapter name per input."
+            )
+        if batch_size not in self._rows:
+            repeats = batch_size // len(names)
+            groups: dict[str, list[int]] = {}
+            for row in range(batch_size):
+                groups.setdefault(names[row // repeats], []).append(row)
+            self._rows[batch_size] = groups
+        return {
+            name: slice(rows[0], rows[-1] + 1)
+            if rows[-1] - rows[0] + 1 == len(rows)
+            else torch.tensor(rows, device=device)
+            for name, rows in self._rows[batch_size].items()
+        }
+
+
+class _Call(threading.local):
+    """What belongs to the forward pass that runs in this thread, so that passes in several threads do not meet."""
+
+    routing: Routing | None = None
+    head_input: torch.Tensor | None = None
+    last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
+        return _Call, ()  # a copied or pickled model takes no running pass with it
+
+
 class ForwardContext:
-    """State that the layers and heads of one adapted model share, most of it of the current forward pass.
+    """State that the layers and heads of one adapted model share.
 
     Attributes:
         disabled: adapters are switched off; one switch for layers and heads, since transformers' own
@@ -24,8 +72,9 @@ class ForwardContext:
         injected: the layers stand in a bare transformers model (its ``load_adapter``) and not in a ``PeftModel``.
         configs: the config of each adapter.
         labels: keeps the model's config at the active adapter's labels; None without a head.
-        adapter_names: which adapter each row uses, in a mixed batch.
-        head_input: what the model hands to the first module of its head (a small head reads it).
+        call: of the pass that runs in the current thread: ``routing``, which adapter each row uses, in a mixed batch;
+            ``head_input``, what the model hands to the first module of its head (a small head reads it);
+            ``last_norm``, a layer's latest norm with its input and output (see ``BottleneckLayer``).
         attention_mask, decoder_attention_mask: (B, T) of the latest pass; kept after it, because gradient
             checkpointing runs the layers again in backward.
         loss_gradient: d total / d loss of the running backward pass, so that auxiliary losses follow the scaling
@@ -37,8 +86,7 @@ class ForwardContext:
         self.injected = False
         self.configs: dict[str, Any] = {}
         self.labels: LabelState | None = None
-        self.adapter_names: list[str] | None = None
-        self.head_input: torch.Tensor | None = None
+        self.call = _Call()
         self.attention_mask: torch.Tensor | None = None
         self.decoder_attention_mask: torch.Tensor | None = None
         self.loss_gradient: torch.Tensor | None = None
@@ -50,18 +98,14 @@ class ForwardContext:
         if self.labels is not None:
             self.labels.enable(enabled)
 
-    def rows(self, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Row indices of each adapter in a batch of ``batch_size`` (beams repeat each row in place)."""
-        names = self.adapter_names or []
-        if not names or batch_size % len(names):
-            raise ValueError(
-                f"adapter_names has {len(names)} entries for a batch of {batch_size}; pass one adapter name per input."
-            )
-        repeats = batch_size // len(names)
-        groups: dict[str, list[int]] = {}
-        for row in range(batch_size):
-            groups.setdefault(names[row // repeats], []).append(row)
-        return {name: torch.tensor(rows, device=device) for name, rows in groups.items()}
+    @contextmanager
+    def routed(self, adapter_names: list[str]) -> Iterator[None]:
+        """Within, forward passes of this thread use these adapters, one for each row."""
+        self.call.routing = Routing(adapter_names)
+        try:
+            yield
+        finally:
+            self.call.routing = None
 
     def watch(self, model: nn.Module) -> None:
         """From now on note the masks that ``model`` is called with and the gradient its loss receives."""

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, unwrap
-from sparsepeft.tuners._context import BASE, ForwardContext
+from sparsepeft.tuners._context import BASE, ForwardContext, Routing
 from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
 
 
@@ -275,13 +275,14 @@ class HeadModule(ModulesToSaveWrapper):
         kwargs.pop("adapter_names", None)  # PEFT may inject it; the context already knows
         if self.disable_adapters:
             return self.original_module(*args, **kwargs)
+        call = self.context.call
         if self.is_first and args:
-            self.context.head_input = args[0]
-        head_input = self.context.head_input
+            call.head_input = args[0]
+        head_input = call.head_input
         if self.is_output:
-            self.context.head_input = None  # or it would keep the graph of the last pass alive
-        if self.context.adapter_names is not None:
-            return self._mixed_batch_forward(head_input, *args, **kwargs)
+            call.head_input = None  # or it would keep the graph of the last pass alive
+        if call.routing is not None:
+            return self._mixed_batch_forward(call.routing, head_input, *args, **kwargs)
         active = self.active_adapters[0] if self.active_adapters else BASE
         return self._run(active, args, kwargs, head_input)
 
@@ -305,14 +306,14 @@ class HeadModule(ModulesToSaveWrapper):
         return output.to(given) if isinstance(output, torch.Tensor) else output
 
     def _mixed_batch_forward(  # type: ignore[override]
-        self, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
+        self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         batch = args[0].shape[0]
-        groups = self.context.rows(batch, args[0].device)
+        groups = routing.rows(batch, args[0].device)
         outputs: dict[str, torch.Tensor] = {}
         for name, rows in groups.items():
 
-            def take(value: Any, rows: torch.Tensor = rows) -> Any:
+            def take(value: Any, rows: slice | torch.Tensor = rows) -> Any:
                 is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
                 return value[rows] if is_rows else value
 

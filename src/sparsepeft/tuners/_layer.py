@@ -69,10 +69,11 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         Returns:
             Tensor of the shape of ``hidden_states``.
         """
-        if self.context.adapter_names is None:
+        routing = self.context.call.routing
+        if routing is None:
             names = [name for name in self.active_adapters if name in container]
             return apply(names[0], hidden_states, *others) if names else hidden_states
-        groups = self.context.rows(hidden_states.shape[self.batch_dim], hidden_states.device)
+        groups = routing.rows(hidden_states.shape[self.batch_dim], hidden_states.device)
         if len(groups) == 1:
             (name,) = groups
             return apply(name, hidden_states, *others) if name in container else hidden_states

@@ -236,11 +236,8 @@ class TaskTuner(BaseTuner):
                 f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
                 f"{BASE!r} for the bare backbone)."
             )
-        self._context.adapter_names = list(names)
-        try:
+        with self._context.routed(list(names)):
             yield
-        finally:
-            self._context.adapter_names = None
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Like the model's own; also lets gradients through the frozen embeddings, which reentrant checkpoints need."""

@@ -74,8 +74,8 @@ class BitFitLayer(TaskTunerLayer):
     def _shift(self, key: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         if self.disable_adapters or not self.bitfit_bias:
             return None
-        names = self.context.adapter_names
-        if names is not None and output.shape[self.batch_dim] == 1 < len(names):
+        routing = self.context.call.routing
+        if routing is not None and output.shape[self.batch_dim] == 1 < len(routing.adapter_names):
             raise ValueError(
                 f"{key.replace('-', '.')} of {type(self.base_layer).__name__} computes once for all rows of a batch, "
                 "so its bias cannot be another in each row; answer the rows of each adapter in a batch of their own, "

@@ -32,7 +32,6 @@ class BottleneckLayer(TaskTunerLayer):
         self.bottleneck_attention = nn.ModuleDict()
         self.bottleneck_ffn = nn.ModuleDict()
         self.bottleneck_output = nn.ModuleDict()
-        self._last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
         self._places: dict[str, nn.Module] = {}  # where hooks stand; "end": the norm or layer that Pfeiffer's act in
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,13 +87,14 @@ class BottleneckLayer(TaskTunerLayer):
         if self.disable_adapters or not self.bottleneck_output or not args:
             return None
         if "end" not in self._places:
-            self._last_norm = (norm, args[0], output)
+            self.context.call.last_norm = (norm, args[0], output)
         if norm is not self._places.get("end"):
             return None
         return self.by_row(self.bottleneck_output, partial(self._add_before_norm, norm), output, args[0])
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> Any:
-        last_norm, self._last_norm = self._last_norm, None
+        call = self.context.call
+        last_norm, call.last_norm = call.last_norm, None
         if self.disable_adapters or not self.bottleneck_output:
             return None
         return self.change_states(layer, output, partial(self._extend_output, last_norm))
