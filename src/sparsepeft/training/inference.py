@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from datasets import Dataset
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
+from sparsepeft.predictions import Prediction, Text, prediction
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import longest_input
@@ -21,23 +21,6 @@ from sparsepeft.training.language_model import evaluate_language_model
 from sparsepeft.training.lm_config import LM
 from sparsepeft.training.methods import load_tokenizer, load_trained
 from sparsepeft.training.run import load_data
-
-Text = str | tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says about one input.
-
-    Attributes:
-        label: the most probable label; None for regression.
-        score: its probability, or the predicted value.
-        scores: probability of every label; empty for regression.
-    """
-
-    label: str | None
-    score: float
-    scores: dict[str, float]
 
 
 class Predictor:
@@ -85,7 +68,7 @@ class Predictor:
 
     def predict(self, texts: Sequence[Text]) -> list[Prediction]:
         """A prediction for each text (or pair of texts), in order."""
-        return [self._prediction(row) for row in self.logits(texts)] if texts else []
+        return [prediction(row, self.spec.label_names) for row in self.logits(texts)] if texts else []
 
     def predict_stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
         """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""
@@ -102,14 +85,6 @@ class Predictor:
                 "were given; pass as many."
             )
         return columns
-
-    def _prediction(self, logits: np.ndarray) -> Prediction:
-        if self.spec.label_names is None:
-            return Prediction(None, float(logits[0]), {})
-        shifted = np.exp(logits - logits.max())
-        scores = dict(zip(self.spec.label_names, (shifted / shifted.sum()).tolist(), strict=True))
-        best = max(scores, key=lambda label: scores[label])
-        return Prediction(best, scores[best], scores)
 
 
 def evaluate(folder: str | Path, data_dir: str | None = None, model: str | None = None) -> dict[str, dict[str, float]]:

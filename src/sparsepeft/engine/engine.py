@@ -1,0 +1,310 @@
+"""One backbone, many tasks, one call."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsepeft.backbones import resolve_model
+from sparsepeft.engine.adapted import AdaptedBackbone
+from sparsepeft.engine.batches import batches_by_tokens, windows
+from sparsepeft.engine.encoding import Encoded, Encoder, texts_of
+from sparsepeft.engine.registry import TaskRegistry, find
+from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
+from sparsepeft.errors import UserError
+from sparsepeft.predictions import Prediction, Text, prediction
+from sparsepeft.training.methods import load_tokenizer, not_loaded
+
+Request = tuple[str, Text]
+OnError = Literal["return", "raise"]
+
+_WINDOW = 4096  # inputs that are encoded and sorted by length at a time
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One input of one task: where its answer goes, and its tokens."""
+
+    place: int
+    task: LoadedTask
+    encoded: Encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+class MultiTaskEngine:
+    """Answers many tasks from one copy of a backbone.
+
+    A call takes inputs of any tasks. They are sorted by length and batched by a budget of tokens; each batch is one
+    pass of the backbone in which every row uses its own task's adapter and head. Row by row the answers are those of
+    the task alone. Calls may run in several threads, and tasks may be added, replaced and removed meanwhile: a call
+    uses the tasks as they were when it began, the next call sees the change.
+
+    Args:
+        backbone: a hub id, a local folder, or a loaded model with a classification head (it is not changed, and its
+            weights are shared); None is the bundled MiniLM.
+        tasks: folder of each task by its name, as written by ``sparsepeft train`` or ``save_pretrained``. SPARTAN,
+            bottleneck, BitFit and head-only tasks may be mixed; those of different PEFT methods do not share a batch.
+        tokenizer: None takes the backbone's.
+        dtype: of the backbone where it is loaded here.
+        device: where to compute; None leaves a loaded model where it is.
+        token_budget: tokens of a batch, padding included.
+
+    Raises:
+        UserError: the backbone or a task cannot be loaded; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        backbone: str | Path | PreTrainedModel | None = None,
+        tasks: Mapping[str, str | Path] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        token_budget: int = 4096,
+    ) -> None:
+        if token_budget < 1:
+            raise UserError(f"token_budget={token_budget} was given; pass the number of tokens that a batch may have.")
+        if isinstance(backbone, PreTrainedModel):
+            model = backbone
+        else:
+            model = _load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
+        tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        self._backbone: Any = model.to(device=device) if device is not None else model  # type: ignore[call-arg]
+        self._backbone.eval()
+        self._encoder = Encoder(tokenizer, model.config)
+        self.token_budget = token_budget
+        self._models: dict[str, AdaptedBackbone] = {}  # by PEFT method
+        self._tasks = TaskRegistry()
+        self._numbers = itertools.count()
+        for task, folder in (tasks or {}).items():
+            self.add(task, folder)
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> dict[str, TaskInfo]:
+        """The loaded tasks."""
+        return {name: task.info for name, task in self._tasks.now().items()}
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """Load a task under a new name.
+
+        Raises:
+            UserError: the name is taken, or the folder cannot be used; the engine is as before.
+        """
+        self._tasks.add(name, lambda: self._load(Path(folder)))
+
+    def replace(self, name: str, folder: str | Path) -> None:
+        """Put another version of a task in its place; calls that run finish with the former one.
+
+        Raises:
+            UserError: there is no such task, or the folder cannot be used; the former version stays.
+        """
+        self._tasks.replace(name, lambda: self._load(Path(folder)))
+
+    def remove(self, name: str) -> None:
+        """Forget a task; calls that run finish with it.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        self._tasks.remove(name)
+
+    def _load(self, folder: Path) -> LoadedTask:
+        info, config = read_task(folder)
+        method = str(config.peft_type)
+        model = self._models.get(method) or AdaptedBackbone(self._backbone)
+        adapter_name = f"task{next(self._numbers)}"
+        model.load(folder, adapter_name)
+        self._models[method] = model
+        task = LoadedTask(info, model, adapter_name, self._encoder.longest(info))
+        # A first pass by itself: weights that are not finite are found, and bottleneck adapters see how a layer ends.
+        (probe,) = self._encoder([("a",) * (info.num_texts or 1)], task.max_length)
+        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, : config.num_labels]).all():
+            model.delete(adapter_name)
+            raise UserError(f"The weights in {folder} give logits that are not finite; train or copy the task again.")
+        return task
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, requests: Iterable[Request], *, truncation: bool = True, on_error: OnError = "return"
+    ) -> list[Prediction]:
+        """Answer a list of (task, text) or (task, (text, text)), in the order asked.
+
+        Args:
+            requests: any number; memory beside the answers does not grow with it.
+            truncation: cut what is longer than its task takes, as in training; else such a row is an error.
+            on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
+                answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
+        """
+        answers: list[Prediction] = []
+        with self._tasks.in_use() as tasks:
+            for window in windows(requests, _WINDOW):
+                found: dict[int, Prediction] = {}
+                rows = self._encode(enumerate(window), tasks, truncation, on_error, found)
+                for same in _grouped(rows, lambda row: row.task.model):
+                    for batch in batches_by_tokens([len(row) for row in same], self.token_budget):
+                        # Rows of a task side by side, so that its adapter reads a slice.
+                        together = sorted((same[i] for i in batch), key=lambda row: row.task.adapter_name)
+                        for row, logits in zip(together, self._logits(together), strict=True):
+                            found[row.place] = _answer(row, logits)
+                answers += [found[place] for place in range(len(window))]
+        return answers
+
+    def predict_all(
+        self,
+        texts: Iterable[Text],
+        tasks: Sequence[str] | None = None,
+        *,
+        truncation: bool = True,
+        on_error: OnError = "return",
+    ) -> list[dict[str, Prediction]]:
+        """Answer several tasks for each text (or pair of texts).
+
+        The layers below the lowest adapter of the tasks (``layers_to_transform``) run once for a text, the others once
+        for each task.
+
+        Args:
+            texts: any number; memory beside the answers does not grow with it.
+            tasks: which; None for all that take as many texts as an input has.
+            truncation, on_error: as for :meth:`predict`.
+
+        Returns:
+            For each input the predictions by task.
+
+        Raises:
+            UserError: ``tasks`` names one that is not loaded.
+        """
+        answers: list[dict[str, Prediction]] = []
+        with self._tasks.in_use() as loaded:
+            chosen = {name: find(loaded, name) for name in (loaded if tasks is None else tasks)}
+            for window in windows(texts, _WINDOW):
+                found: dict[tuple[str, int], Prediction] = {}
+                for names in _grouped(chosen, lambda name: _shareable(chosen[name])):
+                    group = [(name, chosen[name]) for name in names]
+                    fitting = [
+                        (place, (names[0], text))
+                        for place, text in enumerate(window)
+                        if tasks is not None or _fits(text, group[0][1])
+                    ]
+                    failed: dict[int, Prediction] = {}
+                    rows = self._encode(fitting, chosen, truncation, on_error, failed)
+                    found |= {(name, place): answer for place, answer in failed.items() for name in names}
+                    for batch in batches_by_tokens([len(row) for row in rows], self.token_budget):
+                        found |= self._fan_out([rows[i] for i in batch], group)
+                answers += [
+                    {name: found[name, place] for name in chosen if (name, place) in found}
+                    for place in range(len(window))
+                ]
+        return answers
+
+    def _encode(
+        self,
+        requests: Iterable[tuple[int, Request]],
+        tasks: Mapping[str, LoadedTask],
+        truncation: bool,
+        on_error: OnError,
+        failed: dict[int, Prediction],
+    ) -> list[_Row]:
+        """Rows for the requests that can be answered; ``failed`` takes up the others, by their places."""
+        good: list[tuple[int, str, tuple[str, ...]]] = []
+
+        def refuse(place: int, error: UserError) -> None:
+            if on_error == "raise":
+                raise error
+            failed[place] = Prediction.failed(str(error))
+
+        for place, request in requests:
+            try:
+                name, text = _request(request)
+                good.append((place, name, texts_of(text, name, find(tasks, name).info.num_texts)))
+            except UserError as error:
+                refuse(place, error)
+        rows: list[_Row] = []
+        for same in _grouped(good, lambda one: (len(one[2]), tasks[one[1]].max_length)):
+            longest = tasks[same[0][1]].max_length
+            encoded = self._encoder([texts for _, _, texts in same], longest)
+            for (place, name, _), one in zip(same, encoded, strict=True):
+                if one.truncated and not truncation:
+                    message = f"An input is longer than the {longest} tokens that the task {name!r} takes; shorten it."
+                    refuse(place, UserError(message))
+                else:
+                    rows.append(_Row(place, tasks[name], one))
+        return rows
+
+    @torch.inference_mode()
+    def _fan_out(self, rows: list[_Row], tasks: list[tuple[str, LoadedTask]]) -> dict[tuple[str, int], Prediction]:
+        """Answer all ``tasks`` for each of the rows, the lower layers once; by task and place."""
+        model = tasks[0][1].model
+        shared = min(model.num_shareable_layers, *(task.lowest_layer for _, task in tasks))
+        states = model.lower_states(self._collate(rows), shared) if shared else None
+        found: dict[tuple[str, int], Prediction] = {}
+        for part in windows(tasks, max(1, self.token_budget // (len(rows) * max(map(len, rows))))):
+            repeated = [replace(row, task=task) for _, task in part for row in rows]
+            logits = self._logits(repeated, shared, None if states is None else states.repeat(len(part), 1, 1))
+            names = [name for name, _ in part for _ in rows]
+            for name, row, values in zip(names, repeated, logits, strict=True):
+                found[name, row.place] = _answer(row, values)
+        return found
+
+    @torch.inference_mode()
+    def _logits(self, rows: list[_Row], begin: int = 0, states: torch.Tensor | None = None) -> np.ndarray:
+        """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
+        names = [row.task.adapter_name for row in rows]
+        logits = rows[0].task.model.logits(self._collate(rows), names, begin, states)
+        result: np.ndarray = logits.float().cpu().numpy()
+        return result
+
+    def _collate(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
+        return self._encoder.collate([row.encoded for row in rows], self._backbone.device)
+
+
+def _load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("model", name, error)) from error
+
+
+def _request(request: Any) -> Request:
+    if not isinstance(request, (tuple, list)) or len(request) != 2 or not isinstance(request[0], str):
+        raise UserError(
+            f"A request is {request!r:.80}; expected (task, text) or (task, (text, text)), with the task's name."
+        )
+    return request[0], request[1]
+
+
+def _grouped(items: Iterable[Any], key: Any) -> list[list[Any]]:
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return list(groups.values())
+
+
+def _shareable(task: LoadedTask) -> tuple[Any, ...]:
+    """What tasks must have in common to be answered for one text together."""
+    return task.model, task.info.num_texts, task.max_length, task.lowest_layer > 0
+
+
+def _fits(text: Any, task: LoadedTask) -> bool:
+    return task.info.num_texts in (None, 1 if isinstance(text, str) else 2)
+
+
+def _answer(row: _Row, logits: np.ndarray) -> Prediction:
+    names = row.task.info.label_names
+    own = logits[: len(names) if names else 1]
+    return prediction(own, names, multi_label=row.task.info.multi_label, truncated=row.encoded.truncated)

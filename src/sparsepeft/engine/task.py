@@ -1,0 +1,93 @@
+"""What the engine knows of a loaded task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import PeftConfig
+
+from sparsepeft.errors import UserError
+from sparsepeft.training.files import RUN, read_run, spec_of
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+if TYPE_CHECKING:
+    from sparsepeft.engine.adapted import AdaptedBackbone
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as its folder describes it.
+
+    Attributes:
+        folder: where its files are.
+        label_names: by class index; None for regression.
+        multi_label: whether several labels may hold at once.
+        num_texts: texts per input, 1 or 2; None where the folder does not say, and both are taken.
+        max_length: tokens an input was cut to in training; None for as many as the backbone takes.
+    """
+
+    folder: Path
+    label_names: tuple[str, ...] | None
+    multi_label: bool
+    num_texts: int | None
+    max_length: int | None
+
+
+class LoadedTask:
+    """A task's adapter in memory.
+
+    Args:
+        info: what the task is.
+        model: which holds the adapter.
+        adapter_name: under which name.
+        max_length: tokens an input may have.
+
+    Attributes:
+        lowest_layer: how many layers at the bottom the adapter leaves as they are.
+        users: calls that are using it.
+    """
+
+    def __init__(self, info: TaskInfo, model: AdaptedBackbone, adapter_name: str, max_length: int) -> None:
+        self.info, self.model, self.adapter_name, self.max_length = info, model, adapter_name, max_length
+        self.lowest_layer = model.lowest_layer(adapter_name)
+        self.users = 0
+
+
+def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
+    """Describe the task in a folder that ``sparsepeft train`` or ``save_pretrained`` wrote.
+
+    Raises:
+        UserError: the folder holds no adapter, one of a method that cannot share a batch, or its files disagree.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds no adapter (adapter_config.json is missing); pass the output folder of a finished "
+            "`sparsepeft train` with an adapter method, or one written by save_pretrained."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"adapter_config.json in {folder} is damaged ({error}); save the adapter again.") from error
+    if not isinstance(config, TaskAdapterConfig):
+        raise UserError(
+            f"{folder} holds an adapter of the method {config.peft_type}, whose tasks cannot share a batch; the engine "
+            "takes spartan, pfeiffer, houlsby, bitfit and head: answer this one with sparsepeft.training.Predictor."
+        )
+    names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
+    if not names:
+        raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
+    is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    if not (folder / RUN).is_file():
+        multi_label = config.problem_type == "multi_label_classification"
+        return TaskInfo(folder, None if is_regression else names, multi_label, None, None), config
+    run = read_run(folder)
+    spec = spec_of(run)
+    if spec.num_labels != config.num_labels:
+        raise UserError(
+            f"{folder} disagrees with itself: {RUN} names {spec.num_labels} label(s), but the head has "
+            f"{config.num_labels} output(s); train the task again, or copy the folder whole."
+        )
+    info = TaskInfo(folder, spec.label_names, False, len(spec.text_columns), run["config"].get("max_length"))
+    return info, config

@@ -1,0 +1,51 @@
+"""A tiny backbone with tasks of several methods, label counts and kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_model
+from tests.models import METHODS, randomize
+from tests.tiny import save_tiny_backbone
+from transformers import AutoModelForSequenceClassification
+
+from sparsepeft import HeadConfig, MultiTaskEngine
+
+TASKS: dict[str, PeftConfig] = {
+    "two": METHODS["spartan"](num_labels=2, train_layer_norms=True),
+    "five": METHODS["spartan"](num_labels=5, num_parents=9, top_k=4, head_type="linear"),
+    "degree": METHODS["spartan"](num_labels=1, layers_to_transform=[1]),
+    "upper": METHODS["spartan"](num_labels=3, layers_to_transform=[1], train_layer_norms=True),
+    "pfeiffer": METHODS["pfeiffer"](num_labels=4),
+    "houlsby": METHODS["houlsby"](num_labels=2),
+    "bitfit": METHODS["bitfit"](num_labels=3),
+    "head": HeadConfig(num_labels=3, task_type="SEQ_CLS"),
+}
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def folders(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders as ``save_pretrained`` leaves them."""
+    root = tmp_path_factory.mktemp("tasks")
+    return {name: save_task(backbone, root / name, config) for name, config in TASKS.items()}
+
+
+@pytest.fixture
+def engine(backbone: Path, folders: dict[str, Path]) -> MultiTaskEngine:
+    return MultiTaskEngine(backbone, folders, token_budget=64)
+
+
+def save_task(backbone: Path, folder: Path, config: PeftConfig, seed: int = 0) -> Path:
+    """Save an adapter with random values and a random head."""
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(backbone), config)
+    randomize(model, "default")
+    model.save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,336 @@
+"""MultiTaskEngine: every row gets what its task alone gives, whatever runs beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tests.engine.conftest import TASKS, save_task
+from tests.models import METHODS
+from tests.tiny import run_config, save_tiny_backbone, topics_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sparsepeft import MultiTaskEngine
+from sparsepeft.engine import Prediction
+from sparsepeft.errors import UserError
+from sparsepeft.training import Predictor, train
+
+TEXTS = [" ".join(row["text"].split()[: 3 + 5 * (i % 6)]) for i, row in enumerate(topics_rows("test")[:24])]
+
+
+def alone(backbone: Path, folder: Path, text: str | tuple[str, str]) -> np.ndarray:
+    """Probabilities (or the value) by the task's own model, one unpadded row at a time."""
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(backbone), str(folder)).eval()
+    texts = (text,) if isinstance(text, str) else text
+    inputs = AutoTokenizer.from_pretrained(backbone)(*texts, return_tensors="pt", truncation=True)
+    with torch.inference_mode():
+        logits = model(**inputs).logits[0]
+    return (logits if len(logits) == 1 else logits.softmax(-1)).numpy()
+
+
+def values(prediction: Prediction) -> list[float]:
+    assert prediction.error is None
+    return list(prediction.scores.values()) or [prediction.score]
+
+
+@pytest.fixture(scope="module")
+def expected(backbone: Path, folders: dict[str, Path]) -> dict[tuple[str, str], np.ndarray]:
+    return {(name, text): alone(backbone, folders[name], text) for name in TASKS for text in TEXTS[:6]}
+
+
+def test_each_row_equals_its_task_alone(engine: MultiTaskEngine, expected: dict[tuple[str, str], np.ndarray]) -> None:
+    requests = [(name, text) for text in TEXTS[:6] for name in TASKS]  # tasks and lengths interleaved
+    answers = engine.predict(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(values(answer), expected[request], rtol=1e-4, atol=1e-5)
+        if answer.scores:
+            assert answer.label == max(answer.scores, key=answer.scores.__getitem__)
+        else:
+            assert (request[0], answer.label) == ("degree", None)
+
+
+@pytest.mark.parametrize("tasks", [None, ["degree", "upper"], ["upper"], ["two", "upper", "pfeiffer"]])
+def test_all_tasks_of_each_text_equal_the_tasks_alone(
+    engine: MultiTaskEngine, expected: dict[tuple[str, str], np.ndarray], tasks: list[str] | None
+) -> None:
+    for text, answers in zip(TEXTS[:6], engine.predict_all(TEXTS[:6], tasks), strict=True):
+        assert list(answers) == list(tasks or TASKS)
+        for name, answer in answers.items():
+            np.testing.assert_allclose(values(answer), expected[name, text], rtol=1e-4, atol=1e-5)
+
+
+def test_lower_layers_run_once_for_all_tasks(engine: MultiTaskEngine) -> None:
+    layers = {name: [] for name in (0, 1)}
+    model = engine._models["SPARTAN"].model
+    for index, rows in layers.items():
+        layer = model.get_submodule(f"bert.encoder.layer.{index}")
+        layer.base_layer.attention.register_forward_hook(lambda m, a, o, rows=rows: rows.append(len(o[0])))
+    engine.predict_all(TEXTS[:2], ["upper", "degree"])
+    assert sum(layers[0]) == 2
+    assert sum(layers[1]) == 4
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_other_architectures(architecture: str, tmp_path: Path) -> None:
+    import transformers as hf
+
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+    }  # [SEP] ends an input
+    build = {
+        "gpt2": lambda **c: hf.GPT2Model(hf.GPT2Config(**c, n_positions=64)),
+        "t5": lambda **c: hf.T5Model(
+            hf.T5Config(**c, d_model=32, num_layers=2, d_kv=8, d_ff=64, decoder_start_token_id=0)
+        ),
+    }[architecture]
+    backbone = save_tiny_backbone(tmp_path / "backbone", build=build, **sizes)
+    folders = {
+        "all": save_task(backbone, tmp_path / "all", METHODS["spartan"](num_labels=2)),
+        "upper": save_task(backbone, tmp_path / "upper", METHODS["spartan"](num_labels=3, layers_to_transform=[1]), 1),
+    }
+    engine = MultiTaskEngine(backbone, folders)
+    for text, answers in zip(TEXTS[:4], engine.predict_all(TEXTS[:4]), strict=True):
+        for name, answer in answers.items():
+            np.testing.assert_allclose(values(answer), alone(backbone, folders[name], text), rtol=1e-3, atol=1e-4)
+
+
+def test_runs_of_the_command_line(backbone: Path, tmp_path: Path) -> None:
+    train(run_config(backbone, tmp_path / "topics", max_length=16))
+    engine = MultiTaskEngine(backbone, {"topics": tmp_path / "topics"})
+    answers = engine.predict([("topics", text) for text in TEXTS])
+    for answer, other in zip(answers, Predictor(tmp_path / "topics", str(backbone)).predict(TEXTS), strict=True):
+        assert answer.label == other.label
+        np.testing.assert_allclose(values(answer), values(other), rtol=1e-4, atol=1e-5)
+    assert {answer.truncated for answer in answers} == {False, True}
+    refused = engine.predict([("topics", TEXTS[0]), ("topics", max(TEXTS, key=len))], truncation=False)
+    assert refused[0].error is None
+    assert "longer than the 16 tokens" in str(refused[1].error)
+
+
+def test_bad_rows_do_not_stop_the_others(engine: MultiTaskEngine) -> None:
+    requests = [
+        ("two", TEXTS[0]),
+        ("tow", TEXTS[0]),
+        ("two", " "),
+        ("two", (TEXTS[0], "")),
+        ("two", 3),
+        "two",
+        ("five", (TEXTS[0], TEXTS[1])),
+    ]
+    answers = engine.predict(requests)  # type: ignore[arg-type]
+    words = ["", "did you mean 'two'", "empty text", "empty text", "int; expected a text", "expected (task, text)", ""]
+    for answer, part in zip(answers, words, strict=True):
+        assert (part in str(answer.error)) if part else answer.error is None
+        assert np.isnan(answer.score) == (answer.label is None) == bool(part)
+    with pytest.raises(UserError, match="did you mean 'two'"):
+        engine.predict(requests, on_error="raise")  # type: ignore[arg-type]
+    assert engine.predict([("two", TEXTS[0])]) == engine.predict([("two", TEXTS[0])])
+    assert engine.predict([]) == []
+
+
+def test_pairs_go_to_the_tasks_that_take_them(backbone: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    rows = topics_rows("train")
+    for part in ("train", "validation"):
+        lines = [json.dumps({"a": r["text"], "b": rows[0]["text"], "label": r["label"]}) for r in rows[:40]]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    columns = {"text_column": "a", "text_pair_column": "b", "label_column": "label"}
+    files = {f"{part}_file": str(tmp_path / f"{part}.jsonl") for part in ("train", "validation")}
+    train(run_config(backbone, tmp_path / "pairs", task="custom", **files, **columns))
+    engine = MultiTaskEngine(backbone, {"pairs": tmp_path / "pairs", "two": folders["two"]})
+    one, two = engine.predict_all([TEXTS[0], (TEXTS[0], TEXTS[1])])
+    assert list(one) == ["two"]
+    assert list(two) == ["pairs", "two"]
+    np.testing.assert_allclose(values(two["two"]), alone(backbone, folders["two"], (TEXTS[0], TEXTS[1])), atol=1e-5)
+    asked = engine.predict_all([TEXTS[0]], ["pairs", "two"])[0]
+    assert "takes 2 text(s)" in str(asked["pairs"].error)
+    assert asked["two"].error is None
+
+
+def test_memory_is_bounded_by_the_budget(engine: MultiTaskEngine) -> None:
+    largest = []
+    for model in engine._models.values():
+        model.model.bert.embeddings.register_forward_hook(lambda m, a, o: largest.append(o.shape[0] * o.shape[1]))
+    texts = [TEXTS[i % len(TEXTS)] for i in range(9000)]
+    answers = engine.predict(("head" if i % 2 else "two", text) for i, text in enumerate(texts))
+    assert len(answers) == 9000
+    assert max(largest) <= 64
+    assert [a.label for a in answers[:24]] == [a.label for a in answers[8976:]]
+
+
+# -- changing tasks ------------------------------------------------------------------------------------------------
+
+
+def test_tasks_come_and_go(engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    before = values(engine.predict([("two", TEXTS[0])])[0])
+    newer = save_task(backbone, tmp_path / "newer", METHODS["spartan"](num_labels=2), seed=7)
+    engine.replace("two", newer)
+    after = values(engine.predict([("two", TEXTS[0])])[0])
+    np.testing.assert_allclose(after, alone(backbone, newer, TEXTS[0]), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(before, after)
+    with pytest.raises(UserError, match="loaded already"):
+        engine.add("two", newer)
+    engine.remove("two")
+    assert "two" not in engine.tasks
+    assert "unknown" in str(engine.predict([("two", TEXTS[0])])[0].error)
+    for name in ("remove", "replace"):
+        with pytest.raises(UserError, match="unknown"):
+            getattr(engine, name)("two", *([newer] if name == "replace" else []))
+    engine.add("two", folders["two"])
+    np.testing.assert_allclose(values(engine.predict([("two", TEXTS[0])])[0]), before, rtol=1e-6)
+
+
+def test_what_was_removed_leaves_memory(engine: MultiTaskEngine, folders: dict[str, Path]) -> None:
+    def size() -> int:
+        trees = (model.model for model in engine._models.values())
+        return sum(p.numel() for p in {id(p): p for tree in trees for p in tree.parameters()}.values())
+
+    before = size()
+    for _ in range(3):
+        engine.replace("five", folders["five"])
+    assert size() == before
+    engine.remove("five")
+    assert size() < before
+
+
+def test_the_backbone_is_there_once(engine: MultiTaskEngine) -> None:
+    words = {m.model.get_input_embeddings().weight.data_ptr() for m in engine._models.values()}
+    assert len(engine._models) >= 4
+    assert len(words) == 1
+
+
+def test_calls_in_many_threads_while_tasks_change(
+    engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A row is answered by the old version or by the new one, never by a mixture, and other tasks notice nothing."""
+    versions = [folders["two"], save_task(backbone, tmp_path / "newer", METHODS["spartan"](num_labels=2), seed=7)]
+    allowed = [alone(backbone, folder, TEXTS[0]) for folder in versions]
+    steady = {name: values(engine.predict([(name, TEXTS[1])])[0]) for name in TASKS if name != "two"}
+    stop, seen = threading.Event(), set()
+
+    def ask(seed: int) -> int:
+        order = np.random.default_rng(seed).permutation(list(steady)).tolist()
+        calls = 0
+        while not stop.is_set():
+            answers = engine.predict([("two", TEXTS[0]), *((name, TEXTS[1]) for name in order)])
+            answers_of_all = engine.predict_all([TEXTS[1]], ["upper", "degree"])[0]
+            matching = [np.allclose(values(answers[0]), version, rtol=1e-4, atol=1e-5) for version in allowed]
+            assert any(matching)
+            seen.add(matching.index(True))
+            for name, answer in zip(order, answers[1:], strict=True):
+                np.testing.assert_allclose(values(answer), steady[name], rtol=1e-4, atol=1e-5)
+            for name, answer in answers_of_all.items():
+                np.testing.assert_allclose(values(answer), steady[name], rtol=1e-4, atol=1e-5)
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(ask, seed) for seed in range(4)]
+        try:
+            for step in range(12):
+                engine.replace("two", versions[(step + 1) % 2])
+                engine.add("extra", folders["five"])
+                engine.remove("extra")
+        finally:
+            stop.set()
+        assert all(one.result() > 0 for one in running)
+    assert seen == {0, 1}
+
+
+# -- bad tasks -----------------------------------------------------------------------------------------------------
+
+
+def _copy(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def _foreign(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    return save_task(save_tiny_backbone(target.parent / "other", seed=3), target, METHODS["spartan"](num_labels=2))
+
+
+def _damaged(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    weights = _copy(folders["two"], target) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return target
+
+
+def _damaged_config(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    (_copy(folders["two"], target) / "adapter_config.json").write_text('{"peft_type": ', encoding="utf-8")
+    return target
+
+
+def _not_finite(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    weights = _copy(folders["two"], target) / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    return target
+
+
+def _other_label_count(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    path = _copy(folders["two"], target) / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = {str(i): f"LABEL_{i}" for i in range(4)}
+    path.write_text(json.dumps(config | {"num_labels": 4, "id2label": names}), encoding="utf-8")
+    return target
+
+
+def _lora(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    from peft import LoraConfig
+
+    return save_task(backbone, target, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_foreign, "backbone"),
+        (_damaged, "could not be loaded"),
+        (_damaged_config, "damaged"),
+        (_not_finite, "not finite"),
+        (_other_label_count, "of another shape"),
+        (_lora, "LORA"),
+        (lambda backbone, folders, target: target, "adapter_config.json is missing"),
+    ],
+)
+def test_a_bad_task_is_refused_and_the_engine_goes_on(
+    engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path, make, message: str
+) -> None:
+    before = engine.predict([(name, TEXTS[0]) for name in TASKS])
+    folder = make(backbone, folders, tmp_path / "bad")
+    with pytest.raises(UserError, match=message):
+        engine.add("bad", folder)
+    with pytest.raises(UserError, match=message):
+        engine.replace("two", folder)
+    with pytest.raises(UserError, match=message):
+        MultiTaskEngine(backbone, {"bad": folder})
+    assert list(engine.tasks) == list(TASKS)
+    assert engine.predict([(name, TEXTS[0]) for name in TASKS]) == before
+    assert all(not m.has_adapter("bad") for m in engine._models.values() if hasattr(m, "has_adapter"))
+
+
+def test_a_run_that_disagrees_with_its_head_is_refused(backbone: Path, tmp_path: Path) -> None:
+    train(run_config(backbone, tmp_path / "run"))
+    path = tmp_path / "run" / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    run["task"]["label_names"] = run["task"]["label_names"][:2]
+    path.write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(UserError, match=r"2 label\(s\), but the head has 5"):
+        MultiTaskEngine(backbone, {"topics": tmp_path / "run"})
+
+
+def test_a_bad_backbone_or_budget_is_refused(tmp_path: Path, backbone: Path) -> None:
+    with pytest.raises(UserError, match="neither an existing folder"):
+        MultiTaskEngine(tmp_path / "nothing" / "here")
+    with pytest.raises(UserError, match="token_budget=0"):
+        MultiTaskEngine(backbone, token_budget=0)
