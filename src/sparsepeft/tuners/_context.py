@@ -55,9 +55,10 @@ class Routing:
 class _Call(threading.local):
     """What belongs to the forward pass that runs in this thread, so that passes in several threads do not meet."""
 
-    routing: Routing | None = None
-    head_input: torch.Tensor | None = None
-    last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
+    def __init__(self) -> None:  # called in each thread that asks; torch.compile needs attributes of the instance
+        self.routing: Routing | None = None
+        self.head_input: torch.Tensor | None = None
+        self.last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
         return _Call, ()  # a copied or pickled model takes no running pass with it
