@@ -18,7 +18,7 @@ from tests.models import METHODS
 from tests.tiny import run_config, save_tiny_backbone, topics_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sparsepeft import MultiTaskEngine
+from sparsepeft import HeadConfig, MultiTaskEngine
 from sparsepeft.engine import Prediction
 from sparsepeft.errors import UserError
 from sparsepeft.training import Predictor, train
@@ -78,7 +78,14 @@ def test_lower_layers_run_once_for_all_tasks(engine: MultiTaskEngine) -> None:
     assert sum(layers[1]) == 4
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+_UPPERMOST = {
+    "albert": HeadConfig(num_labels=3, task_type="SEQ_CLS"),  # its layers are one, run several times
+    "gpt2": METHODS["spartan"](num_labels=3, layers_to_transform=[1]),
+    "t5": METHODS["spartan"](num_labels=3, layers_to_transform=[1]),
+}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5", "albert"])
 def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     import transformers as hf
 
@@ -90,6 +97,7 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
         "bos_token_id": 2,
     }  # [SEP] ends an input
     build = {
+        "albert": lambda **c: hf.AlbertModel(hf.AlbertConfig(**c, embedding_size=16)),
         "gpt2": lambda **c: hf.GPT2Model(hf.GPT2Config(**c, n_positions=64)),
         "t5": lambda **c: hf.T5Model(
             hf.T5Config(**c, d_model=32, num_layers=2, d_kv=8, d_ff=64, decoder_start_token_id=0)
@@ -98,7 +106,7 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "backbone", build=build, **sizes)
     folders = {
         "all": save_task(backbone, tmp_path / "all", METHODS["spartan"](num_labels=2)),
-        "upper": save_task(backbone, tmp_path / "upper", METHODS["spartan"](num_labels=3, layers_to_transform=[1]), 1),
+        "upper": save_task(backbone, tmp_path / "upper", _UPPERMOST[architecture], 1),
     }
     engine = MultiTaskEngine(backbone, folders)
     for text, answers in zip(TEXTS[:4], engine.predict_all(TEXTS[:4]), strict=True):

@@ -14,11 +14,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsepeft.engine.fan_out import FanOut
 from sparsepeft.training.methods import loading_adapter
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._context import ForwardContext
 from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners._partial import PartialPasses
 
 
 class AdaptedBackbone:
@@ -35,7 +35,7 @@ class AdaptedBackbone:
         tensors = [*backbone.parameters(), *backbone.buffers()]
         self.model = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
         self.model.config.use_cache = False
-        self.fan_out = FanOut(self.model)
+        self._partial = PartialPasses(self.model)
         self._peft: PeftModel | None = None
         self._context = ForwardContext()
 
@@ -84,7 +84,7 @@ class AdaptedBackbone:
 
         With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
         """
-        given = self.fan_out.beginning_after(begin - 1, states) if states is not None else nullcontext()
+        given = self._partial.beginning_after(begin - 1, states) if states is not None else nullcontext()
         model: Any = self.model
         with self._context.routed(adapter_names), given:
             logits: torch.Tensor = model(**inputs).logits
@@ -93,14 +93,14 @@ class AdaptedBackbone:
     @property
     def num_shareable_layers(self) -> int:
         """Layers that can be run once for several tasks; 0 where the model has no single stack of them."""
-        return self.fan_out.num_layers
+        return self._partial.num_layers
 
     def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
         """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
         model: Any = self.model
-        with self.fan_out.ending_after(num_layers - 1):
+        with self._partial.ending_after(num_layers - 1):
             model(**inputs)
-        return self.fan_out.states()
+        return self._partial.states()
 
     def lowest_layer(self, adapter_name: str) -> int:
         """How many layers at the bottom compute the same with this adapter as without it."""

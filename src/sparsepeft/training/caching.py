@@ -20,32 +20,9 @@ from torch import nn
 from sparsepeft.errors import UserError
 from sparsepeft.training.encoding import Collator
 from sparsepeft.tuners._blocks import Block, find_blocks
+from sparsepeft.tuners._partial import PartialPasses
 
 STATES, INDEX = "cached_states", "cache_index"
-
-
-class CachedBlock(nn.Module):
-    """A frozen layer that lets states pass, or gives those it was told to; looks like the layer from outside."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.skipping = False
-        self.states: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own output; while :attr:`skipping`, :attr:`states` (or what came in) instead."""
-        if not self.skipping:
-            return self.base_layer(hidden_states, *args, **kwargs)
-        return hidden_states if self.states is None else self.states
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not set yet: avoid endless recursion
-                raise
-            return getattr(self.base_layer, name)
 
 
 class FrozenLayerCache:
@@ -63,7 +40,7 @@ class FrozenLayerCache:
         self.model, self.file = model, file
         self.blocks = frozen_blocks(model)
         self.width = self.blocks[-1].hidden_size
-        self._wrapped = [CachedBlock(block.module) for block in self.blocks]
+        self._passes: PartialPasses | None = None
         self._offsets: list[int] = []
         self._states = torch.empty(0)
 
@@ -76,22 +53,26 @@ class FrozenLayerCache:
         num_values = self._offsets[-1] * self.width
         states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
         self._states = states.view(-1, self.width)
-        seen: list[torch.Tensor] = []
-        last = self.blocks[-1].module
-        handle = last.register_forward_hook(lambda module, args, output: seen.append(_only_states(module, output)))
         training = self.model.training
         device = next(self.model.parameters()).device
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         try:
             self.model.eval()
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
-                self.model(**{key: value for key, value in batch.items() if key != "labels"})
-                for row, state, mask in zip(rows, seen.pop(), batch["attention_mask"].bool(), strict=True):
-                    self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
+            with self.attached() as passes:
+                for start in range(0, len(order), batch_size):
+                    rows = order[start : start + batch_size]
+                    batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
+                    with passes.ending_after(len(self.blocks) - 1):
+                        self.model(**{key: value for key, value in batch.items() if key != "labels"})
+                    found = passes.states()
+                    if found is None:
+                        raise UserError(
+                            f"cache_frozen_layers was given, but {type(self.blocks[-1].module).__name__} hands on more "
+                            "than its hidden states, which cannot be cached; train this model without."
+                        )
+                    for row, state, mask in zip(rows, found, batch["attention_mask"].bool(), strict=True):
+                        self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
         finally:
-            handle.remove()
             self.model.train(training)
         return dataset.add_column(INDEX, list(range(len(dataset))))
 
@@ -102,30 +83,24 @@ class FrozenLayerCache:
         return padded
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[PartialPasses]:
         """While this lasts, the model can be told by :meth:`using` to start above the frozen layers."""
-        places = {id(module): name for name, module in self.model.named_modules()}
-        parents = [places[id(block.module)].rpartition(".") for block in self.blocks]
-        for (parent, _, child), wrapped in zip(parents, self._wrapped, strict=True):
-            setattr(self.model.get_submodule(parent), child, wrapped)
+        self._passes = PartialPasses(self.model)
         try:
-            yield
+            yield self._passes
         finally:
-            for (parent, _, child), wrapped in zip(parents, self._wrapped, strict=True):
-                setattr(self.model.get_submodule(parent), child, wrapped.base_layer)
+            self._passes.remove()
+            self._passes = None
 
     @contextmanager
     def using(self, states: torch.Tensor | None) -> Iterator[None]:
         """Start from ``states`` (B, T, D) in the passes within; with None the frozen layers run as ever."""
-        for wrapped in self._wrapped:
-            wrapped.skipping = states is not None
-        self._wrapped[-1].states = states
-        try:
+        if states is None:
             yield
-        finally:
-            for wrapped in self._wrapped:
-                wrapped.skipping = False
-            self._wrapped[-1].states = None
+            return
+        assert self._passes is not None
+        with self._passes.beginning_after(len(self.blocks) - 1, states):
+            yield
 
 
 def frozen_blocks(model: nn.Module) -> list[Block]:
@@ -160,15 +135,6 @@ def frozen_blocks(model: nn.Module) -> list[Block]:
             "below it to compute once; keep the adapter to upper layers with --set layers_to_transform=[...]."
         )
     return [block for block, _ in frozen]
-
-
-def _only_states(module: nn.Module, output: Any) -> torch.Tensor:
-    if not isinstance(output, torch.Tensor):
-        raise UserError(
-            f"cache_frozen_layers was given, but {type(module).__name__} hands on more than its hidden states "
-            f"({type(output).__name__}), which cannot be cached; train this model without."
-        )
-    return output
 
 
 class CachingCollator(Collator):
