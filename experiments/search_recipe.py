@@ -5,7 +5,8 @@
 A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of each task and scored on a tenth of the
 training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
 ``experiments/results/search_STEPS/``, one file a run; a run whose result is there is not repeated, and several
-processes may share the work.
+processes may share the work. With ``--epochs`` a trial is trained on all training data (at most 10,000 examples) less
+that tenth, and its result is in ``search_full_data/``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
         "lr1e-3-norms": {"learning_rate": 1e-3, "train_layer_norms": True},
         "lr1e-3-norms-values": {"learning_rate": 1e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
         "lr3e-3-norms-values": {"learning_rate": 3e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
+        "lr5e-3-norms-values": {"learning_rate": 5e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
         "lr2e-3-norms-t1.6": {"learning_rate": 2e-3, "train_layer_norms": True, "temperature": 1.6},
         "lr3e-3-norms-values-upper3": {
             "learning_rate": 3e-3,
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--few-shot", type=int, default=200)
     parser.add_argument("--max-steps", type=int, default=500)
+    parser.add_argument("--epochs", type=float, help="train on all data, for so many passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", default="bf16")
     options = parser.parse_args()
@@ -99,7 +102,8 @@ def main() -> None:
                 if options.trials and trial not in options.trials:
                     continue
                 for task in options.tasks:
-                    file = RESULTS / f"search_{options.max_steps}" / f"{method}-{trial}-{task}-{seed}.json"
+                    folder = "search_full_data" if options.epochs else f"search_{options.max_steps}"
+                    file = RESULTS / folder / f"{method}-{trial}-{task}-{seed}.json"
                     _run_once(file, options, task, method, seed, settings)
     print(recipe_search())
 
@@ -120,8 +124,10 @@ def _run_once(
                 seed=seed,
                 output_dir=output,
                 data_dir=options.data_dir,
-                few_shot=options.few_shot,
-                max_steps=options.max_steps,
+                few_shot=None if options.epochs else options.few_shot,
+                max_steps=None if options.epochs else options.max_steps,
+                epochs=options.epochs,
+                max_train_samples=10_000 if options.epochs else None,
                 precision=options.precision,
                 learning_rate=settings["learning_rate"],
                 settings=rest,

@@ -408,10 +408,77 @@ def test_choice_follows_the_memory_and_says_why() -> None:
 
 
 def test_auto_runs_what_explain_names() -> None:
-    for shape in ("paper-like", "many parents"):
+    for shape, inference in itertools.product(("paper-like", "many parents"), (False, True)):
         inputs, (_, _, parents, children, top_k) = make_inputs(shape, torch.float32), SHAPES[shape]
-        impl = explain_memory_impl(num_parents=parents, num_children=children, top_k=top_k).impl
-        assert torch.equal(memory_read(*inputs, top_k=top_k), memory_read(*inputs, top_k=top_k, impl=impl))
+        inputs[0].requires_grad_(not inference)
+        choice = explain_memory_impl(num_parents=parents, num_children=children, top_k=top_k, inference=inference)
+        assert (choice.impl == "cpu") == inference
+        assert torch.equal(memory_read(*inputs, top_k=top_k), memory_read(*inputs, top_k=top_k, impl=choice.impl))
+
+
+# The compiled form, which has no gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, "wide"])
+def test_compiled_form_matches_reference(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "wide", ((3, 5), 768 + 16 + 5, 16, 3, 8))  # every width of its loops
+    inputs, top_k = make_inputs(shape, dtype, memory_dtype=torch.float32), SHAPES[shape][-1]
+    expected = memory_read(*inputs, top_k=top_k, temperature=1.6, impl="reference")
+    actual = memory_read(*inputs, top_k=top_k, temperature=1.6, impl="cpu")
+    assert actual.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]  # a rounding of the output
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * 2)
+
+
+def test_compiled_form_takes_given_scores_and_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens, whose parents are scored by one matrix product; transposed and strided tensors."""
+    x, *memory = make_inputs("paper-like", torch.float32)
+    x = torch.randn(24, 2 * 900)[:, ::2].t()
+    memory = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in memory]
+    for many in (0, 1 << 40):
+        monkeypatch.setattr("sparsepeft.ops.memory.compiled._MANY_SCORES", many)
+        for threads in (1, 2, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                actual = memory_read(x, *memory, top_k=8, impl="cpu")
+            finally:
+                torch.set_num_threads(before)
+            torch.testing.assert_close(actual, memory_read(x, *memory, top_k=8, impl="reference"), rtol=2e-6, atol=4e-6)
+
+
+def test_compiled_form_keeps_the_lowest_of_equal_parents_and_takes_nan_for_the_largest() -> None:
+    x = torch.randn(9, 24)
+    parents = torch.randn(6, 24).repeat(3, 1)  # every score three times
+    children = torch.randn(18, 3, 24), torch.randn(18, 3, 24)
+    for top_k in range(1, 19):
+        expected = memory_read(x, parents, *children, top_k=top_k, impl="reference")
+        actual = memory_read(x, parents, *children, top_k=top_k, impl="cpu")
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=4e-6)
+    parents[4] = torch.nan
+    poisoned = memory_read(x, parents, *children, top_k=2, impl="cpu")
+    assert poisoned.isnan().all()
+
+
+def test_values_of_zero_leave_the_states_as_they_are_in_the_compiled_form() -> None:
+    x, parent_keys, child_keys, child_values = make_inputs("odd", torch.float32)
+    assert torch.equal(memory_read(x, parent_keys, child_keys, child_values * 0, top_k=4, impl="cpu"), x)
+
+
+def test_compiled_form_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs("odd", torch.float32)
+    with pytest.raises(ValueError, match=r"impl is 'cpu', but x is torch\.float64"):
+        memory_read(*make_inputs("odd"), top_k=4, impl="cpu")
+    inputs[2].requires_grad_()
+    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
+        memory_read(*inputs, top_k=4, impl="cpu")
+    with torch.no_grad():
+        compiled = memory_read(*inputs, top_k=4, impl="cpu")
+        monkeypatch.setattr("sparsepeft.ops.memory.choice.why_not_built", lambda: "no C++ compiler was found.")
+        with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
+            memory_read(*inputs, top_k=4, impl="cpu")
+        torch.testing.assert_close(memory_read(*inputs, top_k=4), compiled)
 
 
 # Errors
@@ -427,7 +494,7 @@ def test_auto_runs_what_explain_names() -> None:
         ({"temperature": 0.0}, ValueError, "temperature is 0.0; expected a positive"),
         ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
-        ({"impl": "dense"}, ValueError, "impl is 'dense'; expected one of auto, reference, masked, selected"),
+        ({"impl": "dense"}, ValueError, "impl is 'dense'; expected one of auto, reference, masked, selected, cpu"),
         ({"x": torch.ones(2, 5, 13, dtype=torch.long)}, TypeError, "x has dtype torch.int64; expected a floating"),
         ({"x": torch.ones(())}, ValueError, "x is a scalar"),
         ({"x": torch.ones(2, 5, 12)}, ValueError, r"last dimensions differ \(x 12, parent_keys 13"),

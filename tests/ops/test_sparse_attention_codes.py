@@ -10,8 +10,9 @@ import pytest
 import torch
 from tests.ops.sparse_attention_cases import CASES, make_inputs
 
-from sparsepeft.ops import fit_codebooks, refresh_codebooks, sparse_attention
-from sparsepeft.ops.sparse_attention import encode, native
+from sparsepeft.ops import fit_codebooks, native, refresh_codebooks, sparse_attention
+from sparsepeft.ops.sparse_attention import encode
+from sparsepeft.ops.sparse_attention.native import SOURCES, load_library
 
 
 @pytest.mark.parametrize("impl", ["compiled", "torch"])
@@ -143,9 +144,9 @@ def test_refresh_refuses() -> None:
 
 @pytest.fixture
 def _fresh_library() -> Iterator[None]:
-    native.load_library.cache_clear()
+    load_library.cache_clear()
     yield
-    native.load_library.cache_clear()
+    load_library.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh_library")
@@ -154,7 +155,7 @@ def test_without_a_compiler_plain_pytorch_is_used_and_says_so_once(
 ) -> None:
     tensors, options = make_inputs(CASES["causal"])
     expected = sparse_attention(*tensors, **options, impl="reference")
-    native.load_library.cache_clear()
+    load_library.cache_clear()
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     for _ in range(2):
         output = sparse_attention(*tensors, **options)
@@ -173,7 +174,7 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(native.BuildError, match="broken failed: it is broken"):
-        native.build_library()
+        native.build_library(SOURCES)
     assert not list((tmp_path / "cache").iterdir())  # nothing half-built is left
 
 
@@ -181,7 +182,7 @@ def test_an_unwritable_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "file"))
     with pytest.raises(native.BuildError, match="cannot be written"):
-        native.build_library()
+        native.build_library(SOURCES)
 
 
 def test_the_library_is_built_once_for_its_sources_and_compiler(
@@ -195,10 +196,10 @@ def test_the_library_is_built_once_for_its_sources_and_compiler(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path / "cache"))
-    first = native.build_library()
-    assert native.build_library() == first
+    first = native.build_library(SOURCES)
+    assert native.build_library(SOURCES) == first
     assert log.read_text() == "x\n"
     compiler.write_text(compiler.read_text().replace("echo 1", "echo 2"))  # another version of it
-    assert native.build_library() != first
+    assert native.build_library(SOURCES) != first
     assert log.read_text() == "x\nx\n"
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".so", ".so"]  # and no temporary file

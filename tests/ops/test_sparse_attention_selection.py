@@ -9,10 +9,11 @@ import torch
 from tests.ops.sparse_attention_cases import CASES, Case, assert_all_close, make_inputs, run
 from torch import Tensor
 
-from sparsepeft.ops import selection_recall, sparse_attention
-from sparsepeft.ops.sparse_attention import compiled, count_matches, native
+from sparsepeft.ops import native, selection_recall, sparse_attention
+from sparsepeft.ops.sparse_attention import compiled, count_matches
 from sparsepeft.ops.sparse_attention.blocks import block_scores, keep_blocks
 from sparsepeft.ops.sparse_attention.compiled import compiled_keep_tokens
+from sparsepeft.ops.sparse_attention.native import load_library
 from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 from sparsepeft.ops.sparse_attention.tokens import keep_tokens
 
@@ -104,7 +105,7 @@ def test_kernels_without_wide_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """Built for any CPU of this kind: the forms for processors without AVX."""
     monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_TUNINGS", ((),))
-    monkeypatch.setattr(compiled, "load_library", native.load_library.__wrapped__)
+    monkeypatch.setattr(compiled, "load_library", load_library.__wrapped__)
     for name in ("scattered mask", "window and padding", "nothing forced"):
         codes = make_codes(CASES[name], 3)
         assert torch.equal(compiled_keep_tokens(*codes), keep_tokens(*codes))

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.checks import check_index, check_stack, memory_fits, raise_misfit
-from sparsepeft.ops.memory.choice import MemoryChoice, choose_memory_impl, explain_memory_impl, require_triton
+from sparsepeft.ops.memory.choice import (
+    MemoryChoice,
+    choose_memory_impl,
+    explain_memory_impl,
+    is_inference,
+    require_compiled,
+    require_triton,
+)
+from sparsepeft.ops.memory.compiled import memory_read_compiled
 from sparsepeft.ops.memory.masked import memory_read_masked
 from sparsepeft.ops.memory.mixed import read_memory_by_memory
 from sparsepeft.ops.memory.reference import memory_read_reference
@@ -32,6 +40,7 @@ _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": memory_read_reference,
     "masked": memory_read_masked,
     "selected": memory_read_selected,
+    "cpu": memory_read_compiled,
     "triton": _read_triton,
 }
 
@@ -65,8 +74,8 @@ def memory_read(
         child_values: (P, C, D).
         top_k: parents kept per token, 1 <= top_k <= P.
         temperature: divides the children's scores, not the parents'; positive.
-        impl: ``"auto"``, ``"reference"``, ``"masked"``, ``"selected"``, or on a GPU ``"triton"``; see
-            :func:`explain_memory_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"masked"``, ``"selected"``, without gradients on a CPU ``"cpu"``
+            (compiled), or on a GPU ``"triton"``; see :func:`explain_memory_impl`.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -120,11 +129,14 @@ def _resolve(impl: str, x: Tensor, child_keys: Tensor, top_k: int) -> str:
             top_k,
             exporting=torch.compiler.is_exporting(),
             on_gpu=x.is_cuda and max(x.element_size(), child_keys.element_size()) <= 4,
+            inference=is_inference(x, child_keys),
         )
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
     if impl == "triton":
         require_triton(x, child_keys)
+    elif impl == "cpu":
+        require_compiled(x, child_keys)
     return impl
 
 

@@ -1,10 +1,11 @@
 """Which implementation of the memory ``impl="auto"`` means.
 
-The rule compares the work per token of the two forms, in products with a vector of size D. Scoring the parents is
-common to both and left out. ``benchmarks/results/memory.json`` (2-core x86, float32, D=768, K=8) shows the crossover at
-P between 64 and 128 for C=3 and between 16 and 32 for C=32; the constants reproduce it, and were checked at K=1, 2 and
-16 with C=1 to 32. Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule
-leaves them out, so that a traced graph is chosen as the eager call is.
+Without gradients, on a CPU, it is the compiled form. Else the rule compares the work per token of two forms, in products
+with a vector of size D. Scoring the parents is common to both and left out. ``benchmarks/results/memory.json`` (2-core
+x86, float32, D=768, K=8) shows the crossover at P between 64 and 128 for C=3 and between 16 and 32 for C=32; the
+constants reproduce it, and were checked at K=1, 2 and 16 with C=1 to 32. Neither D nor, from one token to thousands, the
+number of tokens moves the crossover much: the rule leaves them out, so that a traced graph is chosen as the eager call
+is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparsepeft.ops.memory.compiled import why_not_built
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Columns of a tile of scores, both sizes padded: up to here the fused form's registers are known not to spill.
@@ -36,9 +39,17 @@ class MemoryChoice(NamedTuple):
 
 
 def choose_memory_impl(
-    num_parents: int, num_children: int, top_k: int, *, exporting: bool, on_gpu: bool = False
+    num_parents: int,
+    num_children: int,
+    top_k: int,
+    *,
+    exporting: bool = False,
+    on_gpu: bool = False,
+    inference: bool = False,
 ) -> str:
     """Return the name alone: the sizes may be symbolic while ``torch.compile`` traces, and then have no text."""
+    if inference and why_not_built() is None:
+        return "cpu"
     if on_gpu and _HAS_TRITON and not exporting and _fits_tile(num_parents, num_children):
         return "triton"
     masked, selected = _work(num_parents, num_children, top_k, exporting)
@@ -46,7 +57,13 @@ def choose_memory_impl(
 
 
 def explain_memory_impl(
-    *, num_parents: int, num_children: int, top_k: int, exporting: bool = False, on_gpu: bool = False
+    *,
+    num_parents: int,
+    num_children: int,
+    top_k: int,
+    exporting: bool = False,
+    on_gpu: bool = False,
+    inference: bool = False,
 ) -> MemoryChoice:
     """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason.
 
@@ -56,9 +73,15 @@ def explain_memory_impl(
         top_k: parents kept per token, K.
         exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
         on_gpu: whether the tensors are on a CUDA device, in float32 or narrower; the fused form can run then.
+        inference: whether no gradient is needed, products are taken in float32 on a CPU, and nothing is traced; the
+            compiled form can run then.
     """
-    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu)
+    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu, inference=inference)
     shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
+    if impl == "cpu":
+        return MemoryChoice(
+            impl, f"Without gradients, at {shape}, one compiled pass touches only what each token selects."
+        )
     if impl == "triton":
         return MemoryChoice(
             impl,
@@ -108,6 +131,35 @@ def require_triton(x: Tensor, child_keys: Tensor) -> None:
     else:
         return
     raise ValueError(f"impl is 'triton', but {problem}.")
+
+
+def is_inference(x: Tensor, child_keys: Tensor) -> bool:
+    """Whether the compiled form may read these tensors; whether it can be built is not asked here."""
+    return (
+        x.device.type == "cpu"
+        and torch.promote_types(x.dtype, child_keys.dtype) == torch.float32
+        and not (torch.is_grad_enabled() and (x.requires_grad or child_keys.requires_grad))
+        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def require_compiled(x: Tensor, child_keys: Tensor) -> None:
+    """Raise where the compiled form cannot run on these tensors.
+
+    Raises:
+        ValueError: they are not on a CPU, not float32, need a gradient, or are traced.
+        RuntimeError: it cannot be built.
+    """
+    if not is_inference(x, child_keys):
+        raise ValueError(
+            f"impl is 'cpu', but x is {x.dtype} on {x.device}, the memory {child_keys.dtype}, or a gradient or a "
+            "traced graph is wanted; the compiled form reads float32 on a CPU under torch.no_grad(): leave impl at "
+            "'auto'."
+        )
+    reason = why_not_built()
+    if reason is not None:
+        raise RuntimeError(f"impl is 'cpu', but the compiled form cannot be had ({reason}) Leave impl at 'auto'.")
 
 
 def _fits_tile(num_parents: int, num_children: int) -> bool:

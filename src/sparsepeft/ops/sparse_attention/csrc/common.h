@@ -1,5 +1,4 @@
-// What both granularities share: vectors, the arguments, conversion of rows, threads.
-// Plain C++17 with the vector extension of GCC and Clang: any CPU, as wide as the compiler's flags allow.
+// What both granularities share: the exponential, the arguments, conversion of rows, threads.
 #pragma once
 
 #include <algorithm>
@@ -11,24 +10,7 @@
 #include <thread>
 #include <vector>
 
-#define INLINE static inline __attribute__((always_inline))
-
-constexpr int LANES = 16;
-typedef float vec __attribute__((vector_size(64)));
-typedef float loose_vec __attribute__((vector_size(64), aligned(4)));  // at any address
-typedef int32_t ivec __attribute__((vector_size(64)));
-
-INLINE vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
-INLINE void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
-INLINE vec splat(float x) { return vec{} + x; }
-INLINE vec select(ivec condition, vec yes, vec no) {
-    return reinterpret_cast<vec>((condition & reinterpret_cast<ivec>(yes)) | (~condition & reinterpret_cast<ivec>(no)));
-}
-INLINE float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
+#include "vectors.h"
 
 // e^x to about two units of rounding, 0 below -87; NaN stays NaN.
 INLINE vec exp(vec x) {

@@ -1,0 +1,65 @@
+"""Compiled form for CPUs, without gradients: one pass over the tokens that touches only children of kept parents."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops import native
+
+_SOURCES = Path(__file__).parent / "csrc"
+# From so many scores on a matrix product gives those of the parents sooner than products with one token at a time.
+_MANY_SCORES = 1 << 14
+
+
+class _Memory(ctypes.Structure):
+    """`Memory` of csrc/kernel.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "parents", "children", "top_k", "threads")),
+        ("temperature", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "parent_keys", "child_keys", "child_values")),
+        *((name, ctypes.c_void_p) for name in ("parent_scores", "output")),
+    )
+
+
+@functools.cache
+def why_not_built() -> str | None:
+    """Return why there is no compiled form on this machine, or None; builds it (a few seconds) at the first call."""
+    try:
+        _library()
+    except native.BuildError as error:
+        return str(error)
+    return None
+
+
+def memory_read_compiled(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Read the memory; see :func:`memory_read`. All tensors are float32 on the CPU, ``x`` is (N, D); no gradients."""
+    num_parents, num_children, hidden = child_keys.shape
+    x, parent_keys, child_keys, child_values = (
+        tensor.contiguous() for tensor in (x, parent_keys, child_keys, child_values)
+    )
+    output = torch.empty_like(x)
+    scores = torch.mm(x, parent_keys.t()) if x.shape[0] * num_parents >= _MANY_SCORES else None
+    arguments = _Memory(
+        *(x.shape[0], hidden, num_parents, num_children, top_k, torch.get_num_threads(), temperature),
+        *(tensor.data_ptr() for tensor in (x, parent_keys, child_keys, child_values)),
+        None if scores is None else scores.data_ptr(),
+        output.data_ptr(),
+    )
+    _library().memory_read(ctypes.byref(arguments), native.openmp_parallel())
+    return output
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.load_library(_SOURCES)
+    library.memory_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.memory_read.restype = None
+    return library

@@ -1,0 +1,123 @@
+"""Compiled kernels: built by the system's compiler at first use and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SHARED = Path(__file__).parent / "csrc"  # headers
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),
+)
+# For this very CPU, tried in this order: not every compiler and CPU knows all of them. GCC prefers vectors of 256 bits
+# on some CPUs that have 512.
+_TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be built or loaded; the message says why."""
+
+
+def load_library(sources: Path) -> ctypes.CDLL:
+    """Return the kernels of a folder of sources, whose ``kernel.cpp`` is compiled, built if need be.
+
+    Raises:
+        BuildError: they cannot be built or loaded.
+    """
+    try:
+        return ctypes.CDLL(str(build_library(sources)))
+    except OSError as error:
+        raise BuildError(f"they cannot be loaded: {error}.") from error
+
+
+@functools.cache
+def openmp_parallel() -> int | None:
+    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch computes with, or None.
+
+    A kernel that runs for microseconds cannot start threads of its own, and a second OpenMP runtime would spin on the
+    cores of torch's; so it is handed the entry point of that one.
+    """
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def build_library(sources: Path) -> Path:
+    """Return the path of the library for these sources, this compiler and this CPU, building it if it is missing.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the cache folder cannot be written.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: neither $CXX nor c++, g++ or clang++.")
+    target = cache_folder() / f"{sources.parent.name}-{_key(compiler, sources)}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            _compile(compiler, sources, built)
+            os.replace(built, target)  # at once: another process sees the whole library or none
+    except OSError as error:
+        raise BuildError(f"the cache folder {target.parent} cannot be written: {error}.") from error
+    return target
+
+
+def find_compiler() -> str | None:
+    """Return the compiler to use: ``$CXX``, else the first of c++, g++, clang++ that exists."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    return None
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for built libraries: ``$SPARSEPEFT_CACHE``, else under ``$XDG_CACHE_HOME``."""
+    if os.environ.get("SPARSEPEFT_CACHE"):
+        return Path(os.environ["SPARSEPEFT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsepeft"
+
+
+def _compile(compiler: str, sources: Path, target: Path) -> None:
+    files = [f"-I{_SHARED}", str(sources / "kernel.cpp"), "-o", str(target)]
+    for tuning in _TUNINGS:
+        result = subprocess.run([compiler, *_FLAGS, *tuning, *files], capture_output=True, text=True)
+        if result.returncode == 0:
+            return
+    raise BuildError(f"{compiler} failed: {result.stderr.strip()[-500:]}.")
+
+
+def _key(compiler: str, sources: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*_SHARED.iterdir(), *sources.iterdir()]):
+        digest.update(path.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    digest.update(repr((compiler, version, _FLAGS, _TUNINGS, sys.platform, _cpu())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """Name the CPU and what it can do: a shared home folder may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    first = lines[: lines.index("")] if "" in lines else lines
+    return "\n".join(line for line in first if line.startswith(("model name", "flags", "Features", "CPU part")))
