@@ -1,11 +1,11 @@
 """Which implementation of the memory ``impl="auto"`` means.
 
-Without gradients, on a CPU, it is the compiled form. Else the rule compares the work per token of two forms, in products
-with a vector of size D. Scoring the parents is common to both and left out. ``benchmarks/results/memory.json`` (2-core
-x86, float32, D=768, K=8) shows the crossover at P between 64 and 128 for C=3 and between 16 and 32 for C=32; the
-constants reproduce it, and were checked at K=1, 2 and 16 with C=1 to 32. Neither D nor, from one token to thousands, the
-number of tokens moves the crossover much: the rule leaves them out, so that a traced graph is chosen as the eager call
-is.
+Without gradients, on a CPU, it is the compiled form. Else the rule compares the work per token of two forms, in
+products with a vector of size D. Scoring the parents is common to both and left out.
+``benchmarks/results/memory.json`` (2-core x86, float32, D=768, K=8) shows the crossover at P between 64 and 128 for
+C=3 and between 16 and 32 for C=32; the constants reproduce it, and were checked at K=1, 2 and 16 with C=1 to 32.
+Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule leaves them out,
+so that a traced graph is chosen as the eager call is.
 """
 
 from __future__ import annotations
