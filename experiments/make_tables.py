@@ -43,31 +43,35 @@ def reproduced(folder: str, name: str) -> str:
 
 
 def recipe_search() -> str:
-    """Every trial of the search for recipes, best first within a method."""
-    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for file in sorted(EXPERIMENTS.glob("search_*/*.json")):
-        result = json.loads(file.read_text())
-        trial = file.stem.removeprefix(f"{result['method']}-").removesuffix(f"-{result['task']}-{result['seed']}")
-        trial = f"{trial}, {result['steps']} steps"
-        scores.setdefault((result["method"], trial), {}).setdefault(result["task"], []).append(100 * result["score"])
-    if not scores:
+    """Every trial of the search for recipes, best first within a method, a table for each way to train."""
+    parts = []
+    for folder in sorted(EXPERIMENTS.glob("search_*")):
+        scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for file in sorted(folder.glob("*.json")):
+            result = json.loads(file.read_text())
+            trial = file.stem.removeprefix(f"{result['method']}-").removesuffix(f"-{result['task']}-{result['seed']}")
+            scores.setdefault((result["method"], trial), {}).setdefault(result["task"], []).append(result["score"])
+        tasks = sorted({task for found in scores.values() for task in found})
+        rows = []
+        for (method, trial), found in scores.items():
+            means = {task: 100 * sum(values) / len(values) for task, values in found.items()}
+            mean = sum(means.values()) / len(means) if set(means) == set(tasks) else None
+            shown = [f"{means[task]:.1f}" if task in means else "" for task in tasks]
+            rows.append((method, -(mean or 0.0), [method, trial, *shown, f"{mean:.1f}" if mean is not None else ""]))
+        if rows:
+            how = folder.name.removeprefix("search_")
+            title = (
+                "All training data (at most 10,000 examples)" if how == "full_data" else f"200 examples, {how} steps"
+            )
+            body = table(["method", "trial", *tasks, "mean"], [row for _, _, row in sorted(rows, key=lambda r: r[:2])])
+            parts.append(f"{title}:\n\n{body}")
+    if not parts:
         return ""
-    tasks = sorted({task for found in scores.values() for task in found})
-    rows = []
-    for (method, trial), found in scores.items():
-        means = {task: sum(values) / len(values) for task, values in found.items()}
-        mean = sum(means.values()) / len(means) if set(means) == set(tasks) else None
-        shown = [f"{means[task]:.1f}" if task in means else "" for task in tasks]
-        rows.append((method, -(mean or 0.0), [method, trial, *shown, f"{mean:.1f}" if mean is not None else ""]))
-    return "\n\n".join(
-        [
-            "## The search for recipes",
-            "MiniLM, 200 training examples, bf16, one seed; scores x 100 on held-out training data. What "
-            "the trials are, and what came of them: [experiments.md](experiments.md). By `python "
-            "experiments/search_recipe.py --data-dir DATA`.",
-            table(["method", "trial", *tasks, "mean"], [row for _, _, row in sorted(rows, key=lambda r: r[:2])]),
-        ]
+    about = (
+        "MiniLM, bf16, one seed; scores x 100 on held-out training data. What the trials are, and what came of them: "
+        "[experiments.md](experiments.md). By `python experiments/search_recipe.py --data-dir DATA`."
     )
+    return "\n\n".join(["## The search for recipes", about, *parts])
 
 
 def adapters_equality() -> str:
