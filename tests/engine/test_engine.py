@@ -177,6 +177,18 @@ def test_memory_is_bounded_by_the_budget(engine: MultiTaskEngine) -> None:
     assert [a.label for a in answers[:24]] == [a.label for a in answers[8976:]]
 
 
+def test_bfloat16_answers_nearly_the_same(
+    backbone: Path, folders: dict[str, Path], expected: dict[tuple[str, str], np.ndarray]
+) -> None:
+    engine = MultiTaskEngine(backbone, folders, token_budget=64, dtype=torch.bfloat16)
+    requests = [(name, text) for text in TEXTS[:6] for name in TASKS]
+    differences = [
+        np.abs(values(answer) - expected[request]).max()
+        for request, answer in zip(requests, engine.predict(requests), strict=True)
+    ]
+    assert 0 < max(differences) < 0.05
+
+
 # -- changing tasks ------------------------------------------------------------------------------------------------
 
 
