@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from sparsepeft.benchmarking import Timing, time_alternating, wait_until_idle
 from sparsepeft.provenance import environment, write_json
 
 __all__ = [
@@ -22,68 +19,6 @@ __all__ = [
     "wait_until_idle",
     "write_json",
 ]
-
-
-class Timing(NamedTuple):
-    """Latency of one candidate over its repeats."""
-
-    median_ms: float
-    first_quartile_ms: float
-    third_quartile_ms: float
-    minimum_ms: float
-    repeats: int
-    warm_up: int
-
-
-def time_alternating(
-    candidates: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int,
-    warm_up: int = 2,
-    idle_wait_s: float = 0.0,
-    device: str = "cpu",
-) -> dict[str, Timing]:
-    """Time callables in turn, A B C, B C A, ..., so that a disturbance of the machine meets all of them alike.
-
-    Each round starts when the machine is idle, or after ``idle_wait_s``. Threads are the caller's: set them once with
-    ``torch.set_num_threads`` before. On the device "cuda" it is the GPU's time, with cold caches.
-    """
-    if repeats < 2:
-        raise ValueError(f"repeats is {repeats}; quartiles need at least 2.")
-    latency_ms = _gpu_clock() if device == "cuda" else _cpu_latency_ms
-    for candidate in candidates.values():
-        for _ in range(warm_up):
-            candidate()
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for repeat in range(repeats):
-        order = names[repeat % len(names) :] + names[: repeat % len(names)]  # nobody is always the first
-        if wait_until_idle(idle_wait_s):
-            candidates[order[-1]]()  # threads and caches went to sleep; its own turn is the furthest away
-        for name in order:
-            samples[name].append(latency_ms(candidates[name]))
-    timings = {}
-    for name, values in samples.items():
-        first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-        timings[name] = Timing(median, first, third, min(values), repeats, warm_up)
-    return timings
-
-
-def wait_until_idle(timeout_s: float, *, max_busy: float = 0.1, window_s: float = 0.2) -> bool:
-    """Wait until the CPUs were at most ``max_busy`` in use for a moment; return whether they were.
-
-    Does nothing where ``/proc/stat`` is missing.
-    """
-    if timeout_s <= 0 or not Path("/proc/stat").exists():
-        return False
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        idle_before, total_before = _cpu_ticks()
-        time.sleep(window_s)
-        idle, total = _cpu_ticks()
-        if total > total_before and idle - idle_before >= (1 - max_busy) * (total - total_before):
-            return True
-    return False
 
 
 def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], *, tolerance: float) -> float:
@@ -107,30 +42,3 @@ def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Te
 def describe_environment(*, seed: int) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat a measurement."""
     return {**environment(), "load_average": os.getloadavg()[0], "seed": seed}
-
-
-def _cpu_latency_ms(candidate: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    candidate()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _gpu_clock() -> Callable[[Callable[[], object]], float]:
-    """Return a function that times a call by the GPU's own clock."""
-    larger_than_caches = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-
-    def latency_ms(candidate: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        larger_than_caches.zero_()  # empties them, and is still at it when the candidate's first kernel is launched
-        start.record()
-        candidate()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-
-    return latency_ms
-
-
-def _cpu_ticks() -> tuple[int, int]:
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return ticks[3] + ticks[4], sum(ticks)  # idle and waiting for a disk, against everything

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import spt_tables
+from _markdown import table
+
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS, BENCHMARKS = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
 SPEED_OVER = ("spartan", "adapters pfeiffer", "adapters pfeiffer, padded to 128")
@@ -26,14 +29,10 @@ def main() -> None:
         figure2(),
         inference(),
         memory(),
+        spt_tables.quality(EXPERIMENTS / "spt_quality"),
+        spt_stack(),
     ]
     (ROOT / "docs" / "results.md").write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def reproduced(folder: str, name: str) -> str:
@@ -258,6 +257,12 @@ def memory() -> str:
             *report.get("notes", []),
         ]
     )
+
+
+def spt_stack() -> str:
+    """A fine-tuning step with SPT."""
+    report = _read("spt_stack.json")
+    return "" if report is None else spt_tables.stack(report, _machine(report))
 
 
 def _read(name: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from sparsepeft_cli import demo, evaluate, inspect, predict, reproduce, sparsify, storage, train
+from sparsepeft_cli import benchmark, demo, evaluate, inspect, predict, reproduce, sparsify, storage, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app = typer.Typer(
 for _module in (train, evaluate, predict, sparsify, inspect, storage, demo):
     app.command(_module.__name__.rpartition(".")[2], rich_help_panel="Commands")(_module.command)
 app.add_typer(reproduce.app, name="reproduce", rich_help_panel="Commands")
+app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Commands")
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, says when it starts
     import logging
     import warnings
 

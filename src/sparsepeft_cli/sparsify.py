@@ -78,15 +78,19 @@ def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> 
         [layer, *(f"{found[column]:.3f}" if column in found else "" for column in shown)]
         for layer, found in layers.items()
     ]
-    parts: list[Any] = [table(title, ["layer", *shown], rows)] if rows else []
-    lines = []
+    return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
+
+
+def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
+    """What became sparse, and how far."""
+    parts = []
     if config["attention"]:
-        lines.append(f"attention: {config['top_l']} keys for each query, by {config['granularity']}")
+        parts.append(f"attention: {config['top_l']} keys for each query, by {config['granularity']}")
     if config["ffn"]:
-        lines.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
+        parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
         if report["feed_forward_operations"] is not None:
-            lines[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
-    return parts + lines
+            parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+    return "\n".join(parts)
 
 
 def _layer(name: str) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from sparsepeft_cli._train_lm import train_lm
 
-_LM = "Language models (--task lm)"
+_LM, _SPT = "Language models (--task lm)", "Sparse models (SPT)"
 
 
 def command(
@@ -75,11 +75,11 @@ def command(
     ] = None,
     spt: Annotated[
         bool | None,
-        typer.Option("--spt", help="Make attention and FFNs sparse before fine-tuning.", rich_help_panel=_LM),
+        typer.Option("--spt", help="Make attention and FFNs sparse before fine-tuning.", rich_help_panel=_SPT),
     ] = None,
     spt_set: Annotated[
         list[str] | None,
-        typer.Option("--spt-set", metavar="KEY=VALUE", help="A setting of SptConfig.", rich_help_panel=_LM),
+        typer.Option("--spt-set", metavar="KEY=VALUE", help="A setting of SptConfig.", rich_help_panel=_SPT),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in the output folder.")] = False,
@@ -89,7 +89,8 @@ def command(
 
     An interrupted run goes on when the same command is given again.
 
-    With `--task lm`: fine-tune a language model on plain text and measure its perplexity, dense or sparse (`--spt`).
+    With `--task lm`: fine-tune a language model on plain text and measure its perplexity. With `--spt` the model is
+    made sparse before the adapter is put on.
 
     Example: `sparsepeft train --task topics --output-dir out/topics --epochs 5`
 
@@ -124,6 +125,7 @@ def _plain(value: Any) -> Any:
 
 def _summary(results: dict[str, Any], folder: str) -> str:
     from sparsepeft_cli._console import megabytes, program
+    from sparsepeft_cli.sparsify import sparse_line
 
     parameters = results["parameters"]
     lines = [
@@ -134,6 +136,8 @@ def _summary(results: dict[str, Any], folder: str) -> str:
         + (f"; memory: {results['formula']}" if "formula" in results else ""),
         f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
     ]
+    if "spt" in results:
+        lines.insert(1, sparse_line(results["spt"]["config"], results["spt"]["report"]))
     lines += [f"note: {note}" for note in results["notes"]]
     lines.append(f'next: {program()} predict {folder} "some text"')
     return "\n".join(lines)

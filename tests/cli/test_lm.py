@@ -77,8 +77,7 @@ def test_sparsify(tiny_language_model: Path, text: Path, tmp_path: Path) -> None
 
 BAD_TRAIN = {
     "text without lm": (["--task", "topics", "--text", "{text}"], ["--text", "--task lm only", "'topics'"]),
-    "spt without lm": (["--task", "topics", "--spt"], ["--spt", "--task lm only"]),
-    "spt-set without lm": (["--task", "topics", "--spt-set", "top_l=3"], ["--spt-set", "--task lm"]),
+    "spt-set without spt or lm": (["--task", "topics", "--spt-set", "top_l=3"], ["--spt-set", "--spt "]),
     "block length without a task": (["--block-length", "3"], ["--block-length", "--task lm only"]),
     "spt-set without spt": (["--task", "lm", "--text", "{text}", "--spt-set", "top_l=3"], ["--spt-set", "--spt "]),
     "few shots": (["--task", "lm", "--text", "{text}", "--few-shot", "3"], ["--few-shot", "--task lm"]),

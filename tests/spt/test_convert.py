@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tests.spt.models import ALL, DECODERS, ENCODERS, FEED_FORWARD_ONLY, SIZES, T, build, inputs, logits
 
+from sparsepeft.spt.attention import NAME
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import desparsify, sparsification, sparsify
 
@@ -140,6 +141,7 @@ def test_generation_with_a_cache_is_generation_without(name: str, cache: str) ->
 def test_refused_before_anything_is_changed() -> None:
     ids = inputs("llama")["input_ids"]
     deberta = hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SIZES))
+    mpnet = hf.MPNetForSequenceClassification(hf.MPNetConfig(**SIZES))
     cases: list[tuple[Any, dict[str, Any], Any, str]] = [
         (build("llama"), {}, None, "calibration_data"),
         (build("llama"), {}, ids[:0], "empty"),
@@ -153,7 +155,8 @@ def test_refused_before_anything_is_changed() -> None:
         ),
         (build("llama"), {"layers_to_transform": (7,)}, ids, "7"),
         (build("t5"), {}, inputs("t5"), "position_bias"),
-        (deberta, {}, ids, "attention interface"),
+        (deberta, {}, ids, "DebertaV2ForSequenceClassification does not attend through .* attention interface"),
+        (mpnet, {}, ids, "MPNetForSequenceClassification does not attend through .* attention interface"),
     ]
     for model, values, data, words in cases:
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -169,6 +172,17 @@ def test_refused_before_anything_is_changed() -> None:
         sparsify(made_sparse("llama"), SptConfig(), ids)
     with pytest.raises(ValueError, match="not sparse"):
         desparsify(build("llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_padded_batch_whose_mask_got_lost_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the second registration transformers would hand on no mask, and padding would be attended."""
+    model = made_sparse(name)
+    given = inputs(name, padding="right")
+    model(**given)
+    monkeypatch.delitem(hf.AttentionMaskInterface._global_mapping, NAME)
+    with pytest.raises(ValueError, match="Sparse attention received"):
+        model(**given)
 
 
 def test_a_model_with_nans_is_named() -> None:

@@ -23,7 +23,7 @@ from sparsepeft.training import train
 from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
 from sparsepeft.training.encoding import Collator
 from sparsepeft.training.files import CHECKPOINTS
-from sparsepeft.training.methods import build_model, load_tokenizer
+from sparsepeft.training.methods import extend, load_backbone, load_tokenizer
 from sparsepeft.training.run import load_data, prepare_data
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -60,7 +60,7 @@ def _prepare(backbone: Path, folder: Path, **changes: Any) -> tuple[Any, Any, An
     config = run_config(backbone, folder, **changes)
     data = load_data(config)
     tokenizer = load_tokenizer(str(backbone))
-    model = build_model(config.method, str(backbone), data.spec, config.recipe_values().adapter)
+    model = extend(load_backbone(str(backbone), data.spec), config.method, data.spec, config.recipe_values().adapter)
     return model, prepare_data(data, config, tokenizer, 64).train, Collator(tokenizer, is_regression=False)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.spt import SptConfig
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
+from sparsepeft.training.sparse import check_spt, join_spt_flags
 from sparsepeft.tuners.config import dtype_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -37,6 +39,7 @@ class RunConfig:
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
+        spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's or the task's value)
     """
 
@@ -66,6 +69,7 @@ class RunConfig:
     cache_frozen_layers: bool = False
     compile: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
@@ -76,6 +80,15 @@ class RunConfig:
             except ValueError as error:
                 raise UserError(str(error)) from error
         self.recipe_values()  # unknown settings are found before anything is loaded
+        if self.spt_config() is not None and self.cache_frozen_layers:
+            raise UserError(
+                "cache_frozen_layers was given with spt, but a sparse model trains routers or refreshes codebooks in "
+                "every layer; leave one of them out."
+            )
+
+    def spt_config(self) -> SptConfig | None:
+        """How the model is made sparse; None if it stays dense."""
+        return check_spt(self.method, self.spt)
 
     def recipe_values(self) -> Recipe:
         """The recipe for this method and task with this config's own values put in."""
@@ -117,10 +130,14 @@ def recipe_of(config: Any) -> Recipe:
 def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     """Combine command-line flags (None means not given) with a YAML or JSON file.
 
+    Args:
+        flags: fields of :class:`RunConfig`, but ``spt`` as whether it was asked for, and ``spt_set`` with its settings.
+        file: in which ``spt`` is a mapping of settings.
+
     Raises:
         UserError: the file cannot be read, has unknown keys, or task or output folder are missing.
     """
-    values = merge_config(flags, file, RunConfig)
+    values = merge_config(join_spt_flags(flags, read_config(file).get("spt")), file, RunConfig)
     if values.get("train_file") and not values.get("task"):
         values["task"] = "custom"
     for key, flag in (("task", "--task"), ("output_dir", "--output-dir")):

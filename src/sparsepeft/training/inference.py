@@ -49,7 +49,9 @@ class Predictor:
         self.batch_size = batch_size
         if not list(self.folder.glob("*.safetensors")):
             raise UserError(f"{self.folder} holds no trained weights yet; finish its training by the same command.")
-        self.model = load_trained(self.folder, self.config.method, model_id, self.spec)
+        self.model = load_trained(
+            self.folder, self.config.method, model_id, self.spec, is_sparse=self.config.spt is not None
+        )
         self.tokenizer = load_tokenizer(str(self.folder) if self.config.method == "full" else model_id)
         self.max_length = longest_input(self.tokenizer, self.model.config, self.config.max_length)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.provenance import environment, write_json
-from sparsepeft.spt import Sparsification
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
@@ -28,18 +26,18 @@ from sparsepeft.training.files import (
     write_weights,
 )
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
-from sparsepeft.training.lm_data import Corpus, fingerprints, load_corpus
+from sparsepeft.training.lm_data import Corpus, evenly_spaced, fingerprints, load_corpus
 from sparsepeft.training.lm_model import (
+    CALIBRATION_BLOCKS,
     add_adapter,
     count_trained,
     load_language_model,
     load_trained_language_model,
-    make_sparse,
     perplexity,
-    to_accelerator,
 )
-from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer
+from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.sparse import describe, make_sparse, resume_callbacks
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 _NUM_CHECKPOINTS = 10
@@ -83,7 +81,7 @@ def train_language_model(
     before = {"dense": measure(backbone)}
     done = None
     if spt is not None:
-        done = make_sparse(backbone, spt, corpus.train)
+        done = make_sparse(backbone, spt, evenly_spaced(corpus.train, CALIBRATION_BLOCKS))
         before["sparse"] = measure(backbone)
     set_seed(config.seed)
     model = add_adapter(backbone, config.method, recipe)
@@ -91,7 +89,7 @@ def train_language_model(
     write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": LM})
 
     start = time.perf_counter()
-    steps = _train(model, config, recipe, corpus, [*callbacks, *_refresh(done)])
+    steps = _train(model, config, recipe, corpus, [*callbacks, *resume_callbacks(done)])
     seconds = time.perf_counter() - start
     metrics = {"validation": measure(model)}
     results = {
@@ -149,11 +147,6 @@ def evaluate_language_model(folder: str | Path, model: str | None = None) -> dic
     return {"validation": perplexity(trained, corpus.validation, batch_size, config.precision)}
 
 
-def describe(done: Sparsification) -> dict[str, Any]:
-    """A conversion's settings and report, for a result file."""
-    return {"config": dataclasses.asdict(done.config), "report": done.report.to_dict()}
-
-
 def _corpus(config: LanguageModelConfig, model_id: str) -> tuple[Corpus, Any, int]:
     """Blocks of text, the tokenizer, and the blocks' length."""
     tokenizer = load_tokenizer(model_id)
@@ -194,17 +187,3 @@ def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, fol
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
     )
-
-
-def _refresh(done: Sparsification | None) -> list[TrainerCallback]:
-    """What tells a sparse model's codebooks where a resumed training stands."""
-    if done is None or done.refresh is None:
-        return []
-    refresh = done.refresh
-
-    class _Resume(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step:
-                refresh.resume(state.global_step)
-
-    return [_Resume()]

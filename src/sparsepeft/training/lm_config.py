@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.config import PRECISIONS, check_values, merge_config, read_config, recipe_of
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
+from sparsepeft.training.sparse import check_spt, join_spt_flags
 
 LM = "lm"
 LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
@@ -72,11 +73,6 @@ class LanguageModelConfig:
                 raise UserError(f"{name}={getattr(self, name)!r} was given, but {name} must be a whole number.")
         if self.block_length == 1:
             raise UserError("block_length=1 was given, but a block needs at least 2 tokens, one to predict another.")
-        if self.method == "full" and self.spt is not None:
-            raise UserError(
-                "method=full was given with spt, but a sparse model is saved with its adapter and full fine-tuning has "
-                "none; choose another method, such as lora."
-            )
         self.recipe_values()  # unknown settings are found before anything is loaded
         self.spt_config()
 
@@ -86,40 +82,11 @@ class LanguageModelConfig:
 
     def spt_config(self) -> SptConfig | None:
         """How the model is made sparse; None if it stays dense."""
-        return None if self.spt is None else read_spt_settings(self.spt)
+        return check_spt(self.method, self.spt)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return dataclasses.asdict(self)
-
-
-def read_spt_settings(values: Any) -> SptConfig:
-    """A :class:`sparsepeft.spt.SptConfig` from its keys and values.
-
-    Raises:
-        UserError: an unknown key, or a value that the config refuses.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"spt={values!r} was given; expected a mapping of SptConfig's settings, {{}} for the defaults.")
-    defaults = {each.name: each.default for each in dataclasses.fields(SptConfig)}
-    for key, value in values.items():
-        if key not in defaults:
-            raise UserError(unknown_name("SPT setting", str(key), defaults))
-        if _kind(value) != _kind(defaults[key]) and defaults[key] is not None:
-            raise UserError(
-                f"The SPT setting {key}={value!r} was given; expected a {_kind(defaults[key])}, as its default "
-                f"{defaults[key]!r} is."
-            )
-    try:
-        return SptConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The SPT settings cannot be used: {error}") from error
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "truth value (true or false)"
-    return "number" if isinstance(value, (int, float)) else "word" if isinstance(value, str) else type(value).__name__
 
 
 def is_language_model(flags: dict[str, Any], file: Path | None = None) -> bool:
@@ -131,11 +98,9 @@ def is_language_model(flags: dict[str, Any], file: Path | None = None) -> bool:
     task = flags.get("task") or read_config(file).get("task")
     if task == LM:
         return True
-    for name in ("text", "validation_text", "block_length", "gradient_accumulation", "gradient_checkpointing", "spt"):
+    for name in ("text", "validation_text", "block_length", "gradient_accumulation", "gradient_checkpointing"):
         if flags.get(name) is not None:
             raise UserError(f"{_option(name)} goes with --task lm only, but the task is {task!r}; pass --task lm.")
-    if flags.get("spt_set") is not None:
-        raise UserError(f"--spt-set goes with --task lm only, but the task is {task!r}; pass --task lm --spt.")
     return False
 
 
@@ -151,12 +116,8 @@ def load_language_model_config(flags: dict[str, Any], file: Path | None = None) 
         UserError: a flag belongs to other tasks, the file cannot be read or has unknown keys, or something is missing.
     """
     # The data folder may come from the environment, where it is meant for other tasks.
-    given = {key: value for key, value in flags.items() if value is not None and key != "data_dir"}
-    is_sparse, settings = given.pop("spt", False), given.pop("spt_set", {})
-    if settings and not is_sparse and read_config(file).get("spt") is None:
-        raise UserError("--spt-set was given without --spt; pass --spt as well to make the model sparse.")
-    if is_sparse or settings:
-        given["spt"] = settings
+    given = {key: value for key, value in flags.items() if key != "data_dir"}
+    given = join_spt_flags(given, read_config(file).get("spt"))
     fields = {each.name for each in dataclasses.fields(LanguageModelConfig)}
     if foreign := sorted(given.keys() - fields):
         raise UserError(f"{', '.join(map(_option, foreign))} does not go with --task lm; leave it out.")

@@ -14,17 +14,14 @@ from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.spt import save_sparse
 from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.language_model import describe
-from sparsepeft.training.lm_config import read_spt_settings
 from sparsepeft.training.lm_data import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.training.lm_model import (
     CALIBRATION_BLOCKS,
     load_language_model,
-    make_sparse,
     perplexity,
-    to_accelerator,
 )
-from sparsepeft.training.methods import load_tokenizer
+from sparsepeft.training.methods import load_tokenizer, to_accelerator
+from sparsepeft.training.sparse import describe, make_sparse, read_spt_settings
 
 REPORT = "spt.json"
 _FORMAT_VERSION = 1

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,11 +19,11 @@ from transformers import (
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.spt import Sparsification, SptConfig, load_sparse, sparsify
+from sparsepeft.spt import load_sparse
 from sparsepeft.training.lm_config import LanguageModelConfig
-from sparsepeft.training.lm_data import evenly_spaced
-from sparsepeft.training.methods import Model, adapter_config, loading_adapter, not_loaded
+from sparsepeft.training.methods import Model, adapter_config, attach, loading_adapter, not_loaded
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.sparse import count_routers
 
 CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,42 +57,10 @@ def load_language_model(model: str, masked: bool = False) -> tuple[PreTrainedMod
         raise UserError(not_loaded("language model", model, error)) from error
 
 
-def to_accelerator(model: nn.Module) -> None:
-    """Move a model to where a trainer would: the accelerator, if there is one."""
-    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-
-
-def make_sparse(model: PreTrainedModel, config: SptConfig, blocks: Tensor | None) -> Sparsification:
-    """:func:`sparsepeft.spt.sparsify` with a few of some blocks (N, T) as calibration data; what was done.
-
-    Raises:
-        UserError: the model lacks a structure that is needed, or sizes do not fit.
-    """
-    calibration = None if blocks is None else evenly_spaced(blocks, CALIBRATION_BLOCKS)
-    try:
-        sparse: Any = sparsify(model, config, calibration)
-    except ValueError as error:
-        raise UserError(f"The model cannot be made sparse: {error}") from error
-    done: Sparsification = sparse.sparsification
-    return done
-
-
 def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
-    """The model with the method's adapter; as it is for full fine-tuning.
-
-    Raises:
-        UserError: the adapter does not fit the model, or acts on what a sparse model does not let it.
-    """
+    """The model with the method's adapter; as it is for full fine-tuning."""
     config = adapter_config(method, recipe.adapter, task_type=TaskType.CAUSAL_LM)
-    if config is None:
-        return model
-    try:
-        extended = get_peft_model(model, config)
-        with torch.no_grad():
-            extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
-    except ValueError as error:
-        raise UserError(f"method={method} does not fit this model: {error}") from error
-    return extended
+    return model if config is None else attach(model, config, method)
 
 
 def load_trained_language_model(folder: Path, config: LanguageModelConfig, model: str | None = None) -> Model:
@@ -144,5 +111,5 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
 
 def count_trained(model: nn.Module) -> dict[str, int]:
     """Trained parameters: all, and of them the routers of a sparse model."""
-    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {"trained": sum(trained.values()), "routers": sum(n for name, n in trained.items() if "spt_router" in name)}
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"trained": trained, "routers": count_routers(model)}

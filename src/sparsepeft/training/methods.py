@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
@@ -100,7 +101,7 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     """
     names = id2label(spec)
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        backbone = AutoModelForSequenceClassification.from_pretrained(
             model,
             num_labels=spec.num_labels,
             id2label=names,
@@ -111,6 +112,9 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", model, error)) from error
+    if getattr(backbone.config, "pad_token_id", None) is None:
+        backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
+    return backbone
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -124,25 +128,35 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(method: str, model: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
-    """The model to train: the backbone with the method's adapter, or all of it."""
+def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
+    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it."""
     config = adapter_config(method, settings, spec)
-    backbone = load_backbone(model, spec)
-    if getattr(backbone.config, "pad_token_id", None) is None:
-        backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
     if config is None:
         return backbone
     if isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
         # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
         config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
+    return attach(backbone, config, method)
+
+
+def attach(backbone: PreTrainedModel, config: PeftConfig, method: str) -> PeftModel:
+    """A backbone, dense or sparse, with an adapter.
+
+    Raises:
+        UserError: the adapter does not fit the model, or acts on what a sparse model does not let it.
+    """
     try:
-        return get_peft_model(backbone, config)
+        extended = get_peft_model(backbone, config)
+        if sparsification(backbone) is not None:  # a routed FFN refuses in its first pass what cannot act inside it
+            with torch.no_grad():
+                extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device))
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"method={method} does not fit this model: {error}") from error
+    return extended
 
 
-def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model:
-    """The trained model of a run, in eval mode.
+def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_sparse: bool = False) -> Model:
+    """The trained model of a run, in eval mode; ``is_sparse`` if it was trained on a sparse one.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
@@ -150,7 +164,13 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec) -> Model
     if method == "full":
         return load_backbone(str(folder), spec).eval()
     with loading_adapter(folder):
-        return PeftModel.from_pretrained(load_backbone(model, spec), str(folder)).eval()
+        load = load_sparse if is_sparse else PeftModel.from_pretrained
+        return load(load_backbone(model, spec), str(folder)).eval()
+
+
+def to_accelerator(model: torch.nn.Module) -> None:
+    """Move a model to where a trainer would: the accelerator, if there is one."""
+    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
 
 
 @contextmanager

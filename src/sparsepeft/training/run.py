@@ -24,8 +24,17 @@ from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, prepare_folder, results_of, write_weights
-from sparsepeft.training.methods import adapter_config, backbone_bytes, build_model, count_parameters, load_tokenizer
+from sparsepeft.training.methods import (
+    adapter_config,
+    backbone_bytes,
+    count_parameters,
+    extend,
+    load_backbone,
+    load_tokenizer,
+    to_accelerator,
+)
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.sparse import count_routers, describe, make_sparse, resume_callbacks
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -33,6 +42,7 @@ logger = logging.getLogger(__name__)
 FEW_SHOT_STEPS = 1000  # the paper's appendix B
 _SPLIT_SEED = 42  # the part of the training data that models are chosen on is the same in every run
 _NUM_EVALUATIONS = 10
+_CALIBRATION_EXAMPLES = 64
 _MAX_SELECTION = 1000  # examples that hyperparameters are chosen on; a tenth of SST-2 alone would be 6,735
 
 
@@ -49,9 +59,10 @@ class PreparedData:
 def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
     """Train, choose the best checkpoint on a tenth of the training data, score once, save.
 
-    The output folder then holds the weights (for adapters: adapter and head only), ``run.json`` (the resolved
-    config) and ``results.json``, which is written last. A run that was interrupted goes on from its last complete
-    checkpoint when it is started again with the same config.
+    With ``spt`` the model is made sparse first, calibrated on a few of the training examples. The output folder then
+    holds the weights (for adapters: adapter and head only), ``run.json`` (the resolved config) and ``results.json``,
+    which is written last. A run that was interrupted goes on from its last complete checkpoint when it is started
+    again with the same config.
 
     Args:
         config: what to do.
@@ -66,17 +77,21 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
     """
     disable_progress_bars()
-    folder = Path(config.output_dir)
-    recipe = config.recipe_values()
+    folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
     prepare_folder(folder, config.to_dict(), overwrite)
     model_id = resolve_model(config.model)
     data = load_data(config)
     tokenizer = load_tokenizer(model_id)
     set_seed(config.seed)
-    model = build_model(config.method, model_id, data.spec, recipe.adapter)
-    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, model.config, config.max_length))
+    backbone = load_backbone(model_id, data.spec)
+    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
     collator = Collator(tokenizer, data.spec.label_names is None)
+    done = None
+    if spt is not None:
+        to_accelerator(backbone)
+        done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
+    model = extend(backbone, config.method, data.spec, recipe.adapter)
     start = time.perf_counter()
     cache, training = None, prepared.train
     if config.cache_frozen_layers:
@@ -94,7 +109,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=lambda output: _metrics(data.spec, output),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *resume_callbacks(done)],
         cache=cache,
     )
     trainer.remove_callback(PrinterCallback)
@@ -127,6 +142,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     formula = getattr(model.peft_config["default"], "formula", None) if isinstance(model, PeftModel) else None
     if formula is not None:
         results["formula"] = formula
+    if done is not None:
+        results["spt"] = describe(done)
+        parameters["routers"] = count_routers(model)
     write_json(folder / RESULTS, results)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
@@ -181,6 +199,12 @@ def prepare_data(
         logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
     reported = {name: part for name, part in encoded.items() if name != "train" and (selecting or name != "selection")}
     return PreparedData(encoded["train"], None if config.few_shot else encoded["selection"], reported, num_cut)
+
+
+def calibration_batch(training: Dataset, collator: Collator) -> dict[str, Any]:
+    """Up to 64 examples from the whole of the training data, padded to the longest of them."""
+    count = min(_CALIBRATION_EXAMPLES, len(training))
+    return collator([training[int(index)] for index in np.linspace(0, len(training) - 1, count)])
 
 
 def _arguments(

@@ -1,0 +1,114 @@
+"""What runs that make their model sparse first (SPT) have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.spt import Sparsification, SptConfig, sparsify
+
+
+def read_spt_settings(values: Any) -> SptConfig:
+    """A :class:`sparsepeft.spt.SptConfig` from its keys and values.
+
+    Raises:
+        UserError: an unknown key, or a value that the config refuses.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"spt={values!r} was given; expected a mapping of SptConfig's settings, {{}} for the defaults.")
+    defaults = {each.name: each.default for each in dataclasses.fields(SptConfig)}
+    for key, value in values.items():
+        if key not in defaults:
+            raise UserError(unknown_name("SPT setting", str(key), defaults))
+        if _kind(value) != _kind(defaults[key]) and defaults[key] is not None:
+            raise UserError(
+                f"The SPT setting {key}={value!r} was given; expected a {_kind(defaults[key])}, as its default "
+                f"{defaults[key]!r} is."
+            )
+    try:
+        return SptConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The SPT settings cannot be used: {error}") from error
+
+
+def check_spt(method: str, values: Any) -> SptConfig | None:
+    """How a run's model is made sparse; None if it stays dense (``values`` is None).
+
+    Raises:
+        UserError: settings that cannot be used, or a method that has no adapter to save the routers with.
+    """
+    if values is None:
+        return None
+    if method == "full":
+        raise UserError(
+            "method=full was given with spt, but a sparse model is saved with its adapter and full fine-tuning has "
+            "none; choose another method, such as lora."
+        )
+    return read_spt_settings(values)
+
+
+def join_spt_flags(flags: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
+    """Command-line flags with ``spt`` (whether it was asked for) and ``spt_set`` as one mapping of settings, ``spt``.
+
+    Args:
+        flags: of which None means not given.
+        in_file: the config file's ``spt``.
+
+    Raises:
+        UserError: there are settings, but nothing asks for a sparse model.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    is_sparse, settings = given.pop("spt", False), given.pop("spt_set", {})
+    if settings and not is_sparse and in_file is None:
+        raise UserError("--spt-set was given without --spt; pass --spt as well to make the model sparse.")
+    return {**given, "spt": settings} if is_sparse or settings else given
+
+
+def make_sparse(model: PreTrainedModel, config: SptConfig, calibration_data: Any) -> Sparsification:
+    """:func:`sparsepeft.spt.sparsify`; what was done.
+
+    Raises:
+        UserError: the model lacks a structure that is needed, or sizes do not fit.
+    """
+    try:
+        sparse: Any = sparsify(model, config, calibration_data)
+    except ValueError as error:
+        raise UserError(f"The model cannot be made sparse: {error}") from error
+    done: Sparsification = sparse.sparsification
+    return done
+
+
+def describe(done: Sparsification) -> dict[str, Any]:
+    """A conversion's settings and report, for a result file."""
+    return {"config": dataclasses.asdict(done.config), "report": done.report.to_dict()}
+
+
+def count_routers(model: nn.Module) -> int:
+    """Trained parameters of a sparse model's routers."""
+    named = model.named_parameters()
+    return sum(parameter.numel() for name, parameter in named if parameter.requires_grad and "spt_router" in name)
+
+
+def resume_callbacks(done: Sparsification | None) -> list[TrainerCallback]:
+    """What tells a sparse model's codebooks where a resumed training stands."""
+    if done is None or done.refresh is None:
+        return []
+    refresh = done.refresh
+
+    class _Resume(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step:
+                refresh.resume(state.global_step)
+
+    return [_Resume()]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "truth value (true or false)"
+    return "number" if isinstance(value, (int, float)) else "word" if isinstance(value, str) else type(value).__name__

@@ -1,0 +1,122 @@
+"""``sparsepeft benchmark``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+
+
+@app.callback()
+def _benchmark() -> None:
+    """Measure speed and memory on this machine."""
+
+
+@app.command()
+def spt(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Random weights: opt-1024, opt-2048, opt-2560, llama-2560, llama-4096; or a causal model: id or folder"
+        ),
+    ] = "opt-1024",
+    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 4,
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence; several separated by commas.")] = "2048",
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 1,
+    granularity: Annotated[str, typer.Option(help="Sparse attention by token or block.")] = "block",
+    num_blocks: Annotated[int, typer.Option(help="G, blocks of neurons of an FFN.")] = 8,
+    active_blocks: Annotated[str, typer.Option(help="G', blocks a token uses; several separated by commas.")] = "4,2",
+    top_l: Annotated[float, typer.Option(help="Keys a query keeps: a count, or a fraction of the length.")] = 0.125,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: torch's]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed steps of each candidate.")] = 5,
+    idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Measure the dense model through torch.compile, too.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure a LoRA fine-tuning step, dense against sparse: time, where it goes, and peak memory above the weights.
+
+    Example: `sparsepeft benchmark spt --model opt-1024 --lengths 2048,8192 --output spt.json`
+    """
+    import torch
+
+    from sparsepeft.benchmarking.spt import SptBenchmark, run_spt_benchmark
+    from sparsepeft.provenance import write_json
+    from sparsepeft_cli._console import err, out, print_json
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    benchmark = SptBenchmark(
+        model=model,
+        layers=layers,
+        lengths=_numbers("--lengths", lengths),
+        batch_size=batch_size,
+        granularity=granularity,
+        num_blocks=num_blocks,
+        active_blocks=_numbers("--active-blocks", active_blocks),
+        top_l=top_l,
+        device=device,
+        dtype=dtype,
+        repeats=repeats,
+        idle_wait_s=idle_wait,
+        compile=compile,
+    )
+    with err.status("measuring") as status:
+        results = run_spt_benchmark(benchmark, progress=status.update)
+    if output is not None:
+        write_json(output, results)
+    if json:
+        print_json(results)
+        return
+    for result in results["results"]:
+        for part in _tables(result, results["settings"]):
+            out.print(part)
+        for name, reason in result["left_out"].items():
+            out.print(f"{name} was left out: {reason}", highlight=False)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    from sparsepeft.errors import UserError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} was given; expected whole numbers separated by commas.") from error
+
+
+def _tables(result: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
+    from sparsepeft_cli._console import table
+
+    title = (
+        f"{settings['model']}, {settings['layers']} layers, {settings['batch_size']} x {result['length']} tokens, "
+        f"{settings['dtype']}, {settings['device']}"
+    )
+    steps, splits = [], []
+    for name, found in result["candidates"].items():
+        steps.append(
+            [
+                name,
+                f"{found['step']['median_ms']:.1f}",
+                _ratio(found["speedup_over"].get("sdpa")),
+                f"{found['peak_bytes'] / 2**20:.1f}",
+                _ratio(found["peak_of"].get("sdpa")),
+                _ratio(found["peak_of"].get("eager")),
+            ]
+        )
+        if "split_ms" in found:
+            splits.append([name, *(f"{found['split_ms'][part]:.1f}" for part in ("attention", "ffn", "rest"))])
+    return [
+        table(title, ["step", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], steps),
+        table("one step, by module", ["ms", "attention", "FFN", "rest"], splits),
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

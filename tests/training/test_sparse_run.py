@@ -1,0 +1,83 @@
+"""Tasks on models that were made sparse first: what a run leaves, how it resumes, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import Interrupt, run_config
+
+from sparsepeft.errors import UserError
+from sparsepeft.spt import sparsification
+from sparsepeft.training import Predictor, RunConfig, evaluate, load_config, train
+from sparsepeft.training.files import RESULTS
+
+SPT = {"top_l": 0.5, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
+
+
+def test_flags_and_file_say_what_becomes_sparse(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("task: topics\nmethod: lora\noutput_dir: o\nspt: {num_blocks: 4}\n")
+    file = tmp_path / "c.yaml"
+    assert load_config({"spt": None, "spt_set": None}, file).spt == {"num_blocks": 4}
+    assert load_config({"spt": None, "spt_set": {"top_l": 3}}, file).spt == {"num_blocks": 4, "top_l": 3}
+    assert load_config({"task": "topics", "output_dir": "o", "spt": True}).spt == {}
+    assert load_config({"task": "topics", "output_dir": "o"}).spt is None
+    with pytest.raises(UserError, match="without --spt"):
+        load_config({"task": "topics", "output_dir": "o", "spt_set": {"top_l": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "full", "spt": {}}, ["full", "lora"]),
+        ({"spt": {"num_active_block": 3}}, ["did you mean 'num_active_blocks'"]),
+        ({"spt": {}, "cache_frozen_layers": True}, ["cache_frozen_layers", "spt"]),
+    ],
+)
+def test_what_does_not_go_together(changes: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        RunConfig(**({"task": "topics", "output_dir": "o"} | changes))
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "spartan", "pfeiffer", "bitfit", "head"])
+def test_a_sparse_run_leaves_what_evaluate_agrees_with(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    results = train(run_config(tiny_backbone, tmp_path / "o", method=method, spt=SPT))
+    assert json.loads((tmp_path / "o" / RESULTS).read_text()) == results
+    for part, metrics in evaluate(tmp_path / "o").items():
+        assert metrics == pytest.approx(results["metrics"][part])
+    assert results["parameters"]["routers"] == 2 * 4 * (32 + 1)
+    dense = train(run_config(tiny_backbone, tmp_path / "dense", method=method, max_steps=1))
+    assert "spt" not in dense
+    assert results["parameters"]["trained"] == dense["parameters"]["trained"] + results["parameters"]["routers"]
+    assert results["parameters"]["head"] == dense["parameters"]["head"]
+    model = Predictor(tmp_path / "o").model
+    done = sparsification(model)
+    assert done is not None
+    assert len(done.attention) == len(done.feed_forwards) == 2
+    assert isinstance(results["spt"]["config"]["top_l"], int)
+    assert done.config.top_l == results["spt"]["config"]["top_l"] > 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(tiny_backbone: Path, tmp_path: Path) -> None:
+    values = {"method": "lora", "spt": SPT}
+    whole = train(run_config(tiny_backbone, tmp_path / "whole", **values))
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(tiny_backbone, tmp_path / "cut", **values), callbacks=[Interrupt(7)])
+    resumed = train(run_config(tiny_backbone, tmp_path / "cut", **values))
+    assert resumed["metrics"] == whole["metrics"]
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.slow
+def test_what_a_routed_ffn_does_not_let_act_inside(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no plain LoRA"):
+        train(run_config(tiny_backbone, tmp_path / "o", method="ia3", spt=SPT))
+    assert not (tmp_path / "o").exists()
