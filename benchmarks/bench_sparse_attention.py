@@ -1,10 +1,12 @@
-"""Speed and memory of sparse_attention on a CPU, against SDPA, over the number of tokens.
+"""Speed and memory of sparse_attention against SDPA, over the number of tokens.
 
     python benchmarks/bench_sparse_attention.py --output benchmarks/results/sparse_attention.json
+    python benchmarks/bench_sparse_attention.py --device cuda --output benchmarks/results/sparse_attention_gpu.json
 
-Every implementation is first compared with the reference. Times are of one call forward, and forward with backward to
-query, key and value, encoding and selection included; these two are also timed by themselves. Memory is what a forward
-and backward pass allocates beyond its inputs, at its peak, as counted by torch's allocator.
+On a CPU the compiled kernels in float32, on a GPU Triton (tokens) and FlexAttention (blocks) in bfloat16. Every
+implementation is first compared with the reference. Times are of one call forward, and forward with backward to query,
+key and value, encoding and selection included; these two are also timed by themselves. Memory is what a forward and
+backward pass allocates beyond its inputs, at its peak, as counted by torch's allocator.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Float32 rounding; a wrongly kept key would show as 1e-2 or more.
 TOLERANCE = 1e-4
+# A few roundings of bfloat16 (4e-3).
+HALF_TOLERANCE = 3e-2
+IMPLS = {"cpu": {"token": "cpu", "block": "cpu"}, "cuda": {"token": "triton", "block": "flex"}}
 # The reference holds (heads, n, n): it is compared on so many of the first tokens.
 VERIFIED_TOKENS = 512
 
@@ -45,10 +50,14 @@ class Case(NamedTuple):
     causal: bool
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, device: str) -> list[Case]:
     """Return the cases; the quick one only shows that the script works."""
     if quick:
         return [Case(256, 2, 1, 32, 32, True)]
+    if device == "cuda":
+        eighth = [Case(n, 16, 16, 64, n // 8, causal) for n in (2048, 4096, 8192, 16384) for causal in (False, True)]
+        fixed = [Case(n, 16, 16, 64, 512, True) for n in (8192, 16384)]
+        return [*eighth, *fixed, Case(4096, 16, 4, 64, 512, True), Case(8192, 8, 8, 128, 1024, True)]
     eighth = [Case(n, 16, 16, 64, n // 8, causal) for n in (1024, 2048, 4096, 8192) for causal in (False, True)]
     fixed = [Case(n, 16, 16, 64, 512, True) for n in (1024, 2048, 8192, 16384)]
     return [*eighth, *fixed, Case(4096, 16, 4, 64, 512, True), Case(4096, 8, 8, 128, 512, True)]
@@ -56,11 +65,12 @@ def cases(quick: bool) -> list[Case]:
 
 def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
     """Return what is compared, by name."""
-    sparse = partial(sparse_attention, top_l=case.top_l, causal=case.causal, impl="cpu")
+    sparse = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
+    impls = IMPLS[codebooks.device.type]
     return {
         "sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True),
-        "token": lambda *tensors: sparse(*tensors, codebooks, granularity="token"),
-        "block": lambda *tensors: sparse(*tensors, codebooks, granularity="block"),
+        "token": lambda *tensors: sparse(*tensors, codebooks, granularity="token", impl=impls["token"]),
+        "block": lambda *tensors: sparse(*tensors, codebooks, granularity="block", impl=impls["block"]),
     }
 
 
@@ -72,7 +82,8 @@ def train(attention: Attention, tensors: list[Tensor], grad_output: Tensor) -> l
 
 
 def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Tensor) -> dict[str, float]:
-    """Compare both granularities with the reference, in outputs and gradients."""
+    """Compare both granularities with the reference, in outputs and gradients; its numbers are float32."""
+    impls, dtype = IMPLS[codebooks.device.type], tensors[0].dtype
     few = [tensor[:, :, :VERIFIED_TOKENS].contiguous() for tensor in (*tensors, grad_output)]
     top_l = max(1, case.top_l * few[0].shape[2] // case.num_tokens)
     errors = {}
@@ -80,13 +91,21 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Te
         attend = partial(
             sparse_attention, codebooks=codebooks, top_l=top_l, causal=case.causal, granularity=granularity
         )
-        expected, actual = (train(partial(attend, impl=impl), few[:3], few[3]) for impl in ("reference", "cpu"))
-        errors[granularity] = require_agreement(granularity, actual, expected, tolerance=TOLERANCE)
+        exact = [tensor.float() for tensor in few]
+        expected = train(partial(attend, impl="reference"), exact[:3], exact[3])
+        actual = [t.float() for t in train(partial(attend, impl=impls[granularity]), few[:3], few[3])]
+        tolerance = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+        errors[granularity] = require_agreement(granularity, actual, expected, tolerance=tolerance)
     return errors
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
+def peak_bytes(function: Callable[[], object], device: str) -> int:
     """Return the most bytes of tensors alive at one time that were made while the function ran."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result
@@ -105,20 +124,28 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     reach = Reach.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
     rules = Rules(case.top_l, 1.0, 0.0, True, True, 0)
     codes = encode(query, codebooks), encode(key, codebooks)
-    narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
-    return {
+    common = {
         "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
         "block lists": lambda: keep_blocks(*codes, reach, rules._replace(block_size=64)),
+    }
+    if query.is_cuda:
+        from sparsepeft.ops.sparse_attention.triton import select_triton
+
+        return {**common, "encode and token selection": lambda: select_triton(query, key, codebooks, reach, rules)}
+    narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
+    return {
+        **common,
         "token selection and attention over vectors of 1": lambda: compiled_forward(*narrow, codes, reach, rules),
     }
 
 
-def run(case: Case, repeats: int, seed: int, idle_wait_s: float) -> dict[str, Any]:
+def run(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:
     """Verify, then time, one case."""
     generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def normal(heads: int) -> Tensor:
-        return torch.randn(1, heads, case.num_tokens, case.head_size, generator=generator)
+        return torch.randn(1, heads, case.num_tokens, case.head_size, generator=generator).to(device, dtype)
 
     tensors = [normal(case.num_heads), normal(case.num_kv_heads), normal(case.num_kv_heads)]
     grad_output = normal(case.num_heads)
@@ -126,18 +153,19 @@ def run(case: Case, repeats: int, seed: int, idle_wait_s: float) -> dict[str, An
     errors = verify(case, tensors, grad_output, codebooks)
 
     attentions = candidates(case, codebooks)
-    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s)
+    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
     with torch.no_grad():
         forward = measure({name: partial(attend, *tensors) for name, attend in attentions.items()})
         alone = measure(parts(case, tensors, codebooks))
     training = {name: partial(train, attend, tensors, grad_output) for name, attend in attentions.items()}
     both = measure(training)
-    peaks = {name: peak_bytes(step) for name, step in training.items()}
+    peaks = {name: peak_bytes(step, device) for name, step in training.items()}
     first = [tensor[:, :, :2048] for tensor in tensors[:2]]
     recall = selection_recall(*first, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
     return {
         **case._asdict(),
-        "dtype": "float32",
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
         "largest_relative_error": errors,
         "forward": {name: timing._asdict() for name, timing in forward.items()},
         "forward_backward": {name: timing._asdict() for name, timing in both.items()},
@@ -157,6 +185,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each candidate")
     parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
     parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine each round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the candidates run")
     parser.add_argument("--seed", type=int, default=0, help="of the random vectors")
     parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it works")
     arguments = parser.parse_args()
@@ -164,11 +193,11 @@ def main() -> None:
 
     environment = describe_environment(seed=arguments.seed)
     results: list[dict[str, Any]] = []
-    for case in cases(arguments.quick):
-        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait)
+    for case in cases(arguments.quick, arguments.device):
+        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait, arguments.device)
         results.append(result)
-        times = ", ".join(f"{name} {timing['median_ms']:.0f}" for name, timing in result["forward_backward"].items())
-        alone = ", ".join(f"{name} {timing['median_ms']:.0f}" for name, timing in result["parts_of_forward"].items())
+        times = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in result["forward_backward"].items())
+        alone = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in result["parts_of_forward"].items())
         peaks = ", ".join(f"{name} {size:.0f}" for name, size in result["peak_mib"].items())
         print(f"{case}\n  forward + backward ms: {times}\n  ms alone: {alone}\n  peak MiB: {peaks}", flush=True)
     write_json(arguments.output, {"environment": environment, "results": results})

@@ -40,6 +40,18 @@ class Sizes(NamedTuple):
     active: int
 
 
+# What the tiles of a kernel meet.
+TILE_SIZES = {
+    "no token": Sizes(0, 5, 3, 4, 2),
+    "one token": Sizes(1, 5, 3, 4, 1),
+    "odd": Sizes(7, 5, 3, 4, 2),
+    "several of many": Sizes(30, 20, 5, 6, 3),
+    "all blocks": Sizes(7, 48, 16, 4, 4),
+    "wider than a tile": Sizes(5, 70, 67, 2, 1),
+    "a block of several tiles": Sizes(150, 5, 3, 2, 1),
+}
+
+
 class Case(NamedTuple):
     """Tensors by name; a name says where in the FFN a tensor stands."""
 

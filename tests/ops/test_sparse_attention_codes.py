@@ -45,7 +45,7 @@ def test_encode_refuses() -> None:
         encode(torch.randn(1, 3, 3, 8), codebooks)
     with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
         encode(vectors.long(), codebooks)
-    with pytest.raises(ValueError, match="expected one of auto, compiled, torch"):
+    with pytest.raises(ValueError, match="expected one of auto, compiled, triton, torch"):
         encode(vectors, codebooks, impl="fast")
 
 

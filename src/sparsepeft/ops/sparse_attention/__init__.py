@@ -9,7 +9,7 @@ from sparsepeft.ops.sparse_attention.checks import check_arguments
 from sparsepeft.ops.sparse_attention.choice import SparseAttentionChoice, check_impl, explain_sparse_attention_impl
 from sparsepeft.ops.sparse_attention.codebooks import fit_codebooks, refresh_codebooks
 from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.dispatch import sparse_attention_opaque
+from sparsepeft.ops.sparse_attention.dispatch import dispatch_sparse_attention
 from sparsepeft.ops.sparse_attention.problem import Reach, Rules
 from sparsepeft.ops.sparse_attention.recall import selection_recall
 from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
@@ -83,7 +83,8 @@ def sparse_attention(
         keep_first: always keep the first valid key (or its block); with ``top_l`` 1, ``keep_self`` comes first.
         granularity: ``"token"`` or ``"block"``.
         block_size: tokens of a query block and of a key block.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"`` (compiled) or ``"torch"``; see `explain_sparse_attention_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` (compiled), ``"torch"``, on a GPU ``"triton"`` for tokens and
+            ``"flex"`` (FlexAttention) for blocks; see `explain_sparse_attention_impl`.
 
     Returns:
         (B, H, Tq, Dv), dtype of ``query``.
@@ -119,4 +120,4 @@ def sparse_attention(
     if impl == "reference":
         with torch.autocast(query.device.type, enabled=False):
             return sparse_attention_reference(query, key, value, codebooks, reach, rules)
-    return sparse_attention_opaque(query, key, value, codebooks, reach, rules, impl)
+    return dispatch_sparse_attention(query, key, value, codebooks, reach, rules, impl)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.select import softmax_dtype
+from sparsepeft.ops.sparse_attention.choice import why_no_triton
 from sparsepeft.ops.sparse_attention.compiled import encode_compiled
 from sparsepeft.ops.sparse_attention.native import load_library
 
@@ -23,15 +24,15 @@ def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         vectors: queries or keys, (B, H, T, D).
         codebooks: (Hkv, M, C, W) with M * W = D and C <= 16; H is a multiple of Hkv, and neighbouring heads share.
-        impl: ``"compiled"`` (CPU), ``"torch"``, or ``"auto"``: compiled where it can be. They may differ where two
-            codewords are equally near up to rounding.
+        impl: ``"compiled"`` (CPU), ``"triton"`` (GPU), ``"torch"``, or ``"auto"``: one of the first two where it can
+            be. They may differ where two codewords are equally near up to rounding.
 
     Returns:
         uint8, (B, H, T, M).
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: shapes do not fit, or there are more than 16 codewords.
+        ValueError: shapes do not fit, there are more than 16 codewords, or ``impl`` cannot take the tensor.
     """
     check_codebooks(codebooks, vectors.shape[-1] if vectors.ndim else 0)
     if vectors.ndim != 4 or vectors.shape[1] % codebooks.shape[0]:
@@ -41,8 +42,16 @@ def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
         )
     if not vectors.is_floating_point():
         raise TypeError(f"vectors has dtype {vectors.dtype}; expected a floating-point tensor: convert it first.")
-    if impl not in ("auto", "compiled", "torch"):
-        raise ValueError(f"impl is {impl!r}; expected one of auto, compiled, torch.")
+    if impl not in ("auto", "compiled", "triton", "torch"):
+        raise ValueError(f"impl is {impl!r}; expected one of auto, compiled, triton, torch.")
+    if impl == "triton" or (impl == "auto" and vectors.is_cuda):
+        reason = why_no_triton(vectors)
+        if reason is None:
+            from sparsepeft.ops.sparse_attention.triton import encode_triton  # Triton is optional, and slow to import
+
+            return encode_triton(vectors, codebooks)
+        if impl == "triton":
+            raise ValueError(f"impl is 'triton', but {reason}: use impl='auto'.")
     compilable = vectors.device.type == "cpu" and vectors.dtype != torch.float64
     if impl == "compiled" or (impl == "auto" and compilable and load_library() is not None):
         return encode_compiled(vectors, codebooks)

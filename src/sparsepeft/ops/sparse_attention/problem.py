@@ -65,3 +65,8 @@ class Reach(NamedTuple):
         if self.key_mask is not None:
             allowed = allowed & self.key_mask.unsqueeze(1)
         return allowed.unsqueeze(1)
+
+
+def words_shape(shape: torch.Size, num_subvectors: int) -> tuple[int, int, int, int]:
+    """Return the shape of the packed codes of vectors (B, H, T, D): eight codes to an int32, (B, H, words, T)."""
+    return shape[0], shape[1], -(-num_subvectors // 8), shape[2]

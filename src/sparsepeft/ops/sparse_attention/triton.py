@@ -1,0 +1,254 @@
+"""Token granularity on GPUs: Triton kernels that encode, select and attend, forward and backward.
+
+A selection is one threshold per query, so memory is linear in the number of tokens; forward and backward work out the
+kept pairs of a tile from packed codes, and compute on whole tiles. That costs no less arithmetic than dense flash
+attention wherever keys kept by neighbouring queries lie scattered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules, words_shape
+from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
+    _attention_bwd_key_value_kernel,
+    _attention_bwd_query_kernel,
+)
+from sparsepeft.ops.sparse_attention.triton_forward_kernel import _attention_fwd_kernel
+from sparsepeft.ops.sparse_attention.triton_selection_kernels import _encode_kernel, _select_kernel
+
+_QUERY_FILLER, _KEY_FILLER = 0, -1  # words of codes 0 and 15, which fill up the last word: never equal
+
+
+class Selection(NamedTuple):
+    """Packed codes of queries, (B, H, words, Tq), and keys, (B, Hkv, words, Tk), and thresholds, (B, H, Tq); int32."""
+
+    query_words: Tensor
+    key_words: Tensor
+    thresholds: Tensor
+
+
+def encode_triton(vectors: Tensor, codebooks: Tensor) -> Tensor:
+    """Return codes as :func:`encode` does, uint8, (B, H, T, M)."""
+    codes = torch.empty(*vectors.shape[:3], codebooks.shape[1], dtype=torch.uint8, device=vectors.device)
+    return _launch_encode(vectors, codebooks, codes, filler=None)
+
+
+def select_triton(query: Tensor, key: Tensor, codebooks: Tensor, reach: Reach, rules: Rules) -> Selection:
+    """Encode queries and keys and find, for each query, what it keeps."""
+    query_words = _launch_encode(query, codebooks, _words_like(query, codebooks), _QUERY_FILLER)
+    key_words = _launch_encode(key, codebooks, _words_like(key, codebooks), _KEY_FILLER)
+    thresholds = torch.empty(query.shape[:3], dtype=torch.int32, device=query.device)
+    heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    levels = max(4, triton.next_power_of_2(codebooks.shape[1]))
+    block = 32 if levels <= 32 else 16  # no register spills
+    num_tiles = triton.cdiv(num_queries, block)
+    with torch.cuda.device_of(query):
+        _select_kernel[(num_tiles * query.shape[0] * heads,)](
+            query_words,
+            key_words,
+            selection_limits(reach, rules, num_keys),
+            _as_bytes(reach.key_mask),
+            thresholds,
+            num_queries,
+            num_keys,
+            heads,
+            heads // key.shape[1],
+            num_tiles,
+            rules.top_l,
+            WORDS=query_words.shape[2],
+            LEVELS=levels,
+            HAS_MASK=reach.key_mask is not None,
+            BLOCK_Q=block,
+            BLOCK_K=64,
+            num_warps=8,
+        )
+    return Selection(query_words, key_words, thresholds)
+
+
+def selection_limits(reach: Reach, rules: Rules, num_keys: int) -> Tensor:
+    """Return what the kernels must know of each query: int32, (B, 6, Tq).
+
+    These are its position (one place outside the keys at most, which leaves the order of its keys as it is), the first
+    key it may attend to, the one after the last, the first valid key and its own where these are always kept, else -1,
+    and the number of valid keys.
+    """
+    positions, lower, upper, key_mask = reach
+    own = torch.where((positions >= lower) & (positions < upper), positions, -1)
+    if key_mask is None:
+        num_valid, first = upper - lower, lower
+    else:
+        before = F.pad(key_mask.to(torch.int32).cumsum(1, dtype=torch.int32), (1, 0))  # (B, Tk + 1)
+        below = before.gather(1, lower.long())
+        num_valid = before.gather(1, upper.long()) - below
+        first = torch.searchsorted(before, below + 1, out_int32=True) - 1
+        own = torch.where(key_mask.gather(1, own.clamp_min(0).long()), own, -1)
+    if not rules.keep_self:
+        own = torch.full_like(own, -1)
+    first = torch.where(num_valid > 0, first, -1) if rules.keep_first else torch.full_like(own, -1)
+    if rules.top_l == 1:
+        first = torch.where(own >= 0, -1, first)
+    return torch.stack([positions.clamp(-1, num_keys), lower, upper, first, own, num_valid], dim=1).to(torch.int32)
+
+
+def triton_forward(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, reach: Reach, rules: Rules
+) -> tuple[Tensor, Tensor]:
+    """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
+    query, key, value = (_rows_contiguous(tensor) for tensor in (query, key, value))
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    tile = _tile("forward", query, value)
+    num_tiles = triton.cdiv(query.shape[2], tile["BLOCK_Q"])
+    with torch.cuda.device_of(query):
+        _attention_fwd_kernel[(num_tiles * query.shape[0] * query.shape[1],)](
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp,
+            *_selected(selection, reach, rules, key),
+            *_sizes(query, key, num_tiles),
+            *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
+            rules.scale,
+            rules.softcap,
+            **_constants(query, value, selection, reach, rules),
+            **tile,
+        )
+    return output, log_sum_exp
+
+
+def triton_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    selection: Selection,
+    reach: Reach,
+    rules: Rules,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    grad_output, query, key, value = (_rows_contiguous(tensor) for tensor in (grad_output, query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    )
+    delta = torch.empty_like(log_sum_exp)
+    tile = {kernel: _tile(kernel, query, value) for kernel in ("query", "key_value")}
+    query_tiles = triton.cdiv(query.shape[2], tile["query"]["BLOCK_Q"])
+    key_tiles = triton.cdiv(key.shape[2], tile["key_value"]["BLOCK_K"])
+    selected = _selected(selection, reach, rules, key)
+    strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
+    numbers = (*strides, rules.scale, rules.softcap)
+    constants = _constants(query, value, selection, reach, rules)
+    with torch.cuda.device_of(query):
+        _attention_bwd_query_kernel[(query_tiles * query.shape[0] * query.shape[1],)](
+            *(grad_output, query, key, value, output, log_sum_exp, delta, grad_query),
+            *selected,
+            *_sizes(query, key, query_tiles),
+            *numbers,
+            **constants,
+            **tile["query"],
+        )
+        _attention_bwd_key_value_kernel[(key_tiles * key.shape[0] * key.shape[1],)](
+            *(grad_output, query, key, value, log_sum_exp, delta, grad_key, grad_value),
+            *selected,
+            *_sizes(query, key, key_tiles),
+            *numbers,
+            **constants,
+            **tile["key_value"],
+        )
+    return grad_query, grad_key, grad_value
+
+
+def _words_like(vectors: Tensor, codebooks: Tensor) -> Tensor:
+    return torch.empty(words_shape(vectors.shape, codebooks.shape[1]), dtype=torch.int32, device=vectors.device)
+
+
+def _launch_encode(vectors: Tensor, codebooks: Tensor, codes: Tensor, filler: int | None) -> Tensor:
+    """Write ``codes``: packed, the last word filled up with this one, or a byte each where it is None."""
+    vectors = _rows_contiguous(vectors)
+    batch, heads, num_tokens, _ = vectors.shape
+    kv_heads, num_subvectors, num_codewords, width = codebooks.shape
+    block = 128
+    num_tiles = triton.cdiv(num_tokens, block)
+    with torch.cuda.device_of(vectors):
+        _encode_kernel[(num_tiles * batch * heads,)](
+            vectors,
+            codebooks.to(torch.float32).contiguous(),
+            codes,
+            num_tokens,
+            heads,
+            heads // kv_heads,
+            num_tiles,
+            *vectors.stride()[:3],
+            M=num_subvectors,
+            C=num_codewords,
+            W=width,
+            PADDED_W=triton.next_power_of_2(width),
+            FILLER=filler or 0,
+            PACKED=filler is not None,
+            BLOCK_T=block,
+            num_warps=4,
+        )
+    return codes
+
+
+def _selected(selection: Selection, reach: Reach, rules: Rules, key: Tensor) -> tuple[Any, ...]:
+    return *selection, selection_limits(reach, rules, key.shape[2]), _as_bytes(reach.key_mask)
+
+
+def _sizes(query: Tensor, key: Tensor, num_tiles: int) -> tuple[int, ...]:
+    return query.shape[2], key.shape[2], query.shape[1], query.shape[1] // key.shape[1], num_tiles
+
+
+def _constants(query: Tensor, value: Tensor, selection: Selection, reach: Reach, rules: Rules) -> dict[str, Any]:
+    size, value_size = query.shape[-1], value.shape[-1]
+    return {
+        "D": size,
+        "DV": value_size,
+        "PADDED_D": _padded(size),
+        "PADDED_DV": _padded(value_size),
+        "WORDS": selection.query_words.shape[2],
+        "HAS_MASK": reach.key_mask is not None,
+        "KEEP_SELF": rules.keep_self,
+        "SOFTCAP": rules.softcap > 0,
+    }
+
+
+def _tile(kernel: str, query: Tensor, value: Tensor) -> dict[str, int]:
+    """Return the sizes of a tile, the number of warps and of stages of a kernel.
+
+    With these no register spills for compute capability 8.0 and 9.0 at head sizes of 64 and, in half precision, 80 and
+    128. Which are fastest has not been measured.
+    """
+    size = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
+    if query.element_size() > 2:
+        numbers = (32, 32, 8 if size > 64 or kernel == "query" else 4, 2)
+    elif size <= 64:
+        numbers = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key_value": (32, 64, 4, 2)}[kernel]
+    elif size <= 128:
+        numbers = (64, 32, 8, 2)
+    else:
+        numbers = (32, 32, 8, 2)
+    return dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), numbers, strict=True))
+
+
+def _padded(size: int) -> int:
+    """Return the power of two that holds a head size, 16 at least: what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied where its last dimension is strided."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,235 @@
+"""Sparse attention for GPUs without one: interpreted and assembled kernels, FlexAttention's forward, and the choice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.ops import sparse_attention_triton_cases as cases
+from tests.ops.sparse_attention_cases import CASES, make_inputs
+from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsepeft.ops import explain_sparse_attention_impl, sparse_attention
+from sparsepeft.ops.sparse_attention.blocks import keep_blocks
+from sparsepeft.ops.sparse_attention.codes import encode
+from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+
+HALF = [torch.bfloat16, torch.float16]
+# The rest of the cases run on a GPU; what they add is a matter of the selection, tested by itself below.
+INTERPRETED = [
+    "several tiles",
+    "grouped heads",
+    "a row wholly masked",
+    "scattered mask",
+    "window and padding",
+    "positions outside",
+    "positions before all keys",
+    "one token",
+    "one key kept",
+    "more than all keys",
+    "values of another size",
+    "odd heads",
+    "narrow heads",
+    "softcap",
+]
+
+
+# Triton, token granularity
+
+
+@needs_triton
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_matches_reference(name: str) -> None:
+    interpreted(cases.check_case, name)
+
+
+@needs_triton
+@pytest.mark.parametrize("index", range(len(cases.SELECTIONS)))
+def test_keeps_the_same_keys_as_the_reference(index: int) -> None:
+    interpreted(cases.check_selection, index)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((2, 8, 16), torch.float32), ((9, 3, 5), torch.float32), ((1, 1, 1), torch.float32), ((3, 4, 16), torch.bfloat16)],
+    ids=str,
+)
+def test_encoding_matches_the_plain_one(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    interpreted(cases.check_encoding, *sizes, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["several tiles", "values of another size"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    interpreted(cases.check_half, name, dtype)
+
+
+@needs_triton
+def test_layouts_and_autocast() -> None:
+    interpreted(cases.check_layouts)
+
+
+@needs_triton
+def test_nan_reaches_its_row_and_no_other() -> None:
+    interpreted(cases.check_nan)
+
+
+@needs_triton
+def test_compiles_to_one_graph() -> None:
+    interpreted(cases.check_compiles_and_is_registered)
+
+
+@needs_triton
+def test_saved_memory_is_linear() -> None:
+    small, large = (interpreted(cases.saved_bytes, n) for n in (64, 128))
+    assert 0 < large <= 2 * small
+    # Query, key, value and output; codes, thresholds, log-sum-exp and limits are less than a fifth of that.
+    assert large <= 1.2 * (2 + 1 + 1 + 2) * 128 * 16 * 4
+
+
+KERNELS = [
+    *["_encode_kernel"] * 3,
+    *("_select_kernel", "_attention_fwd_kernel", "_attention_bwd_query_kernel", "_attention_bwd_key_value_kernel"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_assembles_without_spills(capability: int) -> None:
+    kernels = assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, capability=capability)
+    assert [kernel.name for kernel in kernels] == KERNELS
+
+
+@needs_triton
+@pytest.mark.slow
+def test_assembles_where_every_size_is_one() -> None:
+    # Triton makes a constant of a number that is 1, which not every expression takes.
+    assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, heads=1, num_queries=1, capability=90)
+
+
+@needs_triton
+@pytest.mark.slow  # float32 products take the assembler long
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        (64, 8, torch.float32, 0.0),
+        (64, 8, torch.float32, 30.0),
+        (128, 16, torch.bfloat16, 0.0),
+        (128, 16, torch.bfloat16, 30.0),
+        (64, 8, torch.bfloat16, 30.0),
+        (80, 10, torch.float16, 0.0),
+    ],
+    ids=str,
+)
+def test_assembles_without_spills_at_other_sizes(case: tuple[int, int, torch.dtype, float], capability: int) -> None:
+    assert_assembles(cases.launch, *case, capability=capability)
+
+
+# FlexAttention, block granularity: forward alone without a GPU
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size"), [*((name, 16) for name in CASES), ("plain", 7), ("window and padding", 7), ("softcap", 64)]
+)
+def test_flex_matches_reference(name: str, block_size: int) -> None:
+    tensors, options = make_inputs(CASES[name])
+    options |= {"granularity": "block", "block_size": block_size}
+    expected = sparse_attention(*tensors, **options, impl="reference")
+    actual = sparse_attention(*tensors, **options, impl="flex")
+    # Float32 rounding (6e-8) through two sums of up to 130 terms and an exponential.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("name", ["scattered mask", "grouped heads", "positions before all keys"])
+def test_flex_is_given_the_lists(name: str) -> None:
+    # On a GPU the lists alone say which blocks are read, on a CPU they are not looked at.
+    from sparsepeft.ops.sparse_attention.flex import _block_mask
+
+    (query, key, _), options = make_inputs(CASES[name])
+    limits = {"window": None, "query_positions": None, "causal": False, **CASES[name].options}
+    limits["query_positions"] = options.get("query_positions")
+    reach = Reach.of(len(query), query.shape[2], key.shape[2], key_mask=options["key_mask"], device="cpu", **limits)
+    rules = Rules(options["top_l"], 1.0, 0.0, True, True, 7)
+    lists = keep_blocks(encode(query, options["codebooks"]), encode(key, options["codebooks"]), reach, rules)
+    mask = _block_mask(lists, query.shape[2], key.shape[2], reach, 7, eager=False)
+    expected = lists.to_mask(-(-key.shape[2] // 7))
+    assert torch.equal(mask.to_dense().bool(), expected)
+    assert mask.q_indices is not None
+    backwards = torch.zeros_like(expected.mT)
+    for place in mask.q_num_blocks.nonzero().tolist():
+        backwards[(*place, mask.q_indices[*place, : mask.q_num_blocks[*place]].long())] = True
+    assert torch.equal(backwards, expected.mT)
+
+
+def test_flex_compiles_to_one_graph() -> None:
+    torch.compiler.reset()
+    tensors, options = make_inputs(CASES["left padding"])
+    options |= {"granularity": "block", "block_size": 16}
+    compiled = torch.compile(lambda *t: sparse_attention(*t, **options, impl="flex"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), sparse_attention(*tensors, **options, impl="flex"))
+
+
+def test_flex_refuses_what_it_cannot_do() -> None:
+    tensors, options = make_inputs(CASES["seven tokens"])
+    with pytest.raises(ValueError, match="impl is 'flex', but granularity is 'token'"):
+        sparse_attention(*tensors, **options, impl="flex")
+    with pytest.raises(ValueError, match="a gradient is wanted on cpu, but FlexAttention has a backward on CUDA only"):
+        sparse_attention(tensors[0].requires_grad_(), *tensors[1:], **options, granularity="block", impl="flex")
+
+
+# The choice
+
+
+def explain(head_size: int, dtype: torch.dtype, num_subvectors: int, **granularity: object) -> tuple[str, str]:
+    with FakeTensorMode():
+        tensor = torch.empty(1, 2, 64, head_size, dtype=dtype, device="cuda")
+    return explain_sparse_attention_impl(tensor, tensor, num_subvectors, **granularity)
+
+
+@needs_triton
+def test_choice_on_a_gpu() -> None:
+    impl, reason = explain(64, torch.bfloat16, 8)
+    assert impl == "triton"
+    assert "not been measured" in reason
+    assert explain(64, torch.bfloat16, 8, granularity="block").impl == "flex"
+    for arguments, granularity, why in (
+        ((64, torch.float64, 8), "token", "torch.float64"),
+        ((320, torch.bfloat16, 40), "token", "the head size is 320"),
+        ((65, torch.bfloat16, 65), "token", "65 sub-vectors"),
+        ((8, torch.bfloat16, 1), "block", "the head sizes are 8 to 8"),
+        ((64, torch.float64, 8), "block", "torch.float64"),
+    ):
+        impl, reason = explain(*arguments, granularity=granularity)
+        assert impl == "torch"
+        assert why in reason
+    impl, reason = explain(64, torch.bfloat16, 8, granularity="block", block_size=96)
+    assert impl == "torch"
+    assert "block_size is 96, FlexAttention's kernels take multiples of 64" in reason
+
+
+@needs_triton
+def test_triton_refuses_what_it_cannot_run() -> None:
+    tensors, options = make_inputs(CASES["seven tokens"])
+    with pytest.raises(
+        ValueError, match="impl is 'triton', but the tensors are on cpu, the Triton kernels run on CUDA"
+    ):
+        sparse_attention(*tensors, **options, impl="triton")
+    with pytest.raises(ValueError, match="impl is 'triton', but the tensors are on cpu"):
+        encode(tensors[0], options["codebooks"], impl="triton")
+    with pytest.raises(ValueError, match="impl is 'triton', but granularity is 'block'"):
+        interpreted(sparse_attention, *tensors, **options, granularity="block", impl="triton")
+
+
+@pytest.mark.slow
+def test_importing_the_package_leaves_the_kernels_alone() -> None:
+    code = (
+        "import sys, sparsepeft.ops; "
+        "sys.exit(any(f'sparsepeft.ops.sparse_attention.{name}' in sys.modules for name in ('triton', 'flex')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
