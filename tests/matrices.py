@@ -51,6 +51,7 @@ def hand_made_result(run: Run, score: float, /, **changes: Any) -> dict[str, Any
         "model": run.model,
         "num_cut": 0,
         "train_seconds": 30.0,
+        "others_cpu_share": 0.02,
         "steps": 100,
         "environment": {"cpu": "a processor", "threads": 1},
         "notes": [],

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,39 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+class OtherLoad:
+    """How busy other processes keep the processors, from now on: timings taken beside them are worth little."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """The share, 0 to 1, of all processors' time that went to others; None where the system does not tell."""
+        now = self._now()
+        if now is None or self._start is None or now[1] <= self._start[1]:
+            return None
+        others, total = now[0] - self._start[0], now[1] - self._start[1]
+        return min(1.0, max(0.0, others / total))
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        ticks = cpu_ticks()
+        if ticks is None:
+            return None
+        per_second = os.sysconf("SC_CLK_TCK")
+        return (ticks[1] - ticks[0]) / per_second - time.process_time(), ticks[1] / per_second
+
+
+def cpu_ticks() -> tuple[int, int] | None:
+    """Ticks that all processors spent idle or waiting for a disk, and all ticks; None where there is no /proc/stat."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return None
+    ticks = [int(field) for field in first.split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -81,12 +81,19 @@ def test_storage_and_speed(table: Table) -> None:
     assert set(spartan.parameters.values()) == {300}
 
 
-def test_an_interrupted_run_gives_no_speed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["interrupted", "busy machine", "load not known"])
+def test_a_run_that_was_not_alone_or_whole_gives_no_speed(tmp_path: Path, why: str) -> None:
     run = hand_made_run(tmp_path, "rte", "full", 1)
     result = hand_made_result(run, 0.5)
-    hand_made_result(run, 0.5, reproduction=result["reproduction"] | {"resumed": True})
-    (row,) = make_table("table1", [run]).rows
-    assert row.steps_per_minute is None
+    changes = {
+        "interrupted": {"reproduction": result["reproduction"] | {"resumed": True}},
+        "busy machine": {"others_cpu_share": 0.4},
+        "load not known": {"others_cpu_share": None},
+    }[why]
+    hand_made_result(run, 0.5, **changes)
+    table = make_table("table1", [run])
+    assert table.rows[0].steps_per_minute is None
+    assert any("no run had the machine to itself" in note for note in table.notes)
 
 
 def test_the_average_is_over_the_tasks_all_methods_have(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from sparsepeft.provenance import cpu_ticks
 
 
 class Timing(NamedTuple):
@@ -59,16 +60,19 @@ def time_alternating(
 def wait_until_idle(timeout_s: float, *, max_busy: float = 0.1, window_s: float = 0.2) -> bool:
     """Wait until the CPUs were at most ``max_busy`` in use for a moment; return whether they were.
 
-    Does nothing where ``/proc/stat`` is missing.
+    Does nothing where the system does not tell.
     """
-    if timeout_s <= 0 or not Path("/proc/stat").exists():
+    if timeout_s <= 0:
         return False
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        idle_before, total_before = _cpu_ticks()
+        before = cpu_ticks()
         time.sleep(window_s)
-        idle, total = _cpu_ticks()
-        if total > total_before and idle - idle_before >= (1 - max_busy) * (total - total_before):
+        now = cpu_ticks()
+        if before is None or now is None:
+            return False
+        idle, total = now[0] - before[0], now[1] - before[1]
+        if total > 0 and idle >= (1 - max_busy) * total:
             return True
     return False
 
@@ -93,8 +97,3 @@ def _gpu_clock() -> Callable[[Callable[[], object]], float]:
         return start.elapsed_time(end)
 
     return latency_ms
-
-
-def _cpu_ticks() -> tuple[int, int]:
-    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return ticks[3] + ticks[4], sum(ticks)  # idle and waiting for a disk, against everything

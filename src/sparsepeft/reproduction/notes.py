@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from sparsepeft.reproduction import paper
 from sparsepeft.reproduction.matrix import SEEDS, Run
+from sparsepeft.reproduction.results import is_timed
 from sparsepeft.tasks import task_spec
 from sparsepeft.training import RunConfig
 from sparsepeft.training.protocols import FEW_SHOT_EXAMPLES, SEARCHED
@@ -159,11 +160,16 @@ def _about_columns(name: str, done: Done, is_paper: bool) -> list[str]:
     machines = {
         f"{about.get('gpu') or about.get('cpu')} ({about.get('threads')} threads)": None
         for _, result in done
-        if (about := result.get("environment"))
+        if is_timed(result) and (about := result.get("environment"))
     }
-    if len(machines) == 1:
-        notes.append(f"Steps per minute: training with its evaluations on {next(iter(machines))}.")
-    elif machines:
+    if not machines:
+        notes.append("Steps per minute: none, as no run had the machine to itself without interruption.")
+    elif len(machines) == 1:
+        notes.append(
+            f"Steps per minute: training with its evaluations on {next(iter(machines))}, of the runs that had the "
+            "machine to themselves."
+        )
+    else:
         notes.append(f"Steps per minute come from several machines, do not compare them: {', '.join(machines)}.")
     if any(run.config.task == "mrpc" for run, _ in done):
         notes.append("mrpc is the mean of accuracy and F1, as GLUE has it; the paper's figure is an accuracy.")

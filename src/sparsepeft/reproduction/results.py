@@ -36,6 +36,10 @@ _REQUIRED = (
 )
 
 
+# Beside more than this share of the processors' time for others a run's seconds are not its speed.
+_MAX_OTHERS = 0.1
+
+
 @dataclass(frozen=True)
 class Found:
     """What a run's result file holds.
@@ -134,3 +138,9 @@ def read_error(path: Path) -> dict[str, Any]:
         return {"type": content["type"], "message": content["message"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"type": "unknown", "message": f"{path.name} is damaged ({error})"}
+
+
+def is_timed(result: dict[str, Any]) -> bool:
+    """Whether a run's seconds are its speed: it was not interrupted, and the machine was known to do little else."""
+    share = result.get("others_cpu_share")
+    return not result[ABOUT].get("resumed") and share is not None and share <= _MAX_OTHERS

@@ -14,7 +14,7 @@ from sparsepeft.reproduction import paper
 from sparsepeft.reproduction.matrix import Run
 from sparsepeft.reproduction.notes import notes_on
 from sparsepeft.reproduction.paper import MISMATCHED, PaperRow, paper_rows
-from sparsepeft.reproduction.results import ABOUT, find_result
+from sparsepeft.reproduction.results import find_result, is_timed
 from sparsepeft.storage.counting import load_config
 from sparsepeft.storage.paper import is_roberta_base
 
@@ -48,7 +48,7 @@ class Row:
         parameters: trained, by task, the head among them.
         saved_bytes: of the weight files written, by task.
         storage: bytes of the common tasks' files and one backbone (full fine-tuning: of the files) over a backbone's.
-        steps_per_minute: of training, over the common tasks; None if no run was done without interruption.
+        steps_per_minute: of training, over the common tasks; None if no run was timed (see ``results.is_timed``).
     """
 
     method: str
@@ -199,10 +199,10 @@ def _storage(method: str, results: dict[str, list[dict[str, Any]]]) -> float | N
 
 
 def _steps_per_minute(results: dict[str, list[dict[str, Any]]]) -> float | None:
-    """One over the tasks' mean minutes per step."""
+    """One over the tasks' mean minutes per step, of runs without interruption that had the machine to themselves."""
     minutes = []
     for found in results.values():
-        whole = [result for result in found if not result[ABOUT].get("resumed")]
+        whole = [result for result in found if is_timed(result)]
         if not whole:
             return None
         minutes.append(statistics.mean(result["train_seconds"] / result["steps"] for result in whole) / 60)

@@ -18,7 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
 from sparsepeft.training.config import RunConfig
@@ -92,7 +92,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         to_accelerator(backbone)
         done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
     model = extend(backbone, config.method, data.spec, recipe.adapter)
-    start = time.perf_counter()
+    start, others = time.perf_counter(), OtherLoad()
     cache, training = None, prepared.train
     if config.cache_frozen_layers:
         cache = FrozenLayerCache(model, folder / CHECKPOINTS / "frozen_layers.bin")
@@ -116,7 +116,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     parameters = count_parameters(model)
     with cache.attached() if cache else nullcontext():
         trainer.train(resume_from_checkpoint=resumable(folder / CHECKPOINTS))
-    seconds = time.perf_counter() - start
+    seconds, others_share = time.perf_counter() - start, others.share()
 
     metrics = {}
     for name, part in prepared.reported.items():
@@ -134,6 +134,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         num_train=len(prepared.train),
         num_cut=prepared.num_cut,
         train_seconds=round(seconds, 1),
+        others_cpu_share=others_share,
         steps=trainer.state.global_step,
         best_step=trainer.state.best_global_step,
         selection_score=trainer.state.best_metric,
