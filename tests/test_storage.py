@@ -111,6 +111,31 @@ def test_file_sizes_are_those_on_disk(bert: str, tmp_path: Path, method: str, dt
     assert report.methods[0].file_bytes_per_task == (size,)
 
 
+@pytest.mark.parametrize("method", ["spartan", "pfeiffer", "bitfit"])
+def test_int8_files_are_those_on_disk(bert: str, tmp_path: Path, method: str) -> None:
+    report = storage_report(bert, 2, num_labels=[3, 4], save_dtype="int8", methods=[method, "lora"])
+    for count, size in zip((3, 4), report.methods[0].file_bytes_per_task, strict=True):
+        config = hf.AutoConfig.from_pretrained(bert)
+        config.num_labels = count
+        model = hf.BertForSequenceClassification(config)
+        adapter = adapter_config(method, get_recipe("paper", method).adapter)
+        adapter.save_dtype = "int8"
+        get_peft_model(model, adapter).save_pretrained(tmp_path / str(count))
+        assert (tmp_path / str(count) / "adapter_model.safetensors").stat().st_size == size
+    own, lora = report.methods
+    assert own.total_bytes == report.backbone_bytes + sum(own.bytes_per_task)
+    assert own.ratio == own.total_bytes / report.backbone_bytes
+    assert lora == by_method(storage_report(bert, 2, num_labels=[3, 4]))["lora"]
+
+
+def test_a_roberta_base_task_has_at_most_1_1_mb_in_int8(tmp_path: Path) -> None:
+    memory = storage_report("roberta-base", 9, head_type="linear", save_dtype="int8", methods=["spartan"]).methods[0]
+    values, rows, linear = 1_032_192, 12 * 16 * (1 + 2 * 3), 2 * 768
+    # One byte for each value, a scale for each row of 768, the head's biases in float32.
+    assert memory.bytes_per_task[0] == values + linear + 4 * (rows + 2) + 4 * 2
+    assert max(memory.file_bytes_per_task) <= 1.1e6
+
+
 def test_totals_count_the_backbone_once_except_for_full_fine_tuning(bert: str) -> None:
     report = storage_report(bert, 3, num_labels=[2, 1, 5])
     assert report.num_labels == (2, 1, 5)

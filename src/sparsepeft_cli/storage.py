@@ -14,6 +14,9 @@ def command(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
     num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
     dtype: Annotated[str, typer.Option(help="Of all weights: fp32, bf16 or fp16.")] = "fp32",
+    save_dtype: Annotated[
+        str | None, typer.Option(help="Of the tasks' files: also int8, with a scale for each row. [default: --dtype]")
+    ] = None,
     head: Annotated[str, typer.Option(help="Head of SPARTAN and adapters: model or linear.")] = "model",
     num_parents: Annotated[int, typer.Option(min=1, help="SPARTAN's P.")] = 16,
     num_children: Annotated[int, typer.Option(min=1, help="SPARTAN's C.")] = 3,
@@ -44,6 +47,7 @@ def command(
         num_children=num_children,
         head_type=head,
         train_layer_norms=train_layer_norms,
+        save_dtype=save_dtype,
     )
     if json:
         print_json(report.to_dict())

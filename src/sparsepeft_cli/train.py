@@ -52,7 +52,9 @@ def command(
         str | None, typer.Option(help="validation, or selection: a tenth of the training data. [default: validation]")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Hyperparameters: best or paper. [default: best]")] = None,
-    save_dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights: float32, bf16 or fp16.")] = None,
+    save_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the saved weights: float32, bf16, fp16 or int8.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
     ] = None,

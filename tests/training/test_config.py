@@ -35,6 +35,8 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["few_shot=0", "positive"]),
         ({"task": "topics", "output_dir": "o", "seed": -3}, ["seed=-3"]),
         ({"task": "topics", "output_dir": "o", "compile": "no"}, ["compile='no'", "true or false"]),
+        ({"task": "topics", "output_dir": "o", "save_dtype": "int4"}, ["save_dtype='int4'", "'int8'"]),
+        ({"task": "topics", "output_dir": "o", "save_dtype": "int8", "method": "lora"}, ["method lora", "pass bf16"]),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -> None:

@@ -281,7 +281,7 @@ def test_every_default_starts_values_at_zero_and_keys_without_gradient() -> None
         ({"load_balancing_coef": -1}, "load_balancing_coef"),
         ({"impl": "fast"}, "impl"),
         ({"head_type": "mlp"}, "head_type"),
-        ({"save_dtype": "int8"}, "save_dtype"),
+        ({"save_dtype": "int4"}, "save_dtype"),
         ({"num_labels": 0}, "num_labels"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "id2label"),
         ({"format_version": 99}, "upgrade sparsepeft"),

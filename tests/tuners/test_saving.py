@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file, save_file
-from tests.models import ARCHITECTURES, D, adapted, add, build, run, save_backbone
+from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, run, save_backbone
 
 from sparsepeft import SpartanConfig
 
@@ -100,6 +100,68 @@ def test_save_dtype_halves_the_file_and_nearly_keeps_the_answers(tmp_path, dtype
         # bf16 keeps 8 bits: weights move by up to 0.4 %
         torch.testing.assert_close(run(loaded, INPUTS), run(model, INPUTS), rtol=0.05, atol=0.02)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("config", ["spartan", "pfeiffer", "bitfit"])
+def test_int8_stores_rows_with_a_scale_each_and_nearly_keeps_the_answers(tmp_path, config, low_cpu_mem_usage) -> None:
+    options = {"train_layer_norms": True} if config == "spartan" else {}
+    model = adapted("roberta", config=METHODS[config](num_labels=3, **options))
+    model.save_pretrained(tmp_path / "full")
+    model.peft_config["default"].save_dtype = "int8"
+    model.save_pretrained(tmp_path / "int8")
+    full, stored = load_file(tmp_path / "full" / FILE), load_file(tmp_path / "int8" / FILE)
+    rows = {name for name, tensor in full.items() if tensor.dim() > 1}
+    assert stored.keys() == full.keys() | {f"{name}_scale" for name in rows}
+    for name, tensor in full.items():
+        if name not in rows:
+            assert torch.equal(stored[name], tensor)
+            continue
+        assert stored[name].dtype == torch.int8
+        scale = stored[f"{name}_scale"]
+        torch.testing.assert_close(scale, tensor.abs().amax(-1, keepdim=True) / 127)
+        assert ((stored[name] * scale - tensor).abs() <= scale * 0.501).all()  # half a step, and rounding
+    loaded = PeftModel.from_pretrained(build("roberta"), tmp_path / "int8", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    # 8 bits per row: weights move by up to 0.4 % of their row's largest
+    torch.testing.assert_close(run(loaded, INPUTS), run(model, INPUTS), rtol=0.05, atol=0.02)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / FILE)
+    assert all(torch.equal(again[name], stored[name]) for name in rows)
+
+
+def test_int8_rows_of_zeros_stay_zeros(tmp_path) -> None:
+    model = adapted("bert", random=False, save_dtype="int8")  # a fresh memory's values are zero
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    values = [p for n, p in loaded.named_parameters() if "child_values" in n]
+    assert values
+    assert all(torch.count_nonzero(value) == 0 for value in values)
+
+
+def test_int8_is_refused_by_transformers_own_loading(tmp_path) -> None:
+    backbone = save_backbone("bert", tmp_path / "backbone")
+    model = adapted(hf.AutoModelForSequenceClassification.from_pretrained(backbone), save_dtype="int8")
+    model.save_pretrained(tmp_path / "task")
+    bare = hf.AutoModelForSequenceClassification.from_pretrained(backbone)
+    with pytest.raises(ValueError, match=r"int8 weights.*PeftModel\.from_pretrained"):
+        bare.load_adapter(str(tmp_path / "task"))
+
+
+def _drop_scales(tensors: dict) -> None:
+    del tensors["base_model.model.bert.encoder.layer.2.spartan_memory.parent_keys_scale"]
+
+
+def _resize_scales(tensors: dict) -> None:
+    tensors["base_model.model.bert.encoder.layer.2.spartan_memory.parent_keys_scale"] = torch.ones(1)
+
+
+@pytest.mark.parametrize("change", [_drop_scales, _resize_scales])
+def test_int8_without_its_scales_is_refused(tmp_path, change) -> None:
+    adapted("bert", save_dtype="int8").save_pretrained(tmp_path)
+    _break(tmp_path, change)
+    with pytest.raises(ValueError, match=r"parent_keys' is int8 .*scales .*damaged"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
 def _break(folder, change) -> None:

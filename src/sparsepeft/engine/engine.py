@@ -79,7 +79,7 @@ class MultiTaskEngine:
         if isinstance(backbone, PreTrainedModel):
             model = backbone
         else:
-            model = _load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
+            model = load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
         tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -274,7 +274,12 @@ class MultiTaskEngine:
         return self._encoder.collate([row.encoded for row in rows], self._backbone.device)
 
 
-def _load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A backbone with a classification head, from a hub id or a folder.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     try:
         return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:

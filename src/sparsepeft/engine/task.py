@@ -72,8 +72,8 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
         raise UserError(f"adapter_config.json in {folder} is damaged ({error}); save the adapter again.") from error
     if not isinstance(config, TaskAdapterConfig):
         raise UserError(
-            f"{folder} holds an adapter of the method {config.peft_type}, whose tasks cannot share a batch; the engine "
-            "takes spartan, pfeiffer, houlsby, bitfit and head: answer this one with sparsepeft.training.Predictor."
+            f"{folder} holds an adapter of the method {config.peft_type}, whose tasks cannot share a batch or a graph; "
+            "spartan, pfeiffer, houlsby, bitfit and head can: answer this one with sparsepeft.training.Predictor."
         )
     names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
     if not names:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from transformers import (
 from sparsepeft.errors import UserError
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._heads import count_head_parameters, find_head
+from sparsepeft.tuners._heads import cast_for_saving, count_head_parameters, find_head
 from sparsepeft.tuners.base import TaskTuner
 
 METHODS = ("full", "houlsby", "pfeiffer", "lora", "bitfit", "head", "spartan")
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
 _CLASSES = (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification)
 
 ROBERTA_BASE_NAMES = ("roberta-base", "FacebookAI/roberta-base")
@@ -147,14 +146,14 @@ class ParameterCounter:
                 "it out of the methods."
             ) from error
 
-    def file_bytes(self, method: str, num_labels: int, dtype: torch.dtype) -> int:
-        """The exact size of the weights' file that one task adds, header included."""
+    def saved_tensors(self, method: str, num_labels: int, save_dtype: str) -> dict[str, torch.Tensor]:
+        """What stands in the weights' file that one task adds, without storage."""
         if method == "full":
             tensors: dict[str, torch.Tensor] = dict(self.build(num_labels).state_dict())
         else:
             model = self.attached(method, num_labels)
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return safetensors_bytes({name: tensor.shape for name, tensor in tensors.items()}, dtype)
+        return cast_for_saving(tensors, save_dtype)
 
     def _bottleneck(self, style: str) -> BottleneckConfig:
         factor, head_type = self.sizes.reduction_factor, self.sizes.head_type
@@ -170,13 +169,14 @@ class ParameterCounter:
         return f"rΣ(d_in+d_out) = {rank}·{terms if len(shapes) == 1 else f'[{terms}]'} = {value:,} ({names})", value
 
 
-def safetensors_bytes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    """Bytes of a safetensors file with tensors of these shapes, as PEFT and transformers write it."""
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of a safetensors file with these tensors, as PEFT and transformers write it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(shapes):
-        start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):  # wide dtypes first
+        start, end = end, end + tensor.nbytes
+        about = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = about
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end  # the header's length, the header padded to eight bytes, the values
 

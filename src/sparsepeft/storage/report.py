@@ -11,9 +11,10 @@ import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config
+from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
 from sparsepeft.storage.paper import PaperFigure, is_roberta_base, paper_figures, paper_notes
-from sparsepeft.tuners.config import HEAD_TYPES, dtype_name, require_choice, require_positive
+from sparsepeft.tuners._quantized import INT8
+from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name, require_choice, require_positive
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class MethodStorage:
         parameters_per_task: trained for each task, without the head.
         head_type: ``"model"`` (the model's own) or ``"linear"``.
         head_parameters_per_task: the head's, for each task.
-        bytes_per_task: what each task adds to the device, head included, without the file's header.
+        bytes_per_task: what each task adds to the device, head (in int8 also scales) included, without the header.
         file_bytes_per_task: the exact size of each task's file of weights, header included.
         total_parameters, total_bytes: for all tasks, heads included, the backbone counted once (full fine-tuning: a
             copy per task).
@@ -85,6 +86,7 @@ def storage_report(
     num_children: int = 3,
     head_type: str = "model",
     train_layer_norms: bool = False,
+    save_dtype: str | None = None,
 ) -> StorageReport:
     """Count what each method stores for ``num_tasks`` tasks. Reads a config, no weights.
 
@@ -104,6 +106,7 @@ def storage_report(
         lora_rank: rank of LoRA on PEFT's default modules for the architecture.
         num_parents, num_children: SPARTAN's P and C.
         train_layer_norms: SPARTAN's tasks also have norms of their own, as the recipe "best" trains them.
+        save_dtype: of the tasks' files, where this package's methods write them: also ``"int8"``; None takes ``dtype``.
         head_type: of SPARTAN and the adapters; full fine-tuning and LoRA always train the model's own head.
 
     Raises:
@@ -114,6 +117,7 @@ def storage_report(
     sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms)
     try:
         dtype = dtype_name("dtype", dtype)
+        save_dtype = dtype_name("save_dtype", save_dtype, SAVE_DTYPES) if save_dtype is not None else dtype
         require_choice("head_type", head_type, HEAD_TYPES)
         for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
             require_positive(name, getattr(sizes, name))
@@ -125,7 +129,7 @@ def storage_report(
         rows = []
         for method in dict.fromkeys(methods or METHODS):
             try:
-                rows.append(_row(counter, method, num_labels, backbone, torch_dtype))
+                rows.append(_row(counter, method, num_labels, backbone, dtype, save_dtype))
             except UserError as error:
                 if methods is not None:
                     raise
@@ -173,24 +177,32 @@ def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[st
 
 
 def _row(
-    counter: ParameterCounter, method: str, num_labels: tuple[int, ...], backbone: int, dtype: torch.dtype
+    counter: ParameterCounter, method: str, num_labels: tuple[int, ...], backbone: int, dtype: str, save_dtype: str
 ) -> MethodStorage:
     own = counter.own(method)
     head_type = "model" if method in ("full", "lora") else counter.sizes.head_type
     heads = tuple(counter.head_parameters(head_type, count) for count in num_labels)
     without_heads = (0 if method == "full" else backbone) + own.parameters * len(heads)
     total = without_heads + sum(heads)
-    ratio = total / backbone
+    saved_dtype = dtype if method in ("full", "lora") else save_dtype
+    saved = {count: counter.saved_tensors(method, count, saved_dtype) for count in sorted(set(num_labels))}
+    width = getattr(torch, dtype).itemsize
+    if saved_dtype == INT8:  # scales and vectors are float32
+        added = tuple(sum(tensor.nbytes for tensor in saved[count].values()) for count in num_labels)
+    else:
+        added = tuple((own.parameters + head) * getattr(torch, saved_dtype).itemsize for head in heads)
+    total_bytes = (0 if method == "full" else backbone * width) + sum(added)
+    ratio = total_bytes / (backbone * width)
     return MethodStorage(
         method=method,
         parameters_per_task=own.parameters,
         head_type=head_type,
         head_parameters_per_task=heads,
-        bytes_per_task=tuple((own.parameters + head) * dtype.itemsize for head in heads),
-        file_bytes_per_task=tuple(counter.file_bytes(method, count, dtype) for count in num_labels),
+        bytes_per_task=added,
+        file_bytes_per_task=tuple(safetensors_bytes(saved[count]) for count in num_labels),
         total_parameters=total,
         total_parameters_without_heads=without_heads,
-        total_bytes=total * dtype.itemsize,
+        total_bytes=total_bytes,
         ratio=ratio,
         ratio_text=_ratio_text(ratio),
         formula=own.formula,

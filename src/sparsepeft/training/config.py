@@ -15,7 +15,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
-from sparsepeft.tuners.config import dtype_name
+from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORE_ON = ("validation", "selection")
@@ -76,9 +76,14 @@ class RunConfig:
         check_values(self, named, _POSITIVE)
         if self.save_dtype is not None:
             try:
-                self.save_dtype = dtype_name("save_dtype", self.save_dtype)
+                self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
             except ValueError as error:
                 raise UserError(str(error)) from error
+            if self.save_dtype == "int8" and self.method in ("full", "lora", "ia3"):
+                raise UserError(
+                    f"save_dtype='int8' was given with the method {self.method}, whose files PEFT or transformers read "
+                    "without our scales; pass bf16."
+                )
         self.recipe_values()  # unknown settings are found before anything is loaded
         if self.spt_config() is not None and self.cache_frozen_layers:
             raise UserError(

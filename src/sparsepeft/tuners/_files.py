@@ -8,18 +8,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._heads import HeadModule
+from sparsepeft.tuners._quantized import dequantize
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename a file's tensors to this model's; refuse a file that does not fit, naming all that is wrong with it.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of another shape.
+        ValueError: tensors are missing, unexpected, or of another shape; int8 ones lack their scales.
     """
-    expected = _saved_names(model, adapter_name)
-    found = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
+    expected = saved_names(model, adapter_name)
+    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in dequantize(state_dict).items()}
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -39,7 +40,7 @@ def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, to
     return {expected[key][0]: tensor for key, tensor in found.items()}
 
 
-def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Size]]:
+def saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Size]]:
     """What an adapter's file holds: name in the file (PEFT's prefix aside) -> name in the model's state and shape."""
     expected: dict[str, tuple[str, torch.Size]] = {}
     for name, module in model.named_modules():
@@ -56,7 +57,7 @@ def _saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, to
                 saved = f"{saved}.{adapter_name}"  # PEFT has put it back already
             for key, tensor in own[adapter_name].state_dict().items():
                 target = f"{name}.{container}.{adapter_name}.{key}"
-                expected[f"{saved.removeprefix(_PEFT_PREFIX)}.{key}"] = (target, tensor.shape)
+                expected[f"{saved.removeprefix(PEFT_PREFIX)}.{key}"] = (target, tensor.shape)
     return expected
 
 

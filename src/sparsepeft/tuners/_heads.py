@@ -21,6 +21,7 @@ from torch import nn
 from sparsepeft.tuners._blocks import Block, unwrap
 from sparsepeft.tuners._context import BASE, ForwardContext, Routing
 from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
+from sparsepeft.tuners._quantized import INT8, quantize
 
 
 @dataclass(frozen=True)
@@ -329,9 +330,11 @@ class HeadModule(ModulesToSaveWrapper):
 
 
 def cast_for_saving(tensors: dict[str, torch.Tensor], save_dtype: str | None) -> dict[str, torch.Tensor]:
-    """Floating-point tensors in the dtype named ``save_dtype``; None keeps their own."""
+    """Floating-point tensors in the dtype named ``save_dtype``; None keeps their own. Int8 ones come with scales."""
     if save_dtype is None:
         return tensors
+    if save_dtype == INT8:
+        return quantize(tensors)
     dtype = getattr(torch, save_dtype)
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 

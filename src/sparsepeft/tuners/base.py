@@ -30,6 +30,7 @@ from sparsepeft.tuners._heads import (
 )
 from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.tuners._layer import MERGE_REFUSED, TaskTunerLayer, execution_device
+from sparsepeft.tuners._quantized import INT8
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
@@ -64,6 +65,11 @@ class TaskTuner(BaseTuner):
         # can then be used for another model.
         config: Any = copy.copy(self.peft_config[adapter_name])
         config.modules_to_save = None
+        if self._injected and config._is_from_file and config.save_dtype == INT8:
+            raise ValueError(
+                "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
+                "load it with PeftModel.from_pretrained."
+            )
         self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")

@@ -9,11 +9,13 @@ from typing import Any
 from peft import PeftConfig
 
 from sparsepeft.tuners._card import write_card
+from sparsepeft.tuners._quantized import INT8
 
 FORMAT_VERSION = 1
 HEAD_TYPES = ("model", "linear")
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SAVE_DTYPES = DTYPES | {INT8: INT8}
 
 
 def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
@@ -29,10 +31,10 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} was given, but {name} must be one of {', '.join(map(repr, choices))}.")
 
 
-def dtype_name(name: str, value: Any) -> str:
-    """Torch's name of a floating dtype given by that or its short name; a ValueError if it is neither."""
-    require_choice(name, value, tuple(DTYPES))
-    return DTYPES[value]
+def dtype_name(name: str, value: Any, valid: dict[str, str] = DTYPES) -> str:
+    """Torch's name of a dtype given by that or its short name; a ValueError if it is not among the ``valid`` ones."""
+    require_choice(name, value, tuple(valid))
+    return valid[value]
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TaskAdapterConfig(PeftConfig):
         problem_type: ``"regression"``, ``"single_label_classification"`` or ``"multi_label_classification"``;
             None lets transformers decide from ``num_labels`` and the labels' dtype.
         save_dtype: dtype of the saved tensors, such as ``"bfloat16"`` or ``"bf16"``; None keeps the one in memory.
+            ``"int8"`` stores all that has rows with a scale for each row, and vectors in float32.
         check_backbone: refuse to attach a saved adapter to another backbone than its own.
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
@@ -81,7 +84,7 @@ class TaskAdapterConfig(PeftConfig):
             )
         require_choice("head_type", self.head_type, HEAD_TYPES)
         if self.save_dtype is not None:
-            self.save_dtype = dtype_name("save_dtype", self.save_dtype)
+            self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         if self.id2label is not None:

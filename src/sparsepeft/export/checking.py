@@ -1,0 +1,117 @@
+"""Comparing what was exported with PyTorch, from text to score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparsepeft.engine import MultiTaskEngine
+from sparsepeft.errors import UserError
+from sparsepeft.export.tasks import ExportTask
+from sparsepeft.predictions import Text
+from sparsepeft.tasks import TaskSpec, load_task
+from sparsepeft.training.config import RunConfig
+from sparsepeft.training.files import RUN, read_run
+from sparsepeft.training.run import load_data
+
+
+class Runs(Protocol):
+    """Something that answers texts as the exported runner does."""
+
+    def answer(self, name: str, texts: list[Text]) -> Iterable[dict[str, Any]]:
+        """For each text a dictionary with ``label``, ``score`` and ``scores``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts that a task is checked on.
+
+    Attributes:
+        source: where they come from, for the report.
+        texts: inputs of the task.
+        labels: theirs, with ``spec``; None where the texts are not the task's own.
+    """
+
+    source: str
+    texts: list[Text]
+    labels: list[Any] | None = None
+    spec: TaskSpec | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a task says about its examples.
+
+    Attributes:
+        labels: the most probable one of each; None in regression.
+        scores: probabilities, or the predicted value, (N, number of labels).
+    """
+
+    labels: list[str | None]
+    scores: np.ndarray
+
+
+def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
+    """The task's validation set; the built-in sample's texts where that cannot be had."""
+    if (task.info.folder / RUN).is_file():
+        config = RunConfig(**read_run(task.info.folder)["config"])
+        config.data_dir = data_dir or config.data_dir
+        try:
+            data = load_data(config)
+        except (UserError, OSError) as error:
+            source = f"texts of the built-in sample, as the task's own could not be had ({error})"
+        else:
+            rows = data.validation.shuffle(seed=0) if max_examples else data.validation
+            rows = rows.select(range(min(max_examples or len(rows), len(rows))))
+            columns = [rows[name][:] for name in data.spec.text_columns]
+            texts = list(columns[0] if len(columns) == 1 else zip(*columns, strict=True))
+            return Examples("the task's validation set", texts, rows["label"][:], data.spec)
+    else:
+        source = "texts of the built-in sample, as the folder does not say what the task was trained on"
+    sample = load_task("topics").validation["text"][:][:max_examples]
+    return Examples(source, list(pairwise(sample)) if task.info.num_texts == 2 else list(sample))
+
+
+def eager_answers(engine: MultiTaskEngine, name: str, examples: Examples) -> tuple[Examples, Answers]:
+    """PyTorch's answers, and the examples that it takes (none with an empty text)."""
+    found = engine.predict([(name, text) for text in examples.texts])
+    good = [index for index, one in enumerate(found) if one.error is None]
+    kept = Examples(
+        examples.source,
+        [examples.texts[index] for index in good],
+        None if examples.labels is None else [examples.labels[index] for index in good],
+        examples.spec,
+    )
+    answers = [found[index] for index in good]
+    scores = [list(one.scores.values()) or [one.score] for one in answers]
+    return kept, Answers([one.label for one in answers], np.array(scores))
+
+
+def exported_answers(runner: Runs, name: str, examples: Examples) -> Answers:
+    """The exported task's answers; texts of similar length share a batch."""
+    order = sorted(range(len(examples.texts)), key=lambda index: len("".join(examples.texts[index])))
+    found: list[Any] = [None] * len(order)
+    for index, one in zip(order, runner.answer(name, [examples.texts[i] for i in order]), strict=True):
+        found[index] = one
+    return Answers(
+        [one["label"] for one in found], np.array([list(one["scores"].values()) or [one["score"]] for one in found])
+    )
+
+
+def differences(expected: Answers, found: Answers) -> dict[str, Any]:
+    """How far two sets of answers are apart: ``max_deviation`` of scores, ``num_other_labels``, ``num_texts``."""
+    different = sum(one != other for one, other in zip(expected.labels, found.labels, strict=True))
+    deviation = float(np.abs(expected.scores - found.scores).max(initial=0.0))
+    return {"num_texts": len(found.labels), "max_deviation": deviation, "num_other_labels": different}
+
+
+def score(examples: Examples, answers: Answers) -> float | None:
+    """The task's main metric; None where the texts have no labels."""
+    if examples.spec is None or not examples.labels:
+        return None
+    return examples.spec.compute_metrics(answers.scores, examples.labels)[examples.spec.main_metric]

@@ -1,0 +1,137 @@
+"""What stands in an exported folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.export.tasks import ExportTask, Tensors
+from sparsepeft.provenance import write_json
+from sparsepeft.training.files import RUN
+from sparsepeft.tuners._files import PEFT_PREFIX
+from sparsepeft.tuners._heads import cast_for_saving
+from sparsepeft.tuners._quantized import INT8
+
+REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """See that an export may be written to ``folder``.
+
+    Raises:
+        UserError: it is a file, holds an export and ``overwrite`` is not set, or holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / REPORT).is_file():
+        raise UserError(f"The output folder {folder} holds other files; pass a new or empty one to --output-dir.")
+    if not overwrite:
+        raise UserError(f"{folder} already holds an export; pass another --output-dir, or --overwrite to replace it.")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` when all went well; what was there stays otherwise.
+
+    Raises:
+        RunFailed: files cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            staged.chmod(0o755)
+            content, before = staged / "new", staged / "before"
+            content.mkdir()
+            yield content
+            if folder.exists():
+                os.replace(folder, before)
+            try:
+                os.replace(content, folder)
+            except OSError:
+                if before.exists():
+                    os.replace(before, folder)
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except OSError as error:
+        raise RunFailed(f"The export could not be written to {folder} ({error}); free space and try again.") from error
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write the tokenizer for the library ``tokenizers``, which pads by itself then.
+
+    Raises:
+        UserError: it is not one of that library.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UserError(
+            f"The backbone's tokenizer {type(tokenizer).__name__} is not one of the library tokenizers, which the "
+            "exported runner needs; export a backbone with a fast tokenizer."
+        )
+    copied = Tokenizer.from_str(backend.to_str())
+    copied.no_truncation()
+    copied.enable_padding(
+        direction=tokenizer.padding_side,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+        pad_type_id=tokenizer.pad_token_type_id,
+    )
+    copied.save(str(path))
+
+
+def write_task(task: ExportTask, tensors: Tensors, folder: Path, int8: bool) -> Tensors:
+    """Write a task's folder as PEFT, the engine and ``Predictor`` read it, in float32 or int8.
+
+    Returns:
+        The tensors as they are in the file, without PEFT's prefix.
+    """
+    folder.mkdir(parents=True)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    stored = cast_for_saving(stored, INT8) if int8 else stored
+    weights = {PEFT_PREFIX + name: tensor for name, tensor in stored.items()}
+    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((task.info.folder / _CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / _CONFIG, config | {"save_dtype": INT8 if int8 else None})
+    for name in (RUN, "README.md"):
+        if (task.info.folder / name).is_file():
+            shutil.copyfile(task.info.folder / name, folder / name)
+    return stored
+
+
+def write_onnx_adapter(tensors: Tensors, path: Path) -> None:
+    """Write tensors as ONNX Runtime swaps them into a graph."""
+    import onnxruntime
+
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in tensors.items()}
+    adapter.set_parameters(values)
+    adapter.export_adapter(str(path))
+
+
+def write_runner(folder: Path) -> None:
+    """Write ``run.py``."""
+    source = resources.files("sparsepeft.export").joinpath(RUNNER).read_bytes()
+    (folder / RUNNER).write_bytes(source)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files that stand in a folder."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

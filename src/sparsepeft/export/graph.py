@@ -1,0 +1,131 @@
+"""The adapted model as one graph whose inputs are token ids and every tensor of an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from sparsepeft.errors import RunFailed
+from sparsepeft.export.tasks import ExportTask, Shape, Tensors
+from sparsepeft.layers import SparseMemory
+from sparsepeft.training.methods import loading_adapter
+from sparsepeft.tuners._files import saved_names
+
+_BATCH, _LENGTH = 3, 7  # of the traced example; any numbers above 1 that differ from the model's own sizes
+
+
+class AdaptedBackbone:
+    """The backbone with the adapters of all tasks, and the function that a graph is made of.
+
+    Args:
+        backbone: it is changed: adapters stand in it from now on.
+        tasks: of one method.
+
+    Attributes:
+        tensors: of each task, by the names they have in its file (without PEFT's prefix), in float32.
+
+    Raises:
+        UserError: a task's files are damaged, or belong to another backbone.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, tasks: Sequence[ExportTask]) -> None:
+        names = [f"task{index}" for index in range(len(tasks))]
+        peft: PeftModel | None = None
+        for name, task in zip(names, tasks, strict=True):
+            with loading_adapter(task.info.folder):
+                if peft is None:
+                    peft = PeftModel.from_pretrained(backbone, str(task.info.folder), adapter_name=name)
+                else:
+                    peft.load_adapter(str(task.info.folder), adapter_name=name)
+        assert peft is not None
+        peft.set_adapter(names[0])
+        self.model: Any = peft.get_base_model().eval().requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, SparseMemory):
+                module.impl = "auto"  # which, while exporting, never means an operator that runtimes do not know
+        state = dict(self.model.named_parameters())
+        self._targets = {saved: target for saved, (target, _) in saved_names(self.model, names[0]).items()}
+        self.tensors: list[Tensors] = [
+            {saved: state[target].float() for saved, (target, _) in saved_names(self.model, name).items()}
+            for name in names
+        ]
+
+    def trace(
+        self,
+        inputs: Sequence[str],
+        shapes: Mapping[str, Shape],
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ) -> ExportedProgram:
+        """The function ``(inputs by name, tensors by name) -> logits``.
+
+        Args:
+            inputs: names of the model's inputs, each integers (B, T).
+            shapes: of the adapter's tensors; None where the size is open.
+            batch_size: B; None for any.
+            max_length: for runtimes that plan their memory ahead: the largest T, and no open size of a tensor is larger
+                than with these tasks. None for no limit.
+
+        Raises:
+            RunFailed: ``torch.export`` cannot trace this model, or not with open sizes.
+        """
+        # A tensor for each: of one that is given twice, torch.export makes one input.
+        example = {name: torch.ones(batch_size or _BATCH, _LENGTH, dtype=torch.long) for name in inputs}
+        any_batch = {} if batch_size else {0: Dim.DYNAMIC}
+        open_sizes = {name: {**any_batch, 1: _open(max_length)} for name in inputs}
+        # Of an open size, the largest: it is above 1, which torch.export would take for a constant.
+        largest = {
+            name: torch.zeros([max(sizes) for sizes in zip(*(own[name].shape for own in self.tensors), strict=True)])
+            for name in shapes
+        }
+        open_shapes = {
+            name: {
+                dim: _open(largest[name].shape[dim] if max_length else None)
+                for dim, size in enumerate(shape)
+                if size is None
+            }
+            for name, shape in shapes.items()
+        }
+        with torch.no_grad():
+            self.model(**example)  # adapters that find their place in the first pass have found it
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch and transformers about each other
+                    return torch.export.export(
+                        _Function(self.model, self._targets),
+                        (example, largest),
+                        dynamic_shapes=(open_sizes, open_shapes),
+                        strict=False,
+                    )
+            except (RuntimeError, ValueError, TypeError) as error:  # torch's own errors are RuntimeErrors
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RunFailed(
+                    f"torch.export could not trace {type(self.model).__name__} ({reason}); models of this class cannot "
+                    "be exported with the installed versions."
+                ) from error
+
+
+def _open(largest: int | None) -> Any:
+    return Dim.DYNAMIC if largest is None else Dim.DYNAMIC(max=largest)
+
+
+class _Function(nn.Module):
+    """The model as a function of its inputs and of the tensors named in ``targets``."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model, self.targets = model, dict(targets)
+
+    def forward(self, inputs: dict[str, torch.Tensor], tensors: Tensors) -> torch.Tensor:
+        given = {self.targets[name]: tensor for name, tensor in tensors.items()}
+        logits: torch.Tensor = functional_call(self.model, given, (), inputs).logits
+        return logits

@@ -1,0 +1,104 @@
+"""What all formats export from: the tasks, loaded once for PyTorch's answers and once for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.engine import MultiTaskEngine
+from sparsepeft.engine.engine import load_backbone
+from sparsepeft.errors import RunFailed
+from sparsepeft.export.checking import (
+    Answers,
+    Examples,
+    Runs,
+    differences,
+    eager_answers,
+    examples_of,
+    exported_answers,
+)
+from sparsepeft.export.graph import AdaptedBackbone
+from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
+from sparsepeft.training.encoding import longest_input
+from sparsepeft.training.methods import load_tokenizer
+
+
+class Job:
+    """Tasks to export, with what is needed to check them.
+
+    Args:
+        folders: one for each task.
+        model: the backbone, if it is not where the tasks say.
+        data_dir: where the tasks' data is; None for where it was in training.
+        max_examples: check on a sample of so many texts; None for the whole validation sets.
+        progress: called with what is being done.
+
+    Attributes:
+        tensors: each task's, by name.
+        shapes: of the tensors, None where tasks differ.
+        inputs: names of the model's inputs, as the tokenizer gives them.
+        max_lengths: tokens an input may have, task by task.
+
+    Raises:
+        UserError: a folder or the backbone cannot be used, or the tasks cannot share one graph.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        model: str | None,
+        data_dir: str | None,
+        max_examples: int | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.progress, self._data_dir, self._max_examples = progress, data_dir, max_examples
+        self.tasks = read_tasks(folders)
+        name = resolve_model(model) if model is not None else backbone_of(self.tasks[0])
+        progress("loading the backbone and its tasks")
+        self.backbone_name = describe_backbone(name)
+        backbone = load_backbone(name, torch.float32)
+        self.tokenizer = load_tokenizer(name)
+        self._engine = MultiTaskEngine(
+            backbone, {task.name: task.info.folder for task in self.tasks}, tokenizer=self.tokenizer
+        )
+        # After the engine, whose modules are copies that share the weights.
+        self.adapted = AdaptedBackbone(backbone, self.tasks)
+        self.tensors: list[Tensors] = self.adapted.tensors
+        self.shapes = common_shapes(self.tasks, self.tensors)
+        self.inputs = list(self.tokenizer("a"))
+        self.max_lengths = [longest_input(self.tokenizer, backbone.config, task.info.max_length) for task in self.tasks]
+        self._expected: dict[str, tuple[Examples, Answers]] = {}
+
+    def expected(self, index: int) -> tuple[Examples, Answers]:
+        """A task's examples and PyTorch's answers to them."""
+        task = self.tasks[index]
+        if task.name not in self._expected:
+            examples = examples_of(task, self._data_dir, self._max_examples)
+            self.progress(f"answering {len(examples.texts)} texts of {task.name} with PyTorch")
+            self._expected[task.name] = eager_answers(self._engine, task.name, examples)
+        return self._expected[task.name]
+
+
+def check(job: Job, runner: Runs, tolerance: float) -> dict[str, dict[str, Any]]:
+    """Compare each exported task's answers with PyTorch's; what was found, by task.
+
+    Raises:
+        RunFailed: one deviates by more than the tolerance.
+    """
+    reports: dict[str, dict[str, Any]] = {}
+    for index, task in enumerate(job.tasks):
+        examples, expected = job.expected(index)
+        job.progress(f"comparing {task.name} on {len(examples.texts)} texts")
+        found = differences(expected, exported_answers(runner, task.name, examples))
+        if not found["max_deviation"] <= tolerance:  # NaN, too
+            raise RunFailed(
+                f"The exported task {task.name} deviates from PyTorch by {found['max_deviation']:.2g} in its scores, "
+                f"but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger --tolerance if that is "
+                "good enough."
+            )
+        reports[task.name] = {"checked_on": examples.source, **found}
+    return reports

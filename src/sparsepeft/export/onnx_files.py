@@ -1,0 +1,124 @@
+"""The format onnx: a folder with one graph, the tasks' adapters, and a runner."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsepeft.errors import UserError
+from sparsepeft.export.checking import differences, exported_answers, score
+from sparsepeft.export.files import (
+    TASKS,
+    TOKENIZER,
+    file_sizes,
+    write_onnx_adapter,
+    write_runner,
+    write_task,
+    write_tokenizer,
+)
+from sparsepeft.export.job import Job, check
+from sparsepeft.export.onnx_graph import IR_VERSION, OPSET, open_adapter, quantize, to_onnx
+from sparsepeft.provenance import write_json
+from sparsepeft.tuners._quantized import INT8
+
+if TYPE_CHECKING:
+    import onnx
+
+GRAPH, ADAPTER = "backbone.onnx", "adapter.onnx_adapter"
+_MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GiB
+
+
+def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict[str, Any]:
+    """Write a folder that ``run.py`` in it answers from.
+
+    The float32 graph is compared with PyTorch in any case; with ``int8``, that graph is then quantized and the folder
+    written again.
+
+    Args:
+        job: what to export.
+        folder: empty.
+        int8: weights of the backbone, and rows of the tasks' tensors, in int8.
+        tolerance: how far scores of the float32 graph may be from PyTorch's.
+
+    Returns:
+        What belongs into the report.
+
+    Raises:
+        UserError: the backbone is too large for one file.
+        RunFailed: the model cannot be traced or written, or deviates by more than the tolerance.
+    """
+    from sparsepeft.export.run import Runner
+
+    size = sum(parameter.nbytes for parameter in job.adapted.model.parameters())
+    if size > _MAX_BYTES:
+        raise UserError(
+            f"{job.backbone_name} has {size / 1e9:.1f} GB in float32, but one ONNX file holds at most 2 GB; export "
+            "tasks of a smaller backbone."
+        )
+    job.progress("tracing the backbone")
+    program = job.adapted.trace(job.inputs, job.shapes)
+    job.progress("writing it as ONNX")
+    graph = to_onnx(program, job.inputs, list(job.shapes))
+    if int8:
+        job.progress("quantizing it")
+        quantized = quantize(graph)
+        _write(job, graph, folder / "float32", int8=False)
+        tasks = check(job, Runner(folder / "float32", torch.get_num_threads()), tolerance)
+        shutil.rmtree(folder / "float32")
+        _write(job, quantized, folder, int8=True)
+        _check_int8(job, folder, tasks)
+    else:
+        _write(job, graph, folder, int8=False)
+        tasks = check(job, Runner(folder, torch.get_num_threads()), tolerance)
+    for name, report in tasks.items():
+        report["bytes"] = file_sizes(folder / TASKS / name)
+    about = {"opset": OPSET, "ir_version": IR_VERSION, "dtype": INT8 if int8 else "float32", "inputs": job.inputs}
+    return {"graph": about, "bytes": file_sizes(folder), "tasks": tasks}
+
+
+def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> None:
+    """Write all but the report; ``graph`` is changed."""
+    import onnx
+
+    folder.mkdir(exist_ok=True)
+    open_adapter(graph, job.shapes, int8)
+    onnx.save(graph, str(folder / GRAPH))
+    write_tokenizer(job.tokenizer, folder / TOKENIZER)
+    write_runner(folder)
+    for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
+        own = folder / TASKS / task.name
+        stored = write_task(task, tensors, own, int8)
+        write_onnx_adapter(stored, own / ADAPTER)
+        about = {
+            "labels": task.info.label_names,
+            "multi_label": task.info.multi_label,
+            "num_texts": task.info.num_texts,
+            "max_length": max_length,
+            "backbone": job.backbone_name,
+            "graph": graph.graph.name,
+            "sha256": hashlib.sha256((own / ADAPTER).read_bytes()).hexdigest(),
+        }
+        write_json(own / "task.json", about)
+
+
+def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]]) -> None:
+    """Add to each task's report what int8 changed."""
+    from sparsepeft.export.run import Runner
+
+    runner = Runner(folder, torch.get_num_threads())
+    for index, task in enumerate(job.tasks):
+        examples, expected = job.expected(index)
+        job.progress(f"answering {len(examples.texts)} texts of {task.name} in int8")
+        found = exported_answers(runner, task.name, examples)
+        changed = {key: value for key, value in differences(expected, found).items() if key != "num_texts"}
+        if examples.spec is not None:
+            changed |= {
+                "metric": examples.spec.main_metric,
+                "before": score(examples, expected),
+                "after": score(examples, found),
+            }
+        reports[task.name][INT8] = changed

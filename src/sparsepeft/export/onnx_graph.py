@@ -1,0 +1,152 @@
+"""Writing a traced model as ONNX: adapters as inputs that may be left out, weights in float32 or int8."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.export import ExportedProgram
+
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.export.tasks import Shape
+from sparsepeft.tuners._quantized import SCALE, is_stored_as_int8
+
+if TYPE_CHECKING:
+    import onnx
+
+# Both are read by ONNX Runtime 1.20 and later, and handled by its quantizer.
+OPSET, IR_VERSION = 18, 10
+
+
+def require_onnx() -> None:
+    """Import what the ONNX format needs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f'The format onnx needs packages that are not installed ({error}); run: pip install "sparsepeft[onnx]"'
+        ) from error
+
+
+def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[str]) -> onnx.ModelProto:
+    """The ONNX form of ``AdaptedBackbone.trace``'s program; the adapter's tensors are plain inputs.
+
+    Raises:
+        RunFailed: an operator has no ONNX form.
+    """
+    import torch.onnx
+
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                program,
+                input_names=[*inputs, *tensors],
+                output_names=["logits"],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunFailed(f"The traced model could not be written as ONNX ({reason}).") from error
+    assert made is not None
+    return made.model_proto
+
+
+def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with the backbone's weights in int8, activations quantized as they come.
+
+    Must come before :func:`open_adapter`: the quantizer takes an input with an initial value for a constant. Inputs
+    without one it leaves alone, and with them all of the memories' and heads' products.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "quantized.onnx"
+        quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)
+        return onnx.load(str(path))
+
+
+def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool) -> onnx.ModelProto:
+    """Let the adapter's inputs be left out of the feeds, so that ONNX Runtime fills them from an ``.onnx_adapter``.
+
+    Each gets an initial value of size zero; without one, a session calls the input missing. A graph that is run without
+    an adapter therefore ends in an error.
+
+    Args:
+        model: from :func:`to_onnx` or :func:`quantize`; changed in place.
+        shapes: of the adapter's tensors.
+        int8: they come as :func:`sparsepeft.tuners._quantized.quantize` makes them.
+
+    Returns:
+        ``model``, whose graph is named after its content.
+    """
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    first: list[onnx.NodeProto] = []
+    for given in list(graph.input):
+        if given.name not in shapes:
+            continue
+        dims = [size or f"{given.name}.{dim}" for dim, size in enumerate(shapes[given.name])]
+        dims[0] = f"{given.name}.0"  # open in any case: it is zero in the initial value
+        kind = TensorProto.FLOAT
+        if int8 and is_stored_as_int8(shapes[given.name]):
+            kind, scale = TensorProto.INT8, given.name + SCALE
+            _add_input(graph, scale, TensorProto.FLOAT, [*dims[:-1], 1])
+            used = f"{given.name}.float"
+            _rename_uses(graph, given.name, used)
+            first += [
+                helper.make_node("Cast", [given.name], [f"{used}.unscaled"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", [f"{used}.unscaled", scale], [used]),
+            ]
+        graph.input.remove(given)
+        _add_input(graph, given.name, kind, dims)
+    nodes = [*first, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    model.ir_version = IR_VERSION
+    graph.name = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return model
+
+
+def _add_input(graph: onnx.GraphProto, name: str, kind: int, dims: Sequence[int | str]) -> None:
+    from onnx import helper
+
+    graph.input.append(helper.make_tensor_value_info(name, kind, dims))
+    empty = [0, *(size if isinstance(size, int) else 1 for size in dims[1:])]
+    graph.initializer.append(helper.make_tensor(name, kind, empty, []))
+
+
+def _rename_uses(graph: onnx.GraphProto, name: str, other: str) -> None:
+    for node in graph.node:
+        node.input[:] = [other if used == name else used for used in node.input]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's and the quantizer's remarks from the screen."""
+    loggers = [logging.getLogger(), logging.getLogger("torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

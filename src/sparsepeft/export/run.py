@@ -1,0 +1,60 @@
+"""python run.py TASK [TEXT [TEXT]]: answers texts, or lines of standard input (with a tab between two texts)."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+
+class Runner:
+    """One backbone and its tasks; ``tasks`` has each task.json by name."""
+
+    def __init__(self, folder, threads=0):
+        self.folder, self.adapters, options = Path(folder), {}, ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 4
+        self.session = ort.InferenceSession(self.folder / "backbone.onnx", options, ["CPUExecutionProvider"])
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.tasks = {file.parent.name: json.loads(file.read_bytes()) for file in self.folder.glob("tasks/*/task.json")}
+
+    def answer(self, name, texts, batch_size=8):
+        """Yield, for each of the texts (or tuples of two texts), a dict with label, score and scores."""
+        if (task := self.tasks.get(name)) is None:
+            raise ValueError(f"the task {name!r} is unknown; there are {', '.join(sorted(self.tasks))}")
+        if task["num_texts"] and any((isinstance(t, str) or len(t)) != task["num_texts"] for t in texts):
+            raise ValueError(f"the task {name!r} takes {task['num_texts']} text(s) per input")
+        if name not in self.adapters:
+            file, graph = self.folder / "tasks" / name / "adapter.onnx_adapter", self.session.get_modelmeta().graph_name
+            if [task["graph"], task["sha256"]] != [graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
+                raise ValueError(f"{file} is damaged, or belongs to another backbone.onnx; export the task again")
+            self.adapters[name] = ort.LoraAdapter()
+            self.adapters[name].Load(str(file))
+        options, encode = ort.RunOptions(), self.tokenizer.encode_batch
+        options.add_active_adapter(self.adapters[name])  # one: of two with the same names, one is silently ignored
+        self.tokenizer.enable_truncation(task["max_length"])
+        for i in range(0, len(texts), batch_size):
+            rows = [(one.ids, one.attention_mask, one.type_ids) for one in encode(texts[i : i + batch_size])]
+            ids, mask, types = np.array(rows, np.int64).transpose(1, 0, 2)  # (B, T) each
+            feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+            logits = self.session.run(None, {i.name: feed[i.name] for i in self.session.get_inputs()}, options)[0]
+            yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
+
+
+def _answer(labels, multi_label, logits):
+    scores = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits - np.logaddexp.reduce(logits))
+    best = int(scores.argmax())
+    named = {label: float(score) for label, score in zip(labels or (), scores, strict=False)}
+    return {"label": labels and labels[best], "score": float((scores if labels else logits)[best]), "scores": named}
+
+
+if __name__ == "__main__":
+    try:
+        runner, (name, *given) = Runner(Path(__file__).parent), sys.argv[1:] or sys.exit(__doc__)
+        for line in ["\t".join(given)] if given else sys.stdin:
+            parts = line.rstrip("\r\n").split("\t")
+            print(*map(json.dumps, runner.answer(name, [tuple(parts) if parts[1:] else parts[0]])), flush=True)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")

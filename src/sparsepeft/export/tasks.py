@@ -1,0 +1,110 @@
+"""Which tasks are exported, and whether they can share one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsepeft.backbones import resolve_model
+from sparsepeft.engine.task import TaskInfo, read_task
+from sparsepeft.errors import UserError
+from sparsepeft.training.files import RUN, read_run
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+Tensors = dict[str, torch.Tensor]
+Shape = tuple[int | None, ...]
+
+# What the graph computes with but no tensor holds: it is the same for all tasks of a graph.
+_CONSTANTS = ("top_k", "temperature", "style", "non_linearity")
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """A task to export; its name is that of its folder."""
+
+    name: str
+    info: TaskInfo
+    config: TaskAdapterConfig
+
+
+def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
+    """Describe the tasks in folders that ``sparsepeft train`` or ``save_pretrained`` wrote.
+
+    Raises:
+        UserError: no folder, one without a task, two of one name, or methods or settings that need different graphs.
+    """
+    if not folders:
+        raise UserError("No folder was given; pass the output folder of at least one `sparsepeft train`.")
+    tasks: dict[str, ExportTask] = {}
+    for folder in map(Path, folders):
+        name = folder.resolve().name
+        if name in tasks:
+            raise UserError(
+                f"{tasks[name].info.folder} and {folder} have the same name, by which the exported task is asked for; "
+                "rename one of them."
+            )
+        tasks[name] = ExportTask(name, *read_task(folder))
+    first, *others = tasks.values()
+    for other in others:
+        _check_same(first, other, "method", str(first.config.peft_type), str(other.config.peft_type))
+        for constant in _CONSTANTS:
+            values = (getattr(task.config, constant, None) for task in (first, other))
+            _check_same(first, other, constant, *values)
+    return list(tasks.values())
+
+
+def backbone_of(task: ExportTask) -> str:
+    """What to hand to ``from_pretrained`` for the task's backbone.
+
+    Raises:
+        UserError: the task does not say, or there is nothing there.
+    """
+    if (task.info.folder / RUN).is_file():
+        return resolve_model(read_run(task.info.folder)["config"]["model"])
+    if not task.config.base_model_name_or_path:
+        raise UserError(f"adapter_config.json in {task.info.folder} names no backbone; pass it with --model.")
+    return resolve_model(task.config.base_model_name_or_path)
+
+
+def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> dict[str, Shape]:
+    """The shape of each tensor, None where tasks differ.
+
+    Args:
+        tasks: the tasks.
+        tensors: those of each task by name.
+
+    Raises:
+        UserError: the tasks have different tensors, or memories of which only some keep all their parents.
+    """
+    for task, own in zip(tasks[1:], tensors[1:], strict=True):
+        missing, more = sorted(tensors[0].keys() - own.keys()), sorted(own.keys() - tensors[0].keys())
+        if missing or more:
+            what = f"has no {missing[0]}" if missing else f"also has {more[0]}"
+            raise _cannot_share(tasks[0], task, f"{task.name} {what}")
+    shapes: dict[str, Shape] = {}
+    for name in tensors[0]:
+        found = [tuple(own[name].shape) for own in tensors]
+        for task, shape in zip(tasks, found, strict=True):
+            if len(shape) != len(found[0]):
+                raise _cannot_share(tasks[0], task, f"{name} has shapes {list(found[0])} and {list(shape)}")
+        shapes[name] = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*found, strict=True))
+    keeps_all = [getattr(task.config, "num_parents", 0) == getattr(task.config, "top_k", None) for task in tasks]
+    if len(set(keeps_all)) > 1:
+        other = tasks[keeps_all.index(not keeps_all[0])]
+        raise _cannot_share(tasks[0], other, "one keeps all parents (num_parents = top_k), the other selects")
+    return shapes
+
+
+def _check_same(first: ExportTask, other: ExportTask, what: str, one: Any, two: Any) -> None:
+    if one != two:
+        raise _cannot_share(first, other, f"their {what} is {one} and {two}")
+
+
+def _cannot_share(first: ExportTask, other: ExportTask, why: str) -> UserError:
+    return UserError(
+        f"The tasks {first.name} and {other.name} cannot share one graph: {why}; export them into folders of their own."
+    )

@@ -1,0 +1,79 @@
+"""``sparsepeft export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Output folders of `sparsepeft train`; tasks are called after them.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the backbone, the tasks and the runner.")],
+    format: Annotated[str, typer.Option(help="onnx or executorch.")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Weights of the backbone and of the tasks in int8.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files, to check on.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest deviation of a score from PyTorch's.")] = 1e-4,
+    max_examples: Annotated[
+        int | None, typer.Option(min=1, help="Check on a sample of so many texts. [default: all]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an export that is already in the output folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export trained tasks for devices without PyTorch: the backbone once, a small file for each task, a runner.
+
+    Example: `sparsepeft export out/sst2 out/rte --output-dir out/device --int8`
+    """
+    from sparsepeft.export import export_tasks
+    from sparsepeft_cli._console import err, out, print_json
+
+    with err.status("exporting") as status:
+        report = export_tasks(
+            folders,
+            output_dir,
+            format=format,
+            int8=int8,
+            model=model,
+            data_dir=str(data_dir) if data_dir else None,
+            tolerance=tolerance,
+            max_examples=max_examples,
+            overwrite=overwrite,
+            progress=status.update,
+        )
+    if json:
+        print_json(report)
+        return
+    for part in _parts(report, output_dir):
+        out.print(part, highlight=False, soft_wrap=True)
+
+
+def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
+    from sparsepeft_cli._console import megabytes, table
+
+    has_int8 = any("int8" in task for task in report["tasks"].values())
+    columns = ["task", "texts", "deviation", "other labels", "adapter", *(["before int8", "after"] if has_int8 else [])]
+    rows = []
+    for name, task in report["tasks"].items():
+        row = [name, task["num_texts"], f"{task['max_deviation']:.1e}", task["num_other_labels"]]
+        row.append(megabytes(max(task["bytes"].values())))
+        if has_int8:
+            scores = task["int8"]
+            row += [f"{scores[key]:.4f}" if scores.get(key) is not None else "–" for key in ("before", "after")]
+        rows.append(row)
+    notes = [
+        f"note: {name} was checked on {task['checked_on']}"
+        for name, task in report["tasks"].items()
+        if "before" not in task.get("int8", task) and "own" in task["checked_on"]
+    ]
+    backbone = megabytes(max(report["bytes"].values()))
+    return [
+        table(f"{report['backbone']}: {backbone}", columns, rows),
+        *notes,
+        f'next: python {folder / "run.py"} {next(iter(report["tasks"]))} "some text"',
+    ]
