@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from _common import describe_environment, time_alternating, write_json
-from _workers import Worker
 from peers._environment import DEFAULT_FOLDER, peer_python
 from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.benchmarking.workers import Worker
 from sparsepeft.tasks import TaskSpec, few_shot, load_task
 from sparsepeft.training.encoding import encode
 from sparsepeft.training.methods import load_tokenizer
@@ -200,13 +200,13 @@ def measure(
         for number, candidate in enumerate(candidates):
             try:
                 worker = stack.enter_context(start(candidate, data, options, folder / str(number)))
-                worker.run(2 * steps)
+                worker.ask(2 * steps)
             except RuntimeError as error:
                 results[candidate.name] = {"failed": str(error)}
                 print(f"{candidate.name}: failed, {error}", flush=True)
             else:
                 workers[candidate.name] = worker
-        epochs = {name: partial(worker.run, steps) for name, worker in workers.items()}
+        epochs = {name: partial(worker.ask, steps) for name, worker in workers.items()}
         timings = time_alternating(epochs, repeats=repeats, warm_up=0, idle_wait_s=options.idle_wait)
     for name, timing in timings.items():
         step_s = timing.median_ms / 1e3 / steps

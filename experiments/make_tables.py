@@ -8,6 +8,7 @@ from typing import Any
 
 import spt_tables
 from _markdown import table
+from inference_tables import inference
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS, BENCHMARKS = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
@@ -27,7 +28,7 @@ def main() -> None:
         adapters_equality(),
         recipe_search(),
         figure2(),
-        inference(),
+        inference(BENCHMARKS),
         memory(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
         spt_stack(),
@@ -200,38 +201,6 @@ def _specialised(layer: dict[str, Any]) -> list[str]:
         f"{best['purity']:.0%} {max(counts, key=counts.get)}, {best['documents']} of {layer['documents']} documents"
     )
     return [f"{layer['nmi_documents']:.3f}", f"{layer['nmi_positions']:.3f}", purest]
-
-
-def inference() -> str:
-    """What the memory costs in RoBERTa-base."""
-    report = _read("spartan_inference.json")
-    if report is None:
-        return ""
-    rows = []
-    for name, result in report["results"].items():
-        ratio = result["backbone_over_spartan"]
-        shown = f"{ratio:.3f} of its throughput" if name == "throughput" else f"{1 / ratio:.3f} times its latency"
-        times = [f"{result['timings'][who]['median_ms']:.1f}" for who in ("backbone", "spartan")]
-        rows.append([f"{result['batch']} x {result['tokens']}", *times, shown])
-    files = [
-        [
-            dtype,
-            f"{file['memory_parameters']:,}",
-            f"{file['file_bytes'] / 1e6:.3f} MB",
-            "yes" if file["same_predictions_after_loading"] else "no",
-        ]
-        for dtype, file in report["files"].items()
-    ]
-    return "\n\n".join(
-        [
-            "## A SPARTAN memory in RoBERTa-base",
-            f"{report['model']}; P=16, C=3, K=8; {_machine(report)}; medians of alternating passes. By "
-            "`python benchmarks/bench_spartan_inference.py`.",
-            table(["batch x tokens", "bare backbone (ms)", "with memory (ms)", "ratio"], rows),
-            "A task's file with a linear head:",
-            table(["saved as", "memory parameters", "file", "same predictions after loading"], files),
-        ]
-    )
 
 
 def memory() -> str:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
+from sparsepeft.provenance import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by the colour-blind; yellow last, since lines and points in it are hard to see.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#F0E442")
@@ -25,3 +32,30 @@ def require_matplotlib() -> None:
         raise UserError(
             'Figures need matplotlib, which is not installed; run pip install "sparsepeft[plots]".'
         ) from error
+
+
+def write_drawing(draw: Callable[[], Figure], path: Path) -> list[Path]:
+    """Write what ``draw`` draws as PNG and SVG, in the package's style.
+
+    Args:
+        draw: makes the figure.
+        path: without suffix.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    import matplotlib
+
+    written = []
+    with matplotlib.rc_context(STYLE):
+        figure = draw()
+        for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=suffix[1:], **options)
+            write_bytes(path.with_name(path.name + suffix), drawn.getvalue())
+            written.append(path.with_name(path.name + suffix))
+    return written

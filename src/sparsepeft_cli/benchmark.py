@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import benchmark_inference
+
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 
 
@@ -80,6 +82,9 @@ def spt(
             out.print(part)
         for name, reason in result["left_out"].items():
             out.print(f"{name} was left out: {reason}", highlight=False)
+
+
+app.command("inference")(benchmark_inference.command)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

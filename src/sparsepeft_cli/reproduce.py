@@ -50,6 +50,10 @@ Grid = Annotated[
 ]
 TableOnly = Annotated[bool, typer.Option("--table-only", help="Write the table of the results there are; run nothing.")]
 KeepWeights = Annotated[bool, typer.Option("--keep-weights", help="Leave trained weights in OUTPUT_DIR/work.")]
+DeviceThroughput = Annotated[
+    list[Path] | None,
+    typer.Option(help="Table 1: a file of `sparsepeft benchmark inference --device ...`; may be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -72,8 +76,11 @@ def _command(table: str) -> Callable[..., None]:
         dry_run: DryRun = False,
         table_only: TableOnly = False,
         keep_weights: KeepWeights = False,
+        device_throughput: DeviceThroughput = None,
         json: Json = False,
     ) -> None:
+        from sparsepeft.errors import UserError
+
         values = {
             "data_dir": str(data_dir) if data_dir else None,
             "model": model,
@@ -82,12 +89,15 @@ def _command(table: str) -> Callable[..., None]:
             "precision": precision,
             "recipe": recipe,
         }
+        if device_throughput and table != "table1":
+            raise UserError(f"--device-throughput was given, but {table} has no devices; use table1.")
         folder = output_dir or Path("outputs/reproduce") / (_PROTOCOLS[table] + ("-grid" if grid else ""))
         matrix = _matrix(table, tasks, methods, seeds, few_shot, max_epochs, folder, values, set_)
         if dry_run:
             _show_plan(matrix, grid, json)
         else:
-            _show_table(table, matrix, {"grid": grid, "run": not table_only, "keep_weights": keep_weights}, json)
+            options = {"grid": grid, "run": not table_only, "keep_weights": keep_weights}
+            _show_table(table, matrix, options | {"device_files": device_throughput or ()}, json)
 
     command.__doc__ = f"""{_TITLES[table]}
 
@@ -149,7 +159,7 @@ def _several(values: list[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
-def _show_table(name: str, matrix: Any, options: dict[str, bool], json: bool) -> None:
+def _show_table(name: str, matrix: Any, options: dict[str, Any], json: bool) -> None:
     from sparsepeft.errors import RunFailed
     from sparsepeft.reproduction import reproduce
     from sparsepeft.reproduction.render import cells

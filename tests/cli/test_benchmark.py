@@ -8,7 +8,50 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import sparsepeft
 
+from sparsepeft.benchmarking.inference import device_throughput
+
 pytestmark = pytest.mark.slow
+
+
+def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "pi.json"
+    command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,adapters-pfeiffer"]
+    command += ["--precisions", "float32", "--shapes", "32x8,1x8", "--repeats", "2", "--threads", "1"]
+    done = sparsepeft(*command, "--device", "raspberry-pi-4", "--output", output)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "spartan float32",
+        "peak memory",
+        "architecture (float32)",
+        "ARM Cortex-A72",
+        "adapters-pfeiffer was left out",
+    ):
+        assert words in done.stdout
+    report = json.loads(output.read_text())
+    throughput, latency = report["results"]
+    assert (throughput["plan"], latency["plan"]) == ("32 x 8", "1 x 8")
+    assert latency["candidates"]["spartan float32"]["timing"]["repeats"] == 20
+    for found in throughput["candidates"].values():
+        assert found["peak_bytes"] > 2**20
+        assert 0 < found["share_of_peak"] < 1
+    assert {ready["threads"] for ready in report["processes"].values()} == {1}
+    assert report["processes"]["spartan float32"]["emulation"]["device"] == "raspberry-pi-4"
+    device, sizes, rates = device_throughput(report)
+    assert (device, sizes["hidden_size"], set(rates)) == ("raspberry-pi-4", 32, {"full", "spartan"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "32"], "32x128,1x32"),
+        (["--systems", "spartn"], "did you mean 'spartan'"),
+        (["--device", "phone"], "iphone-11"),
+    ],
+)
+def test_bad_input_of_inference(arguments: list[str], words: str) -> None:
+    done = sparsepeft("benchmark", "inference", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
 
 
 def test_spt(tiny_language_model: Path, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def test_a_failed_run_ends_with_1_and_is_named(tiny_backbone: Path, tmp_path: Pa
 
 
 BAD = {
+    "device": (["table2", "--device-throughput", "pi.json"], ["--device-throughput", "table1"]),
+    "device file": (["table1", "--device-throughput", "none.json", "--tasks", "topics"], ["none.json", "--device"]),
     "unknown task": (["table2", "--tasks", "topics,tpics"], ["tpics", "did you mean 'topics'"]),
     "unknown method": (["table2", "--tasks", "topics", "--methods", "spartn"], ["spartn", "'spartan'"]),
     "seed": (["table2", "--seeds", "1,x"], ["--seeds x", "whole numbers"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import csv
 import io
+import json
 import logging
 import statistics
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 from tests.matrices import hand_made_result, hand_made_run
 
+from sparsepeft.backbones import resolve_model
+from sparsepeft.benchmarking.inference import architecture
 from sparsepeft.errors import UserError
 from sparsepeft.reproduction import Run, Table, make_table, write_table
+from sparsepeft.reproduction.devices import read_devices
 from sparsepeft.reproduction.paper import METHODS, MISMATCHED, TASKS, paper_rows
 from sparsepeft.reproduction.render import cells, to_csv, to_markdown
+from sparsepeft.storage.counting import load_config
 
 # By task and method: the score of each seed, then of MRPC the accuracy, of MNLI mismatched.
 SCORES = {
@@ -179,6 +184,38 @@ def test_table_2_has_the_average_alone_and_table_1_the_devices(tmp_path: Path, t
     assert [row[header.index("rte")] for row in rows] == ["55.0 ± 7.1", "70.0 (n=1)"]
     with pytest.raises(UserError, match="did you mean 'table"):
         make_table("table4", [])
+
+
+def test_measured_devices_fill_their_columns_on_their_own_backbone(tmp_path: Path) -> None:
+    content = {
+        "settings": {"device": "raspberry-pi-4", "architecture": architecture(load_config(resolve_model("minilm")))},
+        "results": [
+            {
+                "group": "float32",
+                "num_inputs": 32,
+                "candidates": {
+                    "backbone float32": {"inputs_per_minute": 100.0},
+                    "pfeiffer float32": {"inputs_per_minute": 80.0},
+                },
+            }
+        ],
+    }
+    path = tmp_path / "pi.json"
+    path.write_text(json.dumps(content))
+    devices = read_devices([path], None)
+    assert devices == {"raspberry-pi-4": {"full": 100.0, "pfeiffer": 80.0}}
+    table = make_table("table1", three_tasks(tmp_path), devices=devices)
+    header, rows = cells(table)
+    assert [row[header.index("Raspberry Pi 4")] for row in rows] == ["100.0", "not measured"]  # full, spartan
+    assert [row[header.index("iPhone 11")] for row in rows] == ["not measured"] * 2
+    assert any("this machine's processor" in note for note in table.notes)
+    assert [row["raspberry_pi"] for row in csv.DictReader(io.StringIO(to_csv(table)))] == ["100.0", ""]
+    assert read_devices([], "no such model") == {}
+    with pytest.raises(UserError, match="other sizes"):
+        read_devices([path], "roberta-base")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"benchmark inference --device"):
+        read_devices([path], None)
 
 
 def test_files(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,15 +30,17 @@ def time_alternating(
     warm_up: int = 2,
     idle_wait_s: float = 0.0,
     device: str = "cpu",
+    clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time callables in turn, A B C, B C A, ..., so that a disturbance of the machine meets all of them alike.
 
     Each round starts when the machine is idle, or after ``idle_wait_s``. Threads are the caller's: set them once with
-    ``torch.set_num_threads`` before. On the device "cuda" it is the GPU's time, with cold caches.
+    ``torch.set_num_threads`` before. On the device "cuda" it is the GPU's time, with cold caches. ``clock`` times a
+    call in another way, in milliseconds: for candidates in processes of their own, which know it best.
     """
     if repeats < 2:
         raise ValueError(f"repeats is {repeats}; quartiles need at least 2.")
-    latency_ms = _gpu_clock() if device == "cuda" else _cpu_latency_ms
+    latency_ms = clock or (_gpu_clock() if device == "cuda" else _cpu_latency_ms)
     for candidate in candidates.values():
         for _ in range(warm_up):
             candidate()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsepeft.plotting import COLOURS, MARKERS, STYLE, require_matplotlib
-from sparsepeft.provenance import write_bytes
+from sparsepeft.plotting import COLOURS, MARKERS, require_matplotlib, write_drawing
 from sparsepeft.reproduction.tables import Table
 
 if TYPE_CHECKING:
@@ -62,15 +60,4 @@ def write_figure(table: Table, path: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
-    require_matplotlib()
-    import matplotlib
-
-    written = []
-    with matplotlib.rc_context(STYLE):
-        figure = score_figure(table)
-        for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=suffix[1:], **options)
-            write_bytes(path.with_name(path.name + suffix), drawn.getvalue())
-            written.append(path.with_name(path.name + suffix))
-    return written
+    return write_drawing(lambda: score_figure(table), path)

@@ -25,7 +25,9 @@ _TOLD = {
 }
 
 
-def notes_on(name: str, runs: Sequence[Run], done: Done, is_paper: bool, undecided: list[str] | None) -> list[str]:
+def notes_on(
+    name: str, runs: Sequence[Run], done: Done, is_paper: bool, undecided: list[str] | None, has_devices: bool
+) -> list[str]:
     """The lines under a table.
 
     Args:
@@ -34,6 +36,7 @@ def notes_on(name: str, runs: Sequence[Run], done: Done, is_paper: bool, undecid
         done: its runs with results.
         is_paper: whether the backbone is the paper's.
         undecided: tasks and methods whose grid search has not ended; None where there is no search.
+        has_devices: whether throughput on an emulated device is known.
     """
     searched = undecided is not None
     return [
@@ -43,7 +46,7 @@ def notes_on(name: str, runs: Sequence[Run], done: Done, is_paper: bool, undecid
         *_data(done),
         *_lengths(done),
         *_values(done, searched),
-        *_about_columns(name, done, is_paper),
+        *_about_columns(name, done, is_paper, has_devices),
     ]
 
 
@@ -150,13 +153,18 @@ def _values(done: Done, searched: bool) -> list[str]:
     return notes
 
 
-def _about_columns(name: str, done: Done, is_paper: bool) -> list[str]:
+def _about_columns(name: str, done: Done, is_paper: bool, has_devices: bool) -> list[str]:
     notes = [
         "Storage: the files of the averaged tasks and one backbone (full fine-tuning: the files alone) over the "
         "backbone's bytes. Bytes per task are those of the weight files written.",
     ]
     if name == "table1":
-        notes.append("Device throughput is not measured yet.")
+        notes.append(
+            "Device throughput: inputs per minute in batches of 32, float32, with the device's cores and memory but "
+            "this machine's processor; the files of the measurement say what else could not be emulated."
+            if has_devices
+            else "Device throughput is not measured; --device-throughput takes a measurement."
+        )
     machines = {
         f"{about.get('gpu') or about.get('cpu')} ({about.get('threads')} threads)": None
         for _, result in done

@@ -7,6 +7,7 @@ import io
 import statistics
 from typing import Any
 
+from sparsepeft.benchmarking.devices import DEVICES
 from sparsepeft.reproduction import paper
 from sparsepeft.reproduction.paper import MISMATCHED, PaperRow
 from sparsepeft.reproduction.tables import MRPC_ACCURACY, Row, Score, Table
@@ -30,10 +31,10 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; below a method's row, the paper's, where the backbone is the paper's."""
     counts = [score.n for row in table.rows for score in row.scores.values()]
     usual = max(counts, default=0)
-    speeds = ["Raspberry Pi 4", "iPhone 11"] if table.name == "table1" else []
+    devices = DEVICES if table.name == "table1" else {}
     as_paper = ["mean, MRPC accuracy"] if table.paper and "mrpc" in table.common_tasks else []
     header = [
-        *("method", "storage", *speeds, "steps/minute"),
+        *("method", "storage", *(device.title for device in devices.values()), "steps/minute"),
         *(f"mean of {len(table.common_tasks)}", *as_paper, *columns(table)),
         *("trained parameters", "bytes per task"),
     ]
@@ -43,7 +44,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
             [
                 row.method,
                 f"{row.storage:.2f}x" if row.storage is not None else "",
-                *(NOT_MEASURED for _ in speeds),
+                *(_device_text(table, device, row.method) for device in devices),
                 f"{row.steps_per_minute:.0f}" if row.steps_per_minute is not None else "",
                 _text(row.average, usual),
                 *(_text(row.average_as_paper, usual) for _ in as_paper),
@@ -83,7 +84,7 @@ def to_csv(table: Table) -> str:
     names = list(dict.fromkeys(column for row in table.rows for column in row.scores))
     records = []
     for row in table.rows:
-        records.append(_record(row))
+        records.append(_record(table, row))
         if row.method in table.paper:
             records.append(_paper_record(table, table.paper[row.method], names))
     fields = ["source", "method", "storage", "raspberry_pi", "iphone", "steps_per_minute", "fine_tuning_throughput"]
@@ -95,6 +96,11 @@ def to_csv(table: Table) -> str:
     writer.writeheader()
     writer.writerows(records)
     return out.getvalue()
+
+
+def _device_text(table: Table, device: str, method: str) -> str:
+    rate = table.devices.get(device, {}).get(method)
+    return NOT_MEASURED if rate is None else f"{rate:.1f}"
 
 
 def _text(score: Score | None, usual: int) -> str:
@@ -131,8 +137,10 @@ def _paper_score(row: PaperRow, column: str) -> float | None:
     return row.scores.get("mrpc" if column == MRPC_ACCURACY else column)
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(table: Table, row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {"source": "measured", "method": row.method}
+    for field, device in (("raspberry_pi", "raspberry-pi-4"), ("iphone", "iphone-11")):
+        record[field] = _round(table.devices.get(device, {}).get(row.method))
     record |= {"storage": _round(row.storage), "steps_per_minute": _round(row.steps_per_minute)}
     scores = {"average": row.average, "average_as_paper": row.average_as_paper, **row.scores}
     for name, score in scores.items():

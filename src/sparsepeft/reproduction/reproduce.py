@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.reproduction.devices import read_devices
 from sparsepeft.reproduction.grid import GridSearch, has_diverged
 from sparsepeft.reproduction.matrix import Matrix
 from sparsepeft.reproduction.planning import Planned, plan
@@ -36,6 +38,7 @@ def reproduce(
     grid: bool = False,
     run: bool = True,
     keep_weights: bool = False,
+    device_files: Sequence[Path] = (),
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Run what a matrix lacks, and write its table.
@@ -46,12 +49,14 @@ def reproduce(
         grid: choose each task's and method's hyperparameters by the paper's grid search first.
         run: False computes the table of the results that are there.
         keep_weights: leave the trained weights in each run's work folder.
+        device_files: of ``sparsepeft benchmark inference --device``, for table 1.
         watcher: told about each run.
 
     Raises:
         UserError: a name, value, model or the data cannot be used; found before the first run.
     """
     watcher = watcher or Watcher()
+    devices = read_devices(device_files, matrix.values.get("model"))
     search = GridSearch(matrix) if grid else None
     runs = matrix.runs() if search is None else search.runs()
     failures: dict[str, Any] = {}
@@ -64,7 +69,7 @@ def reproduce(
             failures = {point: error for point, error in failed.items() if point not in lost}
             runs = search.runs()
         failures |= run_all(runs, watcher, keep_weights)
-    table = make_table(name, runs, search.chosen() if search else None)
+    table = make_table(name, runs, search.chosen() if search else None, devices)
     files = write_table(table, matrix.output_dir) if table.rows else []
     return Outcome(table, tuple(files), failures)
 

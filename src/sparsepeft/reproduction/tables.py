@@ -72,6 +72,7 @@ class Table:
         tasks: with a result, in the paper's order.
         common_tasks: those that every method shown has.
         rows: methods with a result.
+        devices: inputs per minute at inference, by emulated device, then by method (table 1).
         paper: the paper's row by method; empty unless the backbone is the paper's.
         chosen: what a grid search chose, by "task method".
         notes: all in which these results are not the paper's whole protocol.
@@ -83,6 +84,7 @@ class Table:
     tasks: tuple[str, ...]
     common_tasks: tuple[str, ...]
     rows: tuple[Row, ...]
+    devices: dict[str, dict[str, float]]
     paper: dict[str, PaperRow]
     chosen: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -93,7 +95,10 @@ class Table:
 
 
 def make_table(
-    name: str, runs: Sequence[Run], chosen: Mapping[tuple[str, str], dict[str, Any] | None] | None = None
+    name: str,
+    runs: Sequence[Run],
+    chosen: Mapping[tuple[str, str], dict[str, Any] | None] | None = None,
+    devices: Mapping[str, dict[str, float]] | None = None,
 ) -> Table:
     """Compute a table from the results that are there.
 
@@ -101,6 +106,7 @@ def make_table(
         name: ``"table1"``, ``"table2"`` or ``"table3"``.
         runs: the matrix; those without a result that counts are named in a note.
         chosen: what a grid search chose for each task and method, None where it is not decided; None without a search.
+        devices: what :func:`sparsepeft.reproduction.devices.read_devices` read; None if nothing was measured.
 
     Raises:
         UserError: there is no such table.
@@ -121,9 +127,10 @@ def make_table(
         tasks=tuple(tasks),
         common_tasks=common,
         rows=tuple(_row(method, found, common) for method, found in results.items()),
+        devices=dict(devices or {}),
         paper={method: printed[method] for method in results if method in printed},
         chosen={" ".join(pair): dict(values) for pair, values in (chosen or {}).items() if values is not None},
-        notes=tuple(notes_on(name, runs, done, is_paper, undecided)),
+        notes=tuple(notes_on(name, runs, done, is_paper, undecided, bool(devices))),
     )
 
 

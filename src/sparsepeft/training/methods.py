@@ -139,14 +139,14 @@ def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec, settings: dic
     return attach(backbone, config, method)
 
 
-def attach(backbone: PreTrainedModel, config: PeftConfig, method: str) -> PeftModel:
+def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_name: str = "default") -> PeftModel:
     """A backbone, dense or sparse, with an adapter.
 
     Raises:
         UserError: the adapter does not fit the model, or acts on what a sparse model does not let it.
     """
     try:
-        extended = get_peft_model(backbone, config)
+        extended = get_peft_model(backbone, config, adapter_name)
         if sparsification(backbone) is not None:  # a routed FFN refuses in its first pass what cannot act inside it
             with torch.no_grad():
                 extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device))

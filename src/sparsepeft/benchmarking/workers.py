@@ -8,14 +8,19 @@ import subprocess
 from pathlib import Path
 from typing import Any, Self
 
+_FAREWELL_S = 5.0
+
 
 class Worker:
-    """A process that says when it is ready and then runs as many steps as it is told.
+    """A process that says when it is ready and then does what each line tells it.
 
     Args:
         command: what to start.
         threads: of the process.
         log: where its other output goes.
+
+    Attributes:
+        ready: its first line.
 
     Raises:
         RuntimeError: it died before it was ready.
@@ -34,24 +39,27 @@ class Worker:
             )
         self.ready = self._answer()
 
-    def run(self, num_steps: int) -> dict[str, Any]:
-        """Run steps and return what the process says about them.
+    def ask(self, line: str | int) -> dict[str, Any]:
+        """Send a line and return the answer.
 
         Raises:
             RuntimeError: the process died; the message has the end of what it said.
         """
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{num_steps}\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died since; there is no answer, which says so
         return self._answer()
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
+        """End the process: its input ends, and it is killed if it goes on."""
+        try:
+            self._process.communicate(timeout=_FAREWELL_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,67 @@
+"""The results page's section on inference, from files of ``sparsepeft benchmark inference``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from _markdown import table
+
+
+def inference(folder: Path) -> str:
+    """Every ``inference*.json``: throughput, factors, tasks in memory."""
+    parts = []
+    for file in sorted(folder.glob("inference*.json")):
+        report = json.loads(file.read_text())
+        parts += [_about(report), *map(_result, report["results"]), _factors(report), *_rest(report)]
+    return "\n\n".join(["## Inference", *(part for part in parts if part)]) if parts else ""
+
+
+def _about(report: dict[str, Any]) -> str:
+    settings, found = report["settings"], report["environment"]
+    device = f" as a {settings['device']}" if settings["device"] else ""
+    return (
+        f"### {settings['model']}, {settings['workload']}{device}\n\n{found['cpu']}, {settings['threads']} threads of "
+        f"each process; medians of alternating passes; lengths by the tokenizer of {settings['tokenizer']}; adapters "
+        "of the paper's sizes. By `sparsepeft benchmark inference`, see [edge.md](edge.md)."
+    )
+
+
+def _result(result: dict[str, Any]) -> str:
+    baselines = list(dict.fromkeys(name for one in result["candidates"].values() for name in one["speed_over"]))
+    header = [
+        f"{result['group']}: {result['plan']}",
+        "ms",
+        "inputs per minute",
+        *(f"over {name}" for name in baselines),
+    ]
+    header += ["peak MiB", "of the peak speed"]
+    rows = []
+    for name, one in result["candidates"].items():
+        share = one.get("share_of_peak")
+        ratios = [f"{one['speed_over'][other]:.3f}" if other in one["speed_over"] else "1" for other in baselines]
+        figures = [f"{one['timing']['median_ms']:.1f}", f"{one['inputs_per_minute']:.1f}", *ratios]
+        rows.append([name, *figures, f"{one['peak_bytes'] / 2**20:.0f}", "" if share is None else f"{share:.2f}"])
+    return table(header, rows)
+
+
+def _factors(report: dict[str, Any]) -> str:
+    rows = [
+        [one["factor"], one["group"], *(", ".join(one.get(end, ())) for end in ("of", "over")), f"{one['value']:.3f}"]
+        for one in report["factors"]
+    ]
+    return table(["factor", "group", "of", "over", "value"], rows) if rows else ""
+
+
+def _rest(report: dict[str, Any]) -> list[str]:
+    lines = [f"- {name} was left out: {reason}." for name, reason in report["left_out"].items()]
+    loading = report["loading"]
+    if loading:
+        lines.append(
+            f"- {loading['num_loaded']} tasks in one engine take {loading['resident_over_files']:.2f} times their "
+            f"files. A call for another task than before takes {loading['switch_ms']:.2f} ms more; a task that has "
+            f"been read is in another's place after {loading['swap_ms']:.2f} ms, with reading "
+            f"{loading['replace_ms']:.1f} ms."
+        )
+    return ["\n".join(lines)] if lines else []

@@ -1,0 +1,26 @@
+"""One of this package's systems: ``python -m sparsepeft.benchmarking.inference.processes.own SETTINGS.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sparsepeft.benchmarking.devices import emulate
+from sparsepeft.benchmarking.inference.loading import measure_loading
+from sparsepeft.benchmarking.inference.processes.serving import Pass, serve
+from sparsepeft.benchmarking.inference.systems import LOADING, prepare_system
+
+
+def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any]]:
+    """Limit this process to the device, then build the system."""
+    about: dict[str, Any] = {}
+    if settings["device"] is not None:
+        about["emulation"] = dataclasses.asdict(emulate(settings["device"]))
+    if settings["system"] == LOADING:
+        return {}, about | measure_loading(settings)
+    return prepare_system(settings), about
+
+
+if __name__ == "__main__":
+    serve(prepare)

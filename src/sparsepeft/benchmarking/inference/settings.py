@@ -1,0 +1,104 @@
+"""What to measure, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsepeft.benchmarking.devices import DEVICES
+from sparsepeft.benchmarking.inference.systems import BACKBONE, ENGINE, PEERS, PRECISIONS, SYSTEMS
+from sparsepeft.errors import UserError, unknown_name
+
+WORKLOADS = ("fixed", "tasks")
+
+
+@dataclass(frozen=True)
+class InferenceBenchmark:
+    """What to measure.
+
+    Args:
+        model: ``"roberta-base"`` (random weights), ``"minilm"``, a hub id or a folder.
+        systems: some of :data:`sparsepeft.benchmarking.inference.SYSTEMS`; None takes all for ``"fixed"``, and for
+            ``"tasks"``, where all precisions are in memory at once, those that the factors are made of.
+        precisions: some of ``"float32"``, ``"bfloat16"``, ``"int8"``; the first is that of mixed batches.
+        workload: ``"fixed"``: batches of texts of one length; ``"tasks"``: the texts of tasks as long as they are.
+        shapes: batch size and length of each fixed workload; batches of one are timed as latency.
+        tasks: of the workload ``"tasks"``: their validation texts.
+        data_dir: folder with the tasks' files.
+        max_inputs: texts of a task; a sample where there are more. None takes all.
+        mixed: also measure batches of nine tasks, nine tasks for each text, and a hundred tasks in memory (with
+            ``"fixed"``, at the first shape).
+        threads: of each process; None takes torch's number.
+        device: an emulated device, see :func:`sparsepeft.benchmarking.devices.emulate`; None is this machine.
+        peers_python: the Python of an environment with ``adapters``; None leaves the peers out.
+        repeats: timed passes of each candidate.
+        idle_wait_s: seconds to wait for an idle machine before each round.
+        seed: of weights and texts.
+
+    Raises:
+        UserError: a value is unknown or out of range.
+    """
+
+    model: str = "roberta-base"
+    systems: tuple[str, ...] | None = None
+    precisions: tuple[str, ...] = PRECISIONS
+    workload: str = "fixed"
+    shapes: tuple[tuple[int, int], ...] = ((32, 128), (1, 32))
+    tasks: tuple[str, ...] = ("sst2", "mrpc", "qnli")
+    data_dir: Path | None = None
+    max_inputs: int | None = 256
+    mixed: bool = False
+    threads: int | None = None
+    device: str | None = None
+    peers_python: Path | None = None
+    repeats: int = 9
+    idle_wait_s: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind, names, valid in (
+            ("The system", self.chosen_systems, SYSTEMS),
+            ("The precision", self.precisions, PRECISIONS),
+            ("The workload", (self.workload,), WORKLOADS),
+            ("The device", (self.device,) if self.device is not None else (), DEVICES),
+        ):
+            for name in names:
+                if name not in valid:
+                    raise UserError(unknown_name(kind, name, valid))
+        for option, values in (
+            ("systems", self.chosen_systems),
+            ("precisions", self.precisions),
+            ("shapes", self.shapes),
+        ):
+            if not values:
+                raise UserError(f"No {option} were given; pass at least one.")
+        if any(min(shape) < 1 for shape in self.shapes):
+            raise UserError(f"The shapes {self.shapes} were given; expected numbers of at least 1, as in 32x128.")
+        if self.repeats < 2:
+            raise UserError(f"repeats={self.repeats} was given; quartiles need at least 2.")
+        if self.max_inputs is not None and self.max_inputs < 1:
+            raise UserError(f"max_inputs={self.max_inputs} was given; pass at least 1, or leave it out.")
+        if self.mixed and (self.workload != "fixed" or self.precisions[0] == "int8"):
+            raise UserError(
+                "Mixed batches are measured with the workload fixed, in the first precision, float32 or bfloat16."
+            )
+        if self.peers_python is not None and not self.peers_python.is_file():
+            raise UserError(
+                f"{self.peers_python} is no file; pass the Python of an environment with the package adapters to "
+                "--peers-python, or leave it out."
+            )
+
+    @property
+    def chosen_systems(self) -> tuple[str, ...]:
+        """The systems to measure."""
+        if self.systems is not None:
+            return self.systems
+        return SYSTEMS if self.workload == "fixed" else (BACKBONE, "spartan", ENGINE, *PEERS)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of each process: on an emulated device no more than it has cores."""
+        threads = self.threads or torch.get_num_threads()
+        return threads if self.device is None else min(threads, DEVICES[self.device].num_cores)

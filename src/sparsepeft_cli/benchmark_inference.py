@@ -1,0 +1,174 @@
+"""``sparsepeft benchmark inference``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_MIB = 2**20
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="roberta-base (random weights, nothing to download), minilm, a hub id or a folder.")
+    ] = "roberta-base",
+    systems: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of backbone, full, spartan, pfeiffer, houlsby, lora, spartan-unfused, engine, "
+            "adapters-pfeiffer, adapters-houlsby. [default: all; tasks: backbone, spartan, engine and the adapters-]"
+        ),
+    ] = None,
+    precisions: Annotated[str, typer.Option(help="Some of float32, bfloat16, int8.")] = "float32,bfloat16,int8",
+    workload: Annotated[
+        str, typer.Option(help="fixed: texts of one length; tasks: texts as tasks have them.")
+    ] = "fixed",
+    shapes: Annotated[str, typer.Option(help="fixed: batch size x tokens, several; 1 x is latency.")] = "32x128,1x32",
+    tasks: Annotated[str, typer.Option(help="tasks: whose validation texts.")] = "sst2,mrpc,qnli",
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+    ] = None,
+    max_inputs: Annotated[int, typer.Option(help="tasks: a sample of so many texts of each; 0 takes all.")] = 256,
+    mixed: Annotated[
+        bool,
+        typer.Option("--mixed", help="fixed: nine tasks in a batch, nine for each text, a hundred in memory, too."),
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process. [default: torch's]")] = None,
+    device: Annotated[str | None, typer.Option(help="Emulate raspberry-pi-4 or iphone-11.")] = None,
+    peers_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with AdapterHub's adapters; see docs/edge.md.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each candidate; ten times as many for latency.")] = 9,
+    idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write; the figure goes beside it.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Figure to write, as .png and .svg. [default: beside --output]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure throughput, latency and peak memory of a backbone with and without adapters, of peers, of many tasks.
+
+    Every system is a process of its own with equal threads; they take turns.
+
+    Example: `sparsepeft benchmark inference --precisions float32,bfloat16 --mixed --output inference.json`
+    """
+    from sparsepeft.benchmarking.inference import InferenceBenchmark, run_inference_benchmark
+    from sparsepeft.provenance import write_json
+    from sparsepeft_cli._console import err, out, print_json
+
+    benchmark = InferenceBenchmark(
+        model=model,
+        systems=None if systems is None else _names(systems),
+        precisions=_names(precisions),
+        workload=workload,
+        shapes=_shapes(shapes),
+        tasks=_names(tasks),
+        data_dir=data_dir,
+        max_inputs=max_inputs or None,
+        mixed=mixed,
+        threads=threads,
+        device=device,
+        peers_python=peers_python,
+        repeats=repeats,
+        idle_wait_s=idle_wait,
+        seed=seed,
+    )
+    with err.status("measuring") as status:
+        report = run_inference_benchmark(benchmark, progress=status.update)
+    if output is not None:
+        write_json(output, report)
+    written = _draw(report, figure or (output and output.with_suffix("")), is_asked=figure is not None)
+    if json:
+        print_json(report)
+        return
+    for part in _parts(report):
+        out.print(part, highlight=False, markup=False)
+    if written:
+        out.print(f"figure: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+
+
+def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Path]:
+    """The figure's files; without matplotlib a warning, unless the figure was asked for."""
+    from sparsepeft.benchmarking.inference.figure import write_figure
+    from sparsepeft.errors import UserError
+    from sparsepeft_cli._console import err
+
+    if path is None:
+        return []
+    try:
+        return write_figure(report, path.with_suffix("") if path.suffix in (".png", ".svg") else path)
+    except UserError as error:
+        if is_asked:
+            raise
+        err.print(str(error), highlight=False, markup=False)
+        return []
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    from sparsepeft.errors import UserError
+
+    try:
+        pairs = [part.split("x") for part in _names(text)]
+        return tuple((int(batch), int(length)) for batch, length in pairs)
+    except ValueError as error:
+        raise UserError(
+            f"--shapes {text!r} was given; expected batch sizes and lengths, such as 32x128,1x32."
+        ) from error
+
+
+def _parts(report: dict[str, Any]) -> list[Any]:
+    """Tables of the results and factors, and sentences on what is not in them."""
+    from sparsepeft_cli._console import table
+
+    settings = report["settings"]
+    parts: list[Any] = [f"{settings['model']}, {settings['threads']} threads of each process"]
+    for one in report["results"]:
+        rows = []
+        for name, found in one["candidates"].items():
+            over_bare = found["speed_over"].get(f"backbone {name.split()[-1]}")
+            share = found.get("share_of_peak")
+            rows.append(
+                [
+                    name,
+                    f"{found['timing']['median_ms']:.1f}",
+                    f"{found['inputs_per_minute']:.1f}",
+                    "" if over_bare is None else f"{over_bare:.3f}",
+                    f"{found['peak_bytes'] / _MIB:.0f}",
+                    "" if share is None else f"{share:.0%}",
+                ]
+            )
+        header = ["", "ms", "per min", "vs bare", "MiB", "share"]
+        parts.append(table(f"{one['group']}: {one['plan']}", header, rows))
+    parts.append(
+        "per min: inputs per minute; vs bare: over the bare backbone's in this precision; MiB: peak memory of the "
+        "process; share: of the machine's speed at matrix products"
+    )
+    parts += map(_factor, report["factors"])
+    loading = report["loading"]
+    if loading:
+        parts.append(
+            f"{loading['num_loaded']} tasks in memory: {loading['resident_over_files']:.2f} times their files; another "
+            f"task's turn {loading['switch_ms']:.2f} ms, swap {loading['swap_ms']:.2f} ms, with reading "
+            f"{loading['replace_ms']:.1f} ms"
+        )
+    parts += [f"not emulated: {note}" for note in _not_emulated(report)]
+    return parts + [f"{name} was left out: {reason}" for name, reason in report["left_out"].items()]
+
+
+def _factor(factor: dict[str, Any]) -> str:
+    ends = " over ".join(f"{factor[end][0]} ({factor[end][1]})" for end in ("of", "over") if end in factor)
+    return f"{factor['factor']} ({factor['group']}): {factor['value']:.3f}" + (f", {ends}" if ends else "")
+
+
+def _not_emulated(report: dict[str, Any]) -> list[str]:
+    notes = [
+        note for ready in report["processes"].values() for note in ready.get("emulation", {}).get("not_emulated", ())
+    ]
+    return list(dict.fromkeys(notes))
