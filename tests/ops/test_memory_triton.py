@@ -200,7 +200,9 @@ def test_mixed_errors_say_what_to_do(arguments: tuple[Tensor, ...], error: type[
 
 
 def test_mixed_impl_and_top_k_are_checked() -> None:
-    with pytest.raises(ValueError, match="impl is 'fused'; expected one of auto, reference, masked, selected, triton"):
+    with pytest.raises(
+        ValueError, match="impl is 'fused'; expected one of auto, reference, masked, selected, cpu, triton"
+    ):
         memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=2, impl="fused")
     with pytest.raises(ValueError, match="top_k is 5, but the memory has 4 parents"):
         memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=5)
