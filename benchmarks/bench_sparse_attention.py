@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from _common import describe_environment, require_agreement, time_alternating, write_json
+from sparsepeft.benchmarking import peak_bytes
 from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
 from sparsepeft.ops.sparse_attention.blocks import keep_blocks
@@ -97,24 +97,6 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Te
         tolerance = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
         errors[granularity] = require_agreement(granularity, actual, expected, tolerance=tolerance)
     return errors
-
-
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Return the most bytes of tensors alive at one time that were made while the function ran."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    del result
-    alive = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Callable[[], object]]:
