@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import RobertaConfig
 
 from sparsepeft.benchmarking import Timing
-from sparsepeft.benchmarking.inference import InferenceBenchmark, device_throughput, factors, workloads
+from sparsepeft.benchmarking.inference import InferenceBenchmark, device_throughput, factors, processes, workloads
+from sparsepeft.benchmarking.inference.exported import export_system
 from sparsepeft.benchmarking.inference.figure import write_figure
 from sparsepeft.benchmarking.inference.groups import Grouping
 from sparsepeft.benchmarking.inference.loading import measure_loading
@@ -22,6 +25,8 @@ from sparsepeft.benchmarking.inference.report import Measured, describe
 from sparsepeft.benchmarking.inference.systems import prepare_system, save_task
 from sparsepeft.benchmarking.inference.workloads import Model, Plan, Planner, count_flops, prepare_model
 from sparsepeft.errors import UserError
+
+PROCESSES = Path(processes.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +91,14 @@ def test_a_task_in_both_kinds_of_batches_has_the_same_inputs(planner: Planner) -
     assert len(planner.of_task("topics", None, None, "padded").texts) > 50
 
 
-def test_the_random_backbone_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     small = RobertaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     monkeypatch.setattr(workloads, "load_config", lambda name: small)
-    random = prepare_model("roberta-base", tmp_path / "model", 0)
+    return prepare_model("roberta-base", tmp_path / "model", 0)
+
+
+def test_the_random_backbone_is_a_folder_like_any_other(random: Model, tmp_path: Path) -> None:
     assert random.name == "roberta-base, random weights"
     assert random.tokenizer.startswith("all-MiniLM-L6-v2")  # lengths are another model's, and that is said
     assert random.architecture["hidden_size"] == 32
@@ -136,6 +145,30 @@ def test_precisions_answer_nearly_the_same(model: Model, planner: Planner) -> No
         torch.testing.assert_close(logits[precision].float(), logits["float32"], atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("system", ["backbone", "spartan", "pfeiffer", "houlsby"])
+def test_onnx_runtime_answers_what_pytorch_does(system: str, random: Model, tmp_path: Path) -> None:
+    plan = Planner(random, tmp_path, 0).of_shape(4, 16)
+    passes = prepare_system(settings(random, [plan], system=system, num_tasks=1))
+    (expected,) = passes[plan.name]()  # type: ignore[misc]
+    for precision, tolerance in (("float32", 1e-5), ("int8", 0.1)):
+        torch.manual_seed(0)  # the settings' seed: the same values
+        files = export_system(system, random.folder, tmp_path / precision, int8=precision == "int8")
+        path = tmp_path / f"{precision}.json"
+        path.write_text(json.dumps(settings(random, [plan], threads=1, device=None) | files))
+        program = (
+            f"import sys; sys.path.insert(0, {str(PROCESSES)!r}); import exported, json\n"
+            "passes, about = exported.prepare(json.load(open(sys.argv[1])))\n"
+            "(logits,) = next(iter(passes.values()))()\n"
+            "print(json.dumps(logits.tolist()), 'torch' in sys.modules)"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True, timeout=120
+        )
+        found, has_torch = ran.stdout.rsplit(" ", 1)
+        assert has_torch.strip() == "False"  # its peak memory is that of a device without it
+        torch.testing.assert_close(torch.tensor(json.loads(found)), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_without_the_fused_read_the_memory_computes_the_same(model: Model, planner: Planner) -> None:
     plan = planner.of_shape(4, 16)
     both = [
@@ -166,10 +199,13 @@ def test_an_engine_runs_every_mode_and_loads_tasks(model: Model, planner: Planne
 def test_what_is_timed_against_what(planner: Planner) -> None:
     grouping = Grouping(InferenceBenchmark(shapes=((4, 8), (1, 8)), mixed=True), planner)
     groups = {group.name: group for group in grouping.groups()}
-    assert list(groups) == ["float32", "bfloat16", "int8", "precisions", "mixed"]
+    assert list(groups) == ["float32", "bfloat16", "int8", "onnx-float32", "onnx-int8", "precisions", "mixed"]
     own = ["backbone", "spartan", "pfeiffer", "houlsby", "lora", "spartan-unfused", "engine"]
     assert [candidate.system for candidate in groups["float32"].candidates] == own
     assert [candidate.name for candidate in groups["int8"].candidates] == ["backbone int8"]
+    exported = [candidate.system for candidate in groups["onnx-int8"].candidates]
+    assert exported == ["backbone", "spartan", "pfeiffer", "houlsby"]
+    assert "ONNX" in grouping.left_out["lora onnx-int8"]
     mixed = {candidate.system: [plan.mode for plan in candidate.plans] for candidate in groups["mixed"].candidates}
     assert mixed["full"] == mixed["engine"] == ["single", "mixed"]
     assert mixed["engine-upper"] == ["all", "separate"]
@@ -213,6 +249,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
         ({"repeats": 1}, "repeats=1"),
         ({"max_inputs": 0}, "max_inputs=0"),
         ({"mixed": True, "workload": "tasks"}, "fixed"),
+        ({"mixed": True, "precisions": ("onnx-float32",)}, "float32 or bfloat16"),
         ({"peers_python": Path("nowhere/python")}, "nowhere"),
     ],
 )
@@ -226,19 +263,24 @@ def test_bad_values(changes: dict, words: str) -> None:
 
 def test_factors_of_a_task_are_measured_one_by_one() -> None:
     padded = {"spartan float32": 800.0, "spartan bfloat16": 200.0, "adapters-pfeiffer float32": 880.0}
-    by_tokens = {"spartan float32": 400.0, "engine float32": 500.0, "engine bfloat16": 110.0}
+    padded |= {"spartan onnx-float32": 640.0, "spartan onnx-int8": 160.0}
+    by_tokens = {"spartan float32": 400.0, "engine float32": 500.0, "engine bfloat16": 110.0, "spartan onnx-int8": 80.0}
     by_tokens |= {"adapters-pfeiffer bfloat16": 132.0, "adapters-houlsby bfloat16": 121.0}
     found = factors([measured("sst2", "sst2, padded", padded), measured("sst2", "sst2, by tokens", by_tokens)])
-    values = {one["factor"]: one["value"] for one in found}
+    values = {(one["factor"], one["of"][0] if "of" in one else ""): one["value"] for one in found}
     assert values == pytest.approx(
         {
-            "architecture": 1.1,
-            "length batching": 2.0,
-            "precision": 4.0,
-            "engine": 0.8,
-            "product": 1.1 * 2.0 * 4.0 * 0.8,
-            "total": 8.0,
-            "over the best peer, same precision and batches": 1.1,
+            ("architecture", "spartan float32"): 1.1,
+            ("length batching", "spartan float32"): 2.0,
+            ("precision", "spartan bfloat16"): 4.0,
+            ("engine", "engine float32"): 0.8,
+            ("product for engine bfloat16", ""): 1.1 * 2.0 * 4.0 * 0.8,
+            ("total", "engine bfloat16"): 8.0,
+            ("over the best peer, same precision and batches", "engine bfloat16"): 1.1,
+            ("runtime", "spartan onnx-float32"): 1.25,
+            ("precision", "spartan onnx-int8"): 4.0,
+            ("product for spartan onnx-int8", ""): 1.1 * 2.0 * 1.25 * 4.0,
+            ("total", "spartan onnx-int8"): 11.0,
         }
     )
     assert found[0]["over"] == ["adapters-pfeiffer float32", "sst2, padded"]

@@ -78,8 +78,7 @@ class AdaptedBackbone:
         Raises:
             RunFailed: ``torch.export`` cannot trace this model, or not with open sizes.
         """
-        # A tensor for each: of one that is given twice, torch.export makes one input.
-        example = {name: torch.ones(batch_size or _BATCH, _LENGTH, dtype=torch.long) for name in inputs}
+        example = _example(inputs, batch_size)
         any_batch = {} if batch_size else {0: Dim.DYNAMIC}
         open_sizes = {name: {**any_batch, 1: _open(max_length)} for name in inputs}
         # Of an open size, the largest: it is above 1, which torch.export would take for a constant.
@@ -97,21 +96,35 @@ class AdaptedBackbone:
         }
         with torch.no_grad():
             self.model(**example)  # adapters that find their place in the first pass have found it
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of torch and transformers about each other
-                    return torch.export.export(
-                        _Function(self.model, self._targets),
-                        (example, largest),
-                        dynamic_shapes=(open_sizes, open_shapes),
-                        strict=False,
-                    )
-            except (RuntimeError, ValueError, TypeError) as error:  # torch's own errors are RuntimeErrors
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise RunFailed(
-                    f"torch.export could not trace {type(self.model).__name__} ({reason}); models of this class cannot "
-                    "be exported with the installed versions."
-                ) from error
+        return _trace(_Function(self.model, self._targets), (example, largest), (open_sizes, open_shapes))
+
+
+def trace_alone(model: nn.Module, inputs: Sequence[str]) -> ExportedProgram:
+    """A model without adapters as the function ``inputs by name -> logits``, for any batch size and length.
+
+    Raises:
+        RunFailed: ``torch.export`` cannot trace this model.
+    """
+    open_sizes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    return _trace(_Function(model, {}), (_example(inputs), {}), (open_sizes, {}))
+
+
+def _trace(function: _Function, example: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]) -> ExportedProgram:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch and transformers about each other
+            return torch.export.export(function, example, dynamic_shapes=dynamic_shapes, strict=False)
+    except (RuntimeError, ValueError, TypeError) as error:  # torch's own errors are RuntimeErrors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunFailed(
+            f"torch.export could not trace {type(function.model).__name__} ({reason}); models of this class cannot be "
+            "exported with the installed versions."
+        ) from error
+
+
+def _example(inputs: Sequence[str], batch_size: int | None = None) -> Tensors:
+    # A tensor for each: of one that is given twice, torch.export makes one input.
+    return {name: torch.ones(batch_size or _BATCH, _LENGTH, dtype=torch.long) for name in inputs}
 
 
 def _open(largest: int | None) -> Any:

@@ -74,6 +74,8 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # Shapes in between are inferred again; some that the exporter wrote are those from before it folded a transpose.
+    del model.graph.value_info[:]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "quantized.onnx"
         quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsepeft.benchmarking.inference.systems import BACKBONE, ENGINE, ENGINE_UPPER, PEERS, UNFUSED
+from sparsepeft.benchmarking.inference.systems import BACKBONE, ENGINE, ENGINE_UPPER, ONNX, PEERS, UNFUSED
 from sparsepeft.benchmarking.inference.workloads import BY_TOKENS, PADDED
 from sparsepeft.benchmarking.timing import Timing
 
@@ -82,8 +82,9 @@ def _result(one: Measured) -> dict[str, Any]:
 def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Ratios of throughputs that differ in one thing each.
 
-    On a task's real lengths, each factor is measured alone, starting from SPARTAN in float32 with padded batches; their
-    ``"product"`` stands beside the ``"total"`` that is measured of all of them together.
+    On a task's real lengths, each factor is measured alone, starting from SPARTAN in float32 with padded batches. For
+    an engine in bfloat16 and ONNX Runtime in int8 their ``"product for ..."`` stands beside the ``"total"`` that is
+    measured of all of them together.
 
     Returns:
         Each with ``factor``, ``group``, ``of`` and ``over`` (candidate, plan) and ``value``: how many times as many
@@ -101,24 +102,35 @@ def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, Any]]:
+    """One configuration in PyTorch and one in ONNX Runtime, each with what it is made of."""
     spartan, peer, engine = f"spartan {_BASE}", f"{_USUAL_PEER} {_BASE}", f"{ENGINE} {_BASE}"
-    pairs = {
-        "architecture": (padded, spartan, padded, peer),
-        "length batching": (sorted_, spartan, padded, spartan),
-        "precision": (padded, f"spartan {_FAST}", padded, spartan),
-        "engine": (sorted_, engine, sorted_, spartan),
-    }
-    found = [made for name, pair in pairs.items() if (made := _factor(name, group, *pair))]
-    if len(found) == len(pairs):
-        found.append({"factor": "product", "group": group, "value": math.prod(one["value"] for one in found)})
-    best = f"{ENGINE} {_FAST}"
-    rivals = [name for name in sorted_.timings if name.split()[0] in PEERS and name.endswith(_FAST)]
-    rival = min(rivals, key=lambda name: sorted_.timings[name].median_ms, default="")
-    totals = [
-        _factor("total", group, sorted_, best, padded, peer),
-        _factor("over the best peer, same precision and batches", group, sorted_, best, sorted_, rival),
+    exported, small = f"spartan {ONNX}{_BASE}", f"spartan {ONNX}int8"
+    shared = [
+        _factor("architecture", group, padded, spartan, padded, peer),
+        _factor("length batching", group, sorted_, spartan, padded, spartan),
     ]
-    return found + [one for one in totals if one]
+    own = {
+        f"{ENGINE} {_FAST}": [
+            _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
+            _factor("engine", group, sorted_, engine, sorted_, spartan),
+        ],
+        small: [
+            _factor("runtime", group, padded, exported, padded, spartan),
+            _factor("precision", group, padded, small, padded, exported),
+        ],
+    }
+    found = [*shared]
+    for best, parts in own.items():
+        found += parts
+        made = [one["value"] for one in (*shared, *parts) if one]
+        if len(made) == len(shared) + len(parts):
+            found.append({"factor": f"product for {best}", "group": group, "value": math.prod(made)})
+        found.append(_factor("total", group, sorted_, best, padded, peer))
+        precision = best.split()[1]
+        rivals = [name for name in sorted_.timings if name.split()[0] in PEERS and name.split()[1] == precision]
+        rival = min(rivals, key=lambda name: sorted_.timings[name].median_ms, default="")
+        found.append(_factor("over the best peer, same precision and batches", group, sorted_, best, sorted_, rival))
+    return [one for one in found if one]
 
 
 def _of_shapes(group: str, plans: dict[str, Measured]) -> list[dict[str, Any]]:

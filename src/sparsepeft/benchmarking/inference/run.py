@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.benchmarking.inference.exported import export_system
 from sparsepeft.benchmarking.inference.groups import Candidate, Group, Grouping
 from sparsepeft.benchmarking.inference.report import Measured, describe
 from sparsepeft.benchmarking.inference.settings import InferenceBenchmark
@@ -21,6 +22,7 @@ from sparsepeft.benchmarking.inference.systems import (
     ENGINE_UPPER,
     LOADING,
     MATRIX_PRODUCT,
+    ONNX,
     PEERS,
     save_task,
 )
@@ -36,7 +38,7 @@ from sparsepeft.benchmarking.inference.workloads import (
 )
 from sparsepeft.benchmarking.timing import Timing, time_alternating
 from sparsepeft.benchmarking.workers import Worker
-from sparsepeft.errors import RunFailed
+from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.provenance import environment
 from sparsepeft.training.recipes import get_recipe
 
@@ -109,6 +111,7 @@ class _Session:
         self.left_out: dict[str, str] = {}
         self.about: dict[str, Any] = {}
         self.task_folders: dict[str, str] = {}
+        self._exported: dict[tuple[str, str], dict[str, str | None]] = {}
         self._count = 0
 
     def measure(self, group: Group) -> list[Measured]:
@@ -123,7 +126,7 @@ class _Session:
                     worker = stack.enter_context(self._start(candidate))
                     for plan in candidate.plans:  # a pass that fails shall not stop the others
                         worker.ask(f"pass {plan.name}")
-                except RuntimeError as error:
+                except (RuntimeError, UserError) as error:
                     self.left_out[f"{candidate.name} ({group.name})"] = str(error)
                     continue
                 workers[candidate.name] = worker
@@ -213,6 +216,8 @@ class _Session:
             settings |= {"style": style, "reduction_factor": get_recipe("paper", style).adapter["reduction_factor"]}
         if candidate.system in (ENGINE, ENGINE_UPPER):
             settings["task_folder"] = self._task_folder(candidate.system)
+        if candidate.precision.startswith(ONNX):
+            settings |= self._files(candidate)
         return self._process(candidate.system, candidate.precision, plans, **settings)
 
     def _process(self, system: str, precision: str, plans: list[dict[str, Any]], **settings: Any) -> Worker:
@@ -234,9 +239,21 @@ class _Session:
         path.write_text(json.dumps(settings))
         if system in PEERS:
             command = [str(benchmark.peers_python), str(_PROCESSES / "peer.py")]
+        elif precision.startswith(ONNX):
+            command = [sys.executable, str(_PROCESSES / "exported.py")]
         else:
             command = [sys.executable, "-m", f"{__package__}.processes.own"]
         return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
+
+    def _files(self, candidate: Candidate) -> dict[str, str | None]:
+        """What a candidate runs in ONNX Runtime; written once."""
+        key = (candidate.system, candidate.precision)
+        if key not in self._exported:
+            self.progress(f"exporting {candidate.name}")
+            folder = self.folder / f"{candidate.precision}-{candidate.system}"
+            int8 = candidate.precision.endswith("int8")
+            self._exported[key] = export_system(candidate.system, self.model.folder, folder, int8=int8)
+        return self._exported[key]
 
     def _task_folder(self, system: str) -> str:
         """The folder of a SPARTAN task in all layers, or in the upper third of them."""

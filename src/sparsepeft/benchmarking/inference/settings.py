@@ -22,7 +22,7 @@ class InferenceBenchmark:
         model: ``"roberta-base"`` (random weights), ``"minilm"``, a hub id or a folder.
         systems: some of :data:`sparsepeft.benchmarking.inference.SYSTEMS`; None takes all for ``"fixed"``, and for
             ``"tasks"``, where all precisions are in memory at once, those that the factors are made of.
-        precisions: some of ``"float32"``, ``"bfloat16"``, ``"int8"``; the first is that of mixed batches.
+        precisions: some of :data:`sparsepeft.benchmarking.inference.PRECISIONS`; the first is that of mixed batches.
         workload: ``"fixed"``: batches of texts of one length; ``"tasks"``: the texts of tasks as long as they are.
         shapes: batch size and length of each fixed workload; batches of one are timed as latency.
         tasks: of the workload ``"tasks"``: their validation texts.
@@ -80,7 +80,7 @@ class InferenceBenchmark:
             raise UserError(f"repeats={self.repeats} was given; quartiles need at least 2.")
         if self.max_inputs is not None and self.max_inputs < 1:
             raise UserError(f"max_inputs={self.max_inputs} was given; pass at least 1, or leave it out.")
-        if self.mixed and (self.workload != "fixed" or self.precisions[0] == "int8"):
+        if self.mixed and (self.workload != "fixed" or self.precisions[0] not in ("float32", "bfloat16")):
             raise UserError(
                 "Mixed batches are measured with the workload fixed, in the first precision, float32 or bfloat16."
             )

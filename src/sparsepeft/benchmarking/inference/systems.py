@@ -24,7 +24,8 @@ ADAPTED = ("spartan", "pfeiffer", "houlsby", "lora")
 OWN = (BACKBONE, FULL, *ADAPTED, UNFUSED, ENGINE)
 PEERS = {"adapters-pfeiffer": "pfeiffer", "adapters-houlsby": "houlsby"}
 SYSTEMS = (*OWN, *PEERS)
-PRECISIONS = ("float32", "bfloat16", "int8")
+ONNX = "onnx-"  # before a precision: in ONNX Runtime
+PRECISIONS = ("float32", "bfloat16", "int8", f"{ONNX}float32", f"{ONNX}int8")
 QUANTIZED = (BACKBONE, FULL)
 MATRIX_PRODUCT, LOADING = "matrix product", "loading"  # processes that are no systems to choose
 
@@ -62,10 +63,10 @@ def build_engine(settings: dict[str, Any]) -> MultiTaskEngine:
     return MultiTaskEngine(settings["model"], tasks, tokenizer=tokenizer, dtype=dtype, token_budget=budget)
 
 
-def save_task(model: str, folder: Path, layers: Sequence[int] | None = None) -> Path:
-    """Save a SPARTAN task of the paper's sizes with random values, in all layers or in some."""
-    settings = dict(get_recipe("paper", "spartan").adapter) | ({"layers_to_transform": list(layers)} if layers else {})
-    adapted = _attach(load_model(model, torch.float32), "spartan", settings, num_tasks=1)
+def save_task(model: str, folder: Path, layers: Sequence[int] | None = None, method: str = "spartan") -> Path:
+    """Save a task of the paper's sizes with random values, in all layers or in some."""
+    settings = dict(get_recipe("paper", method).adapter) | ({"layers_to_transform": list(layers)} if layers else {})
+    adapted = _attach(load_model(model, torch.float32), method, settings, num_tasks=1)
     adapted.save_pretrained(str(folder), selected_adapters=[_TASK.format(0)])
     return folder / _TASK.format(0)
 

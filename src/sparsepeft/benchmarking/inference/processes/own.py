@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from sparsepeft.benchmarking.devices import emulate
 from sparsepeft.benchmarking.inference.loading import measure_loading
 from sparsepeft.benchmarking.inference.processes.serving import Pass, serve
@@ -14,7 +16,8 @@ from sparsepeft.benchmarking.inference.systems import LOADING, prepare_system
 
 def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any]]:
     """Limit this process to the device, then build the system."""
-    about: dict[str, Any] = {}
+    torch.set_num_threads(settings["threads"])
+    about: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if settings["device"] is not None:
         about["emulation"] = dataclasses.asdict(emulate(settings["device"]))
     if settings["system"] == LOADING:

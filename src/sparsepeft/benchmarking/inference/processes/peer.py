@@ -17,6 +17,7 @@ STYLES = {"pfeiffer": adapters.SeqBnConfig, "houlsby": adapters.DoubleSeqBnConfi
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the backbone and add a fresh adapter with random values; ready to run the plans."""
+    torch.set_num_threads(settings["threads"])
     torch.manual_seed(settings["seed"])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(settings["model"])
     adapters.init(model)
@@ -26,7 +27,8 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     passes = {plan["name"]: partial(run, model, load_batches(plan["tensors"])) for plan in settings["plans"]}
     versions = {name: importlib.metadata.version(name) for name in ("adapters", "transformers")}
     attention = getattr(model.config, "_attn_implementation", None)
-    return passes, {"versions": versions | {"python": platform.python_version()}, "attention": attention}
+    versions |= {"python": platform.python_version(), "torch": torch.__version__}
+    return passes, {"versions": versions, "threads": torch.get_num_threads(), "attention": attention}
 
 
 @torch.inference_mode()

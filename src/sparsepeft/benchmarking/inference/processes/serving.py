@@ -1,4 +1,4 @@
-"""The loop of a measured process. Imports torch alone, as a peer's environment has nothing of this package.
+"""The loop of a measured process. Imports nothing of this package nor torch, which some of them do without.
 
 Says a line of JSON when it is ready. Then each line is answered: ``pass NAME`` by the milliseconds of that pass, ``warm
 NAME`` by those of its second pass of two, ``peak`` by the most bytes the process has had in memory.
@@ -7,6 +7,7 @@ NAME`` by those of its second pass of two, ``peak`` by the most bytes the proces
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import sys
@@ -15,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 Pass = Callable[[], object]
 
@@ -33,9 +33,8 @@ def serve(prepare: Callable[[dict[str, Any]], tuple[Mapping[str, Pass], dict[str
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # nobody else writes between the answers
     settings = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(settings["threads"])
     passes, about = prepare(settings)
-    _say(answers, about | {"torch": torch.__version__, "threads": torch.get_num_threads()})
+    _say(answers, about)
     for line in sys.stdin:
         command, _, name = line.rstrip("\n").partition(" ")
         if command == "peak":
@@ -46,17 +45,18 @@ def serve(prepare: Callable[[dict[str, Any]], tuple[Mapping[str, Pass], dict[str
         start = time.perf_counter()
         result = passes[name]()
         milliseconds = 1e3 * (time.perf_counter() - start)
-        if isinstance(result, Sequence) and not all(logits.isfinite().all() for logits in result):
+        if isinstance(result, Sequence) and not all(math.isfinite(logits.sum()) for logits in result):
             raise RuntimeError(f"{name} gave logits that are not finite, so a speed would mean nothing")
         _say(answers, {"ms": milliseconds})
 
 
-def load_batches(path: str) -> list[dict[str, torch.Tensor]]:
-    """Read padded batches: tensors (B, T) by the names of a model's inputs."""
-    batches: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(path).items():
-        number, _, key = name.partition(".")
-        batches.setdefault(int(number), {})[key] = tensor
+def load_batches(path: str, framework: str = "pt") -> list[dict[str, Any]]:
+    """Read padded batches: tensors, or arrays with the framework ``"np"``, (B, T) by the names of a model's inputs."""
+    batches: dict[int, dict[str, Any]] = {}
+    with safe_open(path, framework) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            number, _, key = name.partition(".")
+            batches.setdefault(int(number), {})[key] = file.get_tensor(name)
     return [batches[number] for number in sorted(batches)]
 
 
