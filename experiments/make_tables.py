@@ -31,7 +31,7 @@ def main() -> None:
         inference(BENCHMARKS),
         memory(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
-        spt_stack(),
+        spt_speed(),
     ]
     (ROOT / "docs" / "results.md").write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
 
@@ -228,10 +228,14 @@ def memory() -> str:
     )
 
 
-def spt_stack() -> str:
-    """A fine-tuning step with SPT."""
-    report = _read("spt_stack.json")
-    return "" if report is None else spt_tables.stack(report, _machine(report))
+def spt_speed() -> str:
+    """A fine-tuning step with SPT, and sparse attention alone."""
+    found = [_read(name) for name in ("spt_stack.json", "spt_stack_8192.json")]
+    stacks = [report for report in found if report is not None]
+    attention = _read("sparse_attention.json")
+    sections = [spt_tables.stack(stacks, _machine(stacks[0]))] if stacks else []
+    sections += [spt_tables.attention(attention, _machine(attention))] if attention else []
+    return "\n\n".join(sections)
 
 
 def _read(name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from _markdown import table
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by setting, then seed
 _BASE = "both"
+_MATCHING = "token selection and attention over vectors of 1"
 
 
 def quality(folder: Path) -> str:
@@ -32,17 +33,17 @@ def quality(folder: Path) -> str:
     return "\n\n".join(["## What sparsity (SPT) costs in quality", command, *parts])
 
 
-def stack(report: dict[str, Any], machine: str) -> str:
-    """Time and memory of a fine-tuning step, from ``bench_spt_stack.py``."""
-    settings = report["settings"]
+def stack(reports: list[dict[str, Any]], machine: str) -> str:
+    """Time and memory of a fine-tuning step, from ``bench_spt_stack.py``, lengths in files of their own."""
+    settings = reports[0]["settings"]
     parts = [
         "## A fine-tuning step with SPT",
         f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
         f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
-        f"length by {settings['granularity']}; {machine}; medians of {settings['repeats']} alternating steps. Peak is "
-        "what the step allocates above weights and optimizer state. By `python benchmarks/bench_spt_stack.py`.",
+        f"length by {settings['granularity']}; {machine}; medians of alternating steps. Peak is what a step allocates "
+        "above weights and optimizer state. By `python benchmarks/bench_spt_stack.py`.",
     ]
-    for result in report["results"]:
+    for result in (result for report in reports for result in report["results"]):
         rows = [
             [
                 name,
@@ -58,6 +59,40 @@ def stack(report: dict[str, Any], machine: str) -> str:
         parts.append(table(header, rows))
         parts += [f"{name} was left out: {reason}." for name, reason in result["left_out"].items()]
     return "\n\n".join(parts)
+
+
+def attention(report: dict[str, Any], machine: str) -> str:
+    """Time and memory of the op by itself, from ``bench_sparse_attention.py``."""
+    rows = []
+    for result in sorted(report["results"], key=lambda one: (one["num_tokens"], one["top_l"], one["causal"])):
+        heads = f"{result['num_heads']} of {result['head_size']}"
+        if result["num_kv_heads"] != result["num_heads"]:
+            heads += f", {result['num_kv_heads']} of keys"
+        times = result["forward_backward"]
+        rows.append(
+            [
+                f"{result['num_tokens']:,}",
+                f"{result['top_l']:,}",
+                heads,
+                "causal" if result["causal"] else "all",
+                *(f"{times[name]['median_ms']:.0f}" for name in ("sdpa", "token", "block")),
+                *(_shown(result["speedup_over_sdpa"][name]) for name in ("token", "block")),
+                *(_shown(result["memory_of_sdpa"][name]) for name in ("token", "block")),
+                f"{result['parts_of_forward'][_MATCHING]['median_ms']:.0f}",
+            ]
+        )
+    header = ["n", "L", "heads", "keys", "SDPA", "token", "block"]
+    header += ["token speed-up", "block speed-up", "token memory", "block memory", "matching"]
+    return "\n\n".join(
+        [
+            "## Sparse attention alone",
+            f"Milliseconds forward and backward, encoding and selection included, {report['results'][0]['dtype']}; "
+            f"{machine}. Speed-up over SDPA, memory as a share of SDPA's. `matching` is the token form forward over "
+            "vectors of one number: comparing codes and choosing keys, the part that grows with the square of n; "
+            "backward does it again. By `python benchmarks/bench_sparse_attention.py`.",
+            table(header, rows),
+        ]
+    )
 
 
 def _language_model(results: list[dict[str, Any]]) -> list[str]:
