@@ -21,7 +21,7 @@ from sparsepeft.export.files import (
     write_tokenizer,
 )
 from sparsepeft.export.job import Job, check
-from sparsepeft.export.onnx_graph import IR_VERSION, OPSET, open_adapter, quantize, to_onnx
+from sparsepeft.export.onnx_graph import ATTENTION, IR_VERSION, OPSET, open_adapter, quantize, to_onnx
 from sparsepeft.provenance import write_json
 from sparsepeft.tuners._quantized import INT8
 
@@ -60,6 +60,7 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
             "tasks of a smaller backbone."
         )
     job.progress("tracing the backbone")
+    job.adapted.model.set_attn_implementation(ATTENTION)
     program = job.adapted.trace(job.inputs, job.shapes)
     job.progress("writing it as ONNX")
     graph = to_onnx(program, job.inputs, list(job.shapes))

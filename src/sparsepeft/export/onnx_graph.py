@@ -20,8 +20,10 @@ from sparsepeft.tuners._quantized import SCALE, is_stored_as_int8
 if TYPE_CHECKING:
     import onnx
 
-# Both are read by ONNX Runtime 1.20 and later, and handled by its quantizer.
-OPSET, IR_VERSION = 18, 10
+# Both are read by ONNX Runtime 1.20 and later, and handled by its quantizer. Before opset 20 GELU is five operators.
+OPSET, IR_VERSION = 20, 10
+# Of SDPA the exporter makes masks in every layer and looks for rows without any key, a tenth of an int8 model's time.
+ATTENTION = "eager"
 
 
 def require_onnx() -> None:

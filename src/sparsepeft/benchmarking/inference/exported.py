@@ -10,7 +10,7 @@ from sparsepeft.benchmarking.inference.systems import BACKBONE, load_model, save
 from sparsepeft.export import export_tasks
 from sparsepeft.export.graph import trace_alone
 from sparsepeft.export.onnx_files import ADAPTER, GRAPH
-from sparsepeft.export.onnx_graph import quantize, require_onnx, to_onnx
+from sparsepeft.export.onnx_graph import ATTENTION, quantize, require_onnx, to_onnx
 from sparsepeft.training.methods import load_tokenizer
 
 EXPORTED = (BACKBONE, "spartan", "pfeiffer", "houlsby")
@@ -36,8 +36,9 @@ def export_system(system: str, model: str, folder: Path, *, int8: bool) -> dict[
         return {"graph": str(exported / GRAPH), "adapter": str(exported / "tasks" / task.name / ADAPTER)}
     import onnx
 
-    inputs = list(load_tokenizer(model)("a"))
-    graph = to_onnx(trace_alone(load_model(model, torch.float32), inputs), inputs, [])
+    backbone, inputs = load_model(model, torch.float32), list(load_tokenizer(model)("a"))
+    backbone.set_attn_implementation(ATTENTION)
+    graph = to_onnx(trace_alone(backbone, inputs), inputs, [])
     folder.mkdir(parents=True)
     onnx.save(quantize(graph) if int8 else graph, str(folder / GRAPH))
     return {"graph": str(folder / GRAPH), "adapter": None}
