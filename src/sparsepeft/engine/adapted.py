@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsepeft.engine.onednn import use_onednn
 from sparsepeft.training.methods import loading_adapter
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._context import ForwardContext
@@ -29,12 +30,15 @@ class AdaptedBackbone:
 
     Args:
         backbone: whose parameters and buffers are shared. It is not changed.
+        onednn: compute its linear layers by oneDNN.
     """
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
+    def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
         tensors = [*backbone.parameters(), *backbone.buffers()]
         self.model = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
         self.model.config.use_cache = False
+        if onednn:
+            use_onednn(self.model)
         self._partial = PartialPasses(self.model)
         self._peft: PeftModel | None = None
         self._context = ForwardContext()

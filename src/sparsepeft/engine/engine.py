@@ -17,6 +17,7 @@ from sparsepeft.backbones import resolve_model
 from sparsepeft.engine.adapted import AdaptedBackbone
 from sparsepeft.engine.batches import batches_by_tokens, windows
 from sparsepeft.engine.encoding import Encoded, Encoder, texts_of
+from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
 from sparsepeft.errors import UserError
@@ -59,6 +60,8 @@ class MultiTaskEngine:
             that multiply it; adapters and heads stay in float32.
         device: where to compute; None leaves a loaded model where it is.
         token_budget: tokens of a batch, padding included.
+        onednn: compute float32 linear layers on a CPU by oneDNN; None compares it with PyTorch's own choice when the
+            first task is loaded, and takes the faster one.
 
     Raises:
         UserError: the backbone or a task cannot be loaded; the message says which and why.
@@ -73,6 +76,7 @@ class MultiTaskEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         token_budget: int = 4096,
+        onednn: bool | None = None,
     ) -> None:
         if token_budget < 1:
             raise UserError(f"token_budget={token_budget} was given; pass the number of tokens that a batch may have.")
@@ -87,6 +91,7 @@ class MultiTaskEngine:
         self._backbone.eval()
         self._encoder = Encoder(tokenizer, model.config)
         self.token_budget = token_budget
+        self._onednn = onednn
         self._models: dict[str, AdaptedBackbone] = {}  # by PEFT method
         self._tasks = TaskRegistry()
         self._numbers = itertools.count()
@@ -127,7 +132,9 @@ class MultiTaskEngine:
     def _load(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
         method = str(config.peft_type)
-        model = self._models.get(method) or AdaptedBackbone(self._backbone)
+        model = self._models.get(method) or AdaptedBackbone(
+            self._backbone, onednn=is_onednn_faster() if self._onednn is None else self._onednn
+        )
         adapter_name = f"task{next(self._numbers)}"
         model.load(folder, adapter_name)
         self._models[method] = model

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sparsepeft.benchmarking.inference.processes.serving import Pass, load_batches
 from sparsepeft.engine import MultiTaskEngine
+from sparsepeft.engine.onednn import is_onednn_faster, onednn_product
 from sparsepeft.training.methods import adapter_config, attach, load_tokenizer
 from sparsepeft.training.recipes import get_recipe
 
@@ -143,9 +144,11 @@ def _matrix_product(sizes: Sequence[int], dtype: torch.dtype) -> Pass:
     rows, inner, columns = sizes
     given, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
 
+    form = onednn_product if dtype == torch.float32 and is_onednn_faster() else nn.functional.linear
+
     @torch.inference_mode()
     def product() -> list[Tensor]:
-        return [nn.functional.linear(given, weight)]
+        return [form(given, weight)]
 
     return product
 
