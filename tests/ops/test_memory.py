@@ -466,6 +466,17 @@ def test_values_of_zero_leave_the_states_as_they_are_in_the_compiled_form() -> N
     assert torch.equal(memory_read(x, parent_keys, child_keys, child_values * 0, top_k=4, impl="cpu"), x)
 
 
+def test_compiled_form_rounds_bfloat16_as_pytorch_does() -> None:
+    x, *memory = make_inputs("odd", torch.bfloat16, memory_dtype=torch.float32)
+    zeros = [*memory[:2], torch.zeros_like(memory[2])]
+    assert torch.equal(memory_read(x, *zeros, top_k=4, impl="cpu"), x)
+    memory[2][:, :, :5] *= torch.tensor([1e-41, 1e30, 1e38, 1e39, 1e-3])  # subnormal numbers, too large ones
+    wide = memory_read(x.float(), *memory, top_k=4, impl="cpu")
+    torch.testing.assert_close(
+        memory_read(x, *memory, top_k=4, impl="cpu"), wide.bfloat16(), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_compiled_form_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs("odd", torch.float32)
     with pytest.raises(ValueError, match=r"impl is 'cpu', but x is torch\.float64"):

@@ -107,7 +107,8 @@ def memory_read_unchecked(
         for parameter in (parent_keys, child_keys, child_values):
             dtype = torch.promote_types(dtype, parameter.dtype)
         parent_keys, child_keys, child_values = (t.to(dtype) for t in (parent_keys, child_keys, child_values))
-        if impl != "triton":  # its kernel converts as it reads
+        converts = impl == "triton" or (impl == "cpu" and x.dtype == torch.bfloat16)  # as it reads
+        if not converts:
             tokens = tokens.to(dtype)
     if torch.is_autocast_enabled(x.device.type):
         # Autocast would round the residual and the memory to half precision. Entering the context only where autocast

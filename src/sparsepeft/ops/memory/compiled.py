@@ -21,6 +21,7 @@ class _Memory(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "parents", "children", "top_k", "threads")),
+        ("is_bfloat16", ctypes.c_int64),
         ("temperature", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "parent_keys", "child_keys", "child_values")),
         *((name, ctypes.c_void_p) for name in ("parent_scores", "output")),
@@ -40,15 +41,20 @@ def why_not_built() -> str | None:
 def memory_read_compiled(
     x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
 ) -> Tensor:
-    """Read the memory; see :func:`memory_read`. All tensors are float32 on the CPU, ``x`` is (N, D); no gradients."""
+    """Read the memory; see :func:`memory_read`. No gradients.
+
+    The memory is float32 on the CPU, ``x`` (N, D) is float32 or bfloat16, which is widened as it is read.
+    """
     num_parents, num_children, hidden = child_keys.shape
     x, parent_keys, child_keys, child_values = (
         tensor.contiguous() for tensor in (x, parent_keys, child_keys, child_values)
     )
     output = torch.empty_like(x)
-    scores = torch.mm(x, parent_keys.t()) if x.shape[0] * num_parents >= _MANY_SCORES else None
+    is_bfloat16 = x.dtype == torch.bfloat16
+    many = x.shape[0] * num_parents >= _MANY_SCORES and not is_bfloat16
+    scores = torch.mm(x, parent_keys.t()) if many else None
     arguments = _Memory(
-        *(x.shape[0], hidden, num_parents, num_children, top_k, torch.get_num_threads(), temperature),
+        *(x.shape[0], hidden, num_parents, num_children, top_k, torch.get_num_threads(), is_bfloat16, temperature),
         *(tensor.data_ptr() for tensor in (x, parent_keys, child_keys, child_values)),
         None if scores is None else scores.data_ptr(),
         output.data_ptr(),

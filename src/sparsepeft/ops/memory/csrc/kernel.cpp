@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "vectors.h"
@@ -10,11 +11,12 @@ namespace {
 
 // The arguments; `compiled.py` mirrors this struct. All tensors are contiguous.
 struct Memory {
-    int64_t tokens, hidden, parents, children, top_k, threads;
+    int64_t tokens, hidden, parents, children, top_k, threads, is_bfloat16;  // the last of x and output
     double temperature;
-    const float *x, *parent_keys, *child_keys, *child_values;  // (N, D), (P, D), (P, C, D), (P, C, D)
-    const float* parent_scores;                                // (N, P) if they are there already, else null
-    float* output;                                             // (N, D)
+    const void* x;                                         // (N, D)
+    const float *parent_keys, *child_keys, *child_values;  // (P, D), (P, C, D), (P, C, D)
+    const float* parent_scores;                            // (N, P) if they are there already, else null
+    void* output;                                          // (N, D)
 };
 
 // Products of R rows with one vector, total[r] = rows[r] . x.
@@ -91,18 +93,40 @@ void keep_best(const float* scores, int64_t count, int64_t top_k, float* best, i
     }
 }
 
+// bfloat16 is the upper half of a float.
+void widen(const uint16_t* from, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i++) {
+        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+        std::memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+void narrow(const float* from, int64_t size, uint16_t* to) {
+    for (int64_t i = 0; i < size; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+}
+
 void read(const Memory& m, int64_t begin, int64_t end) {
     const int64_t num_rows = m.top_k * m.children;
     std::vector<const float*> parents(m.parents), rows(num_rows);
     std::vector<float> own_scores(m.parents), gate(m.top_k), weights(num_rows);
     std::vector<int64_t> kept(m.top_k);
+    std::vector<float> wide_x(m.is_bfloat16 ? m.hidden : 0), wide_output(wide_x.size());
     for (int64_t p = 0; p < m.parents; p++) parents[p] = m.parent_keys + p * m.hidden;
     const auto point_to = [&](const float* children) {
         for (int64_t r = 0; r < num_rows; r++)
             rows[r] = children + (kept[r / m.children] * m.children + r % m.children) * m.hidden;
     };
     for (int64_t t = begin; t < end; t++) {
-        const float *x = m.x + t * m.hidden, *scores = m.parent_scores + t * m.parents;
+        const float* x = m.is_bfloat16 ? wide_x.data() : static_cast<const float*>(m.x) + t * m.hidden;
+        float* output = m.is_bfloat16 ? wide_output.data() : static_cast<float*>(m.output) + t * m.hidden;
+        if (m.is_bfloat16) widen(static_cast<const uint16_t*>(m.x) + t * m.hidden, m.hidden, wide_x.data());
+        const float* scores = m.parent_scores + t * m.parents;
         if (!m.parent_scores) {
             dot_all(parents.data(), m.parents, x, m.hidden, own_scores.data());
             scores = own_scores.data();
@@ -114,7 +138,8 @@ void read(const Memory& m, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < num_rows; r++) weights[r] = static_cast<float>(weights[r] / m.temperature);
         for (int64_t k = 0; k < m.top_k; k++) softmax(weights.data() + k * m.children, m.children, gate[k]);
         point_to(m.child_values);
-        add_rows(rows.data(), weights.data(), num_rows, x, m.hidden, m.output + t * m.hidden);
+        add_rows(rows.data(), weights.data(), num_rows, x, m.hidden, output);
+        if (m.is_bfloat16) narrow(output, m.hidden, static_cast<uint16_t*>(m.output) + t * m.hidden);
     }
 }
 
