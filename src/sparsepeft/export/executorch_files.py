@@ -13,10 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.export.files import TASKS, TOKENIZER, file_sizes, write_task, write_tokenizer
+from sparsepeft.export.files import TASKS, TOKENIZER, file_sizes, write_description, write_task, write_tokenizer
 from sparsepeft.export.job import Job, check
 from sparsepeft.predictions import Text, prediction
-from sparsepeft.provenance import write_json
 
 PROGRAM = "backbone.pte"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -68,15 +67,9 @@ def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, 
     (folder / PROGRAM).write_bytes(_lower(program))
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
     for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
-        write_task(task, tensors, folder / TASKS / task.name, int8=False)
-        about = {
-            "labels": task.info.label_names,
-            "multi_label": task.info.multi_label,
-            "num_texts": task.info.num_texts,
-            "max_length": max_length,
-            "backbone": job.backbone_name,
-        }
-        write_json(folder / TASKS / task.name / "task.json", about)
+        own = folder / TASKS / task.name
+        write_task(task, tensors, own, int8=False)
+        write_description(task, own, max_length=max_length, backbone=job.backbone_name)
     tasks = check(job, _Runner(job, folder), tolerance)
     for name, report in tasks.items():
         report["bytes"] = file_sizes(folder / TASKS / name)

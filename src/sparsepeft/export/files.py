@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -112,6 +112,20 @@ def write_task(task: ExportTask, tensors: Tensors, folder: Path, int8: bool) -> 
         if (task.info.folder / name).is_file():
             shutil.copyfile(task.info.folder / name, folder / name)
     return stored
+
+
+def write_description(
+    task: ExportTask, folder: Path, *, max_length: int, backbone: str, more: Mapping[str, str] | None = None
+) -> None:
+    """Write ``task.json``, from which a runner knows the task; ``more`` is the format's own."""
+    about = {
+        "labels": task.info.label_names,
+        "multi_label": task.info.multi_label,
+        "num_texts": task.info.num_texts,
+        "max_length": max_length,
+        "backbone": backbone,
+    }
+    write_json(folder / "task.json", about | dict(more or {}))
 
 
 def write_onnx_adapter(tensors: Tensors, path: Path) -> None:

@@ -15,6 +15,7 @@ from sparsepeft.export.files import (
     TASKS,
     TOKENIZER,
     file_sizes,
+    write_description,
     write_onnx_adapter,
     write_runner,
     write_task,
@@ -22,7 +23,6 @@ from sparsepeft.export.files import (
 )
 from sparsepeft.export.job import Job, check
 from sparsepeft.export.onnx_graph import ATTENTION, IR_VERSION, OPSET, open_adapter, quantize, to_onnx
-from sparsepeft.provenance import write_json
 from sparsepeft.tuners._quantized import INT8
 
 if TYPE_CHECKING:
@@ -94,16 +94,8 @@ def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> Non
         own = folder / TASKS / task.name
         stored = write_task(task, tensors, own, int8)
         write_onnx_adapter(stored, own / ADAPTER)
-        about = {
-            "labels": task.info.label_names,
-            "multi_label": task.info.multi_label,
-            "num_texts": task.info.num_texts,
-            "max_length": max_length,
-            "backbone": job.backbone_name,
-            "graph": graph.graph.name,
-            "sha256": hashlib.sha256((own / ADAPTER).read_bytes()).hexdigest(),
-        }
-        write_json(own / "task.json", about)
+        more = {"graph": graph.graph.name, "sha256": hashlib.sha256((own / ADAPTER).read_bytes()).hexdigest()}
+        write_description(task, own, max_length=max_length, backbone=job.backbone_name, more=more)
 
 
 def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]]) -> None:

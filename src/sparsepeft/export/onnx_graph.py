@@ -70,8 +70,9 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[s
 def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same with the backbone's weights in int8, activations quantized as they come.
 
-    Must come before :func:`open_adapter`: the quantizer takes an input with an initial value for a constant. Inputs
-    without one it leaves alone, and with them all of the memories' and heads' products.
+    ``model`` loses its record of shapes in between. Must come before :func:`open_adapter`: the quantizer takes an input
+    with an initial value for a constant. Inputs without one it leaves alone, and with them all of the memories' and
+    heads' products.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -8,6 +8,7 @@ import torch
 
 from sparsepeft.benchmarking.inference.systems import BACKBONE, load_model, save_task
 from sparsepeft.export import export_tasks
+from sparsepeft.export.files import TASKS
 from sparsepeft.export.graph import trace_alone
 from sparsepeft.export.onnx_files import ADAPTER, GRAPH
 from sparsepeft.export.onnx_graph import ATTENTION, quantize, require_onnx, to_onnx
@@ -33,7 +34,7 @@ def export_system(system: str, model: str, folder: Path, *, int8: bool) -> dict[
         task = save_task(model, folder / "saved", method=system)
         exported = folder / "exported"
         export_tasks([task], exported, int8=int8, model=model, tolerance=_TOLERANCE, max_examples=_NUM_TEXTS)
-        return {"graph": str(exported / GRAPH), "adapter": str(exported / "tasks" / task.name / ADAPTER)}
+        return {"graph": str(exported / GRAPH), "adapter": str(exported / TASKS / task.name / ADAPTER)}
     import onnx
 
     backbone, inputs = load_model(model, torch.float32), list(load_tokenizer(model)("a"))
