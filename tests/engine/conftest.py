@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import PeftConfig, get_peft_model
 from tests.models import METHODS, randomize
-from tests.tiny import save_tiny_backbone
 from transformers import AutoModelForSequenceClassification
 
 from sparsepeft import HeadConfig, MultiTaskEngine
@@ -26,8 +25,8 @@ TASKS: dict[str, PeftConfig] = {
 
 
 @pytest.fixture(scope="session")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+def backbone(tiny_backbone: Path) -> Path:
+    return tiny_backbone
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from tests.engine.conftest import save_task
-from tests.tiny import save_tiny_backbone
 
 from sparsepeft import SpartanConfig
 from sparsepeft.export import export_tasks
@@ -22,8 +21,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+def backbone(tiny_backbone: Path) -> Path:
+    return tiny_backbone
 
 
 @pytest.fixture(scope="session")

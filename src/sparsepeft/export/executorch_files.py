@@ -62,7 +62,7 @@ def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, 
     """
     job.progress("tracing the backbone")
     longest = max(job.max_lengths)
-    program = job.adapted.trace(job.inputs, job.shapes, batch_size=1, max_length=longest)
+    program = job.graph.trace(job.inputs, job.shapes, batch_size=1, max_length=longest)
     job.progress("lowering it to ExecuTorch")
     (folder / PROGRAM).write_bytes(_lower(program))
     write_tokenizer(job.tokenizer, folder / TOKENIZER)

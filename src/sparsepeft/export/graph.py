@@ -22,7 +22,7 @@ from sparsepeft.tuners._files import saved_names
 _BATCH, _LENGTH = 3, 7  # of the traced example; any numbers above 1 that differ from the model's own sizes
 
 
-class AdaptedBackbone:
+class TaskGraph:
     """The backbone with the adapters of all tasks, and the function that a graph is made of.
 
     Args:

@@ -21,7 +21,7 @@ from sparsepeft.export.checking import (
     examples_of,
     exported_answers,
 )
-from sparsepeft.export.graph import AdaptedBackbone
+from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.methods import load_tokenizer
@@ -66,8 +66,8 @@ class Job:
             backbone, {task.name: task.info.folder for task in self.tasks}, tokenizer=self.tokenizer
         )
         # After the engine, whose modules are copies that share the weights.
-        self.adapted = AdaptedBackbone(backbone, self.tasks)
-        self.tensors: list[Tensors] = self.adapted.tensors
+        self.graph = TaskGraph(backbone, self.tasks)
+        self.tensors: list[Tensors] = self.graph.tensors
         self.shapes = common_shapes(self.tasks, self.tensors)
         self.inputs = list(self.tokenizer("a"))
         self.max_lengths = [longest_input(self.tokenizer, backbone.config, task.info.max_length) for task in self.tasks]

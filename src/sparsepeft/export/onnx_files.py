@@ -53,15 +53,15 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
     """
     from sparsepeft.export.run import Runner
 
-    size = sum(parameter.nbytes for parameter in job.adapted.model.parameters())
+    size = sum(parameter.nbytes for parameter in job.graph.model.parameters())
     if size > _MAX_BYTES:
         raise UserError(
             f"{job.backbone_name} has {size / 1e9:.1f} GB in float32, but one ONNX file holds at most 2 GB; export "
             "tasks of a smaller backbone."
         )
     job.progress("tracing the backbone")
-    job.adapted.model.set_attn_implementation(ATTENTION)
-    program = job.adapted.trace(job.inputs, job.shapes)
+    job.graph.model.set_attn_implementation(ATTENTION)
+    program = job.graph.trace(job.inputs, job.shapes)
     job.progress("writing it as ONNX")
     graph = to_onnx(program, job.inputs, list(job.shapes))
     if int8:

@@ -43,7 +43,7 @@ def require_onnx() -> None:
 
 
 def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[str]) -> onnx.ModelProto:
-    """The ONNX form of ``AdaptedBackbone.trace``'s program; the adapter's tensors are plain inputs.
+    """The ONNX form of ``TaskGraph.trace``'s program; the adapter's tensors are plain inputs.
 
     Raises:
         RunFailed: an operator has no ONNX form.
