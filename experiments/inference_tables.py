@@ -18,6 +18,43 @@ def inference(folder: Path) -> str:
     return "\n\n".join(["## Inference", *(part for part in parts if part)]) if parts else ""
 
 
+def exported(file: Path) -> str:
+    """An int8 export's scores on whole validation sets, and how far its float32 graph was from PyTorch."""
+    if not file.exists():
+        return ""
+    report = json.loads(file.read_text())
+    rows = []
+    for name, task in report["tasks"].items():
+        int8 = task["int8"]
+        before, after = 100 * int8["before"], 100 * int8["after"]
+        sizes = [f"{task['bytes'][one]:,}" for one in ("adapter.onnx_adapter", "adapter_model.safetensors")]
+        rows.append(
+            [
+                name,
+                f"{task['num_texts']:,}",
+                f"{task['max_deviation']:.1e}",
+                str(task["num_other_labels"]),
+                int8["metric"],
+                f"{before:.2f}",
+                f"{after:.2f}",
+                f"{after - before:+.2f}",
+                str(int8["num_other_labels"]),
+                *sizes,
+            ]
+        )
+    header = ["task", "texts", "largest deviation", "other labels", "metric", "PyTorch", "int8", "difference"]
+    return "\n\n".join(
+        [
+            "## Exported tasks",
+            f"{report['backbone']} and tasks of the tables on all data (task, method, seed) in ONNX Runtime, on their "
+            "whole validation sets. Deviation and labels of the float32 graph, then scores x 100 and labels with "
+            "backbone and tasks in int8; bytes of the int8 tasks. By `sparsepeft export --int8` of tasks that "
+            "`sparsepeft reproduce table1 --keep-weights` trained.",
+            table([*header, "other labels in int8", "bytes for ONNX Runtime", "for PEFT"], rows),
+        ]
+    )
+
+
 def _about(report: dict[str, Any]) -> str:
     settings, found = report["settings"], report["environment"]
     device = f" as a {settings['device']}" if settings["device"] else ""
