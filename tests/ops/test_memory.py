@@ -436,16 +436,26 @@ def test_compiled_form_takes_given_scores_and_views(monkeypatch: pytest.MonkeyPa
     x, *memory = make_inputs("paper-like", torch.float32)
     x = torch.randn(24, 2 * 900)[:, ::2].t()
     memory = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in memory]
-    for many in (0, 1 << 40):
+    for many, top_k in itertools.product((0, 1 << 40), (5, 8)):  # alone and, with half of the parents, a few at once
         monkeypatch.setattr("sparsepeft.ops.memory.compiled._MANY_SCORES", many)
+        expected = memory_read(x, *memory, top_k=top_k, impl="reference")
         for threads in (1, 2, 3):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
-                actual = memory_read(x, *memory, top_k=8, impl="cpu")
+                actual = memory_read(x, *memory, top_k=top_k, impl="cpu")
             finally:
                 torch.set_num_threads(before)
-            torch.testing.assert_close(actual, memory_read(x, *memory, top_k=8, impl="reference"), rtol=2e-6, atol=4e-6)
+            torch.testing.assert_close(actual, expected, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("top_k", [3, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_form_answers_a_token_alike_whatever_its_neighbours(top_k: int, dtype: torch.dtype) -> None:
+    x, memory = torch.randn(11, 768).to(dtype), [torch.randn(16, 768), torch.randn(16, 3, 768), torch.randn(16, 3, 768)]
+    together = memory_read(x, *memory, top_k=top_k, impl="cpu")
+    for token in range(len(x)):
+        assert torch.equal(memory_read(x[token : token + 1], *memory, top_k=top_k, impl="cpu")[0], together[token])
 
 
 def test_compiled_form_keeps_the_lowest_of_equal_parents_and_takes_nan_for_the_largest() -> None:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -17,8 +18,15 @@ INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec select(ivec condition, vec yes, vec no) {
     return reinterpret_cast<vec>((condition & reinterpret_cast<ivec>(yes)) | (~condition & reinterpret_cast<ivec>(no)));
 }
+// Half onto half, since a chain of additions one after another takes as long as many products.
 INLINE float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+    typedef float vec8 __attribute__((vector_size(32)));
+    typedef float vec4 __attribute__((vector_size(16)));
+    vec8 halves[2];
+    vec4 quarters[2];
+    std::memcpy(halves, &v, sizeof v);
+    halves[0] += halves[1];
+    std::memcpy(quarters, halves, sizeof quarters);
+    const vec4 rest = quarters[0] + quarters[1];
+    return (rest[0] + rest[2]) + (rest[1] + rest[3]);
 }

@@ -14,6 +14,9 @@ from sparsepeft.ops import native
 _SOURCES = Path(__file__).parent / "csrc"
 # From so many scores on a matrix product gives those of the parents sooner than products with one token at a time.
 _MANY_SCORES = 1 << 14
+# Up to so many parents for each that is kept, a few tokens are read at once: products with what only one of them keeps
+# cost less than loading keys and values for each token anew.
+_SHARED = 2
 
 
 class _Memory(ctypes.Structure):
@@ -21,7 +24,7 @@ class _Memory(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "parents", "children", "top_k", "threads")),
-        ("is_bfloat16", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_shared")),
         ("temperature", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("x", "parent_keys", "child_keys", "child_values")),
         *((name, ctypes.c_void_p) for name in ("parent_scores", "output")),
@@ -51,10 +54,12 @@ def memory_read_compiled(
     )
     output = torch.empty_like(x)
     is_bfloat16 = x.dtype == torch.bfloat16
-    many = x.shape[0] * num_parents >= _MANY_SCORES and not is_bfloat16
+    is_shared = num_parents <= _SHARED * top_k
+    many = x.shape[0] * num_parents >= _MANY_SCORES and not is_bfloat16 and not is_shared
     scores = torch.mm(x, parent_keys.t()) if many else None
     arguments = _Memory(
-        *(x.shape[0], hidden, num_parents, num_children, top_k, torch.get_num_threads(), is_bfloat16, temperature),
+        *(x.shape[0], hidden, num_parents, num_children, top_k, torch.get_num_threads()),
+        *(is_bfloat16, is_shared, temperature),
         *(tensor.data_ptr() for tensor in (x, parent_keys, child_keys, child_values)),
         None if scores is None else scores.data_ptr(),
         output.data_ptr(),

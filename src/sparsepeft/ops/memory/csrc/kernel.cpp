@@ -1,4 +1,4 @@
-// SPARTAN's memory, read without gradients: only children of kept parents are touched.
+// SPARTAN's memory, read without gradients: only children of parents are touched that a token, or one of a few, keeps.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,7 +11,9 @@ namespace {
 
 // The arguments; `compiled.py` mirrors this struct. All tensors are contiguous.
 struct Memory {
-    int64_t tokens, hidden, parents, children, top_k, threads, is_bfloat16;  // the last of x and output
+    int64_t tokens, hidden, parents, children, top_k, threads;
+    int64_t is_bfloat16;  // x and output
+    int64_t is_shared;    // tokens that are read at once share what they load
     double temperature;
     const void* x;                                         // (N, D)
     const float *parent_keys, *child_keys, *child_values;  // (P, D), (P, C, D), (P, C, D)
@@ -19,52 +21,72 @@ struct Memory {
     void* output;                                          // (N, D)
 };
 
-// Products of R rows with one vector, total[r] = rows[r] . x.
-template <int R>
-INLINE void dot_rows(const float* const* rows, const float* x, int64_t size, float* total) {
-    vec sums[R] = {};
+#ifdef __AVX512F__
+constexpr int REGISTERS = 32;  // vectors that the registers hold
+#else
+constexpr int REGISTERS = 8;
+#endif
+constexpr int TOGETHER = REGISTERS == 32 ? 4 : 2;  // tokens read at once
+
+// Products of R rows with T vectors, total[t][r] = rows[r] . x[t]. What is loaded serves R or T of them.
+template <int T, int R>
+INLINE void dot_rows(const float* const* rows, const float* const* x, int64_t size, float* const* total, int64_t at) {
+    vec sums[T][R] = {};
     int64_t d = 0;
     for (; d + LANES <= size; d += LANES) {
-        const vec part = load(x + d);
-        for (int r = 0; r < R; r++) sums[r] += load(rows[r] + d) * part;
+        vec part[T];
+        for (int t = 0; t < T; t++) part[t] = load(x[t] + d);
+        for (int r = 0; r < R; r++) {
+            const vec row = load(rows[r] + d);
+            for (int t = 0; t < T; t++) sums[t][r] += row * part[t];
+        }
     }
-    for (int r = 0; r < R; r++) {
-        float rest = 0;
-        for (int64_t i = d; i < size; i++) rest += rows[r][i] * x[i];
-        total[r] = sum(sums[r]) + rest;
-    }
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+            float rest = 0;
+            for (int64_t i = d; i < size; i++) rest += rows[r][i] * x[t][i];
+            total[t][at + r] = sum(sums[t][r]) + rest;
+        }
 }
 
-void dot_all(const float* const* rows, int64_t count, const float* x, int64_t size, float* total) {
+template <int T>
+void dot_all(const float* const* rows, int64_t count, const float* const* x, int64_t size, float* const* total) {
+    constexpr int R = T == 1 ? 8 : REGISTERS / T - 2;
     int64_t r = 0;
-    for (; r + 8 <= count; r += 8) dot_rows<8>(rows + r, x, size, total + r);
-    for (; r + 4 <= count; r += 4) dot_rows<4>(rows + r, x, size, total + r);
-    for (; r < count; r++) dot_rows<1>(rows + r, x, size, total + r);
+    for (; r + R <= count; r += R) dot_rows<T, R>(rows + r, x, size, total, r);
+    for (; r + 2 <= count; r += 2) dot_rows<T, 2>(rows + r, x, size, total, r);
+    for (; r < count; r++) dot_rows<T, 1>(rows + r, x, size, total, r);
 }
 
-// x + the rows weighted, into `to`; in pieces that stay in registers.
-template <int NV>
-INLINE void add_piece(const float* const* rows, const float* weights, int64_t count, const float* x, float* to) {
-    vec total[NV];
-    for (int v = 0; v < NV; v++) total[v] = load(x + v * LANES);
+// to[t] = x[t] + the rows weighted by weights[t], `NV` vectors of each, which stay in registers.
+template <int T, int NV>
+INLINE void add_piece(const float* const* rows, const float* const* weights, int64_t count, const float* const* x,
+                      float* const* to, int64_t d) {
+    vec total[T][NV];
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < NV; v++) total[t][v] = load(x[t] + d + v * LANES);
     for (int64_t r = 0; r < count; r++)
-        for (int v = 0; v < NV; v++) total[v] += weights[r] * load(rows[r] + v * LANES);
-    for (int v = 0; v < NV; v++) store(to + v * LANES, total[v]);
+        for (int v = 0; v < NV; v++) {
+            const vec row = load(rows[r] + d + v * LANES);
+            for (int t = 0; t < T; t++) total[t][v] += weights[t][r] * row;
+        }
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < NV; v++) store(to[t] + d + v * LANES, total[t][v]);
 }
 
-void add_rows(const float** rows, const float* weights, int64_t count, const float* x, int64_t size, float* to) {
+template <int T>
+void add_rows(const float* const* rows, const float* const* weights, int64_t count, const float* const* x,
+              int64_t size, float* const* to) {
+    constexpr int NV = T == 1 ? 12 : REGISTERS / T - 2;
     int64_t d = 0;
-    const auto step = [&](int64_t width) {
-        for (int64_t r = 0; r < count; r++) rows[r] += width;
-        d += width;
-    };
-    for (; d + 12 * LANES <= size; step(12 * LANES)) add_piece<12>(rows, weights, count, x + d, to + d);
-    for (; d + LANES <= size; step(LANES)) add_piece<1>(rows, weights, count, x + d, to + d);
-    for (int64_t i = 0; d + i < size; i++) {
-        float total = x[d + i];
-        for (int64_t r = 0; r < count; r++) total += weights[r] * rows[r][i];
-        to[d + i] = total;
-    }
+    for (; d + NV * LANES <= size; d += NV * LANES) add_piece<T, NV>(rows, weights, count, x, to, d);
+    for (; d + LANES <= size; d += LANES) add_piece<T, 1>(rows, weights, count, x, to, d);
+    for (; d < size; d++)
+        for (int t = 0; t < T; t++) {
+            float total = x[t][d];
+            for (int64_t r = 0; r < count; r++) total += weights[t][r] * rows[r][d];
+            to[t][d] = total;
+        }
 }
 
 // Turn scores into weights that add up to `whole`.
@@ -111,35 +133,95 @@ void narrow(const float* from, int64_t size, uint16_t* to) {
     }
 }
 
-void read(const Memory& m, int64_t begin, int64_t end) {
-    const int64_t num_rows = m.top_k * m.children;
-    std::vector<const float*> parents(m.parents), rows(num_rows);
-    std::vector<float> own_scores(m.parents), gate(m.top_k), weights(num_rows);
-    std::vector<int64_t> kept(m.top_k);
-    std::vector<float> wide_x(m.is_bfloat16 ? m.hidden : 0), wide_output(wide_x.size());
-    for (int64_t p = 0; p < m.parents; p++) parents[p] = m.parent_keys + p * m.hidden;
-    const auto point_to = [&](const float* children) {
-        for (int64_t r = 0; r < num_rows; r++)
-            rows[r] = children + (kept[r / m.children] * m.children + r % m.children) * m.hidden;
-    };
-    for (int64_t t = begin; t < end; t++) {
-        const float* x = m.is_bfloat16 ? wide_x.data() : static_cast<const float*>(m.x) + t * m.hidden;
-        float* output = m.is_bfloat16 ? wide_output.data() : static_cast<float*>(m.output) + t * m.hidden;
-        if (m.is_bfloat16) widen(static_cast<const uint16_t*>(m.x) + t * m.hidden, m.hidden, wide_x.data());
-        const float* scores = m.parent_scores + t * m.parents;
-        if (!m.parent_scores) {
-            dot_all(parents.data(), m.parents, x, m.hidden, own_scores.data());
-            scores = own_scores.data();
+// Read the memory for T tokens at once, with the children of all parents that one of them keeps.
+template <int T>
+class Reader {
+  public:
+    explicit Reader(const Memory& memory)
+        : m(memory), parents(m.parents), used(T * m.top_k), rows(used.size() * m.children), kept(used.size()),
+          slots(m.parents), best(used.size()), gates(T * used.size()), own_scores(T * m.parents),
+          own_weights(T * rows.size()), wide_x(m.is_bfloat16 ? T * m.hidden : 0), wide_output(wide_x.size()) {
+        for (int64_t p = 0; p < m.parents; p++) parents[p] = m.parent_keys + p * m.hidden;
+        for (int t = 0; t < T; t++) {
+            scores[t] = own_scores.data() + t * m.parents;
+            weights[t] = own_weights.data() + t * rows.size();
         }
-        keep_best(scores, m.parents, m.top_k, gate.data(), kept.data());
-        softmax(gate.data(), m.top_k, 1.0f);
+    }
+
+    void read(int64_t first) {
+        for (int t = 0; t < T; t++) take(first + t, t);
+        if (!m.parent_scores) dot_all<T>(parents.data(), m.parents, x, m.hidden, scores);
+        for (int t = 0; t < T; t++) {
+            const float* own = m.parent_scores ? m.parent_scores + (first + t) * m.parents : scores[t];
+            keep_best(own, m.parents, m.top_k, best.data() + t * m.top_k, kept.data() + t * m.top_k);
+            softmax(best.data() + t * m.top_k, m.top_k, 1.0f);
+        }
+        // In order, so that a token's sums do not depend on its neighbours.
+        used.assign(kept.begin(), kept.end());
+        std::sort(used.begin(), used.end());
+        used.erase(std::unique(used.begin(), used.end()), used.end());
+        const int64_t num_used = used.size(), num_rows = num_used * m.children;
+        for (int64_t u = 0; u < num_used; u++) slots[used[u]] = u;
+        std::fill(gates.begin(), gates.end(), 0.0f);
+        for (int64_t i = 0; i < T * m.top_k; i++) gates[i / m.top_k * num_used + slots[kept[i]]] = best[i];
+
         point_to(m.child_keys);
-        dot_all(rows.data(), num_rows, x, m.hidden, weights.data());
-        for (int64_t r = 0; r < num_rows; r++) weights[r] = static_cast<float>(weights[r] / m.temperature);
-        for (int64_t k = 0; k < m.top_k; k++) softmax(weights.data() + k * m.children, m.children, gate[k]);
+        dot_all<T>(rows.data(), num_rows, x, m.hidden, weights);
+        for (int t = 0; t < T; t++)
+            for (int64_t u = 0; u < num_used; u++) weigh(weights[t] + u * m.children, gates[t * num_used + u]);
         point_to(m.child_values);
-        add_rows(rows.data(), weights.data(), num_rows, x, m.hidden, output);
-        if (m.is_bfloat16) narrow(output, m.hidden, static_cast<uint16_t*>(m.output) + t * m.hidden);
+        add_rows<T>(rows.data(), weights, num_rows, x, m.hidden, output);
+        if (m.is_bfloat16)
+            for (int t = 0; t < T; t++)
+                narrow(output[t], m.hidden, static_cast<uint16_t*>(m.output) + (first + t) * m.hidden);
+    }
+
+  private:
+    void take(int64_t token, int t) {
+        if (m.is_bfloat16) {
+            widen(static_cast<const uint16_t*>(m.x) + token * m.hidden, m.hidden, wide_x.data() + t * m.hidden);
+            x[t] = wide_x.data() + t * m.hidden;
+            output[t] = wide_output.data() + t * m.hidden;
+        } else {
+            x[t] = static_cast<const float*>(m.x) + token * m.hidden;
+            output[t] = static_cast<float*>(m.output) + token * m.hidden;
+        }
+    }
+
+    void point_to(const float* children) {
+        for (size_t u = 0; u < used.size(); u++)
+            for (int64_t c = 0; c < m.children; c++)
+                rows[u * m.children + c] = children + (used[u] * m.children + c) * m.hidden;
+    }
+
+    // A parent that only another token keeps has a gate of zero.
+    void weigh(float* children, float gate) {
+        if (gate == 0) {
+            std::fill(children, children + m.children, 0.0f);
+            return;
+        }
+        for (int64_t c = 0; c < m.children; c++) children[c] = static_cast<float>(children[c] / m.temperature);
+        softmax(children, m.children, gate);
+    }
+
+    const Memory& m;
+    std::vector<const float*> parents;
+    std::vector<int64_t> used;        // parents that a token keeps
+    std::vector<const float*> rows;   // keys or values of their children
+    std::vector<int64_t> kept;        // (T, K)
+    std::vector<int64_t> slots;       // where a parent is in `used`
+    std::vector<float> best, gates;   // (T, K), (T, used)
+    std::vector<float> own_scores, own_weights, wide_x, wide_output;
+    const float* x[T];
+    float *scores[T], *weights[T], *output[T];
+};
+
+template <int T>
+void read(const Memory& m, int64_t begin, int64_t end) {
+    Reader<T> reader(m);
+    for (; begin + T <= end; begin += T) reader.read(begin);
+    if constexpr (T > 1) {
+        if (begin < end) read<T / 2>(m, begin, end);
     }
 }
 
@@ -152,7 +234,8 @@ void work(void* argument) {
     const Memory& m = *team.memory;
     const int64_t step = std::max<int64_t>(1, (m.tokens + 4 * m.threads - 1) / (4 * m.threads));
     for (int64_t begin; (begin = team.next.fetch_add(step)) < m.tokens;)
-        read(m, begin, std::min(begin + step, m.tokens));
+        if (m.is_shared) read<TOGETHER>(m, begin, std::min(begin + step, m.tokens));
+        else read<1>(m, begin, std::min(begin + step, m.tokens));
 }
 }  // namespace
 
