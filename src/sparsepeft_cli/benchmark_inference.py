@@ -43,6 +43,7 @@ def command(
         Path | None, typer.Option(help="Python of an environment with AdapterHub's adapters; see docs/edge.md.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed passes of each candidate; ten times as many for latency.")] = 9,
+    starts: Annotated[int, typer.Option(min=1, help="Times that all processes are started, each for all repeats.")] = 1,
     idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write; the figure goes beside it.")] = None,
@@ -75,6 +76,7 @@ def command(
         device=device,
         peers_python=peers_python,
         repeats=repeats,
+        starts=starts,
         idle_wait_s=idle_wait,
         seed=seed,
     )

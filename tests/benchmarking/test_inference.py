@@ -247,6 +247,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
         ({"device": "raspberry-pi-3"}, "raspberry-pi-4"),
         ({"shapes": ((0, 8),)}, "at least 1"),
         ({"repeats": 1}, "repeats=1"),
+        ({"starts": 0}, "starts=0"),
         ({"max_inputs": 0}, "max_inputs=0"),
         ({"mixed": True, "workload": "tasks"}, "fixed"),
         ({"mixed": True, "precisions": ("onnx-float32",)}, "float32 or bfloat16"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsepeft.benchmarking import time_alternating
+from sparsepeft.benchmarking.timing import sample_alternating
 from sparsepeft.benchmarking.workers import Worker
 
 _ECHO = """
@@ -24,12 +24,14 @@ open(sys.argv[1], "w").close()
 def test_a_worker_answers_line_by_line_and_ends_in_peace(tmp_path: Path) -> None:
     with Worker([sys.executable, "-c", _ECHO, str(tmp_path / "ended")], 3, tmp_path / "log") as worker:
         assert worker.ready == {"threads": "3"}
-        timings = time_alternating(
+        samples = sample_alternating(
             {"slow": lambda: worker.ask(8), "fast": lambda: worker.ask("2")},
             repeats=2,
+            warm_up=0,
+            idle_wait_s=0.0,
             clock=lambda ask: float(ask()["ms"]),  # what the process says of itself, not how long the answer took
         )
-        assert [timing.median_ms for timing in timings.values()] == [8.0, 2.0]
+        assert samples == {"slow": [8.0, 8.0], "fast": [2.0, 2.0]}
     assert (tmp_path / "ended").exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,17 +30,31 @@ def time_alternating(
     warm_up: int = 2,
     idle_wait_s: float = 0.0,
     device: str = "cpu",
-    clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
+    """Time callables in turn; see :func:`sample_alternating`.
+
+    On the device "cuda" it is the GPU's time, with cold caches.
+    """
+    clock = _gpu_clock() if device == "cuda" else _cpu_latency_ms
+    samples = sample_alternating(candidates, repeats=repeats, warm_up=warm_up, idle_wait_s=idle_wait_s, clock=clock)
+    return {name: summarize(values, warm_up) for name, values in samples.items()}
+
+
+def sample_alternating(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warm_up: int,
+    idle_wait_s: float,
+    clock: Callable[[Callable[[], Any]], float],
+) -> dict[str, list[float]]:
     """Time callables in turn, A B C, B C A, ..., so that a disturbance of the machine meets all of them alike.
 
     Each round starts when the machine is idle, or after ``idle_wait_s``. Threads are the caller's: set them once with
-    ``torch.set_num_threads`` before. On the device "cuda" it is the GPU's time, with cold caches. ``clock`` times a
-    call in another way, in milliseconds: for candidates in processes of their own, which know it best.
+    ``torch.set_num_threads`` before. ``clock`` calls a candidate and returns milliseconds.
     """
     if repeats < 2:
         raise ValueError(f"repeats is {repeats}; quartiles need at least 2.")
-    latency_ms = clock or (_gpu_clock() if device == "cuda" else _cpu_latency_ms)
     for candidate in candidates.values():
         for _ in range(warm_up):
             candidate()
@@ -51,12 +65,14 @@ def time_alternating(
         if wait_until_idle(idle_wait_s):
             candidates[order[-1]]()  # threads and caches went to sleep; its own turn is the furthest away
         for name in order:
-            samples[name].append(latency_ms(candidates[name]))
-    timings = {}
-    for name, values in samples.items():
-        first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-        timings[name] = Timing(median, first, third, min(values), repeats, warm_up)
-    return timings
+            samples[name].append(clock(candidates[name]))
+    return samples
+
+
+def summarize(values: Sequence[float], warm_up: int) -> Timing:
+    """The median and quartiles of a candidate's times."""
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, first, third, min(values), len(values), warm_up)
 
 
 def wait_until_idle(timeout_s: float, *, max_busy: float = 0.1, window_s: float = 0.2) -> bool:

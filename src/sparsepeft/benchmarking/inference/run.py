@@ -36,7 +36,7 @@ from sparsepeft.benchmarking.inference.workloads import (
     count_flops,
     prepare_model,
 )
-from sparsepeft.benchmarking.timing import Timing, time_alternating
+from sparsepeft.benchmarking.timing import sample_alternating, summarize
 from sparsepeft.benchmarking.workers import Worker
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.provenance import environment
@@ -46,6 +46,7 @@ NUM_LOADED = 100
 LATENCY_REPEATS = 10  # times as many for one short input, whose passes are short
 _PROCESSES = Path(__file__).parent / "processes"
 _PRODUCT_SIZE = 2048
+_WARM_UP = 1
 
 Progress = Callable[[str], object]
 
@@ -115,7 +116,16 @@ class _Session:
         self._count = 0
 
     def measure(self, group: Group) -> list[Measured]:
-        """Start the group's processes, and time them plan by plan."""
+        """Start the group's processes, and time them plan by plan; as often as the processes shall be started."""
+        samples: dict[str, dict[str, list[float]]] = {}
+        peaks: dict[str, int] = {}
+        for _ in range(self.benchmark.starts):
+            self._sample(group, samples, peaks)
+        plans = {plan.name: plan for candidate in group.candidates for plan in candidate.plans}
+        return [self._measured(group, plans[name], found, peaks) for name, found in samples.items()]
+
+    def _sample(self, group: Group, samples: dict[str, dict[str, list[float]]], peaks: dict[str, int]) -> None:
+        """Add milliseconds by plan and candidate, and each candidate's most bytes."""
         workers: dict[str, Worker] = {}
         plans: dict[str, Plan] = {}
         runs: dict[str, list[str]] = {}
@@ -135,30 +145,29 @@ class _Session:
                     plans[plan.name] = plan
                     runs.setdefault(plan.name, []).append(candidate.name)
             products = self._products(group, stack) if workers else {}
-            found = []
             for name, plan in plans.items():
                 self.progress(f"{group.name}: timing {name}")
                 word = "warm" if plan.is_latency else "pass"
                 asked = {who: partial(workers[who].ask, f"{word} {name}") for who in runs[name]}
                 extra = {product: partial(worker.ask, f"pass {product}") for product, worker in products.items()}
                 try:
-                    timings = time_alternating(
+                    found = sample_alternating(
                         asked | ({} if plan.is_latency else extra),
                         repeats=self.benchmark.repeats * (LATENCY_REPEATS if plan.is_latency else 1),
-                        warm_up=1,
+                        warm_up=_WARM_UP,
                         idle_wait_s=self.benchmark.idle_wait_s,
                         clock=lambda ask: float(ask()["ms"]),
                     )
                 except RuntimeError as error:
                     raise RunFailed(f"{group.name}, {name}: {error}; start again, with fewer --systems.") from error
-                found.append(self._measured(group, plan, timings))
-            peaks = {who: int(worker.ask("peak")["peak_bytes"]) for who, worker in workers.items()}
-        for one in found:
-            one.peak_bytes.update({who: peaks[who] for who in one.timings})
-        return found
+                for who, values in found.items():
+                    samples.setdefault(name, {}).setdefault(who, []).extend(values)
+            for who, worker in workers.items():
+                peaks[who] = max(peaks.get(who, 0), int(worker.ask("peak")["peak_bytes"]))
 
-    def _measured(self, group: Group, plan: Plan, timings: dict[str, Timing]) -> Measured:
+    def _measured(self, group: Group, plan: Plan, samples: dict[str, list[float]], peaks: dict[str, int]) -> Measured:
         sizes = self._product_sizes(group)
+        timings = {name: summarize(values, _WARM_UP) for name, values in samples.items()}
         products = {name: timing for name, timing in timings.items() if name in sizes}
         return Measured(
             group=group.name,
@@ -168,6 +177,7 @@ class _Session:
             products=products,
             product_flops={name: 2 * math.prod(sizes[name]) for name in products},
             flops=count_flops(self.model.folder, len(plan.texts), plan.length or 0) if products else None,
+            peak_bytes={name: peaks[name] for name in timings if name in peaks},
         )
 
     def _product_sizes(self, group: Group) -> dict[str, tuple[int, int, int]]:

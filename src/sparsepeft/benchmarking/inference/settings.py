@@ -33,7 +33,8 @@ class InferenceBenchmark:
         threads: of each process; None takes torch's number.
         device: an emulated device, see :func:`sparsepeft.benchmarking.devices.emulate`; None is this machine.
         peers_python: the Python of an environment with ``adapters``; None leaves the peers out.
-        repeats: timed passes of each candidate.
+        repeats: timed passes of each candidate, each time its process is started.
+        starts: times that all processes are started; what a process finds in memory makes it a little faster or slower.
         idle_wait_s: seconds to wait for an idle machine before each round.
         seed: of weights and texts.
 
@@ -54,6 +55,7 @@ class InferenceBenchmark:
     device: str | None = None
     peers_python: Path | None = None
     repeats: int = 9
+    starts: int = 1
     idle_wait_s: float = 0.0
     seed: int = 0
 
@@ -78,6 +80,8 @@ class InferenceBenchmark:
             raise UserError(f"The shapes {self.shapes} were given; expected numbers of at least 1, as in 32x128.")
         if self.repeats < 2:
             raise UserError(f"repeats={self.repeats} was given; quartiles need at least 2.")
+        if self.starts < 1:
+            raise UserError(f"starts={self.starts} was given; pass at least 1.")
         if self.max_inputs is not None and self.max_inputs < 1:
             raise UserError(f"max_inputs={self.max_inputs} was given; pass at least 1, or leave it out.")
         if self.mixed and (self.workload != "fixed" or self.precisions[0] not in ("float32", "bfloat16")):
