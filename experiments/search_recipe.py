@@ -26,8 +26,11 @@ from sparsepeft.training import RunConfig, train
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("cola", "sst2", "stsb")
 
+# MiniLM's pooler is in its checkpoint and so stays frozen, but it was not trained with it.
+_POOLER = {"head_modules": ["bert.pooler", "classifier"]}
+
 # Keys are the recipe's or the method's config's. Every method has as many trials as the others: eight chosen
-# beforehand, then four around what was best.
+# beforehand, then four around what was best. The trials with the pooler came later.
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "spartan": {
         "lr3e-3": {"learning_rate": 3e-3},
@@ -49,6 +52,18 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
             "value_initializer_range": 0.02,
             "layers_to_transform": [3, 4, 5],
         },
+        "lr1e-3-norms-values-pooler": {
+            "learning_rate": 1e-3,
+            "train_layer_norms": True,
+            "value_initializer_range": 0.02,
+            **_POOLER,
+        },
+        "lr3e-3-norms-values-pooler": {
+            "learning_rate": 3e-3,
+            "train_layer_norms": True,
+            "value_initializer_range": 0.02,
+            **_POOLER,
+        },
     },
     "pfeiffer": {
         "lr1e-3": {"learning_rate": 1e-3},
@@ -63,6 +78,8 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
         "lr3e-4-r6": {"learning_rate": 3e-4, "reduction_factor": 6},
         "lr3e-4-gelu": {"learning_rate": 3e-4, "non_linearity": "gelu"},
         "lr3e-4-constant": {"learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup"},
+        "lr5e-4-pooler": {"learning_rate": 5e-4, **_POOLER},
+        "lr1e-3-pooler": {"learning_rate": 1e-3, **_POOLER},
     },
     "full": {
         "lr5e-5": {"learning_rate": 5e-5},
