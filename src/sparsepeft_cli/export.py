@@ -57,14 +57,21 @@ def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
     from sparsepeft_cli._console import megabytes, table
 
     has_int8 = any("int8" in task for task in report["tasks"].values())
-    columns = ["task", "texts", "deviation", "other labels", "adapter", *(["before int8", "after"] if has_int8 else [])]
+    columns = [
+        "task",
+        "texts",
+        "deviation",
+        "other labels",
+        "adapter",
+        *(["float32", "tasks in int8", "all in int8"] if has_int8 else []),
+    ]
     rows = []
     for name, task in report["tasks"].items():
         row = [name, task["num_texts"], f"{task['max_deviation']:.1e}", task["num_other_labels"]]
         row.append(megabytes(max(task["bytes"].values())))
         if has_int8:
-            scores = task["int8"]
-            row += [f"{scores[key]:.4f}" if scores.get(key) is not None else "–" for key in ("before", "after")]
+            scores = (task["int8"].get("before"), task["int8_tasks"].get("after"), task["int8"].get("after"))
+            row += ["–" if score is None else f"{score:.4f}" for score in scores]
         rows.append(row)
     notes = [
         f"note: {name} was checked on {task['checked_on']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from pathlib import Path
@@ -29,14 +30,15 @@ if TYPE_CHECKING:
     import onnx
 
 GRAPH, ADAPTER = "backbone.onnx", "adapter.onnx_adapter"
+INT8_TASKS = "int8_tasks"  # in the report: the tasks alone in int8, on a float32 backbone
 _MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GiB
 
 
 def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict[str, Any]:
     """Write a folder that ``run.py`` in it answers from.
 
-    The float32 graph is compared with PyTorch in any case; with ``int8``, that graph is then quantized and the folder
-    written again.
+    The float32 graph is compared with PyTorch in any case. With ``int8`` it is then compared with the tasks in int8,
+    and last with the backbone in int8, too, which is what stays.
 
     Args:
         job: what to export.
@@ -67,11 +69,14 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
     if int8:
         job.progress("quantizing it")
         quantized = quantize(graph)
-        _write(job, graph, folder / "float32", int8=False)
+        _write(job, copy.deepcopy(graph), folder / "float32", int8=False)
         tasks = check(job, Runner(folder / "float32", torch.get_num_threads()), tolerance)
         shutil.rmtree(folder / "float32")
+        _write(job, graph, folder / "int8_tasks", int8=True)
+        _check_int8(job, folder / "int8_tasks", tasks, INT8_TASKS)
+        shutil.rmtree(folder / "int8_tasks")
         _write(job, quantized, folder, int8=True)
-        _check_int8(job, folder, tasks)
+        _check_int8(job, folder, tasks, INT8)
     else:
         _write(job, graph, folder, int8=False)
         tasks = check(job, Runner(folder, torch.get_num_threads()), tolerance)
@@ -98,14 +103,14 @@ def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> Non
         write_description(task, own, max_length=max_length, backbone=job.backbone_name, more=more)
 
 
-def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]]) -> None:
-    """Add to each task's report what int8 changed."""
+def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]], key: str) -> None:
+    """Add to each task's report, under ``key``, what int8 changed."""
     from sparsepeft.export.run import Runner
 
     runner = Runner(folder, torch.get_num_threads())
     for index, task in enumerate(job.tasks):
         examples, expected = job.expected(index)
-        job.progress(f"answering {len(examples.texts)} texts of {task.name} in int8")
+        job.progress(f"answering {len(examples.texts)} texts of {task.name} ({key})")
         found = exported_answers(runner, task.name, examples)
         changed = {key: value for key, value in differences(expected, found).items() if key != "num_texts"}
         if examples.spec is not None:
@@ -114,4 +119,4 @@ def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]]) -> N
                 "before": score(examples, expected),
                 "after": score(examples, found),
             }
-        reports[task.name][INT8] = changed
+        reports[task.name][key] = changed
