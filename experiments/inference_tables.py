@@ -50,8 +50,8 @@ def exported(file: Path) -> str:
             "## Exported tasks",
             f"{report['backbone']} and tasks of the tables on all data (task, method, seed) in ONNX Runtime, on their "
             "whole validation sets. Deviation and labels of the float32 graph, score x 100, how far it and labels "
-            "move with the tasks alone in int8, and with the backbone, too; bytes of the int8 tasks. By `sparsepeft export --int8` of tasks that "
-            "`sparsepeft reproduce table1 --keep-weights` trained.",
+            "move with the tasks alone in int8, and with the backbone, too; bytes of the int8 tasks. By `sparsepeft "
+            "export --int8` of tasks that `sparsepeft reproduce table1 --keep-weights` trained.",
             table(header, rows),
         ]
     )
