@@ -169,7 +169,7 @@ def run(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float
         "forward": {name: timing._asdict() for name, timing in forward.items()},
         "forward_backward": {name: timing._asdict() for name, timing in training.items()},
         "speedup_over_dense": {
-            direction: {name: timings["dense"].minimum_ms / timing.minimum_ms for name, timing in timings.items()}
+            direction: {name: timings["dense"].median_ms / timing.median_ms for name, timing in timings.items()}
             for direction, timings in (("forward", forward), ("forward_backward", training))
         },
     }
