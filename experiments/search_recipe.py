@@ -1,6 +1,6 @@
 """Search for each method's best recipe, on training data alone, with as many trials for every method.
 
-    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer full] [--trials lr3e-3 lr1e-3 ...]
+    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer ...] [--trials lr3e-3 lr1e-3 ...]
 
 A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of each task and scored on a tenth of the
 training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
@@ -29,8 +29,15 @@ TASKS = ("cola", "sst2", "stsb")
 # MiniLM's pooler is in its checkpoint and so stays frozen, but it was not trained with it.
 _POOLER = {"head_modules": ["bert.pooler", "classifier"]}
 
-# Keys are the recipe's or the method's config's. Every method has as many trials as the others: eight chosen
-# beforehand, then four around what was best. The trials with the pooler came later.
+
+def _rates(*rates: float) -> dict[str, dict[str, Any]]:
+    """Trials that differ in the learning rate alone."""
+    return {f"lr{rate:.0e}".replace("e-0", "e-"): {"learning_rate": rate} for rate in rates}
+
+
+# Keys are the recipe's or the method's config's. SPARTAN, Pfeiffer and full fine-tuning have as many trials as each other:
+# eight chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for
+# each of the other methods.
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "spartan": {
         "lr3e-3": {"learning_rate": 3e-3},
@@ -95,6 +102,11 @@ TRIALS: dict[str, dict[str, dict[str, Any]]] = {
         "lr1e-4-cosine": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine"},
         "lr2e-4-cosine": {"learning_rate": 2e-4, "lr_scheduler_type": "cosine"},
     },
+    "houlsby": _rates(1e-4, 3e-4, 5e-4, 1e-3),
+    "lora": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "ia3": _rates(1e-3, 5e-3, 1e-2, 3e-2),
+    "bitfit": _rates(3e-4, 1e-3, 3e-3, 1e-2),
+    "head": _rates(1e-3, 3e-3, 1e-2, 3e-2),
 }
 
 
