@@ -35,9 +35,9 @@ def _rates(*rates: float) -> dict[str, dict[str, Any]]:
     return {f"lr{rate:.0e}".replace("e-0", "e-"): {"learning_rate": rate} for rate in rates}
 
 
-# Keys are the recipe's or the method's config's. SPARTAN, Pfeiffer and full fine-tuning have as many trials as each other:
-# eight chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for
-# each of the other methods.
+# Keys are the recipe's or the method's config's. SPARTAN, Pfeiffer and full fine-tuning have equally many trials: eight
+# chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for each
+# of the other methods.
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "spartan": {
         "lr3e-3": {"learning_rate": 3e-3},
