@@ -36,8 +36,8 @@ def _rates(*rates: float) -> dict[str, dict[str, Any]]:
 
 
 # Keys are the recipe's or the method's config's. SPARTAN, Pfeiffer and full fine-tuning have equally many trials: eight
-# chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for each
-# of the other methods.
+# chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for
+# each of the other methods.
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "spartan": {
         "lr3e-3": {"learning_rate": 3e-3},
