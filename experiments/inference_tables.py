@@ -8,6 +8,8 @@ from typing import Any
 
 from _markdown import table
 
+_LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
+
 
 def inference(folder: Path) -> str:
     """Every ``inference*.json``: throughput, factors, tasks in memory."""
@@ -16,6 +18,32 @@ def inference(folder: Path) -> str:
         report = json.loads(file.read_text())
         parts += [_about(report), *map(_result, report["results"]), _factors(report), *_rest(report)]
     return "\n\n".join(["## Inference", *(part for part in parts if part)]) if parts else ""
+
+
+def runtimes(file: Path) -> str:
+    """The bare backbone in one library after the other."""
+    if not file.exists():
+        return ""
+    report = json.loads(file.read_text())
+    found, results = report["environment"], report["results"]
+    rows = []
+    for name in results[0]["timings"]:
+        row = [name]
+        for result in results:
+            speedup = result["speedup_over_torch_float32"][name]
+            row += [f"{result['timings'][name]['median_ms']:.1f}", f"{speedup:.2f}", f"{result['deviation'][name]:.1e}"]
+        rows.append(row)
+    header = [column for result in results for column in (f"{result['shape']}, ms", "speed", "deviation")]
+    installed = [f"{name} {found['versions'][name]}" for name in _LIBRARIES if name in found["versions"]]
+    return "\n\n".join(
+        [
+            "## The bare backbone in other libraries",
+            f"{report['model']}, {found['cpu']}, {report['threads']} threads; {', '.join(installed)}; medians of "
+            "passes that take turns in one process, speed over PyTorch in float32, largest error of the logits over "
+            "their largest entry. By `python benchmarks/bench_runtimes.py`.",
+            table(["library", *header], rows),
+        ]
+    )
 
 
 def exported(file: Path) -> str:

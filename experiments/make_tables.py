@@ -8,7 +8,7 @@ from typing import Any
 
 import spt_tables
 from _markdown import table
-from inference_tables import exported, inference
+from inference_tables import exported, inference, runtimes
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS, BENCHMARKS = ROOT / "experiments" / "results", ROOT / "benchmarks" / "results"
@@ -31,6 +31,7 @@ def main() -> None:
         recipe_search(),
         figure2(),
         inference(BENCHMARKS),
+        runtimes(BENCHMARKS / "runtimes.json"),
         exported(EXPERIMENTS / "export_int8.json"),
         memory(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
