@@ -63,7 +63,7 @@ def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
         "deviation",
         "other labels",
         "adapter",
-        *(["float32", "tasks in int8", "all in int8"] if has_int8 else []),
+        *(["float32", "int8 tasks", "int8"] if has_int8 else []),
     ]
     rows = []
     for name, task in report["tasks"].items():
