@@ -3,9 +3,9 @@
     python benchmarks/bench_runtimes.py --output benchmarks/results/runtimes.json
 
 RoBERTa-base with random weights in PyTorch (as is, its products by oneDNN, in bfloat16, quantized by torchao), and
-exported in ONNX Runtime and OpenVINO; int8 everywhere with activations quantized as they come. Libraries that are not
-installed are left out, and named. All take turns in one process with equal threads. ``deviation`` is the largest error
-of the logits over their largest entry, against PyTorch in float32.
+exported in ONNX Runtime and OpenVINO; int8 everywhere with activations quantized as they come. torchao and OpenVINO are
+left out, and named, where they are not installed. All take turns in one process with equal threads. ``deviation`` is
+the largest error of the logits over their largest entry, against PyTorch in float32.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def main() -> None:
         model = prepare_model(options.model, Path(folder) / "model", options.seed)
         candidates = _pytorch(model.folder, "torchao" in installed, options.seed)
         files = {precision: _export(model.folder, Path(folder), precision, options.seed) for precision in EXPORTED}
-        if "onnxruntime" in installed:
-            candidates |= {f"onnxruntime {name}": _onnxruntime(file, options.threads) for name, file in files.items()}
+        candidates |= {f"onnxruntime {name}": _onnxruntime(file, options.threads) for name, file in files.items()}
         if "openvino" in installed:
             candidates |= {
                 f"openvino {precision}": _openvino(files[file], precision, options.threads)

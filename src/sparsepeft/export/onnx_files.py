@@ -72,9 +72,9 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
         _write(job, copy.deepcopy(graph), folder / "float32", int8=False)
         tasks = check(job, Runner(folder / "float32", torch.get_num_threads()), tolerance)
         shutil.rmtree(folder / "float32")
-        _write(job, graph, folder / "int8_tasks", int8=True)
-        _check_int8(job, folder / "int8_tasks", tasks, INT8_TASKS)
-        shutil.rmtree(folder / "int8_tasks")
+        _write(job, graph, folder / INT8_TASKS, int8=True)
+        _check_int8(job, folder / INT8_TASKS, tasks, INT8_TASKS)
+        shutil.rmtree(folder / INT8_TASKS)
         _write(job, quantized, folder, int8=True)
         _check_int8(job, folder, tasks, INT8)
     else:
@@ -112,7 +112,7 @@ def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]], key:
         examples, expected = job.expected(index)
         job.progress(f"answering {len(examples.texts)} texts of {task.name} ({key})")
         found = exported_answers(runner, task.name, examples)
-        changed = {key: value for key, value in differences(expected, found).items() if key != "num_texts"}
+        changed = {name: value for name, value in differences(expected, found).items() if name != "num_texts"}
         if examples.spec is not None:
             changed |= {
                 "metric": examples.spec.main_metric,
