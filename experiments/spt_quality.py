@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from sparsepeft.allocator import keep_freed_memory
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.tasks import load_task
 from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     wanted = [run for run in runs(options.kinds, options.seeds) if run.setting in (options.settings or [run.setting])]
     if options.dry_run:
         _print_plan(wanted, options.results)

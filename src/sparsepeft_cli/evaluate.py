@@ -20,9 +20,11 @@ def command(
 
     Example: `sparsepeft evaluate out/topics`
     """
+    from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.training import evaluate
     from sparsepeft_cli._console import err, out, print_json, table
 
+    keep_freed_memory()
     with err.status("evaluating"):
         metrics = evaluate(folder, str(data_dir) if data_dir else None, model)
     if json:

@@ -35,8 +35,10 @@ def command(
         raise UserError("A text and --file were both given; pass one of them.")
     if file is not None and not file.is_file():
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
+    from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.training import Predictor
 
+    keep_freed_memory()
     predictor = Predictor(folder, model, batch_size)
     columns = predictor.spec.text_columns
     inputs: Iterable[str | tuple[str, str]]

@@ -160,12 +160,14 @@ def _several(values: list[str] | None) -> list[str]:
 
 
 def _show_table(name: str, matrix: Any, options: dict[str, Any], json: bool) -> None:
+    from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.errors import RunFailed
     from sparsepeft.reproduction import reproduce
     from sparsepeft.reproduction.render import cells
     from sparsepeft_cli._console import out, print_json, table
     from sparsepeft_cli._matrix_progress import MatrixProgress
 
+    keep_freed_memory()
     with MatrixProgress() as progress:
         outcome = reproduce(name, matrix, watcher=progress, **options)
     if json:

@@ -99,6 +99,7 @@ def command(
     Example: `sparsepeft train --task lm --model MODEL --text mine.txt --spt --output-dir out/mine`
     """
     flags: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("set_", "config", "overwrite", "json")}
+    from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.training import is_language_model, load_config, parse_settings, train
     from sparsepeft_cli._console import out, print_json
     from sparsepeft_cli._progress import TrainingProgress
@@ -106,6 +107,7 @@ def command(
     flags = {key: _plain(value) for key, value in flags.items()}
     flags["settings"] = parse_settings(set_ or [])
     flags["spt_set"] = parse_settings(spt_set, "--spt-set", "num_active_blocks=6") if spt_set else None
+    keep_freed_memory()
     if is_language_model(flags, config):
         train_lm(flags, config, overwrite, json)
         return

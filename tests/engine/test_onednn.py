@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.engine import onednn
-from sparsepeft.engine.onednn import OneDnnLinear, is_onednn_faster, use_onednn
+from sparsepeft.engine.onednn import OneDnnLinear, can_onednn_compute, is_onednn_faster, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
 
@@ -39,11 +39,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (0, 5), (2, 3, 5), (2, 1, 3, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_any_shape_with_and_without_bias(shape: tuple[int, ...], bias: bool, calls: list[torch.Size]) -> None:
-    layer, given = fast((5, 13), bias=bias), torch.randn(shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_shape_with_and_without_bias(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype, calls: list[torch.Size]
+) -> None:
+    if not can_onednn_compute(dtype):
+        pytest.skip(f"oneDNN does not compute {dtype} on this processor")
+    layer, given = fast((5, 13), bias=bias).to(dtype), torch.randn(shape, dtype=dtype)
     with torch.inference_mode():
         torch.testing.assert_close(layer(given), nn.functional.linear(given, layer.weight, layer.bias))
-        crossed = torch.randn(5, 9).t()
+        crossed = torch.randn(5, 9, dtype=dtype).t()
         torch.testing.assert_close(layer(crossed), nn.functional.linear(crossed, layer.weight, layer.bias))
     assert calls == [torch.Size(shape), torch.Size((9, 5))]
 
@@ -57,6 +62,17 @@ def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size]) -> None:
             assert layer(given).dtype == torch.bfloat16
         assert layer.double()(given.double()).dtype == torch.float64
     assert calls == []
+
+
+def test_a_processor_without_bfloat16_is_left_to_pytorch(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "can_onednn_compute", lambda dtype: dtype == torch.float32)
+    layer, given = fast((6, 4)).bfloat16(), torch.randn(3, 6, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert layer(given).dtype == torch.bfloat16
+    assert calls == []
+    assert not onednn.is_onednn_faster.__wrapped__(torch.bfloat16)
 
 
 def test_an_engine_answers_the_same_and_leaves_the_model_alone(
@@ -74,8 +90,9 @@ def test_an_engine_answers_the_same_and_leaves_the_model_alone(
     assert not any(isinstance(module, OneDnnLinear) for module in model.modules())
 
 
-def test_the_comparison_says_yes_or_no_and_draws_no_random_numbers() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_comparison_says_yes_or_no_and_draws_no_random_numbers(dtype: torch.dtype) -> None:
     is_onednn_faster.cache_clear()
     state = torch.get_rng_state()
-    assert is_onednn_faster() in (True, False)
+    assert is_onednn_faster(dtype) in ((True, False) if can_onednn_compute(dtype) else (False,))
     assert torch.equal(state, torch.get_rng_state())

@@ -60,8 +60,8 @@ class MultiTaskEngine:
             that multiply it; adapters and heads stay in float32.
         device: where to compute; None leaves a loaded model where it is.
         token_budget: tokens of a batch, padding included.
-        onednn: compute float32 linear layers on a CPU by oneDNN; None compares it with PyTorch's own choice when the
-            first task is loaded, and takes the faster one.
+        onednn: compute linear layers on a CPU by oneDNN's operator for them; None compares it with PyTorch's own choice
+            when the first task is loaded, and takes the faster one.
 
     Raises:
         UserError: the backbone or a task cannot be loaded; the message says which and why.
@@ -132,9 +132,8 @@ class MultiTaskEngine:
     def _load(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
         method = str(config.peft_type)
-        model = self._models.get(method) or AdaptedBackbone(
-            self._backbone, onednn=is_onednn_faster() if self._onednn is None else self._onednn
-        )
+        onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
+        model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
         adapter_name = f"task{next(self._numbers)}"
         model.load(folder, adapter_name)
         self._models[method] = model

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from sparsepeft.allocator import keep_freed_memory
 from sparsepeft.benchmarking.inference.processes.serving import Pass, load_batches
 from sparsepeft.engine import MultiTaskEngine
 from sparsepeft.engine.onednn import is_onednn_faster, onednn_product
@@ -48,6 +49,7 @@ def prepare_system(settings: dict[str, Any]) -> dict[str, Pass]:
         dtype = getattr(torch, settings["precision"])
         return {plan["name"]: _matrix_product(plan["sizes"], dtype) for plan in plans}
     if system in (ENGINE, ENGINE_UPPER):
+        keep_freed_memory()  # as a program that serves would
         engine = build_engine(settings)
         return {plan["name"]: _engine_pass(engine, plan) for plan in plans}
     runner = _Copies(settings) if system == FULL else _Adapted(settings)
@@ -144,7 +146,7 @@ def _matrix_product(sizes: Sequence[int], dtype: torch.dtype) -> Pass:
     rows, inner, columns = sizes
     given, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
 
-    form = onednn_product if dtype == torch.float32 and is_onednn_faster() else nn.functional.linear
+    form = onednn_product if is_onednn_faster(dtype) else nn.functional.linear
 
     @torch.inference_mode()
     def product() -> list[Tensor]:
