@@ -34,6 +34,7 @@ def main() -> None:
         runtimes(BENCHMARKS / "runtimes.json"),
         exported(EXPERIMENTS / "export_int8.json"),
         memory(),
+        allocator(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
         spt_speed(),
     ]
@@ -235,6 +236,29 @@ def memory() -> str:
     )
 
 
+def allocator() -> str:
+    """What reusing freed memory gives."""
+    report = _read("allocator.json")
+    if report is None:
+        return ""
+    rows = []
+    for result in report["results"]:
+        timings = [f"{result['timings'][form]['median_ms']:.0f}" for form in ("as it is", "kept")]
+        what = " ".join(filter(None, (result["model"], result["method"])))
+        shape = " x ".join(map(str, result["shape"]))
+        ratios = [f"{result[name]:.2f}" for name in ("speedup", "peak_ratio")]
+        rows.append([result["kind"], what, result["precision"], shape, *timings, *ratios])
+    return "\n\n".join(
+        [
+            "## Reusing freed memory",
+            f"`sparsepeft.allocator.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass "
+            f"(training: forward and backward), medians over passes of two processes that take turns; "
+            f"{_machine(report)}. By `python benchmarks/bench_allocator.py`.",
+            table(["kind", "model", "precision", "shape", "as it is", "kept", "speed", "peak memory"], rows),
+        ]
+    )
+
+
 def spt_speed() -> str:
     """A fine-tuning step with SPT, and sparse attention alone."""
     found = [_read(name) for name in ("spt_stack.json", "spt_stack_8192.json")]
@@ -242,6 +266,8 @@ def spt_speed() -> str:
     attention = _read("sparse_attention.json")
     sections = [spt_tables.stack(stacks, _machine(stacks[0]))] if stacks else []
     sections += [spt_tables.attention(attention, _machine(attention))] if attention else []
+    feed_forward = _read("routed_ffn.json")
+    sections += [spt_tables.feed_forward(feed_forward, _machine(feed_forward))] if feed_forward else []
     return "\n\n".join(sections)
 
 

@@ -95,6 +95,37 @@ def attention(report: dict[str, Any], machine: str) -> str:
     )
 
 
+def feed_forward(report: dict[str, Any], machine: str) -> str:
+    """Time and memory of the routed FFN by itself, from ``bench_routed_ffn.py``."""
+    rows = []
+    for result in report["results"]:
+        speedups, kept = result["speedup_over_dense"], result["kept_bytes"]
+        best = max((name for name in kept if name != "dense"), key=speedups["forward_backward"].__getitem__)
+        rows.append(
+            [
+                result["name"],
+                f"{result['num_tokens']:,}",
+                f"{result['hidden_size']:,} x {result['inner_size']:,}",
+                f"{result['active']} of {result['num_blocks']}",
+                f"{result['forward_backward']['dense']['median_ms']:.1f}",
+                best,
+                *(_shown(speedups[direction][best]) for direction in ("forward", "forward_backward")),
+                _shown(kept[best] / kept["dense"]),
+            ]
+        )
+    header = ["FFN", "tokens", "sizes", "blocks", "dense, ms", "fastest", "forward", "with backward", "kept memory"]
+    return "\n\n".join(
+        [
+            "## Routed FFN alone",
+            f"{machine}; frozen weights where not said, medians of alternating calls, each kernel checked against the "
+            "reference first. The dense FFN's time forward and backward; of the fastest kernel, speed-ups over it and "
+            "what it keeps for backward as a share of what the dense one keeps. By `python "
+            "benchmarks/bench_routed_ffn.py`.",
+            table(header, rows),
+        ]
+    )
+
+
 def _language_model(results: list[dict[str, Any]]) -> list[str]:
     runs = _by_setting(results)
     rows = []
