@@ -106,10 +106,11 @@ def _result(result: dict[str, Any]) -> str:
     header += ["peak MiB", "of the peak speed"]
     rows = []
     for name, one in result["candidates"].items():
-        share = one.get("share_of_peak")
+        share, peak = one.get("share_of_peak"), one["peak_bytes"]
         ratios = [f"{one['speed_over'][other]:.3f}" if other in one["speed_over"] else "1" for other in baselines]
         figures = [f"{one['timing']['median_ms']:.1f}", f"{one['inputs_per_minute']:.1f}", *ratios]
-        rows.append([name, *figures, f"{one['peak_bytes'] / 2**20:.0f}", "" if share is None else f"{share:.2f}"])
+        memory = "" if peak is None else f"{peak / 2**20:.0f}"
+        rows.append([name, *figures, memory, "" if share is None else f"{share:.2f}"])
     return table(header, rows)
 
 

@@ -44,6 +44,9 @@ def command(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed passes of each candidate; ten times as many for latency.")] = 9,
     starts: Annotated[int, typer.Option(min=1, help="Times that all processes are started, each for all repeats.")] = 1,
+    one_process: Annotated[
+        bool, typer.Option("--one-process", help="The backbone and its adapted forms share a process and its weights.")
+    ] = False,
     idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write; the figure goes beside it.")] = None,
@@ -54,7 +57,7 @@ def command(
 ) -> None:
     """Measure throughput, latency and peak memory of a backbone with and without adapters, of peers, of many tasks.
 
-    Every system is a process of its own with equal threads; they take turns.
+    Every system is a process of its own with equal threads (but see `--one-process`); they take turns.
 
     Example: `sparsepeft benchmark inference --precisions float32,bfloat16 --mixed --output inference.json`
     """
@@ -77,6 +80,7 @@ def command(
         peers_python=peers_python,
         repeats=repeats,
         starts=starts,
+        one_process=one_process,
         idle_wait_s=idle_wait,
         seed=seed,
     )
@@ -137,14 +141,14 @@ def _parts(report: dict[str, Any]) -> list[Any]:
         rows = []
         for name, found in one["candidates"].items():
             over_bare = found["speed_over"].get(f"backbone {name.split()[-1]}")
-            share = found.get("share_of_peak")
+            share, peak = found.get("share_of_peak"), found["peak_bytes"]
             rows.append(
                 [
                     name,
                     f"{found['timing']['median_ms']:.1f}",
                     f"{found['inputs_per_minute']:.1f}",
                     "" if over_bare is None else f"{over_bare:.3f}",
-                    f"{found['peak_bytes'] / _MIB:.0f}",
+                    "" if peak is None else f"{peak / _MIB:.0f}",
                     "" if share is None else f"{share:.0%}",
                 ]
             )

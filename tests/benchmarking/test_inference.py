@@ -45,7 +45,8 @@ def task_folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Model, plans: list[Plan], **changes: Any) -> dict[str, Any]:
-    values = {"plans": [asdict(plan) for plan in plans], "model": model.folder, "precision": "float32", "seed": 0}
+    given = [asdict(plan) | {"system": changes.get("system")} for plan in plans]
+    values = {"plans": given, "model": model.folder, "precision": "float32", "seed": 0}
     return json.loads(json.dumps(values | {"num_tasks": 3, "token_budget": 64, "max_length": 64} | changes))
 
 
@@ -177,6 +178,21 @@ def test_without_the_fused_read_the_memory_computes_the_same(model: Model, plann
     torch.testing.assert_close(both[0], both[1], atol=1e-5, rtol=1e-5)
 
 
+def test_systems_that_share_a_process_share_the_weights(model: Model, planner: Planner) -> None:
+    plan = asdict(planner.of_shape(4, 16))
+    shared = ("backbone", "spartan", "spartan-unfused", "lora")
+    plans = [plan | {"name": f"{name} 4 x 16", "system": name} for name in shared]
+    passes = prepare_system(settings(model, [], system="backbone") | {"plans": plans})
+    logits = {name: torch.cat(list(passes[f"{name} 4 x 16"]())) for name in shared}  # type: ignore[call-overload]
+    alone = prepare_system(settings(model, [planner.of_shape(4, 16)], system="backbone"))["4 x 16"]()
+    assert torch.equal(logits["backbone"], torch.cat(list(alone)))  # type: ignore[call-overload]
+    for name in shared[1:]:
+        assert not torch.allclose(logits[name], logits["backbone"], atol=1e-4)
+    runners = [passes[f"{name} 4 x 16"].func.__self__.model for name in shared]  # type: ignore[attr-defined]
+    (one, *others) = ({id(parameter) for parameter in runner.parameters()} for runner in runners)
+    assert all(one <= other for other in others)
+
+
 def test_an_engine_runs_every_mode_and_loads_tasks(model: Model, planner: Planner, task_folder: Path) -> None:
     plans = [planner.of_shape(7, 9, mode) for mode in ("single", "mixed", "all", "separate")]
     given = settings(model, plans, system="engine", task_folder=str(task_folder))
@@ -216,6 +232,15 @@ def test_what_is_timed_against_what(planner: Planner) -> None:
     single = Grouping(InferenceBenchmark(shapes=((4, 8),), systems=("full",)), planner)
     assert single.groups() == []
     assert "mixed batches" in single.left_out["full"]
+
+
+def test_the_backbone_and_its_adapted_forms_share_a_process_if_asked(planner: Planner) -> None:
+    benchmark = InferenceBenchmark(shapes=((4, 8),), systems=("backbone", "spartan", "engine"), one_process=True)
+    groups = {group.name: group for group in Grouping(benchmark, planner).groups()}
+    assert [one.process for one in groups["float32"].candidates] == ["shared float32"] * 2 + ["engine float32"]
+    assert [one.process for one in groups["int8"].candidates] == ["backbone int8"]
+    precisions = {one.process for one in groups["precisions"].candidates}
+    assert {"shared float32", "shared bfloat16", "backbone int8"} <= precisions
 
 
 def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path) -> None:

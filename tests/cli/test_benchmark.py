@@ -40,6 +40,20 @@ def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) ->
     assert (device, sizes["hidden_size"], set(rates)) == ("raspberry-pi-4", 32, {"full", "spartan"})
 
 
+def test_inference_in_one_process(tiny_backbone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shared.json"
+    command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,engine"]
+    command += ["--precisions", "float32", "--shapes", "4x8", "--repeats", "2", "--one-process", "--output", output]
+    done = sparsepeft(*command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    (result,) = report["results"]
+    peaks = {name: one["peak_bytes"] for name, one in result["candidates"].items()}
+    assert peaks["engine float32"] > 2**20
+    assert peaks["backbone float32"] is peaks["spartan float32"] is None
+    assert report["settings"]["one_process"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

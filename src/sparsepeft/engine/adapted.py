@@ -34,8 +34,7 @@ class AdaptedBackbone:
     """
 
     def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
-        tensors = [*backbone.parameters(), *backbone.buffers()]
-        self.model = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
+        self.model = sharing_tensors(backbone)
         self.model.config.use_cache = False
         if onednn:
             use_onednn(self.model)
@@ -119,6 +118,12 @@ class AdaptedBackbone:
             inside = (i for i, block in enumerate(blocks) if f"{name}.".startswith(f"{block.name}."))
             lowest = min(lowest, next(inside, 0))  # below the layers, such as the embeddings' norm: none is shared
         return lowest
+
+
+def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules, with the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _holds(module: nn.Module, adapter_name: str) -> bool:

@@ -16,7 +16,9 @@ from sparsepeft.benchmarking.inference.systems import (
     ONNX,
     PEERS,
     QUANTIZED,
+    SHARING,
     UNFUSED,
+    UNQUANTIZED,
 )
 from sparsepeft.benchmarking.inference.workloads import BY_TOKENS, PADDED, Plan, Planner
 
@@ -31,6 +33,12 @@ class Candidate:
     precision: str
     plans: tuple[Plan, ...]
     num_tasks: int = 1
+    in_one_process: bool = False
+
+    @property
+    def process(self) -> str:
+        """Which of a group's processes it runs in: its own, or that of all candidates that share the backbone."""
+        return f"shared {self.precision}" if self.in_one_process else self.name
 
     @property
     def name(self) -> str:
@@ -72,11 +80,11 @@ class Grouping:
         plans = tuple(self.planner.of_shape(*shape) for shape in benchmark.shapes)
         for precision in benchmark.precisions:
             names = self._available(precision)
-            yield Group(precision, tuple(Candidate(name, precision, plans) for name in names))
+            yield Group(precision, tuple(self._candidate(name, precision, plans) for name in names))
         if len(benchmark.precisions) > 1:
             pairs = [(name, precision) for precision in benchmark.precisions for name in self._available(precision)]
             few = [(name, precision) for name, precision in pairs if name in (BACKBONE, "spartan")]
-            yield Group("precisions", tuple(Candidate(*pair, plans[:1]) for pair in few))
+            yield Group("precisions", tuple(self._candidate(*pair, plans[:1]) for pair in few))
         if benchmark.mixed:
             shape, precision = benchmark.shapes[0], benchmark.precisions[0]
             by_mode = {
@@ -89,7 +97,7 @@ class Grouping:
             yield Group(
                 "mixed",
                 tuple(
-                    Candidate(name, precision, tuple(by_mode[mode] for mode in own), NUM_TASKS)
+                    self._candidate(name, precision, tuple(by_mode[mode] for mode in own), NUM_TASKS)
                     for name, own in modes.items()
                 ),
             )
@@ -103,11 +111,15 @@ class Grouping:
             yield Group(
                 task,
                 tuple(
-                    Candidate(name, precision, plans[1:] if name == ENGINE else plans)
+                    self._candidate(name, precision, plans[1:] if name == ENGINE else plans)
                     for precision in benchmark.precisions
                     for name in self._available(precision)
                 ),
             )
+
+    def _candidate(self, system: str, precision: str, plans: tuple[Plan, ...], num_tasks: int = 1) -> Candidate:
+        in_one_process = self.benchmark.one_process and system in SHARING and precision in UNQUANTIZED
+        return Candidate(system, precision, plans, num_tasks, in_one_process)
 
     def _available(self, precision: str, several_tasks: bool = False) -> list[str]:
         """Systems that can be measured; notes why others cannot."""

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -54,7 +54,8 @@ Progress = Callable[[str], object]
 def run_inference_benchmark(benchmark: InferenceBenchmark, progress: Progress = lambda message: None) -> dict[str, Any]:
     """Measure every system.
 
-    Each is a process of its own with equal threads. All of a group are there at once and take turns, pass by pass.
+    Each is a process of its own with equal threads, unless they share one. All of a group are there at once and take
+    turns, pass by pass.
 
     Args:
         benchmark: what to measure.
@@ -126,16 +127,20 @@ class _Session:
 
     def _sample(self, group: Group, samples: dict[str, dict[str, list[float]]], peaks: dict[str, int]) -> None:
         """Add milliseconds by plan and candidate, and each candidate's most bytes."""
+        processes: dict[str, Worker] = {}
         workers: dict[str, Worker] = {}
         plans: dict[str, Plan] = {}
-        runs: dict[str, list[str]] = {}
+        runs: dict[str, list[Candidate]] = {}
         with ExitStack() as stack:
             for candidate in group.candidates:
                 self.progress(f"{group.name}: starting {candidate.name}")
                 try:
-                    worker = stack.enter_context(self._start(candidate))
+                    if candidate.process not in processes:
+                        inside = [one for one in group.candidates if one.process == candidate.process]
+                        processes[candidate.process] = stack.enter_context(self._start(inside))
+                    worker = processes[candidate.process]
                     for plan in candidate.plans:  # a pass that fails shall not stop the others
-                        worker.ask(f"pass {plan.name}")
+                        worker.ask(f"pass {candidate.system} {plan.name}")
                 except (RuntimeError, UserError) as error:
                     self.left_out[f"{candidate.name} ({group.name})"] = str(error)
                     continue
@@ -143,12 +148,12 @@ class _Session:
                 self.about[candidate.name] = worker.ready
                 for plan in candidate.plans:
                     plans[plan.name] = plan
-                    runs.setdefault(plan.name, []).append(candidate.name)
+                    runs.setdefault(plan.name, []).append(candidate)
             products = self._products(group, stack) if workers else {}
             for name, plan in plans.items():
                 self.progress(f"{group.name}: timing {name}")
                 word = "warm" if plan.is_latency else "pass"
-                asked = {who: partial(workers[who].ask, f"{word} {name}") for who in runs[name]}
+                asked = {one.name: partial(workers[one.name].ask, f"{word} {one.system} {name}") for one in runs[name]}
                 extra = {product: partial(worker.ask, f"pass {product}") for product, worker in products.items()}
                 try:
                     found = sample_alternating(
@@ -162,8 +167,8 @@ class _Session:
                     raise RunFailed(f"{group.name}, {name}: {error}; start again, with fewer --systems.") from error
                 for who, values in found.items():
                     samples.setdefault(name, {}).setdefault(who, []).extend(values)
-            for who, worker in workers.items():
-                peaks[who] = max(peaks.get(who, 0), int(worker.ask("peak")["peak_bytes"]))
+            for who in workers.keys() & processes.keys():  # not of those that share a process
+                peaks[who] = max(peaks.get(who, 0), int(workers[who].ask("peak")["peak_bytes"]))
 
     def _measured(self, group: Group, plan: Plan, samples: dict[str, list[float]], peaks: dict[str, int]) -> Measured:
         sizes = self._product_sizes(group)
@@ -214,11 +219,14 @@ class _Session:
             self.left_out[LOADING] = str(error)
             return None
 
-    def _start(self, candidate: Candidate) -> Worker:
+    def _start(self, inside: Sequence[Candidate]) -> Worker:
+        """A process for these candidates."""
+        candidate = inside[0]
         plans = [
-            {"name": plan.name, "mode": plan.mode, "tensors": plan.tensors}
-            | ({"texts": plan.texts} if candidate.system in (ENGINE, ENGINE_UPPER) else {})
-            for plan in candidate.plans
+            {"name": f"{one.system} {plan.name}", "system": one.system, "mode": plan.mode, "tensors": plan.tensors}
+            | ({"texts": plan.texts} if one.system in (ENGINE, ENGINE_UPPER) else {})
+            for one in inside
+            for plan in one.plans
         ]
         settings: dict[str, Any] = {"num_tasks": candidate.num_tasks}
         if candidate.system in PEERS:

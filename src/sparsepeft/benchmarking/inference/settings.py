@@ -35,6 +35,8 @@ class InferenceBenchmark:
         peers_python: the Python of an environment with ``adapters``; None leaves the peers out.
         repeats: timed passes of each candidate, each time its process is started.
         starts: times that all processes are started; what a process finds in memory makes it a little faster or slower.
+        one_process: the bare backbone and its adapted forms run in one process and share its weights, so that what two
+            processes find in memory does not part them; their peak memory cannot be told apart then.
         idle_wait_s: seconds to wait for an idle machine before each round.
         seed: of weights and texts.
 
@@ -56,6 +58,7 @@ class InferenceBenchmark:
     peers_python: Path | None = None
     repeats: int = 9
     starts: int = 1
+    one_process: bool = False
     idle_wait_s: float = 0.0
     seed: int = 0
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from sparsepeft.allocator import keep_freed_memory
 from sparsepeft.benchmarking.inference.processes.serving import Pass, load_batches
 from sparsepeft.engine import MultiTaskEngine
+from sparsepeft.engine.adapted import sharing_tensors
 from sparsepeft.engine.onednn import is_onednn_faster, onednn_product
 from sparsepeft.training.methods import adapter_config, attach, load_tokenizer
 from sparsepeft.training.recipes import get_recipe
@@ -27,8 +28,10 @@ OWN = (BACKBONE, FULL, *ADAPTED, UNFUSED, ENGINE)
 PEERS = {"adapters-pfeiffer": "pfeiffer", "adapters-houlsby": "houlsby"}
 SYSTEMS = (*OWN, *PEERS)
 ONNX = "onnx-"  # before a precision: in ONNX Runtime
-PRECISIONS = ("float32", "bfloat16", "int8", f"{ONNX}float32", f"{ONNX}int8")
+UNQUANTIZED = ("float32", "bfloat16")
+PRECISIONS = (*UNQUANTIZED, "int8", f"{ONNX}float32", f"{ONNX}int8")
 QUANTIZED = (BACKBONE, FULL)
+SHARING = (BACKBONE, *ADAPTED, UNFUSED)  # which can run on one backbone's tensors
 MATRIX_PRODUCT, LOADING = "matrix product", "loading"  # processes that are no systems to choose
 
 _TASK = "task{}"
@@ -38,7 +41,7 @@ Batch = dict[str, Tensor]
 
 
 def prepare_system(settings: dict[str, Any]) -> dict[str, Pass]:
-    """Build the system that a process's settings name.
+    """Build the system that a process's settings name, or what its plans name of several that share a backbone.
 
     Returns:
         Its passes by the plan's name: each runs all of the plan's batches.
@@ -52,8 +55,17 @@ def prepare_system(settings: dict[str, Any]) -> dict[str, Pass]:
         keep_freed_memory()  # as a program that serves would
         engine = build_engine(settings)
         return {plan["name"]: _engine_pass(engine, plan) for plan in plans}
-    runner = _Copies(settings) if system == FULL else _Adapted(settings)
-    return {plan["name"]: partial(runner.run, load_batches(plan["tensors"]), plan["mode"]) for plan in plans}
+    runners: dict[str, _Copies | _Adapted] = {}
+    if system == FULL:
+        runners[system] = _Copies(settings)
+    else:
+        backbone = load_model(settings["model"], _stored(settings["precision"]))
+        for name in dict.fromkeys(plan["system"] for plan in plans):
+            runners[name] = _Adapted(settings | {"system": name}, sharing_tensors(backbone))
+    return {
+        plan["name"]: partial(runners[plan["system"]].run, load_batches(plan["tensors"]), plan["mode"])
+        for plan in plans
+    }
 
 
 def build_engine(settings: dict[str, Any]) -> MultiTaskEngine:
@@ -83,10 +95,10 @@ def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
 class _Adapted:
     """The backbone alone, or with an adapter for each task."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], backbone: PreTrainedModel) -> None:
         system, precision = settings["system"], settings["precision"]
         self.num_tasks: int = settings["num_tasks"]
-        self.model: Any = load_model(settings["model"], _stored(precision))
+        self.model: Any = backbone
         if system != BACKBONE:
             method = "spartan" if system == UNFUSED else system
             values = dict(get_recipe("paper", method).adapter) | ({"impl": "masked"} if system == UNFUSED else {})
