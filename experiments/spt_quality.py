@@ -8,8 +8,9 @@ Three kinds of runs, all with LoRA:
   (attention and FFN sparse, L = n/8 by token, half of 8 clustered blocks) in one thing each, or has one mechanism
   alone. Perplexity on held-out articles: dense, right after conversion, after fine-tuning.
 - ``conversion``: no training. One mechanism alone, and where the FFNs' blocks and routers start from: the weights
-  (clusters of like rows, centres) or a calibration batch (clusters of what fires together, regression). Perplexity
-  on WikiText-2, from which the Llama was made: calibrated on the validation part, measured on the test part.
+  (clusters of like rows, centres) or a calibration batch (clusters of what fires together, regression), also with a
+  linear map in the place of the blocks that are not used (``compensated``). Perplexity on WikiText-2, from which the
+  Llama was made: calibrated on the validation part, measured on the test part.
 - ``encoder``: MiniLM on GLUE tasks, 200 examples. Texts are short, so L is a fraction of the calibration batch's
   length.
 
@@ -56,6 +57,8 @@ LM: dict[str, dict[str, Any] | None] = {
     "both-three-quarters-active": {"num_active_blocks": 6},
     "both-quarter-keys": {"top_l": 0.25},
     "both-block-attention": {"granularity": "block", "block_size": 16},
+    "both-compensated": {"compensation_rank": 32},
+    "both-quarter-active-compensated": {"num_active_blocks": 2, "compensation_rank": 32},
 }
 ENCODER: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -65,12 +68,13 @@ ENCODER: dict[str, dict[str, Any] | None] = {
 }
 ENCODER_TASKS = ("sst2", "mrpc")
 ACTIVE = (2, 4, 6)
-# Whether a calibration batch is used, and the assignment of neurons to blocks.
-STARTS = {
-    "activity": (True, "clustered"),
-    "weights": (False, "clustered"),
-    "contiguous-activity": (True, "contiguous"),
-    "contiguous-weights": (False, "contiguous"),
+# Whether a calibration batch is used, and what differs of SptConfig.
+STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "activity": (True, {}),
+    "weights": (False, {}),
+    "contiguous-activity": (True, {"block_assignment": "contiguous"}),
+    "contiguous-weights": (False, {"block_assignment": "contiguous"}),
+    "compensated": (True, {"compensation_rank": 32}),
 }
 # Until runs have been timed: minutes on one thread of an AMD EPYC, roughly.
 MINUTES = {"lm": 5.0, "conversion": 0.5, "encoder": 6.0}
@@ -102,9 +106,9 @@ def runs(kinds: list[str], seeds: list[int]) -> Iterator[Run]:
 
 
 def _conversions(seed: int) -> Iterator[Run]:
-    for start, (is_calibrated, assignment) in STARTS.items():
+    for start, (is_calibrated, differing) in STARTS.items():
         for active in ACTIVE:
-            spt = {"attention": False, "num_active_blocks": active, "block_assignment": assignment}
+            spt = {"attention": False, "num_active_blocks": active} | differing
             yield Run("conversion", f"ffn-{start}-{active}", spt, seed, is_calibrated=is_calibrated)
     for fraction in (1 / 8, 1 / 4):
         for granularity in ("token", "block"):

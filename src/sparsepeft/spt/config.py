@@ -33,6 +33,8 @@ class SptConfig:
         num_active_blocks: G', blocks that a token uses.
         block_assignment: ``"clustered"`` puts neurons into a block that add to the output at the same time (without
             calibration data: of like weights), ``"contiguous"`` neighbours.
+        compensation_rank: rank of a linear map of an FFN's input that stands in for the blocks a token does not use,
+            fitted to the calibration batch and trained on with the router; 0 adds nothing, as SPT does.
         load_balancing_coef: weight of the loss that keeps all blocks in use.
         layers_to_transform: indices of the layers; all if None.
         seed: of the clusterings.
@@ -54,6 +56,7 @@ class SptConfig:
     num_blocks: int = 8
     num_active_blocks: int = 4
     block_assignment: str = "clustered"
+    compensation_rank: int = 0
     load_balancing_coef: float = 0.01
     layers_to_transform: tuple[int, ...] | None = None
     seed: int = 0
@@ -68,6 +71,9 @@ class SptConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} was given; expected a whole number of at least 1.")
+        rank = self.compensation_rank
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ValueError(f"compensation_rank={rank!r} was given; expected a whole number, 0 for none.")
         if isinstance(self.top_l, bool) or not self.top_l > 0 or (self.top_l >= 1 and self.top_l != int(self.top_l)):
             raise ValueError(
                 f"top_l={self.top_l!r} was given; expected a count of keys, or a fraction of the calibration length "

@@ -18,7 +18,15 @@ from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.refresh import CodebookRefresh
 from sparsepeft.spt.report import SptReport, report_attention, report_feed_forwards, watching
-from sparsepeft.spt.router import Start, activity, deciding_weight, inner_states, start_from_outputs, start_from_weights
+from sparsepeft.spt.router import (
+    Start,
+    activity,
+    compensated,
+    deciding_weight,
+    inner_states,
+    start_from_outputs,
+    start_from_weights,
+)
 from sparsepeft.spt.state import Settings, SptState
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
 from sparsepeft.tuners._context import ForwardContext
@@ -79,6 +87,11 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
         if batch is None:
             raise ValueError("Sparse attention needs calibration_data for its codebooks; pass a batch of input ids.")
         config = config.with_length(_length(batch))
+    if config.ffn and config.compensation_rank and batch is None:
+        raise ValueError(
+            f"compensation_rank={config.compensation_rank} needs calibration_data to be fitted to; pass a batch of "
+            "input ids, or compensation_rank=0."
+        )
     # All that can go wrong does so before the model is touched.
     feed_forwards = find_feed_forwards(model, config.layers_to_transform) if config.ffn else []
     for feed_forward in feed_forwards:
@@ -236,7 +249,10 @@ def _start(
         order = clustered_order(features, num_blocks, config.seed)
     if inputs is None or states is None:
         return start_from_weights(feed_forward, order, num_blocks)
-    return start_from_outputs(feed_forward, order, num_blocks, inputs, states)
+    start = start_from_outputs(feed_forward, order, num_blocks, inputs, states)
+    if not config.compensation_rank or config.num_active_blocks == num_blocks:
+        return start
+    return compensated(feed_forward, start, config.num_active_blocks, config.compensation_rank, inputs, states)
 
 
 def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -60,6 +60,8 @@ class RoutedFeedForward(nn.Module):
             activation=self._activation,
             dropout=self._dropout(names.inner_dropout),
         )
+        if router.compensation is not None:
+            output = output + router.compensation(hidden_states)
         return output if names.outer_dropout is None else self.get_submodule(names.outer_dropout)(output)
 
     def release(self) -> dict[str, nn.Module]:

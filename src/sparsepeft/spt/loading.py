@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import write_bytes
+from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import install, sparsification
-from sparsepeft.spt.router import Start
+from sparsepeft.spt.router import COMPENSATION, Start
 from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.spt.structure import find_feed_forwards, weight_of
 
@@ -76,15 +77,20 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     feed_forwards = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
         place = feed_forward.name if feed_forward.is_module else f"{feed_forward.name}.{feed_forward.names.activation}"
-        start = Start(*(_saved(saved, f"{place}.spt_router.{part}", adapter) for part in Start._fields))
+        router = f"{place}.spt_router."
+        order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
+        start = Start(order, weight, bias)
+        if any(router + part in saved for part in COMPENSATION):
+            start = start._replace(
+                compensation=Compensation(*(_saved(saved, router + p, adapter) for p in COMPENSATION))
+            )
         sizes = start.weight.shape[1], len(start.neuron_order)
         if sizes != feed_forward.sizes:
             raise UserError(
                 f"{adapter} was trained on FFNs of hidden and inner size {sizes}, but {feed_forward.name} has "
                 f"{feed_forward.sizes}; pass the backbone that it was trained on."
             )
-        device = weight_of(feed_forward.part(feed_forward.names.up)).device
-        feed_forwards.append((feed_forward, Start(*(tensor.to(device) for tensor in start))))
+        feed_forwards.append((feed_forward, start.to(weight_of(feed_forward.part(feed_forward.names.up)).device)))
     modules = dict(model.named_modules())
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")

@@ -9,22 +9,34 @@ from torch import Tensor, nn
 
 from sparsepeft.ops.routed_ffn import Projection
 from sparsepeft.ops.routed_ffn.projections import project
+from sparsepeft.spt.compensation import Compensation, fit_compensation
 from sparsepeft.spt.structure import FeedForward, weight_of
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512
+COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
 class Start(NamedTuple):
-    """What a router is before training."""
+    """What a router is before training, and what stands in for the blocks that it does not choose."""
 
     neuron_order: Tensor  # (I,)
     weight: Tensor  # (G, D)
     bias: Tensor  # (G,)
+    compensation: Compensation | None = None
+
+    def to(self, device: torch.device) -> Start:
+        """The same on a device."""
+        order, weight, bias, compensation = self
+        moved = None if compensation is None else Compensation(*(tensor.to(device) for tensor in compensation))
+        return Start(order.to(device), weight.to(device), bias.to(device), moved)
 
 
 class Router(nn.Module):
-    """Logits of blocks: ``weight`` (G, D) and ``bias`` (G,), and the order of neurons that says what the blocks are."""
+    """Logits of blocks: ``weight`` (G, D) and ``bias`` (G,), and the order of neurons that says what the blocks are.
+
+    With a compensation its three tensors are parameters, too.
+    """
 
     neuron_order: Tensor
 
@@ -33,6 +45,16 @@ class Router(nn.Module):
         self.register_buffer("neuron_order", start.neuron_order)
         self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
         self.bias = nn.Parameter(start.bias.to(torch.float32, copy=True))
+        self._has_compensation = start.compensation is not None
+        for name, tensor in zip(COMPENSATION, start.compensation or (), strict=False):
+            self.register_parameter(name, nn.Parameter(tensor.to(torch.float32, copy=True)))
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """What stands in for the blocks that are not used, if anything does."""
+        if not self._has_compensation:
+            return None
+        return Compensation(*(self.get_parameter(name) for name in COMPENSATION))
 
 
 @torch.no_grad()
@@ -67,6 +89,27 @@ def start_from_outputs(
     gram.diagonal().add_(_RIDGE * len(inputs) * inputs.var() + 1e-6)
     weight = torch.linalg.solve(gram, centred.T @ (wanted - mean_out)).T
     return Start(order, weight, mean_out - weight @ mean_in)
+
+
+@torch.no_grad()
+def compensated(
+    feed_forward: FeedForward, start: Start, num_active: int, rank: int, inputs: Tensor, inner: Tensor
+) -> Start:
+    """With a linear stand-in of a rank for the blocks that the router leaves out at its start.
+
+    Args:
+        feed_forward: the dense FFN.
+        start: of its router.
+        num_active: G', blocks that a token uses.
+        rank: R.
+        inputs: hidden states (N, D) that go into it.
+        inner: what they become before the down projection, see :func:`inner_states`.
+    """
+    logits = torch.nn.functional.linear(inputs.float(), start.weight.float(), start.bias.float())
+    is_left_out = torch.ones_like(logits).scatter_(1, logits.topk(num_active, dim=1).indices, 0.0)  # (N, G)
+    left_out = inner[:, start.neuron_order] * is_left_out.repeat_interleave(inner.shape[1] // logits.shape[1], dim=1)
+    down = _projection(feed_forward, feed_forward.names.down).weight[:, start.neuron_order]
+    return start._replace(compensation=fit_compensation(inputs, left_out @ down.T, rank))
 
 
 @torch.no_grad()

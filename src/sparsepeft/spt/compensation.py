@@ -1,0 +1,62 @@
+"""A linear stand-in for the blocks of an FFN that a token does not use. Not in SPT; see ``docs/spt.md``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' variance
+_HELD_OUT = 4  # every so many tokens one is held out to choose among them
+
+
+class Compensation(NamedTuple):
+    """What is added to a routed FFN's output, ``up @ (down @ x) + bias``."""
+
+    down: Tensor  # (R, D)
+    up: Tensor  # (D, R)
+    bias: Tensor  # (D,)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(..., D) -> (..., D), in the inputs' dtype."""
+        down, up, bias = (tensor.to(inputs.dtype) for tensor in self)
+        return torch.nn.functional.linear(torch.nn.functional.linear(inputs, down), up, bias)
+
+
+@torch.no_grad()
+def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation:
+    """Reduced-rank ridge regression of what is missing on what goes in.
+
+    The ridge is the one that is best on tokens that were held out; where none helps there, everything is zero.
+
+    Args:
+        inputs: hidden states (N, D) that go into the FFN.
+        missing: (N, D), what the blocks that are not used would have added to the output.
+        rank: R.
+    """
+    inputs, missing = inputs.float(), missing.float()
+    held_out = torch.arange(len(inputs), device=inputs.device) % _HELD_OUT == 0
+    best, fewest = None, missing[held_out].square().sum()
+    for ridge in _RIDGES:
+        fitted = _fit(inputs[~held_out], missing[~held_out], rank, ridge)
+        left = (missing[held_out] - fitted(inputs[held_out])).square().sum()
+        if left < fewest:
+            best, fewest = ridge, left
+    found = _fit(inputs, missing, rank, _RIDGES[0] if best is None else best)
+    return found if best is not None else Compensation(*(torch.zeros_like(tensor) for tensor in found))
+
+
+def _fit(inputs: Tensor, missing: Tensor, rank: int, ridge: float) -> Compensation:
+    mean_in, mean_out = inputs.mean(0), missing.mean(0)
+    centred = inputs - mean_in
+    gram = centred.T @ centred
+    gram.diagonal().add_(ridge * len(inputs) * inputs.var() + 1e-6)
+    weight = torch.linalg.solve(gram, centred.T @ (missing - mean_out))  # (D, D), inputs to outputs
+    # Of all maps of this rank, the one that changes the fitted values least: their first principal directions.
+    root = torch.linalg.cholesky(gram).T
+    directions = torch.linalg.svd(root @ weight, full_matrices=False).Vh[:rank]  # (R, D)
+    down = directions @ weight.T
+    scale = down.norm(dim=1, keepdim=True).clamp_min(1e-30).sqrt()  # both factors of like size, as they are trained
+    up = (directions * scale).T.contiguous()
+    return Compensation(down / scale, up, mean_out - up @ (down / scale @ mean_in))
