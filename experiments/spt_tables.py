@@ -198,8 +198,8 @@ def _conversions(results: list[dict[str, Any]]) -> list[str]:
         f"Right after conversion, nothing trained: perplexity on {results[0]['num_validation_tokens']:,} tokens of "
         f"WikiText-2's test part, where the dense model's is {results[0]['before']['dense']['perplexity']:.1f}. "
         "Names of FFNs: what blocks and routers are made from (`activity` of a calibration batch or the `weights`; "
-        "`contiguous` blocks or clusters; `compensated` with a linear map of rank 32 in the place of the blocks that are "
-        "not used), and blocks in use of 8. Of attention: granularity, and L over n.",
+        "`contiguous` blocks or clusters; `compensated` with a linear map of rank 32 in the place of the blocks that "
+        "are not used), and blocks in use of 8. Of attention: granularity, and L over n.",
         table(["setting", "perplexity", "change", "mean error of a layer", "recall"], rows),
     ]
 
