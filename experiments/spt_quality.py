@@ -5,8 +5,8 @@
 Three kinds of runs, all with LoRA:
 
 - ``lm``: a small Llama is fine-tuned on BBC News as a language model. What is in ``LM`` differs from the base setting
-  (attention and FFN sparse, L = n/8 by token, half of 8 clustered blocks) in one thing each, or has one mechanism
-  alone. Perplexity on held-out articles: dense, right after conversion, after fine-tuning.
+  (attention and FFN sparse, L = n/8 by token, half of 8 clustered blocks) in one thing each, has one mechanism alone,
+  or is mild in all. Perplexity on held-out articles: dense, right after conversion, after fine-tuning.
 - ``conversion``: no training. One mechanism alone, and where the FFNs' blocks and routers start from: the weights
   (clusters of like rows, centres) or a calibration batch (clusters of what fires together, regression), also with a
   linear map in the place of the blocks that are not used (``compensated``). Perplexity on WikiText-2, from which the
@@ -59,6 +59,7 @@ LM: dict[str, dict[str, Any] | None] = {
     "both-block-attention": {"granularity": "block", "block_size": 16},
     "both-compensated": {"compensation_rank": 32},
     "both-quarter-active-compensated": {"num_active_blocks": 2, "compensation_rank": 32},
+    "both-mild": {"num_active_blocks": 6, "top_l": 0.25, "compensation_rank": 32},
 }
 ENCODER: dict[str, dict[str, Any] | None] = {
     "dense": None,
