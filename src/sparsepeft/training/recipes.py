@@ -1,7 +1,7 @@
 """Hyperparameters per method: the paper's, and the best known to us.
 
 ``paper``: appendix A of arXiv:2211.16634 (learning rates, batch, epochs per task, sizes). ``best``: see
-``docs/experiments.md`` for what was tried; LoRA's values are PEFT's usual ones in both.
+``docs/experiments.md`` for what was tried; LoRA's rank and alpha are PEFT's usual ones in both.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _BEST = {
         },
     ),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
-    "head": Recipe(3e-3, warmup_ratio=0.06),
+    "head": Recipe(3e-2, warmup_ratio=0.06),
     "lora": Recipe(1e-3, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),
     "pfeiffer": Recipe(5e-4, warmup_ratio=0.06, adapter={"style": "pfeiffer", "reduction_factor": 12}),
     "houlsby": Recipe(5e-4, warmup_ratio=0.06, adapter={"style": "houlsby", "reduction_factor": 12}),
