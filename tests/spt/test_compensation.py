@@ -44,8 +44,8 @@ def test_what_would_not_help_elsewhere_is_left_out() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, missing = (torch.randn(60, 40, generator=generator) for _ in range(2))
     found = fit_compensation(inputs, missing, rank=8)
-    assert all(not tensor.any() for tensor in found)
-    assert found.down.shape == (8, 40)
+    assert not found(inputs).any()
+    assert found.down.any()  # or neither factor would ever have a gradient
 
 
 def test_a_rank_above_the_width_is_the_whole_map() -> None:
@@ -120,6 +120,8 @@ def test_saved_without_an_adapter(active: int, tmp_path: Path) -> None:
 
 
 def test_what_it_needs() -> None:
+    with pytest.raises(ValueError, match="to 1 tokens"):
+        sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4), torch.tensor([[5]]))
     with pytest.raises(ValueError, match="needs calibration_data"):
         sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4))
     for rank in (-1, 1.5, "8", True):

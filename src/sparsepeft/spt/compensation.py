@@ -28,13 +28,19 @@ class Compensation(NamedTuple):
 def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation:
     """Reduced-rank ridge regression of what is missing on what goes in.
 
-    The ridge is the one that is best on tokens that were held out; where none helps there, everything is zero.
+    The ridge is the one that is best on tokens that were held out; where none helps there, nothing is added until
+    training changes it.
 
     Args:
         inputs: hidden states (N, D) that go into the FFN.
         missing: (N, D), what the blocks that are not used would have added to the output.
-        rank: R.
+        rank: R; at most D is used.
+
+    Raises:
+        ValueError: there are fewer than two tokens.
     """
+    if len(inputs) < 2:
+        raise ValueError(f"A compensation cannot be fitted to {len(inputs)} tokens; pass more calibration_data.")
     inputs, missing = inputs.float(), missing.float()
     held_out = torch.arange(len(inputs), device=inputs.device) % _HELD_OUT == 0
     best, fewest = None, missing[held_out].square().sum()
@@ -44,7 +50,10 @@ def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation
         if left < fewest:
             best, fewest = ridge, left
     found = _fit(inputs, missing, rank, _RIDGES[0] if best is None else best)
-    return found if best is not None else Compensation(*(torch.zeros_like(tensor) for tensor in found))
+    if best is None:
+        found.up.zero_()
+        found.bias.zero_()
+    return found
 
 
 def _fit(inputs: Tensor, missing: Tensor, rank: int, ridge: float) -> Compensation:
