@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Let this process reuse the memory of freed tensors instead of returning it to the system.
 
     glibc asks the system for every block of more than 32 MB and returns it when it is freed, and so for what a training
-    step frees at its end. Each layer of each pass then waits for pages that the system must clear first, up to a fifth
-    of the time where activations are that large (``benchmarks/bench_allocator.py``). Afterwards the process stays as
-    large as it has been at its largest. All threads share one arena then, as only the main one grows without bound.
+    step frees at its end. Each layer of each pass then waits for pages that the system must clear first, between none
+    and half of the time (``benchmarks/bench_allocator.py``). Afterwards the process stays as large as it has been at
+    its largest, which may be more than before. All threads share one arena then, as only the main one has no limit.
 
     The command line calls this where it trains or predicts; a library must leave it to the program.
 
