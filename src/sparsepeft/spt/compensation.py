@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsepeft.spt.regression import fit_ridge
+
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' variance
 _HELD_OUT = 4  # every so many tokens one is held out to choose among them
 
@@ -57,11 +59,7 @@ def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation
 
 
 def _fit(inputs: Tensor, missing: Tensor, rank: int, ridge: float) -> Compensation:
-    mean_in, mean_out = inputs.mean(0), missing.mean(0)
-    centred = inputs - mean_in
-    gram = centred.T @ centred
-    gram.diagonal().add_(ridge * len(inputs) * inputs.var() + 1e-6)
-    weight = torch.linalg.solve(gram, centred.T @ (missing - mean_out))  # (D, D), inputs to outputs
+    weight, mean_in, mean_out, gram = fit_ridge(inputs, missing, ridge)
     # Of all maps of this rank, the one that changes the fitted values least: their first principal directions.
     root = torch.linalg.cholesky(gram).T
     directions = torch.linalg.svd(root @ weight, full_matrices=False).Vh[:rank]  # (R, D)

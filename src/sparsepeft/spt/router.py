@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsepeft.ops.routed_ffn import Projection
 from sparsepeft.ops.routed_ffn.projections import project
 from sparsepeft.spt.compensation import Compensation, fit_compensation
+from sparsepeft.spt.regression import fit_ridge
 from sparsepeft.spt.structure import FeedForward, weight_of
 
 _RIDGE = 1e-2  # of the inputs' variance
@@ -45,14 +46,13 @@ class Router(nn.Module):
         self.register_buffer("neuron_order", start.neuron_order)
         self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
         self.bias = nn.Parameter(start.bias.to(torch.float32, copy=True))
-        self._has_compensation = start.compensation is not None
         for name, tensor in zip(COMPENSATION, start.compensation or (), strict=False):
             self.register_parameter(name, nn.Parameter(tensor.to(torch.float32, copy=True)))
 
     @property
     def compensation(self) -> Compensation | None:
         """What stands in for the blocks that are not used, if anything does."""
-        if not self._has_compensation:
+        if COMPENSATION[0] not in self._parameters:
             return None
         return Compensation(*(self.get_parameter(name) for name in COMPENSATION))
 
@@ -83,12 +83,9 @@ def start_from_outputs(
     columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
     norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
     wanted = norms.clamp_min(1e-6).log()  # (N, G)
-    mean_in, mean_out = inputs.mean(0), wanted.mean(0)
-    centred = inputs - mean_in
-    gram = centred.T @ centred
-    gram.diagonal().add_(_RIDGE * len(inputs) * inputs.var() + 1e-6)
-    weight = torch.linalg.solve(gram, centred.T @ (wanted - mean_out)).T
-    return Start(order, weight, mean_out - weight @ mean_in)
+    fitted = fit_ridge(inputs, wanted, _RIDGE)
+    weight = fitted.weight.T
+    return Start(order, weight, fitted.mean_out - weight @ fitted.mean_in)
 
 
 @torch.no_grad()
