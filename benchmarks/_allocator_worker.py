@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sparsepeft import SpartanConfig
 from sparsepeft.allocator import keep_freed_memory
@@ -36,7 +31,7 @@ def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any
 
 def inference(settings: dict[str, Any]) -> Pass:
     """The forward pass of a batch."""
-    model = load(settings["model"]).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(settings["model"]).eval()
     if settings["precision"] == "float32, oneDNN":
         use_onednn(model)
     if settings["precision"] == "bfloat16":
@@ -53,7 +48,8 @@ def inference(settings: dict[str, Any]) -> Pass:
 def training(settings: dict[str, Any]) -> Pass:
     """Forward and backward pass of a batch, with an adapter; bfloat16 is autocast."""
     is_encoder = settings["method"] == "spartan"
-    model = load(settings["model"]) if is_encoder else AutoModelForCausalLM.from_pretrained(settings["model"])
+    family = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    model = family.from_pretrained(settings["model"])
     config = SpartanConfig(task_type="SEQ_CLS") if is_encoder else LoraConfig(r=16, target_modules="all-linear")
     adapted = get_peft_model(model.train(), config)
     input_ids = tokens(model, settings)
@@ -67,14 +63,6 @@ def training(settings: dict[str, Any]) -> Pass:
         return [loss.detach()]
 
     return run
-
-
-def load(name: str) -> Any:
-    """An encoder with a head; RoBERTa-base from its config, whose random weights cost the same time."""
-    if name == "roberta-base":
-        sizes = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-        return RobertaForSequenceClassification(sizes)
-    return AutoModelForSequenceClassification.from_pretrained(name)
 
 
 def tokens(model: Any, settings: dict[str, Any]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 from _common import describe_environment, time_alternating, write_json
 from sparsepeft.backbones import resolve_model
+from sparsepeft.benchmarking.inference.workloads import prepare_model
 from sparsepeft.benchmarking.workers import Worker
 
 WORKER = Path(__file__).with_name("_allocator_worker.py")
@@ -46,12 +47,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     environment = describe_environment(seed=options.seed)
-    folders = {ROBERTA: ROBERTA, MINILM: resolve_model(None), LANGUAGE_MODEL: options.language_model}
-    results = [
-        measure(kind, name, folders[name], precision, shape, options)
-        for kind, name, precision, shape in CASES
-        if folders[name] is not None
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        roberta = prepare_model(ROBERTA, Path(folder), options.seed).folder
+        models = {ROBERTA: roberta, MINILM: resolve_model(None), LANGUAGE_MODEL: options.language_model}
+        results = [
+            measure(kind, name, models[name], precision, shape, options)
+            for kind, name, precision, shape in CASES
+            if models[name] is not None
+        ]
     write_json(options.output, {"threads": options.threads, "results": results, "environment": environment})
 
 
