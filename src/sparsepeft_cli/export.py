@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+# Parts of a task's report that tell its score in a lower precision.
+_LOWER = {"int8_tasks": "int8 tasks", "int8": "int8", "bfloat16": "bfloat16"}
+
 
 def command(
     folders: Annotated[
         list[Path], typer.Argument(help="Output folders of `sparsepeft train`; tasks are called after them.")
     ],
     output_dir: Annotated[Path, typer.Option(help="Folder for the backbone, the tasks and the runner.")],
-    format: Annotated[str, typer.Option(help="onnx or executorch.")] = "onnx",
-    int8: Annotated[bool, typer.Option("--int8", help="Weights of the backbone and of the tasks in int8.")] = False,
+    format: Annotated[str, typer.Option(help="onnx, openvino or executorch.")] = "onnx",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="onnx: weights of the backbone and of the tasks in int8.")
+    ] = False,
     data_dir: Annotated[
         Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files, to check on.")
     ] = None,
@@ -56,27 +61,27 @@ def command(
 def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
     from sparsepeft_cli._console import megabytes, table
 
-    has_int8 = any("int8" in task for task in report["tasks"].values())
+    lower = [key for key in _LOWER if any(key in task for task in report["tasks"].values())]
     columns = [
         "task",
         "texts",
         "deviation",
         "other labels",
         "adapter",
-        *(["float32", "int8 tasks", "int8"] if has_int8 else []),
+        *(["float32", *(_LOWER[key] for key in lower)] if lower else []),
     ]
     rows = []
     for name, task in report["tasks"].items():
         row = [name, task["num_texts"], f"{task['max_deviation']:.1e}", task["num_other_labels"]]
         row.append(megabytes(max(task["bytes"].values())))
-        if has_int8:
-            scores = (task["int8"].get("before"), task["int8_tasks"].get("after"), task["int8"].get("after"))
+        if lower:
+            scores = (task[lower[0]].get("before"), *(task[key].get("after") for key in lower))
             row += ["–" if score is None else f"{score:.4f}" for score in scores]
         rows.append(row)
     notes = [
         f"note: {name} was checked on {task['checked_on']}"
         for name, task in report["tasks"].items()
-        if "before" not in task.get("int8", task) and "own" in task["checked_on"]
+        if "own" in task["checked_on"]
     ]
     backbone = megabytes(max(report["bytes"].values()))
     return [

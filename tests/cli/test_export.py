@@ -59,7 +59,7 @@ def test_failures(trained: Path, tmp_path: Path) -> None:
         ((trained,), 2, "--output-dir"),
         ((tmp_path, *out), 2, "holds no adapter"),
         ((damaged, *out), 2, "could not be loaded"),
-        ((trained, *out, "--format", "tflite"), 2, "valid are executorch, onnx"),
+        ((trained, *out, "--format", "tflite"), 2, "valid are executorch, onnx, openvino"),
         ((trained, *out, "--format", "executorch", "--int8"), 2, "needs example texts"),
         ((trained, "--output-dir", trained), 2, "holds other files"),
         ((trained, *out, "--tolerance", "1e-12", "--max-examples", 5), 1, "deviates from PyTorch"),

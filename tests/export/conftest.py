@@ -43,3 +43,11 @@ def exported_int8(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("export") / "int8"
     export_tasks(list(folders.values()), folder, int8=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_openvino(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[openvino]"')
+    folder = tmp_path_factory.mktemp("export") / "openvino"
+    export_tasks(list(folders.values()), folder, format="openvino")
+    return folder

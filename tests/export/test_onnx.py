@@ -4,95 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from tests.engine.conftest import save_task
 from tests.export.conftest import MEMORY, TASKS
+from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
 from tests.models import METHODS
-from tests.tiny import run_config, save_tiny_backbone, topics_rows
+from tests.tiny import run_config, save_tiny_backbone
 
 from sparsepeft import HeadConfig, MultiTaskEngine, SpartanConfig
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.export import export_tasks
 from sparsepeft.export.run import Runner
-from sparsepeft.predictions import Prediction
 from sparsepeft.training import Predictor, train
-
-TEXTS = [" ".join(row["text"].split()[: 3 + 5 * (i % 6)]) for i, row in enumerate(topics_rows("test")[:20])]
-PAIRS = list(zip(TEXTS, reversed(TEXTS), strict=True))
-
-
-def assert_same(found: list[dict[str, Any]], expected: list[Prediction], tolerance: float = 1e-4) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one["label"] == other.label
-        values = list(other.scores.values()) or [other.score]
-        np.testing.assert_allclose(list(one["scores"].values()) or [one["score"]], values, atol=tolerance)
-        assert one["score"] == pytest.approx(other.score, abs=tolerance)
-
-
-def run_py(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run an exported folder's runner, in a process that fails if it imports more than it may."""
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "bad = {'torch', 'transformers', 'peft', 'sparsepeft', 'onnx', 'safetensors'} & set(sys.modules); "
-        "sys.exit(f'imported {bad}' if bad else 0)"
-    )
-    command = [sys.executable, "-c", code, str(folder / "run.py"), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, cwd=folder.parent)
-
-
-def test_answers_are_pytorchs_for_any_task_and_batch(exported: Path, backbone: Path, folders: dict[str, Path]) -> None:
-    engine, runner = MultiTaskEngine(backbone, folders), Runner(exported)
-    assert set(runner.tasks) == set(TASKS)
-    for _ in range(2):  # one after the other, and back
-        for name in TASKS:
-            for texts in (TEXTS, PAIRS, TEXTS[:1]):
-                expected = engine.predict([(name, text) for text in texts])
-                assert_same(list(runner.answer(name, texts)), expected)
-                assert_same(list(runner.answer(name, texts, batch_size=1)), expected)
-    answers = {name: [one["scores"] for one in runner.answer(name, TEXTS)] for name in TASKS}
-    assert len({str(scores) for scores in answers.values()}) == len(TASKS)
-
-
-def test_the_runner_is_short_and_needs_three_packages(exported: Path, backbone: Path, folders: dict[str, Path]) -> None:
-    assert len((exported / "run.py").read_text().splitlines()) <= 60
-    expected = MultiTaskEngine(backbone, folders).predict([("five", text) for text in TEXTS[:3]])
-    done = run_py(exported, "five", stdin="\n".join(TEXTS[:3]))
-    assert done.returncode == 0, done.stderr
-    assert_same([json.loads(line) for line in done.stdout.splitlines()], expected)
-    done = run_py(exported, "two", *PAIRS[0])
-    assert json.loads(done.stdout)["label"] in ("LABEL_0", "LABEL_1"), done.stderr
-    done = run_py(exported, "seven", "text")
-    assert done.returncode != 0
-    assert "'seven' is unknown; there are degree, five, two" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_damaged_or_foreign_adapter_is_refused(exported: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(exported, folder)
-    adapter = folder / "tasks" / "two" / "adapter.onnx_adapter"
-    content = bytearray(adapter.read_bytes())
-    content[len(content) // 2] ^= 1
-    adapter.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged, or belongs to another"):
-        list(Runner(folder).answer("two", TEXTS[:1]))
-    shutil.copy(folder / "tasks" / "degree" / adapter.name, adapter)
-    done = run_py(folder, "two", TEXTS[0])
-    assert done.returncode != 0
-    assert "damaged" in done.stderr
-    assert run_py(folder, "five", TEXTS[0]).returncode == 0
-    about = folder / "tasks" / "five" / "task.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"graph": "0" * 64}))
-    with pytest.raises(ValueError, match="belongs to another"):
-        list(Runner(folder).answer("five", TEXTS[:1]))
 
 
 def test_the_report_says_what_was_compared(exported: Path) -> None:

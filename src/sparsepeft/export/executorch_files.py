@@ -12,35 +12,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.errors import RunFailed
 from sparsepeft.export.files import TASKS, TOKENIZER, file_sizes, write_description, write_task, write_tokenizer
 from sparsepeft.export.job import Job, check
 from sparsepeft.predictions import Text, prediction
 
 PROGRAM = "backbone.pte"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def require_executorch(int8: bool) -> None:
-    """Import what the ExecuTorch format needs.
-
-    Raises:
-        UserError: it is not installed, or int8 was asked for.
-    """
-    if int8:
-        raise UserError(
-            "--int8 was given with --format executorch, but quantizing for ExecuTorch needs example texts for its "
-            "calibration, which is not built in; leave --int8 out, or export with --format onnx."
-        )
-    try:
-        import executorch.exir
-        import executorch.runtime  # noqa: F401
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"The format executorch needs a package that is not installed ({error}); run: pip install "
-            '"sparsepeft[executorch]"'
-        ) from error
 
 
 def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, Any]:

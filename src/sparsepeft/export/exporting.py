@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.export.executorch_files import export_executorch, require_executorch
+from sparsepeft.errors import UserError
+from sparsepeft.export.executorch_files import export_executorch
 from sparsepeft.export.files import REPORT, check_output, replacing
+from sparsepeft.export.formats import check_format, versions
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
-from sparsepeft.export.onnx_graph import require_onnx
+from sparsepeft.export.openvino_files import export_openvino
 from sparsepeft.provenance import environment, write_json
 
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch",)}
-FORMATS = tuple(_PACKAGES)
 FORMAT_VERSION = 1
 
 
@@ -41,7 +39,7 @@ def export_tasks(
         folders: of the tasks, as written by ``sparsepeft train`` or ``save_pretrained``; a task is called after its
             folder.
         output_dir: written whole or not at all.
-        format: one of :data:`FORMATS`.
+        format: onnx, openvino or executorch.
         int8: weights of backbone and tasks in int8; scores before and after are reported. The format onnx only.
         model: the backbone, if it has moved since training.
         data_dir: folder with the tasks' data, if it has moved.
@@ -57,20 +55,17 @@ def export_tasks(
         UserError: a folder, the backbone or an option cannot be used, or the tasks cannot share one graph.
         RunFailed: the model cannot be exported, or what was exported deviates too much.
     """
-    if format not in FORMATS:
-        raise UserError(unknown_name("The format", format, FORMATS))
+    check_format(format, int8)
     if not tolerance > 0:
         raise UserError(f"tolerance={tolerance!r} was given, but it must be a positive number.")
-    if format == "executorch":
-        require_executorch(int8)
-    else:
-        require_onnx()
     folder = Path(output_dir)
     check_output(folder, overwrite)
     job = Job(folders, model, data_dir, max_examples, progress)
     with replacing(folder) as staged:
         if format == "executorch":
             found = export_executorch(job, staged, tolerance=tolerance)
+        elif format == "openvino":
+            found = export_openvino(job, staged, tolerance=tolerance)
         else:
             found = export_onnx(job, staged, int8=int8, tolerance=tolerance)
         report = {
@@ -81,6 +76,6 @@ def export_tasks(
             **found,
             "environment": environment(),
         }
-        report["environment"]["versions"] |= {name: importlib.metadata.version(name) for name in _PACKAGES[format]}
+        report["environment"]["versions"] |= versions(format)
         write_json(staged / REPORT, report)
     return report

@@ -24,7 +24,8 @@ from sparsepeft.tuners._heads import cast_for_saving
 from sparsepeft.tuners._quantized import INT8
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py
+WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -105,7 +106,7 @@ def write_task(task: ExportTask, tensors: Tensors, folder: Path, int8: bool) -> 
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     stored = cast_for_saving(stored, INT8) if int8 else stored
     weights = {PEFT_PREFIX + name: tensor for name, tensor in stored.items()}
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((task.info.folder / _CONFIG).read_text(encoding="utf-8"))
     write_json(folder / _CONFIG, config | {"save_dtype": INT8 if int8 else None})
     for name in (RUN, "README.md"):
@@ -140,9 +141,9 @@ def write_onnx_adapter(tensors: Tensors, path: Path) -> None:
     adapter.export_adapter(str(path))
 
 
-def write_runner(folder: Path) -> None:
-    """Write ``run.py``."""
-    source = resources.files("sparsepeft.export").joinpath(RUNNER).read_bytes()
+def write_runner(folder: Path, source_name: str) -> None:
+    """Write ``run.py`` from a module of this package."""
+    source = resources.files("sparsepeft.export").joinpath(source_name).read_bytes()
     (folder / RUNNER).write_bytes(source)
 
 

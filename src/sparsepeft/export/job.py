@@ -20,6 +20,7 @@ from sparsepeft.export.checking import (
     eager_answers,
     examples_of,
     exported_answers,
+    score,
 )
 from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
@@ -102,3 +103,19 @@ def check(job: Job, runner: Runs, tolerance: float) -> dict[str, dict[str, Any]]
             )
         reports[task.name] = {"checked_on": examples.source, **found}
     return reports
+
+
+def add_changes(job: Job, runner: Runs, reports: dict[str, dict[str, Any]], key: str) -> None:
+    """Add to each task's report, under ``key``, what a lower precision changes."""
+    for index, task in enumerate(job.tasks):
+        examples, expected = job.expected(index)
+        job.progress(f"answering {len(examples.texts)} texts of {task.name} ({key})")
+        found = exported_answers(runner, task.name, examples)
+        changed = {name: value for name, value in differences(expected, found).items() if name != "num_texts"}
+        if examples.spec is not None:
+            changed |= {
+                "metric": examples.spec.main_metric,
+                "before": score(examples, expected),
+                "after": score(examples, found),
+            }
+        reports[task.name][key] = changed

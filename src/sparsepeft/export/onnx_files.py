@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsepeft.errors import UserError
-from sparsepeft.export.checking import differences, exported_answers, score
 from sparsepeft.export.files import (
+    RUNNER,
     TASKS,
     TOKENIZER,
     file_sizes,
@@ -22,8 +21,8 @@ from sparsepeft.export.files import (
     write_task,
     write_tokenizer,
 )
-from sparsepeft.export.job import Job, check
-from sparsepeft.export.onnx_graph import ATTENTION, IR_VERSION, OPSET, open_adapter, quantize, to_onnx
+from sparsepeft.export.job import Job, add_changes, check
+from sparsepeft.export.onnx_graph import IR_VERSION, OPSET, graph_of, open_adapter, quantize
 from sparsepeft.tuners._quantized import INT8
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 GRAPH, ADAPTER = "backbone.onnx", "adapter.onnx_adapter"
 INT8_TASKS = "int8_tasks"  # in the report: the tasks alone in int8, on a float32 backbone
-_MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GiB
 
 
 def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict[str, Any]:
@@ -55,17 +53,7 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
     """
     from sparsepeft.export.run import Runner
 
-    size = sum(parameter.nbytes for parameter in job.graph.model.parameters())
-    if size > _MAX_BYTES:
-        raise UserError(
-            f"{job.backbone_name} has {size / 1e9:.1f} GB in float32, but one ONNX file holds at most 2 GB; export "
-            "tasks of a smaller backbone."
-        )
-    job.progress("tracing the backbone")
-    job.graph.model.set_attn_implementation(ATTENTION)
-    program = job.graph.trace(job.inputs, job.shapes)
-    job.progress("writing it as ONNX")
-    graph = to_onnx(program, job.inputs, list(job.shapes))
+    graph = graph_of(job)
     if int8:
         job.progress("quantizing it")
         quantized = quantize(graph)
@@ -73,10 +61,10 @@ def export_onnx(job: Job, folder: Path, *, int8: bool, tolerance: float) -> dict
         tasks = check(job, Runner(folder / "float32", torch.get_num_threads()), tolerance)
         shutil.rmtree(folder / "float32")
         _write(job, graph, folder / INT8_TASKS, int8=True)
-        _check_int8(job, folder / INT8_TASKS, tasks, INT8_TASKS)
+        add_changes(job, Runner(folder / INT8_TASKS, torch.get_num_threads()), tasks, INT8_TASKS)
         shutil.rmtree(folder / INT8_TASKS)
         _write(job, quantized, folder, int8=True)
-        _check_int8(job, folder, tasks, INT8)
+        add_changes(job, Runner(folder, torch.get_num_threads()), tasks, INT8)
     else:
         _write(job, graph, folder, int8=False)
         tasks = check(job, Runner(folder, torch.get_num_threads()), tolerance)
@@ -94,29 +82,10 @@ def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> Non
     open_adapter(graph, job.shapes, int8)
     onnx.save(graph, str(folder / GRAPH))
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
-    write_runner(folder)
+    write_runner(folder, RUNNER)
     for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
         own = folder / TASKS / task.name
         stored = write_task(task, tensors, own, int8)
         write_onnx_adapter(stored, own / ADAPTER)
         more = {"graph": graph.graph.name, "sha256": hashlib.sha256((own / ADAPTER).read_bytes()).hexdigest()}
         write_description(task, own, max_length=max_length, backbone=job.backbone_name, more=more)
-
-
-def _check_int8(job: Job, folder: Path, reports: dict[str, dict[str, Any]], key: str) -> None:
-    """Add to each task's report, under ``key``, what int8 changed."""
-    from sparsepeft.export.run import Runner
-
-    runner = Runner(folder, torch.get_num_threads())
-    for index, task in enumerate(job.tasks):
-        examples, expected = job.expected(index)
-        job.progress(f"answering {len(examples.texts)} texts of {task.name} ({key})")
-        found = exported_answers(runner, task.name, examples)
-        changed = {name: value for name, value in differences(expected, found).items() if name != "num_texts"}
-        if examples.spec is not None:
-            changed |= {
-                "metric": examples.spec.main_metric,
-                "before": score(examples, expected),
-                "after": score(examples, found),
-            }
-        reports[task.name][key] = changed

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch.export import ExportedProgram
 
 from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.export.job import Job
 from sparsepeft.export.tasks import Shape
 from sparsepeft.tuners._quantized import SCALE, is_stored_as_int8
 
@@ -24,22 +25,27 @@ if TYPE_CHECKING:
 OPSET, IR_VERSION = 20, 10
 # Of SDPA the exporter makes masks in every layer and looks for rows without any key, a tenth of an int8 model's time.
 ATTENTION = "eager"
+_MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GiB
 
 
-def require_onnx() -> None:
-    """Import what the ONNX format needs.
+def graph_of(job: Job) -> onnx.ModelProto:
+    """The job's model as ONNX; the adapter's tensors are plain inputs.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the backbone is too large for one file.
+        RunFailed: it cannot be traced or written.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
+    size = sum(parameter.nbytes for parameter in job.graph.model.parameters())
+    if size > _MAX_BYTES:
         raise UserError(
-            f'The format onnx needs packages that are not installed ({error}); run: pip install "sparsepeft[onnx]"'
-        ) from error
+            f"{job.backbone_name} has {size / 1e9:.1f} GB in float32, but one ONNX file holds at most 2 GB; export "
+            "tasks of a smaller backbone."
+        )
+    job.progress("tracing the backbone")
+    job.graph.model.set_attn_implementation(ATTENTION)
+    program = job.graph.trace(job.inputs, job.shapes)
+    job.progress("writing it as ONNX")
+    return to_onnx(program, job.inputs, list(job.shapes))
 
 
 def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[str]) -> onnx.ModelProto:

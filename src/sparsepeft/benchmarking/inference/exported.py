@@ -9,9 +9,10 @@ import torch
 from sparsepeft.benchmarking.inference.systems import BACKBONE, load_model, save_task
 from sparsepeft.export import export_tasks
 from sparsepeft.export.files import TASKS
+from sparsepeft.export.formats import check_format
 from sparsepeft.export.graph import trace_alone
 from sparsepeft.export.onnx_files import ADAPTER, GRAPH
-from sparsepeft.export.onnx_graph import ATTENTION, quantize, require_onnx, to_onnx
+from sparsepeft.export.onnx_graph import ATTENTION, quantize, to_onnx
 from sparsepeft.training.methods import load_tokenizer
 
 EXPORTED = (BACKBONE, "spartan", "pfeiffer", "houlsby")
@@ -29,7 +30,7 @@ def export_system(system: str, model: str, folder: Path, *, int8: bool) -> dict[
         UserError: the packages for it are not installed.
         RunFailed: this model cannot be exported.
     """
-    require_onnx()
+    check_format("onnx")
     if system != BACKBONE:
         task = save_task(model, folder / "saved", method=system)
         exported = folder / "exported"

@@ -1,0 +1,52 @@
+"""The formats, and what each needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+from sparsepeft.errors import UserError, unknown_name
+
+# Modules, each of a package with the name before the first dot.
+_MODULES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "executorch": (
+        "executorch.exir",
+        "executorch.runtime",
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner",
+    ),
+}
+_WHY_NOT_INT8 = {
+    "openvino": "it computes in bfloat16 instead, where the processor has it",
+    "executorch": "quantizing for it needs example texts for its calibration, which is not built in",
+}
+FORMATS = tuple(_MODULES)
+
+
+def check_format(format: str, int8: bool = False) -> None:
+    """See that a format can be written here.
+
+    Raises:
+        UserError: there is none of that name, its packages are not installed, or it has no int8.
+    """
+    if format not in FORMATS:
+        raise UserError(unknown_name("The format", format, FORMATS))
+    if int8 and format in _WHY_NOT_INT8:
+        raise UserError(
+            f"--int8 was given with --format {format}, which has none: {_WHY_NOT_INT8[format]}; leave --int8 out, or "
+            "export with --format onnx."
+        )
+    try:
+        for module in _MODULES[format]:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"The format {format} needs packages that are not installed ({error}); run: pip install "
+            f'"sparsepeft[{format}]"'
+        ) from error
+
+
+def versions(format: str) -> dict[str, str]:
+    """Of the format's packages."""
+    return {name: importlib.metadata.version(name) for name in (module.split(".")[0] for module in _MODULES[format])}

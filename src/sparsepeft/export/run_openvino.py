@@ -1,0 +1,62 @@
+"""python run.py TASK [TEXT [TEXT]]: answers texts, or lines of standard input (with a tab between two texts)."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+
+class Runner:
+    """One backbone and its tasks; ``tasks`` has each task.json by name; ``precision``: f32, bf16 or OpenVINO's own."""
+
+    def __init__(self, folder, threads=0, precision=None):
+        self.folder, self.adapters = Path(folder), {}
+        options = {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
+        self.request = ov.compile_model(self.folder / "backbone.xml", "CPU", options).create_infer_request()
+        compiled = self.request.get_compiled_model()
+        self.graph, self.inputs = compiled.get_property("NETWORK_NAME"), {i.any_name for i in compiled.inputs}
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.tasks = {file.parent.name: json.loads(file.read_bytes()) for file in self.folder.glob("tasks/*/task.json")}
+
+    def answer(self, name, texts, batch_size=8):
+        """Yield, for each of the texts (or tuples of two texts), a dict with label, score and scores."""
+        if (task := self.tasks.get(name)) is None:
+            raise ValueError(f"the task {name!r} is unknown; there are {', '.join(sorted(self.tasks))}")
+        if task["num_texts"] and any((isinstance(t, str) or len(t)) != task["num_texts"] for t in texts):
+            raise ValueError(f"the task {name!r} takes {task['num_texts']} text(s) per input")
+        if name not in self.adapters:
+            file = self.folder / "tasks" / name / "adapter_model.safetensors"
+            if [task["graph"], task["sha256"]] != [self.graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
+                raise ValueError(f"{file} is damaged, or belongs to another backbone.xml; export the task again")
+            self.adapters[name] = {
+                key.removeprefix("base_model.model."): given for key, given in load_file(file).items()
+            }
+        self.tokenizer.enable_truncation(task["max_length"])
+        for i in range(0, len(texts), batch_size):
+            encoded = self.tokenizer.encode_batch(texts[i : i + batch_size])
+            ids, mask, types = np.array([(e.ids, e.attention_mask, e.type_ids) for e in encoded]).transpose(1, 0, 2)
+            feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}  # (B, T) each
+            logits = self.request.infer({key: feed[key] for key in self.inputs & feed.keys()} | self.adapters[name])[0]
+            yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
+
+
+def _answer(labels, multi_label, logits):
+    scores = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits - np.logaddexp.reduce(logits))
+    best = int(scores.argmax())
+    named = {label: float(score) for label, score in zip(labels or (), scores, strict=False)}
+    return {"label": labels and labels[best], "score": float((scores if labels else logits)[best]), "scores": named}
+
+
+if __name__ == "__main__":
+    try:
+        runner, (name, *given) = Runner(Path(__file__).parent), sys.argv[1:] or sys.exit(__doc__)
+        for line in ["\t".join(given)] if given else sys.stdin:
+            parts = line.rstrip("\r\n").split("\t")
+            print(*map(json.dumps, runner.answer(name, [tuple(parts) if parts[1:] else parts[0]])), flush=True)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
