@@ -24,7 +24,7 @@ import torch
 
 from _common import describe_environment, time_alternating, write_json
 from sparsepeft.benchmarking.inference.exported import export_system
-from sparsepeft.benchmarking.inference.systems import BACKBONE, load_model
+from sparsepeft.benchmarking.inference.systems import BACKBONE, ONNX, load_model
 from sparsepeft.benchmarking.inference.workloads import prepare_model
 from sparsepeft.engine.onednn import use_onednn
 
@@ -105,7 +105,7 @@ def _inputs(shape: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
 
 def _export(model: str, folder: Path, precision: str, seed: int) -> str | None:
     torch.manual_seed(seed)  # of a head that the model does not have
-    return export_system(BACKBONE, model, folder / precision, int8=precision == "int8")["graph"]
+    return export_system(BACKBONE, model, folder / precision, f"{ONNX}{precision}")["graph"]
 
 
 def _pytorch(model: str, with_torchao: bool, seed: int) -> dict[str, Callable[[Inputs], np.ndarray]]:

@@ -21,9 +21,12 @@ def command(
             "adapters-pfeiffer, adapters-houlsby. [default: all; tasks: backbone, spartan, engine and the adapters-]"
         ),
     ] = None,
-    precisions: Annotated[str, typer.Option(help="Some of float32, bfloat16, int8, onnx-float32, onnx-int8.")] = (
-        "float32,bfloat16,int8,onnx-float32,onnx-int8"
-    ),
+    precisions: Annotated[
+        str,
+        typer.Option(
+            help="Some of float32, bfloat16, int8, onnx-float32, onnx-int8, openvino-float32, openvino-bfloat16."
+        ),
+    ] = "float32,bfloat16,int8,onnx-float32,onnx-int8,openvino-float32,openvino-bfloat16",
     workload: Annotated[
         str, typer.Option(help="fixed: texts of one length; tasks: texts as tasks have them.")
     ] = "fixed",

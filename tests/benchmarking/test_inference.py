@@ -25,6 +25,7 @@ from sparsepeft.benchmarking.inference.report import Measured, describe
 from sparsepeft.benchmarking.inference.systems import prepare_system, save_task
 from sparsepeft.benchmarking.inference.workloads import Model, Plan, Planner, count_flops, prepare_model
 from sparsepeft.errors import UserError
+from sparsepeft.export.openvino_files import has_bfloat16
 
 PROCESSES = Path(processes.__file__).parent
 
@@ -147,15 +148,20 @@ def test_precisions_answer_nearly_the_same(model: Model, planner: Planner) -> No
 
 
 @pytest.mark.parametrize("system", ["backbone", "spartan", "pfeiffer", "houlsby"])
-def test_onnx_runtime_answers_what_pytorch_does(system: str, random: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_runtimes_answer_what_pytorch_does(system: str, runtime: str, random: Model, tmp_path: Path) -> None:
+    pytest.importorskip(runtime, reason=f"{runtime} is not installed")
+    tolerances = {"onnx-float32": 1e-5, "onnx-int8": 0.1}
+    if runtime == "openvino":
+        tolerances = {"openvino-float32": 1e-5} | ({"openvino-bfloat16": 0.05} if has_bfloat16() else {})
     plan = Planner(random, tmp_path, 0).of_shape(4, 16)
     passes = prepare_system(settings(random, [plan], system=system, num_tasks=1))
     (expected,) = passes[plan.name]()  # type: ignore[misc]
-    for precision, tolerance in (("float32", 1e-5), ("int8", 0.1)):
+    for precision, tolerance in tolerances.items():
         torch.manual_seed(0)  # the settings' seed: the same values
-        files = export_system(system, random.folder, tmp_path / precision, int8=precision == "int8")
+        files = export_system(system, random.folder, tmp_path / precision, precision)
         path = tmp_path / f"{precision}.json"
-        path.write_text(json.dumps(settings(random, [plan], threads=1, device=None) | files))
+        path.write_text(json.dumps(settings(random, [plan], threads=1, device=None, precision=precision) | files))
         program = (
             f"import sys; sys.path.insert(0, {str(PROCESSES)!r}); import exported, json\n"
             "passes, about = exported.prepare(json.load(open(sys.argv[1])))\n"
@@ -215,13 +221,15 @@ def test_an_engine_runs_every_mode_and_loads_tasks(model: Model, planner: Planne
 def test_what_is_timed_against_what(planner: Planner) -> None:
     grouping = Grouping(InferenceBenchmark(shapes=((4, 8), (1, 8)), mixed=True), planner)
     groups = {group.name: group for group in grouping.groups()}
-    assert list(groups) == ["float32", "bfloat16", "int8", "onnx-float32", "onnx-int8", "precisions", "mixed"]
+    exported_in = ["onnx-float32", "onnx-int8", "openvino-float32", "openvino-bfloat16"]
+    assert list(groups) == ["float32", "bfloat16", "int8", *exported_in, "precisions", "mixed"]
     own = ["backbone", "spartan", "pfeiffer", "houlsby", "lora", "spartan-unfused", "engine"]
     assert [candidate.system for candidate in groups["float32"].candidates] == own
     assert [candidate.name for candidate in groups["int8"].candidates] == ["backbone int8"]
-    exported = [candidate.system for candidate in groups["onnx-int8"].candidates]
-    assert exported == ["backbone", "spartan", "pfeiffer", "houlsby"]
-    assert "ONNX" in grouping.left_out["lora onnx-int8"]
+    for name in exported_in:
+        systems = [candidate.system for candidate in groups[name].candidates]
+        assert systems == ["backbone", "spartan", "pfeiffer", "houlsby"]
+        assert "not exported" in grouping.left_out[f"lora {name}"]
     mixed = {candidate.system: [plan.mode for plan in candidate.plans] for candidate in groups["mixed"].candidates}
     assert mixed["full"] == mixed["engine"] == ["single", "mixed"]
     assert mixed["engine-upper"] == ["all", "separate"]
@@ -291,7 +299,9 @@ def test_factors_of_a_task_are_measured_one_by_one() -> None:
     padded = {"spartan float32": 800.0, "spartan bfloat16": 200.0, "adapters-pfeiffer float32": 880.0}
     padded |= {"spartan onnx-float32": 640.0, "spartan onnx-int8": 160.0}
     by_tokens = {"spartan float32": 400.0, "engine float32": 500.0, "engine bfloat16": 110.0, "spartan onnx-int8": 80.0}
+    padded |= {"spartan openvino-float32": 500.0, "spartan openvino-bfloat16": 125.0}
     by_tokens |= {"adapters-pfeiffer bfloat16": 132.0, "adapters-houlsby bfloat16": 121.0}
+    by_tokens |= {"spartan openvino-bfloat16": 55.0}
     found = factors([measured("sst2", "sst2, padded", padded), measured("sst2", "sst2, by tokens", by_tokens)])
     values = {(one["factor"], one["of"][0] if "of" in one else ""): one["value"] for one in found}
     assert values == pytest.approx(
@@ -307,6 +317,11 @@ def test_factors_of_a_task_are_measured_one_by_one() -> None:
             ("precision", "spartan onnx-int8"): 4.0,
             ("product for spartan onnx-int8", ""): 1.1 * 2.0 * 1.25 * 4.0,
             ("total", "spartan onnx-int8"): 11.0,
+            ("runtime", "spartan openvino-float32"): 1.6,
+            ("precision", "spartan openvino-bfloat16"): 4.0,
+            ("product for spartan openvino-bfloat16", ""): 1.1 * 2.0 * 1.6 * 4.0,
+            ("total", "spartan openvino-bfloat16"): 16.0,
+            ("over the best peer, same precision and batches", "spartan openvino-bfloat16"): 2.2,
         }
     )
     assert found[0]["over"] == ["adapters-pfeiffer float32", "sst2, padded"]

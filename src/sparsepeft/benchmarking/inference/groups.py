@@ -13,12 +13,12 @@ from sparsepeft.benchmarking.inference.systems import (
     ENGINE,
     ENGINE_UPPER,
     FULL,
-    ONNX,
     PEERS,
     QUANTIZED,
     SHARING,
     UNFUSED,
     UNQUANTIZED,
+    export_format,
 )
 from sparsepeft.benchmarking.inference.workloads import BY_TOKENS, PADDED, Plan, Planner
 
@@ -129,8 +129,8 @@ class Grouping:
                 self.left_out[name] = "peers run on this machine only, not on an emulated device"
             elif name in PEERS and self.benchmark.peers_python is None:
                 self.left_out[name] = "no environment with AdapterHub's adapters was given (--peers-python)"
-            elif precision.startswith(ONNX) and name not in EXPORTED:
-                self.left_out[f"{name} {precision}"] = "it is not exported to ONNX"
+            elif export_format(precision) and name not in EXPORTED:
+                self.left_out[f"{name} {precision}"] = "it is not exported"
             elif precision == "int8" and name not in QUANTIZED:
                 self.left_out[f"{name} int8"] = "only plain linear layers are quantized, of the bare backbone"
             elif name == FULL and not several_tasks:

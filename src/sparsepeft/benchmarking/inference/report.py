@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsepeft.benchmarking.inference.systems import BACKBONE, ENGINE, ENGINE_UPPER, ONNX, PEERS, UNFUSED
+from sparsepeft.benchmarking.inference.systems import BACKBONE, ENGINE, ENGINE_UPPER, ONNX, OPENVINO, PEERS, UNFUSED
 from sparsepeft.benchmarking.inference.workloads import BY_TOKENS, PADDED
 from sparsepeft.benchmarking.timing import Timing
 
@@ -83,8 +83,8 @@ def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Ratios of throughputs that differ in one thing each.
 
     On a task's real lengths, each factor is measured alone, starting from SPARTAN in float32 with padded batches. For
-    an engine in bfloat16 and ONNX Runtime in int8 their ``"product for ..."`` stands beside the ``"total"`` that is
-    measured of all of them together.
+    an engine in bfloat16, ONNX Runtime in int8 and OpenVINO in bfloat16 their ``"product for ..."`` stands beside the
+    ``"total"`` that is measured of all of them together.
 
     Returns:
         Each with ``factor``, ``group``, ``of`` and ``over`` (candidate, plan) and ``value``: how many times as many
@@ -102,9 +102,12 @@ def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, Any]]:
-    """One configuration in PyTorch and one in ONNX Runtime, each with what it is made of."""
+    """One configuration in PyTorch, in ONNX Runtime and in OpenVINO, each with what it is made of."""
     spartan, peer, engine = f"spartan {_BASE}", f"{_USUAL_PEER} {_BASE}", f"{ENGINE} {_BASE}"
-    exported, small = f"spartan {ONNX}{_BASE}", f"spartan {ONNX}int8"
+    runtimes = (
+        (f"spartan {ONNX}{_BASE}", f"spartan {ONNX}int8"),
+        (f"spartan {OPENVINO}{_BASE}", f"spartan {OPENVINO}{_FAST}"),
+    )
     shared = [
         _factor("architecture", group, padded, spartan, padded, peer),
         _factor("length batching", group, sorted_, spartan, padded, spartan),
@@ -114,10 +117,12 @@ def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, 
             _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
             _factor("engine", group, sorted_, engine, sorted_, spartan),
         ],
-        small: [
+    } | {
+        fast: [
             _factor("runtime", group, padded, exported, padded, spartan),
-            _factor("precision", group, padded, small, padded, exported),
-        ],
+            _factor("precision", group, padded, fast, padded, exported),
+        ]
+        for exported, fast in runtimes
     }
     found = [*shared]
     for best, parts in own.items():
@@ -126,7 +131,7 @@ def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, 
         if len(made) == len(shared) + len(parts):
             found.append({"factor": f"product for {best}", "group": group, "value": math.prod(made)})
         found.append(_factor("total", group, sorted_, best, padded, peer))
-        precision = best.split()[1]
+        precision = best.split()[1].removeprefix(OPENVINO)
         rivals = [name for name in sorted_.timings if name.split()[0] in PEERS and name.split()[1] == precision]
         rival = min(rivals, key=lambda name: sorted_.timings[name].median_ms, default="")
         found.append(_factor("over the best peer, same precision and batches", group, sorted_, best, sorted_, rival))

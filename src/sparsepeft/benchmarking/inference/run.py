@@ -22,8 +22,8 @@ from sparsepeft.benchmarking.inference.systems import (
     ENGINE_UPPER,
     LOADING,
     MATRIX_PRODUCT,
-    ONNX,
     PEERS,
+    export_format,
     save_task,
 )
 from sparsepeft.benchmarking.inference.workloads import (
@@ -234,7 +234,7 @@ class _Session:
             settings |= {"style": style, "reduction_factor": get_recipe("paper", style).adapter["reduction_factor"]}
         if candidate.system in (ENGINE, ENGINE_UPPER):
             settings["task_folder"] = self._task_folder(candidate.system)
-        if candidate.precision.startswith(ONNX):
+        if export_format(candidate.precision):
             settings |= self._files(candidate)
         return self._process(candidate.system, candidate.precision, plans, **settings)
 
@@ -257,20 +257,19 @@ class _Session:
         path.write_text(json.dumps(settings))
         if system in PEERS:
             command = [str(benchmark.peers_python), str(_PROCESSES / "peer.py")]
-        elif precision.startswith(ONNX):
+        elif export_format(precision):
             command = [sys.executable, str(_PROCESSES / "exported.py")]
         else:
             command = [sys.executable, "-m", f"{__package__}.processes.own"]
         return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
 
     def _files(self, candidate: Candidate) -> dict[str, str | None]:
-        """What a candidate runs in ONNX Runtime; written once."""
+        """What a candidate runs outside PyTorch; written once."""
         key = (candidate.system, candidate.precision)
         if key not in self._exported:
             self.progress(f"exporting {candidate.name}")
             folder = self.folder / f"{candidate.precision}-{candidate.system}"
-            int8 = candidate.precision.endswith("int8")
-            self._exported[key] = export_system(candidate.system, self.model.folder, folder, int8=int8)
+            self._exported[key] = export_system(candidate.system, self.model.folder, folder, candidate.precision)
         return self._exported[key]
 
     def _task_folder(self, system: str) -> str:

@@ -27,9 +27,9 @@ ADAPTED = ("spartan", "pfeiffer", "houlsby", "lora")
 OWN = (BACKBONE, FULL, *ADAPTED, UNFUSED, ENGINE)
 PEERS = {"adapters-pfeiffer": "pfeiffer", "adapters-houlsby": "houlsby"}
 SYSTEMS = (*OWN, *PEERS)
-ONNX = "onnx-"  # before a precision: in ONNX Runtime
 UNQUANTIZED = ("float32", "bfloat16")
-PRECISIONS = (*UNQUANTIZED, "int8", f"{ONNX}float32", f"{ONNX}int8")
+ONNX, OPENVINO = "onnx-", "openvino-"  # before a precision: exported in that format, in its runtime
+PRECISIONS = (*UNQUANTIZED, "int8", f"{ONNX}float32", f"{ONNX}int8", f"{OPENVINO}float32", f"{OPENVINO}bfloat16")
 QUANTIZED = (BACKBONE, FULL)
 SHARING = (BACKBONE, *ADAPTED, UNFUSED)  # which can run on one backbone's tensors
 MATRIX_PRODUCT, LOADING = "matrix product", "loading"  # processes that are no systems to choose
@@ -84,6 +84,11 @@ def save_task(model: str, folder: Path, layers: Sequence[int] | None = None, met
     adapted = _attach(load_model(model, torch.float32), method, settings, num_tasks=1)
     adapted.save_pretrained(str(folder), selected_adapters=[_TASK.format(0)])
     return folder / _TASK.format(0)
+
+
+def export_format(precision: str) -> str | None:
+    """In which format a system is exported for a precision; None where PyTorch runs it."""
+    return next((start.rstrip("-") for start in (ONNX, OPENVINO) if precision.startswith(start)), None)
 
 
 def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
