@@ -8,6 +8,9 @@ from typing import Any
 
 from _markdown import table
 
+# Parts of an export's report that tell of a lower precision, and files of a task.
+_LOWER = {"int8_tasks": "tasks in int8", "int8": "all in int8", "bfloat16": "in bfloat16"}
+_WEIGHTS = {"adapter.onnx_adapter": "bytes for ONNX Runtime", "adapter_model.safetensors": "bytes for PEFT"}
 _LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
 
 
@@ -46,43 +49,37 @@ def runtimes(file: Path) -> str:
     )
 
 
-def exported(file: Path) -> str:
-    """An int8 export's scores on whole validation sets, and how far its float32 graph was from PyTorch."""
-    if not file.exists():
+def exported(folder: Path) -> str:
+    """Every ``export_*.json``: scores on whole validation sets, and how far the float32 model was from PyTorch."""
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("export_*.json"))]
+    if not reports:
         return ""
-    report = json.loads(file.read_text())
-    rows = []
-    for name, task in report["tasks"].items():
-        tasks_only, int8 = task["int8_tasks"], task["int8"]
-        before, alone, after = 100 * int8["before"], 100 * tasks_only["after"], 100 * int8["after"]
-        sizes = [f"{task['bytes'][one]:,}" for one in ("adapter.onnx_adapter", "adapter_model.safetensors")]
-        rows.append(
-            [
-                name,
-                f"{task['num_texts']:,}",
-                f"{task['max_deviation']:.1e}",
-                str(task["num_other_labels"]),
-                int8["metric"],
-                f"{before:.2f}",
-                f"{alone - before:+.2f}",
-                str(tasks_only["num_other_labels"]),
-                f"{after - before:+.2f}",
-                str(int8["num_other_labels"]),
-                *sizes,
-            ]
-        )
-    header = ["task", "texts", "largest deviation", "other labels", "metric", "PyTorch"]
-    header += ["tasks in int8", "other labels", "all in int8", "other labels", "bytes for ONNX Runtime", "for PEFT"]
     return "\n\n".join(
         [
             "## Exported tasks",
-            f"{report['backbone']} and tasks of the tables on all data (task, method, seed) in ONNX Runtime, on their "
-            "whole validation sets. Deviation and labels of the float32 graph, score x 100, how far it and labels "
-            "move with the tasks alone in int8, and with the backbone, too; bytes of the int8 tasks. By `sparsepeft "
-            "export --int8` of tasks that `sparsepeft reproduce table1 --keep-weights` trained.",
-            table(header, rows),
+            f"{reports[0]['backbone']} and tasks of the tables on all data (task, method, seed) on their whole "
+            "validation sets. Deviation and labels of the model in float32, score x 100, how far it and labels "
+            "move in a lower precision. By `sparsepeft export` of tasks that `sparsepeft reproduce table1 "
+            "--keep-weights` trained.",
+            *map(_exported, reports),
         ]
     )
+
+
+def _exported(report: dict[str, Any]) -> str:
+    lower = [key for key in _LOWER if all(key in task for task in report["tasks"].values())]
+    weights = [name for name in _WEIGHTS if all(name in task["bytes"] for task in report["tasks"].values())]
+    rows = []
+    for name, task in report["tasks"].items():
+        before = 100 * task[lower[0]]["before"]
+        row = [name, f"{task['num_texts']:,}", f"{task['max_deviation']:.1e}", str(task["num_other_labels"])]
+        row += [task[lower[0]]["metric"], f"{before:.2f}"]
+        for key in lower:
+            row += [f"{100 * task[key]['after'] - before:+.2f}", str(task[key]["num_other_labels"])]
+        rows.append(row + [f"{task['bytes'][weight]:,}" for weight in weights])
+    header = [report["format"], "texts", "largest deviation", "other labels", "metric", "PyTorch"]
+    header += [column for key in lower for column in (_LOWER[key], "other labels")]
+    return table([*header, *(_WEIGHTS[weight] for weight in weights)], rows)
 
 
 def _about(report: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def main() -> None:
         figure2(),
         inference(BENCHMARKS),
         runtimes(BENCHMARKS / "runtimes.json"),
-        exported(EXPERIMENTS / "export_int8.json"),
+        exported(EXPERIMENTS),
         memory(),
         allocator(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),

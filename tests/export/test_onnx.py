@@ -37,6 +37,10 @@ def test_the_report_says_what_was_compared(exported: Path) -> None:
         assert "built-in sample" in task["checked_on"]
 
 
+def test_the_runner_is_short(exported: Path) -> None:
+    assert len((exported / "run.py").read_text().splitlines()) <= 60
+
+
 def test_int8(exported: Path, exported_int8: Path, backbone: Path, folders: dict[str, Path]) -> None:
     engine, runner = MultiTaskEngine(backbone, folders), Runner(exported_int8)
     stored = MultiTaskEngine(backbone, {name: exported_int8 / "tasks" / name for name in TASKS})

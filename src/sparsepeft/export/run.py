@@ -34,8 +34,8 @@ class Runner:
             self.adapters[name].Load(str(file))
         options, encode = ort.RunOptions(), self.tokenizer.encode_batch
         options.add_active_adapter(self.adapters[name])  # one: of two with the same names, one is silently ignored
-        self.tokenizer.enable_truncation(task["max_length"])
         for i in range(0, len(texts), batch_size):
+            self.tokenizer.enable_truncation(task["max_length"])
             rows = [(one.ids, one.attention_mask, one.type_ids) for one in encode(texts[i : i + batch_size])]
             ids, mask, types = np.array(rows, np.int64).transpose(1, 0, 2)  # (B, T) each
             feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

@@ -15,7 +15,7 @@ class Runner:
     """One backbone and its tasks; ``tasks`` has each task.json by name; ``precision``: f32, bf16 or OpenVINO's own."""
 
     def __init__(self, folder, threads=0, precision=None):
-        self.folder, self.adapters = Path(folder), {}
+        self.folder, self.adapters, self.active = Path(folder), {}, None
         options = {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
         self.request = ov.compile_model(self.folder / "backbone.xml", "CPU", options).create_infer_request()
         compiled = self.request.get_compiled_model()
@@ -33,15 +33,18 @@ class Runner:
             file = self.folder / "tasks" / name / "adapter_model.safetensors"
             if [task["graph"], task["sha256"]] != [self.graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
                 raise ValueError(f"{file} is damaged, or belongs to another backbone.xml; export the task again")
-            self.adapters[name] = {
-                key.removeprefix("base_model.model."): given for key, given in load_file(file).items()
-            }
-        self.tokenizer.enable_truncation(task["max_length"])
+            tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()}
+            self.adapters[name] = {key: ov.Tensor(tensor) for key, tensor in tensors.items()}
         for i in range(0, len(texts), batch_size):
+            self.tokenizer.enable_truncation(task["max_length"])
             encoded = self.tokenizer.encode_batch(texts[i : i + batch_size])
             ids, mask, types = np.array([(e.ids, e.attention_mask, e.type_ids) for e in encoded]).transpose(1, 0, 2)
             feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}  # (B, T) each
-            logits = self.request.infer({key: feed[key] for key in self.inputs & feed.keys()} | self.adapters[name])[0]
+            if self.active != name:  # between two batches another task may have answered
+                for key, tensor in self.adapters[name].items():
+                    self.request.set_tensor(key, tensor)
+                self.active = name
+            logits = self.request.infer({key: feed[key] for key in self.inputs & feed.keys()})[0]
             yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
 
 
