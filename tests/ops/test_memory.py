@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from sparsepeft.ops import explain_memory_impl, memory_read
 from sparsepeft.ops.memory.pairs import TILE_SLOTS, plan_tiles
@@ -411,8 +413,11 @@ def test_auto_runs_what_explain_names() -> None:
     for shape, inference in itertools.product(("paper-like", "many parents"), (False, True)):
         inputs, (_, _, parents, children, top_k) = make_inputs(shape, torch.float32), SHAPES[shape]
         inputs[0].requires_grad_(not inference)
-        choice = explain_memory_impl(num_parents=parents, num_children=children, top_k=top_k, inference=inference)
-        assert (choice.impl == "cpu") == inference
+        sizes = {"num_tokens": inputs[0].shape[:-1].numel(), "hidden_size": inputs[0].shape[-1]}
+        choice = explain_memory_impl(
+            num_parents=parents, num_children=children, top_k=top_k, inference=inference, **sizes
+        )
+        assert ("measured" in choice.reason and "cpu" in choice.reason) == inference
         assert torch.equal(memory_read(*inputs, top_k=top_k), memory_read(*inputs, top_k=top_k, impl=choice.impl))
 
 
@@ -459,8 +464,8 @@ def test_compiled_form_answers_a_token_alike_whatever_its_neighbours(top_k: int,
 
 
 def test_compiled_form_keeps_the_lowest_of_equal_parents_and_takes_nan_for_the_largest() -> None:
-    x = torch.randn(9, 24)
-    parents = torch.randn(6, 24).repeat(3, 1)  # every score three times
+    # Every score three times, of whole numbers: exactly equal however a matrix product sums them up.
+    x, parents = torch.randint(-4, 5, (9, 24)).float(), torch.randint(-4, 5, (6, 24)).float().repeat(3, 1)
     children = torch.randn(18, 3, 24), torch.randn(18, 3, 24)
     for top_k in range(1, 19):
         expected = memory_read(x, parents, *children, top_k=top_k, impl="reference")
@@ -489,7 +494,7 @@ def test_compiled_form_rounds_bfloat16_as_pytorch_does() -> None:
 
 def test_compiled_form_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs("odd", torch.float32)
-    with pytest.raises(ValueError, match=r"impl is 'cpu', but x is torch\.float64"):
+    with pytest.raises(ValueError, match=r"impl is 'cpu', but hidden states and memory are torch\.float64"):
         memory_read(*make_inputs("odd"), top_k=4, impl="cpu")
     inputs[2].requires_grad_()
     with pytest.raises(ValueError, match=r"under torch\.no_grad"):
@@ -500,6 +505,40 @@ def test_compiled_form_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
             memory_read(*inputs, top_k=4, impl="cpu")
         torch.testing.assert_close(memory_read(*inputs, top_k=4), compiled)
+
+
+@pytest.mark.parametrize("wide", NAMES[1:])
+def test_a_wider_tensor_of_the_memory_is_not_read_as_float32(wide: str) -> None:
+    inputs = dict(zip(NAMES, make_inputs("odd", torch.float32), strict=True))
+    expected = memory_read(*inputs.values(), top_k=4, impl="reference")
+    inputs[wide] = inputs[wide].double()
+    torch.testing.assert_close(memory_read(**inputs, top_k=4), expected, rtol=1e-5, atol=1e-6)
+    inputs[wide] = inputs[wide].to("meta", torch.float32)
+    with pytest.raises(ValueError, match=f"different devices.*{wide} on meta.*move them to one"):
+        memory_read(**inputs, top_k=4)
+
+
+@pytest.mark.parametrize("trained", NAMES)
+def test_whichever_tensor_is_trained_gets_its_gradient(trained: str) -> None:
+    inputs = dict(zip(NAMES, make_inputs("odd", torch.float32), strict=True))
+    leaf = inputs[trained].requires_grad_()
+    memory_read(**inputs, top_k=4).sum().backward()
+    actual, leaf.grad = leaf.grad, None
+    memory_read(**inputs, top_k=4, impl="reference").sum().backward()
+    torch.testing.assert_close(actual, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_without_memory_of_their_own_are_not_read_by_compiled_code() -> None:
+    inputs = make_inputs("odd", torch.float32)
+    expected = memory_read(*inputs, top_k=4, impl="reference")
+    rows = torch.func.vmap(lambda x: memory_read(x, *inputs[1:], top_k=4))(inputs[0])
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        assert forward_ad.unpack_dual(memory_read(dual, *inputs[1:], top_k=4)).tangent is not None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = [mode.from_tensor(tensor) for tensor in inputs]
+        assert memory_read(*fake, top_k=4).shape == expected.shape
 
 
 # Errors

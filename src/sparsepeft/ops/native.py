@@ -1,4 +1,8 @@
-"""Compiled kernels: built by the system's compiler at first use and kept in the user's cache folder."""
+"""Compiled kernels: built by the system's compiler at first use and kept in the user's cache folder.
+
+They are built for the processor at hand. ``SPARSEPEFT_CPU`` names another, in the compiler's words for ``-march``:
+``SPARSEPEFT_CPU=x86-64-v3`` gives what a machine with AVX2 and without AVX-512 would run.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 _SHARED = Path(__file__).parent / "csrc"  # headers
 _FLAGS = (
@@ -22,11 +28,22 @@ _FLAGS = (
 )
 # For this very CPU, tried in this order: not every compiler and CPU knows all of them. GCC prefers vectors of 256 bits
 # on some CPUs that have 512.
-_TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+_WIDE = "-mprefer-vector-width=512"
+_TUNINGS = (("-march=native", _WIDE), ("-march=native",), ())
 
 
 class BuildError(RuntimeError):
     """The kernels could not be built or loaded; the message says why."""
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether compiled code may read these tensors: plain ones in the CPU's memory.
+
+    Subclasses (fake, distributed, quantized tensors) and those that a transform of ``torch.func`` wraps may have none.
+    """
+    return not torch._C._are_functorch_transforms_active() and all(
+        type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" for tensor in tensors
+    )
 
 
 def load_library(sources: Path) -> ctypes.CDLL:
@@ -97,11 +114,23 @@ def cache_folder() -> Path:
 
 def _compile(compiler: str, sources: Path, target: Path) -> None:
     files = [f"-I{_SHARED}", str(sources / "kernel.cpp"), "-o", str(target)]
-    for tuning in _TUNINGS:
+    tunings = _tunings()
+    for tuning in tunings:
         result = subprocess.run([compiler, *_FLAGS, *tuning, *files], capture_output=True, text=True)
         if result.returncode == 0:
             return
-    raise BuildError(f"{compiler} failed: {result.stderr.strip()[-500:]}.")
+    hint = (
+        ""
+        if tunings is _TUNINGS
+        else f" SPARSEPEFT_CPU is {os.environ['SPARSEPEFT_CPU']!r}, which is handed to -march."
+    )
+    raise BuildError(f"{compiler} failed: {result.stderr.strip()[-500:]}.{hint}")
+
+
+def _tunings() -> tuple[tuple[str, ...], ...]:
+    """Return the flags to try; a processor that was asked for by name is not replaced by another."""
+    name = os.environ.get("SPARSEPEFT_CPU")
+    return ((f"-march={name}", _WIDE), (f"-march={name}",)) if name else _TUNINGS
 
 
 def _key(compiler: str, sources: Path) -> str:
@@ -109,12 +138,18 @@ def _key(compiler: str, sources: Path) -> str:
     for path in sorted([*_SHARED.iterdir(), *sources.iterdir()]):
         digest.update(path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest.update(repr((compiler, version, _FLAGS, _TUNINGS, sys.platform, _cpu())).encode())
+    digest.update(repr((compiler, version, _FLAGS, sys.platform, machine())).encode())
     return digest.hexdigest()[:16]
 
 
+@functools.cache
+def machine() -> tuple[object, ...]:
+    """Name the CPU, what it can do, and for which the kernels are built: a shared home folder may serve several."""
+    return _cpu(), _tunings()
+
+
 def _cpu() -> str:
-    """Name the CPU and what it can do: a shared home folder may serve several machines."""
+    """Return the CPU's name and features, as the system lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

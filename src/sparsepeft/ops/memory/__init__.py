@@ -11,6 +11,8 @@ from torch import Tensor
 from sparsepeft.ops.memory.checks import check_index, check_stack, memory_fits, raise_misfit
 from sparsepeft.ops.memory.choice import (
     MemoryChoice,
+    can_fuse,
+    choose_inference_impl,
     choose_memory_impl,
     explain_memory_impl,
     is_inference,
@@ -100,7 +102,7 @@ def memory_read_unchecked(
     impl: str = "auto",
 ) -> Tensor:
     """:func:`memory_read` for a module that made the memory itself: at batch size 1 the checks are felt."""
-    impl = _resolve(impl, x, child_keys, top_k)
+    impl = _resolve(impl, x, parent_keys, child_keys, child_values, top_k)
     read = _IMPLEMENTATIONS[impl]
     tokens, dtype = x.reshape(-1, x.shape[-1]), x.dtype
     if not dtype == parent_keys.dtype == child_keys.dtype == child_values.dtype:
@@ -120,24 +122,24 @@ def memory_read_unchecked(
     return output.view(x.shape).to(x.dtype)
 
 
-def _resolve(impl: str, x: Tensor, child_keys: Tensor, top_k: int) -> str:
+def _resolve(impl: str, x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int) -> str:
     """Return the implementation that ``impl`` means, for one memory or a stack of them."""
+    tensors = x, parent_keys, child_keys, child_values
     if impl == "auto":
-        num_parents, num_children = child_keys.shape[-3:-1]
+        if is_inference(*tensors):
+            return choose_inference_impl(x, child_keys, top_k)
         return choose_memory_impl(
-            num_parents,
-            num_children,
+            *child_keys.shape[-3:-1],
             top_k,
             exporting=torch.compiler.is_exporting(),
-            on_gpu=x.is_cuda and max(x.element_size(), child_keys.element_size()) <= 4,
-            inference=is_inference(x, child_keys),
+            on_gpu=can_fuse(*tensors),
         )
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
     if impl == "triton":
-        require_triton(x, child_keys)
+        require_triton(*tensors)
     elif impl == "cpu":
-        require_compiled(x, child_keys)
+        require_compiled(*tensors)
     return impl
 
 
@@ -179,11 +181,11 @@ def memory_read_mixed(
     check_stack(x, memory_index, parent_keys, child_keys, child_values)
     if not memory_fits(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature):
         raise_misfit(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature)
-    impl = _resolve(impl, x, child_keys, top_k)
-    if memory_index.device.type == "cpu" or impl != "triton":
+    fused = _resolve(impl, x, parent_keys, child_keys, child_values, top_k) == "triton"
+    if memory_index.device.type == "cpu" or not fused:
         check_index(memory_index, len(parent_keys))
     memory_index = memory_index.to(x.device, torch.long)
-    if impl != "triton":
+    if not fused:
         read = partial(memory_read_unchecked, top_k=top_k, temperature=temperature, impl=impl)
         return read_memory_by_memory(x, memory_index, parent_keys, child_keys, child_values, read)
     from sparsepeft.ops.memory.triton import memory_read_mixed_triton

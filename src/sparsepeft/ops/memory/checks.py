@@ -22,6 +22,7 @@ def memory_fits(
         and shape[1] >= 1
         and shape[2] >= 1
         and all(tensor.is_floating_point() for tensor in (x, parent_keys, child_keys, child_values))
+        and x.device == parent_keys.device == child_keys.device == child_values.device
         and type(top_k) is int
         and 1 <= top_k <= shape[0]
         and 0 < temperature < math.inf  # not isfinite: it breaks a compiled graph
@@ -59,6 +60,9 @@ def raise_misfit(
         raise ValueError(f"last dimensions differ ({listed}): expected one hidden size D for all.")
     if child_keys.shape[1] < 1 or child_keys.shape[2] < 1:
         raise ValueError(f"child_keys has shape {tuple(child_keys.shape)}; expected at least one child and D >= 1.")
+    if len({tensor.device for tensor in named.values()}) > 1:
+        listed = ", ".join(f"{name} on {tensor.device}" for name, tensor in named.items())
+        raise ValueError(f"tensors are on different devices ({listed}): move them to one.")
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise TypeError(f"top_k is {top_k!r}; expected an int between 1 and {parent_keys.shape[0]}.")
     if not 1 <= top_k <= parent_keys.shape[0]:

@@ -1,7 +1,8 @@
 """Which implementation of the memory ``impl="auto"`` means.
 
-Without gradients, on a CPU, it is the compiled form. Else the rule compares the work per token of two forms, in
-products with a vector of size D. Scoring the parents is common to both and left out.
+Without gradients, on a CPU, it is the form that was measured to be the fastest on this machine
+(:mod:`sparsepeft.ops.memory.inference`). Else the rule compares the work per token of two forms, in products with a
+vector of size D. Scoring the parents is common to both and left out.
 ``benchmarks/results/memory.json`` (2-core x86, float32, D=768, K=8) shows the crossover at P between 64 and 128 for
 C=3 and between 16 and 32 for C=32; the constants reproduce it, and were checked at K=1, 2 and 16 with C=1 to 32.
 Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule leaves them out,
@@ -10,6 +11,7 @@ so that a traced graph is chosen as the eager call is.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -18,6 +20,8 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.compiled import why_not_built
+from sparsepeft.ops.memory.inference import inference_times
+from sparsepeft.ops.native import readable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Columns of a tile of scores, both sizes padded: up to here the fused form's registers are known not to spill.
@@ -45,15 +49,19 @@ def choose_memory_impl(
     *,
     exporting: bool = False,
     on_gpu: bool = False,
-    inference: bool = False,
 ) -> str:
     """Return the name alone: the sizes may be symbolic while ``torch.compile`` traces, and then have no text."""
-    if inference and why_not_built() is None:
-        return "cpu"
     if on_gpu and _HAS_TRITON and not exporting and _fits_tile(num_parents, num_children):
         return "triton"
     masked, selected = _work(num_parents, num_children, top_k, exporting)
     return "selected" if selected < masked else "masked"
+
+
+def choose_inference_impl(x: Tensor, child_keys: Tensor, top_k: int) -> str:
+    """Return the fastest form for tensors that :func:`is_inference` holds for, ``child_keys`` (..., P, C, D)."""
+    num_parents, num_children, hidden = child_keys.shape[-3:]
+    num_tokens = x.numel() // hidden
+    return next(iter(inference_times(num_tokens, hidden, num_parents, num_children, top_k, x.dtype)))
 
 
 def explain_memory_impl(
@@ -64,6 +72,9 @@ def explain_memory_impl(
     exporting: bool = False,
     on_gpu: bool = False,
     inference: bool = False,
+    num_tokens: int = 4096,
+    hidden_size: int = 768,
+    dtype: torch.dtype = torch.float32,
 ) -> MemoryChoice:
     """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason.
 
@@ -73,15 +84,24 @@ def explain_memory_impl(
         top_k: parents kept per token, K.
         exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
         on_gpu: whether the tensors are on a CUDA device, in float32 or narrower; the fused form can run then.
-        inference: whether no gradient is needed, products are taken in float32 on a CPU, and nothing is traced; the
-            compiled form can run then.
+        inference: whether no gradient is needed, products are taken in float32 on a CPU, and nothing is traced: the
+            forms are then measured on this machine, which takes milliseconds where it has not been done before.
+        num_tokens: tokens read at once; counts in inference alone, as the two below.
+        hidden_size: D.
+        dtype: of the hidden states.
     """
-    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu, inference=inference)
     shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
-    if impl == "cpu":
+    if inference:
+        times = inference_times(num_tokens, hidden_size, num_parents, num_children, top_k, dtype)
+        measured = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items())
+        missing = why_not_built()
         return MemoryChoice(
-            impl, f"Without gradients, at {shape}, one compiled pass touches only what each token selects."
+            next(iter(times)),
+            f"Without gradients, for about {num_tokens} tokens at {shape}, the fastest of what was measured on this "
+            f"machine with {torch.get_num_threads()} threads: {measured}"
+            f"{'.' if missing is None else f'; there is no compiled form: {missing}'}",
         )
+    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu)
     if impl == "triton":
         return MemoryChoice(
             impl,
@@ -109,7 +129,12 @@ def padded_sizes(num_parents: int, num_children: int) -> tuple[int, int]:
     return parents, children
 
 
-def require_triton(x: Tensor, child_keys: Tensor) -> None:
+def can_fuse(*tensors: Tensor) -> bool:
+    """Whether hidden states and a memory are where the fused form runs, and no wider than it computes."""
+    return all(tensor.is_cuda and tensor.element_size() <= 4 for tensor in tensors)
+
+
+def require_triton(x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor) -> None:
     """Raise where the fused form cannot run on these tensors, ``child_keys`` (..., P, C, D).
 
     Raises:
@@ -121,7 +146,7 @@ def require_triton(x: Tensor, child_keys: Tensor) -> None:
         problem = "the package triton is not installed: install it, or leave impl at 'auto'"
     elif not x.is_cuda and not interpreted:
         problem = f"x is on {x.device}, expected a CUDA device: move it there, or leave impl at 'auto'"
-    elif torch.float64 in (x.dtype, child_keys.dtype):
+    elif torch.float64 in (x.dtype, parent_keys.dtype, child_keys.dtype, child_values.dtype):
         problem = "a tensor is float64; expected float32 or narrower: convert it, or leave impl at 'auto'"
     elif not _fits_tile(num_parents, num_children):
         problem = (
@@ -133,29 +158,33 @@ def require_triton(x: Tensor, child_keys: Tensor) -> None:
     raise ValueError(f"impl is 'triton', but {problem}.")
 
 
-def is_inference(x: Tensor, child_keys: Tensor) -> bool:
-    """Whether the compiled form may read these tensors; whether it can be built is not asked here."""
+def is_inference(*tensors: Tensor) -> bool:
+    """Whether hidden states and a memory (three tensors) are read in float32 on a CPU, without gradient or graph.
+
+    Then the compiled form may read them; whether it can be built is not asked here.
+    """
     return (
-        x.device.type == "cpu"
-        and torch.promote_types(x.dtype, child_keys.dtype) == torch.float32
-        and not (torch.is_grad_enabled() and (x.requires_grad or child_keys.requires_grad))
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
+        and readable(*tensors)
+        and functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors)) == torch.float32
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and torch.autograd.forward_ad._current_level < 0  # no_grad does not end forward-mode differentiation
     )
 
 
-def require_compiled(x: Tensor, child_keys: Tensor) -> None:
-    """Raise where the compiled form cannot run on these tensors.
+def require_compiled(*tensors: Tensor) -> None:
+    """Raise where the compiled form cannot run on hidden states and a memory (three tensors).
 
     Raises:
-        ValueError: they are not on a CPU, not float32, need a gradient, or are traced.
+        ValueError: they are not plain float32 tensors on a CPU, need a gradient, or are traced.
         RuntimeError: it cannot be built.
     """
-    if not is_inference(x, child_keys):
+    if not is_inference(*tensors):
+        kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors}))
         raise ValueError(
-            f"impl is 'cpu', but x is {x.dtype} on {x.device}, the memory {child_keys.dtype}, or a gradient or a "
-            "traced graph is wanted; the compiled form reads float32 on a CPU under torch.no_grad(): leave impl at "
-            "'auto'."
+            f"impl is 'cpu', but hidden states and memory are {kinds}, or a gradient or a traced graph is wanted; the "
+            "compiled form reads float32 on a CPU under torch.no_grad(): leave impl at 'auto'."
         )
     reason = why_not_built()
     if reason is not None:

@@ -35,6 +35,10 @@ def check_arguments(
         raise ValueError(
             f"codebooks is for {codebooks.shape[0]} heads, key has {key.shape[1]}: give one per key-value head."
         )
+    tensors = {"query": query, "key": key, "value": value, "codebooks": codebooks}
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        listed = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"tensors are on different devices ({listed}): move them to one.")
     _check_count("top_l", top_l)
     _check_count("block_size", block_size)
     batch, _, num_queries, _ = query.shape

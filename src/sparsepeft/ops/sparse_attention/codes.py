@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.select import softmax_dtype
+from sparsepeft.ops.native import readable
 from sparsepeft.ops.sparse_attention.choice import why_no_triton
 from sparsepeft.ops.sparse_attention.compiled import encode_compiled
 from sparsepeft.ops.sparse_attention.native import load_library
@@ -52,7 +53,12 @@ def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
             return encode_triton(vectors, codebooks)
         if impl == "triton":
             raise ValueError(f"impl is 'triton', but {reason}: use impl='auto'.")
-    compilable = vectors.device.type == "cpu" and vectors.dtype != torch.float64
+    compilable = readable(vectors, codebooks) and vectors.dtype != torch.float64
+    if impl == "compiled" and not compilable:
+        raise ValueError(
+            f"impl is 'compiled', but vectors is {vectors.dtype} on {vectors.device}, codebooks on {codebooks.device}; "
+            "the kernel takes plain tensors on a CPU, float32 or narrower: use impl='auto'."
+        )
     if impl == "compiled" or (impl == "auto" and compilable and load_library() is not None):
         return encode_compiled(vectors, codebooks)
     return _encode(vectors, codebooks)

@@ -6,10 +6,12 @@ They take float32, bfloat16 and float16, and sum in float32.
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
+from sparsepeft.ops import native
 from sparsepeft.ops.sparse_attention.blocks import BlockLists
 from sparsepeft.ops.sparse_attention.native import load_library
 from sparsepeft.ops.sparse_attention.problem import Reach, Rules
@@ -32,13 +34,14 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_size")),
         *((n, ctypes.c_int64) for n in ("subvectors", "top_l", "keep_self", "keep_first", "block_size", "list_stride")),
-        *((n, ctypes.c_int64) for n in ("dtype", "grad_dtype", "threads", "parts", "grad_key_part", "grad_value_part")),
+        *((n, ctypes.c_int64) for n in ("dtype", "grad_dtype", "threads", "parts")),
         *((n, ctypes.c_double) for n in ("scale", "softcap")),
         *((n, _View) for n in ("query", "key", "value", "output", "grad_output")),
         *((n, _View) for n in ("grad_query", "grad_key", "grad_value")),
         *((n, ctypes.c_void_p) for n in ("query_codes", "key_codes", "key_mask", "positions", "lower", "upper")),
         *((n, ctypes.c_void_p) for n in ("lists", "counts", "log_sum_exp", "scratch")),
         ("scratch_bytes", ctypes.c_int64),
+        ("parallel", ctypes.c_void_p),
     )
 
 
@@ -49,7 +52,7 @@ class _Encoding(ctypes.Structure):
         *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "tokens", "subvectors", "codewords", "width")),
         *((n, ctypes.c_int64) for n in ("dtype", "threads")),
         ("vectors", _View),
-        *((n, ctypes.c_void_p) for n in ("codebooks", "half_norms", "codes")),
+        *((n, ctypes.c_void_p) for n in ("codebooks", "half_norms", "codes", "parallel")),
     )
 
 
@@ -94,19 +97,16 @@ def compiled_backward(
     problem, keep_alive = _problem(query, key, value, codes, reach, rules)
     grad_output = _rows_contiguous(grad_output)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    # Threads that share a head's keys sum up for themselves first.
+    # Threads that share a head's keys add up in float32.
     dtype = torch.float32 if problem.parts > 1 else key.dtype
-    grad_key, grad_value = (torch.empty(problem.parts, *t.shape, dtype=dtype) for t in (key, value))
+    grad_key, grad_value = (torch.empty(t.shape, dtype=dtype) for t in (key, value))
     problem.grad_dtype = _DTYPES[dtype]
-    problem.grad_key_part, problem.grad_value_part = grad_key.stride(0), grad_value.stride(0)
-    problem.grad_query, problem.grad_key, problem.grad_value = map(_view, (grad_query, grad_key[0], grad_value[0]))
+    problem.grad_query, problem.grad_key, problem.grad_value = map(_view, (grad_query, grad_key, grad_value))
     problem.output, problem.grad_output = _view(output), _view(grad_output)
     problem.log_sum_exp = log_sum_exp.data_ptr()
     _run(problem, backward=True)
     del keep_alive
-    if problem.parts > 1:
-        return grad_query, grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
-    return grad_query, grad_key[0], grad_value[0]
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def compiled_keep_tokens(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
@@ -134,6 +134,7 @@ def encode_compiled(vectors: Tensor, codebooks: Tensor) -> Tensor:
     encoding.dtype, encoding.threads = _DTYPES[vectors.dtype], torch.get_num_threads()
     encoding.vectors, encoding.codes = _view(vectors), codes.data_ptr()
     encoding.codebooks, encoding.half_norms = codebooks.data_ptr(), half_norms.data_ptr()
+    encoding.parallel = native.openmp_parallel()
     _library().sparse_attention_encode(ctypes.byref(encoding))
     return codes
 
@@ -149,10 +150,8 @@ def _problem(
     problem.keep_self, problem.keep_first, problem.block_size = rules.keep_self, rules.keep_first, rules.block_size
     problem.query, problem.key, problem.value = map(_view, tensors)
     problem.dtype = _DTYPES[query.dtype]
-    groups, threads = batch * kv_heads, torch.get_num_threads()
-    # A thread takes whole heads where these divide well, else a part of a head's queries.
-    problem.threads = threads
-    problem.parts = 1 if groups % threads == 0 or groups >= 4 * threads else threads
+    problem.threads, problem.parallel = torch.get_num_threads(), native.openmp_parallel()
+    problem.parts = _num_parts(batch * kv_heads, problem.threads)
 
     given = [tensor.contiguous() for tensor in codes]
     if isinstance(codes, BlockLists):
@@ -167,6 +166,15 @@ def _problem(
         limits.append(reach.key_mask)
         problem.key_mask = reach.key_mask.data_ptr()
     return problem, [*tensors, *given, *limits]
+
+
+def _num_parts(groups: int, threads: int) -> int:
+    """Return into how many parts the queries of a group (one batch row, one key head) are cut, for all threads to work.
+
+    None where whole groups divide well among the threads; else as few as divide evenly or nearly so, since each part
+    reads the group's keys anew.
+    """
+    return min(threads // math.gcd(groups, threads), -(-4 * threads // groups))
 
 
 def _run(problem: _Problem, *, backward: bool) -> None:

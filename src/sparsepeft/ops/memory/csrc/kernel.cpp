@@ -1,10 +1,10 @@
 // SPARTAN's memory, read without gradients: only children of parents are touched that a token, or one of a few, keeps.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -21,12 +21,8 @@ struct Memory {
     void* output;                                          // (N, D)
 };
 
-#ifdef __AVX512F__
-constexpr int REGISTERS = 32;  // vectors that the registers hold
-#else
-constexpr int REGISTERS = 8;
-#endif
 constexpr int TOGETHER = REGISTERS == 32 ? 4 : 2;  // tokens read at once
+constexpr int64_t MANY_TOKENS = 256;              // worth threads that have to be started first
 
 // Products of R rows with T vectors, total[t][r] = rows[r] . x[t]. What is loaded serves R or T of them.
 template <int T, int R>
@@ -89,12 +85,13 @@ void add_rows(const float* const* rows, const float* const* weights, int64_t cou
         }
 }
 
-// Turn scores into weights that add up to `whole`.
-void softmax(float* scores, int64_t count, float whole) {
+// Turn scores into weights that add up to one. There is room for whole vectors.
+void softmax(float* scores, int64_t count) {
     float total = 0;
     const float largest = *std::max_element(scores, scores + count);
-    for (int64_t i = 0; i < count; i++) total += scores[i] = std::exp(scores[i] - largest);
-    for (int64_t i = 0; i < count; i++) scores[i] *= whole / total;
+    for (int64_t i = 0; i < count; i += LANES) store(scores + i, exp(load(scores + i) - largest));
+    for (int64_t i = 0; i < count; i++) total += scores[i];
+    for (int64_t i = 0; i < count; i++) scores[i] /= total;
 }
 
 // NaN counts as the largest score.
@@ -115,22 +112,11 @@ void keep_best(const float* scores, int64_t count, int64_t top_k, float* best, i
     }
 }
 
-// bfloat16 is the upper half of a float.
 void widen(const uint16_t* from, int64_t size, float* to) {
-    for (int64_t i = 0; i < size; i++) {
-        const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-        std::memcpy(to + i, &bits, sizeof bits);
-    }
+    for (int64_t i = 0; i < size; i++) to[i] = from_bfloat(from[i]);
 }
-
-// To the nearest, ties to even; NaN stays NaN.
 void narrow(const float* from, int64_t size, uint16_t* to) {
-    for (int64_t i = 0; i < size; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, from + i, sizeof bits);
-        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
+    for (int64_t i = 0; i < size; i++) to[i] = to_bfloat(from[i]);
 }
 
 // Read the memory for T tokens at once, with the children of all parents that one of them keeps.
@@ -139,12 +125,14 @@ class Reader {
   public:
     explicit Reader(const Memory& memory)
         : m(memory), parents(m.parents), used(T * m.top_k), rows(used.size() * m.children), kept(used.size()),
-          slots(m.parents), best(used.size()), gates(T * used.size()), own_scores(T * m.parents),
-          own_weights(T * rows.size()), wide_x(m.is_bfloat16 ? T * m.hidden : 0), wide_output(wide_x.size()) {
+          slots(m.parents), gates(T * used.size()), own_scores(T * m.parents), own_best(T * round_up(m.top_k, LANES)),
+          own_weights(T * round_up(rows.size(), LANES)), wide_x(m.is_bfloat16 ? T * m.hidden : 0),
+          wide_output(wide_x.size()) {
         for (int64_t p = 0; p < m.parents; p++) parents[p] = m.parent_keys + p * m.hidden;
         for (int t = 0; t < T; t++) {
             scores[t] = own_scores.data() + t * m.parents;
-            weights[t] = own_weights.data() + t * rows.size();
+            best[t] = own_best.data() + t * round_up(m.top_k, LANES);
+            weights[t] = own_weights.data() + t * round_up(rows.size(), LANES);
         }
     }
 
@@ -153,22 +141,17 @@ class Reader {
         if (!m.parent_scores) dot_all<T>(parents.data(), m.parents, x, m.hidden, scores);
         for (int t = 0; t < T; t++) {
             const float* own = m.parent_scores ? m.parent_scores + (first + t) * m.parents : scores[t];
-            keep_best(own, m.parents, m.top_k, best.data() + t * m.top_k, kept.data() + t * m.top_k);
-            softmax(best.data() + t * m.top_k, m.top_k, 1.0f);
+            keep_best(own, m.parents, m.top_k, best[t], kept.data() + t * m.top_k);
+            softmax(best[t], m.top_k);
         }
-        // In order, so that a token's sums do not depend on its neighbours.
-        used.assign(kept.begin(), kept.end());
-        std::sort(used.begin(), used.end());
-        used.erase(std::unique(used.begin(), used.end()), used.end());
-        const int64_t num_used = used.size(), num_rows = num_used * m.children;
-        for (int64_t u = 0; u < num_used; u++) slots[used[u]] = u;
+        const int64_t num_used = list_used(), num_rows = num_used * m.children;
         std::fill(gates.begin(), gates.end(), 0.0f);
-        for (int64_t i = 0; i < T * m.top_k; i++) gates[i / m.top_k * num_used + slots[kept[i]]] = best[i];
+        for (int t = 0; t < T; t++)
+            for (int64_t i = 0; i < m.top_k; i++) gates[t * num_used + slots[kept[t * m.top_k + i]]] = best[t][i];
 
         point_to(m.child_keys);
         dot_all<T>(rows.data(), num_rows, x, m.hidden, weights);
-        for (int t = 0; t < T; t++)
-            for (int64_t u = 0; u < num_used; u++) weigh(weights[t] + u * m.children, gates[t * num_used + u]);
+        for (int t = 0; t < T; t++) weigh(weights[t], gates.data() + t * num_used);
         point_to(m.child_values);
         add_rows<T>(rows.data(), weights, num_rows, x, m.hidden, output);
         if (m.is_bfloat16)
@@ -188,20 +171,45 @@ class Reader {
         }
     }
 
+    // In ascending order, so that a token's sums do not depend on its neighbours.
+    int64_t list_used() {
+        used.assign(kept.begin(), kept.end());
+        if constexpr (T == 1) {
+            std::sort(used.begin(), used.end());
+        } else {  // few parents
+            std::fill(slots.begin(), slots.end(), -1);
+            for (int64_t p : kept) slots[p] = 0;
+            used.clear();
+            for (int64_t p = 0; p < m.parents; p++)
+                if (slots[p] == 0) used.push_back(p);
+        }
+        for (size_t u = 0; u < used.size(); u++) slots[used[u]] = u;
+        return used.size();
+    }
+
     void point_to(const float* children) {
         for (size_t u = 0; u < used.size(); u++)
             for (int64_t c = 0; c < m.children; c++)
                 rows[u * m.children + c] = children + (used[u] * m.children + c) * m.hidden;
     }
 
-    // A parent that only another token keeps has a gate of zero.
-    void weigh(float* children, float gate) {
-        if (gate == 0) {
-            std::fill(children, children + m.children, 0.0f);
-            return;
+    // Turn the scores of the children of each used parent into weights that add up to its gate. A parent that only
+    // another token keeps has a gate of zero.
+    void weigh(float* children, const float* gates) {
+        const int64_t num_used = used.size(), count = m.children;
+        const float sharpness = static_cast<float>(1 / m.temperature);
+        for (int64_t u = 0; u < num_used; u++) {
+            float* own = children + u * count;
+            const float largest = *std::max_element(own, own + count);
+            for (int64_t c = 0; c < count; c++) own[c] = (own[c] - largest) * sharpness;
         }
-        for (int64_t c = 0; c < m.children; c++) children[c] = static_cast<float>(children[c] / m.temperature);
-        softmax(children, m.children, gate);
+        for (int64_t i = 0; i < num_used * count; i += LANES) store(children + i, exp(load(children + i)));
+        for (int64_t u = 0; u < num_used; u++) {
+            float *own = children + u * count, total = 0;
+            for (int64_t c = 0; c < count; c++) total += own[c];
+            const float scale = gates[u] / total;
+            for (int64_t c = 0; c < count; c++) own[c] = gates[u] == 0 ? 0.0f : own[c] * scale;
+        }
     }
 
     const Memory& m;
@@ -210,10 +218,10 @@ class Reader {
     std::vector<const float*> rows;   // keys or values of their children
     std::vector<int64_t> kept;        // (T, K)
     std::vector<int64_t> slots;       // where a parent is in `used`
-    std::vector<float> best, gates;   // (T, K), (T, used)
-    std::vector<float> own_scores, own_weights, wide_x, wide_output;
+    std::vector<float> gates;         // (T, used)
+    std::vector<float> own_scores, own_best, own_weights, wide_x, wide_output;
     const float* x[T];
-    float *scores[T], *weights[T], *output[T];
+    float *scores[T], *best[T], *weights[T], *output[T];
 };
 
 template <int T>
@@ -225,26 +233,18 @@ void read(const Memory& m, int64_t begin, int64_t end) {
     }
 }
 
-struct Team {
-    const Memory* memory;
-    std::atomic<int64_t> next;
-};
-void work(void* argument) {
-    Team& team = *static_cast<Team*>(argument);
-    const Memory& m = *team.memory;
-    const int64_t step = std::max<int64_t>(1, (m.tokens + 4 * m.threads - 1) / (4 * m.threads));
-    for (int64_t begin; (begin = team.next.fetch_add(step)) < m.tokens;)
-        if (m.is_shared) read<TOGETHER>(m, begin, std::min(begin + step, m.tokens));
-        else read<1>(m, begin, std::min(begin + step, m.tokens));
-}
 }  // namespace
 
 extern "C" {
-// `parallel` is GOMP_parallel of the OpenMP runtime that torch computes with, or null.
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-void memory_read(const Memory* m, Parallel parallel) {
-    Team team{m, {0}};
-    if (parallel && m->threads > 1) parallel(work, &team, static_cast<unsigned>(m->threads), 0);
-    else work(&team);
+void memory_read(const Memory* memory, Parallel parallel) {
+    const Memory& m = *memory;
+    const int64_t step = std::max<int64_t>(1, (m.tokens + 4 * m.threads - 1) / (4 * m.threads));
+    // To start threads takes longer than to read a few tokens; the runtime's threads are waiting already.
+    const int64_t threads = parallel || m.tokens >= MANY_TOKENS ? std::min(m.threads, m.tokens) : 1;
+    run_threads(parallel, threads, [&](std::atomic<int64_t>& next, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(step)) < m.tokens;)
+            if (m.is_shared) read<TOGETHER>(m, begin, std::min(begin + step, m.tokens));
+            else read<1>(m, begin, std::min(begin + step, m.tokens));
+    });
 }
 }

@@ -33,12 +33,14 @@ void product_columns(const float* a, int64_t a_row, int64_t a_column, const floa
     if (r < rows) product_tile<1, NV>(a + r * a_row, a_row, a_column, b, b_row, c + r * c_row, c_row, inner);
 }
 
-// c (rows, width) += a (rows, inner) b (inner, width); width is a multiple of 16.
+// c (rows, width) += a (rows, inner) b (inner, width); width is a multiple of a vector's lanes. Six rows and so many
+// vectors of columns, their sums and what is loaded, are what the registers hold.
 inline void add_product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                         int64_t c_row, int64_t rows, int64_t inner, int64_t width) {
+    constexpr int NV = REGISTERS / 8;
     int64_t d = 0;
-    for (; d + 4 * LANES <= width; d += 4 * LANES)
-        product_columns<4>(a, a_row, a_column, b + d, b_row, c + d, c_row, rows, inner);
+    for (; d + NV * LANES <= width; d += NV * LANES)
+        product_columns<NV>(a, a_row, a_column, b + d, b_row, c + d, c_row, rows, inner);
     for (; d < width; d += LANES)
         product_columns<1>(a, a_row, a_column, b + d, b_row, c + d, c_row, rows, inner);
 }
@@ -71,7 +73,7 @@ struct BlockScratch {
         full = arena.take<uint8_t>(num_blocks);
     }
 
-    // Lay the rows of a block out in columns, so that a vector holds one dimension of 16 keys.
+    // Lay the rows of a block out in columns, so that a vector holds one dimension of as many keys as it has lanes.
     void transpose(const float* rows, int64_t width, int64_t count, float* to) const {
         for (int64_t d = 0; d < width; d++) {
             for (int64_t j = 0; j < count; j++) to[d * columns + j] = rows[j * width + d];
@@ -203,7 +205,8 @@ struct BlockScratch {
 };
 
 inline void run_block(const Problem& p, bool backward) {
-    run_threads(p.threads, [&](std::atomic<int64_t>& next, int64_t thread) {
+    KeyGradients gradients(p);
+    run_threads(p.parallel, p.threads, [&](std::atomic<int64_t>& next, int64_t thread) {
         Arena arena{p.scratch + thread * p.scratch_bytes};
         BlockScratch scratch(p, arena, backward);
         const int64_t block_rows = (p.queries + p.block_size - 1) / p.block_size, group = p.heads / p.kv_heads;
@@ -221,12 +224,9 @@ inline void run_block(const Problem& p, bool backward) {
                     if (backward) scratch.backward(p, batch, head, row, list, p.counts[at]);
                     else scratch.forward(p, batch, head, row, list, p.counts[at]);
                 }
-            if (backward) {
-                write_rows(p.grad_key, p.grad_dtype, batch, kv_head, 0, p.keys, p.head_size, scratch.key_width,
-                           scratch.grad_key, part * p.grad_key_part);
-                write_rows(p.grad_value, p.grad_dtype, batch, kv_head, 0, p.keys, p.value_size, scratch.value_width,
-                           scratch.grad_value, part * p.grad_value_part);
-            }
+            if (backward)
+                gradients.add(batch, kv_head, part, scratch.grad_key, scratch.key_width, scratch.grad_value,
+                              scratch.value_width);
         }
     });
 }

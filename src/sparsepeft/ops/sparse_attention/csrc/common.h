@@ -1,33 +1,12 @@
-// What both granularities share: the exponential, the arguments, conversion of rows, threads.
+// What both granularities share: scores, the arguments, conversion of rows, scratch memory.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <thread>
-#include <vector>
 
+#include "threads.h"
 #include "vectors.h"
-
-// e^x to about two units of rounding, 0 below -87; NaN stays NaN.
-INLINE vec exp(vec x) {
-    const ivec vanishes = x < -87.0f;
-    x = select(vanishes, splat(-87.0f), x);
-    const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
-    const vec n = shifted - 12582912.0f;
-    const vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    vec y = r * 1.9875691e-4f + 1.3981999e-3f;
-    y = y * r + 8.3334519e-3f;
-    y = y * r + 4.1665795e-2f;
-    y = y * r + 1.6666665e-1f;
-    y = y * r + 5.0000001e-1f;
-    y = y * r * r + r + 1.0f;
-    y = reinterpret_cast<vec>(reinterpret_cast<ivec>(y) + (reinterpret_cast<ivec>(shifted) << 23));
-    return select(vanishes, vec{}, y);
-}
 
 // Scores before the softmax: scaled, and capped at +-softcap by a tanh where there is one.
 INLINE vec finish_scores(vec s, float scale, float softcap) {
@@ -55,7 +34,7 @@ struct View {
 struct Problem {
     int64_t batch, heads, kv_heads, queries, keys, head_size, value_size, subvectors;
     int64_t top_l, keep_self, keep_first, block_size, list_stride;
-    int64_t dtype, grad_dtype, threads, parts, grad_key_part, grad_value_part;
+    int64_t dtype, grad_dtype, threads, parts;
     double scale, softcap;
     View query, key, value, output, grad_output, grad_query, grad_key, grad_value;
     const uint8_t *query_codes, *key_codes, *key_mask;        // (B, H, Tq, M), (B, Hkv, Tk, M), (B, Tk) or null
@@ -64,16 +43,10 @@ struct Problem {
     float* log_sum_exp;                                       // (B, H, Tq)
     char* scratch;
     int64_t scratch_bytes;                                    // of each thread
+    Parallel parallel;
 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
-template <class To, class From>
-INLINE To bits(From value) {
-    static_assert(sizeof(To) == sizeof(From), "same size");
-    To result;
-    std::memcpy(&result, &value, sizeof(To));
-    return result;
-}
 INLINE float from_half(uint16_t h) {
     const uint32_t magnitude = (h & 0x7fffu) << 13;
     const float value = (h & 0x7c00u) == 0x7c00u ? bits<float>(magnitude | 0x7f800000u) : bits<float>(magnitude) * 0x1p112f;
@@ -88,11 +61,6 @@ INLINE uint16_t to_half(float value) {
     x += 0xc8000fffu + ((x >> 13) & 1);  // a smaller exponent's bias, and round half to even
     return static_cast<uint16_t>(sign | (x >> 13));
 }
-INLINE uint16_t to_bfloat(float value) {
-    const uint32_t x = bits<uint32_t>(value);
-    if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((x >> 16) | 0x40u);
-    return static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1)) >> 16);
-}
 
 // Read rows [begin, end) of one head as float32, `width` apart and zero-padded.
 INLINE void read_rows(const View& view, int64_t dtype, int64_t batch, int64_t head, int64_t begin, int64_t end,
@@ -105,17 +73,17 @@ INLINE void read_rows(const View& view, int64_t dtype, int64_t batch, int64_t he
         } else {
             const uint16_t* from = reinterpret_cast<const uint16_t*>(view.data) + at;
             if (dtype == BFLOAT16)
-                for (int64_t d = 0; d < size; d++) to[d] = bits<float>(static_cast<uint32_t>(from[d]) << 16);
+                for (int64_t d = 0; d < size; d++) to[d] = from_bfloat(from[d]);
             else
                 for (int64_t d = 0; d < size; d++) to[d] = from_half(from[d]);
         }
         std::fill(to + size, to + width, 0.0f);
     }
 }
-// Write them back, rounded to the tensor's dtype; `offset` elements further on.
+// Write them back, rounded to the tensor's dtype.
 INLINE void write_rows(const View& view, int64_t dtype, int64_t batch, int64_t head, int64_t begin, int64_t end,
-                       int64_t size, int64_t width, const float* from, int64_t offset = 0) {
-    const int64_t base = batch * view.batch + head * view.head + offset;
+                       int64_t size, int64_t width, const float* from) {
+    const int64_t base = batch * view.batch + head * view.head;
     for (int64_t t = begin; t < end; t++, from += width) {
         const int64_t at = base + t * view.token;
         if (dtype == FLOAT32) {
@@ -130,8 +98,6 @@ INLINE void write_rows(const View& view, int64_t dtype, int64_t batch, int64_t h
     }
 }
 
-INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Hands out a thread's scratch memory. With a null base it only adds up how much is needed.
 struct Arena {
     char* base;
@@ -144,13 +110,31 @@ struct Arena {
     }
 };
 
-// Run `worker(next, thread)` on every thread; a worker draws its items from `next`. Threads of our own rather than
-// OpenMP: not every compiler has it, and a second OpenMP runtime beside torch's spins on the same cores.
-template <class Worker>
-void run_threads(int64_t threads, const Worker& worker) {
-    std::atomic<int64_t> next{0};
-    std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < threads; thread++) others.emplace_back([&, thread] { worker(next, thread); });
-    worker(next, 0);
-    for (std::thread& other : others) other.join();
-}
+// Gradients of keys and values, of one (batch, kv head) each, where its queries are cut into parts: the first part writes
+// what it has summed up, the others add to that, in order, so that rounding does not depend on which thread was faster.
+// No part waits for one that nobody has begun, since items are drawn in order too.
+class KeyGradients {
+  public:
+    explicit KeyGradients(const Problem& p) : p(p), turn(p.batch * p.kv_heads) {}
+
+    void add(int64_t batch, int64_t kv_head, int64_t part, const float* key, int64_t key_width, const float* value,
+             int64_t value_width) {
+        std::atomic<int64_t>& next = turn[batch * p.kv_heads + kv_head];
+        while (next.load(std::memory_order_acquire) != part) std::this_thread::yield();
+        put(p.grad_key, batch, kv_head, part, p.head_size, key_width, key);
+        put(p.grad_value, batch, kv_head, part, p.value_size, value_width, value);
+        next.store(part + 1, std::memory_order_release);
+    }
+
+  private:
+    // Beyond the first part the gradients are float32.
+    void put(const View& view, int64_t batch, int64_t head, int64_t part, int64_t size, int64_t width, const float* from) {
+        if (part == 0) return write_rows(view, p.grad_dtype, batch, head, 0, p.keys, size, width, from);
+        float* to = reinterpret_cast<float*>(view.data) + batch * view.batch + head * view.head;
+        for (int64_t t = 0; t < p.keys; t++, to += view.token, from += width)
+            for (int64_t d = 0; d < size; d++) to[d] += from[d];
+    }
+
+    const Problem& p;
+    std::vector<std::atomic<int64_t>> turn;
+};

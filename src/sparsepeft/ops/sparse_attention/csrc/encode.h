@@ -1,4 +1,4 @@
-// Product quantization: the nearest codeword of each sub-vector, for 16 tokens at once.
+// Product quantization: the nearest codeword of each sub-vector, for as many tokens at once as a vector has lanes.
 #pragma once
 
 #include "common.h"
@@ -9,11 +9,12 @@ struct Encoding {
     View vectors;
     const float *codebooks, *half_norms;  // (Hkv, M, C, W), (Hkv, M, C)
     uint8_t* codes;                       // (B, H, T, M)
+    Parallel parallel;
 };
 
 void encode(const Encoding& e) {
     const int64_t size = e.subvectors * e.width, group = e.heads / e.kv_heads;
-    run_threads(e.threads, [&](std::atomic<int64_t>& next, int64_t) {
+    run_threads(e.parallel, e.threads, [&](std::atomic<int64_t>& next, int64_t) {
         std::vector<float> rows(size * LANES), columns(size * LANES);
         for (int64_t item; (item = next++) < e.batch * e.heads;) {
             const int64_t batch = item / e.heads, head = item % e.heads;

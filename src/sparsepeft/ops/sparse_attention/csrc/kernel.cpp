@@ -4,16 +4,16 @@
 #include "token.h"
 
 namespace {
-// Rows of at most 256 numbers, padded to one of these numbers of vectors.
+// Rows of at most 256 numbers, padded to one of these widths.
 template <class Function>
 auto with_width(const Problem& p, const Function& function) {
     const int64_t size = std::max(p.head_size, p.value_size);
-    if (size <= 16) return function(std::integral_constant<int, 1>{});
-    if (size <= 32) return function(std::integral_constant<int, 2>{});
-    if (size <= 64) return function(std::integral_constant<int, 4>{});
-    if (size <= 96) return function(std::integral_constant<int, 6>{});
-    if (size <= 128) return function(std::integral_constant<int, 8>{});
-    return function(std::integral_constant<int, 16>{});
+    if (size <= 16) return function(std::integral_constant<int64_t, 16>{});
+    if (size <= 32) return function(std::integral_constant<int64_t, 32>{});
+    if (size <= 64) return function(std::integral_constant<int64_t, 64>{});
+    if (size <= 96) return function(std::integral_constant<int64_t, 96>{});
+    if (size <= 128) return function(std::integral_constant<int64_t, 128>{});
+    return function(std::integral_constant<int64_t, 256>{});
 }
 }  // namespace
 
@@ -22,22 +22,22 @@ extern "C" {
 int64_t sparse_attention_scratch_bytes(const Problem* p, int64_t backward) {
     Arena arena{nullptr};
     if (p->block_size) BlockScratch(*p, arena, backward);
-    else with_width(*p, [&](auto nv) { TokenScratch<decltype(nv)::value>(*p, arena, backward); });
+    else with_width(*p, [&](auto width) { TokenScratch<decltype(width)::value>(*p, arena, backward); });
     return arena.used;
 }
 
 void sparse_attention_run(const Problem* p, int64_t backward) {
     if (p->block_size) run_block(*p, backward);
-    else with_width(*p, [&](auto nv) { run_token<decltype(nv)::value>(*p, backward); });
+    else with_width(*p, [&](auto width) { run_token<decltype(width)::value>(*p, backward); });
 }
 
 void sparse_attention_encode(const Encoding* e) { encode(*e); }
 
 // The kept keys of every query as one byte per pair, for tests and for the recall: (B, H, Tq, Tk), zeroed before.
 void sparse_attention_select(const Problem* p, uint8_t* kept) {
-    run_threads(p->threads, [&](std::atomic<int64_t>& next, int64_t thread) {
+    run_threads(p->parallel, p->threads, [&](std::atomic<int64_t>& next, int64_t thread) {
         Arena arena{p->scratch + thread * p->scratch_bytes};
-        TokenScratch<1> scratch(*p, arena, false);
+        TokenScratch<16> scratch(*p, arena, false);
         for (int64_t item; (item = next++) < p->batch * p->heads;) {
             const int64_t batch = item / p->heads, head = item % p->heads;
             scratch.selector.read(*p, batch, head / (p->heads / p->kv_heads));

@@ -7,10 +7,11 @@
 #include <immintrin.h>
 #endif
 
-typedef uint8_t bytes __attribute__((vector_size(64)));
-typedef uint8_t loose_bytes __attribute__((vector_size(64), aligned(1)));
-typedef int8_t flags __attribute__((vector_size(64)));
-constexpr int64_t WORD = 64;          // keys per vector of bytes, and per word of bits
+typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint8_t loose_bytes __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+typedef int8_t flags __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int64_t WORD = 64;          // keys per word of bits
+constexpr int PIECES = WORD / VECTOR_BYTES;
 constexpr uint8_t NEVER_EQUAL = 254;  // the code of a masked key; codes are below 16
 constexpr uint8_t ALWAYS_KEPT = 255;  // stands in the place of a count
 
@@ -21,21 +22,27 @@ INLINE bytes splat_byte(uint8_t x) { return bytes{} + x; }
 INLINE uint64_t to_bits(flags condition) {
 #if defined(__AVX512BW__)
     return _mm512_movepi8_mask(reinterpret_cast<__m512i>(condition));
-#elif defined(__AVX2__)
-    __m256i half[2];
-    std::memcpy(half, &condition, 64);
-    return static_cast<uint32_t>(_mm256_movemask_epi8(half[0])) |
-           static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(half[1]))) << 32;
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+    return static_cast<uint32_t>(_mm256_movemask_epi8(reinterpret_cast<__m256i>(condition)));
 #else
-    uint64_t parts[8], result = 0;
-    std::memcpy(parts, &condition, 64);
-    for (int i = 0; i < 8; i++)  // the product gathers the eight lowest bits in the highest byte
+    uint64_t parts[VECTOR_BYTES / 8], result = 0;
+    std::memcpy(parts, &condition, VECTOR_BYTES);
+    for (int i = 0; i < VECTOR_BYTES / 8; i++)  // the product gathers the eight lowest bits in the highest byte
         result |= (((parts[i] & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << (8 * i);
     return result;
 #endif
 }
+// The word of bits that says for which of 64 counts the comparison holds.
+template <class Compare>
+INLINE uint64_t which(const uint8_t* counts, const Compare& compare) {
+    uint64_t result = 0;
+    for (int i = 0; i < PIECES; i++)
+        result |= to_bits(compare(load_bytes(counts + i * VECTOR_BYTES))) << (i * VECTOR_BYTES % WORD);
+    return result;
+}
 INLINE uint64_t at_least(const uint8_t* counts, uint8_t limit) {
-    return to_bits(load_bytes(counts) >= splat_byte(limit));
+    const bytes limits = splat_byte(limit);
+    return which(counts, [&](bytes c) { return c >= limits; });
 }
 INLINE uint64_t below_bit(int64_t bit) { return bit >= WORD ? ~uint64_t{0} : (uint64_t{1} << bit) - 1; }
 
@@ -71,11 +78,15 @@ struct Selector {
     void match(const uint8_t* code, int64_t lower, int64_t upper, bool compare) {
         const int64_t begin = lower / WORD * WORD, end = round_up(upper, WORD);
         for (int64_t j = begin; j < end; j += WORD) {
-            bytes total = load_bytes(valid + j);
+            bytes total[PIECES];
+            std::memcpy(total, valid + j, WORD);
             if (compare)
-                for (int64_t m = 0; m < subvectors; m++)
-                    total -= reinterpret_cast<bytes>(load_bytes(planes + m * stride + j) == splat_byte(code[m]));
-            std::memcpy(counts + j, &total, WORD);
+                for (int64_t m = 0; m < subvectors; m++) {
+                    const bytes wanted = splat_byte(code[m]);
+                    for (int i = 0; i < PIECES; i++)
+                        total[i] -= reinterpret_cast<bytes>(load_bytes(planes + m * stride + j + i * VECTOR_BYTES) == wanted);
+                }
+            std::memcpy(counts + j, total, WORD);
         }
         std::fill(counts + begin, counts + lower, 0);
         std::fill(counts + upper, counts + end, 0);
@@ -141,7 +152,8 @@ struct Selector {
                 }
                 limit = static_cast<uint8_t>(reached + 1);
                 const bytes tied = splat_byte(static_cast<uint8_t>(reached));
-                for (int64_t w = first; w < last; w++) equal[w] = to_bits(load_bytes(counts + w * WORD) == tied);
+                for (int64_t w = first; w < last; w++)
+                    equal[w] = which(counts + w * WORD, [&](bytes c) { return c == tied; });
                 keep_nearest(top_l - num_at_least(limit, first, last), position, lower, upper);
             }
         }

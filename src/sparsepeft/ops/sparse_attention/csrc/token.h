@@ -1,5 +1,5 @@
 // Attention where every query keeps keys of its own. A tile of keys stays in the cache while a block of queries reads
-// what it has selected there; the indices of a query ascend, so it walks through them tile by tile, 16 at a time.
+// what it has selected there; the indices of a query ascend, so it walks through them tile by tile, LANES at a time.
 #pragma once
 
 #include "selection.h"
@@ -7,52 +7,33 @@
 constexpr int64_t QUERIES = 64;       // rows of a block
 constexpr int64_t TILE_BYTES = 1 << 18;  // of the rows of keys (and what goes with them) that should stay in the cache
 
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
-#endif
+// Vectors of a row that are worked on at once, where as many sums, or three times as many operands, stay in registers.
+constexpr int SUMS = REGISTERS / 2, OPERANDS = REGISTERS / 4;
 
-// Sum each of 16 vectors; the result's lane j is the sum of parts[j].
-INLINE vec sum_each(const vec* parts) {
-    vec quads[4];
-    for (int i = 0; i < 4; i++) {
-        vec pairs[2];
-        for (int j = 0; j < 2; j++) {
-            const vec a = parts[4 * i + 2 * j], b = parts[4 * i + 2 * j + 1];
-            pairs[j] = SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                       SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-        }
-        quads[i] = SHUFFLE(pairs[0], pairs[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                   SHUFFLE(pairs[0], pairs[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    const auto fold = [](vec a, vec b) {
-        return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    };
-    return fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]));
-}
-
-// Products of one row, held in registers, with the 16 rows named by `index`.
+// Products of one row with the LANES rows named by `index`. What is loaded of the row serves four of them.
 template <int NV>
 INLINE vec products(const vec* row, const float* rows, const int32_t* index) {
     vec parts[LANES];
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++) {
-        const vec* other = reinterpret_cast<const vec*>(rows) + static_cast<int64_t>(index[j]) * NV;
-        parts[j] = row[0] * other[0];
-#pragma GCC unroll 16
-        for (int v = 1; v < NV; v++) parts[j] += row[v] * other[v];
+#pragma GCC unroll 4
+    for (int j = 0; j < LANES; j += 4) {
+        const vec* others[4];
+        for (int i = 0; i < 4; i++) others[i] = reinterpret_cast<const vec*>(rows) + static_cast<int64_t>(index[j + i]) * NV;
+        vec total[4] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++)
+            for (int i = 0; i < 4; i++) total[i] += row[v] * others[i][v];
+        for (int i = 0; i < 4; i++) parts[j + i] = total[i];
     }
     return sum_each(parts);
 }
 
-template <int NV>
+// WIDTH numbers in a row, whole vectors.
+template <int64_t WIDTH>
 struct TokenScratch {
-    static constexpr int64_t WIDTH = NV * LANES;
+    static constexpr int NV = WIDTH / LANES;
     Selector selector;
     int64_t list_size;
-    float *key, *value, *query, *result, *scores, *grad_output, *grad_key, *grad_value;
+    float *key, *value, *query, *result, *scores, *slopes, *grad_output, *grad_key, *grad_value;
     int32_t *kept, *count, *next;
     float* delta;
 
@@ -66,7 +47,8 @@ struct TokenScratch {
         count = arena.take<int32_t>(QUERIES);
         next = arena.take<int32_t>(QUERIES);
         delta = arena.take<float>(QUERIES);
-        scores = arena.take<float>(backward ? 0 : QUERIES * list_size);
+        scores = arena.take<float>(backward ? list_size : QUERIES * list_size);
+        slopes = arena.take<float>(backward ? list_size : 0);
         grad_output = arena.take<float>(backward ? QUERIES * WIDTH : 0);
         grad_key = arena.take<float>(backward ? p.keys * WIDTH : 0);
         grad_value = arena.take<float>(backward ? p.keys * WIDTH : 0);
@@ -78,7 +60,17 @@ struct TokenScratch {
         read_rows(p.value, p.dtype, batch, kv_head, 0, p.keys, p.value_size, WIDTH, value);
     }
 
-    // Read a block of queries and select their keys. Lists are filled up to 16 with the last key, for reading only.
+    static vec* row_of(float* rows, int64_t row) { return reinterpret_cast<vec*>(rows) + row * NV; }
+
+    // Call visit(chunk, first) for the vectors of a row, `chunk` (a constant) of them at once.
+    template <int CHUNK, class Visit>
+    static void for_each_chunk(const Visit& visit) {
+        constexpr int N = NV < CHUNK ? NV : CHUNK, REST = NV % N;
+        for (int v = 0; v + N <= NV; v += N) visit(std::integral_constant<int, N>{}, v);
+        if constexpr (REST > 0) visit(std::integral_constant<int, REST>{}, NV - REST);
+    }
+
+    // Read a block of queries and select their keys. Lists are filled up to LANES with the last key, for reading only.
     void read_block(const Problem& p, int64_t batch, int64_t head, int64_t begin, int64_t end) {
         read_rows(p.query, p.dtype, batch, head, begin, end, p.head_size, WIDTH, query);
         std::fill(result, result + QUERIES * WIDTH, 0.0f);
@@ -93,7 +85,7 @@ struct TokenScratch {
         }
     }
 
-    // Call visit(row, from, to) for what each row keeps in a tile of keys, tile by tile; from and to step by 16.
+    // Call visit(row, from, to) for what each row keeps in a tile of keys, tile by tile; from and to step by LANES.
     template <class Visit>
     void for_each_tile(const Problem& p, int64_t rows, int64_t key_bytes, const Visit& visit) {
         const int64_t tile = std::max<int64_t>(LANES, TILE_BYTES / key_bytes);
@@ -111,8 +103,7 @@ struct TokenScratch {
     void forward(const Problem& p, int64_t batch, int64_t head, int64_t begin, int64_t end) {
         read_block(p, batch, head, begin, end);
         for_each_tile(p, end - begin, WIDTH * 4, [&](int64_t row, int64_t from, int64_t to) {
-            vec q[NV];
-            std::memcpy(q, query + row * WIDTH, sizeof(q));
+            const vec* q = row_of(query, row);
             const int32_t* list = kept + row * list_size;
             for (int64_t i = from; i < to; i += LANES)
                 store(scores + row * list_size + i,
@@ -120,19 +111,21 @@ struct TokenScratch {
         });
         for (int64_t row = 0; row < end - begin; row++) delta[row] = softmax(p, batch, head, begin, row);
         for_each_tile(p, end - begin, WIDTH * 4, [&](int64_t row, int64_t from, int64_t to) {
-            vec total[2][NV] = {};  // two sums: their additions overlap
             const int32_t* list = kept + row * list_size;
             const float* weights = scores + row * list_size;
-            for (int64_t i = from; i < to; i += 2)
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++) {
-                    const vec* other = reinterpret_cast<const vec*>(value) + static_cast<int64_t>(list[i + half]) * NV;
-                    const float weight = weights[i + half];
-#pragma GCC unroll 16
-                    for (int v = 0; v < NV; v++) total[half][v] += weight * other[v];
-                }
             vec* output = reinterpret_cast<vec*>(result) + row * NV;
-            for (int v = 0; v < NV; v++) output[v] += (total[0][v] + total[1][v]) * delta[row];
+            for_each_chunk<SUMS>([&](auto chunk, int v) {
+                constexpr int N = decltype(chunk)::value, TURNS = 2 * N <= SUMS ? 2 : 1;  // two sums: additions overlap
+                vec total[TURNS][N] = {};
+                for (int64_t i = from; i < to; i += TURNS)
+                    for (int turn = 0; turn < TURNS; turn++) {
+                        const vec* other = row_of(value, list[i + turn]) + v;
+                        const float weight = weights[i + turn];
+#pragma GCC unroll 16
+                        for (int n = 0; n < N; n++) total[turn][n] += weight * other[n];
+                    }
+                for (int n = 0; n < N; n++) output[v + n] += (total[0][n] + (TURNS == 2 ? total[1][n] : vec{})) * delta[row];
+            });
         });
         write_rows(p.output, p.dtype, batch, head, begin, end, p.value_size, WIDTH, result);
     }
@@ -171,42 +164,46 @@ struct TokenScratch {
         std::fill(result, result + rows * WIDTH, 0.0f);
         const float* log_sum_exp = p.log_sum_exp + (batch * p.heads + head) * p.queries + begin;
         for_each_tile(p, rows, WIDTH * 16, [&](int64_t row, int64_t from, int64_t to) {
-            vec q[NV], dy[NV], dq[NV];
-            std::memcpy(q, query + row * WIDTH, sizeof(q));
-            std::memcpy(dy, grad_output + row * WIDTH, sizeof(dy));
-            std::memcpy(dq, result + row * WIDTH, sizeof(dq));
+            const vec *q = row_of(query, row), *dy = row_of(grad_output, row);
+            vec* dq = row_of(result, row);
+            const int32_t* list = kept + row * list_size;
             for (int64_t i = from; i < to; i += LANES) {
-                const int32_t* list = kept + row * list_size + i;
-                const vec scores = finish_scores(products<NV>(q, key, list), p.scale, p.softcap);
-                const vec weights = exp(scores - log_sum_exp[row]);
-                const vec slopes = weights * (products<NV>(dy, value, list) - delta[row]) *
-                                   score_slope(scores, p.scale, p.softcap);
-                const int n = static_cast<int>(std::min<int64_t>(LANES, count[row] - i));
-                for (int j = 0; j < n; j++) {
-                    const int64_t at = static_cast<int64_t>(list[j]) * NV;
-                    const vec* k = reinterpret_cast<const vec*>(key) + at;
-                    vec* dk = reinterpret_cast<vec*>(grad_key) + at;
-                    vec* dv = reinterpret_cast<vec*>(grad_value) + at;
-#pragma GCC unroll 16
-                    for (int v = 0; v < NV; v++) {
-                        dq[v] += slopes[j] * k[v];
-                        dk[v] += slopes[j] * q[v];
-                        dv[v] += weights[j] * dy[v];
+                const vec s = finish_scores(products<NV>(q, key, list + i), p.scale, p.softcap);
+                const vec weights = exp(s - log_sum_exp[row]);
+                store(scores + i, weights);
+                store(slopes + i, weights * (products<NV>(dy, value, list + i) - delta[row]) *
+                                      score_slope(s, p.scale, p.softcap));
+            }
+            const int64_t stop = std::min<int64_t>(to, count[row]);
+            for_each_chunk<OPERANDS>([&](auto chunk, int v) {
+                constexpr int N = decltype(chunk)::value;
+                vec q_part[N], dy_part[N], dq_part[N];
+                std::memcpy(q_part, q + v, sizeof q_part);
+                std::memcpy(dy_part, dy + v, sizeof dy_part);
+                std::memcpy(dq_part, dq + v, sizeof dq_part);
+                for (int64_t i = from; i < stop; i++) {
+                    const vec* k = row_of(key, list[i]) + v;
+                    vec *dk = row_of(grad_key, list[i]) + v, *dv = row_of(grad_value, list[i]) + v;
+#pragma GCC unroll 8
+                    for (int n = 0; n < N; n++) {
+                        dq_part[n] += slopes[i] * k[n];
+                        dk[n] += slopes[i] * q_part[n];
+                        dv[n] += scores[i] * dy_part[n];
                     }
                 }
-            }
-            std::memcpy(result + row * WIDTH, dq, sizeof(dq));
+                std::memcpy(dq + v, dq_part, sizeof dq_part);
+            });
         });
         write_rows(p.grad_query, p.dtype, batch, head, begin, end, p.head_size, WIDTH, result);
     }
 };
 
-template <int NV>
+template <int64_t WIDTH>
 void run_token(const Problem& p, bool backward) {
-    constexpr int64_t WIDTH = TokenScratch<NV>::WIDTH;
-    run_threads(p.threads, [&](std::atomic<int64_t>& next, int64_t thread) {
+    KeyGradients gradients(p);
+    run_threads(p.parallel, p.threads, [&](std::atomic<int64_t>& next, int64_t thread) {
         Arena arena{p.scratch + thread * p.scratch_bytes};
-        TokenScratch<NV> scratch(p, arena, backward);
+        TokenScratch<WIDTH> scratch(p, arena, backward);
         for (int64_t item; (item = next++) < p.batch * p.kv_heads * p.parts;) {
             const int64_t part = item % p.parts, kv_head = item / p.parts % p.kv_heads, batch = item / p.parts / p.kv_heads;
             const int64_t group = p.heads / p.kv_heads;
@@ -221,12 +218,8 @@ void run_token(const Problem& p, bool backward) {
                     if (backward) scratch.backward(p, batch, head, begin, end);
                     else scratch.forward(p, batch, head, begin, end);
                 }
-            if (backward) {
-                write_rows(p.grad_key, p.grad_dtype, batch, kv_head, 0, p.keys, p.head_size, WIDTH, scratch.grad_key,
-                           part * p.grad_key_part);
-                write_rows(p.grad_value, p.grad_dtype, batch, kv_head, 0, p.keys, p.value_size, WIDTH,
-                           scratch.grad_value, part * p.grad_value_part);
-            }
+            if (backward)
+                gradients.add(batch, kv_head, part, scratch.grad_key, WIDTH, scratch.grad_value, WIDTH);
         }
     });
 }
