@@ -128,8 +128,10 @@ def _resolve(impl: str, x: Tensor, parent_keys: Tensor, child_keys: Tensor, chil
     if impl == "auto":
         if is_inference(*tensors):
             return choose_inference_impl(x, child_keys, top_k)
+        num_parents, num_children = child_keys.shape[-3:-1]
         return choose_memory_impl(
-            *child_keys.shape[-3:-1],
+            num_parents,
+            num_children,
             top_k,
             exporting=torch.compiler.is_exporting(),
             on_gpu=can_fuse(*tensors),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from sparsepeft.ops.memory.selected import memory_read_selected
 _CLASSES = (1, 4, 16, 64, 256, 1024)
 # Products of a vector with the memory, tokens times cells, that a measurement may take: some milliseconds a call.
 _MEASURED_PRODUCTS = 1 << 18
-_FORMS = {"cpu": memory_read_compiled, "masked": memory_read_masked, "selected": memory_read_selected}
+_FORMS: dict[str, Callable[..., Tensor]] = {
+    "cpu": memory_read_compiled,
+    "masked": memory_read_masked,
+    "selected": memory_read_selected,
+}
 
 
 def inference_times(
