@@ -131,13 +131,7 @@ struct BlockScratch {
         }
         for (int64_t row = 0; row < rows; row++) {
             float* line = scores + row * stride;
-            vec largest_of = splat(-std::numeric_limits<float>::infinity());
-            for (int64_t j = 0; j < stride; j += LANES) {
-                const vec s = load(line + j);
-                largest_of = ::select(s > largest_of, s, largest_of);
-            }
-            float largest = largest_of[0];
-            for (int v = 1; v < LANES; v++) largest = std::max(largest, largest_of[v]);
+            const float largest = largest_of(line, stride);
             const bool none = largest == -std::numeric_limits<float>::infinity();
             vec total = {};
             for (int64_t j = 0; j < stride; j += LANES) {

@@ -8,6 +8,18 @@
 #include "threads.h"
 #include "vectors.h"
 
+// The largest of `count` numbers, whole vectors of them; -infinity of none.
+INLINE float largest_of(const float* numbers, int64_t count) {
+    vec largest = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec next = load(numbers + i);
+        largest = select(next > largest, next, largest);
+    }
+    float result = largest[0];
+    for (int lane = 1; lane < LANES; lane++) result = std::max(result, largest[lane]);
+    return result;
+}
+
 // Scores before the softmax: scaled, and capped at +-softcap by a tanh where there is one.
 INLINE vec finish_scores(vec s, float scale, float softcap) {
     s *= scale;

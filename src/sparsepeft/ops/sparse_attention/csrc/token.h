@@ -5,7 +5,7 @@
 #include "selection.h"
 
 constexpr int64_t QUERIES = 64;       // rows of a block
-constexpr int64_t TILE_BYTES = 1 << 18;  // of the rows of keys (and what goes with them) that should stay in the cache
+constexpr int64_t TILE_BYTES = 1 << 15;  // of the rows of keys (and what goes with them) that should stay in the cache
 
 // Vectors of a row that are worked on at once, where as many sums, or three times as many operands, stay in registers.
 constexpr int SUMS = REGISTERS / 2, OPERANDS = REGISTERS / 4;
@@ -43,7 +43,7 @@ struct TokenScratch {
         value = arena.take<float>(p.keys * WIDTH);
         query = arena.take<float>(QUERIES * WIDTH);
         result = arena.take<float>(QUERIES * WIDTH);  // the output, or the query's gradient
-        kept = arena.take<int32_t>(QUERIES * list_size);
+        kept = arena.take<int32_t>(QUERIES * list_size + AT_ONCE);
         count = arena.take<int32_t>(QUERIES);
         next = arena.take<int32_t>(QUERIES);
         delta = arena.take<float>(QUERIES);
@@ -134,9 +134,8 @@ struct TokenScratch {
     float softmax(const Problem& p, int64_t batch, int64_t head, int64_t begin, int64_t row) {
         float* row_scores = scores + row * list_size;
         const int64_t n = count[row], padded = round_up(n, LANES);
-        float largest = -std::numeric_limits<float>::infinity();
-        for (int64_t i = 0; i < n; i++) largest = std::max(largest, row_scores[i]);
         std::fill(row_scores + n, row_scores + padded, -std::numeric_limits<float>::infinity());
+        const float largest = largest_of(row_scores, padded);
         vec total = {};
         for (int64_t i = 0; i < padded; i += LANES) {
             const vec weights = exp(load(row_scores + i) - largest);
@@ -184,11 +183,12 @@ struct TokenScratch {
                 for (int64_t i = from; i < stop; i++) {
                     const vec* k = row_of(key, list[i]) + v;
                     vec *dk = row_of(grad_key, list[i]) + v, *dv = row_of(grad_value, list[i]) + v;
+                    const float slope = slopes[i], weight = scores[i];
 #pragma GCC unroll 8
                     for (int n = 0; n < N; n++) {
-                        dq_part[n] += slopes[i] * k[n];
-                        dk[n] += slopes[i] * q_part[n];
-                        dv[n] += scores[i] * dy_part[n];
+                        dq_part[n] += slope * k[n];
+                        dk[n] += slope * q_part[n];
+                        dv[n] += weight * dy_part[n];
                     }
                 }
                 std::memcpy(dq + v, dq_part, sizeof dq_part);
