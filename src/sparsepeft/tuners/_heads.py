@@ -8,6 +8,7 @@ model's ``config`` follows the active adapter, so that losses and pipelines use 
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -42,8 +44,9 @@ class HeadSpec:
 def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = None) -> HeadSpec:
     """The modules that follow the last block and are the task's rather than the backbone's.
 
-    These are the model class's own head (all that stands beside the backbone, unless it is a language model's) and
-    whatever else follows the blocks but was not in the checkpoint.
+    These are the model class's own head (all that stands beside the backbone) and whatever else follows the blocks but
+    was not in the checkpoint. A language model has none: what maps its states to tokens belongs to the backbone, also
+    where its rows are fresh (``resize_token_embeddings``).
 
     Args:
         model: a transformers model, adapted or not.
@@ -59,6 +62,8 @@ def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = N
                 f"head_modules names {missing}, which {type(model).__name__} does not have; after its last layer come "
                 f"{sorted(following)}. Load the model class the adapter was made for."
             )
+    elif is_language_model(model):
+        modules = []
     else:
         loaded = any(is_loaded(p) for p in model.parameters())
         at_root = _has_task_head(model, following)
@@ -71,13 +76,23 @@ def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = N
     return HeadSpec(tuple(modules), output, linear)
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model ends in scores of tokens: causal, masked and sequence-to-sequence language models."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
 def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
-    """Modules with parameters registered after the one that holds the last block, innermost level first."""
+    """Modules with parameters that follow the one that holds the last block, innermost level first.
+
+    Inside the backbone these are registered after it; beside the backbone the order says nothing (XLM-RoBERTa's head is
+    registered before it).
+    """
     path = blocks[-1].name.split(".")
+    beside_backbone = getattr(model, "base_model", model) is not model
     found: dict[str, nn.Module] = {}
     for depth in range(len(path) - 1, -1, -1):
         prefix = ".".join(path[:depth])
@@ -85,7 +100,8 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
         if isinstance(parent, nn.ModuleList):
             continue
         children = [name for name, _ in parent.named_children()]
-        for name in children[children.index(path[depth]) + 1 :]:
+        first = 0 if depth == 0 and beside_backbone else children.index(path[depth]) + 1
+        for name in children[first:]:
             module = _original(parent.get_submodule(name))
             full_name = f"{prefix}.{name}" if prefix else name
             holds_block = any(block.name.startswith(f"{full_name}.") for block in blocks)
@@ -95,10 +111,7 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
 
 
 def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
-    """Whether what stands beside the backbone is a task's head: not for language models and bare encoders."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-    if get_output_embeddings() is not None:
-        return False
+    """Whether what follows at the root is a task's head: not in a bare encoder."""
     if getattr(model, "base_model", model) is not model:
         return True
     at_root = [name for name in following if "." not in name]
@@ -132,28 +145,71 @@ class Labels:
 
 
 class LabelState:
-    """Keeps ``model.config`` (and ``model.num_labels``) at the active adapter's labels."""
+    """Keeps ``model.config`` (and ``model.num_labels``) at the active adapter's labels.
+
+    What is written into the config meanwhile, names of labels or the loss that transformers decides on, is the active
+    adapter's, and comes back with it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
-        config: Any = model.config
-        self.original = Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
-        self.per_adapter: dict[str, Labels] = {}
+        self.original = self._read()
+        self._per_adapter: dict[str, Labels] = {}
         self._active: str | None = None
         self._enabled = True
 
+    def add(self, adapter_name: str, labels: Labels) -> None:
+        """Note an adapter's labels, for when it is active."""
+        self._per_adapter[adapter_name] = labels
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's labels."""
+        if adapter_name == self._active:
+            self.activate(None)
+        self._per_adapter.pop(adapter_name, None)
+
     def activate(self, adapter_name: str | None) -> None:
         """Set the config to an adapter's labels, or back to the bare model's (None)."""
+        self._note()
         self._active = adapter_name
         self._write()
 
     def enable(self, enabled: bool) -> None:
         """Follow the active adapter, or keep to the bare model's labels."""
+        self._note()
         self._enabled = enabled
         self._write()
 
+    def describe(self, adapter_name: str, config: Any) -> None:
+        """Write an adapter's labels, as they are now, into its config."""
+        self._note()
+        labels = self._per_adapter.get(adapter_name)
+        if labels is not None:
+            config.id2label = {int(index): str(label) for index, label in labels.id2label.items()}
+            config.problem_type = labels.problem_type
+
+    def _shown(self) -> Labels:
+        return self._per_adapter.get(self._active or "", self.original) if self._enabled else self.original
+
+    def _read(self) -> Labels:
+        config: Any = self._model[0].config
+        return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
+
+    def _note(self) -> None:
+        labels, found = self._shown(), self._read()
+        labels.problem_type = found.problem_type
+        if found.num_labels == labels.num_labels:
+            labels.id2label = found.id2label
+        else:
+            warnings.warn(
+                f"The model's config names {found.num_labels} labels now, but the head in use has {labels.num_labels} "
+                "outputs, so the names it had come back; set num_labels in an adapter's config before it is attached.",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _write(self) -> None:
-        labels = self.per_adapter.get(self._active or "", self.original) if self._enabled else self.original
+        labels = self._shown()
         model: Any = self._model[0]
         model.config.id2label = dict(labels.id2label)
         model.config.label2id = {label: index for index, label in labels.id2label.items()}
@@ -250,7 +306,7 @@ class HeadModule(ModulesToSaveWrapper):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Forget an adapter's copy."""
         if self.context.labels is not None:
-            self.context.labels.per_adapter.pop(adapter_name, None)
+            self.context.labels.remove(adapter_name)
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
         self._adapters.discard(adapter_name)
@@ -360,7 +416,8 @@ def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Modul
 def _copy_with_values(module: nn.Module) -> nn.Module:
     """A copy that has its values where accelerate keeps the module's own elsewhere (offloading)."""
     hooks = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
-    copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
+    with gather_params_ctx(module.parameters()):  # DeepSpeed's ZeRO-3 keeps them elsewhere, too
+        copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
     if not hooks:
         return copied
     remove_hook_from_module(copied, recurse=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -54,7 +55,7 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
 
     Args:
         model: the bare or the adapted model; offloaded tensors are fetched where accelerate's hooks say how.
-        exclude: names of modules that are no part of the backbone (the head).
+        exclude: names of modules that are no part of the backbone (the head, embeddings that were resized).
 
     Returns:
         ``{"dtype": str, "quantized": bool, "tensors": {name: {"shape": [...], "values": [...]}}}``, a few kilobytes.
@@ -71,7 +72,7 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
     return {
         "dtype": str(next(iter(plain.values())).dtype).removeprefix("torch.") if plain else "unknown",
         "quantized": len(plain) < len(named),
-        "tensors": {name: {"shape": list(plain[name].shape), "values": _sample(plain[name])} for name in chosen},
+        "tensors": {name: {"shape": _shape(plain[name]), "values": _sample(plain[name])} for name in chosen},
     }
 
 
@@ -80,21 +81,23 @@ def check_fingerprint(
 ) -> None:
     """Raise unless ``model`` is the backbone that ``expected`` was taken from.
 
-    Values are compared within the coarser of the two dtypes' resolution. Quantized tensors cannot be compared; a
-    warning says so.
+    Values are compared within the coarser of the two dtypes' resolution. What is excluded is not compared. Quantized
+    tensors cannot be; a warning says so.
 
     Raises:
         ValueError: another backbone, naming both and the override.
     """
     named = _comparable(model, exclude)
+    excluded = _comparable(model, ()).keys() - named.keys()
+    tensors = {name: saved for name, saved in expected["tensors"].items() if name not in excluded}
     compared = 0
-    for name, saved in expected["tensors"].items():
+    for name, saved in tensors.items():
         tensor = named.get(name)
         if tensor is not None and (is_quantized(tensor) or tensor.device.type == "meta"):
             continue
         if (
             tensor is None
-            or list(tensor.shape) != saved["shape"]
+            or _shape(tensor) != saved["shape"]
             or not _close(tensor, saved["values"], expected["dtype"])
         ):
             raise ValueError(
@@ -104,7 +107,7 @@ def check_fingerprint(
                 "you know that it fits."
             )
         compared += 1
-    if compared < len(expected["tensors"]) or expected["quantized"]:
+    if compared < len(tensors) or expected["quantized"]:
         warnings.warn(
             f"The backbone {found_name!r} is quantized or offloaded (here or when the adapter was trained): only "
             f"{compared} sampled tensors could be compared, so make sure that it is the model the adapter was trained "
@@ -117,7 +120,7 @@ def check_fingerprint(
 def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Tensor]:
     """The backbone's tensors by class-independent name: those read from the checkpoint, if any were."""
     excluded = tuple(f"{name}." for name in exclude)
-    named = {n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and p.numel()}
+    named = {n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and 0 not in _shape(p)}
     if any(is_loaded(p) for p in named.values()):
         # Offloading makes new tensors, so whether one was loaded is only known of those that stayed.
         offloaded = {n for n, p in model.named_parameters() if p.device.type == "meta"}
@@ -126,10 +129,19 @@ def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Ten
     return {n.removeprefix(f"{prefix}."): p for n, p in named.items()}
 
 
+def _shape(tensor: torch.Tensor) -> list[int]:
+    """The tensor's shape; DeepSpeed's ZeRO-3 leaves none of it in its place, but notes it."""
+    return list(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def _sample(tensor: torch.Tensor) -> list[float]:
-    flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_NUM_VALUES, flat.numel()), device=flat.device).long()
-    return [float(value) for value in flat[index].to("cpu", torch.float64)]
+    with gather_params_ctx([tensor], modifier_rank=None):  # type: ignore[list-item]  # does nothing without ZeRO-3
+        flat = tensor.detach().reshape(-1)
+        last = flat.numel() - 1
+        # In float32, whose rounding saved fingerprints have; above 2**24 values it may round past the last one.
+        index = torch.linspace(0, last, min(_NUM_VALUES, flat.numel()), dtype=torch.float32, device="cpu").long()
+        index = index.clamp(max=last).to(flat.device)
+        return [float(value) for value in flat[index].to("cpu", torch.float64)]
 
 
 def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
@@ -142,6 +154,6 @@ def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
 def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
     if tensor is None:
         return "is missing"
-    if list(tensor.shape) != saved["shape"]:
-        return f"has shape {list(tensor.shape)} instead of {saved['shape']}"
+    if _shape(tensor) != saved["shape"]:
+        return f"has shape {_shape(tensor)} instead of {saved['shape']}"
     return "has other values"

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsepeft.tuners._blocks import Block, find_blocks
 from sparsepeft.tuners._context import BASE, ForwardContext
-from sparsepeft.tuners._files import fit_state_dict
+from sparsepeft.tuners._embeddings import resized_embeddings
 from sparsepeft.tuners._heads import (
     HeadModule,
     HeadSpec,
@@ -30,6 +30,7 @@ from sparsepeft.tuners._heads import (
 )
 from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.tuners._layer import MERGE_REFUSED, TaskTunerLayer, execution_device
+from sparsepeft.tuners._loading import rename_for_loading
 from sparsepeft.tuners._quantized import INT8
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -75,10 +76,10 @@ class TaskTuner(BaseTuner):
         head = HeadSpec((), None, "")
         if _has_labels(model):
             head = find_head(model, self._find_layers(model, config), config.head_modules)
-        _check_head(model, config, head)
+        self._check_head(model, config, head)
         self._check_identity(model, config, head)
         self._blocks = {block.name: block for block in blocks}
-        self._context = self._find_context(model)
+        self._context = _context_of(model) or ForwardContext()
         self._context.injected, self._context.configs = self._injected, self.peft_config
         config._resolved_names = set(self._blocks)
         inference_mode = self._inference_mode  # of the adapter that stays active
@@ -131,21 +132,16 @@ class TaskTuner(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
-    def _find_context(self, model: nn.Module) -> ForwardContext:
-        for module in model.modules():
-            if isinstance(module, (TaskTunerLayer, HeadModule)):
-                return module.context
-        return ForwardContext()
-
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
             found = getattr(model, "name_or_path", "") or type(model).__name__
             expected = config.base_model_name_or_path or "unnamed"
             if config.revision:
                 expected = f"{expected} (revision {config.revision})"
-            check_fingerprint(config.backbone_fingerprint, model, head.modules, expected, found)
+            exclude = [*head.modules, *resized_embeddings(model)]
+            check_fingerprint(config.backbone_fingerprint, model, exclude, expected, found)
         elif not config._is_from_file:
-            config.backbone_fingerprint = fingerprint(model, head.modules)
+            config.backbone_fingerprint = fingerprint(model, [*head.modules, *resized_embeddings(model)])
             if config.revision is None:
                 config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
 
@@ -155,6 +151,22 @@ class TaskTuner(BaseTuner):
             child.detach()
 
     # -- heads -------------------------------------------------------------------------------------------------------
+
+    def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
+        """Refuse what a config asks of a head that the model does not have."""
+        if head.output is not None:
+            return
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        if config.num_labels is not None and (not head.modules or config.num_labels != labels):
+            raise ValueError(
+                f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with "
+                "num_labels outputs to resize; leave num_labels unset or use a model with a classification head."
+            )
+        if config.head_type == "linear":
+            raise ValueError(
+                f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
+                "use head_type='model'."
+            )
 
     def _add_head(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
         original = self._label_state(model).original
@@ -179,13 +191,17 @@ class TaskTuner(BaseTuner):
             wrapper = HeadModule(module, adapter_name, copied, self._context, is_first=is_first, is_output=is_output)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, wrapper)
-        id2label = config.id2label or (dict(original.id2label) if num_labels == original.num_labels else None)
-        config.head_modules = list(head.modules)
-        config.num_labels = num_labels
-        config.id2label = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
-        self._label_state(model).per_adapter[adapter_name] = Labels(
-            num_labels, config.id2label, config.problem_type or ("regression" if num_labels == 1 else None)
+        is_models_own = num_labels == original.num_labels  # then its names and its loss are the task's, too
+        id2label = config.id2label or (dict(original.id2label) if is_models_own else None)
+        problem_type = config.problem_type or (original.problem_type if is_models_own else None)
+        labels = Labels(
+            num_labels,
+            id2label or {index: f"LABEL_{index}" for index in range(num_labels)},
+            problem_type or ("regression" if num_labels == 1 else None),
         )
+        config.head_modules, config.num_labels = list(head.modules), num_labels
+        self._label_state(model).add(adapter_name, labels)
+        self._label_state(model).describe(adapter_name, config)
 
     def _linear_head(
         self, model: nn.Module, head: HeadSpec, output: nn.Module, num_labels: int, initializer_range: float
@@ -316,7 +332,7 @@ class TaskTuner(BaseTuner):
         Raises:
             ValueError: tensors are missing, unexpected, or of another shape.
         """
-        return fit_state_dict(model, adapter_name, state_dict)
+        return rename_for_loading(model, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -337,25 +353,12 @@ class TaskTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # PEFT asks for the tensors when it saves, just before it writes the config.
+        context = _context_of(model)
+        if context is not None and context.labels is not None:
+            context.labels.describe(adapter_name, config)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return cast_for_saving(selected, config.save_dtype)
-
-
-def _check_head(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
-    """Refuse what a config asks of a head that the model does not have."""
-    if head.output is not None:
-        return
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if config.num_labels is not None and (not head.modules or config.num_labels != labels):
-        raise ValueError(
-            f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with "
-            "num_labels outputs to resize; leave num_labels unset or use a model with a classification head."
-        )
-    if config.head_type == "linear":
-        raise ValueError(
-            f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
-            "use head_type='model'."
-        )
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
@@ -367,6 +370,11 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
             f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
+
+
+def _context_of(model: nn.Module) -> ForwardContext | None:
+    """What the adapters of ``model`` share; None without any."""
+    return next((m.context for m in model.modules() if isinstance(m, (TaskTunerLayer, HeadModule))), None)
 
 
 def _has_labels(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, find_blocks
+from sparsepeft.tuners._heads import HeadSpec
 from sparsepeft.tuners._registry import HEAD
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
@@ -20,6 +21,9 @@ class HeadConfig(TaskAdapterConfig):
 
     Args:
         (those of :class:`sparsepeft.tuners.config.TaskAdapterConfig`; no layer is extended)
+
+    Raises:
+        ValueError: when attached to a model without a task's head (a bare encoder, a language model).
     """
 
     def __post_init__(self) -> None:
@@ -42,6 +46,15 @@ class HeadModel(TaskTuner):
 
     def _find_layers(self, model: nn.Module, config: TaskAdapterConfig) -> list[Block]:
         return find_blocks(model)
+
+    def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
+        super()._check_head(model, config, head)
+        if not head.modules:
+            raise ValueError(
+                f"HeadConfig trains a task's head alone, and {type(model).__name__} has none (what maps a language "
+                "model's states to tokens belongs to its backbone); load a class with a head, such as "
+                "AutoModelForSequenceClassification, name the modules to train in head_modules, or use another method."
+            )
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         """Never called: no module is targeted."""
