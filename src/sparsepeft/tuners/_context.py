@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sparsepeft.tuners._loss_scale import LossScale
+
 if TYPE_CHECKING:
     from sparsepeft.tuners._heads import LabelState
 
 BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+
+# Its replicas would share the hooks, and with them the parameters, of the model on the first device.
+DATA_PARALLEL_REFUSED = (
+    "nn.DataParallel cannot replicate a model with this adapter; start one process for each GPU (`accelerate launch` or "
+    "`torchrun`: DistributedDataParallel), or let the program see one GPU (CUDA_VISIBLE_DEVICES=0)."
+)
 
 
 class Routing:
@@ -78,8 +86,7 @@ class ForwardContext:
             ``last_norm``, a layer's latest norm with its input and output (see ``BottleneckLayer``).
         attention_mask, decoder_attention_mask: (B, T) of the latest pass; kept after it, because gradient
             checkpointing runs the layers again in backward.
-        loss_gradient: d total / d loss of the running backward pass, so that auxiliary losses follow the scaling
-            (gradient accumulation, loss scaling) of the main one.
+        loss_scale: of the latest pass with gradients; what auxiliary losses follow.
     """
 
     def __init__(self) -> None:
@@ -90,7 +97,7 @@ class ForwardContext:
         self.call = _Call()
         self.attention_mask: torch.Tensor | None = None
         self.decoder_attention_mask: torch.Tensor | None = None
-        self.loss_gradient: torch.Tensor | None = None
+        self.loss_scale = LossScale()
         self._handles: list[Any] = []
 
     def set_enabled(self, enabled: bool) -> None:
@@ -109,12 +116,12 @@ class ForwardContext:
             self.call.routing = None
 
     def watch(self, model: nn.Module) -> None:
-        """From now on note the masks that ``model`` is called with and the gradient its loss receives."""
+        """From now on note the masks that ``model`` is called with and how strongly its loss counts."""
         if self._handles:
             return
         self._handles = [
-            model.register_forward_pre_hook(self._note_masks, with_kwargs=True),
-            model.register_forward_hook(self._note_loss),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def unwatch(self) -> None:
@@ -132,30 +139,53 @@ class ForwardContext:
             mask = mask.reshape(-1)
         return mask if mask.shape == hidden_states.shape[:-1] else None
 
-    def _note_masks(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        named = {**bound.get("kwargs", {}), **bound}
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
+        if not torch.is_grad_enabled():
+            return None
+        named = _by_name(model, args, kwargs)
         self.attention_mask = named.get("attention_mask")
         is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.decoder_attention_mask = named.get("decoder_attention_mask") if is_encoder_decoder else self.attention_mask
-        self.loss_gradient = None
+        self.decoder_attention_mask = _decoder_mask(model, named) if is_encoder_decoder else self.attention_mask
+        self.loss_scale = LossScale()
+        return args, self.loss_scale.mark(kwargs)
 
-    def _note_loss(self, model: nn.Module, args: tuple, output: Any) -> None:
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            loss.register_hook(self._note_gradient)
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.loss_scale.watch(model, _by_name(model, args, kwargs), output)
 
-    def _note_gradient(self, gradient: torch.Tensor) -> None:
-        self.loss_gradient = gradient
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name."""
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound.get("kwargs", {}), **bound}
+
+
+def _decoder_mask(model: Any, named: dict[str, Any]) -> torch.Tensor | None:
+    """Which positions of a decoder count, where the caller leaves it to transformers to derive its inputs.
+
+    A position that a label is learnt at counts; without labels one whose input is no padding (the first may start with
+    the padding token). BART's classifiers derive the decoder's inputs from the encoder's, which has its mask.
+    """
+    mask, labels, ids = (named.get(name) for name in ("decoder_attention_mask", "labels", "decoder_input_ids"))
+    if mask is not None:
+        return mask
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+        return labels.ne(-100)
+    if ids is None:
+        return named.get("attention_mask")
+    if model.config.pad_token_id is None:
+        return None
+    counts = ids.ne(model.config.pad_token_id)
+    counts[:, 0] = True
+    return counts
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on ``hidden_states`` that sends ``scale()`` as gradient to ``loss`` in backward."""
+    """Identity on ``hidden_states`` that sends the value of ``scale`` as gradient to ``loss`` in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_states: torch.Tensor, loss: torch.Tensor, scale: Callable[[], torch.Tensor | None]
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden_states: torch.Tensor, loss: torch.Tensor, scale: LossScale) -> torch.Tensor:
         ctx.scale = scale
         ctx.save_for_backward(loss)
         return hidden_states.view_as(hidden_states)
@@ -163,16 +193,16 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (loss,) = ctx.saved_tensors
-        scale = ctx.scale()
         one = torch.ones_like(loss)
-        return gradients[0], one if scale is None else one * scale.to(loss), None
+        return gradients[0], one if ctx.scale.value is None else one * ctx.scale.value.to(loss), None
 
 
 def attach_loss(hidden_states: torch.Tensor, loss: torch.Tensor, context: ForwardContext) -> torch.Tensor:
     """``hidden_states`` unchanged, with ``loss`` added to whatever is differentiated through them.
 
     An auxiliary loss collected in a list would be lost under reentrant gradient checkpointing, whose forward pass
-    runs without gradients; attached to the states it is part of the graph whenever the layer is.
+    runs without gradients; attached to the states it is part of the graph whenever the layer is (as in Megatron's
+    MoEAuxLossAutoScaler, which is told the scale that :class:`LossScale` reads).
     """
-    attached: torch.Tensor = _AttachLoss.apply(hidden_states, loss, lambda: context.loss_gradient)
+    attached: torch.Tensor = _AttachLoss.apply(hidden_states, loss, context.loss_scale)
     return attached

@@ -29,7 +29,9 @@ def resized_embeddings(model: nn.Module) -> list[str]:
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "")
-    size = getattr(config.get_text_config(), "vocab_size", None) if name and hasattr(config, "get_text_config") else None
+    size = (
+        getattr(config.get_text_config(), "vocab_size", None) if name and hasattr(config, "get_text_config") else None
+    )
     if size is None:
         return []
     try:

@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, unwrap
-from sparsepeft.tuners._context import BASE, ForwardContext, Routing
+from sparsepeft.tuners._context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
 from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
 from sparsepeft.tuners._quantized import INT8, quantize
 
@@ -342,6 +342,9 @@ class HeadModule(ModulesToSaveWrapper):
             return self._mixed_batch_forward(call.routing, head_input, *args, **kwargs)
         active = self.active_adapters[0] if self.active_adapters else BASE
         return self._run(active, args, kwargs, head_input)
+
+    def _replicate_for_data_parallel(self) -> HeadModule:
+        raise RuntimeError(DATA_PARALLEL_REFUSED)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

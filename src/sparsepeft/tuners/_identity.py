@@ -95,11 +95,7 @@ def check_fingerprint(
         tensor = named.get(name)
         if tensor is not None and (is_quantized(tensor) or tensor.device.type == "meta"):
             continue
-        if (
-            tensor is None
-            or _shape(tensor) != saved["shape"]
-            or not _close(tensor, saved["values"], expected["dtype"])
-        ):
+        if tensor is None or _shape(tensor) != saved["shape"] or not _close(tensor, saved["values"], expected["dtype"]):
             raise ValueError(
                 f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to "
                 f"{found_name!r}, whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set "
@@ -120,7 +116,9 @@ def check_fingerprint(
 def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Tensor]:
     """The backbone's tensors by class-independent name: those read from the checkpoint, if any were."""
     excluded = tuple(f"{name}." for name in exclude)
-    named = {n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and 0 not in _shape(p)}
+    named = {
+        n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and 0 not in _shape(p)
+    }
     if any(is_loaded(p) for p in named.values()):
         # Offloading makes new tensors, so whether one was loaded is only known of those that stayed.
         offloaded = {n for n, p in model.named_parameters() if p.device.type == "meta"}

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block
-from sparsepeft.tuners._context import ForwardContext
+from sparsepeft.tuners._context import DATA_PARALLEL_REFUSED, ForwardContext
 from sparsepeft.tuners._heads import move_unless_meta
 
 MERGE_REFUSED = (
@@ -144,6 +144,9 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
+
+    def _replicate_for_data_parallel(self) -> TaskTunerLayer:
+        raise RuntimeError(DATA_PARALLEL_REFUSED)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """An adapter between layers is no change of a weight."""

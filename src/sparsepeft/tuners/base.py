@@ -71,6 +71,12 @@ class TaskTuner(BaseTuner):
                 "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
                 "load it with PeftModel.from_pretrained."
             )
+        if self._injected and config._is_from_file and any(p.device.type == "meta" for p in model.parameters()):
+            raise ValueError(
+                f"Weights of {type(model).__name__} are offloaded, and transformers' own load_adapter would put the "
+                "adapter's beside them, where they are never read; load the adapter before offloading, or use "
+                "get_peft_model with the adapter's config and set_peft_model_state_dict."
+            )
         self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")
@@ -284,6 +290,17 @@ class TaskTuner(BaseTuner):
         active = self.active_adapters
         super().delete_adapter(adapter_name)
         self.set_adapter(active, inference_mode=bool(self._inference_mode))
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: adapters between layers do not add up as changes of a weight do.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no add_weighted_adapter: a weighted sum of two tasks' adapters computes neither "
+            "task; train one adapter on both, or answer both in one batch with adapter_names."
+        )
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSED)

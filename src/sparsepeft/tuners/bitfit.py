@@ -36,11 +36,6 @@ class BitFitConfig(TaskAdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BITFIT
-        self._num_biases = 0  # counted when attached
-
-    def parameter_formula(self, hidden_sizes: list[int]) -> tuple[str, int]:
-        """The number of bias values in the layers; there is no closed formula across architectures."""
-        return f"biases of {len(hidden_sizes)} layers = {self._num_biases:,}", self._num_biases
 
 
 class BitFitLayer(TaskTunerLayer):
@@ -68,7 +63,6 @@ class BitFitLayer(TaskTunerLayer):
         """Add shifts of zero for ``adapter_name``."""
         shifts = nn.ParameterDict({key: nn.Parameter(torch.zeros(size)) for key, size in self._sizes.items()})
         self.add_adapter(self.bitfit_bias, adapter_name, shifts)
-        config._num_biases += sum(self._sizes.values())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _shift(self, key: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -93,6 +87,13 @@ class BitFitModel(TaskTuner):
 
     prefix = "bitfit_"
     layer_class = BitFitLayer
+
+    def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
+        """The number of bias values in the layers; there is no closed formula across architectures."""
+        layers = [m.bitfit_bias for m in self.model.modules() if isinstance(m, BitFitLayer)]
+        own = [[p.numel() for p in layer[adapter_name].parameters()] for layer in layers if adapter_name in layer]
+        count = sum(map(sum, own))
+        return f"biases of {len(own)} layers = {count:,}", count
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -54,7 +54,7 @@ class SpartanLayer(TaskTunerLayer):
     def _read_one(self, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         memory: Any = self.spartan_memory[adapter_name]
         coefficient = self.load_balancing_coef[adapter_name]
-        if coefficient and self.training:
+        if coefficient and self.training and torch.is_grad_enabled():
             states = hidden_states.transpose(0, self.batch_dim)
             mask = self.context.mask_for(states, self.is_decoder)
             loss = load_balancing_loss(states, memory.parent_keys, top_k=memory.top_k, mask=mask)

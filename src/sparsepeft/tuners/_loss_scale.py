@@ -1,0 +1,109 @@
+"""How strongly the main loss of one forward pass counts in what is differentiated.
+
+An auxiliary loss has to be as strong as the main one in each of several accumulated passes, but nobody says how strong
+that is: the loss may be a mean over the pass, which Trainer divides by the number of passes; a sum divided by the number
+of items in all passes (``num_items_in_batch``); and be computed in the model or, with ``label_smoothing_factor`` or
+``compute_loss_func``, outside it. Mixed precision and several processes scale it besides. So it is read off in backward,
+from the gradient that arrives at the model's loss or, without one, at its logits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+_CHUNK = 2**24  # values of the logits that are looked at together: 64 MB each in float32
+
+
+class LossScale:
+    """What the gradient of one forward pass says about the weight of its loss.
+
+    Attributes:
+        value: the weight, a scalar; None before backward, and where neither loss nor logits get a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def mark(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's keyword arguments, with ``num_items_in_batch`` such that it shows whether the loss uses it."""
+        total = kwargs.get("num_items_in_batch")
+        if total is None:
+            return kwargs
+        if not isinstance(total, torch.Tensor) or not total.requires_grad:
+            total = torch.as_tensor(total, dtype=torch.float32).detach().requires_grad_()
+        self._total = total
+        return kwargs | {"num_items_in_batch": total}
+
+    def watch(self, model: nn.Module, named: dict[str, Any], output: Any) -> None:
+        """Read the weight when the gradient arrives at what ``model`` returned for the arguments ``named``."""
+        values = output if isinstance(output, dict) else {}
+        loss = values.get("loss")
+        if loss is None and isinstance(output, tuple) and named.get("labels") is not None:
+            loss = output[0]
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            loss.register_hook(partial(self._from_loss, self._share(model, named, loss)))
+            return
+        for name, value in values.items():
+            if name.endswith("logits") and isinstance(value, torch.Tensor) and value.requires_grad:
+                value.register_hook(partial(self._from_logits, name, value.detach()))
+
+    def _share(self, model: nn.Module, named: dict[str, Any], loss: torch.Tensor) -> torch.Tensor | float:
+        """Which part of the items the loss was divided by are this pass's own; 1 for a mean over the pass."""
+        labels = named.get("labels") if named.get("shift_labels") is None else named["shift_labels"]
+        if self._total is None or not isinstance(labels, torch.Tensor):
+            return 1.0
+        # Not every loss uses num_items_in_batch, though nearly every model accepts it.
+        (used,) = torch.autograd.grad(loss, self._total, retain_graph=True, allow_unused=True)
+        if used is None:
+            return 1.0
+        if named.get("shift_labels") is None and _shifts_labels(model):
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum().to(loss.device) / self._total.detach().to(loss.device)
+
+    def _from_loss(self, share: torch.Tensor | float, gradient: torch.Tensor) -> None:
+        self.value = gradient.detach() * share
+
+    def _from_logits(self, name: str, logits: torch.Tensor, gradient: torch.Tensor) -> None:
+        weight = cross_entropy_weight(logits, gradient)
+        if weight is not None:
+            self._weights[name] = weight  # question answering has two
+            self.value = torch.stack(list(self._weights.values())).sum()
+
+
+@torch.no_grad()
+def cross_entropy_weight(logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """The sum of the weights w_i with which cross entropies of positions i make up a loss, from its gradient.
+
+    ``d loss / d logits_i = w_i (p_i - q_i)`` with probabilities p and target q. Where q is 0, which is everywhere but at
+    one label, the gradient is w p and positive, so ``w = sum of positive gradients / sum of p there``. Exact for hard
+    labels; with label smoothing somewhat less than w; for any loss in proportion to its scale.
+
+    Args:
+        logits, gradient: (..., V).
+
+    Returns:
+        A scalar in float32; None for a single logit, from which no weight can be told.
+    """
+    width = logits.shape[-1]
+    if width < 2:
+        return None
+    rows = max(1, _CHUNK // width)
+    total = torch.zeros((), device=logits.device)
+    for x, g in zip(logits.reshape(-1, width).split(rows), gradient.reshape(-1, width).split(rows), strict=True):
+        positive = g.float().clamp(min=0)
+        probability = (x.float().softmax(-1) * (positive > 0)).sum(-1)
+        total = total + (positive.sum(-1) / probability).nan_to_num(0.0, posinf=0.0).sum()
+    return total
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether labels predict the next position, so that the first of each row is no item; as Trainer counts them."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
