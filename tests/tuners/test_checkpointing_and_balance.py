@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests.models import (
     ARCHITECTURES,
     CHECKPOINTED,
@@ -24,9 +24,12 @@ from tests.models import (
     without_dropout,
 )
 from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
-from sparsepeft import SpartanConfig
+from sparsepeft import SpartanConfig, SptConfig, sparsify
 from sparsepeft.ops.load_balancing import load_balancing_loss
+from sparsepeft.tuners import _loss_scale
 from sparsepeft.tuners.spartan import SpartanLayer
 
 KINDS = pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])
@@ -119,26 +122,95 @@ def test_it_follows_the_scaling_of_gradient_accumulation(use_reentrant: bool | N
     assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
 
 
-@KINDS
-def test_a_loss_computed_outside_the_model_gets_the_balance_loss_too(use_reentrant: bool | None) -> None:
-    inputs = labelled_inputs("bert")
-    expected = gradients(_model("bert", load_balancing_coef=2.0), inputs)
-    model = _model("bert", load_balancing_coef=2.0)
-    checkpoint(model, use_reentrant)
-    labels = inputs.pop("labels")
-    nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
-    assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+def _mean(model: nn.Module, inputs: dict, num_items: int) -> torch.Tensor:
+    """In the model, as a mean over the pass, which Trainer divides by the number of passes."""
+    return model(**inputs).loss * _items(model, inputs) / num_items
+
+
+def _sum(model: nn.Module, inputs: dict, num_items: int) -> torch.Tensor:
+    """In the model, by models that use ``num_items_in_batch``; BERT's takes it and computes a mean."""
+    loss = model(**inputs, num_items_in_batch=torch.tensor(num_items)).loss
+    return loss if _shifts(model) else loss * _items(model, inputs) / num_items
+
+
+def _outside(model: nn.Module, inputs: dict, num_items: int) -> torch.Tensor:
+    """``compute_loss_func``, and float16's large factor."""
+    logits, labels = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+    if _shifts(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum") / num_items
+    return loss * 1024
+
+
+def _smoothed(model: nn.Module, inputs: dict, num_items: int) -> torch.Tensor:
+    """``label_smoothing_factor``."""
+    output = model(**{k: v for k, v in inputs.items() if k != "labels"}, num_items_in_batch=torch.tensor(num_items))
+    return LabelSmoother(0.1)(output, inputs["labels"], _shifts(model), num_items)
+
+
+def _shifts(model: PeftModel) -> bool:
+    return isinstance(model.get_base_model(), LlamaForCausalLM)
+
+
+def _items(model: PeftModel, inputs: dict) -> int:
+    return int((inputs["labels"][..., 1:] if _shifts(model) else inputs["labels"]).ne(-100).sum())
+
+
+def _accumulated(model: nn.Module, passes: list[dict], compute_loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    num_items = sum(_items(model, inputs) for inputs in passes)
+    for inputs in passes:
+        compute_loss(model, inputs, num_items).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _sparse(name: str) -> PeftModel:
+    backbone = without_dropout(build(name))
+    ids = ARCHITECTURES[name].inputs()["input_ids"]
+    config = SptConfig(attention=False, load_balancing_coef=2.0, num_active_blocks=4)
+    lora = LoraConfig(target_modules=["query", "q_proj"], task_type={"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[name])
+    return get_peft_model(sparsify(backbone, config, calibration_data=ids), lora).train()
+
+
+@pytest.mark.parametrize("compute_loss", [_mean, _sum, _outside, _smoothed])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["SPARTAN", "checkpointed SPARTAN", "SPT"])
+def test_it_is_as_strong_as_the_main_loss_in_each_accumulated_pass(kind: str, name: str, compute_loss) -> None:
+    """Rows that are all alike give the same gradients in one pass as in several, of whatever sizes."""
+    torch.manual_seed(0)
+    model = _sparse(name) if kind == "SPT" else _model(name, load_balancing_coef=2.0)
+    checkpoint(model, use_reentrant=True if kind == "checkpointed SPARTAN" else None)
+    row = {key: value[:1] for key, value in labelled_inputs(name).items()}
+    parts = [{key: value.expand(rows, *value.shape[1:]) for key, value in row.items()} for rows in (4, 1, 3)]
+    whole = {key: torch.cat([part[key] for part in parts]) for key in row}
+    expected = _accumulated(model, [whole], compute_loss)
+    assert_gradients_close(_accumulated(model, parts, compute_loss), expected)
+    if compute_loss is not _smoothed:  # and where the weight is read off exactly, it is that of the loss in the model
+        scale = 1024 if compute_loss is _outside else 1
+        by_mean = _accumulated(model, [whole], _mean)
+        assert_gradients_close(expected, {n: g * scale for n, g in by_mean.items()})
+
+
+def test_the_weight_of_a_cross_entropy_is_read_off_its_gradient(monkeypatch) -> None:
+    monkeypatch.setattr(_loss_scale, "_CHUNK", 20)  # so that several chunks are read
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    labels = torch.randint(7, (2, 5)).masked_fill(torch.rand(2, 5) < 0.3, -100)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 40
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = labels.ne(-100).sum() / 40
+    torch.testing.assert_close(_loss_scale.cross_entropy_weight(logits, gradient), expected)
+    assert _loss_scale.cross_entropy_weight(torch.randn(3, 1), torch.randn(3, 1)) is None  # a regression
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["bert", "t5"])
-def test_padding_never_counts(name: str, use_reentrant: bool | None) -> None:
-    """Parents see the same balance loss however much padding stands behind the text."""
-    inputs = labelled_inputs(name)
-    padded = {}
-    for key, value in inputs.items():
-        is_text = value.dim() == 2 and key in ("input_ids", "attention_mask")
-        padded[key] = nn.functional.pad(value, (0, 4)) if is_text else value
+@pytest.mark.parametrize(
+    ("name", "left_out"), [("bert", ()), ("t5", ()), ("t5", ("decoder_input_ids",)), ("bart", ("decoder_input_ids",))]
+)
+def test_padding_never_counts(name: str, left_out: tuple[str, ...], use_reentrant: bool | None) -> None:
+    """Parents see the same balance loss however much padding stands behind the text, or behind labels alone."""
+    inputs = {key: value for key, value in labelled_inputs(name).items() if key not in left_out}
+    padding = {"input_ids": 0, "attention_mask": 0} | ({"labels": -100} if left_out else {})
+    padded = {k: nn.functional.pad(v, (0, 4), value=padding[k]) if k in padding else v for k, v in inputs.items()}
 
     def balance_gradients(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model, plain = _model(name, load_balancing_coef=2.0), _model(name)

@@ -12,14 +12,19 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tests.models import (
     ARCHITECTURES,
+    METHODS,
     SMALL,
     adapted,
+    assert_gradients_close,
     backward_through_everything,
     build,
     cast,
+    gradients,
+    labelled_inputs,
     randomize,
     run,
     save_backbone,
+    without_dropout,
 )
 
 from sparsepeft import SpartanConfig
@@ -223,6 +228,34 @@ def test_a_device_map_with_the_disk(folders, tmp_path) -> None:
     loaded = get_peft_model(model, SpartanConfig.from_pretrained(task)).eval()
     set_peft_model_state_dict(loaded, load_file(task / "adapter_model.safetensors"))
     assert torch.equal(run(loaded, INPUTS), expected)
+
+
+@pytest.mark.parametrize("how", ["a device map with the disk", "cpu_offload"])
+@pytest.mark.parametrize("method", ["spartan", "pfeiffer", "bitfit"])
+def test_transformers_does_not_load_onto_offloaded_weights(folders, tmp_path, method: str, how: str) -> None:
+    backbone, _, _ = folders
+    adapted(hf.BertForSequenceClassification.from_pretrained(backbone), config=METHODS[method]()).save_pretrained(
+        tmp_path / "task"
+    )
+    if how == "cpu_offload":
+        model = hf.BertForSequenceClassification.from_pretrained(backbone)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+        model = hf.BertForSequenceClassification.from_pretrained(
+            backbone, device_map=device_map, offload_folder=str(tmp_path / "offload")
+        )
+    with pytest.raises(ValueError, match=r"offloaded.*before offloading"):
+        model.load_adapter(str(tmp_path / "task"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_offloaded_weights(method: str) -> None:
+    inputs = labelled_inputs("bert")
+    expected = gradients(adapted(without_dropout(build("bert")), config=METHODS[method]()).train(), inputs)
+    backbone = without_dropout(build("bert"))
+    cpu_offload(backbone, execution_device=torch.device("cpu"))
+    assert_gradients_close(gradients(adapted(backbone, config=METHODS[method]()).train(), inputs), expected)
 
 
 def test_moving_the_model_moves_the_memory() -> None:

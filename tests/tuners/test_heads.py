@@ -6,12 +6,14 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
+from tests.models import ARCHITECTURES, METHODS, SMALL, adapted, add, build, randomize, run, save_backbone
 
-from sparsepeft import SpartanConfig
+from sparsepeft import HeadConfig, SpartanConfig
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 LABELS = torch.tensor([1, 0, 1])
+TASK_METHODS = METHODS | {"head": HeadConfig}
+TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 def _many_heads(name: str = "bert") -> PeftModel:
@@ -224,6 +226,82 @@ def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, maske
     model.eval().save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(_classifier(folder, 2, classifier), tmp_path / "task")
     assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert"])
+def test_a_head_registered_before_the_backbone_is_found(family: str, kind: str, tmp_path) -> None:
+    cls = getattr(hf, f"{family}For{kind}")
+    config = getattr(hf, f"{family}Config")(**{k: v for k, v in build("roberta").config.to_dict().items() if k in TEXT})
+    bare = cls(config)
+    head, backbone = (name for name, child in bare.named_children() if any(True for _ in child.parameters()))
+    assert backbone == "roberta"  # or this test shows nothing
+    folder = save_backbone(bare.roberta, tmp_path / "backbone")
+    model = get_peft_model(cls.from_pretrained(folder), SpartanConfig(**SMALL, num_labels=2))
+    assert model.peft_config["default"].head_modules == [head]
+    assert any(head in n and p.requires_grad for n, p in model.named_parameters())
+    model.eval().save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "task").eval()
+    with torch.no_grad():
+        expected, found = model(**INPUTS)[0], loaded(**INPUTS)[0]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("cls", [hf.LlamaForCausalLM, hf.BertForMaskedLM, hf.T5ForConditionalGeneration, hf.BertModel])
+def test_what_scores_tokens_is_no_tasks_head(cls: type, tmp_path) -> None:
+    """Not even where it is fresh; nor has a bare encoder one."""
+    name = {"Llama": "llama", "Bert": "bert", "T5": "t5"}[cls.config_class.__name__.removesuffix("Config")]
+    backbone = cls(build(name).config)
+    with pytest.raises(ValueError, match=f"{cls.__name__} has none"):
+        get_peft_model(backbone, HeadConfig())
+    model = get_peft_model(cls(build(name).config), SpartanConfig(**SMALL))
+    assert all("spartan_memory" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_labels_set_after_attaching_are_the_adapters() -> None:
+    model = _many_heads()
+    model.config.id2label = {0: "no", 1: "yes"}
+    with model.disable_adapter():
+        assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+        model.config.id2label = {0: "bare 0", 1: "bare 1"}
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    model.set_adapter("five")
+    assert model.config.id2label[4] == "class4"
+    model.set_adapter("two")
+    assert model.config.label2id == {"no": 0, "yes": 1}
+    model.config.num_labels = 3
+    with pytest.warns(UserWarning, match="names 3 labels now, but the head in use has 2"):
+        model.set_adapter("five")
+    model.set_adapter("two")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    assert model.unload().config.id2label == {0: "bare 0", 1: "bare 1"}
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_labels_and_loss_are_saved_as_they_are_when_saving(method: str, tmp_path) -> None:
+    backbone = build("bert")
+    backbone.config.id2label = {0: 0, 1: 1}  # names need not be strings
+    model = get_peft_model(backbone, TASK_METHODS[method]())
+    assert model.config.id2label == {0: 0, 1: 1}
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(build("bert"), tmp_path).config.id2label == {0: "0", 1: "1"}
+    model.config.id2label = {0: "no", 1: "yes"}
+    model(
+        **INPUTS, labels=torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    )  # transformers infers the loss from floats
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert loaded.config.id2label == {0: "no", 1: "yes"}
+    assert loaded.config.problem_type == loaded.peft_config["default"].problem_type == "multi_label_classification"
+
+
+def test_the_backbones_loss_is_that_of_a_task_with_its_labels() -> None:
+    backbone = build("bert")
+    backbone.config.problem_type = "multi_label_classification"
+    model = adapted(backbone, "same")
+    add(model, "other", num_labels=5)
+    problem_types = {name: config.problem_type for name, config in model.peft_config.items()}
+    assert problem_types == {"same": "multi_label_classification", "other": None}
 
 
 def test_head_modules_can_be_chosen_and_left_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -158,6 +159,54 @@ def test_an_adapter_of_a_model_that_was_never_saved_is_checked_too(tmp_path) -> 
     torch.manual_seed(3)
     with pytest.raises(ValueError, match="BertForSequenceClassification"):
         PeftModel.from_pretrained(ARCHITECTURES["bert"].build(), tmp_path)
+
+
+def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> None:
+    from sparsepeft.tuners._identity import check_fingerprint, fingerprint
+
+    def model(last: float) -> torch.nn.Module:
+        made = torch.nn.Linear(2**13, 2**11 + 4, bias=False, dtype=torch.bfloat16)  # float32 rounds its last index up
+        torch.nn.init.zeros_(made.weight)
+        made.weight.data[-1, -1] = last
+        return made
+
+    found = fingerprint(model(0.0))
+    check_fingerprint(found, model(0.0), (), "a", "a")
+    with pytest.raises(ValueError, match="other values"):
+        check_fingerprint(found, model(1.0), (), "a", "b")
+
+
+def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
+    from sparsepeft.tuners._identity import fingerprint
+
+    module = torch.nn.Linear(1000, 100, bias=False)
+    module.weight.data = torch.arange(100_000.0).reshape(100, 1000)
+    values = fingerprint(module)["tensors"]["weight"]["values"]
+    assert values == [0.0, 14285.0, 28571.0, 42856.0, 57142.0, 71427.0, 85713.0, 99999.0]
+
+
+def test_partitioned_parameters_are_gathered(monkeypatch) -> None:
+    """DeepSpeed is not installed here: a stand-in that empties parameters and fills them as ZeRO-3 does."""
+    from sparsepeft.tuners import _identity
+
+    model = build("bert")
+    expected = _identity.fingerprint(model)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.whole = parameter.shape, parameter.data
+        parameter.data = torch.empty(0)
+
+    @contextmanager
+    def gather(parameters, modifier_rank=0):
+        for parameter in parameters:
+            parameter.data = parameter.whole
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    monkeypatch.setattr(_identity, "gather_params_ctx", gather)
+    assert _identity.fingerprint(model) == expected
+    _identity.check_fingerprint(expected, model, (), "a", "a")
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
 
 
 def test_checking_a_model_of_125_million_parameters_takes_under_a_second() -> None:

@@ -11,12 +11,24 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from tests.models import ARCHITECTURES, SMALL, adapted, add, build, randomize, run, save_backbone
+from tests.models import (
+    ARCHITECTURES,
+    METHODS,
+    SMALL,
+    adapted,
+    adapter_parameters,
+    add,
+    build,
+    randomize,
+    run,
+    save_backbone,
+)
 
 from sparsepeft import HeadConfig, SpartanConfig
 from sparsepeft.tuners.spartan import SpartanLayer
 
 INPUTS = ARCHITECTURES["bert"].inputs()
+TASK_METHODS = METHODS | {"head": HeadConfig}
 
 
 def _answers(model: PeftModel, *names: str) -> dict[str, torch.Tensor]:
@@ -161,6 +173,31 @@ def test_merging_refuses_with_the_reason_and_the_alternative(merge: str) -> None
     with pytest.raises(ValueError, match=r"depends on each input.*unload\(\)"):
         getattr(model, merge)()
     assert not torch.equal(run(model, INPUTS), run(build("bert"), INPUTS))
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_a_weighted_sum_of_adapters_is_refused(method: str) -> None:
+    model = adapted("bert", "one", config=TASK_METHODS[method]())
+    add(model, "two", config=TASK_METHODS[method]())
+    with pytest.raises(ValueError, match=r"add_weighted_adapter: .*adapter_names"):
+        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "both")
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_data_parallel_is_refused_with_what_to_do(method: str) -> None:
+    """Here ``replicate`` asks each module for a copy, before it touches a device."""
+    model = adapted("bert", config=TASK_METHODS[method]())
+    with pytest.raises(RuntimeError, match="accelerate launch"):
+        [module._replicate_for_data_parallel() for module in model.modules()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_adapters_config_can_be_used_again(method: str) -> None:
+    model = adapted("bert", "one", config=METHODS[method]())
+    model.add_adapter("two", model.peft_config["one"])
+    assert model.base_model.parameter_formula("two") == model.base_model.parameter_formula("one")
+    assert model.peft_config["two"].formula == model.peft_config["one"].formula
+    assert len(adapter_parameters(model, "two")) == len(adapter_parameters(model, "one"))
 
 
 def test_after_unload_the_backbone_takes_a_new_adapter_without_complaint() -> None:
@@ -368,10 +405,12 @@ def test_peft_loads_what_transformers_saved(tmp_path) -> None:
     model = build("bert")
     model.add_adapter(SpartanConfig(**SMALL, num_labels=3))
     randomize(model)
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
     assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_transformers_from_pretrained_finds_the_adapter_in_a_folder(tmp_path) -> None:

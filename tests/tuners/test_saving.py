@@ -7,14 +7,93 @@ import json
 import pytest
 import torch
 import transformers as hf
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
-from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, run, save_backbone
+from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, randomize, run, save_backbone
 
-from sparsepeft import SpartanConfig
+from sparsepeft import HeadConfig, SpartanConfig
 
+TASK_METHODS = METHODS | {"head": HeadConfig}
 INPUTS = ARCHITECTURES["bert"].inputs()
 FILE = "adapter_model.safetensors"
+
+
+def _with_new_tokens(folder: str) -> torch.nn.Module:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + 6)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["spartan", "houlsby", "pfeiffer"])
+def test_embeddings_of_added_tokens_come_with_the_adapter(tmp_path, method: str, tied: bool) -> None:
+    config = build("llama").config
+    config.tie_word_embeddings = tied
+    folder = save_backbone(hf.LlamaForCausalLM(config), tmp_path / "backbone")
+    model = adapted(_with_new_tokens(folder), config=METHODS[method]())
+    assert not any("embed" in n or "lm_head" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "task")
+    inputs = {"input_ids": torch.arange(90, 105).reshape(1, -1)}
+    loaded = PeftModel.from_pretrained(_with_new_tokens(folder), tmp_path / "task")
+    torch.testing.assert_close(run(loaded, inputs), run(model, inputs), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"model.embed_tokens\.weight' \[105, 32\].*resize_token_embeddings\(105\)"):
+        PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(folder), tmp_path / "task")
+    # An adapter from before tokens were added goes on a model with more of them, as others do.
+    adapted(hf.AutoModelForCausalLM.from_pretrained(folder), config=METHODS[method]()).save_pretrained(tmp_path / "old")
+    PeftModel.from_pretrained(_with_new_tokens(folder), tmp_path / "old")
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_embeddings_can_be_saved_with_any_adapter(tmp_path, method: str) -> None:
+    model = adapted("bert", config=TASK_METHODS[method]())
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    backbone = build("bert")
+    expected = backbone.get_input_embeddings().weight.clone()
+    backbone.get_input_embeddings().weight.data[5:].zero_()
+    config = type(model.peft_config["default"]).from_pretrained(tmp_path)
+    config.check_backbone = False
+    loaded = PeftModel.from_pretrained(backbone, tmp_path, config=config)
+    assert torch.equal(loaded.get_input_embeddings().weight, expected)
+
+
+@pytest.mark.parametrize("save_dtype", [None, "int8"])
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_state_dicts_of_an_adapter_injected_into_a_model(method: str, save_dtype: str | None) -> None:
+    model = inject_adapter_in_model(TASK_METHODS[method](save_dtype=save_dtype), build("bert"))
+    randomize(model)
+    fresh = inject_adapter_in_model(TASK_METHODS[method](), build("bert"))
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+    torch.testing.assert_close(run(fresh.eval(), INPUTS), run(model.eval(), INPUTS), rtol=0.05, atol=0.02)
+    if save_dtype is None:
+        assert torch.equal(run(fresh, INPUTS), run(model, INPUTS))
+
+
+def test_tensors_of_another_shape_are_left_out_if_asked() -> None:
+    state = get_peft_model_state_dict(adapted("bert", num_labels=5))
+    model = adapted("bert", num_labels=3, random=False)
+    head = model.base_model.model.classifier.modules_to_save["default"].weight.clone()
+    with pytest.raises(
+        ValueError, match=r"of another shape: classifier.bias \[5\] instead of \[3\], classifier.weight"
+    ):
+        set_peft_model_state_dict(model, state)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
+    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].weight, head)
+    memory = "bert.encoder.layer.0.spartan_memory.default.parent_keys"
+    assert torch.equal(
+        model.base_model.model.get_parameter(memory), adapted("bert").base_model.model.get_parameter(memory)
+    )
+    del state["base_model.model.classifier.bias"]
+    with pytest.raises(ValueError, match=r"missing: classifier.bias; of another shape: classifier.weight"):
+        set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
 
 
 def test_only_memory_and_head_are_saved_as_safetensors(tmp_path) -> None:
@@ -265,7 +344,7 @@ def test_the_users_own_card_is_kept(tmp_path) -> None:
 
 
 def test_peft_functions_see_backbone_and_adapter_apart() -> None:
-    from peft.utils.save_and_load import get_base_model_state_dict, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.save_and_load import get_base_model_state_dict
 
     model = adapted("bert", train_layer_norms=True, num_labels=3)
     bare = build("bert").state_dict()

@@ -1,7 +1,7 @@
 """Embeddings that belong to an adapter's file: those of a vocabulary that was changed after loading.
 
-PEFT saves them with the adapter (``save_embedding_layers="auto"``), for any method, and loads them into the model, which
-must have been resized before.
+PEFT saves them with the adapter (``save_embedding_layers="auto"``), for any method, and loads them into the model,
+which must have been resized before.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How strongly the main loss of one forward pass counts in what is differentiated.
 
-An auxiliary loss has to be as strong as the main one in each of several accumulated passes, but nobody says how strong
-that is: the loss may be a mean over the pass, which Trainer divides by the number of passes; a sum divided by the number
-of items in all passes (``num_items_in_batch``); and be computed in the model or, with ``label_smoothing_factor`` or
-``compute_loss_func``, outside it. Mixed precision and several processes scale it besides. So it is read off in backward,
-from the gradient that arrives at the model's loss or, without one, at its logits.
+An auxiliary loss has to keep to the main one in each of several accumulated passes, but nothing says how strong that
+is. It may be a mean over the pass, which Trainer divides by the number of passes, or a sum divided by the number of
+items in all passes (``num_items_in_batch``). It may be computed in the model or, with ``label_smoothing_factor`` or
+``compute_loss_func``, outside it. Mixed precision and several processes scale it besides. So the weight is read off in
+backward, from the gradient that arrives at the model's loss or, where the model computes none, at its logits.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class LossScale:
 def cross_entropy_weight(logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
     """The sum of the weights w_i with which cross entropies of positions i make up a loss, from its gradient.
 
-    ``d loss / d logits_i = w_i (p_i - q_i)`` with probabilities p and target q. Where q is 0, which is everywhere but at
-    one label, the gradient is w p and positive, so ``w = sum of positive gradients / sum of p there``. Exact for hard
-    labels; with label smoothing somewhat less than w; for any loss in proportion to its scale.
+    ``d loss / d logits_i = w_i (p_i - q_i)`` with probabilities p and target q. Where q is 0, which is everywhere but
+    at the label, the gradient is w p and positive, so ``w = sum of positive gradients / sum of p there``. Exact for
+    hard labels, and somewhat less than w with label smoothing; whatever the loss, it is in proportion to its scale.
 
     Args:
         logits, gradient: (..., V).
@@ -106,4 +106,4 @@ def cross_entropy_weight(logits: torch.Tensor, gradient: torch.Tensor) -> torch.
 def _shifts_labels(model: nn.Module) -> bool:
     """Whether labels predict the next position, so that the first of each row is no item; as Trainer counts them."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not is_encoder_decoder

@@ -298,8 +298,8 @@ class TaskTuner(BaseTuner):
             ValueError: always.
         """
         raise ValueError(
-            f"{type(self).__name__} has no add_weighted_adapter: a weighted sum of two tasks' adapters computes neither "
-            "task; train one adapter on both, or answer both in one batch with adapter_names."
+            f"{type(self).__name__} has no add_weighted_adapter: a weighted sum of two tasks' adapters does neither; "
+            "train one adapter on both, or answer both in one batch with adapter_names."
         )
 
     def _check_merge_allowed(self) -> None:
