@@ -265,3 +265,14 @@ def test_unloading_stops_watching_the_model() -> None:
     assert (len(backbone._forward_hooks), len(backbone._forward_pre_hooks)) != before
     model.unload()
     assert (len(backbone._forward_hooks), len(backbone._forward_pre_hooks)) == before
+
+
+@pytest.mark.parametrize("trained", ["parent_keys", "child_keys", "child_values"])
+def test_a_part_of_the_memory_can_be_trained_alone(trained: str) -> None:
+    model = _model("bert")
+    expected = gradients(model, labelled_inputs("bert"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    found = gradients(model, labelled_inputs("bert"))
+    assert len(found) == len(task_layers(model))
+    assert_gradients_close(found, {name: gradient for name, gradient in expected.items() if name.endswith(trained)})
