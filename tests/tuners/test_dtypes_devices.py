@@ -24,8 +24,11 @@ from tests.models import (
     randomize,
     run,
     save_backbone,
+    task_layers,
     without_dropout,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from sparsepeft import SpartanConfig
 
@@ -256,6 +259,32 @@ def test_training_on_offloaded_weights(method: str) -> None:
     backbone = without_dropout(build("bert"))
     cpu_offload(backbone, execution_device=torch.device("cpu"))
     assert_gradients_close(gradients(adapted(backbone, config=METHODS[method]()).train(), inputs), expected)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fsdp1_keeps_the_original_parameters_or_refuses(method: str, one_process) -> None:
+    """Frozen and trained parameters of a layer cannot be flattened into one: torch says so when it wraps the model."""
+    inputs = labelled_inputs("bert")
+    expected = gradients(adapted(without_dropout(build("bert")), config=METHODS[method]()).train(), inputs)
+
+    def shard(use_orig_params: bool) -> FullyShardedDataParallel:
+        model = adapted(without_dropout(build("bert")), config=METHODS[method]()).train()
+        policy = ModuleWrapPolicy({type(task_layers(model)[0])})
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=cpu)
+
+    sharded = gradients(shard(use_orig_params=True), inputs)
+    found = {name.replace("_fsdp_wrapped_module.", ""): gradient for name, gradient in sharded.items()}
+    assert_gradients_close({name: found[name].reshape_as(gradient) for name, gradient in expected.items()}, expected)
+    with pytest.raises(ValueError, match="requires_grad"):
+        shard(use_orig_params=False)
 
 
 def test_moving_the_model_moves_the_memory() -> None:
