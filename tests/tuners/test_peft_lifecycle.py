@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from tests.models import (
     ARCHITECTURES,
     METHODS,
@@ -173,6 +174,26 @@ def test_merging_refuses_with_the_reason_and_the_alternative(merge: str) -> None
     with pytest.raises(ValueError, match=r"depends on each input.*unload\(\)"):
         getattr(model, merge)()
     assert not torch.equal(run(model, INPUTS), run(build("bert"), INPUTS))
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_what_peft_has_for_lora_alone_it_refuses_by_name(method: str, tmp_path) -> None:
+    model = adapted("bert", config=TASK_METHODS[method]())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+    with pytest.raises(TypeError, match="LoRA conversion"):
+        convert_to_lora(model, rank=2)
+    with pytest.raises(ValueError, match="PeftMixedModel"):
+        get_peft_model(build("bert"), TASK_METHODS[method](), mixed=True)
+
+
+@pytest.mark.parametrize("method", TASK_METHODS)
+def test_embeddings_may_be_passed_instead_of_tokens(method: str) -> None:
+    model = adapted("bert", config=TASK_METHODS[method]())
+    embeddings = model.get_input_embeddings()(INPUTS["input_ids"])
+    found = run(model, {"inputs_embeds": embeddings, "attention_mask": INPUTS["attention_mask"]})
+    assert torch.equal(found, run(model, INPUTS))
 
 
 @pytest.mark.parametrize("method", TASK_METHODS)
