@@ -128,11 +128,11 @@ WAYS = {
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 backbone = AutoModelForSequenceClassification.from_pretrained({backbone!r})
-print(PeftModel.from_pretrained(backbone, {adapter!r}).peft_type)
+print(PeftModel.from_pretrained(backbone, {adapter!r}).peft_type.value)
 """,
     "AutoPeftModel": """
 from peft import AutoPeftModelForSequenceClassification
-print(AutoPeftModelForSequenceClassification.from_pretrained({adapter!r}).peft_type)
+print(AutoPeftModelForSequenceClassification.from_pretrained({adapter!r}).peft_type.value)
 """,
     "pipeline": """
 from transformers import pipeline

@@ -30,7 +30,7 @@ def write_card(folder: Path, config: TaskAdapterConfig) -> None:
 
 
 def _section(config: TaskAdapterConfig) -> str:
-    method = str(config.peft_type)
+    method = config.peft_type.value
     auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     base = config.base_model_name_or_path or "path/to/the/backbone"
     labels = "\nLabels: " + ", ".join(config.id2label.values()) + ".\n" if config.id2label else ""
