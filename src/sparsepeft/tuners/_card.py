@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from sparsepeft.provenance import write_bytes
 
 if TYPE_CHECKING:
     from sparsepeft.tuners.config import TaskAdapterConfig
@@ -26,11 +31,29 @@ def write_card(folder: Path, config: TaskAdapterConfig) -> None:
     if _BEGIN in text and _END in text:
         before, _, rest = text.partition(_BEGIN)
         text = before + rest.partition(_END)[2].lstrip("\n")
-    path.write_text(f"{text.rstrip()}\n\n{_section(config)}\n", encoding="utf-8")
+    write_bytes(path, f"{text.rstrip()}\n\n{_section(config)}\n".encode())
+
+
+def keep_section(model: PeftModel) -> None:
+    """Have the loading section in every card that is written for ``model``.
+
+    ``Trainer.create_model_card`` replaces the card that ``save_pretrained`` wrote, and then asks the model itself for
+    what PEFT adds to a card. No method of PEFT's tuners or configs is called after that, so the model does more.
+    """
+    model.create_or_update_model_card = partial(_create_or_update, model)  # type: ignore[method-assign]
+
+
+def _create_or_update(model: PeftModel, output_dir: str) -> None:
+    type(model).create_or_update_model_card(model, output_dir)
+    config: Any = model.peft_config.get(
+        "default"
+    )  # adapters of other names have folders of their own, with a card each
+    if config is not None:
+        write_card(Path(output_dir), config)
 
 
 def _section(config: TaskAdapterConfig) -> str:
-    method = config.peft_type.value
+    method = config.method
     auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
     base = config.base_model_name_or_path or "path/to/the/backbone"
     labels = "\nLabels: " + ", ".join(config.id2label.values()) + ".\n" if config.id2label else ""
@@ -38,17 +61,19 @@ def _section(config: TaskAdapterConfig) -> str:
     return f"""{_BEGIN}
 ## How to load
 
-This is a `{method}` adapter made with `sparsepeft` (`pip install sparsepeft`). PEFT knows the method once
-`sparsepeft` has been imported; without that import, loading ends in a `KeyError: '{method}'`.
+This is a `{method}` adapter made with `sparsepeft`. PEFT and transformers load it wherever `sparsepeft` is installed
+(`pip install sparsepeft`).
 
 ```python
-import sparsepeft  # registers the method with PEFT
 from peft import PeftModel
 from transformers import {auto_class}
 
 backbone = {auto_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
 ```
+
+Where Python does not read the `.pth` files of installed packages (`python -S`, a folder on `PYTHONPATH`), loading ends
+in a `KeyError: '{method}'`: `import sparsepeft` first.
 
 The adapter was trained on the backbone `{base}` and refuses any other.
 {parameters}{labels}{_END}"""
