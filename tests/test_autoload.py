@@ -93,7 +93,7 @@ def test_a_peft_without_the_registry_is_left_alone(tmp_path) -> None:
 # -- installed -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
+@pytest.fixture(scope="module")
 def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that this package was installed into as its users do."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -143,13 +143,18 @@ print("SPARTAN" if answer[0]["label"] in ("no", "yes") else answer)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("installed", "way"),
+    [("wheel", "PeftModel"), ("wheel", "pipeline"), ("editable", "AutoPeftModel")],
+    indirect=["installed"],
+)
 def test_an_adapter_is_loaded_without_importing_the_package(installed, adapter, tiny_backbone, way: str) -> None:
     code = WAYS[way].format(adapter=str(adapter), backbone=str(tiny_backbone))
     assert run(installed, "-c", code) == "SPARTAN"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
 def test_it_can_be_switched_off_is_uninstalled_and_does_not_mind_a_lost_source(installed, adapter) -> None:
     hook = "import sys; print('sparsepeft_autoload' in sys.modules)"
     assert run(installed, "-c", hook) == "True"
