@@ -82,9 +82,8 @@ def keep_section(model: PeftModel) -> None:
 
 def _create_or_update(model: PeftModel, output_dir: str) -> None:
     type(model).create_or_update_model_card(model, output_dir)
-    config: Any = model.peft_config.get(
-        "default"
-    )  # adapters of other names have folders of their own, with a card each
+    # Adapters of other names have folders of their own, with a card each.
+    config: Any = model.peft_config.get("default")
     if config is not None:
         write_card(Path(output_dir), config)
 
