@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,14 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import (
+    PeftModel,
+    convert_to_lora,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.utils.hotswap import hotswap_adapter
 from tests.models import (
     ARCHITECTURES,
@@ -23,6 +31,7 @@ from tests.models import (
     randomize,
     run,
     save_backbone,
+    task_layers,
 )
 
 from sparsepeft import HeadConfig, SpartanConfig
@@ -58,8 +67,24 @@ import sparsepeft
 assert members() == before
 assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"] is sparsepeft.SpartanConfig
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = os.environ | {"SPARSEPEFT_AUTOLOAD": "0"}  # where the package is installed, PEFT knows it anyway
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("method", [*METHODS, "head"])
+def test_the_status_of_model_and_layers_names_the_type(method: str) -> None:
+    make = METHODS.get(method, HeadConfig)
+    model = adapted("bert", config=make())
+    status = model.get_model_status()
+    assert status.peft_types == {"default": model.peft_config["default"].peft_type.value}
+    assert status.adapter_model_type == type(model.base_model).__name__
+    assert (status.enabled, status.active_adapters, status.available_adapters) == (True, ["default"], ["default"])
+    kinds = {layer.module_type for layer in model.get_layer_status()}
+    assert kinds == {type(layer).__name__ for layer in task_layers(model)} | {"HeadModule"}
+    injected = inject_adapter_in_model(make(), build("bert"))
+    assert {layer.module_type for layer in get_layer_status(injected)} == kinds
+    assert get_model_status(injected).requires_grad == status.requires_grad == {"default": True}
 
 
 def test_memories_of_different_sizes_take_turns_on_one_backbone() -> None:

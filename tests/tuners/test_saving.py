@@ -16,10 +16,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
+from sparsepeft.tuners._quantized import dequantize, quantize
 
 TASK_METHODS = METHODS | {"head": HeadConfig}
 INPUTS = ARCHITECTURES["bert"].inputs()
@@ -216,6 +218,53 @@ def test_int8_rows_of_zeros_stay_zeros(tmp_path) -> None:
     values = [p for n, p in loaded.named_parameters() if "child_values" in n]
     assert values
     assert all(torch.count_nonzero(value) == 0 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("save_dtype", "value", "kept"),
+    [
+        ("int8", float("nan"), False),
+        ("int8", -float("inf"), False),
+        ("float16", 1e5, False),
+        ("float16", float("nan"), True),
+        ("bfloat16", 3.4e38, False),
+        ("bfloat16", float("inf"), True),
+        (None, float("nan"), True),
+    ],
+)
+@pytest.mark.parametrize("place", ["child_values", "classifier"])
+def test_what_a_dtype_cannot_hold_is_refused_and_never_made_finite(tmp_path, save_dtype, value, kept, place) -> None:
+    model = adapted("bert", save_dtype=save_dtype)
+    tensor = next(p for n, p in model.named_parameters() if place in n and ".default." in n)
+    tensor.data.view(-1)[3] = value
+    if kept:
+        model.save_pretrained(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=rf"tensor .*{place}.*save_dtype='{save_dtype}'"):
+            model.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".md"}
+    if place == "child_values":  # what was written is whole, in full precision where it was refused
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+        found = next(p for n, p in loaded.named_parameters() if n.endswith(f"{place}.default") or place in n)
+        assert torch.equal(found.isfinite(), tensor.isfinite())
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-43, 190 * 2.0**-149, 2.0**-149])
+def test_int8_of_tiny_numbers_stays_near_them(size: float) -> None:
+    rows = torch.tensor([[1.0, -0.5, 0.25, 0.0]]) * size
+    restored = dequantize(quantize({"rows": rows}))["rows"]
+    assert ((restored - rows).abs() <= max(size / 2, 2.0**-149)).all()
+
+
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_pickled_files_have_the_dtype_as_well_and_states_in_memory_do_not(tmp_path, safe_serialization: bool) -> None:
+    model = adapted("bert", save_dtype="bfloat16", num_labels=3)
+    state = get_peft_model_state_dict(model)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    model.save_pretrained(tmp_path, safe_serialization=safe_serialization)
+    saved = load_peft_weights(str(tmp_path), device="cpu")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name].bfloat16()) for name, tensor in saved.items())
 
 
 def test_int8_is_refused_by_transformers_own_loading(tmp_path) -> None:

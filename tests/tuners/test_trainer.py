@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from tests.models import SMALL, D, L, adapted, build, run, save_backbone
+from safetensors.torch import load_file
+from tests.models import SMALL, D, L, adapted, adapter_parameters, build, run, save_backbone
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsepeft import SpartanConfig
@@ -53,9 +55,10 @@ def _trainer(model: PeftModel, folder: Path, **settings) -> hf.Trainer:
     return hf.Trainer(model, arguments, train_dataset=_Rows(40), eval_dataset=_Rows(16))
 
 
-def _fresh(folder: str, **config) -> PeftModel:
+def _fresh(folder: str, adapter: str = "default", **config) -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(hf.BertForSequenceClassification.from_pretrained(folder), SpartanConfig(**SMALL, **config))
+    backbone = hf.BertForSequenceClassification.from_pretrained(folder)
+    return get_peft_model(backbone, SpartanConfig(**SMALL, **config), adapter)
 
 
 @pytest.fixture
@@ -63,18 +66,52 @@ def backbone(tmp_path) -> str:
     return save_backbone("bert", tmp_path / "backbone")
 
 
-def test_resuming_continues_where_it_stopped(backbone: str, tmp_path) -> None:
-    straight = _fresh(backbone, train_layer_norms=True)
-    _trainer(straight, tmp_path / "straight").train()
-    stopped = _fresh(backbone, train_layer_norms=True)
-    _trainer(stopped, tmp_path / "stopped").train()
-    first = tmp_path / "stopped" / "checkpoint-5"
+@pytest.mark.parametrize("save_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("adapter", ["default", "named"])
+def test_resuming_continues_where_it_stopped(backbone: str, tmp_path, save_dtype: str | None, adapter: str) -> None:
+    def fresh() -> PeftModel:
+        return _fresh(backbone, adapter, train_layer_norms=True, save_dtype=save_dtype)
+
+    straight = fresh()
+    trainer = _trainer(straight, tmp_path / "straight")
+    trainer.train()
+    checkpoint = tmp_path / "straight" / "checkpoint-5"
+    first = checkpoint if adapter == "default" else checkpoint / adapter
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in first.iterdir()}
     assert not (first / "model.safetensors").exists()
-    resumed = _fresh(backbone, train_layer_norms=True)
+    resumed = fresh()
     assert not torch.allclose(run(resumed.eval(), ROWS), run(straight.eval(), ROWS), atol=1e-3)
-    _trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(first))
-    torch.testing.assert_close(run(resumed.eval(), ROWS), run(straight.eval(), ROWS), rtol=1e-4, atol=1e-5)
+    _trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
+    trained = adapter_parameters(straight, adapter)
+    assert trained
+    assert all(torch.equal(value, trained[name]) for name, value in adapter_parameters(resumed, adapter).items())
+    # What is saved to be used is rounded, as the config asks.
+    trainer.save_model(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").rglob("adapter_model.safetensors")
+    values = next(tensor for name, tensor in load_file(file).items() if name.endswith("child_values"))
+    assert values.dtype == getattr(torch, save_dtype or "float32")
+
+
+def test_cards_written_by_trainer_keep_the_loading_section(backbone: str, tmp_path) -> None:
+    model = _fresh(backbone, id2label={0: "low", 1: "high"})
+    trainer = _trainer(model, tmp_path / "run", num_train_epochs=1)
+    trainer.train()
+    trainer.save_model()
+    for _ in range(2):
+        trainer.create_model_card()
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert "### Training hyperparameters" in card  # it is Trainer's
+        assert "library_name: peft" in card
+        assert card.count("## How to load") == 1
+        assert "Labels: low, high." in card
+    copied = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path / "copied")
+    assert "## How to load" in (tmp_path / "copied" / "README.md").read_text()
+    model.add_adapter("other", SpartanConfig(**SMALL, num_labels=3))
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "other")
+    assert "## How to load" in (tmp_path / "other" / "other" / "README.md").read_text()
+    assert "## How to load" not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_the_best_model_is_loaded_at_the_end(backbone: str, tmp_path) -> None:

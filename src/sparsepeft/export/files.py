@@ -20,8 +20,7 @@ from sparsepeft.export.tasks import ExportTask, Tensors
 from sparsepeft.provenance import write_json
 from sparsepeft.training.files import RUN
 from sparsepeft.tuners._files import PEFT_PREFIX
-from sparsepeft.tuners._heads import cast_for_saving
-from sparsepeft.tuners._quantized import INT8
+from sparsepeft.tuners._quantized import INT8, cast_for_saving
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
 OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py

@@ -50,7 +50,7 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
         tasks[name] = ExportTask(name, *read_task(folder))
     first, *others = tasks.values()
     for other in others:
-        _check_same(first, other, "method", str(first.config.peft_type), str(other.config.peft_type))
+        _check_same(first, other, "method", first.config.method, other.config.method)
         for constant in _CONSTANTS:
             values = (getattr(task.config, constant, None) for task in (first, other))
             _check_same(first, other, constant, *values)

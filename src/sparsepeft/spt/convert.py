@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsepeft.ops.sparse_attention import fit_codebooks
+from sparsepeft.spt.adapters import SparseSettings
 from sparsepeft.spt.attention import NAME, AttentionCall, SparseAttention, recording, vectors_of
 from sparsepeft.spt.clustering import clustered_order
 from sparsepeft.spt.config import SptConfig
@@ -27,7 +28,7 @@ from sparsepeft.spt.router import (
     start_from_outputs,
     start_from_weights,
 )
-from sparsepeft.spt.state import Settings, SptState
+from sparsepeft.spt.state import Settings
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
 from sparsepeft.tuners._context import ForwardContext
 
@@ -128,7 +129,7 @@ def install(
     for feed_forward, start in feed_forwards:
         done.feed_forwards.append((feed_forward, _install(model, feed_forward, start, done)))
     done.context.watch(model)
-    model.spt_settings = SptState(Settings(config))
+    model.spt_settings = SparseSettings(model, done.feed_forwards, Settings(config))
     setattr(model, _ATTRIBUTE, done)
     return done
 
@@ -145,6 +146,8 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     if done is None:
         raise ValueError("The model is not sparse, so there is nothing to undo.")
     done.context.unwatch()
+    settings: Any = model.spt_settings
+    settings.detach()
     del model.spt_settings
     for feed_forward, routed in done.feed_forwards:
         _uninstall(model, feed_forward, routed)

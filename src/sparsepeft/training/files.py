@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.tasks import TaskData, TaskSpec
 from sparsepeft.training.config import RunConfig
-from sparsepeft.tuners._heads import cast_for_saving
+from sparsepeft.tuners._quantized import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"

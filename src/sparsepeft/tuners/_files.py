@@ -1,14 +1,24 @@
-"""Which tensors an adapter's file must hold, and what is said when it does not."""
+"""An adapter's file: which tensors it holds, in which dtype, and what is said when they do not fit."""
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Collection
+from pathlib import Path
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load, save
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sparsepeft.provenance import write_bytes
 from sparsepeft.tuners._heads import HeadModule
-from sparsepeft.tuners._quantized import dequantize
+from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners._quantized import cast_for_saving, dequantize
 
 PEFT_PREFIX = "base_model.model."
 
@@ -40,11 +50,49 @@ def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, to
     return {expected[key][0]: tensor for key, tensor in found.items()}
 
 
-def saved_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Size]]:
+def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) -> None:
+    """Give the tensors ``names`` of the file in an adapter's ``folder`` the dtype they are to be stored in.
+
+    The file is replaced whole or not at all. In a checkpoint of ``Trainer`` it stays as it is: training that is resumed
+    from it must go on as if it had not been interrupted.
+
+    Raises:
+        ValueError: a value would be lost; the file is left in full precision.
+    """
+    if save_dtype is None or _is_checkpoint(folder):
+        return
+    for path in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME):
+        if not path.is_file():
+            continue
+        is_pickled = path.name == WEIGHTS_NAME
+        content = path.read_bytes()
+        tensors = torch.load(io.BytesIO(content), weights_only=True) if is_pickled else load(content)
+        own = {name: tensor for name, tensor in tensors.items() if name.removeprefix(PEFT_PREFIX) in names}
+        tensors |= cast_for_saving(own, save_dtype)
+        if is_pickled:
+            torch.save(tensors, buffer := io.BytesIO())
+        write_bytes(path, buffer.getvalue() if is_pickled else save(tensors, metadata={"format": "pt"}))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether ``Trainer`` calls its checkpoints so; PEFT gives adapters not called "default" a folder inside."""
+    return any(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", part) for part in folder.absolute().parts[-2:])
+
+
+def own_names(model: nn.Module, adapter_name: str) -> frozenset[str]:
+    """Names, in its file, of the tensors that are the adapter's and not those of a sparse model around it."""
+    return frozenset(saved_names(model, adapter_name, (TaskTunerLayer, HeadModule)))
+
+
+def saved_names(
+    model: nn.Module,
+    adapter_name: str,
+    kinds: tuple[type[BaseTunerLayer | AuxiliaryTrainingWrapper], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper),
+) -> dict[str, tuple[str, torch.Size]]:
     """What an adapter's file holds: name in the file (PEFT's prefix aside) -> name in the model's state and shape."""
     expected: dict[str, tuple[str, torch.Size]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if not isinstance(module, kinds):
             continue
         for container in module.adapter_layer_names:
             own = getattr(module, container)

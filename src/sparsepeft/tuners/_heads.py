@@ -23,7 +23,7 @@ from torch import nn
 from sparsepeft.tuners._blocks import Block, unwrap
 from sparsepeft.tuners._context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
 from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
-from sparsepeft.tuners._quantized import INT8, quantize
+from sparsepeft.tuners._quantized import cast_for_saving
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,9 @@ class HeadModule(ModulesToSaveWrapper):
     def adapter_state_dict(  # type: ignore[override]  # PEFT's own subclasses take the second argument, too
         self, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """An adapter's tensors as they are saved, in the dtype its config asks for."""
+        """An adapter's tensors as they are saved; see ``TaskTuner._get_adapter_state_dict``."""
         own = super().adapter_state_dict(adapter_name, state_dict)
-        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if own else own
+        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if self.context.injected else own
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
@@ -386,16 +386,6 @@ class HeadModule(ModulesToSaveWrapper):
         for name, rows in groups.items():
             mixed[rows, ..., : outputs[name].shape[-1]] = outputs[name].to(mixed.dtype)
         return mixed
-
-
-def cast_for_saving(tensors: dict[str, torch.Tensor], save_dtype: str | None) -> dict[str, torch.Tensor]:
-    """Floating-point tensors in the dtype named ``save_dtype``; None keeps their own. Int8 ones come with scales."""
-    if save_dtype is None:
-        return tensors
-    if save_dtype == INT8:
-        return quantize(tensors)
-    dtype = getattr(torch, save_dtype)
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
 def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:

@@ -50,6 +50,11 @@ def is_quantized(parameter: torch.Tensor) -> bool:
     return type(parameter) not in (nn.Parameter, torch.Tensor) or not parameter.is_floating_point()
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Whether the model has parts that are neither the backbone's nor PEFT's: those of a sparse model."""
+    return any(not getattr(module, "is_backbone", True) for module in model.modules())
+
+
 def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]:
     """Sampled values of the tensors that make up the backbone.
 
@@ -58,7 +63,8 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
         exclude: names of modules that are no part of the backbone (the head, embeddings that were resized).
 
     Returns:
-        ``{"dtype": str, "quantized": bool, "tensors": {name: {"shape": [...], "values": [...]}}}``, a few kilobytes.
+        ``{"sparse": bool, "dtype": str, "quantized": bool, "tensors": {name: {"shape": [...], "values": [...]}}}``, a
+        few kilobytes.
         Names leave out the model class's own prefix, so that ``BertModel`` and ``BertForSequenceClassification``
         of one checkpoint agree.
     """
@@ -70,6 +76,7 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
     step = max(1, len(names) // _NUM_TENSORS)
     chosen = names[::step][:_NUM_TENSORS]
     return {
+        "sparse": is_sparse(model),
         "dtype": str(next(iter(plain.values())).dtype).removeprefix("torch.") if plain else "unknown",
         "quantized": len(plain) < len(named),
         "tensors": {name: {"shape": _shape(plain[name]), "values": _sample(plain[name])} for name in chosen},
@@ -87,6 +94,11 @@ def check_fingerprint(
     Raises:
         ValueError: another backbone, naming both and the override.
     """
+    if expected.get("sparse") and not is_sparse(model):
+        raise ValueError(
+            f"This adapter was trained on a sparse model, made from {expected_name!r}, but it is being attached to a "
+            "dense one; load it with sparsepeft.load_sparse(model, folder), which makes the model sparse first."
+        )
     named = _comparable(model, exclude)
     excluded = _comparable(model, ()).keys() - named.keys()
     tensors = {name: saved for name, saved in expected["tensors"].items() if name not in excluded}

@@ -1,4 +1,4 @@
-"""Tensors of an adapter's file as int8: one scale for each row."""
+"""Tensors of an adapter's file in a lower precision: as bfloat16 or float16, or as int8 with a scale for each row."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ def is_stored_as_int8(shape: Sequence[int | None]) -> bool:
     return len(shape) > 1
 
 
+def cast_for_saving(tensors: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
+    """Floating-point tensors in the dtype named ``save_dtype``; None keeps their own. Int8 ones come with scales.
+
+    Raises:
+        ValueError: a value would be lost: NaN and infinity in int8, numbers too large for a smaller dtype.
+    """
+    if save_dtype is None:
+        return tensors
+    if save_dtype == INT8:
+        return quantize(tensors)
+    dtype = getattr(torch, save_dtype)
+    result = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and (tensor.isfinite() & ~result[name].isfinite()).any():
+            raise ValueError(
+                f"The tensor {name!r} has values up to {tensor[tensor.isfinite()].abs().max():.3g}, but "
+                f"save_dtype={save_dtype!r} holds up to {torch.finfo(dtype).max:.3g}; save it as float32 or bfloat16."
+            )
+    return result
+
+
 def quantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Symmetric int8 per row (the last dimension): ``w = q * scale`` with ``scale = max |row| / 127``.
 
@@ -27,6 +48,9 @@ def quantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         For a tensor (..., D): ``name`` int8 (..., D) and ``name_scale`` float32 (..., 1). Vectors as float32.
+
+    Raises:
+        ValueError: a row has values that are NaN or infinite.
     """
     result: dict[str, Tensor] = {}
     stored_scales = {name + SCALE for name, tensor in tensors.items() if tensor.dtype == torch.int8}
@@ -37,9 +61,14 @@ def quantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             result[name] = tensor.float()
         else:
             rows = tensor.float()
-            largest = rows.abs().amax(-1, keepdim=True)
-            scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
-            result[name] = (rows / scale).round().to(torch.int8)
+            if not rows.is_meta and not rows.isfinite().all():
+                raise ValueError(
+                    f"The tensor {name!r} has values that are NaN or infinite, which save_dtype='int8' cannot hold; "
+                    "train again, with a lower learning rate if they came from training, or save it as float32."
+                )
+            scale = rows.abs().amax(-1, keepdim=True) / _LARGEST
+            scale = torch.where(scale > 0, scale, 1.0)
+            result[name] = (rows / scale).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
             result[name + SCALE] = scale
     return result
 

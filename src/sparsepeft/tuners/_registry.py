@@ -12,14 +12,18 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 
 class MethodName(str):
-    """The name of a PEFT method outside PEFT's enum."""
+    """The name of a PEFT method outside PEFT's enum, which behaves like a member of it."""
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
-        """The plain string, as an enum member would give it."""
-        return str(self)
+        """The plain string."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        """As members are printed; ``get_model_status`` reads the name from it."""
+        return f"PeftType.{self.value}"
 
 
 SPARTAN = MethodName("SPARTAN")

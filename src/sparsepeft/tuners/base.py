@@ -9,21 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.tuners._blocks import Block, find_blocks
+from sparsepeft.tuners._card import keep_section
 from sparsepeft.tuners._context import BASE, ForwardContext
 from sparsepeft.tuners._embeddings import resized_embeddings
+from sparsepeft.tuners._files import own_names
 from sparsepeft.tuners._heads import (
     HeadModule,
     HeadSpec,
     Labels,
     LabelState,
     LinearHead,
-    cast_for_saving,
     copy_with_labels,
     find_head,
     move_unless_meta,
@@ -31,7 +32,7 @@ from sparsepeft.tuners._heads import (
 from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.tuners._layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 from sparsepeft.tuners._loading import rename_for_loading
-from sparsepeft.tuners._quantized import INT8
+from sparsepeft.tuners._quantized import INT8, cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
@@ -95,6 +96,7 @@ class TaskTuner(BaseTuner):
         config.modules_to_save = list(head.modules) or ["none"]
         if head.modules:
             self._add_head(model, adapter_name, config, head)
+        config._own_names = own_names(model, adapter_name)
         active = [name for name in self.active_adapters if name in self.peft_config]
         self.set_adapter(active, inference_mode=config.inference_mode if inference_mode is None else inference_mode)
 
@@ -370,12 +372,20 @@ class TaskTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        """An adapter's tensors as PEFT saves them.
+
+        Those of a ``PeftModel`` are exact: its file gets the dtype that the config asks for when the config is written
+        beside it. transformers' own ``save_pretrained`` writes the config first, so it is handed that dtype here.
+        """
         # PEFT asks for the tensors when it saves, just before it writes the config.
         context = _context_of(model)
         if context is not None and context.labels is not None:
             context.labels.describe(adapter_name, config)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return cast_for_saving(selected, config.save_dtype)
+        if not isinstance(model, PeftModel):
+            return cast_for_saving(selected, config.save_dtype)
+        keep_section(model)
+        return selected
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from sparsepeft.tuners._card import write_card
+from sparsepeft.tuners._files import convert_saved
 from sparsepeft.tuners._quantized import INT8
 
 FORMAT_VERSION = 1
@@ -53,7 +54,8 @@ class TaskAdapterConfig(PeftConfig):
         problem_type: ``"regression"``, ``"single_label_classification"`` or ``"multi_label_classification"``;
             None lets transformers decide from ``num_labels`` and the labels' dtype.
         save_dtype: dtype of the saved tensors, such as ``"bfloat16"`` or ``"bf16"``; None keeps the one in memory.
-            ``"int8"`` stores all that has rows with a scale for each row, and vectors in float32.
+            ``"int8"`` stores all that has rows with a scale for each row, and vectors in float32. Checkpoints of
+            ``Trainer`` (folders called ``checkpoint-<step>``) keep full precision, so that training resumes exactly.
         check_backbone: refuse to attach a saved adapter to another backbone than its own.
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
@@ -75,6 +77,7 @@ class TaskAdapterConfig(PeftConfig):
         super().__post_init__()
         self.formula: str | None = None  # filled in when attached: the adapter's parameter count, for its card
         self._resolved_names: set[str] = set()  # filled in when attached: the modules to extend
+        self._own_names: frozenset[str] = frozenset()  # filled in when attached: the tensors in its file
         # A config that arrives with a fingerprint was read from a file: its backbone is fixed.
         self._is_from_file = self.backbone_fingerprint is not None
         if self.format_version > FORMAT_VERSION:
@@ -99,7 +102,20 @@ class TaskAdapterConfig(PeftConfig):
         if self.num_labels is not None:
             require_positive("num_labels", self.num_labels)
 
+    @property
+    def method(self) -> str:
+        """The method's name, as ``adapter_config.json`` has it."""
+        name: Any = self.peft_type
+        return str(name.value)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` and a model card that says how to load the adapter."""
+        """Write ``adapter_config.json`` and a model card that says how to load the adapter.
+
+        The adapter's tensors, which a ``PeftModel`` has written before, get their ``save_dtype``.
+
+        Raises:
+            ValueError: ``save_dtype`` cannot hold a value; the tensors are left in full precision.
+        """
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), self)
+        convert_saved(Path(save_directory), self.save_dtype, self._own_names)

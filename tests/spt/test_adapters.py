@@ -1,0 +1,133 @@
+"""Adapters of PEFT's own methods that were trained on a sparse model, on a dense one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tests.spt.models import build, inputs, logits
+
+from sparsepeft import SpartanConfig
+from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsify
+
+FFN = SptConfig(attention=False, num_blocks=4, num_active_blocks=2)
+ATTENTION = SptConfig(ffn=False, top_l=6)
+TARGETS = {
+    "llama": ["q_proj", "up_proj", "down_proj"],
+    "opt": ["q_proj", "fc1", "fc2"],
+    "bert": ["query", "intermediate.dense", "output.dense"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+}
+WARNING = r"exclude_modules=.*spt_settings.* but no modules were excluded"
+
+
+def adapted(name: str, config: SptConfig = FFN, adapter: str = "default", **values) -> PeftModel:
+    """A sparse model with LoRA, whose weights are not those that it starts with."""
+    lora = LoraConfig(**({"target_modules": TARGETS[name], "r": 3, "init_lora_weights": False} | values))
+    model = get_peft_model(sparsify(build(name), config, inputs(name)), lora, adapter).eval()
+    torch.manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "spt_router.modules_to_save" in parameter_name and parameter.is_floating_point():
+            parameter.data += torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_dense_model_refuses_what_acts_inside_a_routed_ffn(name: str, tmp_path: Path) -> None:
+    model = adapted(name)
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"), pytest.warns(UserWarning, match=WARNING):
+        PeftModel.from_pretrained(build(name), tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"), pytest.warns(UserWarning, match=WARNING):
+        build(name).load_adapter(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = load_sparse(build(name), tmp_path)
+    assert torch.equal(logits(again, name), expected)
+    again.load_adapter(str(tmp_path), "second")
+    again.set_adapter("second")
+    assert torch.equal(logits(again.eval(), name), expected)
+    again.save_pretrained(tmp_path / "again")
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+def test_auto_classes_refuse_it_too(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    model = adapted("llama", task_type="CAUSAL_LM")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_files_from_before_are_still_read(tmp_path: Path) -> None:
+    model = adapted("llama")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: t[0] if t.dim() == 3 and "mlp" in key else t for key, t in load_file(path).items()}, path)
+    assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (ATTENTION, {}),
+        (ATTENTION, {"exclude_modules": ".*layers.1.*"}),
+        (FFN, {"target_modules": ["q_proj"], "exclude_modules": ["lm_head"]}),
+    ],
+)
+def test_what_acts_elsewhere_is_loaded_with_a_word(config: SptConfig, values: dict, tmp_path: Path) -> None:
+    model = adapted("llama", config, **values)
+    model.save_pretrained(tmp_path)
+    excluded = json.loads((tmp_path / "adapter_config.json").read_text())["exclude_modules"]
+    assert "spt_settings" in excluded
+    card = (tmp_path / "README.md").read_text()
+    assert "load_sparse(backbone" in card
+    again = load_sparse(build("llama"), tmp_path)
+    assert torch.equal(logits(again, "llama"), logits(model, "llama"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dense = PeftModel.from_pretrained(build("llama"), tmp_path)
+    # PEFT is silent where another of the excluded modules is there.
+    assert any(re.search(WARNING, str(each.message)) for each in said) == (not values.get("exclude_modules"))
+    values = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    loaded = {name: p for name, p in dense.named_parameters() if ".lora_" in name}
+    assert values.keys() == loaded.keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in values.items())
+
+
+def test_a_config_is_used_on_a_dense_model_afterwards(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["down_proj"], r=3)
+    sparse = get_peft_model(sparsify(build("llama"), FFN), config)
+    copied = copy.deepcopy(sparse)
+    sparse.save_pretrained(tmp_path / "sparse")
+    assert load_file(tmp_path / "sparse" / "adapter_model.safetensors").keys()
+    copied.save_pretrained(tmp_path / "copied")
+    assert "load_sparse" in (tmp_path / "copied" / "README.md").read_text()
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path / "dense")
+    assert PeftConfig.from_pretrained(tmp_path / "dense").exclude_modules is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(build("llama"), tmp_path / "dense")
+    dense = desparsify(sparse.merge_and_unload())
+    assert not dense._load_state_dict_pre_hooks
+    dense.load_state_dict(build("llama").state_dict())
+
+
+def test_this_packages_methods_refuse_a_dense_model_in_a_sentence(tmp_path: Path) -> None:
+    sparse = get_peft_model(sparsify(build("llama"), ATTENTION, inputs("llama")), SpartanConfig())
+    sparse.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trained on a sparse model.*sparsepeft\.load_sparse"):
+        PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert "load_sparse(backbone" in (tmp_path / "README.md").read_text()
+    assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(sparse.eval(), "llama"))
