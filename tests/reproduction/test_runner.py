@@ -216,7 +216,7 @@ def test_two_processes_do_each_run_once(tiny_backbone: Path, tmp_path: Path) -> 
 def test_killed_halfway_and_started_again_it_ends_with_the_whole_table(tiny_backbone: Path, tmp_path: Path) -> None:
     steps = 100
     process = start(tmp_path, tiny_backbone, steps)
-    wait_for(process, tmp_path, "work/topics-spartan-1/checkpoints/checkpoint-*/trainer_state.json")
+    wait_for(process, tmp_path, "work/topics-spartan-1/unfinished/checkpoints/checkpoint-*/trainer_state.json")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}

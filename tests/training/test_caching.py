@@ -22,7 +22,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.training import train
 from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
 from sparsepeft.training.encoding import Collator
-from sparsepeft.training.files import CHECKPOINTS
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.training.methods import extend, load_backbone, load_tokenizer
 from sparsepeft.training.run import load_data, prepare_data
 
@@ -208,7 +208,7 @@ def test_training_is_the_same_with_and_without(
         run = run_config(backbones[name], folder, few_shot=40, cache_frozen_layers=cached, **UPPER[what])
         results[cached] = train(run, callbacks=[log])
         weights[cached], losses[cached] = load_file(folder / WEIGHTS), log.values
-        assert not (folder / CHECKPOINTS).exists()
+        assert not (folder / UNFINISHED).exists()
     assert len(losses[True]) >= 5
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     for part, metrics in results[False]["metrics"].items():

@@ -15,6 +15,7 @@ from tests.tiny import Interrupt, save_tiny_language_model, topics_rows, topics_
 from transformers import AutoModelForCausalLM
 
 from sparsepeft.errors import UserError
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import LanguageModelConfig, Predictor, evaluate, sparsify_language_model, train_language_model
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
@@ -193,7 +194,7 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     assert results["score"] == results["metrics"]["validation"]["perplexity"]
     assert results["score"] < min(values["perplexity"] for values in results["before"].values())
     assert list(results["before"]) == ["dense"] + ["sparse"] * (spt is not None)
-    assert not (out / CHECKPOINTS).exists()
+    assert not (out / UNFINISHED).exists()
     # The same weights and arithmetic: the order of a sum may differ, not more.
     assert evaluate(out)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -231,7 +232,7 @@ def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(
     config = lm_config(tiny_language_model, tmp_path / "cut", spt=SPT)
     with pytest.raises(KeyboardInterrupt):
         train_language_model(config, callbacks=[Interrupt(interrupted)])
-    checkpoint = last_checkpoint(tmp_path / "cut" / CHECKPOINTS)
+    checkpoint = last_checkpoint(tmp_path / "cut" / UNFINISHED / CHECKPOINTS)
     assert checkpoint is not None
     with pytest.raises(UserError, match="unfinished run with other values of seed"):
         train_language_model(lm_config(tiny_language_model, tmp_path / "cut", spt=SPT, seed=1))

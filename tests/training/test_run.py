@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, write_jsonl
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.training import Predictor, evaluate, train
+from sparsepeft.folders import UNFINISHED
+from sparsepeft.training import Predictor, RunConfig, evaluate, train
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.training.recipes import METHODS
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
@@ -30,7 +32,7 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     results = train(run_config(tiny_backbone, tmp_path, method=method))
     assert json.loads((tmp_path / RESULTS).read_text()) == results
     assert results["score"] == results["metrics"]["test"]["accuracy"]
-    assert not (tmp_path / CHECKPOINTS).exists()
+    assert not (tmp_path / UNFINISHED).exists()
     for part, metrics in evaluate(tmp_path).items():
         assert metrics == pytest.approx(results["metrics"][part])
     assert results["saved_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
@@ -55,7 +57,7 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone
     whole = train(run_config(tiny_backbone, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tiny_backbone, tmp_path / "cut"), callbacks=[Interrupt(7)])
-    assert last_checkpoint(tmp_path / "cut" / CHECKPOINTS) is not None
+    assert last_checkpoint(tmp_path / "cut" / UNFINISHED / CHECKPOINTS) is not None
     resumed = train(run_config(tiny_backbone, tmp_path / "cut"))
     assert resumed["metrics"] == whole["metrics"]
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
@@ -65,13 +67,13 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone
 def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tiny_backbone, tmp_path), callbacks=[Interrupt(7)])
-    good = last_checkpoint(tmp_path / CHECKPOINTS)
+    good = last_checkpoint(tmp_path / UNFINISHED / CHECKPOINTS)
     assert good is not None
-    truncated = tmp_path / CHECKPOINTS / "checkpoint-999"
+    truncated = tmp_path / UNFINISHED / CHECKPOINTS / "checkpoint-999"
     truncated.mkdir()
     (truncated / "trainer_state.json").write_text("{}")
     (truncated / "adapter_model.safetensors").write_bytes((good / "adapter_model.safetensors").read_bytes()[:100])
-    assert last_checkpoint(tmp_path / CHECKPOINTS) == good
+    assert last_checkpoint(tmp_path / UNFINISHED / CHECKPOINTS) == good
 
 
 def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -83,11 +85,89 @@ def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path)
     assert train(run_config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
 
 
-def test_an_unfinished_run_with_other_values_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_run_is_replaced_when_the_new_one_is_finished(tiny_backbone: Path, tmp_path: Path) -> None:
+    former, new = run_config(tiny_backbone, tmp_path, max_steps=3), run_config(tiny_backbone, tmp_path, method="full")
+    train(former)
+    (tmp_path / "mine.txt").write_text("kept")
+    texts = ["A striker scored.", "Shares fell."]
+    expected, files = Predictor(tmp_path).logits(texts), {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+    class Asks(Interrupt):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == self.step:
+                assert (Predictor(tmp_path).logits(texts) == expected).all()
+                with pytest.raises(UserError, match="Another process"):
+                    train(former, overwrite=True)
+            super().on_step_begin(args, state, control)
+
     with pytest.raises(KeyboardInterrupt):
-        train(run_config(tiny_backbone, tmp_path), callbacks=[Interrupt(3)])
-    with pytest.raises(UserError, match="other values of learning_rate"):
-        train(run_config(tiny_backbone, tmp_path, learning_rate=0.5))
+        train(new, callbacks=[Asks(7)], overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == files
+    with pytest.raises(UserError, match="was to be replaced, but the new training was interrupted"):
+        Predictor(tmp_path)
+    first = []
+
+    class Notes(hf.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            first.append(state.global_step)
+
+    assert train(new, callbacks=[Notes()], overwrite=True)["steps"] == 12
+    assert first == [6]  # its last checkpoint
+    train(run_config(tiny_backbone, tmp_path / "clean", method="full"))
+    assert (Predictor(tmp_path).logits(texts) == Predictor(tmp_path / "clean").logits(texts)).all()
+    assert {p.name for p in tmp_path.iterdir()} - {p.name for p in (tmp_path / "clean").iterdir()} == {
+        "clean",
+        "mine.txt",
+    }
+
+
+def test_an_unfinished_run_with_other_values_or_data_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "mine.jsonl", tmp_path / "out"
+
+    def run(labels: str, **changes: Any) -> RunConfig:
+        write_jsonl(file, [{"text": f"text {index}", "label": labels[index % 2]} for index in range(40)])
+        return run_config(tiny_backbone, out, task="custom", train_file=str(file), **changes)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run("ab"), callbacks=[Interrupt(3)])
+    with pytest.raises(UserError, match="holds no trained weights yet"):
+        Predictor(out)
+    with pytest.raises(UserError, match="other values of learning_rate;"):
+        train(run("ab", learning_rate=0.5))
+    with pytest.raises(UserError, match=r"other values of label_names, mine.jsonl \(its content\);"):
+        train(run("xy"))
+    assert train(run("ab"))["steps"] == 12
+
+
+def test_what_cannot_be_used_leaves_no_folder(tiny_backbone: Path, tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
+    with pytest.raises(UserError, match="hands on more than its hidden states"):
+        train(run_config(backbone, tmp_path / "out", method="head", cache_frozen_layers=True, few_shot=10))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "has the format version 2, but .* reads up to 1; upgrade"),
+        ({"schedule": "x"}, "has the key 'schedule', which"),
+        ({"config": {"optimizer": "x"}}, "has the key 'optimizer' of config, which"),
+        ({"task": {"source": "x"}}, "has the key 'source' of task, which"),
+    ],
+)
+def test_run_files_of_other_versions(tiny_backbone: Path, tmp_path: Path, change: dict, message: str) -> None:
+    train(run_config(tiny_backbone, tmp_path, max_steps=1))
+    run = json.loads((tmp_path / RUN).read_text())
+    assert run["format_version"] == 1
+    changed = {key: run.get(key, {}) | value if isinstance(value, dict) else value for key, value in change.items()}
+    (tmp_path / RUN).write_text(json.dumps(run | changed))
+    for read in (Predictor, evaluate):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+    old = {key: run[key] for key in ("config", "recipe", "task")}
+    old["config"].pop("save_dtype")
+    (tmp_path / RUN).write_text(json.dumps(old))
+    assert Predictor(tmp_path).predict(["A striker scored."])[0].label
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
@@ -102,7 +182,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(SafeTrainer, "compute_loss", diverge)
     with pytest.raises(RunFailed, match=r"nan at step 8.*checkpoint-6"):
         train(run_config(tiny_backbone, tmp_path))
-    assert last_checkpoint(tmp_path / CHECKPOINTS) is not None
+    assert last_checkpoint(tmp_path / UNFINISHED / CHECKPOINTS) is not None
     assert not (tmp_path / RESULTS).exists()
 
 
@@ -123,7 +203,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     monkeypatch.setattr(PeftModel, "save_pretrained", fill)
     with pytest.raises(RunFailed, match=r"No space left.*last good checkpoint is checkpoint-4"):
         train(run_config(tiny_backbone, tmp_path))
-    kept = last_checkpoint(tmp_path / CHECKPOINTS)
+    kept = last_checkpoint(tmp_path / UNFINISHED / CHECKPOINTS)
     assert kept is not None
     assert kept.name == "checkpoint-4"
     assert not Path(calls[-1]).exists()
@@ -217,7 +297,10 @@ def test_another_backbone_is_refused(tiny_backbone: Path, tmp_path: Path) -> Non
         Predictor(tmp_path / "run", model=str(other))
 
 
-def test_regression_and_pairs(tiny_backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "save_dtype"), [("spartan", "int8"), ("lora", "bf16"), ("full", "bf16")])
+def test_regression_of_pairs_is_scored_as_saved(
+    tiny_backbone: Path, tmp_path: Path, method: str, save_dtype: str
+) -> None:
     texts = [row["text"] for row in topics_rows("train")]
     rows = [{"a": a, "b": b, "y": len(a) / 50} for a, b in zip(texts[:40], texts[40:80], strict=True)]
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -230,9 +313,13 @@ def test_regression_and_pairs(tiny_backbone: Path, tmp_path: Path) -> None:
         text_pair_column="b",
         label_column="y",
         max_steps=4,
+        method=method,
+        save_dtype=save_dtype,
     )
     results = train(run)
     assert results["main_metric"] in results["metrics"]["validation"]
+    # Of the rounded weights: those in float32 have other scores by 1e-4 and more.
+    assert evaluate(tmp_path / "run")["validation"] == pytest.approx(results["metrics"]["validation"], abs=1e-6)
     (prediction,) = Predictor(tmp_path / "run").predict([("one text", "another")])
     assert prediction.label is None
     assert isinstance(prediction.score, float)

@@ -8,11 +8,12 @@ from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.export.executorch_files import export_executorch
-from sparsepeft.export.files import REPORT, check_output, replacing
+from sparsepeft.export.files import REPORT, WRITTEN, check_output
 from sparsepeft.export.formats import check_format, versions
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
 from sparsepeft.export.openvino_files import export_openvino
+from sparsepeft.folders import replacing
 from sparsepeft.provenance import environment, write_json
 
 FORMAT_VERSION = 1
@@ -61,7 +62,7 @@ def export_tasks(
     folder = Path(output_dir)
     check_output(folder, overwrite)
     job = Job(folders, model, data_dir, max_examples, progress)
-    with replacing(folder) as staged:
+    with replacing(folder, WRITTEN) as staged:
         if format == "executorch":
             found = export_executorch(job, staged, tolerance=tolerance)
         elif format == "openvino":

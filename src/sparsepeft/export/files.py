@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -15,14 +12,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
+from sparsepeft.folders import UNFINISHED, settle
 from sparsepeft.provenance import write_json
 from sparsepeft.training.files import RUN
 from sparsepeft.tuners._files import PEFT_PREFIX
 from sparsepeft.tuners._quantized import INT8, cast_for_saving
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
+WRITTEN = ("*",)  # an export has its folder to itself
 OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py
 WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -35,41 +34,13 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    settle(folder, WRITTEN)
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {UNFINISHED}:  # of a killed process
         return
     if not (folder / REPORT).is_file():
         raise UserError(f"The output folder {folder} holds other files; pass a new or empty one to --output-dir.")
     if not overwrite:
         raise UserError(f"{folder} already holds an export; pass another --output-dir, or --overwrite to replace it.")
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` when all went well; what was there stays otherwise.
-
-    Raises:
-        RunFailed: files cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            staged.chmod(0o755)
-            content, before = staged / "new", staged / "before"
-            content.mkdir()
-            yield content
-            if folder.exists():
-                os.replace(folder, before)
-            try:
-                os.replace(content, folder)
-            except OSError:
-                if before.exists():
-                    os.replace(before, folder)
-                raise
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    except OSError as error:
-        raise RunFailed(f"The export could not be written to {folder} ({error}); free space and try again.") from error
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

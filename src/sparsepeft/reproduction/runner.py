@@ -30,7 +30,7 @@ from sparsepeft.reproduction.results import (
     write_result,
 )
 from sparsepeft.training import train
-from sparsepeft.training.files import CHECKPOINTS, RESULTS, read_run
+from sparsepeft.training.files import RESULTS, can_resume, read_run
 from sparsepeft.training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -148,25 +148,21 @@ def _do(run: Run, watcher: Watcher, keep_weights: bool, start: float) -> dict[st
 def _train(run: Run, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     """The run's result: from its work folder if it was finished there, else by training, from its last checkpoint."""
     folder = run.work_folder
-    ours = _is_this_run(run, folder)
-    if (folder / RESULTS).exists():
-        found = read_result(run, folder / RESULTS, {ABOUT: about(run, None, resumed=True)}).result if ours else None
+    if (folder / RESULTS).exists() and _is_this_run(run, folder):
+        found = read_result(run, folder / RESULTS, {ABOUT: about(run, None, resumed=True)}).result
         if found is not None:
             return found
-        ours = False
-    resumed = ours and (folder / CHECKPOINTS).exists()
-    start = time.perf_counter()
-    result = train(run.config, callbacks, overwrite=not ours)
+    resumed, start = can_resume(folder, run.config), time.perf_counter()
+    result = train(run.config, callbacks, overwrite=True)  # which goes on with this run, but not with another
     return {**result, ABOUT: about(run, round(time.perf_counter() - start, 1), resumed)}
 
 
 def _is_this_run(run: Run, folder: Path) -> bool:
-    """Whether a work folder holds this run, rather than nothing or one with other values."""
+    """Whether a work folder holds this run, finished, rather than one with other values."""
     try:
         before = read_run(folder)
     except UserError:
         return False
-    # `train` resumes only what has the very same config, but does not look at the recipe that it led to.
     same_config = before.get("config") == json.loads(json.dumps(run.config.to_dict()))
     return same_config and not same_values(Recipe, before.get("recipe"), vars(run.config.recipe_values()))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,42 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.folders import UNFINISHED, finish, in_use, locked, remove, settle
+from sparsepeft.provenance import write_json
 from sparsepeft.tasks import TaskData, TaskSpec
 from sparsepeft.training.config import RunConfig
+from sparsepeft.training.lm_config import LM, LanguageModelConfig
+from sparsepeft.training.recipes import Recipe
 from sparsepeft.tuners._quantized import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 RESULTS_VERSION = 1
+RUN_VERSION = 1
+# What a run leaves at most: an adapter, or a model with its tokenizer.
+WRITTEN = (
+    RUN,
+    RESULTS,
+    CHECKPOINTS,  # of a run that an earlier version of this package left unfinished
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def write_weights(
@@ -31,7 +63,8 @@ def write_weights(
 ) -> int:
     """Save the trained weights into ``folder``, whole or not at all.
 
-    An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything.
+    An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything. Where saving rounds,
+    the model then has the rounded weights, so that it is scored as it will be read.
 
     Returns:
         Bytes of the weight files.
@@ -42,19 +75,9 @@ def write_weights(
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         if isinstance(model, PeftModel):
-            config = model.peft_config["default"]
-            if isinstance(config, TaskAdapterConfig):
-                config.save_dtype = save_dtype
-            model.save_pretrained(str(temporary))
-            if not isinstance(config, TaskAdapterConfig) and save_dtype is not None:
-                # PEFT's own methods save what is in memory.
-                weights = temporary / SAFETENSORS_WEIGHTS_NAME
-                save_file(cast_for_saving(load_file(weights), save_dtype), weights, metadata={"format": "pt"})
+            _save_adapter(model, temporary, save_dtype)
         else:
-            dtype = getattr(torch, save_dtype) if save_dtype else None
-            if dtype is not None:
-                model.to(dtype)
-            model.save_pretrained(str(temporary))
+            _save_model(model, temporary, save_dtype)
             tokenizer.save_pretrained(str(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         for file in sorted(temporary.iterdir()):
@@ -68,48 +91,129 @@ def write_weights(
     return size
 
 
+def _save_adapter(model: PeftModel, folder: Path, save_dtype: str | None) -> None:
+    config = model.peft_config["default"]
+    if isinstance(config, TaskAdapterConfig):
+        config.save_dtype = save_dtype
+    model.save_pretrained(str(folder))
+    if save_dtype is None:
+        return
+    if not isinstance(config, TaskAdapterConfig):  # PEFT's own methods save what is in memory
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        save_file(cast_for_saving(load_file(weights), save_dtype), weights, metadata={"format": "pt"})
+    model.load_adapter(str(folder), "default", is_trainable=True)
+
+
+def _save_model(model: PreTrainedModel, folder: Path, save_dtype: str | None) -> None:
+    wide = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if save_dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, save_dtype))
+    model.save_pretrained(str(folder))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(wide[name])
+
+
+def describe_run(config: RunConfig | LanguageModelConfig, recipe: Recipe) -> dict[str, Any]:
+    """The content of ``run.json``, as far as it is known before data are read."""
+    return {"format_version": RUN_VERSION, "config": config.to_dict(), "recipe": vars(recipe)}
+
+
 def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run's folder.
+    """``run.json`` of a finished run's folder.
 
     Raises:
-        UserError: this is no run's folder, or the file is damaged.
+        UserError: this is no run's folder, the run is not finished or was to be replaced by one that was interrupted,
+            or the file is damaged or of a newer version.
     """
-    path = folder / RUN
-    if not path.is_file():
+    settle(folder, WRITTEN)
+    has_other = (folder / UNFINISHED / RUN).is_file()
+    if not (folder / RUN).is_file():
+        if has_other:
+            raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
         raise UserError(f"{folder} holds no run ({RUN} is missing); pass the --output-dir of `sparsepeft train`.")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); train again with --overwrite.") from error
-    return content
+    if has_other and not in_use(folder):
+        raise UserError(
+            f"The run in {folder} was to be replaced, but the new training was interrupted; repeat its command to "
+            f"finish it, or remove {folder / UNFINISHED} to go on with the former run."
+        )
+    return _read(folder / RUN)
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """See that a run may start, or go on, in ``folder``; with ``overwrite`` throw away what is there.
+def check_folder(folder: Path, run: dict[str, Any], overwrite: bool) -> bool:
+    """See that a run may start, or go on, in ``folder``.
+
+    Args:
+        folder: of the run.
+        run: what is known of its ``run.json``.
+        overwrite: it may take the place of another run.
+
+    Returns:
+        Whether the very same run was interrupted there and can go on.
 
     Raises:
-        UserError: the folder holds a finished run, an unfinished one of another config, or is a file.
+        UserError: the folder holds a run, finished or of other values, or is a file.
     """
     if folder.is_file():
         raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
-    if not (folder / RUN).exists():
-        return
-    if overwrite:
-        for name in (RESULTS, RUN):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return
-    if (folder / RESULTS).exists():
+    if (folder / RUN).exists() and not overwrite:
         raise UserError(
             f"{folder} already holds a finished run; pass another --output-dir, or --overwrite to replace that run."
         )
-    before, now = read_run(folder)["config"], json.loads(json.dumps(config))  # tuples are lists, as in the file
-    differing = sorted(key for key in now if key != "output_dir" and before.get(key) != now[key])
-    if differing:
+    if not (folder / UNFINISHED / RUN).exists():
+        return False
+    try:
+        differing = _differing(_read(folder / UNFINISHED / RUN), run)
+    except UserError:
+        if not overwrite:
+            raise
+        return False
+    if differing and not overwrite:
         raise UserError(
             f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to "
             "resume it, pass another --output-dir, or --overwrite to start anew."
         )
+    return not differing
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Where a run works until it is finished: a part of its folder, whose files then take the place of a former run's.
+
+    If the run is interrupted, what it has written stays there, to go on from.
+
+    Args:
+        folder: of the run.
+        run: the content of ``run.json``.
+        overwrite: the run may take the place of another.
+
+    Raises:
+        UserError: as for :func:`check_folder`, or another process is writing to the folder.
+        RunFailed: files cannot be written or moved.
+    """
+    settle(folder, WRITTEN)
+    with locked(folder):
+        goes_on, work = check_folder(folder, run, overwrite), folder / UNFINISHED
+        try:
+            for path in work.iterdir() if work.exists() else ():
+                if not goes_on or path.name not in (RUN, CHECKPOINTS):
+                    remove(path)
+            write_json(work / RUN, run)
+            yield work
+            remove(work / CHECKPOINTS)
+            finish(folder, WRITTEN)
+        except UserError:  # found too late, but before any training
+            if not goes_on:
+                remove(work)
+            raise
+        except OSError as error:
+            raise RunFailed(f"The run in {folder} could not be written ({error}); free space and resume.") from error
+
+
+def can_resume(folder: Path, config: RunConfig) -> bool:
+    """Whether the very same run was interrupted in ``folder`` after a checkpoint."""
+    run = describe_run(config, config.recipe_values())
+    return check_folder(folder, run, overwrite=True) and (folder / UNFINISHED / CHECKPOINTS).exists()
 
 
 def spec_of(run: dict[str, Any]) -> TaskSpec:
@@ -145,3 +249,50 @@ def results_of(
         "data_fingerprints": dict(data.fingerprints),
         "config": {k: v for k, v in config.to_dict().items() if k not in ("output_dir", "data_dir", "model")},
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a ``run.json`` whose values are known to this version; without a format version it is an old one."""
+    try:
+        run: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); train again with --overwrite.") from error
+    parts = ("config", "task")
+    if not isinstance(run, dict) or not all(part in run for part in parts) or not isinstance(run["config"], dict):
+        raise UserError(f"{path} is damaged (it lacks {' or '.join(parts)}); train again with --overwrite.")
+    version = run.get("format_version", 0)
+    if not isinstance(version, int) or version > RUN_VERSION:
+        raise UserError(
+            f"{path} has the format version {version}, but this version of sparsepeft reads up to {RUN_VERSION}; "
+            "upgrade sparsepeft."
+        )
+    classes = {"config": LanguageModelConfig if run["task"] == LM else RunConfig, "recipe": Recipe, "task": TaskSpec}
+    _check_keys(path, "", run, {"format_version", "data_fingerprints", *classes})
+    for part, values_of in classes.items():
+        if isinstance(run.get(part), dict):
+            _check_keys(path, f" of {part}", run[part], {field.name for field in dataclasses.fields(values_of)})
+    return run
+
+
+def _check_keys(path: Path, where: str, found: dict[str, Any], valid: set[str]) -> None:
+    for key in found:
+        if key not in valid:
+            raise UserError(
+                f"{path} has the key {key!r}{where}, which this version of sparsepeft does not know; upgrade "
+                "sparsepeft, or remove the key if you added it."
+            )
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the values in which two runs differ; only what ``now`` has is compared, and folders are not."""
+    now = json.loads(json.dumps(now))  # tuples are lists, as in the file
+    names = set()
+    for part, values in now.items():
+        old = before.get(part)
+        if isinstance(values, dict) and isinstance(old, dict):
+            keys = {**old, **values}.keys() - {"output_dir"}
+            different = {key for key in keys if old.get(key) != values.get(key)}
+            names |= {f"{key} (its content)" for key in different} if part == "data_fingerprints" else different
+        elif values != old and part != "format_version":
+            names.add(part)
+    return sorted(names)

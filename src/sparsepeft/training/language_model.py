@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from sparsepeft.training.files import (
     CHECKPOINTS,
     RESULTS,
     RESULTS_VERSION,
-    RUN,
-    prepare_folder,
+    check_folder,
+    describe_run,
+    open_run,
     read_run,
     write_weights,
 )
@@ -52,13 +52,13 @@ def train_language_model(
     Documents are joined with the end-of-text token and cut into blocks, each a row of its own. Perplexity on the
     validation blocks is measured before and after; before also of the dense model, so that what the conversion alone
     does can be seen. The output folder then holds the weights (for adapters: adapter, routers and codebooks only),
-    ``run.json`` and ``results.json``, which is written last. An interrupted run goes on when it is started again with
-    the same config.
+    ``run.json`` and ``results.json``. They come there together, when the run is finished; an interrupted run goes on
+    when it is started again with the same config and text.
 
     Args:
         config: what to do.
         callbacks: shown the loss as it comes.
-        overwrite: throw away a run that is already in the output folder.
+        overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
 
     Returns:
         The results, as in ``results.json``.
@@ -69,7 +69,8 @@ def train_language_model(
     """
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter, task_type=TaskType.CAUSAL_LM)  # wrong settings are found first
-    prepare_folder(folder, config.to_dict(), overwrite)
+    run = describe_run(config, recipe)
+    check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
     corpus, tokenizer, block_length = _corpus(config, model_id)
     backbone, _ = load_language_model(model_id)
@@ -85,45 +86,43 @@ def train_language_model(
         before["sparse"] = measure(backbone)
     set_seed(config.seed)
     model = add_adapter(backbone, config.method, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": LM})
-
-    start = time.perf_counter()
-    steps = _train(model, config, recipe, corpus, [*callbacks, *resume_callbacks(done)])
-    seconds = time.perf_counter() - start
-    metrics = {"validation": measure(model)}
-    results = {
-        "format_version": RESULTS_VERSION,
-        "task": LM,
-        "method": config.method,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "score": metrics["validation"]["perplexity"],
-        "score_split": "validation",
-        "main_metric": "perplexity",
-        "metrics": metrics,
-        "before": before,
-        "spt": None if done is None else describe(done),
-        "parameters": count_trained(model),
-        "saved_bytes": write_weights(folder, model, tokenizer, None),
-        "model_bytes": backbone_bytes(model),
-        "model": describe_backbone(model_id),
-        "block_length": block_length,
-        "num_train_tokens": corpus.train.numel(),
-        "num_validation_tokens": corpus.validation.numel(),
-        "train_seconds": round(seconds, 1),
-        "steps": steps,
-        "environment": environment(),
-        "notes": list(corpus.notes),
-        "data_fingerprints": fingerprints([*config.text, *config.validation_text]),
-        "config": {
-            key: value
-            for key, value in config.to_dict().items()
-            if key not in ("output_dir", "model", "text", "validation_text")
-        },
-    }
-    write_json(folder / RESULTS, results)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    data_fingerprints = fingerprints([*config.text, *config.validation_text])
+    with open_run(folder, run | {"task": LM, "data_fingerprints": data_fingerprints}, overwrite) as work:
+        start = time.perf_counter()
+        steps = _train(model, config, recipe, corpus, [*callbacks, *resume_callbacks(done)], work / CHECKPOINTS)
+        seconds = time.perf_counter() - start
+        metrics = {"validation": measure(model)}
+        results = {
+            "format_version": RESULTS_VERSION,
+            "task": LM,
+            "method": config.method,
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "score": metrics["validation"]["perplexity"],
+            "score_split": "validation",
+            "main_metric": "perplexity",
+            "metrics": metrics,
+            "before": before,
+            "spt": None if done is None else describe(done),
+            "parameters": count_trained(model),
+            "saved_bytes": write_weights(work, model, tokenizer, None),
+            "model_bytes": backbone_bytes(model),
+            "model": describe_backbone(model_id),
+            "block_length": block_length,
+            "num_train_tokens": corpus.train.numel(),
+            "num_validation_tokens": corpus.validation.numel(),
+            "train_seconds": round(seconds, 1),
+            "steps": steps,
+            "environment": environment(),
+            "notes": list(corpus.notes),
+            "data_fingerprints": data_fingerprints,
+            "config": {
+                key: value
+                for key, value in config.to_dict().items()
+                if key not in ("output_dir", "model", "text", "validation_text")
+            },
+        }
+        write_json(work / RESULTS, results)
     return results
 
 
@@ -155,10 +154,14 @@ def _corpus(config: LanguageModelConfig, model_id: str) -> tuple[Corpus, Any, in
 
 
 def _train(
-    model: Model, config: LanguageModelConfig, recipe: Recipe, corpus: Corpus, callbacks: list[TrainerCallback]
+    model: Model,
+    config: LanguageModelConfig,
+    recipe: Recipe,
+    corpus: Corpus,
+    callbacks: list[TrainerCallback],
+    folder: Path,
 ) -> int:
-    """Fine-tune in place; the number of steps."""
-    folder = Path(config.output_dir) / CHECKPOINTS
+    """Fine-tune in place, with checkpoints in ``folder``; the number of steps."""
     trainer = SafeTrainer(
         model=model,
         args=_arguments(config, recipe, len(corpus.train), folder),

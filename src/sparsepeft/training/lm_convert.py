@@ -11,8 +11,10 @@ from transformers import AutoConfig
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
+from sparsepeft.folders import replacing, settle
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.spt import save_sparse
+from sparsepeft.spt.loading import SPARSE_WEIGHTS
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.lm_data import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.training.lm_model import (
@@ -24,6 +26,7 @@ from sparsepeft.training.methods import load_tokenizer, to_accelerator
 from sparsepeft.training.sparse import describe, make_sparse, read_spt_settings
 
 REPORT = "spt.json"
+WRITTEN = (REPORT, SPARSE_WEIGHTS)
 _FORMAT_VERSION = 1
 _SCORED_BLOCKS = 64
 _BATCH = 4
@@ -42,7 +45,7 @@ def sparsify_language_model(
     """Convert a causal or masked language model, calibrated on a few blocks of a text.
 
     The output folder then holds what the conversion adds (``spt.safetensors``, for
-    :func:`sparsepeft.spt.load_sparse`) and ``spt.json``, which is written last.
+    :func:`sparsepeft.spt.load_sparse`) and ``spt.json``, which come there together.
 
     Args:
         model: hub id or local folder.
@@ -63,6 +66,7 @@ def sparsify_language_model(
     config, folder = read_spt_settings(settings or {}), Path(output_dir)
     if folder.is_file():
         raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+    settle(folder, WRITTEN)
     if (folder / REPORT).exists() and not overwrite:
         raise UserError(f"{folder} already holds a sparse model; pass another --output-dir, or --overwrite.")
     if config.attention and not text:
@@ -92,8 +96,9 @@ def sparsify_language_model(
         "data_fingerprints": fingerprints(text),
         "environment": environment(),
     }
-    save_sparse(loaded, folder)
-    write_json(folder / REPORT, results)
+    with replacing(folder, WRITTEN) as staged:
+        save_sparse(loaded, staged)
+        write_json(staged / REPORT, results)
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +22,15 @@ from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_trai
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
-from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN, prepare_folder, results_of, write_weights
+from sparsepeft.training.files import (
+    CHECKPOINTS,
+    RESULTS,
+    check_folder,
+    describe_run,
+    open_run,
+    results_of,
+    write_weights,
+)
 from sparsepeft.training.methods import (
     adapter_config,
     backbone_bytes,
@@ -57,17 +64,17 @@ class PreparedData:
 
 
 def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
-    """Train, choose the best checkpoint on a tenth of the training data, score once, save.
+    """Train, choose the best checkpoint on a tenth of the training data, save, score what was saved once.
 
     With ``spt`` the model is made sparse first, calibrated on a few of the training examples. The output folder then
-    holds the weights (for adapters: adapter and head only), ``run.json`` (the resolved config) and ``results.json``,
-    which is written last. A run that was interrupted goes on from its last complete checkpoint when it is started
-    again with the same config.
+    holds the weights (for adapters: adapter and head only), ``run.json`` (the resolved config) and ``results.json``.
+    They come there together, when the run is finished; until then it works in a part of the folder. A run that was
+    interrupted goes on from its last complete checkpoint when it is started again with the same config and data.
 
     Args:
         config: what to do.
         callbacks: shown loss and metrics as they come.
-        overwrite: throw away a run that is already in the output folder.
+        overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
 
     Returns:
         The results, as in ``results.json``.
@@ -79,7 +86,8 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     disable_progress_bars()
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
-    prepare_folder(folder, config.to_dict(), overwrite)
+    run = describe_run(config, recipe)
+    check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
     data = load_data(config)
     tokenizer = load_tokenizer(model_id)
@@ -92,62 +100,60 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         to_accelerator(backbone)
         done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
     model = extend(backbone, config.method, data.spec, recipe.adapter)
-    start, others = time.perf_counter(), OtherLoad()
-    cache, training = None, prepared.train
-    if config.cache_frozen_layers:
-        cache = FrozenLayerCache(model, folder / CHECKPOINTS / "frozen_layers.bin")
-        training = cache.fill(prepared.train, collator)
-        collator = CachingCollator(collator, cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": vars(data.spec)})
+    run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
+    with open_run(folder, run, overwrite) as work:
+        start, others = time.perf_counter(), OtherLoad()
+        cache, training = None, prepared.train
+        if config.cache_frozen_layers:
+            cache = FrozenLayerCache(model, work / CHECKPOINTS / "frozen_layers.bin")
+            training = cache.fill(prepared.train, collator)
+            collator = CachingCollator(collator, cache)
+        trainer = SafeTrainer(
+            model=model,
+            args=_arguments(config, recipe, data.spec.paper_epochs, prepared, work / CHECKPOINTS),
+            train_dataset=training,
+            eval_dataset=prepared.selection,
+            data_collator=collator,
+            processing_class=tokenizer,
+            compute_metrics=lambda output: _metrics(data.spec, output),
+            callbacks=[*callbacks, *resume_callbacks(done)],
+            cache=cache,
+        )
+        trainer.remove_callback(PrinterCallback)
+        parameters = count_parameters(model)
+        with cache.attached() if cache else nullcontext():
+            trainer.train(resume_from_checkpoint=resumable(work / CHECKPOINTS))
+        seconds, others_share = time.perf_counter() - start, others.share()
 
-    trainer = SafeTrainer(
-        model=model,
-        args=_arguments(config, recipe, data.spec.paper_epochs, prepared, folder),
-        train_dataset=training,
-        eval_dataset=prepared.selection,
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=lambda output: _metrics(data.spec, output),
-        callbacks=[*callbacks, *resume_callbacks(done)],
-        cache=cache,
-    )
-    trainer.remove_callback(PrinterCallback)
-    parameters = count_parameters(model)
-    with cache.attached() if cache else nullcontext():
-        trainer.train(resume_from_checkpoint=resumable(folder / CHECKPOINTS))
-    seconds, others_share = time.perf_counter() - start, others.share()
-
-    metrics = {}
-    for name, part in prepared.reported.items():
-        output = trainer.predict(part)
-        metrics[name] = data.spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
-    saved = write_weights(folder, model, tokenizer, config.save_dtype)
-    results = results_of(
-        config,
-        data,
-        metrics,
-        parameters=parameters,
-        saved_bytes=saved,
-        model_bytes=backbone_bytes(model),
-        model=describe_backbone(model_id),
-        num_train=len(prepared.train),
-        num_cut=prepared.num_cut,
-        train_seconds=round(seconds, 1),
-        others_cpu_share=others_share,
-        steps=trainer.state.global_step,
-        best_step=trainer.state.best_global_step,
-        selection_score=trainer.state.best_metric,
-        environment=environment(),
-    )
-    formula = getattr(model.peft_config["default"], "formula", None) if isinstance(model, PeftModel) else None
-    if formula is not None:
-        results["formula"] = formula
-    if done is not None:
-        results["spt"] = describe(done)
-        parameters["routers"] = count_routers(model)
-    write_json(folder / RESULTS, results)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        saved = write_weights(work, model, tokenizer, config.save_dtype)
+        metrics = {}
+        for name, part in prepared.reported.items():
+            output = trainer.predict(part)
+            metrics[name] = data.spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
+        results = results_of(
+            config,
+            data,
+            metrics,
+            parameters=parameters,
+            saved_bytes=saved,
+            model_bytes=backbone_bytes(model),
+            model=describe_backbone(model_id),
+            num_train=len(prepared.train),
+            num_cut=prepared.num_cut,
+            train_seconds=round(seconds, 1),
+            others_cpu_share=others_share,
+            steps=trainer.state.global_step,
+            best_step=trainer.state.best_global_step,
+            selection_score=trainer.state.best_metric,
+            environment=environment(),
+        )
+        formula = getattr(model.peft_config["default"], "formula", None) if isinstance(model, PeftModel) else None
+        if formula is not None:
+            results["formula"] = formula
+        if done is not None:
+            results["spt"] = describe(done)
+            parameters["routers"] = count_routers(model)
+        write_json(work / RESULTS, results)
     return results
 
 
@@ -209,7 +215,7 @@ def calibration_batch(training: Dataset, collator: Collator) -> dict[str, Any]:
 
 
 def _arguments(
-    config: RunConfig, recipe: Recipe, task_epochs: int, prepared: PreparedData, folder: Path
+    config: RunConfig, recipe: Recipe, task_epochs: int, prepared: PreparedData, checkpoints: Path
 ) -> TrainingArguments:
     steps_per_epoch = -(-len(prepared.train) // recipe.batch_size)
     epochs = config.epochs or recipe.epochs or task_epochs
@@ -218,7 +224,7 @@ def _arguments(
     every = max(1, -(-total // _NUM_EVALUATIONS))
     selecting = prepared.selection is not None
     return training_arguments(
-        folder / CHECKPOINTS,
+        checkpoints,
         recipe,
         total_steps=total,
         save_steps=every,

@@ -1,0 +1,98 @@
+"""Replacing the files of a folder: whatever a crash cuts short, the folder holds the old files or the new ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.folders import UNFINISHED, in_use, locked, replacing, settle
+
+OLD = ("a.*", "b.json", "parts")
+
+
+class Killed(BaseException):
+    """Ends the process as far as the code can tell."""
+
+
+def _content(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def _fill(folder: Path, text: str, names: tuple[str, ...]) -> dict[str, str]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return dict.fromkeys(names, text)
+
+
+def _replace(folder: Path) -> None:
+    with replacing(folder, OLD) as work:
+        _fill(work, "new", ("a.json", "c.json", "parts/2"))
+
+
+def test_the_new_files_take_the_place_of_the_old_and_others_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    _replace(folder)
+    new = {"a.json": "new", "c.json": "new", "parts/2": "new"}
+    assert _content(folder) == new
+    _fill(folder, "old", ("a.txt", "b.json", "parts/1"))
+    others = _fill(folder, "mine", ("mine.txt", "own/file"))
+    _replace(folder)
+    assert _content(folder) == new | others
+
+
+@pytest.mark.parametrize("name", ["replace", "rmdir", "unlink"])
+@pytest.mark.parametrize("calls", range(4))
+def test_a_crash_at_any_point_can_be_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int
+) -> None:
+    old = _fill(tmp_path, "old", ("a.json", "b.json", "parts/1"))
+    others, original, left = _fill(tmp_path, "mine", ("mine.txt",)), getattr(os, name), [calls]
+
+    def crash(*args: Any, **kwargs: Any) -> None:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, crash)
+    try:
+        _replace(tmp_path)
+    except Killed:
+        pass
+    monkeypatch.undo()
+    settle(tmp_path, OLD)
+    found = {key: value for key, value in _content(tmp_path).items() if not key.startswith(UNFINISHED)}
+    assert found in (old | others, {"a.json": "new", "c.json": "new", "parts/2": "new"} | others)
+    _replace(tmp_path)
+    assert _content(tmp_path) == {"a.json": "new", "c.json": "new", "parts/2": "new"} | others
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    old = _fill(tmp_path, "old", ("a.json",))
+    for error, raised in ((KeyError("x"), KeyError), (OSError("full"), RunFailed)):
+        for folder in (tmp_path, tmp_path / "fresh"):
+            with pytest.raises(raised), replacing(folder, OLD) as work:
+                _fill(work, "new", ("a.json",))
+                raise error
+    assert _content(tmp_path) == old
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    assert not in_use(tmp_path)
+    with locked(tmp_path):
+        assert in_use(tmp_path)
+        with pytest.raises(UserError, match="Another process is writing"), locked(tmp_path, timeout=0):
+            pass
+        with pytest.raises(UserError, match="Another process is writing"):
+            _replace(tmp_path)
+    assert not in_use(tmp_path)
+    (tmp_path / ".lock").touch()  # of a process that was killed
+    assert not in_use(tmp_path)
+    _replace(tmp_path)
