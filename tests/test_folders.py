@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,8 @@ def test_a_crash_at_any_point_can_be_settled(
         original(*args, **kwargs)
 
     monkeypatch.setattr(os, name, crash)
-    try:
+    with contextlib.suppress(Killed):
         _replace(tmp_path)
-    except Killed:
-        pass
     monkeypatch.undo()
     settle(tmp_path, OLD)
     found = {key: value for key, value in _content(tmp_path).items() if not key.startswith(UNFINISHED)}
@@ -75,11 +74,17 @@ def test_a_crash_at_any_point_can_be_settled(
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     old = _fill(tmp_path, "old", ("a.json",))
-    for error, raised in ((KeyError("x"), KeyError), (OSError("full"), RunFailed)):
-        for folder in (tmp_path, tmp_path / "fresh"):
-            with pytest.raises(raised), replacing(folder, OLD) as work:
-                _fill(work, "new", ("a.json",))
-                raise error
+
+    def fail(folder: Path, error: Exception) -> None:
+        with replacing(folder, OLD) as work:
+            _fill(work, "new", ("a.json",))
+            raise error
+
+    for folder in (tmp_path, tmp_path / "fresh"):
+        with pytest.raises(KeyError):
+            fail(folder, KeyError("x"))
+        with pytest.raises(RunFailed, match="could not be written"):
+            fail(folder, OSError("full"))
     assert _content(tmp_path) == old
     assert not (tmp_path / "fresh").exists()
 

@@ -18,6 +18,11 @@ class Diverged(RunFailed):
     """A run whose loss or weights are no longer finite: its hyperparameters are at fault, not the machine."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, to stand in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """One sentence for a name that is not among ``valid``: the valid ones, and the nearest if one is near."""
     names = sorted(valid)

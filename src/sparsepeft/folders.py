@@ -113,6 +113,11 @@ def settle(folder: Path, old: Sequence[str]) -> None:
             raise RunFailed(f"New files in {folder} could not be moved to their place ({error}).") from error
 
 
+def is_free(folder: Path) -> bool:
+    """Whether there is no such folder, or nothing in it but what a killed process left here."""
+    return not folder.is_dir() or not {path.name for path in folder.iterdir()} - {UNFINISHED, _LOCK}
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():

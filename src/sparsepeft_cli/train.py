@@ -33,6 +33,10 @@ def command(
     text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    problem_type: Annotated[
+        str | None,
+        typer.Option(help="Of --train-file: regression or single_label_classification. [default: by its labels]"),
+    ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training data. [default: the paper's; 1 for lm]")
     ] = None,

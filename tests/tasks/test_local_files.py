@@ -134,7 +134,8 @@ def test_problem_type_overrides(tmp_path: Path) -> None:
         "1.5",
         "nan",
     )
-    with pytest.raises(TaskError, match=r"problem_type is 'ranking'; expected classification or regression"):
+    assert load(tmp_path, [0.5, 1], problem_type="single_label_classification").spec.num_labels == 2
+    with pytest.raises(TaskError, match=r"problem_type is 'ranking'; expected regression, single_label_class"):
         load(tmp_path, [1, 2], [1], problem_type="ranking")
 
 
@@ -169,9 +170,18 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", ("text", "label"), [("caf\u00e9 \U0001f600", 1), ("\ud83d", 0)])
-    with pytest.raises(TaskError, match=r"train\.jsonl:2: text has half of a surrogate pair"):
-        load_task("custom", train_file=path)
+    good = ("caf\u00e9 \U0001f600", "\U0001f600")
+    for name, row in (("text", ("\ud83d", "a")), ("label", ("b", "\ud83d"))):
+        path = write(tmp_path / "train.jsonl", ("text", "label"), [good, row])
+        with pytest.raises(TaskError, match=rf"train\.jsonl:2: {name} has half of a surrogate pair"):
+            load_task("custom", train_file=path)
+
+
+def test_whole_numbers_of_any_length_are_classes(tmp_path: Path) -> None:
+    long = "1" + 5000 * "0"  # more digits than int() takes
+    data = load(tmp_path, [long, "7", "-12", "+07", f"0{long}.0"], ["7.0"])
+    assert data.spec.label_names == ("-12", "7", long)
+    assert data.validation["label"][:] == [1]
 
 
 def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path) -> None:
@@ -190,4 +200,4 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
 
 def test_many_classes_are_noted(tmp_path: Path) -> None:
     data = load(tmp_path, list(range(30)), [0])
-    assert "30 classes in 30 rows" in data.notes[0]
+    assert "30 classes in 30 rows: for values rather than classes pass --problem-type regression" in data.notes[0]

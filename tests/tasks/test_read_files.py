@@ -33,6 +33,13 @@ def test_csv_quotes_and_line_numbers_across_multi_line_fields(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_a_field_may_be_a_long_document(tmp_path: Path, ending: str) -> None:
+    long = 200_000 * "a"
+    content = {"csv": f"text\n{long}\n", "tsv": f"text\n{long}\n", "jsonl": f'{{"text": "{long}"}}\n'}[ending]
+    assert [row.values["text"] for row in read_rows(write(tmp_path, f"a.{ending}", content))] == [long]
+
+
 def test_jsonl_skips_empty_lines_and_counts_them(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": 2.5}\n')
     assert list(read_rows(path)) == [Row(1, {"text": "a", "label": 1}), Row(3, {"text": "b", "label": 2.5})]
@@ -54,7 +61,8 @@ def test_gzip_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
         ("a.tsv", "x\ty\n1\t2\n1\t2\t3\n", r"a\.tsv:3: expected 2 fields as in the header, found 3"),
         ("a.csv", 'x,y\n"1\n1",2\n1\n', r"a\.csv:4: expected 2 fields as in the header, found 1"),
         ("a.csv", 'x,y\n1,2\n"1,2\n', r"a\.csv:3: malformed CSV"),
-        ("a.csv", "x\n1\n" + "long " * 30000, r"a\.csv:3: malformed CSV \(field larger than field limit"),
+        ("a.jsonl", '{"x": 1}\n{"x": ' + "[" * 100_000 + "\n", r"a\.jsonl:2: not JSON \(maximum recursion depth"),
+        ("a.jsonl", '{"x": 1' + "0" * 5000 + "}\n", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv: column 'x' occurs twice"),
         ("a.jsonl", '{"x": 1}\n{"x": \n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", '{"x": 1}\n[1]\n', r"a\.jsonl:2: found a JSON list; expected one object per line"),

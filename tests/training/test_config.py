@@ -51,6 +51,8 @@ def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -
         ("task: topics\nlerning_rate: 1\n", ["'lerning_rate'", "did you mean 'learning_rate'"]),
         ("[1, 2]", ["list", "mapping"]),
         ("task: [", ["not valid YAML"]),
+        ("seed: 2024-13-45", ["not valid YAML", "month must be"]),
+        ("epochs: 3\nsettings: {epochs: 2}\n", ["epochs was given both as a setting and as an option"]),
     ],
 )
 def test_bad_config_files(tmp_path: Path, content: str, words: list[str]) -> None:
@@ -59,6 +61,14 @@ def test_bad_config_files(tmp_path: Path, content: str, words: list[str]) -> Non
     with pytest.raises(UserError) as caught:
         load_config({"output_dir": "o"}, file)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_setting_called_like_an_option_is_that_option(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: custom\nproblem_type: regression\nsettings: {max_steps: 7}\n")
+    config = load_config({"output_dir": "o", "settings": {"top_k": 3, "epochs": 2}}, file)
+    assert (config.problem_type, config.max_steps, config.epochs) == ("regression", 7, 2)
+    assert config.settings == {"top_k": 3}
 
 
 def test_missing_config_file(tmp_path: Path) -> None:
@@ -73,8 +83,13 @@ def test_settings_are_read_as_yaml() -> None:
         "train_layer_norms": True,
         "lr": 1e-3,
     }
-    with pytest.raises(UserError, match="key=value"):
-        parse_settings(["top_k"])
+    for wrong, match in (
+        (["top_k"], "key=value"),
+        (["x=[a"], r"--set 'x=\[a' was given, but '\[a' cannot be read as a value \(while parsing"),
+        (["x=2024-13-45"], "cannot be read as a value .month must be in 1..12"),
+    ):
+        with pytest.raises(UserError, match=match):
+            parse_settings(wrong)
 
 
 def test_unknown_setting_names_the_nearest() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
-from sparsepeft.folders import UNFINISHED, settle
+from sparsepeft.folders import is_free, settle
 from sparsepeft.provenance import write_json
 from sparsepeft.training.files import RUN
 from sparsepeft.tuners._files import PEFT_PREFIX
@@ -35,7 +35,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
     settle(folder, WRITTEN)
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {UNFINISHED}:  # of a killed process
+    if is_free(folder):
         return
     if not (folder / REPORT).is_file():
         raise UserError(f"The output folder {folder} holds other files; pass a new or empty one to --output-dir.")

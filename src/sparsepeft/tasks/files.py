@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, TextIO
 from sparsepeft.tasks.errors import TaskError
 
 FORMATS: Final = (".tsv", ".csv", ".jsonl")
+_LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
 
 
 class Row(NamedTuple):
@@ -142,6 +143,7 @@ def _tsv_rows(path: Path, required: Collection[str], header: Sequence[str] | Non
 
 
 def _csv_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)  # of the process, as csv has no other; its default is 128 KiB, a long document
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     columns: list[str] | None = None
     start = 1
@@ -169,7 +171,7 @@ def _jsonl_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
             raise TaskError(f"{path}:{number}: not JSON ({error}); expected one object per line, correct it") from error
         if not isinstance(values, dict):
             raise TaskError(
@@ -178,6 +180,16 @@ def _jsonl_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
             )
         _check_columns(Path(f"{path}:{number}"), list(values), required)
         yield Row(number, values)
+
+
+def check_text(where: str, text: str) -> None:
+    """See that a text can be encoded; an escape in JSON may give half of a surrogate pair.
+
+    Raises:
+        TaskError: it cannot.
+    """
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise TaskError(f"{where} has half of a surrogate pair; expected text, correct the row")
 
 
 def _check_columns(path: Path, columns: list[str], required: Collection[str]) -> None:

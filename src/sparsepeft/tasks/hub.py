@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparsepeft.errors import first_line
 from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.spec import TaskSpec, build_dataset
 
@@ -30,7 +31,7 @@ def load_splits(repository: str, config: str | None, names: Sequence[str]) -> di
     except (OSError, ValueError, DatasetsError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _TRUE else ""
         raise TaskError(
-            f"tried {tried}{offline}, which failed: {_first_line(error)}; connect to the network, or pass "
+            f"tried {tried}{offline}, which failed: {first_line(error)}; connect to the network, or pass "
             "--data-dir (or set SPARSEPEFT_DATA) with the folder that holds the task's files"
         ) from error
     missing = [name for name in names if name not in loaded]
@@ -81,8 +82,3 @@ def content_sha256(dataset: Dataset) -> str:
 
 
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,8 @@ from sparsepeft.tasks.errors import TaskError
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
-PROBLEM_TYPES: Final = ("classification", "regression")
+# "classification" for short.
+PROBLEM_TYPES: Final = ("regression", "single_label_classification", "classification")
 
 Lines = Sequence[tuple[int, str]]
 
@@ -47,13 +49,15 @@ class LabelReader:
             TaskError: unknown ``problem_type``, or a single class.
         """
         if problem_type not in (None, *PROBLEM_TYPES):
-            raise TaskError(f"problem_type is {problem_type!r}; expected {' or '.join(PROBLEM_TYPES)}, or leave it out")
+            raise TaskError(
+                f"problem_type is {problem_type!r}; expected {', '.join(PROBLEM_TYPES[:2])}, or leave it out"
+            )
         texts = {text for _, text in labels}
         integers = all(_INTEGER.fullmatch(text) for text in texts)
         numbers = all(_NUMBER.fullmatch(text) for text in texts)
         if problem_type == "regression" or (problem_type is None and numbers and not integers):
             return cls(None)
-        names = sorted({_whole(text) for text in texts}, key=int) if integers else sorted(texts)
+        names = sorted({_whole(text) for text in texts}, key=Decimal) if integers else sorted(texts)
         if len(names) < 2:
             raise TaskError(
                 f"{path}: every label is {names[0]!r}; expected at least two classes, add examples or name another "
@@ -62,7 +66,7 @@ class LabelReader:
         notes: tuple[str, ...] = ()
         if len(names) > 20 and 2 * len(names) > len(labels):
             notes = (
-                f"{len(names):,} classes in {len(labels):,} rows: for values rather than classes pass problem_type "
+                f"{len(names):,} classes in {len(labels):,} rows: for values rather than classes pass --problem-type "
                 "regression, or name another label column",
             )
         return cls(tuple(names), integers, notes)
@@ -91,7 +95,9 @@ class LabelReader:
 
 
 def _whole(text: str) -> str:
-    return str(int(text.split(".")[0]))
+    """``+01.0`` -> ``1``; by the text, since int() refuses thousands of digits."""
+    digits = text.lstrip("+-").partition(".")[0].lstrip("0")
+    return ("-" if text.startswith("-") else "") + digits if digits else "0"
 
 
 def _finite(path: Path, line: int, text: str) -> float:

@@ -27,7 +27,7 @@ def load_task(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
-    problem_type: Literal["classification", "regression"] | None = None,
+    problem_type: str | None = None,
     source: Literal["auto", "files", "hub"] = "auto",
 ) -> TaskData:
     """Load a task's training, validation and (where labels are public) test sets.
@@ -44,7 +44,8 @@ def load_task(
         seed: decides the split of BBC News and the validation part of own files without a validation file.
         train_file, validation_file, test_file: own files (.csv, .tsv, .jsonl, also with .gz), for ``"custom"``.
         text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
-        problem_type: what own labels are; by default numbers that are not whole mean regression, all else classes.
+        problem_type: what own labels are: ``"regression"`` or ``"single_label_classification"`` (for short
+            ``"classification"``); by default numbers that are not whole mean regression, all else classes.
         source: ``"files"``, ``"hub"``, or ``"auto"``: files if there is a data folder, else the hub.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.errors import TaskError
-from sparsepeft.tasks.files import read_rows, sha256
+from sparsepeft.tasks.files import check_text, read_rows, sha256
 from sparsepeft.tasks.labels import LabelReader
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
@@ -98,10 +98,7 @@ def _read(path: Path, columns: Columns) -> list[Example]:
                 raise TaskError(
                     f"{path}:{row.line}: {name} is {text!r}; expected a text (it may be empty), correct the row"
                 )
-            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-                raise TaskError(
-                    f"{path}:{row.line}: {name} has half of a surrogate pair; expected text, correct the row"
-                )
+            check_text(f"{path}:{row.line}: {name}", text)
         examples.append(Example(row.line, texts, _label_text(path, row.line, columns.label, row.values[columns.label])))
     return examples
 
@@ -116,6 +113,7 @@ def _label_text(path: Path, line: int, column: str, value: Any) -> str:
         )
     if not isinstance(text, str):
         raise TaskError(f"{path}:{line}: {column} is {value!r}; expected a text or a number, correct the row")
+    check_text(f"{path}:{line}: {column}", text)
     return text.strip()
 
 

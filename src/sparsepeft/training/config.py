@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
@@ -35,6 +35,7 @@ class RunConfig:
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
+        problem_type: what the labels of own files are, see :func:`sparsepeft.tasks.load_task`; None looks at them.
         cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
@@ -55,6 +56,7 @@ class RunConfig:
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
+    problem_type: str | None = None
     epochs: float | None = None
     max_steps: int | None = None
     max_train_samples: int | None = None
@@ -154,8 +156,10 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
 def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) -> dict[str, Any]:
     """Values for a config class from flags (None means not given) over a file; mappings in both are joined.
 
+    A setting that is called like a field of the config is that field: ``--set epochs=3`` is ``--epochs 3``.
+
     Raises:
-        UserError: the file cannot be read or has unknown keys.
+        UserError: the file cannot be read or has unknown keys, or a value is given twice.
     """
     values = {key: value for key, value in read_config(file).items() if value is not None}
     valid = {f.name for f in dataclasses.fields(config_class)}
@@ -166,6 +170,13 @@ def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) ->
     for key, value in given.items():
         both = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = {**values[key], **value} if both else value
+    settings = values.get("settings")
+    if isinstance(settings, dict):
+        fields = {key: settings[key] for key in sorted(valid.intersection(settings))}
+        for key in fields:
+            if key in values:
+                raise UserError(f"{key} was given both as a setting and as an option; give it once.")
+        values |= fields | {"settings": {key: value for key, value in settings.items() if key not in fields}}
     return values
 
 
@@ -178,7 +189,13 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_
             raise UserError(
                 f"{option} {pair!r} was given, but settings have the form key=value, for example {option} {example}."
             )
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
+            raise UserError(
+                f"{option} {pair!r} was given, but {value!r} cannot be read as a value ({first_line(error)}); quote "
+                f"it as YAML does, for example {option} {example}."
+            ) from error
         with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
             parsed = float(parsed) if isinstance(parsed, str) else parsed
         settings[key.strip()] = parsed
@@ -197,8 +214,10 @@ def read_config(file: Path | None) -> dict[str, Any]:
         raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file to --config.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML or JSON ({str(error).splitlines()[0]}); correct it.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
+        raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); pass another file to --config.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
     return values

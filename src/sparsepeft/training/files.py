@@ -63,8 +63,8 @@ def write_weights(
 ) -> int:
     """Save the trained weights into ``folder``, whole or not at all.
 
-    An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything. Where saving rounds,
-    the model then has the rounded weights, so that it is scored as it will be read.
+    An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything. Where saving
+    rounds, the model then has the rounded weights, so that it is scored as it will be read.
 
     Returns:
         Bytes of the weight files.
@@ -252,7 +252,7 @@ def results_of(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a ``run.json`` whose values are known to this version; without a format version it is an old one."""
+    """The content of a ``run.json`` that this version knows all keys of; one without a format version is old."""
     try:
         run: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -286,7 +286,7 @@ def _check_keys(path: Path, where: str, found: dict[str, Any], valid: set[str]) 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the values in which two runs differ; only what ``now`` has is compared, and folders are not."""
     now = json.loads(json.dumps(now))  # tuples are lists, as in the file
-    names = set()
+    names: set[str] = set()
     for part, values in now.items():
         old = before.get(part)
         if isinstance(values, dict) and isinstance(old, dict):

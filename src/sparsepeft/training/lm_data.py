@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
-from sparsepeft.tasks.files import read_rows, read_text, sha256
+from sparsepeft.tasks.files import check_text, read_rows, read_text, sha256
 
 _HELD_OUT = 0.1
 _SPLIT_SEED = 42  # the held-out text is the same in every run
@@ -125,6 +125,7 @@ def _rows(path: Path, column: str) -> list[str]:
         text = row.values[column]
         if not isinstance(text, str):
             raise UserError(f"{path}:{row.line}: {column!r} is no text but {text!r}; correct the row.")
+        check_text(f"{path}:{row.line}: {column!r}", text)
         texts.append(text)
     return texts
 

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.tasks import TaskSpec
+from sparsepeft.training.checkpoint_labels import head_start, start_head
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import count_head_parameters, find_head
@@ -94,27 +101,37 @@ def id2label(spec: TaskSpec) -> dict[int, str]:
 
 
 def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
-    """The backbone with a fresh classification head for the task.
+    """The backbone with a classification head for the task: a checkpoint's where its labels are the task's, else fresh.
 
     Raises:
         UserError: there is no such model.
     """
     names = id2label(spec)
     try:
+        own = AutoConfig.from_pretrained(model).id2label or {}
+        start = head_start(own, spec.label_names)
+        loaded = names if start.rows is None else own
         backbone = AutoModelForSequenceClassification.from_pretrained(
             model,
-            num_labels=spec.num_labels,
-            id2label=names,
-            label2id={label: index for index, label in names.items()},
+            num_labels=len(loaded),
+            id2label=loaded,
+            label2id={label: index for index, label in loaded.items()},
             problem_type=spec.problem_type,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", model, error)) from error
+    start_head(backbone, start, names)
     if getattr(backbone.config, "pad_token_id", None) is None:
         backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
     return backbone
+
+
+def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
+    """What a reader of the results should know about the head that :func:`load_backbone` gives, if anything."""
+    note = head_start(AutoConfig.from_pretrained(model).id2label or {}, spec.label_names).note
+    return () if note is None else (f"{spec.name}: {note}",)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -181,7 +198,7 @@ def loading_adapter(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The adapter in {folder} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"The adapter in {folder} could not be loaded: {first_line(error)}") from error
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
@@ -201,10 +218,6 @@ def backbone_bytes(model: Model) -> int:
 def not_loaded(what: str, model: str, error: Exception) -> str:
     """One sentence for a model or tokenizer that transformers did not load."""
     return (
-        f"The {what} {model!r} could not be loaded ({_first_line(error)}); pass the id of a model on the hub "
+        f"The {what} {model!r} could not be loaded ({first_line(error)}); pass the id of a model on the hub "
         "(which needs a network) or a local folder with config.json, safetensors and tokenizer files to --model."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

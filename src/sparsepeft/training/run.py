@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from sparsepeft.training.methods import (
     extend,
     load_backbone,
     load_tokenizer,
+    note_on_head,
     to_accelerator,
 )
 from sparsepeft.training.recipes import Recipe
@@ -93,6 +95,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     tokenizer = load_tokenizer(model_id)
     set_seed(config.seed)
     backbone = load_backbone(model_id, data.spec)
+    data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
     prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
     collator = Collator(tokenizer, data.spec.label_names is None)
     done = None
@@ -172,6 +175,7 @@ def load_data(config: RunConfig) -> TaskData:
         text_column=config.text_column,
         text_pair_column=config.text_pair_column,
         label_column=config.label_column,
+        problem_type=config.problem_type,
     )
 
 
