@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 from tests.models import METHODS, adapted
 from tests.tiny import Interrupt, run_config, save_tiny_backbone
@@ -113,6 +114,21 @@ def test_the_model_is_as_it_was_afterwards_even_after_an_error(backbones: dict[s
         assert torch.equal(model(**batch).logits, expected)
     with cache.attached(), cache.using(None):
         assert torch.equal(model(**batch).logits, expected)
+
+
+def test_weights_that_accelerate_offloads(backbones: dict[str, Path], tmp_path: Path) -> None:
+    model, rows, collator = _prepare(backbones["bert"], tmp_path, few_shot=10, **UPPER["spartan"])
+    batch = collator([rows[0], rows[1]])
+    expected = model.eval()(**batch).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    cache = FrozenLayerCache(model, tmp_path / "states.bin")
+    cached = CachingCollator(collator, cache)
+    rows = cache.fill(rows, cached)
+    states = cached([rows[0], rows[1]])[STATES]
+    with torch.no_grad(), cache.attached(), cache.using(states):
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(**batch).logits, expected)  # its hooks are in place again
 
 
 def test_filling_leaves_mode_and_hooks_as_they_were(backbones: dict[str, Path], tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ def test_documents_of_each_kind_of_file(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv")]
     assert read_documents(files) == ["One line.\n\nAnother.\n", "first", "second", "a, b"]
     assert read_documents(files[2:], "label") == ["x"]
+    half = write_jsonl(tmp_path / "d.jsonl", [{"text": "\ud83d"}])
+    with pytest.raises(UserError, match=r"d\.jsonl:1: 'text' has half of a surrogate pair"):
+        read_documents([str(half)])
 
 
 def test_blocks_hold_all_documents_in_order(tiny_language_model: Path, tmp_path: Path) -> None:

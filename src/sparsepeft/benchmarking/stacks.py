@@ -16,6 +16,7 @@ from sparsepeft.benchmarking.split import Span, measuring
 from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig, sparsification, sparsify
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
+from sparsepeft.training.encoding import num_positions
 
 _VOCABULARY = 1024  # of random stacks; embeddings cost all candidates the same
 _CALIBRATION_TOKENS = 1024
@@ -70,8 +71,9 @@ def stack_config(model: str, num_layers: int, length: int) -> PretrainedConfig:
     known = getattr(config, "num_hidden_layers", None)
     if known is None or num_layers > known:
         raise UserError(f"{num_layers} layers were asked for, but {model} has {known}; pass fewer to --layers.")
-    if length > config.max_position_embeddings:
-        raise UserError(f"{model} takes at most {config.max_position_embeddings} tokens, not {length}; pass less.")
+    limit = num_positions(config)
+    if limit is not None and length > limit:
+        raise UserError(f"{model} takes at most {limit} tokens, not {length}; pass less.")
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):  # some models name the kind of each layer
         config.layer_types = config.layer_types[:num_layers]

@@ -54,7 +54,9 @@ class FrozenLayerCache:
         states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
         self._states = states.view(-1, self.width)
         training = self.model.training
-        device = next(self.model.parameters()).device
+        # Weights that accelerate offloads are nowhere between passes, and its hooks move the inputs themselves.
+        devices = (parameter.device for parameter in self.model.parameters())
+        device = next((each for each in devices if each.type != "meta"), torch.device("cpu"))
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         try:
             self.model.eval()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
 from sparsepeft.tasks import TaskSpec
@@ -24,11 +24,33 @@ def longest_input(
     Raises:
         UserError: more than the model takes was wanted.
     """
-    limits = [n for n in (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)) if n]
+    limits = [n for n in (tokenizer.model_max_length, num_positions(config)) if n]
     limit = min([n for n in limits if n < _NO_LIMIT], default=_NO_LIMIT)
     if wanted is not None and wanted > limit:
         raise UserError(f"{name}={wanted} was given, but this model takes at most {limit} tokens; pass less.")
     return wanted or min(limit, 512)
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a model has positions for; None where it has no table of them.
+
+    The table of RoBERTa, MPNet and their kin begins with rows that are for padding: of 514 rows 512 are positions. The
+    configs of BART and OPT do not count such rows.
+    """
+    text = config.get_text_config()
+    rows = getattr(text, "max_position_embeddings", None)
+    if rows is None or rows < 1:  # XLNet says -1
+        return None
+    if type(text) not in MODEL_MAPPING:
+        return int(rows)
+    with torch.device("meta"):  # only the model itself tells
+        model = AutoModel.from_config(text)
+    padding = [
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return int(rows) - max((index + 1 for index in padding), default=0)
 
 
 def encode(

@@ -45,14 +45,19 @@ class PartialPasses:
         self.num_layers = len(blocks) if one_stack and all(block.batch_dim == 0 for block in blocks) else 0
         self._layers: list[Any] = [block.module for block in blocks[: self.num_layers]]
         self._plan = _Plan()
+        # Accelerate's hooks (offloading, several devices) stand in the instance, too, and are wrapped here.
+        self._own = [vars(layer).get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._forward, index, layer.forward)
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
-        for layer in self._layers:
-            del layer.forward
-        self._layers, self.num_layers = [], 0
+        for layer, own in zip(self._layers, self._own, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+        self._layers, self._own, self.num_layers = [], [], 0
 
     @contextmanager
     def ending_after(self, layer: int) -> Iterator[None]:
