@@ -88,12 +88,14 @@ def command(
         typer.Option("--spt-set", metavar="KEY=VALUE", help="A setting of SptConfig.", rich_help_panel=_SPT),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that is already in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a run in the output folder, once this one is finished.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Train a task's adapter, choose the best checkpoint on a tenth of the training data, score it once.
 
-    An interrupted run goes on when the same command is given again.
+    An interrupted run goes on when the same command is given again, with the same data.
 
     With `--task lm`: fine-tune a language model on plain text and measure its perplexity. With `--spt` the model is
     made sparse before the adapter is put on.

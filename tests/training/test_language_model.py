@@ -239,6 +239,11 @@ def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(
     assert checkpoint is not None
     with pytest.raises(UserError, match="unfinished run with other values of seed"):
         train_language_model(lm_config(tiny_language_model, tmp_path / "cut", spt=SPT, seed=1))
+    text = Path(config.text[0]).read_text()
+    Path(config.text[0]).write_text(text + "more")
+    with pytest.raises(UserError, match=r"other values of topics.txt \(its content\)"):
+        train_language_model(config)
+    Path(config.text[0]).write_text(text)
     resumed = train_language_model(config)
     assert resumed["metrics"]["validation"]["loss"] == pytest.approx(whole["metrics"]["validation"]["loss"], rel=1e-5)
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():

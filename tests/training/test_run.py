@@ -139,6 +139,16 @@ def test_an_unfinished_run_with_other_values_or_data_is_refused(tiny_backbone: P
     assert train(run("ab"))["steps"] == 12
 
 
+def test_lora_where_peft_knows_no_layers(tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
+    train(run_config(backbone, tmp_path / "out", method="lora", max_steps=1))
+    targets = set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"])
+    dense = {"attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "intermediate.dense"}
+    assert targets == dense | {"output.dense"}
+    with pytest.raises(UserError, match="no default for models of type mpnet; name keys"):
+        train(run_config(backbone, tmp_path / "ia3", method="ia3", max_steps=1))
+
+
 def test_what_cannot_be_used_leaves_no_folder(tiny_backbone: Path, tmp_path: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
     with pytest.raises(UserError, match="hands on more than its hidden states"):
@@ -302,7 +312,7 @@ def test_regression_of_pairs_is_scored_as_saved(
     tiny_backbone: Path, tmp_path: Path, method: str, save_dtype: str
 ) -> None:
     texts = [row["text"] for row in topics_rows("train")]
-    rows = [{"a": a, "b": b, "y": len(a) / 50} for a, b in zip(texts[:40], texts[40:80], strict=True)]
+    rows = [{"a": a, "b": b, "y": len(a)} for a, b in zip(texts[:40], texts[40:80], strict=True)]
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     run = run_config(
         tiny_backbone,
@@ -312,6 +322,7 @@ def test_regression_of_pairs_is_scored_as_saved(
         text_column="a",
         text_pair_column="b",
         label_column="y",
+        problem_type="regression",  # whole numbers would be classes
         max_steps=4,
         method=method,
         save_dtype=save_dtype,

@@ -50,6 +50,14 @@ def sha256(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names without their folders; with the last folder and a number where two have the same."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{path.parent.name}/{path.name} ({number})" for number, path in enumerate(paths, start=1)]
+
+
 def read_rows(
     path: Path,
     *,

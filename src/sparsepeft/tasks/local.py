@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.errors import TaskError
-from sparsepeft.tasks.files import check_text, read_rows, sha256
+from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.labels import LabelReader
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
@@ -76,7 +76,7 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         test=sets.get("test"),
         notes=tuple(f"{name}: {note}" for note in notes),
         source=train_path.name,
-        fingerprints=dict(zip(_keys(paths), sums, strict=True)),
+        fingerprints=dict(zip(distinct_names(paths), sums, strict=True)),
     )
 
 
@@ -127,10 +127,3 @@ def _spec(name: str, columns: Columns, reader: LabelReader) -> TaskSpec:
     if reader.names is None:
         return TaskSpec(name, texts, None, ("pearson", "spearman"), "pearson_spearman", EPOCHS)
     return TaskSpec(name, texts, reader.names, ("accuracy", "macro_f1"), "accuracy", EPOCHS)
-
-
-def _keys(paths: list[Path]) -> list[str]:
-    names = [path.name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{path.parent.name}/{path.name} ({number})" for number, path in enumerate(paths, start=1)]

@@ -18,6 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED, finish, in_use, locked, remove, settle
@@ -202,8 +203,8 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Pat
             yield work
             remove(work / CHECKPOINTS)
             finish(folder, WRITTEN)
-        except UserError:  # found too late, but before any training
-            if not goes_on:
+        except UserError:  # found late, but before any training
+            if not any((work / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
                 remove(work)
             raise
         except OSError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
-from sparsepeft.tasks.files import check_text, read_rows, read_text, sha256
+from sparsepeft.tasks.files import check_text, distinct_names, read_rows, read_text, sha256
 
 _HELD_OUT = 0.1
 _SPLIT_SEED = 42  # the held-out text is the same in every run
@@ -115,8 +115,9 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
 
 
 def fingerprints(files: Sequence[str]) -> dict[str, Any]:
-    """SHA-256 of each file, by its name without folder."""
-    return {Path(name).name: sha256(Path(name)) for name in files}
+    """SHA-256 of each file, by :func:`sparsepeft.tasks.files.distinct_names`."""
+    paths = [Path(name) for name in files]
+    return {name: sha256(path) for name, path in zip(distinct_names(paths), paths, strict=True)}
 
 
 def _rows(path: Path, column: str) -> list[str]:
