@@ -184,7 +184,7 @@ def _choose_targets(config: LoraConfig | IA3Config, backbone: PreTrainedModel, m
     if isinstance(config, LoraConfig):
         if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
             inside = (named for block in find_blocks(backbone) for named in block.module.named_modules())
-            config.target_modules = {name for name, module in inside if isinstance(module, torch.nn.Linear)}
+            config.target_modules = sorted({name for name, module in inside if isinstance(module, torch.nn.Linear)})
     elif model_type not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
         raise UserError(
             f"method={method} was given without layers, and PEFT has no default for models of type {model_type}; name "
