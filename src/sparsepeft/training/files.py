@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from sparsepeft.tuners.config import TaskAdapterConfig
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 RESULTS_VERSION = 1
 RUN_VERSION = 1
+_NOT_TRAINED = {"output_dir", "save_dtype"}  # of a config: does not matter before the end
 # What a run leaves at most: an adapter, or a model with its tokenizer.
 WRITTEN = (
     RUN,
@@ -87,6 +87,8 @@ def write_weights(
         raise RunFailed(
             f"The trained weights could not be written to {folder} ({error}); free space and resume."
         ) from error
+    except ValueError as error:  # values that the dtype cannot hold
+        raise RunFailed(f"The trained weights could not be saved with save_dtype={save_dtype!r}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size
@@ -106,13 +108,13 @@ def _save_adapter(model: PeftModel, folder: Path, save_dtype: str | None) -> Non
 
 
 def _save_model(model: PreTrainedModel, folder: Path, save_dtype: str | None) -> None:
-    wide = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    if save_dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, save_dtype))
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    rounded = cast_for_saving(weights, save_dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded[name]
     model.save_pretrained(str(folder))
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(wide[name])
+        parameter.data = rounded[name].to(weights[name].dtype)
 
 
 def describe_run(config: RunConfig | LanguageModelConfig, recipe: Recipe) -> dict[str, Any]:
@@ -285,13 +287,13 @@ def _check_keys(path: Path, where: str, found: dict[str, Any], valid: set[str]) 
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the values in which two runs differ; only what ``now`` has is compared, and folders are not."""
+    """Names of the values in which two runs would train differently; only what ``now`` has is compared."""
     now = json.loads(json.dumps(now))  # tuples are lists, as in the file
     names: set[str] = set()
     for part, values in now.items():
         old = before.get(part)
         if isinstance(values, dict) and isinstance(old, dict):
-            keys = {**old, **values}.keys() - {"output_dir"}
+            keys = {**old, **values}.keys() - _NOT_TRAINED
             different = {key for key in keys if old.get(key) != values.get(key)}
             names |= {f"{key} (its content)" for key in different} if part == "data_fingerprints" else different
         elif values != old and part != "format_version":
