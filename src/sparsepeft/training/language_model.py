@@ -37,7 +37,7 @@ from sparsepeft.training.lm_model import (
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
 from sparsepeft.training.recipes import Recipe
-from sparsepeft.training.sparse import describe, make_sparse, resume_callbacks
+from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 _NUM_CHECKPOINTS = 10
@@ -89,7 +89,7 @@ def train_language_model(
     write_json(folder / RUN, {"config": config.to_dict(), "recipe": vars(recipe), "task": LM})
 
     start = time.perf_counter()
-    steps = _train(model, config, recipe, corpus, [*callbacks, *resume_callbacks(done)])
+    steps = _train(model, config, recipe, corpus, [*callbacks])
     seconds = time.perf_counter() - start
     metrics = {"validation": measure(model)}
     results = {

@@ -132,10 +132,14 @@ class TaskTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _find_context(self, model: nn.Module) -> ForwardContext:
+        created = ForwardContext()
         for module in model.modules():
             if isinstance(module, (TaskTunerLayer, HeadModule)):
                 return module.context
-        return ForwardContext()
+            context = getattr(module, "context", None)
+            if isinstance(context, ForwardContext):  # of a sparse model, whose layers are to see mixed batches, too
+                created.call = context.call
+        return created
 
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
