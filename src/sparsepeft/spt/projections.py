@@ -111,8 +111,10 @@ def _is_plain_lora(module: nn.Module, adapter_names: list[str]) -> bool:
 
 
 def _refusal(module: nn.Module, name: str) -> str:
-    variants = getattr(module, "lora_variant", {}).values()
-    kind = ", ".join(sorted({type(variant).__name__ for variant in variants})) or type(module).__module__.split(".")[-2]
+    kind = f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"  # ia3.Linear, lora.ParamWrapper
+    kind = ", ".join(
+        [kind, *sorted({type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()})]
+    )
     return (
         f"{name} of a routed FFN carries an adapter that is no plain LoRA ({kind}); let it act on other modules "
         "(target_modules), or leave the FFNs dense with SptConfig(ffn=False)."

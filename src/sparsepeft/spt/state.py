@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,16 @@ class SptState(ModulesToSaveWrapper):
         self._disable_adapters = False
         self._adapters: set[str] = set()
         self.init_modules("")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
+        if id(self.context) not in memo:  # copied without the model
+            raise ValueError(
+                "A part of a sparse model was to be copied by itself, as modules_to_save does; name linear layers in "
+                "modules_to_save, since routers and codebooks are trained and saved with every adapter anyway."
+            )
+        copied = memo[id(self)] = SptState.__new__(SptState)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def current(self) -> Any:
