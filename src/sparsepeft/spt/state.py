@@ -114,14 +114,8 @@ class SptState(ModulesToSaveWrapper):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter_name in self.modules_to_save:
             for name in getattr(self.original_module, "shared", ()):
-                loaded = state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}")
                 own = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
-                if loaded is not None and not torch.equal(loaded.to(own.device), own):
-                    raise ValueError(
-                        f"The adapter was trained on a model that was made sparse in another way (its {name} differs); "
-                        "load it into the dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse "
-                        "with its settings and calibration data."
-                    )
+                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), own, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -132,15 +126,27 @@ def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None
     return wrapper.original_module if wrapper.disable_adapters or not own else wrapper.modules_to_save[own[0]]
 
 
+def check_same(loaded: Tensor | None, own: Tensor, name: str) -> None:
+    """Raise where a file has another value of what belongs to the model's structure."""
+    if loaded is not None and not torch.equal(loaded.to(own.device), own):
+        raise ValueError(
+            f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
+            "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
+        )
+
+
 class Settings(nn.Module):
     """A config among a model's tensors, so that it is saved with each adapter."""
 
-    shared = ("settings",)
     settings: Tensor
 
     def __init__(self, config: SptConfig) -> None:
         super().__init__()
         self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_same(state_dict.get(f"{prefix}settings"), self.settings, "settings")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def read_settings(settings: Tensor) -> SptConfig:
