@@ -91,8 +91,10 @@ class SptState(ModulesToSaveWrapper):
         return saved
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Where what was saved is loaded to."""
+        """Where what was saved is loaded to; empty where ``TaskTuner`` renames it (see ``HeadModule``)."""
         self._know(adapter_name)
+        if adapter_name in self.context.configs and not self.context.injected:
+            return {}
         names: dict[str, str] = super().adapter_state_dict_load_map(adapter_name)
         return names
 

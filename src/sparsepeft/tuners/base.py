@@ -79,7 +79,8 @@ class TaskTuner(BaseTuner):
         self._check_identity(model, config, head)
         self._blocks = {block.name: block for block in blocks}
         self._context = self._find_context(model)
-        self._context.injected, self._context.configs = self._injected, self.peft_config
+        for context in (self._context, *self._backbone_contexts(model)):
+            context.injected, context.configs, context.call = self._injected, self.peft_config, self._context.call
         config._resolved_names = set(self._blocks)
         inference_mode = self._inference_mode  # of the adapter that stays active
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -132,14 +133,15 @@ class TaskTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _find_context(self, model: nn.Module) -> ForwardContext:
-        created = ForwardContext()
         for module in model.modules():
             if isinstance(module, (TaskTunerLayer, HeadModule)):
                 return module.context
-            context = getattr(module, "context", None)
-            if isinstance(context, ForwardContext):  # of a sparse model, whose layers are to see mixed batches, too
-                created.call = context.call
-        return created
+        return ForwardContext()
+
+    def _backbone_contexts(self, model: nn.Module) -> list[ForwardContext]:
+        """Those that a backbone brings along (one that was made sparse), of whose adapters it has to know, too."""
+        found = {id(context): context for m in model.modules() if (context := getattr(m, "context", None)) is not None}
+        return [each for each in found.values() if isinstance(each, ForwardContext) and each is not self._context]
 
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
@@ -292,6 +294,8 @@ class TaskTuner(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         self._context.unwatch()
+        for context in self._backbone_contexts(self.model):
+            context.configs = {}
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if labels is not None:
             labels.activate(None)
