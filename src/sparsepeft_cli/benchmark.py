@@ -31,7 +31,12 @@ def spt(
     granularity: Annotated[str, typer.Option(help="Sparse attention by token or block.")] = "block",
     num_blocks: Annotated[int, typer.Option(help="G, blocks of neurons of an FFN.")] = 8,
     active_blocks: Annotated[str, typer.Option(help="G', blocks a token uses; several separated by commas.")] = "4,2",
-    top_l: Annotated[float, typer.Option(help="Keys a query keeps: a count, or a fraction of the length.")] = 0.125,
+    top_l: Annotated[
+        Any,
+        typer.Option(
+            parser=_number, metavar="NUMBER", help="Keys a query keeps: 64, or a fraction of the length, 0.5."
+        ),
+    ] = "0.125",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: torch's]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -94,6 +99,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(f"{option} {text!r} was given; expected whole numbers separated by commas.") from error
+
+
+def _number(text: str) -> int | float:
+    """A count or a fraction, told apart as Python does: 1 is a count, 1.0 a fraction."""
+    return int(text) if text.strip().isdecimal() else float(text)
 
 
 def _tables(result: dict[str, Any], settings: dict[str, Any]) -> list[Any]:

@@ -113,6 +113,20 @@ def test_refresh_follows_the_vectors() -> None:
     assert refresh_codebooks(codebooks.bfloat16(), moved.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("num_vectors", [1, 5, 15])
+def test_few_vectors_move_their_own_codewords_only(num_vectors: int) -> None:
+    torch.manual_seed(0)
+    codebooks, vectors = torch.randn(2, 3, 16, 4), torch.randn(2, num_vectors, 12)
+    refreshed = refresh_codebooks(codebooks, vectors, num_iterations=1)
+    nearest = encode(vectors.unsqueeze(0), codebooks)[0].long()  # (H, N, M)
+    for head in range(2):
+        for part in range(3):
+            near, own = nearest[head, :, part], vectors[head, :, 4 * part : 4 * part + 4]
+            for code in range(16):
+                expected = own[near == code].mean(0) if (near == code).any() else codebooks[head, part, code]
+                torch.testing.assert_close(refreshed[head, part, code], expected)
+
+
 @pytest.mark.parametrize(
     ("vectors", "options", "message"),
     [

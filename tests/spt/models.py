@@ -33,12 +33,39 @@ FEED_FORWARD_ONLY: dict[str, tuple[type, Any]] = {
         hf.T5Config(**_T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
     ),
 }
+_MOE = _LLAMA | {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    "n_group": 1,
+    "num_key_value_heads": 4,
+    "topk_group": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "v_head_dim": 8,
+} | {
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+}
+EXPERTS: dict[str, tuple[type, Any]] = {
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**_LLAMA, num_local_experts=4)),
+    "qwen2-moe": (
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=64, num_experts=4),
+    ),
+    "deepseek-v3": (
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(**_MOE | _DEEPSEEK, n_routed_experts=4, first_k_dense_replace=1),
+    ),
+    "switch": (
+        hf.SwitchTransformersForConditionalGeneration,
+        hf.SwitchTransformersConfig(**_T5, num_experts=4, decoder_start_token_id=0),
+    ),
+}
 ALL = DECODERS | ENCODERS | FEED_FORWARD_ONLY
 
 
 def build(name: str) -> Any:
     """A model with weights large enough that every part matters."""
-    cls, config = ALL[name]
+    cls, config = (ALL | EXPERTS)[name]
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():

@@ -9,12 +9,17 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tests.spt.models import ALL, DECODERS, ENCODERS, FEED_FORWARD_ONLY, SIZES, T, build, inputs, logits
+from tests.spt.models import ALL, DECODERS, ENCODERS, EXPERTS, FEED_FORWARD_ONLY, SIZES, T, build, inputs, logits
 
 from sparsepeft.spt.attention import NAME
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import desparsify, sparsification, sparsify
 
+BART = {"d_model": 32, "vocab_size": 99, "pad_token_id": 0} | {
+    f"{stack}_{what}": value
+    for stack in ("encoder", "decoder")
+    for what, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
 DENSE = {"top_l": T, "num_blocks": 4, "num_active_blocks": 4}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the same sums in another order, through two layers with large weights
 
@@ -142,6 +147,9 @@ def test_refused_before_anything_is_changed() -> None:
     ids = inputs("llama")["input_ids"]
     deberta = hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SIZES))
     mpnet = hf.MPNetForSequenceClassification(hf.MPNetConfig(**SIZES))
+    mobile = hf.MobileBertModel(
+        hf.MobileBertConfig(**SIZES, embedding_size=16, intra_bottleneck_size=32, num_feedforward_networks=3)
+    )
     cases: list[tuple[Any, dict[str, Any], Any, str]] = [
         (build("llama"), {}, None, "calibration_data"),
         (build("llama"), {}, ids[:0], "empty"),
@@ -154,6 +162,9 @@ def test_refused_before_anything_is_changed() -> None:
             "num_blocks=5 does not divide; choose one of 1, 2",
         ),
         (build("llama"), {"layers_to_transform": (7,)}, ids, "7"),
+        (build("llama"), {"layers_to_transform": (-1,), "ffn": False}, ids, "numbered 0 to 1"),
+        (mobile, {"attention": False}, ids, "has 3 FFNs, of which only one would become sparse"),
+        *((build(name), {"attention": False}, ids, "is a mixture of experts .*, of which a token") for name in EXPERTS),
         (build("t5"), {}, inputs("t5"), "position_bias"),
         (deberta, {}, ids, "DebertaV2ForSequenceClassification does not attend through .* attention interface"),
         (mpnet, {}, ids, "MPNetForSequenceClassification does not attend through .* attention interface"),
@@ -172,6 +183,21 @@ def test_refused_before_anything_is_changed() -> None:
         sparsify(made_sparse("llama"), SptConfig(), ids)
     with pytest.raises(ValueError, match="not sparse"):
         desparsify(build("llama"))
+
+
+def test_the_layers_of_a_mixture_of_experts_that_have_none() -> None:
+    model = sparsify(build("deepseek-v3"), config("llama", layers_to_transform=0), inputs("llama"))
+    done = sparsification(model)
+    assert [each.name for each, _ in done.feed_forwards] == ["model.layers.0.mlp"]  # type: ignore[union-attr]
+    assert list(done.attention) == ["model.layers.0.self_attn"]  # type: ignore[union-attr]
+    logits(model, "llama")
+
+
+def test_layers_are_counted_in_each_stack() -> None:
+    model = hf.BartModel(hf.BartConfig(**BART))
+    done = sparsification(sparsify(model, SptConfig(top_l=4, layers_to_transform=1), inputs("llama")["input_ids"]))
+    assert list(done.attention) == [f"{stack}.layers.1.self_attn" for stack in ("encoder", "decoder")]  # type: ignore
+    assert [each.name for each, _ in done.feed_forwards] == ["encoder.layers.1", "decoder.layers.1"]  # type: ignore
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -176,3 +176,19 @@ def test_report() -> None:
     errors = [*whole.report.attention_error.values(), *whole.report.feed_forward_error.values()]
     assert errors == pytest.approx([0.0] * 4, abs=1e-5)
     assert list(whole.report.recall.values()) == [1.0, 1.0]
+
+
+def test_codebooks_are_refreshed_by_whatever_a_batch_has() -> None:
+    """Fewer tokens than codewords, none that counts, one text of one token."""
+    model = with_lora("bert", codebook_interval=1, ffn=False).train()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    codebooks = next(iter(sparsification(model).attention.values())).state  # type: ignore[union-attr]
+    changed = []
+    for tokens, mask in ((5, 1), (5, 1), (1, 1), (4, 0)):
+        before = codebooks.current.codebooks.clone()
+        ids = torch.full((1, tokens), 7)
+        model(input_ids=ids, attention_mask=torch.full_like(ids, mask), labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+        changed.append(not torch.equal(codebooks.current.codebooks, before))
+        assert codebooks.current.codebooks.isfinite().all()
+    assert changed == [False, True, True, False]

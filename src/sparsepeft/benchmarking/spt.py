@@ -35,7 +35,7 @@ class SptBenchmark:
         granularity: of sparse attention, ``"token"`` or ``"block"``.
         num_blocks: G, blocks of an FFN.
         active_blocks: values of G' to measure.
-        top_l: keys a query keeps: a count, or a fraction of the length.
+        top_l: keys a query keeps: an int is a count, a float up to 1 a fraction of the length.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: one of :data:`DTYPES`.
         repeats: timed steps of each candidate.
@@ -55,7 +55,7 @@ class SptBenchmark:
     granularity: str = "block"
     num_blocks: int = 8
     active_blocks: tuple[int, ...] = (4, 2)
-    top_l: float = 1 / 8
+    top_l: int | float = 1 / 8
     device: str = "cpu"
     dtype: str = "float32"
     repeats: int = 5

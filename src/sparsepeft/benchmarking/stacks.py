@@ -141,10 +141,13 @@ class Stack:
     def step(self, refresh: bool = False) -> None:
         """One step; with ``refresh`` one that computes new codebooks, which is otherwise left out."""
         done = sparsification(self.model)
-        for layer in done.attention.values() if done else ():
-            layer.state.current.due = refresh
+        codebooks: list[Any] = [layer.state.current for layer in done.attention.values()] if done else []
+        for each in codebooks:
+            each.expected = refresh
         states: Tensor = self._run(input_ids=self.ids, use_cache=False).last_hidden_state
         (states @ self._direction.to(states.dtype)).float().square().mean().backward()
+        for each in codebooks:
+            each.step(is_due=refresh)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparsepeft.spt.feed_forward import RoutedFeedForward
+
 _ROWS, _WIDTH, _REPEATS = 256, 768, 7  # of the comparison: some ten milliseconds
 
 
@@ -37,9 +39,13 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let all plain linear layers of ``model`` compute by oneDNN; parameters stay what and where they are."""
+    """Let all plain linear layers of ``model`` compute by oneDNN; parameters stay what and where they are.
+
+    Those of a routed FFN are left out: it takes their weights block by block and does not call them.
+    """
+    routed = {part for module in model.modules() if isinstance(module, RoutedFeedForward) for part in module.modules()}
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module not in routed:
             module.__class__ = OneDnnLinear
 
 

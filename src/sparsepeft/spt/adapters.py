@@ -25,6 +25,7 @@ from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.state import SptState
 from sparsepeft.spt.structure import FeedForward
 from sparsepeft.tuners._card import write_card
+from sparsepeft.tuners._context import ForwardContext
 from sparsepeft.tuners._files import PEFT_PREFIX
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -39,10 +40,13 @@ class SparseSettings(SptState):
         model: the sparse model.
         feed_forwards: its routed FFNs, and what they replaced.
         module: the settings.
+        context: of the sparse model.
     """
 
-    def __init__(self, model: nn.Module, feed_forwards: FeedForwards, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(
+        self, model: nn.Module, feed_forwards: FeedForwards, module: nn.Module, context: ForwardContext
+    ) -> None:
+        super().__init__(module, context)
         self._model = (model,)  # in a tuple, or torch would register the model as a part of itself
         self._feed_forwards = feed_forwards
         self._hook = model.register_load_state_dict_pre_hook(_before_loading)

@@ -19,6 +19,7 @@ from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.masks import SparseMask, dense_mask, read_mask, sparse_mask
 from sparsepeft.spt.state import SptState
+from sparsepeft.tuners._context import ForwardContext
 
 logger = logging.getLogger(__name__)
 
@@ -36,28 +37,37 @@ class AttentionCall(NamedTuple):
 
 
 class Codebooks(nn.Module):
-    """The codebooks of one attention layer, (Hkv, M, C, W), and those it will have after the next optimizer step."""
+    """The codebooks of one attention layer, (Hkv, M, C, W), and those it may have after the next optimizer step.
+
+    Attributes:
+        expected: whether the pass before that step is to compute them; so it is at first, when it is not known yet
+            whether a training begins or goes on.
+    """
 
     codebooks: Tensor
 
     def __init__(self, codebooks: Tensor) -> None:
         super().__init__()
         self.register_buffer("codebooks", codebooks)
-        self.due = False
+        self.expected = True
         self.coming: Tensor | None = None
 
     @torch.no_grad()
     def prepare(self, query: Tensor, key: Tensor, mask: SparseMask) -> None:
         """Compute the next codebooks; they wait, since gradient checkpointing will ask for today's codes again."""
         vectors = vectors_of(query, key, mask)
-        if vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
+        if vectors.numel() and vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
             self.coming = refresh_codebooks(self.codebooks, vectors)
 
-    def step(self) -> None:
-        """Put the next codebooks into use."""
-        if self.coming is not None:
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.expected, self.coming = True, None
+
+    def step(self, is_due: bool) -> None:
+        """Put the next codebooks into use, or forget them."""
+        if is_due and self.coming is not None:
             self.codebooks.copy_(self.coming)
-            self.coming, self.due = None, False
+        self.coming = None
 
 
 class SparseAttention(nn.Module):
@@ -66,28 +76,26 @@ class SparseAttention(nn.Module):
     Args:
         codebooks: (Hkv, M, C, W).
         config: with ``top_l`` as a count.
+        context: of the sparse model.
     """
 
-    def __init__(self, codebooks: Tensor, config: SptConfig) -> None:
+    def __init__(self, codebooks: Tensor, config: SptConfig, context: ForwardContext | None = None) -> None:
         super().__init__()
-        self.state = SptState(Codebooks(codebooks))
+        self.state = SptState(Codebooks(codebooks), context)
         self.config = config
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: SparseMask, scale: float) -> Tensor:
         """(B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv)."""
         query, scale = _standard_scale(query, scale)
         query, key, value = _of_one_dtype(query, key, value)
-        codebooks: Codebooks = self.state.current
-        if self.training and codebooks.due:
-            codebooks.prepare(query, key, mask)
-        return sparse_attention(
-            query,
-            key,
-            value,
-            codebooks.codebooks,
-            scale=scale,
-            **self.selection(mask),
-        )
+
+        def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
+            own = mask._replace(key_mask=key_mask)
+            if self.training and codebooks.expected and self.config.codebook_interval:
+                codebooks.prepare(query, key, own)
+            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(own))
+
+        return self.state.by_row(attend, query, key, value, mask.key_mask)
 
     def selection(self, mask: SparseMask) -> dict[str, Any]:
         """Which keys a query may see and which it keeps, as the op's arguments."""

@@ -20,8 +20,8 @@ class SptConfig:
     Args:
         attention: make self-attention sparse.
         ffn: route the FFNs.
-        top_l: keys that a query attends to: a count, or a fraction (below 1) of the calibration length, which becomes a
-            count at conversion.
+        top_l: keys that a query attends to: an int is a count, a float up to 1 a fraction of the calibration length,
+            which becomes a count at conversion (1.0 is all of it).
         granularity: ``"token"`` selects keys for each query, ``"block"`` blocks of keys for each block of queries.
         block_size: positions in such a block.
         subvector_dim: W, channels that are quantized together; divides the head size.
@@ -30,13 +30,14 @@ class SptConfig:
         keep_self: a query's own position is always kept.
         keep_first: the first position is always kept.
         num_blocks: G, blocks that an FFN's inner dimension is cut into.
-        num_active_blocks: G', blocks that a token uses.
+        num_active_blocks: G', blocks that a token uses: an int is a count, a float up to 1 a fraction of
+            ``num_blocks``, which becomes a count at once.
         block_assignment: ``"clustered"`` puts neurons into a block that add to the output at the same time (without
             calibration data: of like weights), ``"contiguous"`` neighbours.
         compensation_rank: rank of a linear map of an FFN's input that stands in for the blocks a token does not use,
             fitted to the calibration batch and trained on with the router; 0 adds nothing, as SPT does.
         load_balancing_coef: weight of the loss that keeps all blocks in use.
-        layers_to_transform: indices of the layers; all if None.
+        layers_to_transform: positions of the layers in their stack, or of the one; all if None.
         seed: of the clusterings.
 
     Raises:
@@ -54,11 +55,11 @@ class SptConfig:
     keep_self: bool = True
     keep_first: bool = True
     num_blocks: int = 8
-    num_active_blocks: int = 4
+    num_active_blocks: int | float = 4
     block_assignment: str = "clustered"
     compensation_rank: int = 0
     load_balancing_coef: float = 0.01
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,20 +68,22 @@ class SptConfig:
         for name, choices in (("granularity", GRANULARITIES), ("block_assignment", ASSIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} was given; expected one of {', '.join(choices)}.")
-        for name in ("block_size", "subvector_dim", "num_codewords", "num_blocks", "num_active_blocks"):
+        for name in ("block_size", "subvector_dim", "num_codewords", "num_blocks"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} was given; expected a whole number of at least 1.")
+        for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} was given; expected a whole number of at least 1.")
+            if not _is_count(value) and not _is_fraction(value):
+                raise ValueError(
+                    f"{name}={value!r} was given; expected an int of at least 1, which is a count, or a float above 0 "
+                    f"and up to 1, which is a fraction of {whole}."
+                )
         rank = self.compensation_rank
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(f"compensation_rank={rank!r} was given; expected a whole number, 0 for none.")
-        if isinstance(self.top_l, bool) or not self.top_l > 0 or (self.top_l >= 1 and self.top_l != int(self.top_l)):
-            raise ValueError(
-                f"top_l={self.top_l!r} was given; expected a count of keys, or a fraction of the calibration length "
-                "between 0 and 1."
-            )
         if self.num_codewords > 16:
             raise ValueError(f"num_codewords={self.num_codewords} was given, but a code has 4 bits: at most 16.")
+        object.__setattr__(self, "num_active_blocks", _count(self.num_active_blocks, self.num_blocks))
         if self.num_active_blocks > self.num_blocks:
             raise ValueError(
                 f"num_active_blocks={self.num_active_blocks} was given with num_blocks={self.num_blocks}; a token can "
@@ -91,13 +94,18 @@ class SptConfig:
                 f"codebook_interval={self.codebook_interval} and load_balancing_coef={self.load_balancing_coef} were "
                 "given; neither can be negative."
             )
-        if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        layers = self.layers_to_transform
+        if layers is not None:
+            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+            if not self.layers_to_transform:
+                raise ValueError(
+                    "layers_to_transform is empty, so nothing would become sparse; name a layer, or leave it unset for "
+                    "all."
+                )
 
     def with_length(self, length: int) -> SptConfig:
         """A copy with ``top_l`` as a count, for a calibration batch of ``length`` positions."""
-        count = max(1, round(self.top_l * length)) if self.top_l < 1 else int(self.top_l)
-        return dataclasses.replace(self, top_l=count)
+        return dataclasses.replace(self, top_l=_count(self.top_l, length))
 
     def to_json(self) -> str:
         """As one line of JSON."""
@@ -113,4 +121,19 @@ class SptConfig:
                 f"The sparse model was saved with settings that this version does not know ({', '.join(unknown)}); "
                 "update sparsepeft."
             )
+        if isinstance(values["top_l"], float) and values["top_l"] > 1:  # formerly a count, too
+            values["top_l"] = int(values["top_l"])
         return cls(**values)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def _count(value: int | float, whole: int) -> int:
+    """A count as it is; a fraction of the whole as a count, at least 1."""
+    return value if isinstance(value, int) else max(1, round(value * whole))

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.adapters import SparseSettings
 from sparsepeft.spt.attention import NAME, AttentionCall, SparseAttention, recording, vectors_of
+from sparsepeft.spt.checkpoint import save_densely
 from sparsepeft.spt.clustering import clustered_order
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.refresh import CodebookRefresh
 from sparsepeft.spt.report import SptReport, report_attention, report_feed_forwards, watching
 from sparsepeft.spt.router import (
@@ -30,6 +33,7 @@ from sparsepeft.spt.router import (
 )
 from sparsepeft.spt.state import Settings
 from sparsepeft.spt.structure import FeedForward, find_feed_forwards
+from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._context import ForwardContext
 
 _ATTRIBUTE = "sparsification"
@@ -53,6 +57,7 @@ class Sparsification:
     context: ForwardContext = field(default_factory=ForwardContext)
     attention_before: str | None = None
     refresh: CodebookRefresh | None = None
+    loading: RemovableHandle | None = None
 
 
 def sparsification(model: nn.Module) -> Sparsification | None:
@@ -120,7 +125,7 @@ def install(
     done = Sparsification(config)
     for name, books in codebooks.items():
         module: Any = model.get_submodule(name)
-        module.spt = done.attention[name] = SparseAttention(books, config)
+        module.spt = done.attention[name] = SparseAttention(books, config, done.context)
     if codebooks:
         done.attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
@@ -129,7 +134,8 @@ def install(
     for feed_forward, start in feed_forwards:
         done.feed_forwards.append((feed_forward, _install(model, feed_forward, start, done)))
     done.context.watch(model)
-    model.spt_settings = SparseSettings(model, done.feed_forwards, Settings(config))
+    done.loading = save_densely(model, done.feed_forwards)
+    model.spt_settings = SparseSettings(model, done.feed_forwards, Settings(config), done.context)
     setattr(model, _ATTRIBUTE, done)
     return done
 
@@ -148,6 +154,9 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     done.context.unwatch()
     settings: Any = model.spt_settings
     settings.detach()
+    del model.save_pretrained
+    if done.loading is not None:
+        done.loading.remove()
     del model.spt_settings
     for feed_forward, routed in done.feed_forwards:
         _uninstall(model, feed_forward, routed)
@@ -199,7 +208,7 @@ def _attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, 
             f"{type(model).__name__} does not attend through transformers' attention interface, so its attention "
             "cannot be made sparse; convert it with SptConfig(attention=False)."
         )
-    return _chosen(found, config)
+    return _chosen(model, found, config)
 
 
 def _is_self_attention(module: nn.Module, name: str) -> bool:
@@ -207,15 +216,12 @@ def _is_self_attention(module: nn.Module, name: str) -> bool:
     return not (getattr(module, "is_cross_attention", False) or "cross" in words or "encoder_attn" in words)
 
 
-def _chosen(calls: dict[str, AttentionCall], config: SptConfig) -> dict[str, AttentionCall]:
-    """Those of the layers that are to be transformed; layers are counted in the order in which they attend."""
+def _chosen(model: PreTrainedModel, calls: dict[str, AttentionCall], config: SptConfig) -> dict[str, AttentionCall]:
+    """Those in the layers that are to be transformed."""
     if config.layers_to_transform is None:
         return calls
-    names = list(calls)
-    for index in config.layers_to_transform:
-        if not -len(names) <= index < len(names):
-            raise ValueError(f"layers_to_transform has {index}, but the model has {len(names)} layers that attend.")
-    return {names[index]: calls[names[index]] for index in config.layers_to_transform}
+    layers = tuple(f"{block.name}." for block in find_blocks(model, layers_to_transform=config.layers_to_transform))
+    return {name: call for name, call in calls.items() if name.startswith(layers)}
 
 
 def _codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
@@ -255,7 +261,7 @@ def _start(
     start = start_from_outputs(feed_forward, order, num_blocks, inputs, states)
     if not config.compensation_rank or config.num_active_blocks == num_blocks:
         return start
-    return compensated(feed_forward, start, config.num_active_blocks, config.compensation_rank, inputs, states)
+    return compensated(feed_forward, start, int(config.num_active_blocks), config.compensation_rank, inputs, states)
 
 
 def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -266,6 +272,8 @@ def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str,
 
 
 def _check_blocks(feed_forward: FeedForward, config: SptConfig) -> None:
+    for name in feed_forward.projection_names:  # raises where they cannot be reordered
+        list(inner_tensors(feed_forward.part(name), name, name != feed_forward.names.down))
     inner = feed_forward.sizes[1]
     if inner % config.num_blocks:
         divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import write_bytes
+from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import install, sparsification
 from sparsepeft.spt.router import COMPENSATION, Start
@@ -55,11 +56,12 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
 
     Args:
         model: the dense backbone.
-        adapter: folder or hub id, as for ``PeftModel.from_pretrained``; or a folder of :func:`save_sparse`.
+        adapter: folder or hub id, as for ``PeftModel.from_pretrained``; or a folder that :func:`save_sparse`, or the
+            sparse model's ``save_pretrained``, wrote.
         kwargs: for ``PeftModel.from_pretrained``.
 
     Returns:
-        The model with its adapter; ``model`` itself, sparse, from a folder of :func:`save_sparse`.
+        The model with its adapter; ``model`` itself, sparse, from a folder without one.
 
     Raises:
         UserError: the adapter was not trained on a sparse model, or on one of another shape, or the file is damaged.
@@ -67,17 +69,15 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     """
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; load the adapter into a dense model.")
-    file = Path(adapter) / SPARSE_WEIGHTS
-    saved = _read(file) if file.is_file() else load_peft_weights(str(adapter), device="cpu")
-    saved = {_plain(key): tensor for key, tensor in saved.items()}
+    bare = _read(Path(adapter))
+    saved = bare or {_plain(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
     if _SETTINGS not in saved:
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
     codebooks = {name.removesuffix(_CODEBOOKS): books for name, books in saved.items() if name.endswith(_CODEBOOKS)}
     feed_forwards = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
-        place = feed_forward.name if feed_forward.is_module else f"{feed_forward.name}.{feed_forward.names.activation}"
-        router = f"{place}.spt_router."
+        router = f"{feed_forward.routed_name}.spt_router."
         order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
         start = Start(order, weight, bias)
         if any(router + part in saved for part in COMPENSATION):
@@ -95,14 +95,16 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
     install(model, config, {name: books.to(model.device) for name, books in codebooks.items()}, feed_forwards)
-    return model if file.is_file() else PeftModel.from_pretrained(model, str(adapter), **kwargs)
+    return model if bare else PeftModel.from_pretrained(model, str(adapter), **kwargs)
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read(folder: Path) -> dict[str, Tensor]:
+    """What a folder holds of a sparse model without an adapter; nothing if it is no such folder."""
+    file = folder / SPARSE_WEIGHTS
     try:
-        return load_file(file)
+        return load_file(file) if file.is_file() else added_tensors(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} could not be read ({error}); convert the model again.") from error
+        raise UserError(f"{folder} could not be read ({error}); convert the model again.") from error
 
 
 def _plain(key: str) -> str:

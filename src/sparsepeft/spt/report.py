@@ -90,7 +90,7 @@ def report_feed_forwards(
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         dense += products
-        left += products * config.num_active_blocks // config.num_blocks + hidden * config.num_blocks
+        left += products * int(config.num_active_blocks) // config.num_blocks + hidden * config.num_blocks
         compensation = layer.spt_router.original_module.compensation
         left += 0 if compensation is None else compensation.down.numel() + compensation.up.numel()
     report.feed_forward_operations = left / dense if dense else None

@@ -39,6 +39,7 @@ class Router(nn.Module):
     With a compensation its three tensors are parameters, too.
     """
 
+    shared = ("neuron_order",)  # the weights are in it, for all adapters
     neuron_order: Tensor
 
     def __init__(self, start: Start) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.tuners._context import ForwardContext, Routing
 
 
 class SptState(ModulesToSaveWrapper):
@@ -19,25 +22,58 @@ class SptState(ModulesToSaveWrapper):
     as soon as it hears of it, without being named in ``modules_to_save``.
 
     Args:
-        module: what all adapters start from; in use itself where there is no adapter.
+        module: what all adapters start from; in use itself where there is no adapter. The tensors that its attribute
+            ``shared`` names must be the same for all adapters.
+        context: of the sparse model; knows which adapter each row of a mixed batch uses.
     """
 
     is_backbone = False  # SPARTAN's check of the backbone leaves it out
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, context: ForwardContext | None = None) -> None:
         nn.Module.__init__(self)  # the wrapper's own would add an adapter
         self.original_module = module
+        self.context = context or ForwardContext()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._adapters: set[str] = set()
         self.init_modules("")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
+        if id(self.context) not in memo:  # copied without the model
+            raise ValueError(
+                "A part of a sparse model was to be copied by itself, as modules_to_save does; name linear layers in "
+                "modules_to_save, since routers and codebooks are trained and saved with every adapter anyway."
+            )
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     @property
     def current(self) -> Any:
         """The module in use: the active adapter's, or the one that all start from."""
-        if self.disable_adapters or not self.active_adapters:
-            return self.original_module
-        return self.modules_to_save[self.active_adapters[0]]
+        return in_use(self)
+
+    def forward(self, adapter_names: list[str] | None = None) -> Routing | None:
+        """Which adapter each row uses, in a mixed batch. PEFT tells its auxiliary wrappers when they are called."""
+        return self.context.call.routing if adapter_names is None else Routing(list(adapter_names))
+
+    def by_row(self, apply: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``apply(module, adapter_names, *tensors)`` with the module in use; in a mixed batch with each row's own.
+
+        Args:
+            apply: takes ``adapter_names`` None for those that are active, else those of the rows it is given.
+            tensors: (B, ...) each, or with rows that are repeated in place.
+        """
+        routing = self()
+        if routing is None:
+            return apply(self.current, None, *tensors)
+        groups = routing.rows(len(tensors[0]), tensors[0].device)
+        parts = {n: apply(in_use(self, [n]), [n], *(tensor[rows] for tensor in tensors)) for n, rows in groups.items()}
+        first = next(iter(parts.values()))
+        mixed = first.new_empty(len(tensors[0]), *first.shape[1:])
+        for name, rows in groups.items():
+            mixed[rows] = parts[name]
+        return mixed
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """PEFT asks this before each switch of adapters."""
@@ -55,8 +91,10 @@ class SptState(ModulesToSaveWrapper):
         return saved
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Where what was saved is loaded to."""
+        """Where what was saved is loaded to; empty where ``TaskTuner`` renames it (see ``HeadModule``)."""
         self._know(adapter_name)
+        if adapter_name in self.context.configs and not self.context.injected:
+            return {}
         names: dict[str, str] = super().adapter_state_dict_load_map(adapter_name)
         return names
 
@@ -75,6 +113,29 @@ class SptState(ModulesToSaveWrapper):
         if adapter_name not in self._adapters:
             self.update(adapter_name)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for adapter_name in self.modules_to_save:
+            for name in getattr(self.original_module, "shared", ()):
+                own = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
+                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), own, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None) -> Any:
+    """Of a PEFT wrapper's module and its adapters' copies, the one that acts for the active adapter, or for a named."""
+    names = wrapper.active_adapters if adapter_names is None else adapter_names
+    own = [name for name in names if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not own else wrapper.modules_to_save[own[0]]
+
+
+def check_same(loaded: Tensor | None, own: Tensor, name: str) -> None:
+    """Raise where a file has another value of what belongs to the model's structure."""
+    if loaded is not None and not torch.equal(loaded.to(own.device), own):
+        raise ValueError(
+            f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
+            "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
+        )
+
 
 class Settings(nn.Module):
     """A config among a model's tensors, so that it is saved with each adapter."""
@@ -84,6 +145,10 @@ class Settings(nn.Module):
     def __init__(self, config: SptConfig) -> None:
         super().__init__()
         self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_same(state_dict.get(f"{prefix}settings"), self.settings, "settings")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def read_settings(settings: Tensor) -> SptConfig:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.tuners._blocks import Block, find_blocks, unwrap
+from sparsepeft.tuners._identity import is_quantized
 
 
 class Names(NamedTuple):
@@ -63,8 +64,18 @@ class FeedForward:
         """A part by its relative name."""
         return self.owner.get_submodule(name)
 
+    @property
+    def projection_names(self) -> tuple[str, ...]:
+        """Names of the linear maps."""
+        return tuple(name for name in (self.names.gate, self.names.up, self.names.down) if name is not None)
 
-def find_feed_forwards(model: nn.Module, layers: Iterable[int] | None = None) -> list[FeedForward]:
+    @property
+    def routed_name(self) -> str:
+        """The name of what takes its place: the owner's, or the activation's where the owner is more than the FFN."""
+        return self.name if self.is_module else f"{self.name}.{self.names.activation}"
+
+
+def find_feed_forwards(model: nn.Module, layers: int | Iterable[int] | None = None) -> list[FeedForward]:
     """The FFN of every Transformer layer, or of the layers with these indices.
 
     Raises:
@@ -79,31 +90,48 @@ def weight_of(projection: nn.Module) -> Tensor:
     Raises:
         ValueError: it is no plain linear map.
     """
-    base = unwrap(projection)
+    base: Any = unwrap(projection)
+    weight = getattr(base, "weight", None)
+    if weight is not None and is_quantized(weight):
+        raise ValueError(
+            f"The FFN has a quantized weight ({type(base).__name__}), which cannot be cut into blocks; load the model "
+            "without quantization, or leave its FFNs dense with SptConfig(ffn=False)."
+        )
     if type(base) is nn.Linear:
         return base.weight
     if type(base) is Conv1D:
         return base.weight.t()
     raise ValueError(
-        f"The FFN has a {type(base).__name__} where a plain nn.Linear is expected; load the model without "
-        "quantization, or leave its FFNs dense with SptConfig(ffn=False)."
+        f"The FFN has a {type(base).__name__} where a plain nn.Linear is expected; leave its FFNs dense with "
+        "SptConfig(ffn=False)."
     )
 
 
 def _in_layer(block: Block) -> FeedForward:
-    layer = block.module
-    for names in _LAYERS:
-        if _has(layer, names):
-            return _feed_forward(layer, block.name, names, block, is_module=False)
-    for name, module in layer.named_modules():
-        for names in _MODULES:
-            if _has(module, names):
-                return _feed_forward(module, f"{block.name}.{name}", names, block, is_module=True)
-    known = "; ".join(", ".join(part for part in names[:4] if part) for names in (*_MODULES, *_LAYERS))
-    raise ValueError(
-        f"{block.name} ({type(layer).__name__}) has no FFN of a known form (one of: {known}); leave the FFNs dense "
-        "with SptConfig(ffn=False)."
-    )
+    layer, what = block.module, f"{block.name} ({type(block.module).__name__})"
+    experts = [name for name, module in layer.named_modules() if "expert" in f"{name}.{type(module).__name__}".lower()]
+    if experts:
+        raise ValueError(
+            f"{what} is a mixture of experts ({experts[0]}), of which a token uses a part already; leave the FFNs "
+            "dense with SptConfig(ffn=False), or name the layers without experts by layers_to_transform."
+        )
+    modules = dict(layer.named_modules())
+    found = [
+        (name, names) for name, module in modules.items() for names in (*_LAYERS, *_MODULES) if _has(module, names)
+    ]
+    if not found:
+        known = "; ".join(", ".join(part for part in names[:4] if part) for names in (*_MODULES, *_LAYERS))
+        raise ValueError(
+            f"{what} has no FFN of a known form (one of: {known}); leave the FFNs dense with SptConfig(ffn=False)."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{what} has {len(found)} FFNs, of which only one would become sparse; leave all dense with "
+            "SptConfig(ffn=False)."
+        )
+    (name, names) = found[0]
+    full_name = f"{block.name}.{name}" if name else block.name
+    return _feed_forward(modules[name], full_name, names, block, is_module=names in _MODULES)
 
 
 def _feed_forward(owner: nn.Module, name: str, names: Names, block: Block, is_module: bool) -> FeedForward:
@@ -122,10 +150,3 @@ def _exists(module: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def projections(feed_forward: FeedForward) -> Iterator[tuple[str, nn.Module]]:
-    """The linear maps, by their relative names."""
-    for name in (feed_forward.names.gate, feed_forward.names.up, feed_forward.names.down):
-        if name is not None:
-            yield name, feed_forward.part(name)

@@ -37,7 +37,7 @@ from sparsepeft.training.lm_model import (
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
 from sparsepeft.training.recipes import Recipe
-from sparsepeft.training.sparse import describe, make_sparse, resume_callbacks
+from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 _NUM_CHECKPOINTS = 10
@@ -89,7 +89,7 @@ def train_language_model(
     data_fingerprints = fingerprints([*config.text, *config.validation_text])
     with open_run(folder, run | {"task": LM, "data_fingerprints": data_fingerprints}, overwrite) as work:
         start = time.perf_counter()
-        steps = _train(model, config, recipe, corpus, [*callbacks, *resume_callbacks(done)], work / CHECKPOINTS)
+        steps = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
         seconds = time.perf_counter() - start
         metrics = {"validation": measure(model)}
         results = {

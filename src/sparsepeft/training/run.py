@@ -43,7 +43,7 @@ from sparsepeft.training.methods import (
     to_accelerator,
 )
 from sparsepeft.training.recipes import Recipe
-from sparsepeft.training.sparse import count_routers, describe, make_sparse, resume_callbacks
+from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             data_collator=collator,
             processing_class=tokenizer,
             compute_metrics=lambda output: _metrics(data.spec, output),
-            callbacks=[*callbacks, *resume_callbacks(done)],
+            callbacks=[*callbacks],
             cache=cache,
         )
         trainer.remove_callback(PrinterCallback)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.spt import Sparsification, SptConfig, sparsify
@@ -92,20 +92,6 @@ def count_routers(model: nn.Module) -> int:
     """Trained parameters of a sparse model's routers."""
     named = model.named_parameters()
     return sum(parameter.numel() for name, parameter in named if parameter.requires_grad and "spt_router" in name)
-
-
-def resume_callbacks(done: Sparsification | None) -> list[TrainerCallback]:
-    """What tells a sparse model's codebooks where a resumed training stands."""
-    if done is None or done.refresh is None:
-        return []
-    refresh = done.refresh
-
-    class _Resume(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step:
-                refresh.resume(state.global_step)
-
-    return [_Resume()]
 
 
 def _kind(value: Any) -> str:

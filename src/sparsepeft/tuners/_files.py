@@ -30,7 +30,7 @@ def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, to
         ValueError: tensors are missing, unexpected, or of another shape; int8 ones lack their scales.
     """
     expected = saved_names(model, adapter_name)
-    found = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in dequantize(state_dict).items()}
+    found = {plain_name(key): tensor for key, tensor in dequantize(state_dict).items()}
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -99,14 +99,18 @@ def saved_names(
             if adapter_name not in own:
                 continue
             saved = f"{name}.{container}"
-            if isinstance(module, HeadModule):
-                saved = name
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                saved = f"{saved}.{adapter_name}"  # PEFT has put it back already
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                is_mapped = bool(module.adapter_state_dict_load_map(adapter_name))
+                saved = f"{saved}.{adapter_name}" if is_mapped else name  # PEFT has put it back already
             for key, tensor in own[adapter_name].state_dict().items():
                 target = f"{name}.{container}.{adapter_name}.{key}"
-                expected[f"{saved.removeprefix(PEFT_PREFIX)}.{key}"] = (target, tensor.shape)
+                expected[plain_name(f"{saved}.{key}")] = (target, tensor.shape)
     return expected
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name whatever wraps the model and its layers: other adapters may extend other layers."""
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _shorten(names: list[str], shown: int = 4) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsepeft.tuners._embeddings import embedding_layers
-from sparsepeft.tuners._files import PEFT_PREFIX, fit_state_dict, saved_names
+from sparsepeft.tuners._files import PEFT_PREFIX, fit_state_dict, plain_name, saved_names
 from sparsepeft.tuners._quantized import dequantize
 
 
@@ -27,7 +27,7 @@ def rename_for_loading(
     # PEFT has renamed already what the head of a bare transformers model lists in `adapter_state_dict_load_map`.
     names = {target: name for name, (target, _) in expected.items()}
     plain = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-    given = dequantize({names.get(key, key): tensor for key, tensor in plain.items()})
+    given = dequantize({names.get(key, plain_name(key)): tensor for key, tensor in plain.items()})
     embeddings = _embedding_names(model)
     own = {key: tensor for key, tensor in given.items() if key not in embeddings}
     of_another_shape = {expected[key][0] for key, t in own.items() if key in expected and t.shape != expected[key][1]}
@@ -54,7 +54,7 @@ def _embedding_names(model: nn.Module) -> dict[str, tuple[str, torch.Size]]:
         for layer in embedding_layers(model)
         for key, tensor in model.get_submodule(layer).state_dict().items()
     }
-    return {name.removeprefix(PEFT_PREFIX): (name, shape) for name, shape in found.items()}
+    return {plain_name(name): (name, shape) for name, shape in found.items()}
 
 
 def _refuse_embeddings(name: str, given: torch.Size, expected: torch.Size) -> None:

@@ -87,7 +87,8 @@ class TaskTuner(BaseTuner):
         self._check_identity(model, config, head)
         self._blocks = {block.name: block for block in blocks}
         self._context = _context_of(model) or ForwardContext()
-        self._context.injected, self._context.configs = self._injected, self.peft_config
+        for context in (self._context, *_backbone_contexts(model, self._context)):
+            context.injected, context.configs, context.call = self._injected, self.peft_config, self._context.call
         config._resolved_names = set(self._blocks)
         inference_mode = self._inference_mode  # of the adapter that stays active
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -323,6 +324,8 @@ class TaskTuner(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         self._context.unwatch()
+        for context in _backbone_contexts(self.model, self._context):
+            context.configs = {}
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if labels is not None:
             labels.activate(None)
@@ -402,6 +405,12 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 def _context_of(model: nn.Module) -> ForwardContext | None:
     """What the adapters of ``model`` share; None without any."""
     return next((m.context for m in model.modules() if isinstance(m, (TaskTunerLayer, HeadModule))), None)
+
+
+def _backbone_contexts(model: nn.Module, own: ForwardContext) -> list[ForwardContext]:
+    """Those that a backbone brings along (one that was made sparse), of whose adapters it has to know, too."""
+    found = {id(context): context for m in model.modules() if (context := getattr(m, "context", None)) is not None}
+    return [each for each in found.values() if isinstance(each, ForwardContext) and each is not own]
 
 
 def _has_labels(model: nn.Module) -> bool:

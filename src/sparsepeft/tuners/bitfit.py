@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class BitFitLayer(TaskTunerLayer):
             if isinstance(bias, nn.Parameter) and (isinstance(module, (nn.Linear, Conv1D)) or _is_norm(module)):
                 key = name.replace(".", "-")  # parameters' names cannot have dots
                 self._sizes[key] = bias.shape[0]
-                self._handles.append(module.register_forward_hook(partial(self._shift, key), prepend=True))
+                self._handles.append(module.register_forward_hook(BiasShift(self, key), prepend=True))
         if not self._sizes:
             raise ValueError(
                 f"{type(self.base_layer).__name__} has no biases that BitFit could train; use another method for this "
@@ -65,21 +64,43 @@ class BitFitLayer(TaskTunerLayer):
         self.add_adapter(self.bitfit_bias, adapter_name, shifts)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _shift(self, key: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if self.disable_adapters or not self.bitfit_bias:
+    def shift(self, key: str, adapter_name: str) -> torch.Tensor | None:
+        """What an adapter adds to a bias, None where it leaves it alone."""
+        if self.disable_adapters or adapter_name not in self.bitfit_bias:
             return None
-        routing = self.context.call.routing
-        if routing is not None and output.shape[self.batch_dim] == 1 < len(routing.adapter_names):
-            raise ValueError(
-                f"{key.replace('-', '.')} of {type(self.base_layer).__name__} computes once for all rows of a batch, "
-                "so its bias cannot be another in each row; answer the rows of each adapter in a batch of their own, "
-                "with set_adapter."
-            )
-        return self.by_row(self.bitfit_bias, partial(self._add, key), output)
-
-    def _add(self, key: str, adapter_name: str, output: torch.Tensor) -> torch.Tensor:
         shifts: Any = self.bitfit_bias[adapter_name]
-        return output + shifts[key].to(output.dtype)
+        found: torch.Tensor = shifts[key]
+        return found
+
+
+class BiasShift:
+    """The hook that shifts one bias. What computes a module's product in its stead asks it for the shift."""
+
+    def __init__(self, layer: BitFitLayer, key: str) -> None:
+        self.layer, self.key = layer, key
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """A module's output, shifted; see ``register_forward_hook``."""
+        layer = self.layer
+        if layer.disable_adapters or not layer.bitfit_bias:
+            return None
+        routing = layer.context.call.routing
+        if routing is not None and output.shape[layer.batch_dim] == 1 < len(routing.adapter_names):
+            raise ValueError(
+                f"{self.key.replace('-', '.')} of {type(layer.base_layer).__name__} computes once for all rows of a "
+                "batch, so its bias cannot be another in each row; answer the rows of each adapter in a batch of their "
+                "own, with set_adapter."
+            )
+        return layer.by_row(layer.bitfit_bias, self._add, output)
+
+    def of(self, adapter_names: list[str] | None) -> torch.Tensor | None:
+        """The shift of the active adapter, or of the named one."""
+        names = self.layer.active_adapters if adapter_names is None else adapter_names
+        return self.layer.shift(self.key, names[0]) if names else None
+
+    def _add(self, adapter_name: str, output: torch.Tensor) -> torch.Tensor:
+        shift = self.layer.shift(self.key, adapter_name)
+        return output if shift is None else output + shift.to(output.dtype)
 
 
 class BitFitModel(TaskTuner):

@@ -56,9 +56,11 @@ def fit_codebooks(
 def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int = 2) -> Tensor:
     """Return new codebooks, a few k-means steps from the present ones towards the vectors; the given stay as they are.
 
+    With fewer vectors than codewords, a codeword that is nearest to none of them stays where it is.
+
     Args:
         codebooks: (H, M, C, W).
-        vectors: (H, N, M * W), N >= C.
+        vectors: (H, N, M * W), N >= 1.
         num_iterations: Lloyd steps.
 
     Returns:
@@ -66,7 +68,7 @@ def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: shapes do not fit, there are too few vectors, or some are not finite.
+        ValueError: shapes do not fit, there are no vectors, or some are not finite.
     """
     check_codebooks(codebooks, vectors.shape[-1] if vectors.ndim else 0)
     if vectors.ndim != 3 or vectors.shape[0] != codebooks.shape[0]:
@@ -74,18 +76,18 @@ def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int
             f"vectors has shape {tuple(vectors.shape)}, codebooks {tuple(codebooks.shape)}; expected (H, N, D) with "
             "the same H."
         )
-    subvectors = _checked(vectors, codebooks.shape[2]).unflatten(-1, (codebooks.shape[1], -1))
+    subvectors = _checked(vectors, 1).unflatten(-1, (codebooks.shape[1], -1))
     present = codebooks.to(subvectors.dtype)
     heads = zip(present.split(1), subvectors.split(1), strict=True)
     return torch.cat([_lloyd(book, head, num_iterations) for book, head in heads]).to(codebooks.dtype)
 
 
-def _checked(vectors: Tensor, num_codewords: int) -> Tensor:
+def _checked(vectors: Tensor, num_needed: int) -> Tensor:
     if not vectors.is_floating_point():
         raise TypeError(f"vectors has dtype {vectors.dtype}; expected a floating-point tensor: convert it first.")
-    if vectors.shape[1] < num_codewords:
+    if vectors.shape[1] < num_needed:
         raise ValueError(
-            f"there are {vectors.shape[1]} vectors per head for {num_codewords} codewords: give at least as many, "
+            f"there are {vectors.shape[1]} vectors per head for {num_needed} codewords: give at least as many, "
             "better some thousands."
         )
     if not torch.isfinite(vectors).all():
@@ -124,9 +126,11 @@ def _lloyd(codebooks: Tensor, subvectors: Tensor, num_iterations: int) -> Tensor
         sums.scatter_add_(1, nearest.unsqueeze(-1).expand_as(groups), groups)
         means = sums / counts.clamp_min(1).unsqueeze(-1)
         empty = counts == 0
-        # The first empty codeword takes the farthest vector, the second the second farthest, ...
-        farthest = distance.topk(num_codewords, dim=1).indices.gather(1, (empty.cumsum(1) - 1).clamp_min(0))
-        replacement = groups.gather(1, farthest.unsqueeze(-1).expand(-1, -1, width))
+        if groups.shape[1] < num_codewords:
+            replacement = codebooks[0]
+        else:  # the first empty codeword takes the farthest vector, the second the second farthest, ...
+            farthest = distance.topk(num_codewords, dim=1).indices.gather(1, (empty.cumsum(1) - 1).clamp_min(0))
+            replacement = groups.gather(1, farthest.unsqueeze(-1).expand(-1, -1, width))
         moved = torch.where(empty.unsqueeze(-1), replacement, means).unsqueeze(0)
         if torch.equal(moved, codebooks):
             break

@@ -1,0 +1,46 @@
+"""Settings: what is a count and what a fraction, what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sparsepeft.spt import SptConfig
+from sparsepeft.training.config import parse_settings
+from sparsepeft.training.sparse import read_spt_settings
+
+
+@pytest.mark.parametrize(
+    ("text", "top_l", "active"),
+    [("1", 1, 1), ("1.0", 40, 8), ("0.5", 20, 4), ("3", 3, 3), ("1e-3", 1, 1)],
+)
+def test_an_int_is_a_count_and_a_float_a_fraction(text: str, top_l: int, active: int) -> None:
+    settings = parse_settings([f"top_l={text}", f"num_active_blocks={text}"], "--spt-set")
+    config = read_spt_settings(settings)
+    assert read_spt_settings(json.loads(json.dumps(settings))) == config
+    counted = config.with_length(40)
+    found = counted.top_l, counted.num_active_blocks
+    assert found == (top_l, active)
+    assert {type(count) for count in found} == {int}
+    assert SptConfig.from_json(counted.to_json()) == counted
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, 1.5, 6.0, float("nan"), True, "2"])
+@pytest.mark.parametrize("name", ["top_l", "num_active_blocks"])
+def test_other_numbers_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}=.* expected an int of at least 1, which is a count, or a float"):
+        SptConfig(**{name: value})
+
+
+def test_layers() -> None:
+    assert SptConfig(layers_to_transform=3).layers_to_transform == (3,)
+    for settings in ({}, {"ffn": False}, {"attention": False}):
+        with pytest.raises(ValueError, match="layers_to_transform is empty"):
+            SptConfig(layers_to_transform=(), **settings)  # type: ignore[arg-type]
+
+
+def test_files_of_before_hold_whole_floats_as_counts() -> None:
+    saved = SptConfig(attention=False).to_json().replace('"top_l": 0.125', '"top_l": 6.0')
+    assert SptConfig.from_json(saved).top_l == 6
