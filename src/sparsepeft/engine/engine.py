@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.backbones import resolve_model
-from sparsepeft.engine.adapted import AdaptedBackbone
+from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
 from sparsepeft.engine.batches import batches_by_tokens, windows
 from sparsepeft.engine.encoding import Encoded, Encoder, texts_of
 from sparsepeft.engine.onednn import is_onednn_faster
@@ -22,7 +23,8 @@ from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
 from sparsepeft.errors import UserError
 from sparsepeft.predictions import Prediction, Text, prediction
-from sparsepeft.training.methods import load_tokenizer, not_loaded
+from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
+from sparsepeft.tuners._layer import execution_device
 
 Request = tuple[str, Text]
 OnError = Literal["return", "raise"]
@@ -81,14 +83,17 @@ class MultiTaskEngine:
         if token_budget < 1:
             raise UserError(f"token_budget={token_budget} was given; pass the number of tokens that a batch may have.")
         if isinstance(backbone, PreTrainedModel):
-            model = backbone
+            model = sharing_tensors(backbone)
         else:
             model = load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
-        tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        self._backbone: Any = model.to(device=device) if device is not None else model  # type: ignore[call-arg]
-        self._backbone.eval()
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(model.name_or_path))
+        else:
+            tokenizer = with_pad_token(copy.deepcopy(tokenizer))
+        set_pad_token(model, tokenizer)
+        if device is not None:
+            _move(model, device)
+        self._backbone, self._device = model, execution_device(model) or model.device
         self._encoder = Encoder(tokenizer, model.config)
         self.token_budget = token_budget
         self._onednn = onednn
@@ -135,9 +140,9 @@ class MultiTaskEngine:
         onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
         model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
         adapter_name = f"task{next(self._numbers)}"
-        model.load(folder, adapter_name)
+        lowest_layer = model.load(folder, adapter_name)
         self._models[method] = model
-        task = LoadedTask(info, model, adapter_name, self._encoder.longest(info))
+        task = LoadedTask(info, model, adapter_name, self._encoder.longest(info), lowest_layer)
         # A first pass by itself: weights that are not finite are found, and bottleneck adapters see how a layer ends.
         (probe,) = self._encoder([("a",) * (info.num_texts or 1)], task.max_length)
         if not np.isfinite(self._logits([_Row(0, task, probe)])[0, : config.num_labels]).all():
@@ -277,7 +282,7 @@ class MultiTaskEngine:
         return result
 
     def _collate(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
-        return self._encoder.collate([row.encoded for row in rows], self._backbone.device)
+        return self._encoder.collate([row.encoded for row in rows], self._device)
 
 
 def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -290,6 +295,19 @@ def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", name, error)) from error
+
+
+def _move(model: PreTrainedModel, device: torch.device | str) -> None:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UserError(
+            f"device={str(device)!r} was given, but accelerate decides where the parts of this model compute; leave "
+            "device out."
+        )
+    try:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"The model cannot be moved to device={str(device)!r} ({reason}); pass another one.") from error
 
 
 def _request(request: Any) -> Request:

@@ -112,9 +112,20 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", model, error)) from error
-    if getattr(backbone.config, "pad_token_id", None) is None:
-        backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
+    if lacks_pad_token(backbone):
+        set_pad_token(backbone, load_tokenizer(model))
     return backbone
+
+
+def lacks_pad_token(model: PreTrainedModel) -> bool:
+    """Whether the model's config does not say which token is padding; decoders classify by the last that is not."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None) is None
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model that :func:`lacks_pad_token` its tokenizer's."""
+    if lacks_pad_token(model):
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -123,6 +134,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("tokenizer of the model", model, error)) from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that has no padding token pads with the one that ends a text from now on."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
