@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.engine.task import TaskInfo
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Text
+from sparsepeft.predictions import read_input
 from sparsepeft.training.encoding import longest_input
 
 
@@ -66,17 +66,15 @@ class Encoder:
         return dict(self.tokenizer.pad(features, return_tensors="pt").to(device))
 
 
-def texts_of(text: Text | Any, task: str, num_texts: int | None) -> tuple[str, ...]:
-    """The text, or the two texts, of an input.
+def texts_of(given: Any, num_texts: int | None) -> tuple[str, ...]:
+    """The text, or the two texts, of an input of a task.
 
     Raises:
-        UserError: it is no text, or empty, or of another number of texts than the task takes.
+        UserError: it is no input, has an empty text, or another number of texts than the task takes.
     """
-    texts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (tuple, list)) else ()
-    if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
-        raise UserError(f"An input of the task {task!r} is {type(text).__name__}; expected a text or a pair of texts.")
+    texts = read_input(given)
     if num_texts not in (None, len(texts)):
-        raise UserError(f"The task {task!r} takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
+        raise UserError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
     if not all(part.strip() for part in texts):
-        raise UserError(f"An input of the task {task!r} has an empty text; pass some words.")
+        raise UserError("An input has an empty text; pass some words.")
     return texts

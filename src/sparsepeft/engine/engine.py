@@ -22,11 +22,11 @@ from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Prediction, Text, prediction
+from sparsepeft.predictions import Input, Prediction, listed, prediction, read_input
 from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
 from sparsepeft.tuners._layer import execution_device
 
-Request = tuple[str, Text]
+Request = tuple[str, Input]
 OnError = Literal["return", "raise"]
 
 _WINDOW = 4096  # inputs that are encoded and sorted by length at a time
@@ -158,14 +158,15 @@ class MultiTaskEngine:
         """Answer a list of (task, text) or (task, (text, text)), in the order asked.
 
         Args:
-            requests: any number; memory beside the answers does not grow with it.
+            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``. Memory beside the
+                answers does not grow with it.
             truncation: cut what is longer than its task takes, as in training; else such a row is an error.
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
         """
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
-            for window in windows(requests, _WINDOW):
+            for window in windows(listed(requests), _WINDOW):
                 found: dict[int, Prediction] = {}
                 rows = self._encode(enumerate(window), tasks, truncation, on_error, found)
                 for same in _grouped(rows, lambda row: row.task.model):
@@ -179,13 +180,13 @@ class MultiTaskEngine:
 
     def predict_all(
         self,
-        texts: Iterable[Text],
+        texts: Iterable[Input],
         tasks: Sequence[str] | None = None,
         *,
         truncation: bool = True,
         on_error: OnError = "return",
     ) -> list[dict[str, Prediction]]:
-        """Answer several tasks for each text (or pair of texts).
+        """Answer several tasks for each input, given as for :meth:`predict`.
 
         The layers below the lowest adapter of the tasks (``layers_to_transform``) run once for a text, the others once
         for each task.
@@ -203,19 +204,20 @@ class MultiTaskEngine:
         """
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
-            chosen = {name: find(loaded, name) for name in (loaded if tasks is None else tasks)}
-            for window in windows(texts, _WINDOW):
+            names = loaded if tasks is None else listed(tasks)
+            chosen = {name: find(loaded, name) for name in names}
+            for window in windows(listed(texts), _WINDOW):
                 found: dict[tuple[str, int], Prediction] = {}
-                for names in _grouped(chosen, lambda name: _shareable(chosen[name])):
-                    group = [(name, chosen[name]) for name in names]
+                for group in _grouped(chosen.items(), lambda named: _shareable(named[1])):
+                    first, task = group[0]
                     fitting = [
-                        (place, (names[0], text))
+                        (place, (first, text))
                         for place, text in enumerate(window)
-                        if tasks is not None or _fits(text, group[0][1])
+                        if tasks is not None or _fits(text, task)
                     ]
                     failed: dict[int, Prediction] = {}
                     rows = self._encode(fitting, chosen, truncation, on_error, failed)
-                    found |= {(name, place): answer for place, answer in failed.items() for name in names}
+                    found |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
                     for batch in batches_by_tokens([len(row) for row in rows], self.token_budget):
                         found |= self._fan_out([rows[i] for i in batch], group)
                 answers += [
@@ -243,7 +245,7 @@ class MultiTaskEngine:
         for place, request in requests:
             try:
                 name, text = _request(request)
-                good.append((place, name, texts_of(text, name, find(tasks, name).info.num_texts)))
+                good.append((place, name, texts_of(text, find(tasks, name).info.num_texts)))
             except UserError as error:
                 refuse(place, error)
         rows: list[_Row] = []
@@ -252,8 +254,9 @@ class MultiTaskEngine:
             encoded = self._encoder([texts for _, _, texts in same], longest)
             for (place, name, _), one in zip(same, encoded, strict=True):
                 if one.truncated and not truncation:
-                    message = f"An input is longer than the {longest} tokens that the task {name!r} takes; shorten it."
-                    refuse(place, UserError(message))
+                    refuse(place, UserError(f"An input is longer than the {longest} tokens of its task; shorten it."))
+                elif not len(one):
+                    refuse(place, UserError("An input has no character that the tokenizer knows; pass some words."))
                 else:
                     rows.append(_Row(place, tasks[name], one))
         return rows
@@ -331,7 +334,10 @@ def _shareable(task: LoadedTask) -> tuple[Any, ...]:
 
 
 def _fits(text: Any, task: LoadedTask) -> bool:
-    return task.info.num_texts in (None, 1 if isinstance(text, str) else 2)
+    try:
+        return task.info.num_texts in (None, len(read_input(text)))
+    except UserError:
+        return True  # what is wrong with it is every task's answer
 
 
 def _answer(row: _Row, logits: np.ndarray) -> Prediction:
