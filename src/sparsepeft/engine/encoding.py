@@ -37,10 +37,17 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self._lock = threading.Lock()  # a fast tokenizer keeps its truncation as state
+        self._longest: dict[int | None, int] = {}  # by what tasks want
 
     def longest(self, info: TaskInfo) -> int:
-        """Tokens an input of the task may have."""
-        return longest_input(self.tokenizer, self.config, info.max_length)
+        """Tokens an input of the task may have.
+
+        Raises:
+            UserError: it was trained on longer ones than this backbone takes.
+        """
+        if info.max_length not in self._longest:  # so that adding a task asks only once what the backbone takes
+            self._longest[info.max_length] = longest_input(self.tokenizer, self.config, info.max_length)
+        return self._longest[info.max_length]
 
     def __call__(self, inputs: list[tuple[str, ...]], max_length: int) -> list[Encoded]:
         """Encode texts, or pairs of texts, and cut those that are longer than ``max_length`` tokens."""

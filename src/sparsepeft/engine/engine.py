@@ -139,16 +139,23 @@ class MultiTaskEngine:
         method = str(config.peft_type)
         onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
         model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
-        adapter_name = f"task{next(self._numbers)}"
-        lowest_layer = model.load(folder, adapter_name)
-        self._models[method] = model
-        task = LoadedTask(info, model, adapter_name, self._encoder.longest(info), lowest_layer)
-        # A first pass by itself: weights that are not finite are found, and bottleneck adapters see how a layer ends.
-        (probe,) = self._encoder([("a",) * (info.num_texts or 1)], task.max_length)
-        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, : config.num_labels]).all():
+        adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info)
+        task = LoadedTask(info, model, adapter_name, longest, model.load(folder, adapter_name))
+        try:
+            self._try_out(task, config.num_labels)
+        except BaseException:
             model.delete(adapter_name)
-            raise UserError(f"The weights in {folder} give logits that are not finite; train or copy the task again.")
+            raise
+        self._models[method] = model
         return task
+
+    def _try_out(self, task: LoadedTask, num_labels: int | None) -> None:
+        """A first pass by itself: weights that are not finite are found, and bottlenecks see how a layer ends."""
+        (probe,) = self._encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
+        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, :num_labels]).all():
+            raise UserError(
+                f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
+            )
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
