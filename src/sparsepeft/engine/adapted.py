@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from sparsepeft.engine.onednn import use_onednn
@@ -17,9 +18,10 @@ from sparsepeft.training.methods import loading_adapter
 from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._context import ForwardContext
-from sparsepeft.tuners._heads import HeadModule
 from sparsepeft.tuners._layer import TaskTunerLayer
 from sparsepeft.tuners._partial import PartialPasses
+
+Place = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router
 
 
 class AdaptedBackbone:
@@ -44,7 +46,7 @@ class AdaptedBackbone:
         self._partial = PartialPasses(self.model)
         self._peft: PeftModel | None = None
         self._context = ForwardContext()
-        self._places: dict[str, list[TaskTunerLayer | HeadModule]] = {}  # of each adapter
+        self._places: dict[str, list[Place]] = {}  # of each adapter
 
     def load(self, folder: Path, adapter_name: str) -> int:
         """Read an adapter. Passes that run meanwhile are not disturbed, as none of them uses it.
@@ -69,10 +71,10 @@ class AdaptedBackbone:
     def delete(self, adapter_name: str) -> None:
         """Forget an adapter that no pass uses."""
         for place in self._places.pop(adapter_name):
-            if isinstance(place, HeadModule):
-                place.delete_adapter(adapter_name, None)
-            else:
+            if isinstance(place, TaskTunerLayer):
                 place.delete_adapter(adapter_name)
+            else:
+                place.delete_adapter(adapter_name, None)
 
     def logits(
         self,
@@ -137,12 +139,12 @@ class AdaptedBackbone:
         if self._peft is not None:
             self._peft.peft_config.pop(adapter_name, None)
 
-    def _holding(self, adapter_name: str) -> list[tuple[str, TaskTunerLayer | HeadModule]]:
-        """The layers and head modules that have something of an adapter, by name."""
+    def _holding(self, adapter_name: str) -> list[tuple[str, Place]]:
+        """What has something of an adapter, by name."""
         return [
             (name, module)
             for name, module in self.model.named_modules()
-            if isinstance(module, (TaskTunerLayer, HeadModule))
+            if isinstance(module, Place)
             and any(adapter_name in getattr(module, container) for container in module.adapter_layer_names)
         ]
 

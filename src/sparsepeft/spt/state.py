@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.tuners._adapters import AdapterDict
 
 
 class SptState(ModulesToSaveWrapper):
@@ -30,7 +31,7 @@ class SptState(ModulesToSaveWrapper):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._adapters: set[str] = set()
-        self.init_modules("")
+        self.modules_to_save = AdapterDict()
 
     @property
     def current(self) -> Any:

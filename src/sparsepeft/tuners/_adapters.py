@@ -36,5 +36,10 @@ class AdapterDict(nn.ModuleDict):
         else:
             super().__delitem__(name)
 
+    def clear(self) -> None:
+        """Forget all adapters."""
+        self._aside.clear()
+        super().clear()
+
     def __bool__(self) -> bool:
         return bool(self._aside) or len(self) > 0
