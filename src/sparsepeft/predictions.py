@@ -1,13 +1,63 @@
-"""What a model says about one input."""
+"""What a model is asked, and what it says about one input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from sparsepeft.errors import UserError
+
 Text = str | tuple[str, str]
+Input = Text | Sequence[str] | Mapping[str, str]
+_KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
+
+
+def read_input(given: Any) -> tuple[str, ...]:
+    """The text, or the two texts, of one input.
+
+    Args:
+        given: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``.
+
+    Raises:
+        UserError: it is none of these, or a text is not valid Unicode.
+    """
+    parts: tuple[Any, ...] = ()
+    if isinstance(given, str):
+        parts = (given,)
+    elif isinstance(given, Mapping) and "text" in given and given.keys() <= set(_KEYS):
+        parts = tuple(given[key] for key in _KEYS if given.get(key) is not None)
+    elif isinstance(given, (tuple, list)):
+        parts = tuple(given)
+    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+        raise UserError(
+            f"An input is {given!r:.80} ({type(given).__name__}); expected a text, a pair of texts, or a dictionary "
+            "with text and text_pair."
+        )
+    for part in parts:
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"An input has {part[error.start]!a} at position {error.start}, half of a surrogate pair, which is no "
+                "character; decode the text again, or replace it."
+            ) from None
+    return parts
+
+
+def listed(items: Iterable[Any]) -> Iterable[Any]:
+    """What a call was given for a list: a text or a dictionary is a list of one, as for transformers' pipelines.
+
+    Raises:
+        UserError: it is no list.
+    """
+    if isinstance(items, (str, Mapping)):
+        return [items]
+    if isinstance(items, bytes) or not isinstance(items, Iterable):
+        raise UserError(f"{items!r:.80} ({type(items).__name__}) was given; expected a list of inputs.")
+    return items
 
 
 @dataclass(frozen=True)

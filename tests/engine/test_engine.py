@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import cProfile
+import gc
 import json
+import re
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,34 +123,71 @@ def test_runs_of_the_command_line(backbone: Path, tmp_path: Path) -> None:
     train(run_config(backbone, tmp_path / "topics", max_length=16))
     engine = MultiTaskEngine(backbone, {"topics": tmp_path / "topics"})
     answers = engine.predict([("topics", text) for text in TEXTS])
-    for answer, other in zip(answers, Predictor(tmp_path / "topics", str(backbone)).predict(TEXTS), strict=True):
+    predictor = Predictor(tmp_path / "topics", str(backbone))
+    for answer, other in zip(answers, predictor.predict(TEXTS), strict=True):
         assert answer.label == other.label
         np.testing.assert_allclose(values(answer), values(other), rtol=1e-4, atol=1e-5)
     assert {answer.truncated for answer in answers} == {False, True}
     refused = engine.predict([("topics", TEXTS[0]), ("topics", max(TEXTS, key=len))], truncation=False)
     assert refused[0].error is None
     assert "longer than the 16 tokens" in str(refused[1].error)
+    for given in (TEXTS[0], {"text": TEXTS[0]}, [(TEXTS[0],)]):  # the predictor reads inputs as the engine does
+        (other,) = predictor.predict(given)  # type: ignore[arg-type]
+        np.testing.assert_allclose(values(other), values(answers[0]), rtol=1e-4, atol=1e-5)
+    assert len(predictor.predict("")) == 1
+    assert predictor.predict([]) == list(predictor.predict_stream([])) == []
+    for words, inputs in BAD_INPUTS.items():
+        for given in inputs if words != "empty text" else [(TEXTS[0], TEXTS[1])]:
+            with pytest.raises(UserError, match=words if words != "empty text" else "takes 1 text"):
+                list(predictor.predict_stream([TEXTS[0], given]))
+
+
+BAD_INPUTS = {
+    "empty text": [" ", (TEXTS[0], "")],
+    "expected a text, a pair of texts, or a dictionary": [
+        *(None, 3, 0.5, float("nan"), b"bytes", [], (), ["a"] * 3, ("a", None), ["a", ["b"]], {}),
+        *({"text": None}, {"text": 1}, {"text_pair": "a"}, {"text": "a", "label": 0}),
+    ],
+    "half of a surrogate pair": ["bad \ud83d", ("good", "\udc00"), {"text": "\ud83d"}],
+}
 
 
 def test_bad_rows_do_not_stop_the_others(engine: MultiTaskEngine) -> None:
-    requests = [
-        ("two", TEXTS[0]),
-        ("tow", TEXTS[0]),
-        ("two", " "),
-        ("two", (TEXTS[0], "")),
-        ("two", 3),
-        "two",
-        ("five", (TEXTS[0], TEXTS[1])),
+    good, (first, second) = engine.predict([("two", TEXTS[0])]), TEXTS[:2]
+    bad = [(("two", given), words) for words, inputs in BAD_INPUTS.items() for given in inputs]
+    bad += [(("tow", first), "did you mean 'two'"), ("two", "expected (task, text)"), (None, "expected (task, text)")]
+    answers = engine.predict([one for request, _ in bad for one in (("two", first), request)])  # type: ignore[misc]
+    for answer, (request, words) in zip(answers[1::2], bad, strict=True):
+        assert words in str(answer.error)
+        assert np.isnan(answer.score)
+        assert answer.label is None
+        with pytest.raises(UserError, match=re.escape(words)):
+            engine.predict([("two", first), request], on_error="raise")  # type: ignore[list-item]
+    for answer in answers[::2]:
+        np.testing.assert_allclose(values(answer), values(good[0]), rtol=1e-5)
+    inputs = [given for one in BAD_INPUTS.values() for given in one]
+    of_all = engine.predict_all([first, *inputs], ["two", "degree"])  # type: ignore[list-item]
+    assert [{str(one.error)[:9] for one in of_input.values()} for of_input in of_all] == [
+        {"None"},
+        *({"An input "} for _ in inputs),
     ]
-    answers = engine.predict(requests)  # type: ignore[arg-type]
-    words = ["", "did you mean 'two'", "empty text", "empty text", "int; expected a text", "expected (task, text)", ""]
-    for answer, part in zip(answers, words, strict=True):
-        assert (part in str(answer.error)) if part else answer.error is None
-        assert np.isnan(answer.score) == (answer.label is None) == bool(part)
-    with pytest.raises(UserError, match="did you mean 'two'"):
-        engine.predict(requests, on_error="raise")  # type: ignore[arg-type]
-    assert engine.predict([("two", TEXTS[0])]) == engine.predict([("two", TEXTS[0])])
-    assert engine.predict([]) == []
+    assert list(engine.predict_all([None])[0]) == list(TASKS)  # type: ignore[list-item]
+    pairs: list[Any] = [(first, second), [first, second], {"text": first, "text_pair": second}]
+    assert len({str(values(one)) for one in engine.predict([("five", pair) for pair in pairs])}) == 1
+    singles: list[Any] = [first, (first,), {"text": first}, {"text": first, "text_pair": None}]
+    assert [values(one) for one in engine.predict([("two", text) for text in singles])] == [values(good[0])] * 4
+
+
+def test_one_input_is_a_list_of_one(engine: MultiTaskEngine) -> None:
+    for given in (TEXTS[0], {"text": TEXTS[0]}):
+        (answer,) = engine.predict_all(given, "two")
+        np.testing.assert_allclose(values(answer["two"]), values(engine.predict([("two", TEXTS[0])])[0]), rtol=1e-5)
+    assert "expected (task, text)" in str(engine.predict("two")[0].error)  # type: ignore[arg-type]
+    assert engine.predict([]) == engine.predict_all([]) == []
+    for ask in (engine.predict, engine.predict_all):
+        for given in (None, 3, b"text"):
+            with pytest.raises(UserError, match="expected a list of inputs"):
+                ask(given)  # type: ignore[arg-type]
 
 
 def test_pairs_go_to_the_tasks_that_take_them(backbone: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -212,16 +254,32 @@ def test_tasks_come_and_go(engine: MultiTaskEngine, backbone: Path, folders: dic
 
 
 def test_what_was_removed_leaves_memory(engine: MultiTaskEngine, folders: dict[str, Path]) -> None:
-    def size() -> int:
-        trees = (model.model for model in engine._models.values())
-        return sum(p.numel() for p in {id(p): p for tree in trees for p in tree.parameters()}.values())
+    def num_values() -> int:
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if type(one) is torch.nn.Parameter)
 
-    before = size()
+    before = num_values()
     for _ in range(3):
         engine.replace("five", folders["five"])
-    assert size() == before
-    engine.remove("five")
-    assert size() < before
+    assert num_values() == before
+    for name in ("five", "pfeiffer", "bitfit", "head"):
+        engine.remove(name)
+        before, larger = num_values(), before
+        assert before < larger
+
+
+def test_the_hundredth_task_costs_what_the_first_does(engine: MultiTaskEngine, folders: dict[str, Path]) -> None:
+    def num_calls(change: Callable[[], None]) -> int:
+        with cProfile.Profile() as profile:
+            change()
+        return sum(entry.callcount for entry in profile.getstats())
+
+    folder = folders["two"]  # with norms of its own
+    first = [num_calls(lambda i=i: engine.add(f"more{i}", folder)) for i in range(40)]
+    replaced = num_calls(lambda: engine.replace("more39", folder))
+    removed = [num_calls(lambda i=i: engine.remove(f"more{i}")) for i in range(40)]
+    assert max(first[-1], replaced) < 1.02 * first[1]  # constant but for a caches' few calls
+    assert removed[0] < 1.02 * removed[-1]
 
 
 def test_the_backbone_is_there_once(engine: MultiTaskEngine) -> None:
@@ -327,6 +385,7 @@ def test_a_bad_task_is_refused_and_the_engine_goes_on(
     engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path, make, message: str
 ) -> None:
     before = engine.predict([(name, TEXTS[0]) for name in TASKS])
+    loaded = [sorted(model._places) for model in engine._models.values()]
     folder = make(backbone, folders, tmp_path / "bad")
     with pytest.raises(UserError, match=message):
         engine.add("bad", folder)
@@ -336,7 +395,7 @@ def test_a_bad_task_is_refused_and_the_engine_goes_on(
         MultiTaskEngine(backbone, {"bad": folder})
     assert list(engine.tasks) == list(TASKS)
     assert engine.predict([(name, TEXTS[0]) for name in TASKS]) == before
-    assert all(not m.has_adapter("bad") for m in engine._models.values() if hasattr(m, "has_adapter"))
+    assert [sorted(model._places) for model in engine._models.values()] == loaded
 
 
 def test_a_run_that_disagrees_with_its_head_is_refused(backbone: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.test_engine import BAD_INPUTS
 from tests.export.conftest import TASKS
 from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
 
@@ -71,6 +72,20 @@ def test_the_runner_needs_few_packages(exported_in: Exported, backbone: Path, fo
     assert done.returncode != 0
     assert "'seven' is unknown; there are degree, five, two" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_inputs_are_read_as_the_engine_reads_them(
+    exported_in: Exported, backbone: Path, folders: dict[str, Path]
+) -> None:
+    engine, runner = MultiTaskEngine(backbone, folders), exported_in.runner(exported_in.folder)
+    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    good: list[Any] = [TEXTS[0], (TEXTS[0],), [TEXTS[0], TEXTS[1]], {"text": TEXTS[0]}, pair]
+    assert_same(list(runner.answer("two", good)), engine.predict([("two", given) for given in good]))
+    for given in (TEXTS[0], pair):
+        assert_same(list(runner.answer("two", given)), engine.predict([("two", given)]))
+    for given in (given for words, inputs in BAD_INPUTS.items() if words != "empty text" for given in inputs):
+        with pytest.raises(ValueError, match="an input "):
+            list(runner.answer("two", [TEXTS[0], given]))
 
 
 def test_a_damaged_or_foreign_adapter_is_refused(exported_in: Exported, tmp_path: Path) -> None:

@@ -194,9 +194,12 @@ def test_offloaded_weights(folders, where: str, tmp_path) -> None:
     else:
         disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
     assert all(p.device.type == "meta" for p in model.bert.encoder.parameters())
+    bare = run(model, INPUTS)
     loaded = PeftModel.from_pretrained(model, task)
     assert all(p.device.type == "cpu" for n, p in loaded.named_parameters() if ".default." in n)
     assert torch.equal(run(loaded, INPUTS), expected)
+    with loaded.disable_adapter():  # the adapter's norms and head are no longer the tensors that wait
+        assert torch.equal(run(loaded, INPUTS), bare)
     assert any(p.device.type == "meta" for p in loaded.parameters())
 
 

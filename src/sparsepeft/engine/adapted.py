@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 from transformers import PreTrainedModel
 
 from sparsepeft.engine.onednn import use_onednn
 from sparsepeft.training.methods import loading_adapter
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._context import ForwardContext
 from sparsepeft.tuners._layer import TaskTunerLayer
 from sparsepeft.tuners._partial import PartialPasses
+
+Place = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router
 
 
 class AdaptedBackbone:
@@ -27,6 +29,7 @@ class AdaptedBackbone:
 
     PEFT keeps adapters of one method in one model. Methods must not nest in one tree of modules (a bottleneck adapter
     acts inside a norm that a SPARTAN task may replace), so each method gets a tree; the backbone's tensors exist once.
+    An adapter that is loaded is set aside from PEFT, which walks over all it knows of whenever one is added.
 
     Args:
         backbone: whose parameters and buffers are shared. It is not changed.
@@ -35,46 +38,43 @@ class AdaptedBackbone:
 
     def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
         self.model = sharing_tensors(backbone)
-        self.model.config.use_cache = False
+        self.model.eval().config.use_cache = False
+        # Accelerate's hooks stay as they are; where the model says that it has some, PEFT would set up its own.
+        vars(self.model).pop("hf_device_map", None)
         if onednn:
             use_onednn(self.model)
         self._partial = PartialPasses(self.model)
         self._peft: PeftModel | None = None
         self._context = ForwardContext()
+        self._places: dict[str, list[Place]] = {}  # of each adapter
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no adapter is left."""
-        return self._peft is None or not self._peft.peft_config
-
-    def load(self, folder: Path, adapter_name: str) -> None:
+    def load(self, folder: Path, adapter_name: str) -> int:
         """Read an adapter. Passes that run meanwhile are not disturbed, as none of them uses it.
+
+        Returns:
+            How many layers at the bottom compute the same with this adapter as without it.
 
         Raises:
             UserError: the files are damaged, or belong to another backbone; nothing is left of them.
         """
         try:
             with loading_adapter(folder):
-                if self._peft is None:
-                    peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter_name)
-                    self._context = _context_of(peft)
-                    self._peft = peft
-                else:
-                    self._peft.load_adapter(str(folder), adapter_name=adapter_name)
+                self._attach(folder, adapter_name)
+            lowest = self._lowest_layer(adapter_name)
         except BaseException:
+            self._set_aside(adapter_name)
             self.delete(adapter_name)
             raise
-        assert self._peft is not None
-        self._peft.eval()
-        tuner: Any = self._peft.base_model
-        tuner.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
+        self._set_aside(adapter_name)
+        return lowest
 
     def delete(self, adapter_name: str) -> None:
         """Forget an adapter that no pass uses."""
-        if self._peft is not None and adapter_name in self._peft.peft_config:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that the active adapter goes, where loading failed
-                self._peft.delete_adapter(adapter_name)
+        for place in self._places.pop(adapter_name):
+            if isinstance(place, TaskTunerLayer):
+                place.delete_adapter(adapter_name)
+            else:
+                place.delete_adapter(adapter_name, None)
 
     def logits(
         self,
@@ -105,31 +105,71 @@ class AdaptedBackbone:
             model(**inputs)
         return self._partial.states()
 
-    def lowest_layer(self, adapter_name: str) -> int:
-        """How many layers at the bottom compute the same with this adapter as without it."""
+    def _attach(self, folder: Path, adapter_name: str) -> None:
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter_name)
+            self._context = _context_of(self._peft)
+        else:
+            self._peft.load_adapter(str(folder), adapter_name=adapter_name)
+        self._peft.eval()
+        tuner: Any = self._peft.base_model
+        tuner.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
+
+    def _lowest_layer(self, adapter_name: str) -> int:
         blocks = find_blocks(self.model)
         assert self._peft is not None
         config: Any = self._peft.peft_config[adapter_name]
         head = tuple(f"{name}." for name in config.head_modules or ())
         lowest = len(blocks)
-        for name, module in self.model.named_modules():
-            if not _holds(module, adapter_name) or f"{name}.".startswith(head):
+        for name, _ in self._holding(adapter_name):
+            if f"{name}.".startswith(head):
                 continue
             inside = (i for i, block in enumerate(blocks) if f"{name}.".startswith(f"{block.name}."))
             lowest = min(lowest, next(inside, 0))  # below the layers, such as the embeddings' norm: none is shared
         return lowest
 
+    def _set_aside(self, adapter_name: str) -> None:
+        """Hide an adapter from PEFT."""
+        self._places[adapter_name] = [place for _, place in self._holding(adapter_name)]
+        for place in self._places[adapter_name]:
+            for container in place.adapter_layer_names:
+                adapters: AdapterDict = getattr(place, container)
+                if adapter_name in adapters:
+                    adapters.set_aside(adapter_name)
+        if self._peft is not None:
+            self._peft.peft_config.pop(adapter_name, None)
+
+    def _holding(self, adapter_name: str) -> list[tuple[str, Place]]:
+        """What has something of an adapter, by name."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, Place)
+            and any(adapter_name in getattr(module, container) for container in module.adapter_layer_names)
+        ]
+
 
 def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules, with the same parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """A copy of the modules whose parameters and buffers lie in the same memory.
+
+    What is done to the copy (its mode, device, hooks, which parameters want gradients) leaves ``model`` alone. Values
+    that are changed in place, as optimizers change them, change in both.
+    """
+    # A shallow copy of a tensor shares its memory, whatever its class, and keeps what was noted on it.
+    memo: dict[int, Any] = {id(tensor): copy.copy(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for offloaded in _offloaded_weights(model):
+        memo[id(offloaded)] = offloaded
+    return copy.deepcopy(model, memo)
 
 
-def _holds(module: nn.Module, adapter_name: str) -> bool:
-    if not isinstance(module, (TaskTunerLayer, AuxiliaryTrainingWrapper)):
-        return False
-    return any(adapter_name in getattr(module, container) for container in module.adapter_layer_names)
+def _offloaded_weights(model: PreTrainedModel) -> Iterator[Any]:
+    """Where accelerate's hooks keep weights that are not on the device they compute on."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            for name in ("weights_map", "tied_params_map"):
+                if getattr(each, name, None) is not None:
+                    yield getattr(each, name)
 
 
 def _context_of(peft: PeftModel) -> ForwardContext:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.engine.task import TaskInfo
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Text
+from sparsepeft.predictions import read_input
 from sparsepeft.training.encoding import longest_input
 
 
@@ -37,10 +37,17 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self._lock = threading.Lock()  # a fast tokenizer keeps its truncation as state
+        self._longest: dict[int | None, int] = {}  # by what tasks want
 
     def longest(self, info: TaskInfo) -> int:
-        """Tokens an input of the task may have."""
-        return longest_input(self.tokenizer, self.config, info.max_length)
+        """Tokens an input of the task may have.
+
+        Raises:
+            UserError: it was trained on longer ones than this backbone takes.
+        """
+        if info.max_length not in self._longest:  # so that adding a task asks only once what the backbone takes
+            self._longest[info.max_length] = longest_input(self.tokenizer, self.config, info.max_length)
+        return self._longest[info.max_length]
 
     def __call__(self, inputs: list[tuple[str, ...]], max_length: int) -> list[Encoded]:
         """Encode texts, or pairs of texts, and cut those that are longer than ``max_length`` tokens."""
@@ -66,17 +73,15 @@ class Encoder:
         return dict(self.tokenizer.pad(features, return_tensors="pt").to(device))
 
 
-def texts_of(text: Text | Any, task: str, num_texts: int | None) -> tuple[str, ...]:
-    """The text, or the two texts, of an input.
+def texts_of(given: Any, num_texts: int | None) -> tuple[str, ...]:
+    """The text, or the two texts, of an input of a task.
 
     Raises:
-        UserError: it is no text, or empty, or of another number of texts than the task takes.
+        UserError: it is no input, has an empty text, or another number of texts than the task takes.
     """
-    texts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (tuple, list)) else ()
-    if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
-        raise UserError(f"An input of the task {task!r} is {type(text).__name__}; expected a text or a pair of texts.")
+    texts = read_input(given)
     if num_texts not in (None, len(texts)):
-        raise UserError(f"The task {task!r} takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
+        raise UserError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
     if not all(part.strip() for part in texts):
-        raise UserError(f"An input of the task {task!r} has an empty text; pass some words.")
+        raise UserError("An input has an empty text; pass some words.")
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,17 +15,18 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.backbones import resolve_model
-from sparsepeft.engine.adapted import AdaptedBackbone
+from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
 from sparsepeft.engine.batches import batches_by_tokens, windows
 from sparsepeft.engine.encoding import Encoded, Encoder, texts_of
 from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Prediction, Text, prediction
-from sparsepeft.training.methods import load_tokenizer, not_loaded
+from sparsepeft.predictions import Input, Prediction, listed, prediction, read_input
+from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
+from sparsepeft.tuners._layer import execution_device
 
-Request = tuple[str, Text]
+Request = tuple[str, Input]
 OnError = Literal["return", "raise"]
 
 _WINDOW = 4096  # inputs that are encoded and sorted by length at a time
@@ -81,14 +83,17 @@ class MultiTaskEngine:
         if token_budget < 1:
             raise UserError(f"token_budget={token_budget} was given; pass the number of tokens that a batch may have.")
         if isinstance(backbone, PreTrainedModel):
-            model = backbone
+            model = sharing_tensors(backbone)
         else:
             model = load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
-        tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        self._backbone: Any = model.to(device=device) if device is not None else model  # type: ignore[call-arg]
-        self._backbone.eval()
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(model.name_or_path))
+        else:
+            tokenizer = with_pad_token(copy.deepcopy(tokenizer))
+        set_pad_token(model, tokenizer)
+        if device is not None:
+            _move(model, device)
+        self._backbone, self._device = model, execution_device(model) or model.device
         self._encoder = Encoder(tokenizer, model.config)
         self.token_budget = token_budget
         self._onednn = onednn
@@ -134,16 +139,23 @@ class MultiTaskEngine:
         method = str(config.peft_type)
         onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
         model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
-        adapter_name = f"task{next(self._numbers)}"
-        model.load(folder, adapter_name)
-        self._models[method] = model
-        task = LoadedTask(info, model, adapter_name, self._encoder.longest(info))
-        # A first pass by itself: weights that are not finite are found, and bottleneck adapters see how a layer ends.
-        (probe,) = self._encoder([("a",) * (info.num_texts or 1)], task.max_length)
-        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, : config.num_labels]).all():
+        adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info)
+        task = LoadedTask(info, model, adapter_name, longest, model.load(folder, adapter_name))
+        try:
+            self._try_out(task, config.num_labels)
+        except BaseException:
             model.delete(adapter_name)
-            raise UserError(f"The weights in {folder} give logits that are not finite; train or copy the task again.")
+            raise
+        self._models[method] = model
         return task
+
+    def _try_out(self, task: LoadedTask, num_labels: int | None) -> None:
+        """A first pass by itself: weights that are not finite are found, and bottlenecks see how a layer ends."""
+        (probe,) = self._encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
+        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, :num_labels]).all():
+            raise UserError(
+                f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
+            )
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -153,14 +165,15 @@ class MultiTaskEngine:
         """Answer a list of (task, text) or (task, (text, text)), in the order asked.
 
         Args:
-            requests: any number; memory beside the answers does not grow with it.
+            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``. Memory beside the
+                answers does not grow with it.
             truncation: cut what is longer than its task takes, as in training; else such a row is an error.
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
         """
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
-            for window in windows(requests, _WINDOW):
+            for window in windows(listed(requests), _WINDOW):
                 found: dict[int, Prediction] = {}
                 rows = self._encode(enumerate(window), tasks, truncation, on_error, found)
                 for same in _grouped(rows, lambda row: row.task.model):
@@ -174,13 +187,13 @@ class MultiTaskEngine:
 
     def predict_all(
         self,
-        texts: Iterable[Text],
+        texts: Iterable[Input],
         tasks: Sequence[str] | None = None,
         *,
         truncation: bool = True,
         on_error: OnError = "return",
     ) -> list[dict[str, Prediction]]:
-        """Answer several tasks for each text (or pair of texts).
+        """Answer several tasks for each input, given as for :meth:`predict`.
 
         The layers below the lowest adapter of the tasks (``layers_to_transform``) run once for a text, the others once
         for each task.
@@ -198,19 +211,20 @@ class MultiTaskEngine:
         """
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
-            chosen = {name: find(loaded, name) for name in (loaded if tasks is None else tasks)}
-            for window in windows(texts, _WINDOW):
+            names = loaded if tasks is None else listed(tasks)
+            chosen = {name: find(loaded, name) for name in names}
+            for window in windows(listed(texts), _WINDOW):
                 found: dict[tuple[str, int], Prediction] = {}
-                for names in _grouped(chosen, lambda name: _shareable(chosen[name])):
-                    group = [(name, chosen[name]) for name in names]
+                for group in _grouped(chosen.items(), lambda named: _shareable(named[1])):
+                    first, task = group[0]
                     fitting = [
-                        (place, (names[0], text))
+                        (place, (first, text))
                         for place, text in enumerate(window)
-                        if tasks is not None or _fits(text, group[0][1])
+                        if tasks is not None or _fits(text, task)
                     ]
                     failed: dict[int, Prediction] = {}
                     rows = self._encode(fitting, chosen, truncation, on_error, failed)
-                    found |= {(name, place): answer for place, answer in failed.items() for name in names}
+                    found |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
                     for batch in batches_by_tokens([len(row) for row in rows], self.token_budget):
                         found |= self._fan_out([rows[i] for i in batch], group)
                 answers += [
@@ -238,7 +252,7 @@ class MultiTaskEngine:
         for place, request in requests:
             try:
                 name, text = _request(request)
-                good.append((place, name, texts_of(text, name, find(tasks, name).info.num_texts)))
+                good.append((place, name, texts_of(text, find(tasks, name).info.num_texts)))
             except UserError as error:
                 refuse(place, error)
         rows: list[_Row] = []
@@ -247,8 +261,9 @@ class MultiTaskEngine:
             encoded = self._encoder([texts for _, _, texts in same], longest)
             for (place, name, _), one in zip(same, encoded, strict=True):
                 if one.truncated and not truncation:
-                    message = f"An input is longer than the {longest} tokens that the task {name!r} takes; shorten it."
-                    refuse(place, UserError(message))
+                    refuse(place, UserError(f"An input is longer than the {longest} tokens of its task; shorten it."))
+                elif not len(one):
+                    refuse(place, UserError("An input has no character that the tokenizer knows; pass some words."))
                 else:
                     rows.append(_Row(place, tasks[name], one))
         return rows
@@ -277,7 +292,7 @@ class MultiTaskEngine:
         return result
 
     def _collate(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
-        return self._encoder.collate([row.encoded for row in rows], self._backbone.device)
+        return self._encoder.collate([row.encoded for row in rows], self._device)
 
 
 def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -290,6 +305,19 @@ def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", name, error)) from error
+
+
+def _move(model: PreTrainedModel, device: torch.device | str) -> None:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UserError(
+            f"device={str(device)!r} was given, but accelerate decides where the parts of this model compute; leave "
+            "device out."
+        )
+    try:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"The model cannot be moved to device={str(device)!r} ({reason}); pass another one.") from error
 
 
 def _request(request: Any) -> Request:
@@ -313,7 +341,10 @@ def _shareable(task: LoadedTask) -> tuple[Any, ...]:
 
 
 def _fits(text: Any, task: LoadedTask) -> bool:
-    return task.info.num_texts in (None, 1 if isinstance(text, str) else 2)
+    try:
+        return task.info.num_texts in (None, len(read_input(text)))
+    except UserError:
+        return True  # what is wrong with it is every task's answer
 
 
 def _answer(row: _Row, logits: np.ndarray) -> Prediction:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.tuners._identity import is_quantized
 
 _ROWS, _WIDTH, _REPEATS = 256, 768, 7  # of the comparison: some ten milliseconds
 
@@ -32,6 +33,7 @@ class OneDnnLinear(nn.Linear):
             or input.dtype != self.weight.dtype
             or not can_onednn_compute(input.dtype)
             or input.device.type != "cpu"
+            or is_quantized(self.weight)
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(input)

@@ -43,15 +43,17 @@ class LoadedTask:
         model: which holds the adapter.
         adapter_name: under which name.
         max_length: tokens an input may have.
+        lowest_layer: how many layers at the bottom the adapter leaves as they are.
 
     Attributes:
-        lowest_layer: how many layers at the bottom the adapter leaves as they are.
         users: calls that are using it.
     """
 
-    def __init__(self, info: TaskInfo, model: AdaptedBackbone, adapter_name: str, max_length: int) -> None:
-        self.info, self.model, self.adapter_name, self.max_length = info, model, adapter_name, max_length
-        self.lowest_layer = model.lowest_layer(adapter_name)
+    def __init__(
+        self, info: TaskInfo, model: AdaptedBackbone, adapter_name: str, max_length: int, lowest_layer: int
+    ) -> None:
+        self.info, self.model, self.adapter_name = info, model, adapter_name
+        self.max_length, self.lowest_layer = max_length, lowest_layer
         self.users = 0
 
 

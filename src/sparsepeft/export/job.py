@@ -25,7 +25,7 @@ from sparsepeft.export.checking import (
 from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
 from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.methods import load_tokenizer
+from sparsepeft.training.methods import load_tokenizer, set_pad_token
 
 
 class Job:
@@ -63,6 +63,7 @@ class Job:
         self.backbone_name = describe_backbone(name)
         backbone = load_backbone(name, torch.float32)
         self.tokenizer = load_tokenizer(name)
+        set_pad_token(backbone, self.tokenizer)
         self._engine = MultiTaskEngine(
             backbone, {task.name: task.info.folder for task in self.tasks}, tokenizer=self.tokenizer
         )

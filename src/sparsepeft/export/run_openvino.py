@@ -24,11 +24,10 @@ class Runner:
         self.tasks = {file.parent.name: json.loads(file.read_bytes()) for file in self.folder.glob("tasks/*/task.json")}
 
     def answer(self, name, texts, batch_size=8):
-        """Yield, for each of the texts (or tuples of two texts), a dict with label, score and scores."""
+        """Yield a dict with label, score and scores for each text, pair, or dict with text and text_pair."""
         if (task := self.tasks.get(name)) is None:
             raise ValueError(f"the task {name!r} is unknown; there are {', '.join(sorted(self.tasks))}")
-        if task["num_texts"] and any((isinstance(t, str) or len(t)) != task["num_texts"] for t in texts):
-            raise ValueError(f"the task {name!r} takes {task['num_texts']} text(s) per input")
+        texts = [_read(one, task["num_texts"]) for one in ([texts] if isinstance(texts, (str, dict)) else texts)]
         if name not in self.adapters:
             file = self.folder / "tasks" / name / "adapter_model.safetensors"
             if [task["graph"], task["sha256"]] != [self.graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
@@ -46,6 +45,19 @@ class Runner:
                 self.active = name
             logits = self.request.infer({key: feed[key] for key in self.inputs & feed.keys()})[0]
             yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
+
+
+def _read(given, num_texts):
+    parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:
+        parts = tuple(given[key] for key in ("text", "text_pair") if given.get(key) is not None)
+    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"an input is {given!r:.80}; expected a text, a pair, or a dict with text and text_pair")
+    if num_texts and len(parts) != num_texts:
+        raise ValueError(f"an input has {len(parts)} text(s), but the task takes {num_texts} per input")
+    if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
+        raise ValueError(f"an input is {given!a:.80}, with half of a surrogate pair, which is no character")
+    return parts if len(parts) == 2 else parts[0]
 
 
 def _answer(labels, multi_label, logits):

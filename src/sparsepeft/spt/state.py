@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._context import ForwardContext, Routing
 
 
@@ -36,7 +37,7 @@ class SptState(ModulesToSaveWrapper):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self._adapters: set[str] = set()
-        self.init_modules("")
+        self.modules_to_save = AdapterDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
         if id(self.context) not in memo:  # copied without the model

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Prediction, Text, prediction
+from sparsepeft.predictions import Input, Prediction, listed, prediction, read_input
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import longest_input
@@ -55,12 +55,23 @@ class Predictor:
         self.tokenizer = load_tokenizer(str(self.folder) if self.config.method == "full" else model_id)
         self.max_length = longest_input(self.tokenizer, self.model.config, self.config.max_length)
 
-    def logits(self, texts: Sequence[Text]) -> np.ndarray:
-        """(N, num_labels) in the order of ``texts``, which are computed in order of length."""
-        columns = [list(column) for column in zip(*(self._columns(text) for text in texts), strict=True)]
+    def logits(self, texts: Sequence[Input]) -> np.ndarray:
+        """(N, num_labels) in the order of ``texts``, which are computed in order of length.
+
+        Args:
+            texts: each a text, a pair of texts, or a dictionary with ``text`` and, for a pair, ``text_pair``; a single
+                text or dictionary is taken for a list of one.
+
+        Raises:
+            UserError: one is none of these, or has another number of texts than the task takes.
+        """
+        inputs = [self._columns(text) for text in listed(texts)]
+        if not inputs:
+            return np.zeros((0, self.spec.num_labels), dtype=np.float32)
+        columns = [list(column) for column in zip(*inputs, strict=True)]
         encoded = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]))
-        result = np.zeros((len(texts), self.spec.num_labels), dtype=np.float32)
+        order = sorted(range(len(inputs)), key=lambda i: len(encoded["input_ids"][i]))
+        result = np.zeros((len(inputs), self.spec.num_labels), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = self.tokenizer.pad({k: [v[i] for i in rows] for k, v in encoded.items()}, return_tensors="pt")
@@ -68,19 +79,19 @@ class Predictor:
                 result[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu().numpy()
         return result
 
-    def predict(self, texts: Sequence[Text]) -> list[Prediction]:
-        """A prediction for each text (or pair of texts), in order."""
-        return [prediction(row, self.spec.label_names) for row in self.logits(texts)] if texts else []
+    def predict(self, texts: Sequence[Input]) -> list[Prediction]:
+        """A prediction for each input, in order; see :meth:`logits`."""
+        return [prediction(row, self.spec.label_names) for row in self.logits(texts)]
 
-    def predict_stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
+    def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
         """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""
-        iterator = iter(texts)
+        iterator = iter(listed(texts))
         size = 8 * self.batch_size if self.batch_size > 1 else 1  # batch size 1 answers line by line
         while chunk := list(islice(iterator, size)):
             yield from self.predict(chunk)
 
-    def _columns(self, text: Text) -> tuple[str, ...]:
-        columns = (text,) if isinstance(text, str) else tuple(text)
+    def _columns(self, text: Input) -> tuple[str, ...]:
+        columns = read_input(text)
         if len(columns) != len(self.spec.text_columns):
             raise UserError(
                 f"The task {self.spec.name} takes {len(self.spec.text_columns)} text(s) per input, but {len(columns)} "

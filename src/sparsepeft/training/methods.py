@@ -127,8 +127,8 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", model, error)) from error
     start_head(backbone, start, names)
-    if getattr(backbone.config, "pad_token_id", None) is None:
-        backbone.config.pad_token_id = load_tokenizer(model).pad_token_id
+    if lacks_pad_token(backbone):
+        set_pad_token(backbone, load_tokenizer(model))
     return backbone
 
 
@@ -138,12 +138,28 @@ def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
     return () if note is None else (f"{spec.name}: {note}",)
 
 
+def lacks_pad_token(model: PreTrainedModel) -> bool:
+    """Whether the model's config does not say which token is padding; decoders classify by the last that is not."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None) is None
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model that :func:`lacks_pad_token` its tokenizer's."""
+    if lacks_pad_token(model):
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The backbone's tokenizer, with a padding token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("tokenizer of the model", model, error)) from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that has no padding token pads with the one that ends a text from now on."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -20,6 +20,7 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import Block, unwrap
 from sparsepeft.tuners._context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
 from sparsepeft.tuners._identity import backbone_parameters, is_loaded, is_quantized
@@ -267,6 +268,10 @@ class HeadModule(ModulesToSaveWrapper):
         self._inference_mode = False
         self.set_adapter([])
 
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        """Make room for the adapters' copies."""
+        self.modules_to_save = AdapterDict()
+
     def update(self, adapter_name: str, *, copy: nn.Module | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Give ``adapter_name`` its own version of this module; None leaves it the original."""
         self.original_module.requires_grad_(False)
@@ -413,10 +418,10 @@ def _copy_with_values(module: nn.Module) -> nn.Module:
         copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
     if not hooks:
         return copied
-    remove_hook_from_module(copied, recurse=True)
+    remove_hook_from_module(copied, recurse=True)  # which puts in place the very tensors that the module's hook keeps
     values = dict(backbone_parameters(module))
     for name, parameter in list(copied.named_parameters()):
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" or not is_quantized(parameter):
             parent, _, child = name.rpartition(".")
             setattr(copied.get_submodule(parent), child, nn.Parameter(values[name].detach().clone()))
     return copied

@@ -18,6 +18,12 @@ _NUM_VALUES = 8
 
 def backbone_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every parameter of the bare model, through PEFT's wrappers and accelerate's offloading."""
+    for full_name, parent, name, parameter in _parameters(module, prefix):
+        yield full_name, parameter if parameter.device.type != "meta" else _offloaded(parent, name, parameter)
+
+
+def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Full name, module, name in it and tensor of every parameter of the bare model."""
     if not getattr(module, "is_backbone", True):
         return  # an adapter's own, without being a PEFT layer
     if isinstance(module, BaseTunerLayer):
@@ -25,9 +31,9 @@ def backbone_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[s
     elif isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, parameter if parameter.device.type != "meta" else _offloaded(module, name, parameter)
+        yield prefix + name, module, name, parameter
     for name, child in module.named_children():
-        yield from backbone_parameters(child, f"{prefix}{name}.")
+        yield from _parameters(child, f"{prefix}{name}.")
 
 
 def _offloaded(module: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -132,9 +138,9 @@ def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Ten
         n: p for n, p in backbone_parameters(model) if not (excluded and n.startswith(excluded)) and 0 not in _shape(p)
     }
     if any(is_loaded(p) for p in named.values()):
-        # Offloading makes new tensors, so whether one was loaded is only known of those that stayed.
-        offloaded = {n for n, p in model.named_parameters() if p.device.type == "meta"}
-        named = {n: p for n, p in named.items() if is_loaded(p) or n in offloaded}
+        # Offloading and quantizing make new tensors, so whether one was loaded is only known of those that stayed.
+        offloaded = {n for n, _, _, p in _parameters(model) if p.device.type == "meta"}
+        named = {n: p for n, p in named.items() if is_loaded(p) or n in offloaded or is_quantized(p)}
     prefix = getattr(model, "base_model_prefix", "") or ""
     return {n.removeprefix(f"{prefix}."): p for n, p in named.items()}
 

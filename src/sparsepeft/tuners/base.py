@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import Block, find_blocks
 from sparsepeft.tuners._card import keep_section
 from sparsepeft.tuners._context import BASE, ForwardContext
@@ -394,7 +395,7 @@ class TaskTuner(BaseTuner):
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse names with which PEFT could not tell an adapter's tensors from the backbone's."""
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
-    taken |= {BASE, "model", "base_model", *dir(nn.ModuleDict)}  # a ModuleDict cannot hold its methods' names
+    taken |= {BASE, "model", "base_model", *dir(AdapterDict)}  # a ModuleDict cannot hold its methods' names
     if "." in adapter_name or adapter_name in taken:
         raise ValueError(
             f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "

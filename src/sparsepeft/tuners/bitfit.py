@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import Block
 from sparsepeft.tuners._context import ForwardContext
 from sparsepeft.tuners._layer import TaskTunerLayer
@@ -44,7 +45,7 @@ class BitFitLayer(TaskTunerLayer):
 
     def __init__(self, block: Block, context: ForwardContext) -> None:
         super().__init__(block, context)
-        self.bitfit_bias = nn.ModuleDict()
+        self.bitfit_bias = AdapterDict()
         self._sizes: dict[str, int] = {}
         for name, module in self.base_layer.named_modules():
             bias = getattr(module, "bias", None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsepeft.layers import BottleneckAdapter
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import Block
 from sparsepeft.tuners._context import ForwardContext
 from sparsepeft.tuners._layer import TaskTunerLayer
@@ -29,9 +30,9 @@ class BottleneckLayer(TaskTunerLayer):
 
     def __init__(self, block: Block, context: ForwardContext) -> None:
         super().__init__(block, context)
-        self.bottleneck_attention = nn.ModuleDict()
-        self.bottleneck_ffn = nn.ModuleDict()
-        self.bottleneck_output = nn.ModuleDict()
+        self.bottleneck_attention = AdapterDict()
+        self.bottleneck_ffn = AdapterDict()
+        self.bottleneck_output = AdapterDict()
         self._places: dict[str, nn.Module] = {}  # where hooks stand; "end": the norm or layer that Pfeiffer's act in
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

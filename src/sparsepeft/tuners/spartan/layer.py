@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsepeft.layers import SparseMemory
 from sparsepeft.ops.load_balancing import load_balancing_loss
+from sparsepeft.tuners._adapters import AdapterDict
 from sparsepeft.tuners._blocks import Block
 from sparsepeft.tuners._context import ForwardContext, attach_loss
 from sparsepeft.tuners._layer import TaskTunerLayer
@@ -27,7 +28,7 @@ class SpartanLayer(TaskTunerLayer):
 
     def __init__(self, block: Block, context: ForwardContext) -> None:
         super().__init__(block, context)
-        self.spartan_memory = nn.ModuleDict()
+        self.spartan_memory = AdapterDict()
         self.load_balancing_coef: dict[str, float] = {}
         self._handles = [self.base_layer.register_forward_hook(self._after_layer, prepend=True)]
 
