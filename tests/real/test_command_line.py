@@ -23,7 +23,7 @@ def test_a_classifier_is_trained_evaluated_asked_and_inspected(
 ) -> None:
     folder = run_of(name)
     results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 6
+    assert results["steps"] == 4
     assert json.loads(sparsepeft("evaluate", folder, "--json")) == results["metrics"]
 
     texts = [row["text"] for row in rows]
@@ -38,7 +38,7 @@ def test_a_classifier_is_trained_evaluated_asked_and_inspected(
     report = json.loads(sparsepeft("inspect", folder, "--json"))
     assert [layer["index"] for layer in report["layers"]] == list(range(12 if name == MPNET else 18))
     assert all(len(layer["parents"]) == 16 for layer in report["layers"])
-    assert all(0 < layer["gate_entropy"] for layer in report["layers"])
+    assert all(layer["gate_entropy"] > 0 for layer in report["layers"])
 
 
 def test_gemma_as_a_sparse_language_model(news: TaskData, tmp_path: Path) -> None:
