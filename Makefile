@@ -31,9 +31,9 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not gpu and not real" -n 2
 
-# On MPNet-base and Gemma 3 270M, in the folder SPARSEPEFT_MODELS; skipped where they are missing. One worker: they are large.
+# On MPNet-base and Gemma 3 270M in the folder SPARSEPEFT_MODELS; skipped where missing. One worker, as they are large.
 test-real: $(READY)
-	$(BIN)/python -m pytest -q -m "real" -n 1
+	$(BIN)/python -m pytest -q -m real -n 1
 
 # On an emulated Raspberry Pi 4: needs Debian 12, its packages and PyPI's, and SPARSEPEFT_DATA.
 test-arm: $(READY)

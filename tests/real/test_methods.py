@@ -39,7 +39,7 @@ def test_another_process_gives_the_same_logits(
     arguments = [name, news.spec.num_labels, tmp_path / "batch", tmp_path / "logits"]
     folders = [done.folder for done in expected.values()]
     command = [sys.executable, "-m", "tests.real.answers", *map(str, arguments + folders)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits")
     assert [method for method in expected if not torch.equal(found[method], expected[method].logits)] == []
