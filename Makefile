@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo test test-arm check format clean
+.PHONY: env demo test test-real test-arm check format clean
 
 env: $(READY)
 
@@ -26,10 +26,14 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real" -n 2
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not real" -n 2
+
+# On MPNet-base and Gemma 3 270M in the folder SPARSEPEFT_MODELS; skipped where missing. One worker, as they are large.
+test-real: $(READY)
+	$(BIN)/python -m pytest -q -m real -n 1
 
 # On an emulated Raspberry Pi 4: needs Debian 12, its packages and PyPI's, and SPARSEPEFT_DATA.
 test-arm: $(READY)
