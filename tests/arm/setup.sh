@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# An emulated Raspberry Pi 4 (Cortex-A72): Debian's arm64 Python, and wheels for aarch64, unpacked into the folder $1.
+# An emulated Raspberry Pi 4 (Cortex-A72): Debian's arm64 Python, wheels for aarch64, and a cross compiler, unpacked into
+# the folder $1.
 # Needs Debian 12 and the package registries of Debian and PyPI; no root, nothing outside the folder is changed.
 set -euo pipefail
 arm=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -45,4 +46,7 @@ mkdir -p "$arm/root/site"
 for wheel in "$arm"/wheels/*.whl; do
     "$python" -m zipfile -e "$wheel" "$arm/root/site"
 done
+# A cross compiler for the kernels: Clang, as the package ziglang brings it.
+"$python" -m pip install --quiet --disable-pip-version-check --only-binary=:all: --no-deps --target "$arm/zig" \
+    "$(grep '^ziglang==' "$root/constraints.txt")" || fail "the package ziglang could not be fetched from PyPI."
 touch "$arm/.ready"
