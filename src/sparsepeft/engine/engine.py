@@ -136,7 +136,7 @@ class MultiTaskEngine:
 
     def _load(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
-        method = str(config.peft_type)
+        method = config.method
         onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
         model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
         adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info)
