@@ -146,7 +146,7 @@ def test_filling_leaves_mode_and_hooks_as_they_were(backbones: dict[str, Path], 
     ("name", "config", "lowest"),
     [
         ("bert", HeadConfig(), 3),
-        ("gpt2", HeadConfig(), 3),
+        ("llama-seqcls", HeadConfig(), 3),
         ("bert", METHODS["spartan"](layers_to_transform=[1]), 1),
         ("bert", METHODS["spartan"](layers_to_transform=[1], train_layer_norms=True), 1),
         ("llama-seqcls", METHODS["houlsby"](layers_to_transform=[2]), 2),

@@ -115,7 +115,7 @@ BAD_CONFIGS = {
     "spt value": ({"spt": {"num_active_blocks": 9}}, ["num_active_blocks=9", "num_blocks=8"]),
     "spt number": ({"spt": {"top_l": "many"}}, ["top_l='many'", "number", "0.125"]),
     "spt truth": ({"spt": {"attention": 0}}, ["attention=0", "true or false"]),
-    "spt layers": ({"spt": {"layers_to_transform": 3}}, ["SPT settings"]),
+    "spt layers": ({"spt": {"layers_to_transform": 1.5}}, ["SPT settings", "layers_to_transform"]),
     "spt as a word": ({"spt": True}, ["mapping"]),
     "full and sparse": ({"method": "full", "spt": {}}, ["full", "lora"]),
     "block of one": ({"block_length": 1}, ["block_length=1", "2"]),

@@ -96,7 +96,10 @@ class SptConfig:
             )
         layers = self.layers_to_transform
         if layers is not None:
-            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+            chosen = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)
+            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen):
+                raise ValueError(f"layers_to_transform={layers!r} was given; expected one or more whole numbers.")
+            object.__setattr__(self, "layers_to_transform", chosen)
             if not self.layers_to_transform:
                 raise ValueError(
                     "layers_to_transform is empty, so nothing would become sparse; name a layer, or leave it unset for "
