@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.engine.conftest import TASKS, save_task
 from tests.models import METHODS
 from tests.tiny import run_config, save_tiny_backbone, topics_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from sparsepeft import HeadConfig, MultiTaskEngine
 from sparsepeft.engine import Prediction
@@ -234,6 +234,19 @@ def test_bfloat16_answers_nearly_the_same(
 # -- changing tasks ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_labels_that_do_not_exclude_each_other(backbone: Path, tmp_path: Path, num_labels: int) -> None:
+    config = METHODS["spartan"](num_labels=num_labels, problem_type="multi_label_classification")
+    engine = MultiTaskEngine(backbone, {"several": save_task(backbone, tmp_path / "several", config)})
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(backbone), str(tmp_path / "several")
+    ).eval()
+    with torch.inference_mode():
+        logits = model(**AutoTokenizer.from_pretrained(backbone)(TEXTS[0], return_tensors="pt")).logits[0]
+    (answer,) = engine.predict([("several", TEXTS[0])])
+    np.testing.assert_allclose(list(answer.scores.values()), logits.sigmoid().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_tasks_come_and_go(engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     before = values(engine.predict([("two", TEXTS[0])])[0])
     newer = save_task(backbone, tmp_path / "newer", METHODS["spartan"](num_labels=2), seed=7)
@@ -369,6 +382,16 @@ def _lora(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
     return save_task(backbone, target, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
 
 
+def _several_values(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    return save_task(backbone, target, METHODS["spartan"](num_labels=3, problem_type="regression"))
+
+
+def _token_labels(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    model = AutoModelForTokenClassification.from_pretrained(backbone)
+    get_peft_model(model, METHODS["spartan"](num_labels=3, task_type="TOKEN_CLS")).save_pretrained(str(target))
+    return target
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -378,6 +401,8 @@ def _lora(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
         (_not_finite, "not finite"),
         (_other_label_count, "of another shape"),
         (_lora, "LORA"),
+        (_several_values, "predicts 3 values at once"),
+        (_token_labels, "TOKEN_CLS"),
         (lambda backbone, folders, target: target, "adapter_config.json is missing"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import get_peft_model
 from tests.engine.conftest import save_task
 from tests.models import METHODS
 from tests.tiny import save_tiny_backbone, topics_rows
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sparsepeft import MultiTaskEngine
+from sparsepeft import MultiTaskEngine, SptConfig, sparsify
 from sparsepeft.engine.adapted import _offloaded_weights
 from sparsepeft.errors import UserError
 
@@ -142,6 +146,27 @@ def test_a_quantized_model_is_shared(backbone: Path, folders: dict[str, Path]) -
         assert type(shared) is type(weight)
         assert shared.qdata.data_ptr() == weight.qdata.data_ptr()
     torch.testing.assert_close(answers(engine), answers(MultiTaskEngine(backbone, folders)), rtol=0.05, atol=0.05)
+
+
+def test_a_sparse_model_is_left_and_tasks_leave_it(backbone: Path, tmp_path: Path) -> None:
+    def num_tensors(engine: MultiTaskEngine) -> tuple[int, int]:
+        gc.collect()
+        (adapted,) = engine._models.values()
+        return len(list(adapted.model.state_dict())), sum(type(one) is nn.Parameter for one in gc.get_objects())
+
+    ids, tokenizer = torch.randint(4, 40, (4, 12)), AutoTokenizer.from_pretrained(backbone)
+    model = sparsify(load(backbone), SptConfig(top_l=3, num_blocks=4, num_active_blocks=2), ids)
+    get_peft_model(copy.deepcopy(model), METHODS["spartan"](num_labels=2)).save_pretrained(str(tmp_path))
+    before = state(model)
+    engine = MultiTaskEngine(model, {"one": tmp_path}, tokenizer=tokenizer, onednn=False)
+    found, loaded = answers(engine), num_tensors(engine)
+    for _ in range(2):
+        engine.add("two", tmp_path)
+        torch.testing.assert_close(answers(engine), found.repeat(2))
+        assert num_tensors(engine)[0] == loaded[0]  # PEFT sees no more than before
+        engine.remove("two")
+        assert num_tensors(engine) == loaded
+    assert state(model) == before
 
 
 @pytest.mark.gpu

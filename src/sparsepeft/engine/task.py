@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from sparsepeft.errors import UserError
 from sparsepeft.training.files import RUN, read_run, spec_of
@@ -77,10 +77,20 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
             f"{folder} holds an adapter of the method {config.peft_type}, whose tasks cannot share a batch or a graph; "
             "spartan, pfeiffer, houlsby, bitfit and head can: answer this one with sparsepeft.training.Predictor."
         )
+    if config.task_type not in (None, TaskType.SEQ_CLS):
+        raise UserError(
+            f"{folder} holds an adapter for {config.task_type}, but what is answered together are whole texts "
+            f"({TaskType.SEQ_CLS.value}); use this one by PeftModel.from_pretrained."
+        )
     names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
     if not names:
         raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
     is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    if is_regression and len(names) > 1:
+        raise UserError(
+            f"{folder} holds an adapter that predicts {len(names)} values at once, but an answer has labels or one "
+            "value; take the logits of PeftModel.from_pretrained."
+        )
     if not (folder / RUN).is_file():
         multi_label = config.problem_type == "multi_label_classification"
         return TaskInfo(folder, None if is_regression else names, multi_label, None, None), config
