@@ -106,7 +106,8 @@ def main() -> int:
     # Not those of what is done where there are no kernels, nor of the selection by itself.
     names = "(compiled or cpu) and not refuses and not failing and not compile_"
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.arm.kernels", "-p", "no:xdist", "-k", names, *files], cwd=ROOT
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.arm.kernels", "-p", "no:xdist", "-k", names, *files],
+        cwd=ROOT,
     ).returncode
 
 

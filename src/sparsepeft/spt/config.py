@@ -96,15 +96,17 @@ class SptConfig:
             )
         layers = self.layers_to_transform
         if layers is not None:
-            chosen = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)
-            if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen):
-                raise ValueError(f"layers_to_transform={layers!r} was given; expected one or more whole numbers.")
-            object.__setattr__(self, "layers_to_transform", chosen)
-            if not self.layers_to_transform:
+            positions = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)
+            if not positions:
                 raise ValueError(
                     "layers_to_transform is empty, so nothing would become sparse; name a layer, or leave it unset for "
                     "all."
                 )
+            if any(not isinstance(position, int) or isinstance(position, bool) for position in positions):
+                raise ValueError(
+                    f"layers_to_transform={layers!r} was given; expected the layers' positions, from 0 on."
+                )
+            object.__setattr__(self, "layers_to_transform", positions)
 
     def with_length(self, length: int) -> SptConfig:
         """A copy with ``top_l`` as a count, for a calibration batch of ``length`` positions."""
