@@ -34,6 +34,7 @@ def main() -> None:
         runtimes(BENCHMARKS / "runtimes.json"),
         exported(EXPERIMENTS),
         memory(),
+        processors(),
         allocator(),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
         spt_speed(),
@@ -233,6 +234,23 @@ def memory() -> str:
             table(["tokens", "P", "C", "K", "gather", "masked", "selected", "auto", "auto is"], rows),
             *report.get("notes", []),
         ]
+    )
+
+
+def processors() -> str:
+    """What the kernels give on each kind of processor, beside what was aimed at."""
+    reports = {name: report for name in ("avx2", "native") if (report := _read(f"processors_{name}.json")) is not None}
+    if not reports:
+        return ""
+    kinds = {name: f"{report['environment']['vectors']} ({name})" for name, report in reports.items()}
+    rows = [
+        [judged[0]["figure"], " ".join(map(str, judged[0]["aim"])), *(f"{each['measured']:.2f}" for each in judged)]
+        for judged in zip(*(report["against_targets"] for report in reports.values()), strict=True)
+    ]
+    machines = "; ".join(f"{kinds[name]}: {_machine(report)}" for name, report in reports.items())
+    return (
+        "## Processors\n\nFloat32; medians, one run each. avx2 keeps the kernels, PyTorch, MKL and oneDNN to what a "
+        f"processor without AVX-512 has. {machines}\n\n" + table(["figure", "aim", *kinds.values()], rows)
     )
 
 

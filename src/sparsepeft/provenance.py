@@ -31,6 +31,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "cpu": _cpu_name(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # what torch's own kernels use
         "logical_cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
