@@ -37,6 +37,7 @@ test-real: $(READY)
 
 # On an emulated Raspberry Pi 4: needs Debian 12, its packages and PyPI's, and SPARSEPEFT_DATA.
 test-arm: $(READY)
+	$(BIN)/python -m tests.arm.kernels
 	$(BIN)/python -m tests.arm.compare
 
 format: $(READY)

@@ -28,6 +28,7 @@ int64_t call(int64_t function, char* arguments, int64_t backward) {
     if (function == 0) return sparse_attention_scratch_bytes(problem, backward);
     if (function == 1) sparse_attention_run(problem, backward);
     if (function == 2) sparse_attention_encode(reinterpret_cast<Encoding*>(arguments));
+    if (function == 3) sparse_attention_select(problem, *reinterpret_cast<uint8_t**>(arguments + sizeof(Problem)));
 #endif
     return 0;
 }

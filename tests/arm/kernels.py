@@ -39,23 +39,28 @@ class EmulatedLibrary:
         self.sparse_attention_scratch_bytes = self._function(program, 0)
         self.sparse_attention_run = self._function(program, 1)
         self.sparse_attention_encode = self._function(program, 2)
+        self.sparse_attention_select = self._function(program, 3)
 
     @staticmethod
     def _function(program: Path, number: int) -> Any:
         def call(arguments: Any, flag: Any = None) -> int:
             backward = flag.value if isinstance(flag, ctypes.c_int64) else 0
-            return run(program, number, backward, arguments._obj)
+            output = flag.value if isinstance(flag, ctypes.c_void_p) else None
+            return run(program, number, backward, arguments._obj, output)
 
         return call
 
 
-def run(program: Path, function: int, backward: int, arguments: ctypes.Structure) -> int:
-    """Call a kernel on the emulated processor; what it wrote is copied into this process's memory."""
+def run(program: Path, function: int, backward: int, arguments: ctypes.Structure, output: int | None) -> int:
+    """Call a kernel on the emulated processor; what it wrote is copied into this process's memory.
+
+    ``output`` is an address that the kernel takes beside its arguments; it stands behind them.
+    """
     storages = {s.data_ptr(): s.nbytes() for s in _storages()}
     blocks: dict[int, int] = {}
     patches = []
-    content = bytearray(bytes(arguments))
-    for at, address in _pointers(arguments):
+    content = bytearray(bytes(arguments)) + bytes(8)
+    for at, address in (*_pointers(arguments), (len(content) - 8, output or 0)):
         content[at : at + 8] = bytes(8)
         begin = next((b for b, size in storages.items() if address and b <= address < b + size), None)
         if begin is not None:  # else null, or a function of this process
