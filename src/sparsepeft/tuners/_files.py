@@ -98,10 +98,7 @@ def saved_names(
             own = getattr(module, container)
             if adapter_name not in own:
                 continue
-            saved = f"{name}.{container}"
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                is_mapped = bool(module.adapter_state_dict_load_map(adapter_name))
-                saved = f"{saved}.{adapter_name}" if is_mapped else name  # PEFT has put it back already
+            saved = name if isinstance(module, AuxiliaryTrainingWrapper) else f"{name}.{container}"
             for key, tensor in own[adapter_name].state_dict().items():
                 target = f"{name}.{container}.{adapter_name}.{key}"
                 expected[plain_name(f"{saved}.{key}")] = (target, tensor.shape)

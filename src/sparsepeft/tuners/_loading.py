@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsepeft.tuners._embeddings import embedding_layers
-from sparsepeft.tuners._files import PEFT_PREFIX, fit_state_dict, plain_name, saved_names
+from sparsepeft.tuners._files import fit_state_dict, plain_name, saved_names
 from sparsepeft.tuners._quantized import dequantize
 
 
@@ -24,10 +24,10 @@ def rename_for_loading(
             they are loaded: with ``ignore_mismatched_sizes=True`` PEFT leaves these tensors out before.
     """
     expected = saved_names(model, adapter_name)
-    # PEFT has renamed already what the head of a bare transformers model lists in `adapter_state_dict_load_map`.
-    names = {target: name for name, (target, _) in expected.items()}
-    plain = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in state_dict.items()}
-    given = dequantize({names.get(key, plain_name(key)): tensor for key, tensor in plain.items()})
+    # PEFT has renamed already what `adapter_state_dict_load_map` lists.
+    names = {plain_name(target): name for name, (target, _) in expected.items()}
+    plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    given = dequantize({names.get(key, key): tensor for key, tensor in plain.items()})
     embeddings = _embedding_names(model)
     own = {key: tensor for key, tensor in given.items() if key not in embeddings}
     of_another_shape = {expected[key][0] for key, t in own.items() if key in expected and t.shape != expected[key][1]}
