@@ -24,49 +24,37 @@ class Runner:
         """Yield a dict with label, score and scores for each text, pair, or dict with text and text_pair."""
         if (task := self.tasks.get(name)) is None:
             raise ValueError(f"the task {name!r} is unknown; there are {', '.join(sorted(self.tasks))}")
-        texts = [_read(one, task["num_texts"]) for one in ([texts] if isinstance(texts, (str, dict)) else texts)]
+        given, labels = [], task["labels"]
+        for one in [texts] if isinstance(texts, (str, dict)) else texts:
+            if isinstance(one, dict) and {"text"} <= one.keys() <= {"text", "text_pair"}:
+                one = [one[key] for key in sorted(one) if one[key] is not None]
+            parts = tuple(one) if isinstance(one, (list, tuple)) else (one,)
+            if task["num_texts"] not in (None, len(parts)) or len(parts) > 2 or {*map(type, parts)} != {str}:
+                raise ValueError(f"an input is {one!r:.60}; the task takes {task['num_texts'] or '1 or 2'} text(s)")
+            "".join(parts).encode()  # half of a surrogate pair is a ValueError, too
+            given.append(parts if parts[1:] else parts[0])
         if name not in self.adapters:
             file, graph = self.folder / "tasks" / name / "adapter.onnx_adapter", self.session.get_modelmeta().graph_name
             if [task["graph"], task["sha256"]] != [graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
                 raise ValueError(f"{file} is damaged, or belongs to another backbone.onnx; export the task again")
-            self.adapters[name] = ort.LoraAdapter()
-            self.adapters[name].Load(str(file))
+            self.adapters.setdefault(name, ort.LoraAdapter()).Load(str(file))
         options, encode = ort.RunOptions(), self.tokenizer.encode_batch
         options.add_active_adapter(self.adapters[name])  # one: of two with the same names, one is silently ignored
-        for i in range(0, len(texts), batch_size):
+        for i in range(0, len(given), batch_size):
             self.tokenizer.enable_truncation(task["max_length"])
-            rows = [(one.ids, one.attention_mask, one.type_ids) for one in encode(texts[i : i + batch_size])]
-            ids, mask, types = np.array(rows, np.int64).transpose(1, 0, 2)  # (B, T) each
-            feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+            rows = np.array([(e.ids, e.attention_mask, e.type_ids) for e in encode(given[i : i + batch_size])], "int64")
+            feed = {"input_ids": rows[:, 0], "attention_mask": rows[:, 1], "token_type_ids": rows[:, 2]}  # (B, T) each
             logits = self.session.run(None, {i.name: feed[i.name] for i in self.session.get_inputs()}, options)[0]
-            yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
-
-
-def _read(given, num_texts):
-    parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:
-        parts = tuple(given[key] for key in ("text", "text_pair") if given.get(key) is not None)
-    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"an input is {given!r:.80}; expected a text, a pair, or a dict with text and text_pair")
-    if num_texts and len(parts) != num_texts:
-        raise ValueError(f"an input has {len(parts)} text(s), but the task takes {num_texts} per input")
-    if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
-        raise ValueError(f"an input is {given!a:.80}, with half of a surrogate pair, which is no character")
-    return parts if len(parts) == 2 else parts[0]
-
-
-def _answer(labels, multi_label, logits):
-    scores = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits - np.logaddexp.reduce(logits))
-    best = int(scores.argmax())
-    named = {label: float(score) for label, score in zip(labels or (), scores, strict=False)}
-    return {"label": labels and labels[best], "score": float((scores if labels else logits)[best]), "scores": named}
+            for row in logits.astype(float):
+                scores = 1 / (1 + np.exp(-row)) if task["multi_label"] else np.exp(row - np.logaddexp.reduce(row))
+                top, named = labels and labels[scores.argmax()], dict(zip(labels or (), scores.tolist(), strict=False))
+                yield {"label": top, "score": named.get(top, float(row[0])), "scores": named}
 
 
 if __name__ == "__main__":
     try:
         runner, (name, *given) = Runner(Path(__file__).parent), sys.argv[1:] or sys.exit(__doc__)
         for line in ["\t".join(given)] if given else sys.stdin:
-            parts = line.rstrip("\r\n").split("\t")
-            print(*map(json.dumps, runner.answer(name, [tuple(parts) if parts[1:] else parts[0]])), flush=True)
+            print(*map(json.dumps, runner.answer(name, [line.rstrip("\r\n").split("\t")])), flush=True)
     except ValueError as error:
         sys.exit(f"Error: {error}")

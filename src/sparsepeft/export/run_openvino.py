@@ -27,16 +27,24 @@ class Runner:
         """Yield a dict with label, score and scores for each text, pair, or dict with text and text_pair."""
         if (task := self.tasks.get(name)) is None:
             raise ValueError(f"the task {name!r} is unknown; there are {', '.join(sorted(self.tasks))}")
-        texts = [_read(one, task["num_texts"]) for one in ([texts] if isinstance(texts, (str, dict)) else texts)]
+        given, labels = [], task["labels"]
+        for one in [texts] if isinstance(texts, (str, dict)) else texts:
+            if isinstance(one, dict) and {"text"} <= one.keys() <= {"text", "text_pair"}:
+                one = [one[key] for key in sorted(one) if one[key] is not None]
+            parts = tuple(one) if isinstance(one, (list, tuple)) else (one,)
+            if task["num_texts"] not in (None, len(parts)) or len(parts) > 2 or {*map(type, parts)} != {str}:
+                raise ValueError(f"an input is {one!r:.60}; the task takes {task['num_texts'] or '1 or 2'} text(s)")
+            "".join(parts).encode()  # half of a surrogate pair is a ValueError, too
+            given.append(parts if parts[1:] else parts[0])
         if name not in self.adapters:
             file = self.folder / "tasks" / name / "adapter_model.safetensors"
             if [task["graph"], task["sha256"]] != [self.graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
                 raise ValueError(f"{file} is damaged, or belongs to another backbone.xml; export the task again")
             tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(file).items()}
             self.adapters[name] = {key: ov.Tensor(tensor) for key, tensor in tensors.items()}
-        for i in range(0, len(texts), batch_size):
+        for i in range(0, len(given), batch_size):
             self.tokenizer.enable_truncation(task["max_length"])
-            encoded = self.tokenizer.encode_batch(texts[i : i + batch_size])
+            encoded = self.tokenizer.encode_batch(given[i : i + batch_size])
             ids, mask, types = np.array([(e.ids, e.attention_mask, e.type_ids) for e in encoded]).transpose(1, 0, 2)
             feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}  # (B, T) each
             if self.active != name:  # between two batches another task may have answered
@@ -44,34 +52,16 @@ class Runner:
                     self.request.set_tensor(key, tensor)
                 self.active = name
             logits = self.request.infer({key: feed[key] for key in self.inputs & feed.keys()})[0]
-            yield from (_answer(task["labels"], task["multi_label"], row) for row in logits.astype(float))
-
-
-def _read(given, num_texts):
-    parts = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    if isinstance(given, dict) and "text" in given and given.keys() <= {"text", "text_pair"}:
-        parts = tuple(given[key] for key in ("text", "text_pair") if given.get(key) is not None)
-    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"an input is {given!r:.80}; expected a text, a pair, or a dict with text and text_pair")
-    if num_texts and len(parts) != num_texts:
-        raise ValueError(f"an input has {len(parts)} text(s), but the task takes {num_texts} per input")
-    if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
-        raise ValueError(f"an input is {given!a:.80}, with half of a surrogate pair, which is no character")
-    return parts if len(parts) == 2 else parts[0]
-
-
-def _answer(labels, multi_label, logits):
-    scores = 1 / (1 + np.exp(-logits)) if multi_label else np.exp(logits - np.logaddexp.reduce(logits))
-    best = int(scores.argmax())
-    named = {label: float(score) for label, score in zip(labels or (), scores, strict=False)}
-    return {"label": labels and labels[best], "score": float((scores if labels else logits)[best]), "scores": named}
+            for row in logits.astype(float):
+                scores = 1 / (1 + np.exp(-row)) if task["multi_label"] else np.exp(row - np.logaddexp.reduce(row))
+                top, named = labels and labels[scores.argmax()], dict(zip(labels or (), scores.tolist(), strict=False))
+                yield {"label": top, "score": named.get(top, float(row[0])), "scores": named}
 
 
 if __name__ == "__main__":
     try:
         runner, (name, *given) = Runner(Path(__file__).parent), sys.argv[1:] or sys.exit(__doc__)
         for line in ["\t".join(given)] if given else sys.stdin:
-            parts = line.rstrip("\r\n").split("\t")
-            print(*map(json.dumps, runner.answer(name, [tuple(parts) if parts[1:] else parts[0]])), flush=True)
+            print(*map(json.dumps, runner.answer(name, [line.rstrip("\r\n").split("\t")])), flush=True)
     except ValueError as error:
         sys.exit(f"Error: {error}")

@@ -67,7 +67,7 @@ def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) 
         is_pickled = path.name == WEIGHTS_NAME
         content = path.read_bytes()
         tensors = torch.load(io.BytesIO(content), weights_only=True) if is_pickled else load(content)
-        own = {name: tensor for name, tensor in tensors.items() if name.removeprefix(PEFT_PREFIX) in names}
+        own = {name: tensor for name, tensor in tensors.items() if plain_name(name) in names}
         tensors |= cast_for_saving(own, save_dtype)
         if is_pickled:
             torch.save(tensors, buffer := io.BytesIO())
