@@ -195,7 +195,7 @@ def test_systems_that_share_a_process_share_the_weights(model: Model, planner: P
     for name in shared[1:]:
         assert not torch.allclose(logits[name], logits["backbone"], atol=1e-4)
     runners = [passes[f"{name} 4 x 16"].func.__self__.model for name in shared]  # type: ignore[attr-defined]
-    (one, *others) = ({id(parameter) for parameter in runner.parameters()} for runner in runners)
+    (one, *others) = ({parameter.data_ptr() for parameter in runner.parameters()} for runner in runners)
     assert all(one <= other for other in others)
 
 

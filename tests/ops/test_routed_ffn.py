@@ -415,7 +415,8 @@ def test_exports_with_any_number_of_tokens() -> None:
     dynamic = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
     exported = torch.export.export(Net(), (x,), dynamic_shapes=dynamic).module()
     for length in (2, 7, 12):
-        torch.testing.assert_close(exported(x[:length]), Net()(x[:length]), rtol=0, atol=3e-6)
+        # Sums in another order: some roundings of float32, whose size is that of the largest entries, about 20.
+        torch.testing.assert_close(exported(x[:length]), Net()(x[:length]), rtol=1e-6, atol=3e-6)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

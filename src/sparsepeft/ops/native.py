@@ -42,7 +42,7 @@ def readable(*tensors: Tensor) -> bool:
     Subclasses (fake, distributed, quantized tensors) and those that a transform of ``torch.func`` wraps may have none.
     """
     return not torch._C._are_functorch_transforms_active() and all(
-        type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" for tensor in tensors
+        tensor.is_cpu and type(tensor) in (Tensor, Parameter) for tensor in tensors
     )
 
 

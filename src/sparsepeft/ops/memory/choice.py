@@ -167,10 +167,15 @@ def is_inference(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and readable(*tensors)
-        and functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors)) == torch.float32
+        and _common_dtype(tensors) == torch.float32
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and torch.autograd.forward_ad._current_level < 0  # no_grad does not end forward-mode differentiation
     )
+
+
+def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
+    first, *others = {tensor.dtype for tensor in tensors}
+    return functools.reduce(torch.promote_types, others, first)
 
 
 def require_compiled(*tensors: Tensor) -> None:
