@@ -14,8 +14,8 @@ def check_case(form: Form, sizes: Sizes, activation: str, recompute: bool = Fals
     case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
     expected = run(case.to(torch.float64), activation=activation, impl="reference")
     actual = run(case, activation=activation, recompute=recompute, impl="triton")
-    # Some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's gradient cancel to unit size; how
-    # many meet depends on the order in which a processor's matrix products sum up.
+    # Some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's gradient cancel to unit size;
+    # how many meet depends on the order in which a processor's matrix products sum up.
     assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=2e-5)
 
 
