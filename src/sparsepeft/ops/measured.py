@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from sparsepeft.ops.native import cache_folder, machine
+from sparsepeft.provenance import write_json
 
 _ROUNDS = 5
 
@@ -35,7 +35,9 @@ def fastest(name: str, key: tuple[object, ...], forms: Mapping[str, Callable[[],
     times = _read(path, forms)
     if times is None:
         times = _measure(forms)
-        _write(path, {"name": name, "key": repr(key), "threads": torch.get_num_threads(), "milliseconds": times})
+        content = {"name": name, "key": repr(key), "threads": torch.get_num_threads(), "milliseconds": times}
+        with suppress(OSError):  # a cache folder that cannot be written only means measuring again next time
+            write_json(path, content)
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
@@ -57,14 +59,3 @@ def _read(path: Path, forms: Mapping[str, object]) -> dict[str, float] | None:
         return {name: float(times[name]) for name in forms}
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: measured anew
         return None
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    """Keep what was measured; a cache folder that cannot be written only means measuring again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(content, file)
-        os.replace(file.name, path)
-    except OSError:
-        return

@@ -1,7 +1,6 @@
 // SPARTAN's memory, read without gradients: only children of parents are touched that a token, or one of a few, keeps.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "threads.h"
