@@ -32,7 +32,7 @@ class DeferredConfig:
         return getattr(self._config_class(), attribute)
 
     def _config_class(self) -> "Any":
-        import sparsepeft  # noqa: F401 - registers its methods
+        import sparsepeft.tuners  # noqa: F401 - registers its methods
 
         return self._registry[self._name]
 

@@ -13,8 +13,14 @@ def _modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_importing_loads_no_more_than_peft_does() -> None:
-    assert _modules_after("import sparsepeft") - _modules_after("import peft") == {"sparsepeft"}
+def test_importing_loads_nothing_but_the_package() -> None:
+    own = _modules_after("import sparsepeft") - _modules_after("import importlib, typing")
+    assert own <= {"sparsepeft", "sparsepeft_autoload"}
+
+
+def test_its_methods_load_no_more_than_peft_does() -> None:
+    after = _modules_after("from sparsepeft import SpartanConfig, SptConfig")
+    assert after - _modules_after("import peft") == {"sparsepeft"}
 
 
 def test_importing_registers_with_peft_and_patches_nothing() -> None:
@@ -29,7 +35,7 @@ import sparsepeft
 for thing, old in zip(watched, before):
     changed = [k for k, v in vars(thing).items() if old.get(k, None) is not v and not inspect.ismodule(v)]
     assert not changed, (thing, changed)
-assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"] is sparsepeft.SpartanConfig
+assert sparsepeft.SpartanConfig is mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]

@@ -1,4 +1,8 @@
-"""The two ways a run ends badly: something given was wrong, or something failed while running."""
+"""The two ways a run ends badly: something given was wrong, or something failed while running.
+
+Messages mark parameters with backticks, by their names in Python: ```output_dir``` or, with what was received,
+```seed=-1```. The command line shows its own names for them: ``--output-dir``, ``--seed -1``.
+"""
 
 from __future__ import annotations
 

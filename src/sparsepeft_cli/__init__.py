@@ -1,4 +1,4 @@
-"""The command line, outside ``sparsepeft``: importing that takes seconds (it registers with PEFT), help should not."""
+"""The command line. Modules with torch, transformers or peft are imported where they are used: help loads none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import typer
 
 from sparsepeft_cli import benchmark, demo, evaluate, export, inspect, predict, reproduce, sparsify, storage, train
+from sparsepeft_cli._errors import Command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +18,7 @@ app = typer.Typer(
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
 for _module in (train, evaluate, predict, export, sparsify, inspect, storage, demo):
-    app.command(_module.__name__.rpartition(".")[2], rich_help_panel="Commands")(_module.command)
+    app.command(_module.__name__.rpartition(".")[2], cls=Command, rich_help_panel="Commands")(_module.command)
 app.add_typer(reproduce.app, name="reproduce", rich_help_panel="Commands")
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Commands")
 

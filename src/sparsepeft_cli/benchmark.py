@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsepeft_cli import benchmark_inference
+from sparsepeft_cli._errors import Command
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 
@@ -17,7 +18,7 @@ def _benchmark() -> None:
     """Measure speed and memory on this machine."""
 
 
-@app.command()
+@app.command(cls=Command)
 def spt(
     model: Annotated[
         str,
@@ -89,7 +90,7 @@ def spt(
             out.print(f"{name} was left out: {reason}", highlight=False)
 
 
-app.command("inference")(benchmark_inference.command)
+app.command("inference", cls=Command)(benchmark_inference.command)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsepeft_cli import reproduce_figure2
+from sparsepeft_cli._errors import Command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,8 +110,8 @@ def _command(table: str) -> Callable[..., None]:
 
 
 for _table in _PROTOCOLS:
-    app.command(_table)(_command(_table))
-app.command("figure2")(reproduce_figure2.command)
+    app.command(_table, cls=Command)(_command(_table))
+app.command("figure2", cls=Command)(reproduce_figure2.command)
 
 
 def _matrix(

@@ -1,0 +1,49 @@
+"""What goes wrong, said in the command line's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from typer.core import TyperCommand
+
+_MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
+
+
+class Command(TyperCommand):
+    """A command whose errors name its options where the library's name its parameters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        from sparsepeft.errors import RunFailed, UserError
+
+        try:
+            return super().invoke(ctx)
+        except (UserError, RunFailed) as error:
+            text = in_options(str(error), self.params)
+            error.args = (text,)
+            raise
+
+
+def in_options(text: str, parameters: Iterable[Any]) -> str:
+    """A message of the library's with a command's options for the parameters it names.
+
+    The library marks parameters by backticks: ```output_dir``` becomes ``--output-dir``, and ```seed=-1``` becomes
+    ``--seed -1``. What is no parameter of the command stays as it is.
+    """
+    names = {parameter.name: _name(parameter) for parameter in parameters}
+
+    def replace(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in names:
+            return match.group()
+        return names[name] if value is None or value == "True" else f"{names[name]} {value}"
+
+    return _MARKED.sub(replace, text)
+
+
+def _name(parameter: Any) -> str:
+    """The longest spelling of an option; an argument in capitals, as the usage line has it."""
+    options = [name for name in parameter.opts if name.startswith("-")]
+    return max(options, key=len) if options else str(parameter.name).upper()
