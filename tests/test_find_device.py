@@ -16,5 +16,5 @@ def test_no_name_is_the_accelerator_or_the_cpu() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu:77", ""])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"`device=.*` was given, but PyTorch finds only cpu"):
+    with pytest.raises(UserError, match=r"`device=.*` was given, but PyTorch finds only"):
         find_device(name)
