@@ -69,7 +69,7 @@ class FrozenLayerCache:
                     found = passes.states()
                     if found is None:
                         raise UserError(
-                            f"cache_frozen_layers was given, but {type(self.blocks[-1].module).__name__} hands on more "
+                            f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on more "
                             "than its hidden states, which cannot be cached; train this model without."
                         )
                     for row, state, mask in zip(rows, found, batch["attention_mask"].bool(), strict=True):
@@ -114,7 +114,7 @@ def frozen_blocks(model: nn.Module) -> list[Block]:
     blocks = find_blocks(model)
     if any(block.is_decoder for block in blocks) or len({block.name.rpartition(".")[0] for block in blocks}) > 1:
         raise UserError(
-            f"cache_frozen_layers was given, but {type(model).__name__} has more than one stack of layers; train it "
+            f"`cache_frozen_layers` was given, but {type(model).__name__} has more than one stack of layers; train it "
             "without."
         )
     modules = dict(model.named_modules())
@@ -133,8 +133,8 @@ def frozen_blocks(model: nn.Module) -> list[Block]:
     if below or not frozen:
         name = (below or layers)[0].removeprefix("base_model.model.").removesuffix(".modules_to_save.default")
         raise UserError(
-            f"cache_frozen_layers was given, but {name} is trained, so there is nothing "
-            "below it to compute once; keep the adapter to upper layers with --set layers_to_transform=[...]."
+            f"`cache_frozen_layers` was given, but {name} is trained, so there is nothing "
+            "below it to compute once; keep the adapter to upper layers by the setting layers_to_transform=[...]."
         )
     return [block for block, _ in frozen]
 
