@@ -125,5 +125,5 @@ def _rows(path: Path, examples: list[Example], reader: LabelReader) -> list[tupl
 def _spec(name: str, columns: Columns, reader: LabelReader) -> TaskSpec:
     texts = ("text", "text_pair")[: len(columns.texts)]
     if reader.names is None:
-        return TaskSpec(name, texts, None, ("pearson", "spearman"), "pearson_spearman", EPOCHS)
+        return TaskSpec(name, texts, None, ("pearson", "spearman", "mae", "rmse"), "pearson_spearman", EPOCHS)
     return TaskSpec(name, texts, reader.names, ("accuracy", "macro_f1"), "accuracy", EPOCHS)
