@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A text classification or regression task.
+    """A task of labels or values for texts.
 
     Attributes:
         name: the name results are reported under.
@@ -74,7 +74,8 @@ class TaskSpec:
 class TaskData:
     """A loaded task.
 
-    Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32).
+    Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32; a list
+    of ones and zeros, float32, where several labels may hold).
 
     Attributes:
         spec: the task.
@@ -99,10 +100,12 @@ class TaskData:
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
     """Make the dataset of rows ``(text[, text_pair], label)``."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
 
     names = (*spec.text_columns, "label")
-    label_type = "float32" if spec.label_names is None else "int64"
-    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": Value(label_type)})
+    label: Any = Value("float32" if spec.label_names is None else "int64")
+    if spec.multi_label:
+        label = List(Value("float32"), length=spec.num_labels)
+    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": label})
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
     return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)
