@@ -87,7 +87,7 @@ class LabelReader:
 
     @classmethod
     def from_training(cls, path: Path, labels: Lines, problem_type: str | None) -> LabelReader:
-        """Decide from the training labels: lists mean several at once, a number that is not whole a regression.
+        """Decide from the training labels: lists mean several at once, any number that is not whole a regression.
 
         All else are classes.
 
@@ -95,7 +95,7 @@ class LabelReader:
             TaskError: unknown ``problem_type``, a row without a label or with several, or a single class.
         """
         kind = problem_type_of(problem_type)
-        if kind == MULTI or (kind is None and any(isinstance(label, tuple) for _, label in labels)):
+        if kind == MULTI or (kind is None and _are_lists(labels)):
             return cls._of_several(path, labels)
         texts = [_single(path, line, label) for line, label in labels]
         found = set(texts)
@@ -165,6 +165,13 @@ def _single(path: Path, line: int, label: Label) -> str:
     return label
 
 
+def _are_lists(labels: Lines) -> bool:
+    """Whether labels are lists, or texts that all look like one."""
+    if any(isinstance(label, tuple) for _, label in labels):
+        return True
+    return bool(labels) and all(isinstance(label, str) and _is_list(label) for _, label in labels)
+
+
 def _is_list(text: str) -> bool:
     return text.startswith("[") and text.endswith("]")
 
@@ -198,7 +205,15 @@ def _require_two(path: Path, names: Sequence[str]) -> None:
 
 
 def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str | None:
-    """What to say of classes that could be values."""
+    """What to say of classes that could be several labels or values."""
+    for separator in _SEPARATORS:
+        joined = [name for name in names if separator in name]
+        parts = {part.strip() for name in joined for part in name.split(separator)}
+        if 2 * len(parts.intersection(names)) > len(parts):
+            return (
+                f"labels such as {joined[0]!r} were taken for classes of their own; if they are several labels, pass "
+                "`problem_type=multi_label`"
+            )
     if len(names) > 20 and 2 * len(names) > num_rows:
         return (
             f"{len(names):,} classes in {num_rows:,} rows: for values rather than classes pass "
