@@ -70,6 +70,7 @@ class Prediction:
         scores: probability of every label; empty for regression.
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
+        labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
     """
 
     label: str | None
@@ -77,6 +78,7 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
     truncated: bool = False
     error: str | None = None
+    labels: tuple[str, ...] | None = None
 
     @classmethod
     def failed(cls, error: str) -> Prediction:
@@ -104,4 +106,5 @@ def prediction(
         probabilities = shifted / shifted.sum()
     scores = dict(zip(label_names, probabilities.tolist(), strict=True))
     best = max(scores, key=lambda label: scores[label])
-    return Prediction(best, scores[best], scores, truncated)
+    several = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
+    return Prediction(best, scores[best], scores, truncated, labels=several)

@@ -27,7 +27,7 @@ def command(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
     ] = None,
-    train_file: Annotated[Path | None, typer.Option(help="Your own CSV, TSV or JSONL.")] = None,
+    train_file: Annotated[Path | None, typer.Option(help="Your own CSV, TSV, JSONL, JSON or parquet.")] = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out rows; else a tenth of --train-file.")] = None,
     test_file: Annotated[Path | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
@@ -35,7 +35,13 @@ def command(
     label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     problem_type: Annotated[
         str | None,
-        typer.Option(help="Of --train-file: regression or single_label_classification. [default: by its labels]"),
+        typer.Option(help="Of --train-file: regression, single_label or multi_label. [default: by its labels]"),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV or TSV: a character, tab or semicolon. [default: by their rows]")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of your own files. [default: UTF-8, UTF-16 by its mark, else cp1252]")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training data. [default: the paper's; 1 for lm]")

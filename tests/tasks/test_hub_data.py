@@ -102,7 +102,7 @@ def test_without_network(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pattern = (
-        rf"^tried {call} \(HF_HUB_OFFLINE is set\), which failed: Couldn't reach [^\n]*; .*--data-dir .*SPARSEPEFT_DATA"
+        rf"^tried {call} \(HF_HUB_OFFLINE is set\), which failed: Couldn't reach [^\n]*; .*`data_dir` .*SPARSEPEFT_DATA"
     )
     with pytest.raises(TaskError, match=pattern):
         load_task(task)

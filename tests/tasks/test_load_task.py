@@ -59,13 +59,17 @@ def test_topics_come_with_the_package() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("cola", {"train_file": "x.csv", "label_column": "y"}, r"train_file, label_column came with the task 'cola'"),
-        ("custom", {}, r"the task 'custom' reads your own files; pass train_file"),
+        (
+            "cola",
+            {"train_file": "x.csv", "label_column": "y"},
+            r"`train_file`, `label_column` came with the task 'cola'",
+        ),
+        ("custom", {}, r"the task 'custom' reads your own files; pass `train_file`"),
         ("custom", {"train_file": "x.csv", "source": "hub"}, r"reads your own files"),
         ("topics", {"source": "hub"}, r"comes with the package and is not on the hub"),
-        ("rte", {"source": "web"}, r"source is 'web'; expected one of auto, files, hub"),
-        ("rte", {"source": "files"}, r"no data folder is given; pass data_dir or set SPARSEPEFT_DATA"),
-        ("bbc-news", {"source": "files"}, r"no data folder is given"),
+        ("rte", {"source": "web"}, r"`source=web` was given; expected one of auto, files, hub"),
+        ("rte", {"source": "files"}, r"no data folder; pass `data_dir` or set SPARSEPEFT_DATA"),
+        ("bbc-news", {"source": "files"}, r"no data folder; pass"),
     ],
 )
 def test_arguments_that_do_not_fit(

@@ -75,22 +75,32 @@ def test_columns_are_detected(tmp_path: Path, columns: tuple[str, ...], texts: t
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.csv", ("a", "b", "c", "d"), [("x", "p", "1", "q"), ("y", "r", "2", "s")])
+    path = write(
+        tmp_path / "train.csv", ("a", "b", "c", "d"), [("x", "p", "1", "q"), ("y", "r", "2", "s"), ("", "", "2", "")]
+    )
     data = load_task("custom", train_file=path, text_column="b", text_pair_column="d", label_column="c")
     rows = [*data.train, *data.validation]
-    assert sorted((row["text"], row["text_pair"], row["label"]) for row in rows) == [("p", "q", 0), ("r", "s", 1)]
+    assert sorted((row["text"], row["text_pair"], row["label"]) for row in rows) == [
+        ("", "", 1),
+        ("p", "q", 0),
+        ("r", "s", 1),
+    ]
 
 
 @pytest.mark.parametrize(
     ("columns", "kwargs", "message"),
     [
-        (("a", "b", "label"), {}, r"which column is the text\? none is known; .* are 'a', 'b'; pass text_column"),
+        (("a", "b", "label"), {}, r"which column is the text\? none is known; .* are 'a', 'b'; pass `text_column`"),
         (("text", "sentence1", "sentence2", "label"), {}, r"more than one could be \(sentence1 \+ sentence2, text\)"),
         (("text", "mood"), {}, r"which column is the label\? none is called like one; the columns are 'text', 'mood'"),
         (("text", "label", "score"), {}, r"more than one could be \('label', 'score'\)"),
-        (("text", "label"), {"text_column": "body"}, r"text_column 'body' is not among the columns 'text', 'label'"),
-        (("text", "label"), {"label_column": "y"}, r"label_column 'y' is not among the columns"),
-        (("a", "b", "label"), {"text_pair_column": "b"}, r"text_pair_column 'b' came without text_column"),
+        (
+            ("text", "label"),
+            {"text_column": "body"},
+            r"`text_column=body` was given, but the columns are 'text', 'label'",
+        ),
+        (("text", "label"), {"label_column": "y"}, r"`label_column=y` was given, but the columns are"),
+        (("a", "b", "label"), {"text_pair_column": "b"}, r"`text_pair_column=b` was given without `text_column`"),
         (("text", "label"), {"text_column": "label", "label_column": "label"}, r"must be different"),
     ],
 )
@@ -134,8 +144,10 @@ def test_problem_type_overrides(tmp_path: Path) -> None:
         "1.5",
         "nan",
     )
-    assert load(tmp_path, [0.5, 1], problem_type="single_label_classification").spec.num_labels == 2
-    with pytest.raises(TaskError, match=r"problem_type is 'ranking'; expected regression, single_label_class"):
+    assert load(tmp_path, [0.5, 1, 1], problem_type="single_label").spec.num_labels == 2
+    with pytest.raises(
+        TaskError, match=r"`problem_type=ranking` was given; expected regression, single_label or multi_label"
+    ):
         load(tmp_path, [1, 2], [1], problem_type="ranking")
 
 
@@ -144,10 +156,10 @@ def test_problem_type_overrides(tmp_path: Path) -> None:
     [
         (["a", "b"], ["a", "c", "d"], {}, r"validation\.jsonl:2: 'c', 'd' is no label of this task; expected 'a', 'b'"),
         ([0, 1], [0, 1, 2], {}, r"validation\.jsonl:3: '2' is no label"),
-        (["a", ""], None, {}, r"train\.jsonl:2: label is empty"),
-        (["a", "  "], None, {}, r"train\.jsonl:2: label is empty"),
-        (["a", None], None, {}, r"train\.jsonl:2: label is empty"),
-        (["a", ["b"]], None, {}, r"train\.jsonl:2: label is \['b'\]; expected a text or a number"),
+        (["a", ""], None, {}, r"train\.jsonl:2: the label is empty"),
+        (["a", "  "], None, {}, r"train\.jsonl:2: the label is empty"),
+        (["a", None], None, {}, r"train\.jsonl:2: the label is empty"),
+        (["a", {"b": 1}], None, {}, r"train\.jsonl:2: label is {'b': 1}; expected a text, a number or a list"),
         (["a", "a"], None, {}, r"every label is 'a'; expected at least two classes"),
         ([0.5, float("nan")], None, {}, r"train\.jsonl:2: the label is 'nan'; expected a finite number"),
         ([0.5, float("inf")], None, {}, r"train\.jsonl:2: the label is 'inf'; expected a finite number"),
@@ -193,6 +205,8 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
     assert data.notes == (
         "custom: no validation file: 10 of 101 training rows (a seeded, stratified tenth, seed 42) "
         "are held out as validation",
+        "custom: no validation row has the label 'rare', so that is not scored",
+        "custom: the validation part has 10 row(s): scores on fewer than 50 mean little",
     )
     assert load(tmp_path, labels).validation["text"][:] == data.validation["text"][:]
     assert load(tmp_path, labels, seed=1).validation["text"][:] != data.validation["text"][:]
@@ -200,4 +214,4 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
 
 def test_many_classes_are_noted(tmp_path: Path) -> None:
     data = load(tmp_path, list(range(30)), [0])
-    assert "30 classes in 30 rows: for values rather than classes pass --problem-type regression" in data.notes[0]
+    assert "30 classes in 30 rows: for values rather than classes pass `problem_type=regression`" in data.notes[0]

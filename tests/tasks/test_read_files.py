@@ -65,14 +65,14 @@ def test_gzip_reads_the_same(tmp_path: Path, name: str, content: str) -> None:
         ("a.jsonl", '{"x": 1' + "0" * 5000 + "}\n", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv: column 'x' occurs twice"),
         ("a.jsonl", '{"x": 1}\n{"x": \n', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", '{"x": 1}\n[1]\n', r"a\.jsonl:2: found a JSON list; expected one object per line"),
+        ("a.jsonl", '{"x": 1}\n[1]\n', r"a\.jsonl:2: found a JSON list; expected one object per row"),
         ("a.jsonl", '{"x": 1}\n{"y": 1}\n', r"a\.jsonl:2: no column 'x'; the columns found are 'y'"),
         ("a.tsv.gz", b"x\n1\n", r"a\.tsv\.gz: damaged gzip file"),
         # Without a time in it: all workers must see the same.
         ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 9, mtime=0)[:-9], r"a\.jsonl\.gz: damaged gzip file"),
-        ("a.tsv", b"x\n1\n\xff\xfe\n", r"a\.tsv: not UTF-8 text"),
-        ("a.xlsx", "x", r"a\.xlsx: the ending says no known format; expected \.tsv, \.csv, \.jsonl"),
-        ("a.gz", b"x", r"a\.gz: the ending says no known format"),
+        ("a.tsv", b"x\nna\xc3\xafve\n\xff\n", r"a\.tsv:3: the byte 0xff is no UTF-8, although the text before it is"),
+        ("a.xlsx", "x", r"a\.xlsx is a spreadsheet .*; save it as CSV"),
+        ("a.gz", b"x", r"a\.gz: the ending says no known format; expected \.csv, \.tsv, \.jsonl, \.json, \.parquet"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

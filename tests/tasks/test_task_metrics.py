@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 
@@ -11,7 +12,12 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from sparsepeft.tasks import TaskError, TaskSpec, task_names, task_spec
+from sparsepeft.tasks.metrics import report
 
+VALUES = TaskSpec("custom", ("text",), None, ("pearson", "spearman", "mae", "rmse"), "pearson_spearman", 10)
+TAGS = TaskSpec(
+    "custom", ("text",), tuple("abc"), ("micro_f1", "macro_f1", "subset_accuracy"), "micro_f1", 10, multi_label=True
+)
 MAIN = {
     "cola": "matthews_correlation",
     "mrpc": "accuracy_f1",
@@ -77,6 +83,40 @@ def test_against_scikit_learn_and_scipy() -> None:
     scores = task_spec("stsb").compute_metrics(x, y)
     assert scores["pearson"] == pytest.approx(pearsonr(x, y).statistic)
     assert scores["spearman"] == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_errors_of_a_regression_by_hand() -> None:
+    scores = VALUES.compute_metrics(np.array([1.0, 2.0, 3.0, 4.0]), [1.0, 2.0, 3.0, 8.0])  # one is 4 too low
+    assert scores["mae"] == 1.0
+    assert scores["rmse"] == 2.0
+    assert scores["pearson_spearman"] == pytest.approx((scores["pearson"] + scores["spearman"]) / 2)
+    for value in (np.nan, np.inf):  # the worst there is, and finite
+        scores = VALUES.compute_metrics(np.array([value, 1.0], np.float32), [0.0, 1.0])
+        assert 1e38 < scores["mae"] < scores["rmse"] < math.inf
+
+
+def test_several_labels_at_once_by_hand() -> None:
+    logits = np.array([[2.0, -1, -1], [1, 1, -3], [-1, -2, np.nan]])
+    truth = np.array([[1.0, 0, 0], [1, 0, 0], [0, 0, 1]])
+    scores = TAGS.compute_metrics(logits, truth)  # 2 true positives, 1 false positive, 1 false negative
+    assert scores == pytest.approx({"micro_f1": 4 / 6, "macro_f1": 1 / 3, "subset_accuracy": 1 / 3})
+    by_class = report(TAGS, logits, truth)
+    assert by_class["per_class"]["a"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
+    assert by_class["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+    assert set(by_class) == {"per_class"}
+    with pytest.raises(TaskError, match=r"expected \(N, 3\) and \(N, 3\)"):
+        TAGS.compute_metrics(logits, [0, 1, 2])
+
+
+def test_report_by_class() -> None:
+    spec = task_spec("mnli")
+    found = report(spec, logits([0, 0, 1, 1], 3), [0, 1, 1, 1])
+    assert found["confusion_matrix"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
+    assert list(found["per_class"]) == list(spec.label_names or ())
+    assert found["per_class"]["neutral"] == {"precision": 1.0, "recall": 2 / 3, "f1": 0.8, "support": 3}
+    assert found["per_class"]["contradiction"]["support"] == 0
+    assert json.loads(json.dumps(found)) == found
+    assert report(VALUES, [1.0, 2.0], [1.0, 2.0]) == {}
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 3.3, 1e30])

@@ -62,7 +62,7 @@ def _prepare(backbone: Path, folder: Path, **changes: Any) -> tuple[Any, Any, An
     data = load_data(config)
     tokenizer = load_tokenizer(str(backbone))
     model = extend(load_backbone(str(backbone), data.spec), config.method, data.spec, config.recipe_values().adapter)
-    return model, prepare_data(data, config, tokenizer, 64).train, Collator(tokenizer, is_regression=False)
+    return model, prepare_data(data, config, tokenizer, 64).train, Collator(tokenizer)
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

@@ -101,5 +101,5 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
             f"{folder} disagrees with itself: {RUN} names {spec.num_labels} label(s), but the head has "
             f"{config.num_labels} output(s); train the task again, or copy the folder whole."
         )
-    info = TaskInfo(folder, spec.label_names, False, len(spec.text_columns), run["config"].get("max_length"))
+    info = TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
     return info, config

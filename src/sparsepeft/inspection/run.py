@@ -17,6 +17,7 @@ from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.words import encode_with_words
 from sparsepeft.tasks import TaskData, subsample
+from sparsepeft.tasks.labels import SINGLE
 from sparsepeft.training.inference import Predictor
 from sparsepeft.training.run import load_data
 
@@ -88,7 +89,7 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches of at most the predictor's batch size, in an order that wastes little padding."""
         columns, size = self._predictor.spec.text_columns, self._predictor.batch_size
-        label_dtype = torch.float if self._predictor.spec.label_names is None else torch.long
+        label_dtype = torch.long if self._predictor.spec.problem_type == SINGLE else torch.float
         for start in range(0, len(self._dataset), _BATCHES_SORTED * size):
             chunk = self._dataset[start : start + _BATCHES_SORTED * size]
             order = sorted(range(len(chunk["label"])), key=lambda row: sum(len(chunk[name][row]) for name in columns))

@@ -12,6 +12,7 @@ from typing import Final
 
 from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.files import read_rows, require_file, sha256
+from sparsepeft.tasks.formats import RAW_TSV
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import hold_out
 
@@ -21,12 +22,10 @@ FILE: Final = "all.tsv"
 
 def load_bbc_files(spec: TaskSpec, data_dir: Path, seed: int) -> TaskData:
     """Load ``data_dir/bbc-news/all.tsv[.gz]``, columns ``text`` and ``label``."""
-    if not data_dir.is_dir():
-        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {spec.name}/{FILE} in it")
-    path = require_file(data_dir / spec.name, (FILE,))
+    path = find_bbc_file(spec.name, data_dir)
     names = spec.label_names or ()
     rows = []
-    for row in read_rows(path, required=("text", "label")):
+    for row in read_rows(path, RAW_TSV, required=("text", "label")):
         label = row.values["label"].strip()
         if label not in names:
             raise TaskError(
@@ -35,6 +34,17 @@ def load_bbc_files(spec: TaskSpec, data_dir: Path, seed: int) -> TaskData:
         rows.append((row.values["text"], names.index(label)))
     key = f"{spec.name}/{path.name}"
     return _split(spec, rows, seed, source=key, fingerprints={key: sha256(path)})
+
+
+def find_bbc_file(name: str, data_dir: Path) -> Path:
+    """The file with the articles.
+
+    Raises:
+        TaskError: it is missing.
+    """
+    if not data_dir.is_dir():
+        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {name}/{FILE} in it")
+    return require_file(data_dir / name, (FILE,))
 
 
 def load_bbc_hub(spec: TaskSpec, seed: int) -> TaskData:

@@ -26,6 +26,11 @@ class Columns(NamedTuple):
     texts: tuple[str, ...]
     label: str
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return (*self.texts, self.label)
+
 
 def choose_columns(
     path: Path, found: Sequence[str], text: str | None, text_pair: str | None, label: str | None
@@ -35,11 +40,13 @@ def choose_columns(
     Raises:
         TaskError: a named column is not there, or the columns can be read in more than one way or in none.
     """
-    for flag, name in (("text_column", text), ("text_pair_column", text_pair), ("label_column", label)):
+    for parameter, name in (("text_column", text), ("text_pair_column", text_pair), ("label_column", label)):
         if name is not None and name not in found:
-            raise TaskError(f"{path}: {flag} {name!r} is not among the columns {_listed(found)}; name one of these")
+            raise TaskError(
+                f"{path}: `{parameter}={name}` was given, but the columns are {_listed(found)}; name one of these"
+            )
     if text_pair is not None and text is None:
-        raise TaskError(f"{path}: text_pair_column {text_pair!r} came without text_column; name both")
+        raise TaskError(f"{path}: `text_pair_column={text_pair}` was given without `text_column`; name both")
     texts = tuple(name for name in (text, text_pair) if name is not None)
     label = label or _detect_label(path, [name for name in found if name not in texts])
     texts = texts or _detect_texts(path, [name for name in found if name != label])
@@ -53,7 +60,9 @@ def _detect_label(path: Path, found: Sequence[str]) -> str:
     if len(matches) == 1:
         return matches[0]
     state = f"more than one could be ({_listed(matches)})" if matches else "none is called like one"
-    raise TaskError(f"{path}: which column is the label? {state}; the columns are {_listed(found)}; pass label_column")
+    raise TaskError(
+        f"{path}: which column is the label? {state}; the columns are {_listed(found)}; pass `label_column`"
+    )
 
 
 def _detect_texts(path: Path, found: Sequence[str]) -> tuple[str, ...]:
@@ -61,6 +70,7 @@ def _detect_texts(path: Path, found: Sequence[str]) -> tuple[str, ...]:
     pairs = [(lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower]
     paired = {name for pair in pairs for name in pair}
     matches: list[tuple[str, ...]] = [*pairs]
+    found = [name for name in found if name]  # pandas writes its index as a column without a name
     matches += [(lower[name],) for name in SINGLES if name in lower and lower[name] not in paired]
     if not matches and len(found) == 1:
         return (found[0],)
@@ -71,7 +81,7 @@ def _detect_texts(path: Path, found: Sequence[str]) -> tuple[str, ...]:
     )
     raise TaskError(
         f"{path}: which column is the text? {state}; the columns besides the label are {_listed(found)}; "
-        "pass text_column (and text_pair_column)"
+        "pass `text_column` (and `text_pair_column` for pairs)"
     )
 
 

@@ -1,24 +1,22 @@
-"""Readers of TSV, CSV and JSONL, plain or gzipped, that name the file and line of whatever is wrong."""
+"""Reading files row by row, in errors that name the file and line of whatever is wrong."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
+from sparsepeft.tasks.decoding import known_encoding, lines, marked_encoding
 from sparsepeft.tasks.errors import TaskError
-
-FORMATS: Final = (".tsv", ".csv", ".jsonl")
-_LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
+from sparsepeft.tasks.formats import DELIMITERS, FileFormat, find_format, records, split_raw
+from sparsepeft.tasks.parquet import parquet_rows
 
 
 class Row(NamedTuple):
-    """One record and the line of the file on which it starts."""
+    """One record and the line of the file on which it starts; its number in a JSON list and in parquet, from 1."""
 
     line: int
     values: dict[str, Any]
@@ -60,37 +58,37 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 def read_rows(
     path: Path,
+    file_format: FileFormat | None = None,
     *,
     required: Collection[str] = (),
     header: Sequence[str] | None = None,
     allow_short: bool = False,
 ) -> Iterator[Row]:
-    """Read a file row by row; its name's ending (less ``.gz``) says the format.
-
-    TSV is split on tabs without quoting: a ``"`` is a character. CSV follows the usual quoting. Encoding is UTF-8, with
-    or without byte order mark. Empty lines are passed over.
+    """Read a file row by row. Empty lines are passed over.
 
     Args:
-        path: a .tsv, .csv or .jsonl file, or that with .gz; .txt is read as TSV (official MRPC).
+        path: CSV, TSV or JSON, or that with .gz, or parquet.
+        file_format: how it is written; None asks :func:`sparsepeft.tasks.formats.find_format`, whose notes the caller
+            then does not see.
         required: columns that must be there.
-        header: TSV column names where the file may lack its header line.
-        allow_short: let TSV rows lack fields at their end (official QQP); such rows lack those keys.
+        header: column names where a raw TSV file may lack its header line.
+        allow_short: let raw TSV rows lack fields at their end (official QQP); such rows lack those keys.
 
     Raises:
         TaskError: no such file, unreadable, empty, without a required column, or a malformed row.
     """
     path = Path(path)
-    kind = path.suffixes[-2:][0] if path.suffix == ".gz" else path.suffix
-    if kind in (".tsv", ".txt"):
-        rows = _tsv_rows(path, required, header, allow_short)
-    elif kind == ".csv":
-        rows = _csv_rows(path, required)
-    elif kind == ".jsonl":
-        rows = _jsonl_rows(path, required)
+    form = file_format or find_format(path)
+    if form.kind == "parquet":
+        rows = _parquet_rows(path, required)
+    elif form.kind == "json":
+        rows = _json_rows(path, form, required)
+    elif form.kind == "jsonl":
+        rows = _jsonl_rows(path, form, required)
+    elif form.is_quoted:
+        rows = _quoted_rows(path, form, required)
     else:
-        raise TaskError(
-            f"{path}: the ending says no known format; expected {', '.join(FORMATS)}, also with .gz; rename the file"
-        )
+        rows = _raw_rows(path, form, required, header, allow_short)
     empty = True
     for row in rows:
         empty = False
@@ -99,95 +97,19 @@ def read_rows(
         raise TaskError(f"{path} has no rows; expected at least one example in it")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, encoding: str | None = None) -> str:
     """A file of plain text, or that with .gz, as it is.
 
+    Args:
+        path: the file.
+        encoding: a name that Python knows; None is UTF-8, or what a byte order mark says.
+
     Raises:
-        TaskError: no such file, unreadable or not UTF-8.
+        TaskError: no such file, unreadable, or in another encoding.
     """
-    return "".join(line for _, line in _lines(Path(path)))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise TaskError(f"{path} {what}; expected a file with examples, check the path")
-    number = 0
-    try:
-        with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise TaskError(
-            f"{path}: not UTF-8 text after line {number} ({error.reason}); convert the file to UTF-8"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(f"{path}: damaged gzip file ({error}); expected a whole .gz file, fetch it again") from error
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _open(path: Path) -> TextIO:
-    # newline="\n": only "\n" ends a line; a bare "\r" or U+2028 inside a sentence does not.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open("r", encoding="utf-8-sig", newline="\n")
-
-
-def _tsv_rows(path: Path, required: Collection[str], header: Sequence[str] | None, allow_short: bool) -> Iterator[Row]:
-    columns: list[str] | None = None
-    for number, line in _lines(path):
-        line = line.rstrip("\r\n")
-        if not line:
-            continue
-        fields = line.split("\t")
-        if columns is None:
-            columns = fields if header is None else list(header)
-            _check_columns(path, columns, required)
-            if header is None or fields == columns:
-                continue
-        _check_width(path, number, fields, columns, allow_short)
-        yield Row(number, dict(zip(columns, fields, strict=False)))
-
-
-def _csv_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
-    csv.field_size_limit(_LONGEST_FIELD)  # of the process, as csv has no other; its default is 128 KiB, a long document
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    columns: list[str] | None = None
-    start = 1
-    try:
-        for fields in reader:
-            number, start = start, reader.line_num + 1
-            if not fields:
-                continue
-            if columns is None:
-                columns = fields
-                _check_columns(path, columns, required)
-                continue
-            _check_width(path, number, fields, columns, allow_short=False)
-            yield Row(number, dict(zip(columns, fields, strict=True)))
-    except csv.Error as error:
-        raise TaskError(
-            f'{path}:{start}: malformed CSV ({error}); expected fields separated by commas and quoted with "; '
-            "correct the row, or use TSV or JSONL"
-        ) from error
-
-
-def _jsonl_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
-            raise TaskError(f"{path}:{number}: not JSON ({error}); expected one object per line, correct it") from error
-        if not isinstance(values, dict):
-            raise TaskError(
-                f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per line, "
-                'such as {"text": "...", "label": "..."}'
-            )
-        _check_columns(Path(f"{path}:{number}"), list(values), required)
-        yield Row(number, values)
+    path = Path(path)
+    found = marked_encoding(path) if encoding is None else known_encoding(encoding)
+    return "".join(line for _, line in lines(path, found))
 
 
 def check_text(where: str, text: str) -> None:
@@ -198,6 +120,83 @@ def check_text(where: str, text: str) -> None:
     """
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise TaskError(f"{where} has half of a surrogate pair; expected text, correct the row")
+
+
+def _raw_rows(
+    path: Path, form: FileFormat, required: Collection[str], header: Sequence[str] | None, allow_short: bool
+) -> Iterator[Row]:
+    columns: list[str] | None = None
+    for number, line in lines(path, form.encoding):
+        fields = split_raw(line, form.delimiter)
+        if not fields:
+            continue
+        if columns is None:
+            columns = [name.strip() for name in fields] if header is None else list(header)
+            _check_columns(path, columns, required)
+            if header is None or fields == columns:
+                continue
+        _check_width(path, number, fields, columns, allow_short)
+        yield Row(number, dict(zip(columns, fields, strict=False)))
+
+
+def _quoted_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+    reader = records((line for _, line in lines(path, form.encoding)), form.delimiter)
+    columns: list[str] | None = None
+    start = 1
+    try:
+        for fields in reader:
+            number, start = start, reader.line_num + 1
+            if not fields:
+                continue
+            if columns is None:
+                columns = [name.strip() for name in fields]
+                _check_columns(path, columns, required)
+                continue
+            _check_width(path, number, fields, columns, allow_short=False)
+            yield Row(number, dict(zip(columns, fields, strict=True)))
+    except csv.Error as error:
+        name = DELIMITERS.get(form.delimiter, repr(form.delimiter))
+        raise TaskError(
+            f'{path}:{start}: malformed CSV ({error}); expected fields separated by a {name} and quoted with "; '
+            "correct the row, or use TSV or JSONL"
+        ) from error
+
+
+def _jsonl_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+    for number, line in lines(path, form.encoding):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+            raise TaskError(f"{path}:{number}: not JSON ({error}); expected one object per line, correct it") from error
+        yield _json_row(path, number, values, required)
+
+
+def _json_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+    try:
+        content = json.loads("".join(line for _, line in lines(path, form.encoding)))
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: not JSON ({error}); expected a list of objects, correct it") from error
+    for number, values in enumerate(content, start=1):
+        yield _json_row(path, number, values, required)
+
+
+def _json_row(path: Path, number: int, values: Any, required: Collection[str]) -> Row:
+    if not isinstance(values, dict):
+        raise TaskError(
+            f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
+            'such as {"text": "...", "label": "..."}'
+        )
+    _check_columns(Path(f"{path}:{number}"), list(values), required)
+    return Row(number, values)
+
+
+def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
+    for number, values in enumerate(parquet_rows(path), start=1):
+        if number == 1:
+            _check_columns(path, list(values), required)
+        yield Row(number, values)
 
 
 def _check_columns(path: Path, columns: list[str], required: Collection[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.files import Row, find_file, read_rows, require_file, sha256
+from sparsepeft.tasks.formats import RAW_TSV
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 
 if TYPE_CHECKING:
@@ -73,10 +74,7 @@ LAYOUTS: Final = MappingProxyType(
 def load_glue_files(spec: TaskSpec, data_dir: Path) -> TaskData:
     """Load a GLUE task from ``data_dir/<name>`` or, as the official download names it, ``data_dir/<folder>``."""
     layout = LAYOUTS[spec.name]
-    folder = _task_folder(data_dir, spec.name, layout.folder)
-    dev_names = ("dev_matched.tsv", "dev.tsv") if spec.name == "mnli" else ("dev.tsv",)
-    train_names = ("train.tsv", "msr_paraphrase_train.txt") if spec.name == "mrpc" else ("train.tsv",)
-    train_path, dev_path = require_file(folder, train_names), require_file(folder, dev_names)
+    folder, train_path, dev_path = find_glue_files(spec.name, data_dir)
     notes: list[str] = []
     exclude = _pair_ids(dev_path) if train_path.name.startswith("msr_") else frozenset()
     train = _read(spec, layout, train_path, notes, exclude)
@@ -96,6 +94,18 @@ def load_glue_files(spec: TaskSpec, data_dir: Path) -> TaskData:
         source="glue files",
         fingerprints={f"{folder.name}/{path.name}": sha256(path) for path in paths},
     )
+
+
+def find_glue_files(name: str, data_dir: Path) -> tuple[Path, Path, Path]:
+    """A GLUE task's folder, training file and development file.
+
+    Raises:
+        TaskError: one is missing.
+    """
+    folder = _task_folder(data_dir, name, LAYOUTS[name].folder)
+    dev_names = ("dev_matched.tsv", "dev.tsv") if name == "mnli" else ("dev.tsv",)
+    train_names = ("train.tsv", "msr_paraphrase_train.txt") if name == "mrpc" else ("train.tsv",)
+    return folder, require_file(folder, train_names), require_file(folder, dev_names)
 
 
 def size_notes(name: str, num_train: int, num_validation: int) -> tuple[str, ...]:
@@ -131,7 +141,7 @@ def _read(
     header = COLA_HEADER if spec.name == "cola" else None
     rows: list[tuple[Any, ...]] = []
     skipped = 0
-    for row in read_rows(path, required=needed, header=header, allow_short=spec.name == "qqp"):
+    for row in read_rows(path, RAW_TSV, required=needed, header=header, allow_short=spec.name == "qqp"):
         if _unlabelled(spec.name, row, layout):
             skipped += 1
         elif not exclude or _ids(row) not in exclude:
@@ -169,7 +179,7 @@ def _label(path: Path, row: Row, layout: Layout) -> int | float:
 
 
 def _pair_ids(path: Path) -> frozenset[tuple[str, str]]:
-    return frozenset(_ids(row) for row in read_rows(path, required=MSR_IDS))
+    return frozenset(_ids(row) for row in read_rows(path, RAW_TSV, required=MSR_IDS))
 
 
 def _ids(row: Row) -> tuple[str, str]:

@@ -32,13 +32,13 @@ def load_splits(repository: str, config: str | None, names: Sequence[str]) -> di
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _TRUE else ""
         raise TaskError(
             f"tried {tried}{offline}, which failed: {first_line(error)}; connect to the network, or pass "
-            "--data-dir (or set SPARSEPEFT_DATA) with the folder that holds the task's files"
+            "`data_dir` (or set SPARSEPEFT_DATA) with the folder that holds the task's files"
         ) from error
     missing = [name for name in names if name not in loaded]
     if missing:
         raise TaskError(
             f"{tried} has no split {', '.join(missing)}, only {', '.join(loaded)}; "
-            "pass --data-dir with the task's files"
+            "pass `data_dir` with the task's files"
         )
     return {name: loaded[name] for name in names}
 
@@ -54,7 +54,7 @@ def pick_columns(dataset: Dataset, spec: TaskSpec, texts: Sequence[str], split: 
     if missing:
         raise TaskError(
             f"{where}: no column {', '.join(missing)}; found {', '.join(dataset.column_names)}; "
-            "pass --data-dir with the task's files"
+            "pass `data_dir` with the task's files"
         )
     plain = dataset.with_format(None)
     labels = plain[label][:]
@@ -66,7 +66,7 @@ def pick_columns(dataset: Dataset, spec: TaskSpec, texts: Sequence[str], split: 
         if unknown:
             raise TaskError(
                 f"{where}: label {', '.join(unknown)}; expected {', '.join(spec.label_names)}; "
-                "pass --data-dir with the task's files"
+                "pass `data_dir` with the task's files"
             )
         labels = [index.get(value, value) for value in written]
     return build_dataset(spec, list(zip(*(plain[name][:] for name in texts), labels, strict=True)))

@@ -1,14 +1,17 @@
-"""What the labels of a local file mean: classes or values."""
+"""What the labels of a local file mean: a class, several, or a value."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sparsepeft.tasks.errors import TaskError
 
@@ -16,24 +19,65 @@ from sparsepeft.tasks.errors import TaskError
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
-# "classification" for short.
-PROBLEM_TYPES: Final = ("regression", "single_label_classification", "classification")
+REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
+_SHORT: Final = {"single_label": SINGLE, "classification": SINGLE, "multi_label": MULTI}
+_SEPARATORS: Final = "|;,"
 
-Lines = Sequence[tuple[int, str]]
+Label = str | tuple[str, ...]
+Lines = Sequence[tuple[int, Label]]
+
+
+def problem_type_of(given: str | None) -> str | None:
+    """The name that transformers has for a kind of problem; None stays None.
+
+    Raises:
+        TaskError: it is none.
+    """
+    name = given if given is None else _SHORT.get(given, given)
+    if name not in (None, REGRESSION, SINGLE, MULTI):
+        raise TaskError(
+            f"`problem_type={given}` was given; expected regression, single_label or multi_label, or leave it out"
+        )
+    return name
+
+
+def read_label(where: str, value: Any) -> Label:
+    """A label as a file has it, as text; a list of labels as a tuple; empty where there is none.
+
+    Raises:
+        TaskError: it is neither a text, a number nor a list of these.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float):
+        return repr(value)
+    parts = [read_label(where, part) for part in value] if isinstance(value, list) else [None]
+    texts = tuple(part for part in parts if isinstance(part, str) and part)
+    if len(texts) != len(parts):
+        raise TaskError(f"{where} is {value!r:.60}; expected a text, a number or a list of these, correct the row")
+    return texts
 
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Turns labels as written into class indices or values.
+    """Turns labels as written into class indices, ones and zeros, or values.
 
     Attributes:
         names: class names by index; ``None`` for regression.
         integers: classes are whole numbers, so ``1``, ``01`` and ``1.0`` are the same one.
+        multi_label: a row has any number of classes.
+        separator: between those in one text.
         notes: what looked unusual.
     """
 
     names: tuple[str, ...] | None
     integers: bool = False
+    multi_label: bool = False
+    separator: str | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -43,55 +87,145 @@ class LabelReader:
 
     @classmethod
     def from_training(cls, path: Path, labels: Lines, problem_type: str | None) -> LabelReader:
-        """Decide from the training labels: any number that is not whole means regression, all else classes.
+        """Decide from the training labels: lists mean several at once, any number that is not whole a regression.
+
+        All else are classes.
 
         Raises:
-            TaskError: unknown ``problem_type``, or a single class.
+            TaskError: unknown ``problem_type``, a row without a label or with several, or a single class.
         """
-        if problem_type not in (None, *PROBLEM_TYPES):
-            raise TaskError(
-                f"problem_type is {problem_type!r}; expected {', '.join(PROBLEM_TYPES[:2])}, or leave it out"
-            )
-        texts = {text for _, text in labels}
-        integers = all(_INTEGER.fullmatch(text) for text in texts)
-        numbers = all(_NUMBER.fullmatch(text) for text in texts)
-        if problem_type == "regression" or (problem_type is None and numbers and not integers):
+        kind = problem_type_of(problem_type)
+        if kind == MULTI or (kind is None and _are_lists(labels)):
+            return cls._of_several(path, labels)
+        texts = [_single(path, line, label) for line, label in labels]
+        found = set(texts)
+        integers = all(_INTEGER.fullmatch(text) for text in found)
+        numbers = all(_NUMBER.fullmatch(text) for text in found)
+        if kind == REGRESSION or (kind is None and numbers and not integers):
             return cls(None)
-        names = sorted({_whole(text) for text in texts}, key=Decimal) if integers else sorted(texts)
-        if len(names) < 2:
-            raise TaskError(
-                f"{path}: every label is {names[0]!r}; expected at least two classes, add examples or name another "
-                "label column"
-            )
-        notes: tuple[str, ...] = ()
-        if len(names) > 20 and 2 * len(names) > len(labels):
-            notes = (
-                f"{len(names):,} classes in {len(labels):,} rows: for values rather than classes pass --problem-type "
-                "regression, or name another label column",
-            )
-        return cls(tuple(names), integers, notes)
+        names = _sorted(found, integers)
+        _require_two(path, names)
+        note = _note_on_classes(names, integers, len(texts)) if kind is None else None
+        return cls(names, integers, notes=(note,) if note else ())
 
-    def read(self, path: Path, labels: Lines) -> list[int] | list[float]:
-        """Give class indices or values.
+    @classmethod
+    def _of_several(cls, path: Path, labels: Lines) -> LabelReader:
+        texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
+        found = [char for char in _SEPARATORS if any(char in text for text in texts)]
+        separator = found[0] if found else None
+        notes = ()
+        if len(found) > 1:
+            notes = (f"labels were separated at {separator!r}; {some(found[1:])} was taken for a part of their names",)
+        parts = {part for line, label in labels for part in _parts(path, line, label, separator)}
+        integers = bool(parts) and all(_INTEGER.fullmatch(part) for part in parts)
+        names = _sorted(parts, integers)
+        _require_two(path, names)
+        return cls(names, integers, True, separator, notes)
+
+    def read(self, path: Path, labels: Lines) -> list[int] | list[float] | list[list[float]]:
+        """Give class indices, or values, or for several labels a one or zero for each class.
 
         Raises:
-            TaskError: labels that training never saw (all are named), or a value that is no finite number.
+            TaskError: labels that training never saw (all are named), a row without one or with several where it needs
+                one, or a value that is no finite number.
         """
         if self.names is None:
-            return [_finite(path, line, text) for line, text in labels]
+            return [_finite(path, line, _single(path, line, label)) for line, label in labels]
         index = {name: number for number, name in enumerate(self.names)}
-        written = [(line, self._name(text)) for line, text in labels]
-        unseen = sorted({text for _, text in written if text not in index})
+        rows = [(line, [self._name(part) for part in self._parts(path, line, label)]) for line, label in labels]
+        unseen = sorted({name for _, names in rows for name in names if name not in index})
         if unseen:
-            line = next(line for line, text in written if text not in index)
+            line = next(line for line, names in rows if not index.keys() >= set(names))
             raise TaskError(
-                f"{path}:{line}: {_some(unseen)} is no label of this task; expected {_some(self.names)} "
+                f"{path}:{line}: {some(unseen)} is no label of this task; expected {some(self.names)} "
                 "(the labels of the training set); correct the labels or add training examples"
             )
-        return [index[text] for _, text in written]
+        if not self.multi_label:
+            return [index[name] for _, (name,) in rows]
+        return [[float(name in names) for name in self.names] for names in (set(found) for _, found in rows)]
+
+    def _parts(self, path: Path, line: int, label: Label) -> tuple[str, ...]:
+        return _parts(path, line, label, self.separator) if self.multi_label else (_single(path, line, label),)
 
     def _name(self, text: str) -> str:
         return _whole(text) if self.integers and _INTEGER.fullmatch(text) else text
+
+
+def _single(path: Path, line: int, label: Label) -> str:
+    if isinstance(label, tuple):
+        raise TaskError(
+            f"{path}:{line}: the label is {list(label)!r:.60}; expected one label, correct the row or pass "
+            "`problem_type=multi_label`"
+        )
+    if not label:
+        raise TaskError(
+            f"{path}:{line}: the label is empty; expected one in every row, fill it in or remove the row (a row may "
+            "have none only with `problem_type=multi_label`)"
+        )
+    return label
+
+
+def _are_lists(labels: Lines) -> bool:
+    """Whether labels are lists, or texts that all look like one."""
+    if any(isinstance(label, tuple) for _, label in labels):
+        return True
+    return bool(labels) and all(isinstance(label, str) and _is_list(label) for _, label in labels)
+
+
+def _is_list(text: str) -> bool:
+    return text.startswith("[") and text.endswith("]")
+
+
+def _parts(path: Path, line: int, label: Label, separator: str | None) -> tuple[str, ...]:
+    """The labels of one row: a list, a list as text (JSON, or as pandas writes one), or text between separators."""
+    if isinstance(label, tuple):
+        return label
+    if _is_list(label):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return tuple(read_label(f"{path}:{line}: the label", read(label)))
+        raise TaskError(
+            f'{path}:{line}: the label {label!r:.60} is no list; expected one such as ["a", "b"], or names with | '
+            "between them, correct the row"
+        )
+    parts = label.split(separator) if separator else [label]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _sorted(texts: set[str], integers: bool) -> tuple[str, ...]:
+    return tuple(sorted({_whole(text) for text in texts}, key=Decimal) if integers else sorted(texts))
+
+
+def _require_two(path: Path, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        found = f"every label is {names[0]!r}" if names else "no row has a label"
+        raise TaskError(
+            f"{path}: {found}; expected at least two classes, add examples or name another column with `label_column`"
+        )
+
+
+def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str | None:
+    """What to say of classes that could be several labels or values."""
+    for separator in _SEPARATORS:
+        joined = [name for name in names if separator in name]
+        parts = {part.strip() for name in joined for part in name.split(separator)}
+        if 2 * len(parts.intersection(names)) > len(parts):
+            return (
+                f"labels such as {joined[0]!r} were taken for classes of their own; if they are several labels, pass "
+                "`problem_type=multi_label`"
+            )
+    if len(names) > 20 and 2 * len(names) > num_rows:
+        return (
+            f"{len(names):,} classes in {num_rows:,} rows: for values rather than classes pass "
+            "`problem_type=regression`, or name another column with `label_column`"
+        )
+    first, last = Decimal(names[0]) if integers else 0, Decimal(names[-1]) if integers else 0
+    if integers and len(names) >= 4 and last - first < 2 * len(names):
+        return (
+            f"labels {names[0]} to {names[-1]} were taken for {len(names)} classes; if they are scores, pass "
+            "`problem_type=regression`"
+        )
+    return None
 
 
 def _whole(text: str) -> str:
@@ -109,6 +243,7 @@ def _finite(path: Path, line: int, text: str) -> float:
     return value
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, for a sentence."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more

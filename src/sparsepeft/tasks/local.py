@@ -1,19 +1,24 @@
-"""Your own files: CSV, TSV or JSONL, plain or gzipped, for classification or regression."""
+"""Your own files, plain or gzipped, for classes, several labels at once, or values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
-from sparsepeft.tasks.labels import LabelReader
+from sparsepeft.tasks.formats import FileFormat, find_format
+from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, read_label, some
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
 
 EPOCHS: Final = 10
 HELD_OUT: Final = 0.1
+FEW_ROWS: Final = 50  # with so many, half of them right, one standard error of the accuracy is 7 points
+LEAST_ROWS: Final = 3  # without a validation file: one to train on, one to choose a checkpoint by, one to score
 
 
 class Options(NamedTuple):
@@ -26,6 +31,14 @@ class Options(NamedTuple):
     text_pair_column: str | None = None
     label_column: str | None = None
     problem_type: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files by part."""
+        parts = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {part: path for part, path in parts.items() if path is not None}
 
 
 class Example(NamedTuple):
@@ -33,50 +46,112 @@ class Example(NamedTuple):
 
     line: int
     texts: tuple[str, ...]
-    label: str
+    label: Label
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """What local files hold, before anything is made of it.
+
+    Attributes:
+        spec: the task that the training file describes.
+        columns: which columns were taken.
+        formats: how each file is written, by part: train, validation, test.
+        rows: ``(text[, text_pair], label)`` by part.
+        notes: what a reader of the results must know of the files.
+    """
+
+    spec: TaskSpec
+    columns: Columns
+    formats: dict[str, FileFormat]
+    rows: dict[str, list[tuple[Any, ...]]]
+    notes: tuple[str, ...]
+
+
+def find_formats(options: Options) -> dict[str, FileFormat]:
+    """How the files are written, by part.
+
+    Raises:
+        TaskError: one is missing or cannot be read, or a delimiter was given for files that have none.
+    """
+    problem_type_of(options.problem_type)
+    formats = {part: find_format(path, options.delimiter, options.encoding) for part, path in options.files.items()}
+    for name, given in (("delimiter", options.delimiter), ("encoding", options.encoding)):
+        if given is not None and not any(getattr(found, name) for found in formats.values()):
+            raise TaskError(f"`{name}={given}` was given, but {options.train_file} has none; leave it out")
+    return formats
+
+
+def find_columns(options: Options, formats: dict[str, FileFormat]) -> Columns:
+    """Which columns hold what, by the first row of the training file; the other files must have them too.
+
+    Raises:
+        TaskError: one cannot be told or is missing.
+    """
+    first = next(iter(read_rows(options.train_file, formats["train"])))
+    names = options.text_column, options.text_pair_column, options.label_column
+    columns = choose_columns(options.train_file, list(first.values), *names)
+    for part, path in options.files.items():
+        next(iter(read_rows(path, formats[part], required=columns.all)))
+    return columns
+
+
+def read_local(name: str, options: Options) -> LocalFiles:
+    """Read local files; the training file decides columns, kind of problem and label names.
+
+    Raises:
+        TaskError: something in them cannot be used.
+    """
+    formats = find_formats(options)
+    columns = find_columns(options, formats)
+    examples = {part: list(_read(path, formats[part], columns)) for part, path in options.files.items()}
+    reader = LabelReader.from_training(options.train_file, _labels(examples["train"]), options.problem_type)
+    rows = {part: _rows(path, examples[part], reader) for part, path in options.files.items()}
+    if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
+        raise TaskError(
+            f"{options.train_file} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
+            "one to choose a checkpoint by, one to score), add examples"
+        )
+    notes = [note for found in formats.values() for note in found.notes]
+    return LocalFiles(_spec(name, columns, reader), columns, formats, rows, (*notes, *reader.notes))
 
 
 def load_local(name: str, options: Options, seed: int) -> TaskData:
-    """Load a task from local files; the training file decides columns, kind of problem and label names."""
-    train_path = options.train_file
-    first = next(iter(read_rows(train_path)))
-    columns = choose_columns(
-        train_path, list(first.values), options.text_column, options.text_pair_column, options.label_column
-    )
-    examples = _read(train_path, columns)
-    reader = LabelReader.from_training(
-        train_path, [(example.line, example.label) for example in examples], options.problem_type
-    )
-    spec = _spec(name, columns, reader)
-    train = build_dataset(spec, _rows(train_path, examples, reader))
-    notes = list(reader.notes)
-    sets, paths = {}, [train_path]
-    for part, path in (("validation", options.validation_file), ("test", options.test_file)):
-        if path is not None:
-            sets[part] = build_dataset(spec, _rows(path, _read(path, columns), reader))
-            paths.append(path)
-    sums = [sha256(path) for path in paths]
+    """Load a task from local files."""
+    local = read_local(name, options)
+    spec, paths, notes = local.spec, options.files, list(local.notes)
+    sets = {part: build_dataset(spec, rows) for part, rows in local.rows.items()}
+    sums = {part: sha256(path) for part, path in paths.items()}
     notes += [
         f"{path.name} has the same content as the training file: its scores say nothing about new texts"
-        for path, digest in zip(paths[1:], sums[1:], strict=True)
-        if digest == sums[0]
+        for part, path in paths.items()
+        if part != "train" and sums[part] == sums["train"]
     ]
     if "validation" not in sets:
-        num_rows = len(train)
-        train, sets["validation"] = split_train(train, spec, HELD_OUT, seed)
+        num_rows = len(sets["train"])
+        sets["train"], sets["validation"] = split_train(sets["train"], spec, HELD_OUT, seed)
         kind = "seeded" if spec.label_names is None else "seeded, stratified"
         notes.append(
             f"no validation file: {len(sets['validation']):,} of {num_rows:,} training rows "
             f"(a {kind} tenth, seed {seed}) are held out as validation"
         )
+    if spec.label_names is not None and not spec.multi_label:
+        seen = set(sets["validation"]["label"][:])
+        missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
+        notes += [f"no validation row has the label {some(missing)}, so that is not scored"] if missing else []
+    notes += [
+        f"the {part} part has {len(sets[part])} row(s): scores on fewer than {FEW_ROWS} mean little"
+        for part in ("validation", "test")
+        if part in sets and len(sets[part]) < FEW_ROWS
+    ]
     return TaskData(
         spec,
-        train,
+        sets["train"],
         sets["validation"],
         test=sets.get("test"),
         notes=tuple(f"{name}: {note}" for note in notes),
-        source=train_path.name,
-        fingerprints=dict(zip(distinct_names(paths), sums, strict=True)),
+        source=paths["train"].name,
+        fingerprints=dict(zip(distinct_names([*paths.values()]), sums.values(), strict=True)),
     )
 
 
@@ -84,46 +159,40 @@ def load_fixed(spec: TaskSpec, paths: dict[str, Path], source: str) -> TaskData:
     """Load train, validation and test files with the columns ``text`` and ``label`` for a known task."""
     columns = Columns(spec.text_columns, "label")
     reader = LabelReader.for_names(spec.label_names or ())
-    sets = {part: build_dataset(spec, _rows(path, _read(path, columns), reader)) for part, path in paths.items()}
+    examples = {part: list(_read(path, find_format(path), columns)) for part, path in paths.items()}
+    sets = {part: build_dataset(spec, _rows(path, examples[part], reader)) for part, path in paths.items()}
     sums = {path.name: sha256(path) for path in paths.values()}
     return TaskData(spec, sets["train"], sets["validation"], test=sets["test"], source=source, fingerprints=sums)
 
 
-def _read(path: Path, columns: Columns) -> list[Example]:
-    examples = []
-    for row in read_rows(path, required=(*columns.texts, columns.label)):
+def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
+    for row in read_rows(path, file_format, required=columns.all):
+        where = f"{path}:{row.line}"
         texts = tuple(row.values[name] for name in columns.texts)
         for name, text in zip(columns.texts, texts, strict=True):
             if not isinstance(text, str):
-                raise TaskError(
-                    f"{path}:{row.line}: {name} is {text!r}; expected a text (it may be empty), correct the row"
-                )
-            check_text(f"{path}:{row.line}: {name}", text)
-        examples.append(Example(row.line, texts, _label_text(path, row.line, columns.label, row.values[columns.label])))
-    return examples
+                raise TaskError(f"{where}: {name} is {text!r}; expected a text (it may be empty), correct the row")
+            check_text(f"{where}: {name}", text)
+        label = read_label(f"{where}: {columns.label}", row.values[columns.label])
+        for part in (label,) if isinstance(label, str) else label:
+            check_text(f"{where}: {columns.label}", part)
+        yield Example(row.line, texts, label)
 
 
-def _label_text(path: Path, line: int, column: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value) if isinstance(value, int | float) else value
-    if text is None or (isinstance(text, str) and not text.strip()):
-        raise TaskError(
-            f"{path}:{line}: {column} is empty; expected a label in every row, fill it in or remove the row"
-        )
-    if not isinstance(text, str):
-        raise TaskError(f"{path}:{line}: {column} is {value!r}; expected a text or a number, correct the row")
-    check_text(f"{path}:{line}: {column}", text)
-    return text.strip()
+def _labels(examples: list[Example]) -> list[tuple[int, Label]]:
+    return [(example.line, example.label) for example in examples]
 
 
 def _rows(path: Path, examples: list[Example], reader: LabelReader) -> list[tuple[Any, ...]]:
-    values = reader.read(path, [(example.line, example.label) for example in examples])
+    values = reader.read(path, _labels(examples))
     return [(*example.texts, value) for example, value in zip(examples, values, strict=True)]
 
 
 def _spec(name: str, columns: Columns, reader: LabelReader) -> TaskSpec:
     texts = ("text", "text_pair")[: len(columns.texts)]
     if reader.names is None:
-        return TaskSpec(name, texts, None, ("pearson", "spearman"), "pearson_spearman", EPOCHS)
+        return TaskSpec(name, texts, None, ("pearson", "spearman", "mae", "rmse"), "pearson_spearman", EPOCHS)
+    if reader.multi_label:
+        metrics = ("micro_f1", "macro_f1", "subset_accuracy")
+        return TaskSpec(name, texts, reader.names, metrics, "micro_f1", EPOCHS, multi_label=True)
     return TaskSpec(name, texts, reader.names, ("accuracy", "macro_f1"), "accuracy", EPOCHS)

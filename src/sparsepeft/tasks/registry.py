@@ -12,6 +12,7 @@ from sparsepeft.tasks.spec import TaskSpec
 ONE: Final = ("text",)
 PAIR: Final = ("text", "text_pair")
 CUSTOM: Final = "custom"
+LANGUAGE_MODEL: Final = "lm"  # has text, but neither labels nor a `TaskSpec`
 
 # Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
 _SPECS: Final = (
@@ -55,10 +56,16 @@ def canonical_name(name: str) -> str:
     squashed = _squash(name)
     if squashed in known:
         return known[squashed]
+    if squashed == LANGUAGE_MODEL:
+        raise TaskError(
+            f"the task {name!r} is a language model's, which has no labelled data; train it with `sparsepeft train` or "
+            "sparsepeft.training.train_language_model"
+        )
     near = difflib.get_close_matches(squashed, known, n=1, cutoff=0.5)
     hint = f"did you mean {known[near[0]]!r}? " if near else ""
     raise TaskError(
-        f"unknown task {name!r}: {hint}the tasks are {', '.join(task_names())} (custom takes your own training file)"
+        f"unknown task {name!r}: {hint}the tasks are {', '.join(task_names())} (your own `train_file`) and "
+        f"{LANGUAGE_MODEL} (a language model on your own `text`)"
     )
 
 

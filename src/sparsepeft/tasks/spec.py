@@ -12,15 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A text classification or regression task.
+    """A task of labels or values for texts.
 
     Attributes:
         name: the name results are reported under.
         text_columns: ``("text",)`` or ``("text", "text_pair")``, the columns of every loaded dataset.
         label_names: by class index; ``None`` for regression.
         metrics: names of what `compute_metrics` computes, in order.
-        main_metric: the score to compare by: one of ``metrics``, or any other name, which then stands for their mean.
+        main_metric: the score to compare by: one of ``metrics``, or a name such as ``pearson_spearman`` for the mean of
+            those it names; any other name stands for the mean of all.
         paper_epochs: epochs in the SPARTAN paper (arXiv:2211.16634); a sensible number for tasks it does not have.
+        multi_label: several labels may hold for one text, or none.
     """
 
     name: str
@@ -29,6 +31,7 @@ class TaskSpec:
     metrics: tuple[str, ...]
     main_metric: str
     paper_epochs: int
+    multi_label: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -38,7 +41,9 @@ class TaskSpec:
     @property
     def problem_type(self) -> str:
         """The name `transformers` gives to the kind of loss."""
-        return "regression" if self.label_names is None else "single_label_classification"
+        if self.label_names is None:
+            return "regression"
+        return "multi_label_classification" if self.multi_label else "single_label_classification"
 
     @property
     def is_pair(self) -> bool:
@@ -50,11 +55,12 @@ class TaskSpec:
 
         Args:
             predictions: logits (N, C); regression also takes (N,) besides (N, 1).
-            labels: class indices or values, (N,).
+            labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold.
 
         Returns:
-            ``metrics`` in order, then ``main_metric`` where it is their mean. Always finite: a constant prediction has
-            correlation 0.0, a classification row with a NaN counts as wrong, non-finite regression outputs score 0.0.
+            ``metrics`` in order, then ``main_metric`` where it is a mean. Always finite: a constant prediction has
+            correlation 0.0, a classification row with a NaN counts as wrong, and outputs of a regression that are not
+            finite have correlation 0.0 and the largest error that float32 holds.
 
         Raises:
             TaskError: shapes do not fit each other or the task, or there are no rows.
@@ -68,7 +74,8 @@ class TaskSpec:
 class TaskData:
     """A loaded task.
 
-    Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32).
+    Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32; a list
+    of ones and zeros, float32, where several labels may hold).
 
     Attributes:
         spec: the task.
@@ -93,10 +100,12 @@ class TaskData:
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
     """Make the dataset of rows ``(text[, text_pair], label)``."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
 
     names = (*spec.text_columns, "label")
-    label_type = "float32" if spec.label_names is None else "int64"
-    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": Value(label_type)})
+    label: Any = Value("float32" if spec.label_names is None else "int64")
+    if spec.multi_label:
+        label = List(Value("float32"), length=spec.num_labels)
+    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": label})
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
     return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)

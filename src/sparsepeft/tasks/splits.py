@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.tasks.errors import TaskError
@@ -19,7 +19,8 @@ def split_train(dataset: Dataset, spec: TaskSpec, fraction: float = 0.1, seed: i
     """Hold out part of the training data for choosing checkpoints and hyperparameters.
 
     Classification is stratified by label; a class keeps at least one example for training, so a class with a single
-    example is never held out (unless every class has but one). Regression is a plain seeded shuffle.
+    example is never held out (unless every class has but one). Rows with several labels are stratified by the rarest
+    of theirs. Regression is a plain seeded shuffle.
 
     Returns:
         ``(train, selection)``, both in the dataset's order; ``selection`` has ``fraction`` of the rows, at least one.
@@ -31,7 +32,7 @@ def split_train(dataset: Dataset, spec: TaskSpec, fraction: float = 0.1, seed: i
         raise TaskError(f"{spec.name}: the held-out fraction is {fraction}; expected a number between 0 and 1")
     if len(dataset) < 2:
         raise TaskError(f"{spec.name}: {len(dataset)} training rows cannot be split; expected at least 2, add examples")
-    groups = _groups(labels_of(dataset)) if spec.label_names is not None else {0: list(range(len(dataset)))}
+    groups = _groups(labels_of(dataset)) if spec.label_names is not None else {0: [*range(len(dataset))]}
     chosen = set(hold_out(groups, fraction, _rng("split_train", seed)))
     rest = [index for index in range(len(dataset)) if index not in chosen]
     return dataset.select(rest), dataset.select(sorted(chosen))
@@ -49,8 +50,7 @@ def few_shot(dataset: Dataset, spec: TaskSpec, num_examples: int, seed: int) -> 
         raise TaskError(
             f"{spec.name}: {num_examples} examples asked for; expected 1 to {len(dataset)}, the number of training rows"
         )
-    groups = _groups(labels_of(dataset)) if spec.label_names is not None else _bins(labels_of(dataset), num_examples)
-    chosen = pick(groups, num_examples, _rng("few_shot", seed), least=1)
+    chosen = pick(_strata(dataset, num_examples), num_examples, _rng("few_shot", seed), least=1)
     return dataset.select(sorted(chosen))
 
 
@@ -66,10 +66,7 @@ def subsample(dataset: Dataset, n: int, seed: int = 42) -> Dataset:
         raise TaskError(f"a subsample of {n} rows was asked for; expected at least 1")
     if n >= len(dataset):
         return dataset
-    labels = labels_of(dataset)
-    floats = dataset.features["label"].dtype.startswith("float")
-    groups = _bins(labels, n) if floats else _groups(labels)
-    return dataset.select(sorted(pick(groups, n, _rng("subsample", seed), least=1)))
+    return dataset.select(sorted(pick(_strata(dataset, n), n, _rng("subsample", seed), least=1)))
 
 
 def hold_out(groups: Mapping[Any, Sequence[int]], fraction: float, rng: random.Random) -> list[int]:
@@ -113,11 +110,24 @@ def labels_of(dataset: Dataset) -> list[Any]:
     return list(dataset.with_format(None)["label"][:])
 
 
-def _groups(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    groups: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(labels):
+def _strata(dataset: Dataset, num_examples: int) -> Mapping[Any, list[int]]:
+    """Rows by label, by the rarest of several, or by quantile of a value."""
+    labels = labels_of(dataset)
+    return _bins(labels, num_examples) if labels and isinstance(labels[0], float) else _groups(labels)
+
+
+def _groups(labels: Sequence[Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for index, label in enumerate(_rarest(labels) if labels and isinstance(labels[0], list) else labels):
         groups.setdefault(label, []).append(index)
     return groups
+
+
+def _rarest(labels: Sequence[Sequence[float]]) -> list[int]:
+    """Of each row's ones the one that fewest rows have; -1 for a row without any."""
+    counts = [sum(column) for column in zip(*labels, strict=True)]
+    present = ([index for index, value in enumerate(row) if value] for row in labels)
+    return [min(ones, key=lambda index: (counts[index], index), default=-1) for ones in present]
 
 
 def _bins(labels: Sequence[float], num_examples: int) -> dict[int, list[int]]:

@@ -143,7 +143,7 @@ class CachingCollator(Collator):
     """Adds to each batch of the training data the states of its examples."""
 
     def __init__(self, collator: Collator, cache: FrozenLayerCache) -> None:
-        super().__init__(collator.tokenizer, collator.is_regression)
+        super().__init__(collator.tokenizer)
         self.cache = cache
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,9 @@ import yaml
 
 from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import SptConfig
+from sparsepeft.tasks.decoding import known_encoding
+from sparsepeft.tasks.formats import read_delimiter
+from sparsepeft.tasks.labels import problem_type_of
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
@@ -36,6 +39,7 @@ class RunConfig:
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
         problem_type: what the labels of own files are, see :func:`sparsepeft.tasks.load_task`; None looks at them.
+        delimiter, encoding: of own files, see :func:`sparsepeft.tasks.load_task`; None looks at them.
         cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
@@ -57,6 +61,8 @@ class RunConfig:
     text_pair_column: str | None = None
     label_column: str | None = None
     problem_type: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
     epochs: float | None = None
     max_steps: int | None = None
     max_train_samples: int | None = None
@@ -76,6 +82,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, _POSITIVE)
+        problem_type_of(self.problem_type)
+        for check, given in ((read_delimiter, self.delimiter), (known_encoding, self.encoding)):
+            if given is not None:
+                check(given)
         if self.save_dtype is not None:
             try:
                 self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)

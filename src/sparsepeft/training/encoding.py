@@ -27,7 +27,7 @@ def longest_input(
     limits = [n for n in (tokenizer.model_max_length, num_positions(config)) if n]
     limit = min([n for n in limits if n < _NO_LIMIT], default=_NO_LIMIT)
     if wanted is not None and wanted > limit:
-        raise UserError(f"{name}={wanted} was given, but this model takes at most {limit} tokens; pass less.")
+        raise UserError(f"`{name}={wanted}` was given, but this model takes at most {limit} tokens; pass less.")
     return wanted or min(limit, 512)
 
 
@@ -80,13 +80,15 @@ class Collator:
     """Pads a batch to its longest example."""
 
     tokenizer: PreTrainedTokenizerBase
-    is_regression: bool
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A list of encoded examples -> tensors (B, T), labels (B,)."""
+        """A list of encoded examples -> tensors (B, T), labels (B,), or (B, C) where several may hold.
+
+        Labels are int64 for classes, float32 for values and for several labels' ones and zeros.
+        """
         labels = [example["labels"] for example in examples if "labels" in example]
         inputs = [{k: v for k, v in e.items() if k not in ("labels", "length")} for e in examples]
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         if labels:
-            batch["labels"] = torch.tensor(labels, dtype=torch.float if self.is_regression else torch.long)
+            batch["labels"] = torch.tensor(labels, dtype=torch.long if isinstance(labels[0], int) else torch.float)
         return batch

@@ -81,7 +81,7 @@ class Predictor:
 
     def predict(self, texts: Sequence[Input]) -> list[Prediction]:
         """A prediction for each input, in order; see :meth:`logits`."""
-        return [prediction(row, self.spec.label_names) for row in self.logits(texts)]
+        return [prediction(row, self.spec.label_names, multi_label=self.spec.multi_label) for row in self.logits(texts)]
 
     def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
         """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""

@@ -97,7 +97,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     backbone = load_backbone(model_id, data.spec)
     data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
     prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
-    collator = Collator(tokenizer, data.spec.label_names is None)
+    collator = Collator(tokenizer)
     done = None
     if spt is not None:
         to_accelerator(backbone)
@@ -176,6 +176,8 @@ def load_data(config: RunConfig) -> TaskData:
         text_pair_column=config.text_pair_column,
         label_column=config.label_column,
         problem_type=config.problem_type,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
     )
 
 

@@ -1,0 +1,227 @@
+"""How a file with examples is written: by its name's ending, and by its content where the ending leaves that open."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
+from sparsepeft.tasks.errors import TaskError
+
+FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
+_KINDS: Final = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".txt": "tsv",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_SPREADSHEETS: Final = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".xml", ".numbers")
+_LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
+_SAMPLE: Final = 200  # lines that a delimiter is chosen by
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How a file is written.
+
+    Attributes:
+        kind: csv, tsv, jsonl, json (a list of objects) or parquet.
+        delimiter: between the fields of CSV and TSV; empty for the others.
+        encoding: Python's name; empty for parquet.
+        is_quoted: a field may stand in quotation marks, with line ends and the delimiter in it; else a ``"`` is a
+            character.
+        notes: what a reader of the results should know of the choice.
+    """
+
+    kind: str
+    delimiter: str = ""
+    encoding: str = ""
+    is_quoted: bool = False
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """What is worth showing, in words."""
+        shown = {
+            "format": "JSON" if self.kind == "json" else self.kind.upper() if self.kind != "parquet" else "Parquet",
+            "delimiter": DELIMITERS.get(self.delimiter, self.delimiter),
+            "encoding": "UTF-8" if self.encoding == UTF8 else self.encoding,
+        }
+        return {key: value for key, value in shown.items() if value}
+
+
+RAW_TSV: Final = FileFormat("tsv", "\t", UTF8)
+
+
+def find_format(path: Path, delimiter: str | None = None, encoding: str | None = None) -> FileFormat:
+    """Tell how a file is written.
+
+    The delimiter of CSV and TSV is the comma, semicolon, tab or pipe that gives all of the first rows as many fields as
+    the header. A TSV file is read with quotes where its header has them, where a field has doubled ones inside, or
+    where only that gives every row its fields; else a ``"`` in it is a character, as in GLUE's files.
+
+    Args:
+        path: the file; its name's ending, less ``.gz``, says the kind.
+        delimiter: one character, or its name; None looks for it.
+        encoding: a name that Python knows; None looks for it.
+
+    Raises:
+        TaskError: no such file, an unknown kind, not text, or more than one delimiter is possible.
+    """
+    kind = _kind(path)
+    if kind == "parquet":
+        return FileFormat(kind)
+    notes = []
+    if encoding is None:
+        found = find_encoding(path)
+        if found == GUESS:
+            notes.append(f"{path.name} is not UTF-8 and was read as {GUESS}; pass `encoding` if that is wrong")
+    else:
+        found = known_encoding(encoding)
+    if kind == "json":
+        return FileFormat(_json_kind(path, found), encoding=found, notes=tuple(notes))
+    if kind == "jsonl":
+        return FileFormat(kind, encoding=found, notes=tuple(notes))
+    chosen = _delimiter(path, kind, found, None if delimiter is None else read_delimiter(delimiter))
+    is_quoted = True
+    if kind == "tsv" and chosen == "\t":
+        is_quoted, note = _has_quoting(path, found)
+        notes += [note] if note else []
+    return FileFormat(kind, chosen, found, is_quoted, tuple(notes))
+
+
+def read_delimiter(given: str) -> str:
+    r"""The character that ``"tab"``, ``"\\t"``, ``";"`` or any other single character stands for.
+
+    Raises:
+        TaskError: it is something else.
+    """
+    names = {name: char for char, name in DELIMITERS.items()} | {"\\t": "\t"}
+    char = names.get(given.lower(), given)
+    if len(char) != 1 or char in '\r\n"':
+        raise TaskError(
+            f"`delimiter={given}` was given; expected one character, or its name: {', '.join(DELIMITERS.values())}"
+        )
+    return char
+
+
+def records(rows: Iterable[str], delimiter: str) -> Any:
+    """A ``csv.reader`` that refuses what is malformed, for fields of any length."""
+    csv.field_size_limit(_LONGEST_FIELD)  # of the process, as csv has no other; its default is 128 KiB, a long document
+    return csv.reader(rows, delimiter=delimiter, strict=True)
+
+
+def split_raw(line: str, delimiter: str) -> list[str]:
+    """The fields of a line in which a ``"`` is a character; none for an empty line."""
+    line = line.rstrip("\r\n")
+    return line.split(delimiter) if line else []
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    ending = Path(name).suffix
+    if ending in _SPREADSHEETS:
+        raise TaskError(
+            f"{path} is a spreadsheet or markup, not a table of text; save it as CSV (in Excel: Save As, CSV UTF-8) "
+            "and pass that file"
+        )
+    if ending not in _KINDS or (ending == ".parquet" and name != path.name.lower()):
+        raise TaskError(
+            f"{path}: the ending says no known format; expected {', '.join(FORMATS)}, also with .gz (but for parquet); "
+            "rename or convert the file"
+        )
+    return _KINDS[ending]
+
+
+def _json_kind(path: Path, encoding: str) -> str:
+    """Whether a .json file is a list of objects or, as `datasets` writes it, one object per line."""
+    first = next((line.lstrip() for _, line in lines(path, encoding) if line.strip()), "")
+    return "json" if first.startswith("[") else "jsonl"
+
+
+def _delimiter(path: Path, kind: str, encoding: str, given: str | None) -> str:
+    sample = [line for _, line in islice(lines(path, encoding), _SAMPLE)]
+    widths = {char: _widths(sample, char, kind) for char in DELIMITERS}
+    splits = [char for char, found in widths.items() if found and found[0] > 1]
+    fits = [char for char in splits if len(set(widths[char])) == 1]
+    if given is not None:
+        header = next((line.rstrip("\r\n") for line in sample if line.strip()), "")
+        if given not in header and splits:
+            others = " or ".join(f"`delimiter={DELIMITERS[char]}`" for char in fits or splits)
+            raise TaskError(
+                f"{path}: `delimiter={DELIMITERS.get(given, given)}` was given, but the header {header[:60]!r} has "
+                f"none; pass {others}"
+            )
+        return given
+    usual = "\t" if kind == "tsv" else ","
+    if len(fits) == 1 or (len(splits) == 1 and not fits):
+        return (fits or splits)[0]
+    if not splits or (usual in splits and not fits):
+        return usual  # one column; or reading it says which row is wrong
+    names = ", ".join(DELIMITERS[char] for char in fits or splits)
+    raise TaskError(f"{path}: the fields could be separated by more than one of {names}; pass `delimiter`")
+
+
+def _widths(sample: list[str], delimiter: str, kind: str) -> list[int]:
+    """How many fields each record has; empty where quoting does not work out."""
+    if delimiter == "\t" and kind == "tsv":
+        raw = [len(fields) for line in sample if (fields := split_raw(line, delimiter))]
+        if len(set(raw)) == 1:
+            return raw
+        return _quoted_widths(sample, delimiter) or raw
+    return _quoted_widths(sample, delimiter)
+
+
+def _quoted_widths(sample: list[str], delimiter: str) -> list[int]:
+    reader, found = records(sample, delimiter), []
+    try:
+        for record in reader:
+            if record:
+                found.append(len(record))
+    except csv.Error:
+        if len(sample) < _SAMPLE or reader.line_num < _SAMPLE:  # else the sample ends within a record
+            return []
+    return found
+
+
+def _has_quoting(path: Path, encoding: str) -> tuple[bool, str | None]:
+    """Whether a TSV file has quoted fields, and what to say of a choice that could have been the other."""
+    width, is_raw, header_quoted, num_quoted, doubled = 0, True, False, 0, False
+    for _, line in lines(path, encoding):
+        fields = split_raw(line, "\t")
+        if not width:
+            width, header_quoted = len(fields), any(name.startswith('"') for name in fields)
+        is_raw = is_raw and len(fields) in (0, width)
+        quoted = [field for field in fields if field.startswith('"')]
+        num_quoted += len(quoted)
+        doubled = doubled or any('""' in field[1:-1] for field in quoted)
+    if not num_quoted or not _is_csv(lines(path, encoding)):
+        return False, None
+    if not is_raw or header_quoted:
+        return True, None
+    if doubled:
+        return True, f'{path.name} was read as TSV with quoted fields, since it has doubled ""'
+    return False, (
+        f"the quotation marks around {num_quoted:,} fields of {path.name} were taken for part of the text; if they are "
+        "not, rename it to .csv"
+    )
+
+
+def _is_csv(numbered: Iterator[tuple[int, str]]) -> bool:
+    """Whether strict reading with quotes gives every record as many fields."""
+    widths: set[int] = set()
+    try:
+        for record in records((line for _, line in numbered), "\t"):
+            widths.add(len(record) or max(widths, default=0))
+            if len(widths) > 1:
+                return False
+    except csv.Error:
+        return False
+    return True

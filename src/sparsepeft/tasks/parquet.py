@@ -1,0 +1,54 @@
+"""Parquet files, as `pandas` and `datasets` write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsepeft.tasks.errors import TaskError
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a class of `datasets` (``ClassLabel``) is its name rather than its number.
+
+    Raises:
+        TaskError: no such file, or it is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise TaskError(f"{path} {what}; expected a file with examples, check the path")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = _class_names(file.schema_arrow.metadata or {})
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield {key: _named(value, names.get(key)) for key, value in row.items()}
+    except (pa.ArrowException, OSError) as error:
+        raise TaskError(f"{path} cannot be read as parquet ({error}); write it again") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of classes by column, from what `datasets` says of its features."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature)  # a list of classes
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            found[column] = inner["names"]
+    return found
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
