@@ -9,13 +9,9 @@ import typer
 
 from sparsepeft_cli import benchmark_inference
 from sparsepeft_cli._errors import Command
+from sparsepeft_cli._help import PlainGroup
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
-
-
-@app.callback()
-def _benchmark() -> None:
-    """Measure speed and memory on this machine."""
+app = typer.Typer(cls=PlainGroup, no_args_is_help=True, help="Measure speed and memory on this machine.")
 
 
 @app.command(cls=Command)

@@ -10,10 +10,12 @@ import typer
 
 from sparsepeft_cli import reproduce_figure2
 from sparsepeft_cli._errors import Command
+from sparsepeft_cli._help import PlainGroup
 
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
-    help="The paper's tables and figures from runs made here.\n\nExample: `sparsepeft reproduce table2`",
+    help="The paper's tables and figures from runs made here.\n\nExample: `sparsepeft reproduce table2 --dry-run`",
 )
 
 _GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
