@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_LONG = re.compile(rf"\b({'|'.join(_SHORT)})\b")
 _RENAMED = "renamed_options"
 
 
@@ -38,13 +40,13 @@ def whole_numbers(option: str, values: Sequence[str] | None) -> list[int]:
     return [int(text) for text in texts]
 
 
-def short_dtype(name: str) -> str:
-    """PyTorch's name of a dtype as this program has it: ``fp32`` for ``float32``; anything else as it is."""
-    return _SHORT.get(name, name)
+def short_dtype(text: str) -> str:
+    """A text with this program's names of dtypes for PyTorch's: ``onnx-fp32`` for ``onnx-float32``."""
+    return _LONG.sub(lambda found: _SHORT[found.group()], text)
 
 
 def long_dtype(name: str) -> str:
-    """The reverse of :func:`short_dtype`."""
+    """PyTorch's name of a dtype: ``float32`` for ``fp32``; anything else as it is."""
     return {short: long for long, short in _SHORT.items()}.get(name, name)
 
 
@@ -65,9 +67,8 @@ def renamed(names: Mapping[str, str], *, values: Mapping[str, Sequence[str]] | N
 
 def current_names(command: Any, arguments: Sequence[str]) -> list[str]:
     """A command's arguments with the present names of its options; says on stderr which were old."""
-    names: dict[str, str]
-    values: dict[str, Sequence[str]]
-    names, values = getattr(command, _RENAMED, ({}, {}))
+    empty: tuple[dict[str, str], dict[str, Sequence[str]]] = ({}, {})
+    names, values = getattr(command, _RENAMED, empty)
     current: list[str] = []
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for index, argument in enumerate(arguments):
@@ -92,19 +93,19 @@ def output(help: str) -> Any:
     return typer.Option("--output", metavar="FILE", help=help)
 
 
-def names(option: str, help: str) -> Any:
+def names(option: str, help: str, default: str) -> Any:
     """An option for several names; read it with :func:`several`."""
-    return typer.Option(option, metavar="NAMES", help=f"{help} a,b or repeated.")
+    return typer.Option(option, metavar="NAMES", help=f"{help} (a,b or repeated). [default: {default}]")
 
 
-def numbers(option: str, help: str) -> Any:
+def numbers(option: str, help: str, default: str) -> Any:
     """An option for several whole numbers; read it with :func:`whole_numbers`."""
-    return typer.Option(option, metavar="NUMBERS", help=f"{help} a,b or repeated.")
+    return typer.Option(option, metavar="NUMBERS", help=f"{help} (a,b or repeated). [default: {default}]")
 
 
 def settings(help: str, option: str = "--set") -> Any:
     """``--set KEY=VALUE``; read it with ``sparsepeft.training.parse_settings``."""
-    return typer.Option(option, metavar="KEY=VALUE", help=f"{help} May be repeated.")
+    return typer.Option(option, metavar="KEY=VALUE", help=f"{help}; may be repeated.")
 
 
 def dtype(option: str, help: str) -> Any:
@@ -142,6 +143,9 @@ MaxExamples = Annotated[
     int | None, typer.Option("--max-examples", metavar="N", min=1, help="A sample of so many texts. [default: all]")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: PyTorch's]")]
+IdleWait = Annotated[
+    float, typer.Option("--idle-wait", metavar="SECONDS", help="Wait so long for an idle machine before each round.")
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initialisation and order.")]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what a run has left in the output folder.")]
