@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from sparsepeft_cli import benchmark, demo, evaluate, export, inspect, predict, reproduce, sparsify, storage, train
 from sparsepeft_cli._errors import Command
+from sparsepeft_cli._help import PlainGroup
+from sparsepeft_cli._version import show_version
 
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
 for _module in (train, evaluate, predict, export, sparsify, inspect, storage, demo):
-    app.command(_module.__name__.rpartition(".")[2], cls=Command, rich_help_panel="Commands")(_module.command)
-app.add_typer(reproduce.app, name="reproduce", rich_help_panel="Commands")
-app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Commands")
+    app.command(_module.__name__.rpartition(".")[2], cls=Command)(_module.command)
+app.add_typer(reproduce.app, name="reproduce")
+app.add_typer(benchmark.app, name="benchmark")
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

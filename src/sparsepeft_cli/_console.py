@@ -8,11 +8,16 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 out = Console()
 err = Console(stderr=True)
+
+_UNLIMITED = 10_000
 
 
 def program() -> str:
@@ -25,13 +30,47 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, ensure_ascii=False))
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Figures:
+    """A table whose first column is text and whose others are figures; see :class:`Figures`."""
+    return Figures(title, tuple(columns), [[str(cell) for cell in row] for row in rows])
+
+
+class Figures:
+    """A table that never cuts a figure: where it is too wide for the terminal, its rows become columns, or blocks.
+
+    Args:
+        title: stands above it; may be empty.
+        columns: their names, C of them; the first is that of the rows' names.
+        rows: the cells, C in each.
+    """
+
+    def __init__(self, title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+        self.title, self.columns, self.rows = title, columns, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lines for a console, the widest form that fits."""
+        if self.title:
+            yield Text(self.title, style="italic")
+        header, *turned = zip(self.columns, *self.rows, strict=True)
+        forms = [_grid(self.columns, self.rows), *([_grid(header, turned)] if self.rows else [])]
+        for form in forms:
+            if Measurement.get(console, options.update(width=_UNLIMITED), form).maximum <= options.max_width:
+                yield form
+                return
+        width = max(map(cell_len, self.columns))
+        for name, *cells in self.rows:
+            yield Text(name or self.columns[0], style="bold")
+            for column, cell in zip(self.columns[1:], cells, strict=True):
+                if cell:
+                    yield Text(f"  {column}{' ' * (width - cell_len(column))}  {cell}")
+
+
+def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    made = Table(header_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        made.add_column(Text(column), justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*map(Text, row))
     return made
 
 

@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from typer.core import TyperCommand
+from sparsepeft_cli._help import PlainCommand
+from sparsepeft_cli._options import current_names
 
 _MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
-class Command(TyperCommand):
+class Command(PlainCommand):
     """A command whose errors name its options where the library's name its parameters."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, old names of options among them."""
+        return super().parse_args(ctx, current_names(self.callback, args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run it."""

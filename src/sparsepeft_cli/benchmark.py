@@ -7,15 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
 from sparsepeft_cli import benchmark_inference
 from sparsepeft_cli._errors import Command
+from sparsepeft_cli._help import PlainGroup
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
-
-
-@app.callback()
-def _benchmark() -> None:
-    """Measure speed and memory on this machine."""
+app = typer.Typer(cls=PlainGroup, no_args_is_help=True, help="Measure speed and memory on this machine.")
 
 
 @app.command(cls=Command)
@@ -23,31 +20,34 @@ def spt(
     model: Annotated[
         str,
         typer.Option(
-            help="Random weights: opt-1024, opt-2048, opt-2560, llama-2560, llama-4096; or a causal model: id or folder"
+            metavar="MODEL",
+            help="opt-1024, opt-2048, opt-2560, llama-2560, llama-4096 (random weights), or a hub id or folder.",
         ),
     ] = "opt-1024",
-    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 4,
-    lengths: Annotated[str, typer.Option(help="Tokens of a sequence; several separated by commas.")] = "2048",
-    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 1,
-    granularity: Annotated[str, typer.Option(help="Sparse attention by token or block.")] = "block",
-    num_blocks: Annotated[int, typer.Option(help="G, blocks of neurons of an FFN.")] = 8,
-    active_blocks: Annotated[str, typer.Option(help="G', blocks a token uses; several separated by commas.")] = "4,2",
+    layers: Annotated[int, typer.Option(metavar="N", help="Transformer layers.")] = 4,
+    lengths: Annotated[list[str] | None, options.numbers("--lengths", "Tokens of a sequence", "2048")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences in a step.")] = 1,
+    granularity: Annotated[str, typer.Option(metavar="NAME", help="Sparse attention by token or block.")] = "block",
+    num_blocks: Annotated[int, typer.Option(metavar="N", help="G, blocks of neurons of an FFN.")] = 8,
+    active_blocks: Annotated[
+        list[str] | None, options.numbers("--active-blocks", "G', blocks that a token uses", "4, 2")
+    ] = None,
     top_l: Annotated[
         Any,
         typer.Option(
             parser=_number, metavar="NUMBER", help="Keys a query keeps: 64, or a fraction of the length, 0.5."
         ),
     ] = "0.125",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: torch's]")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Timed steps of each candidate.")] = 5,
-    idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
+    threads: options.Threads = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, options.dtype("--dtype", "Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    repeats: Annotated[int, typer.Option(metavar="N", help="Timed steps of each candidate.")] = 5,
+    idle_wait: options.IdleWait = 0.0,
     compile: Annotated[
         bool, typer.Option("--compile", help="Measure the dense model through torch.compile, too.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    output: Annotated[Path | None, options.output("JSON file to write.")] = None,
+    json: options.Json = False,
 ) -> None:
     """Measure a LoRA fine-tuning step, dense against sparse: time, where it goes, and peak memory above the weights.
 
@@ -64,14 +64,14 @@ def spt(
     benchmark = SptBenchmark(
         model=model,
         layers=layers,
-        lengths=_numbers("--lengths", lengths),
+        lengths=tuple(options.whole_numbers("--lengths", lengths)) or (2048,),
         batch_size=batch_size,
         granularity=granularity,
         num_blocks=num_blocks,
-        active_blocks=_numbers("--active-blocks", active_blocks),
+        active_blocks=tuple(options.whole_numbers("--active-blocks", active_blocks)) or (4, 2),
         top_l=top_l,
         device=device,
-        dtype=dtype,
+        dtype=options.long_dtype(dtype),
         repeats=repeats,
         idle_wait_s=idle_wait,
         compile=compile,
@@ -85,21 +85,12 @@ def spt(
         return
     for result in results["results"]:
         for part in _tables(result, results["settings"]):
-            out.print(part)
+            out.print(part, highlight=False)
         for name, reason in result["left_out"].items():
             out.print(f"{name} was left out: {reason}", highlight=False)
 
 
 app.command("inference", cls=Command)(benchmark_inference.command)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    from sparsepeft.errors import UserError
-
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{option} {text!r} was given; expected whole numbers separated by commas.") from error
 
 
 def _number(text: str) -> int | float:
@@ -112,7 +103,7 @@ def _tables(result: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
 
     title = (
         f"{settings['model']}, {settings['layers']} layers, {settings['batch_size']} x {result['length']} tokens, "
-        f"{settings['dtype']}, {settings['device']}"
+        f"{options.short_dtype(settings['dtype'])}, {settings['device']}"
     )
     steps, splits = [], []
     for name, found in result["candidates"].items():

@@ -7,79 +7,113 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 _MIB = 2**20
 
 
+@options.renamed(
+    {"--device": "--emulate", "--max-inputs": "--max-examples"}, values={"--device": ("raspberry-pi-4", "iphone-11")}
+)
 def command(
     model: Annotated[
-        str, typer.Option(help="roberta-base (random weights, nothing to download), minilm, a hub id or a folder.")
+        str,
+        typer.Option(
+            metavar="MODEL", help="roberta-base (random weights, nothing to download), minilm, a hub id or a folder."
+        ),
     ] = "roberta-base",
     systems: Annotated[
-        str | None,
-        typer.Option(
-            help="Some of backbone, full, spartan, pfeiffer, houlsby, lora, spartan-unfused, engine, "
-            "adapters-pfeiffer, adapters-houlsby. [default: all; tasks: backbone, spartan, engine and the adapters-]"
+        list[str] | None,
+        options.names(
+            "--systems",
+            "Some of backbone, full, spartan, pfeiffer, houlsby, lora, spartan-unfused, engine, adapters-pfeiffer, "
+            "adapters-houlsby",
+            "all; for tasks: backbone, spartan, engine and the adapters-",
         ),
     ] = None,
     precisions: Annotated[
-        str,
-        typer.Option(
-            help="Some of float32, bfloat16, int8, onnx-float32, onnx-int8, openvino-float32, openvino-bfloat16."
+        list[str] | None,
+        options.names(
+            "--precisions",
+            "Some of fp32, bf16, int8, onnx-fp32, onnx-int8, openvino-fp32, openvino-bf16",
+            "all",
         ),
-    ] = "float32,bfloat16,int8,onnx-float32,onnx-int8,openvino-float32,openvino-bfloat16",
-    workload: Annotated[
-        str, typer.Option(help="fixed: texts of one length; tasks: texts as tasks have them.")
-    ] = "fixed",
-    shapes: Annotated[str, typer.Option(help="fixed: batch size x tokens, several; 1 x is latency.")] = "32x128,1x32",
-    tasks: Annotated[str, typer.Option(help="tasks: whose validation texts.")] = "sst2,mrpc,qnli",
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
     ] = None,
-    max_inputs: Annotated[int, typer.Option(help="tasks: a sample of so many texts of each; 0 takes all.")] = 256,
+    workload: Annotated[
+        str, typer.Option(metavar="NAME", help="fixed: texts of one length; tasks: texts as tasks have them.")
+    ] = "fixed",
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHAPES",
+            help="fixed: batch size x tokens (a,b or repeated); 1 x is latency. [default: 32x128, 1x32]",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, options.names("--tasks", "tasks: whose validation texts", "sst2, mrpc, qnli")
+    ] = None,
+    data_dir: options.DataDir = None,
+    max_examples: Annotated[
+        int, typer.Option(metavar="N", min=0, help="tasks: a sample of so many texts of each; 0 takes all.")
+    ] = 256,
     mixed: Annotated[
         bool,
         typer.Option("--mixed", help="fixed: nine tasks in a batch, nine for each text, a hundred in memory, too."),
     ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process. [default: torch's]")] = None,
-    device: Annotated[str | None, typer.Option(help="Emulate raspberry-pi-4 or iphone-11.")] = None,
-    peers_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment with AdapterHub's adapters; see docs/edge.md.")
+    threads: options.Threads = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu: the systems are compared on processors.")] = "cpu",
+    emulate: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With the limits of raspberry-pi-4 or iphone-11.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed passes of each candidate; ten times as many for latency.")] = 9,
-    starts: Annotated[int, typer.Option(min=1, help="Times that all processes are started, each for all repeats.")] = 1,
+    peers_python: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Python of an environment with AdapterHub's adapters; see docs/edge.md."),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Timed passes of each candidate; ten times as many for latency.")
+    ] = 9,
+    starts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Times that all processes are started, each for all repeats.")
+    ] = 1,
     one_process: Annotated[
         bool, typer.Option("--one-process", help="The backbone and its adapted forms share a process and its weights.")
     ] = False,
-    idle_wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each round.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of weights and texts.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write; the figure goes beside it.")] = None,
+    idle_wait: options.IdleWait = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights and texts.")] = 0,
+    output: Annotated[Path | None, options.output("JSON file to write; the figure goes beside it.")] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Figure to write, as .png and .svg. [default: beside --output]")
+        Path | None,
+        typer.Option(metavar="FILE", help="Figure to write, as .png and .svg. [default: beside that of --output]"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Measure throughput, latency and peak memory of a backbone with and without adapters, of peers, of many tasks.
 
     Every system is a process of its own with equal threads (but see `--one-process`); they take turns.
 
-    Example: `sparsepeft benchmark inference --precisions float32,bfloat16 --mixed --output inference.json`
+    Example: `sparsepeft benchmark inference --precisions fp32,bf16 --mixed --output inference.json`
     """
-    from sparsepeft.benchmarking.inference import InferenceBenchmark, run_inference_benchmark
+    from sparsepeft.benchmarking.inference import PRECISIONS, InferenceBenchmark, run_inference_benchmark
+    from sparsepeft.errors import UserError
     from sparsepeft.provenance import write_json
     from sparsepeft_cli._console import err, out, print_json
 
+    if device != "cpu":
+        raise UserError(
+            f"--device {device} was given, but this benchmark compares processors; leave it out, or pass cpu."
+        )
     benchmark = InferenceBenchmark(
         model=model,
-        systems=None if systems is None else _names(systems),
-        precisions=_names(precisions),
+        systems=tuple(options.several(systems)) or None,
+        precisions=_precisions(precisions) or PRECISIONS,
         workload=workload,
-        shapes=_shapes(shapes),
-        tasks=_names(tasks),
+        shapes=_shapes(shapes) or ((32, 128), (1, 32)),
+        tasks=tuple(options.several(tasks)) or ("sst2", "mrpc", "qnli"),
         data_dir=data_dir,
-        max_inputs=max_inputs or None,
+        max_inputs=max_examples or None,
         mixed=mixed,
         threads=threads,
-        device=device,
+        emulate=emulate,
         peers_python=peers_python,
         repeats=repeats,
         starts=starts,
@@ -118,20 +152,29 @@ def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Pat
         return []
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _precisions(values: list[str] | None) -> tuple[str, ...]:
+    """``["fp32", "onnx-bf16"]`` -> ``("float32", "onnx-bfloat16")``, as result files have them."""
+    from sparsepeft.benchmarking.inference import PRECISIONS
+    from sparsepeft.errors import UserError, unknown_name
+
+    known = {options.short_dtype(name): name for name in PRECISIONS}
+    names = [options.short_dtype(value) for value in options.several(values)]
+    for name in names:
+        if name not in known:
+            raise UserError(unknown_name("The precision", name, known))
+    return tuple(known[name] for name in names)
 
 
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+def _shapes(values: list[str] | None) -> tuple[tuple[int, int], ...]:
     from sparsepeft.errors import UserError
 
-    try:
-        pairs = [part.split("x") for part in _names(text)]
-        return tuple((int(batch), int(length)) for batch, length in pairs)
-    except ValueError as error:
-        raise UserError(
-            f"--shapes {text!r} was given; expected batch sizes and lengths, such as 32x128,1x32."
-        ) from error
+    shapes = []
+    for text in options.several(values):
+        size, x, length = text.partition("x")
+        if not (x and size.isdecimal() and length.isdecimal()):
+            raise UserError(f"--shapes {text} was given; expected batch sizes and lengths, such as 32x128,1x32.")
+        shapes.append((int(size), int(length)))
+    return tuple(shapes)
 
 
 def _parts(report: dict[str, Any]) -> list[Any]:
@@ -147,7 +190,7 @@ def _parts(report: dict[str, Any]) -> list[Any]:
             share, peak = found.get("share_of_peak"), found["peak_bytes"]
             rows.append(
                 [
-                    name,
+                    options.short_dtype(name),
                     f"{found['timing']['median_ms']:.1f}",
                     f"{found['inputs_per_minute']:.1f}",
                     "" if over_bare is None else f"{over_bare:.3f}",
@@ -155,8 +198,8 @@ def _parts(report: dict[str, Any]) -> list[Any]:
                     "" if share is None else f"{share:.0%}",
                 ]
             )
-        header = ["", "ms", "per min", "vs bare", "MiB", "share"]
-        parts.append(table(f"{one['group']}: {one['plan']}", header, rows))
+        header = ["system", "ms", "per min", "vs bare", "MiB", "share"]
+        parts.append(table(options.short_dtype(f"{one['group']}: {one['plan']}"), header, rows))
     parts.append(
         "per min: inputs per minute; vs bare: over the bare backbone's in this precision; MiB: peak memory of the "
         "process; share: of the machine's speed at matrix products"
@@ -170,7 +213,8 @@ def _parts(report: dict[str, Any]) -> list[Any]:
             f"{loading['replace_ms']:.1f} ms"
         )
     parts += [f"not emulated: {note}" for note in _not_emulated(report)]
-    return parts + [f"{name} was left out: {reason}" for name, reason in report["left_out"].items()]
+    parts += [f"{name} was left out: {reason}" for name, reason in report["left_out"].items()]
+    return [options.short_dtype(part) if isinstance(part, str) else part for part in parts]
 
 
 def _factor(factor: dict[str, Any]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from sparsepeft_cli import _options as options
 
 
 def command(
-    output_dir: Annotated[Path, typer.Option(help="Folder for the two runs.")] = Path("outputs/demo"),
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    output_dir: Annotated[Path, options.output_dir("Folder for the two runs.")] = Path("outputs/demo"),
+    json: options.Json = False,
 ) -> None:
     """Train a memory on a built-in sample, compare it with a head alone, use it. Two minutes on two cores.
 

@@ -7,29 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 # Parts of a task's report that tell its score in a lower precision.
-_LOWER = {"int8_tasks": "int8 tasks", "int8": "int8", "bfloat16": "bfloat16"}
+_LOWER = {"int8_tasks": "int8 tasks", "int8": "int8", "bfloat16": "bf16"}
 
 
 def command(
     folders: Annotated[
-        list[Path], typer.Argument(help="Output folders of `sparsepeft train`; tasks are called after them.")
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="Output folders of `sparsepeft train`; tasks are called after them."),
     ],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the backbone, the tasks and the runner.")],
-    format: Annotated[str, typer.Option(help="onnx, openvino or executorch.")] = "onnx",
+    output_dir: Annotated[Path, options.output_dir("Folder for the backbone, the tasks and the runner.")],
+    format: Annotated[str, typer.Option(metavar="NAME", help="onnx, openvino or executorch.")] = "onnx",
     int8: Annotated[
         bool, typer.Option("--int8", help="onnx: weights of the backbone and of the tasks in int8.")
     ] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files, to check on.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest deviation of a score from PyTorch's.")] = 1e-4,
-    max_examples: Annotated[
-        int | None, typer.Option(min=1, help="Check on a sample of so many texts. [default: all]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an export that is already in the output folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    data_dir: options.DataDir = None,
+    model: options.TrainedModel = None,
+    tolerance: Annotated[float, typer.Option(metavar="X", help="Largest deviation of a score from PyTorch's.")] = 1e-4,
+    max_examples: options.MaxExamples = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
     """Export trained tasks for devices without PyTorch: the backbone once, a small file for each task, a runner.
 
@@ -68,7 +67,7 @@ def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
         "deviation",
         "other labels",
         "adapter",
-        *(["float32", *(_LOWER[key] for key in lower)] if lower else []),
+        *(["fp32", *(_LOWER[key] for key in lower)] if lower else []),
     ]
     rows = []
     for name, task in report["tasks"].items():

@@ -7,24 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train --method spartan`.")],
-    layer: Annotated[int | None, typer.Option(min=0, help="Only this layer, counted from 0. [default: all]")] = None,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train --method spartan`.")
+    ],
+    layer: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Only this layer, counted from 0. [default: all]")
+    ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Held-out part: validation, test, ... [default: test where there is one]")
+        str | None,
+        typer.Option(metavar="NAME", help="Held-out part: validation, test, ... [default: test where there is one]"),
     ] = None,
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Look at a sample of so many texts.")] = None,
+    max_examples: options.MaxExamples = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for JSON, PNG, SVG and an HTML page; needs matplotlib.")
+        Path | None, options.output_dir("Folder for JSON, PNG, SVG and an HTML page; needs matplotlib.")
     ] = None,
-    compare_untrained: Annotated[bool, typer.Option(help="Also inspect a fresh memory, for comparison.")] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    compare_untrained: Annotated[
+        bool, typer.Option("--compare-untrained", help="Also inspect a fresh memory, for comparison.")
+    ] = False,
+    data_dir: options.DataDir = None,
+    model: options.TrainedModel = None,
+    batch_size: options.BatchSize = 32,
+    json: options.Json = False,
 ) -> None:
     """Show what each parent cell of a trained memory has learned, on texts it was not trained on.
 

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
 from sparsepeft_cli import reproduce_figure2
 from sparsepeft_cli._errors import Command
+from sparsepeft_cli._help import PlainGroup
 
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
-    help="The paper's tables and figures from runs made here.\n\nExample: `sparsepeft reproduce table2`",
+    help="The paper's tables and figures from runs made here.\n\nExample: `sparsepeft reproduce table2 --dry-run`",
 )
 
 _GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -25,27 +28,22 @@ _TITLES = {
     "table3": "Table 3: the same runs as table 2, task by task.",
 }
 
-DataDir = Annotated[
-    Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+Tasks = Annotated[list[str] | None, options.names("--tasks", "Some tasks", "the nine of GLUE")]
+Methods = Annotated[list[str] | None, options.names("--methods", "Some methods", "full, pfeiffer, houlsby, spartan")]
+Seeds = Annotated[list[str] | None, options.numbers("--seeds", "Seeds", "42, 43, 44")]
+MaxTrainSamples = Annotated[
+    int | None, typer.Option(metavar="N", help="Use at most this many training examples (table 1).")
 ]
-Model = Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")]
-Tasks = Annotated[list[str] | None, typer.Option(help="Some tasks, a,b or repeated. [default: the nine of GLUE]")]
-Methods = Annotated[
-    list[str] | None, typer.Option(help="Some methods, a,b or repeated. [default: full,pfeiffer,houlsby,spartan]")
+MaxEpochs = Annotated[float | None, typer.Option(metavar="X", help="Train for at most this many epochs (table 1).")]
+MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Train for this many steps. [default: the protocol's]")]
+FewShot = Annotated[
+    int | None, typer.Option(metavar="N", help="Training examples per task (tables 2, 3). [default: 200]")
 ]
-Seeds = Annotated[list[str] | None, typer.Option(help="Seeds, a,b or repeated. [default: 42,43,44]")]
-MaxTrainSamples = Annotated[int | None, typer.Option(help="Use at most this many training examples (table 1).")]
-MaxEpochs = Annotated[float | None, typer.Option(help="Train for at most this many epochs (table 1).")]
-MaxSteps = Annotated[int | None, typer.Option(help="Train for this many steps. [default: the protocol's]")]
-FewShot = Annotated[int | None, typer.Option(help="Training examples per task (tables 2, 3). [default: 200]")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Hyperparameters: paper or best.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Another value of every run: max_length=128."),
+Settings = Annotated[list[str] | None, options.settings("Another value of every run, such as max_length=128")]
+OutputDir = Annotated[Path | None, options.output_dir("Folder of the results. [default: outputs/reproduce/PROTOCOL]")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List what is left and how long it may take, by a few steps; write nothing.")
 ]
-OutputDir = Annotated[Path | None, typer.Option(help="Folder of the results. [default: outputs/reproduce/PROTOCOL]")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List what is left and how long it may take; run nothing.")]
 Grid = Annotated[
     bool, typer.Option("--grid", help="Search learning rate, sizes and epochs first, as the paper did (appendix A).")
 ]
@@ -53,15 +51,17 @@ TableOnly = Annotated[bool, typer.Option("--table-only", help="Write the table o
 KeepWeights = Annotated[bool, typer.Option("--keep-weights", help="Leave trained weights in OUTPUT_DIR/work.")]
 DeviceThroughput = Annotated[
     list[Path] | None,
-    typer.Option(help="Table 1: a file of `sparsepeft benchmark inference --device ...`; may be repeated."),
+    typer.Option(
+        metavar="FILE",
+        help="Table 1: a file of `sparsepeft benchmark inference --emulate DEVICE`; may be repeated.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def _command(table: str) -> Callable[..., None]:
     def command(
-        data_dir: DataDir = None,
-        model: Model = None,
+        data_dir: options.DataDir = None,
+        model: options.Model = None,
         tasks: Tasks = None,
         methods: Methods = None,
         seeds: Seeds = None,
@@ -69,8 +69,8 @@ def _command(table: str) -> Callable[..., None]:
         max_epochs: MaxEpochs = None,
         max_steps: MaxSteps = None,
         few_shot: FewShot = None,
-        precision: Precision = "fp32",
-        recipe: RecipeName = "paper",
+        precision: options.Precision = "fp32",
+        recipe: options.Recipe = "paper",
         set_: Settings = None,
         output_dir: OutputDir = None,
         grid: Grid = False,
@@ -78,7 +78,7 @@ def _command(table: str) -> Callable[..., None]:
         table_only: TableOnly = False,
         keep_weights: KeepWeights = False,
         device_throughput: DeviceThroughput = None,
-        json: Json = False,
+        json: options.Json = False,
     ) -> None:
         from sparsepeft.errors import UserError
 
@@ -97,8 +97,8 @@ def _command(table: str) -> Callable[..., None]:
         if dry_run:
             _show_plan(matrix, grid, json)
         else:
-            options = {"grid": grid, "run": not table_only, "keep_weights": keep_weights}
-            _show_table(table, matrix, options | {"device_files": device_throughput or ()}, json)
+            how = {"grid": grid, "run": not table_only, "keep_weights": keep_weights}
+            _show_table(table, matrix, how | {"device_files": device_throughput or ()}, json)
 
     command.__doc__ = f"""{_TITLES[table]}
 
@@ -129,38 +129,30 @@ def _matrix(
 
     from sparsepeft.errors import UserError
     from sparsepeft.reproduction import Matrix
+    from sparsepeft.reproduction.matrix import SEEDS
     from sparsepeft.training import RunConfig, parse_settings
     from sparsepeft.training.protocols import FEW_SHOT_EXAMPLES
 
     protocol = _PROTOCOLS[table]
     if few_shot is not None and protocol != "few-shot":
         raise UserError(f"--few-shot {few_shot} was given, but {table} trains on all data; use table2 or table3.")
-    seed_texts = _several(seeds) or ["42", "43", "44"]
-    wrong = [text for text in seed_texts if not text.isdecimal()]
-    if wrong:
-        raise UserError(f"--seeds {wrong[0]} was given, but seeds are whole numbers of at least 0; pass e.g. 42,43.")
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     further = parse_settings(settings or [])
     values |= {key: value for key, value in further.items() if key in fields}
     values["settings"] = {key: value for key, value in further.items() if key not in fields}
     return Matrix(
-        tasks=_several(tasks) or _GLUE,
-        methods=_several(methods) or _METHODS,
+        tasks=options.several(tasks) or _GLUE,
+        methods=options.several(methods) or _METHODS,
         output_dir=output_dir,
         protocol=protocol,
-        seeds=[int(text) for text in seed_texts],
+        seeds=options.whole_numbers("--seeds", seeds) or SEEDS,
         num_examples=few_shot or FEW_SHOT_EXAMPLES,
         max_epochs=max_epochs,
         values=values,
     )
 
 
-def _several(values: list[str] | None) -> list[str]:
-    """``["a,b", "c"]`` -> ``["a", "b", "c"]``."""
-    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
-
-
-def _show_table(name: str, matrix: Any, options: dict[str, Any], json: bool) -> None:
+def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None:
     from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.errors import RunFailed
     from sparsepeft.reproduction import reproduce
@@ -170,7 +162,7 @@ def _show_table(name: str, matrix: Any, options: dict[str, Any], json: bool) -> 
 
     keep_freed_memory()
     with MatrixProgress() as progress:
-        outcome = reproduce(name, matrix, watcher=progress, **options)
+        outcome = reproduce(name, matrix, watcher=progress, **how)
     if json:
         print_json(outcome.table.to_dict())
     elif outcome.table.rows:

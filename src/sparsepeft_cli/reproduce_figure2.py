@@ -7,28 +7,29 @@ from typing import Annotated
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 
 def command(
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or local folder. [default: the bundled MiniLM]")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the run, the figure and the page.")] = Path(
+    data_dir: options.DataDir = None,
+    model: options.Model = None,
+    output_dir: Annotated[Path, options.output_dir("Folder for the run, the figure and the page.")] = Path(
         "outputs/reproduce/figure2"
     ),
-    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 10,
-    top_k: Annotated[int, typer.Option(min=1, help="Parents kept per position; the paper does not give it.")] = 2,
+    epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training part.")] = 10,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Parents kept per position; the paper does not give it.")
+    ] = 2,
     anneal: Annotated[
-        bool, typer.Option(help="Let K fall from 5 to --top-k over the first half of the training.")
+        bool,
+        typer.Option("--anneal/--no-anneal", help="Let K fall from 5 to --top-k over the first half of the training."),
     ] = True,
-    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = 42,
-    recipe: Annotated[str, typer.Option(help="Hyperparameters: paper or best.")] = "paper",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A further setting of the memory.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut texts to this many tokens.")] = None,
+    precision: options.Precision = "fp32",
+    seed: options.Seed = 42,
+    recipe: options.Recipe = "paper",
+    set_: Annotated[list[str] | None, options.settings("A further setting of the memory")] = None,
+    json: options.Json = False,
 ) -> None:
     """Train 5 parents with 1 child each on BBC News and show which topics pick each in the last layer.
 

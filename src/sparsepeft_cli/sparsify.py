@@ -7,23 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="Hub id or local folder of a causal or masked language model.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for what the conversion adds, and the report.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id or local folder of a causal or masked language model.")
+    ],
+    output_dir: Annotated[Path, options.output_dir("Folder for what the conversion adds, and the report.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Typical text for calibration: .txt, .jsonl, .csv or .tsv; may be repeated."),
+        typer.Option(metavar="FILE", help="Typical text for calibration: .txt, .jsonl, .csv or .tsv; may be repeated."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text, in files with rows.")] = "text",
+    text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text, in files with rows.")] = "text",
     block_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]")
+        int | None,
+        typer.Option(metavar="N", min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]"),
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of SptConfig.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a conversion that is already in the output folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    set_: Annotated[list[str] | None, options.settings("A setting of SptConfig")] = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
 ) -> None:
     """Make a language model's attention and FFNs sparse; report what that changes before any fine-tuning.
 

@@ -6,46 +6,55 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
 
+
+@options.renamed({"--method": "--methods", "--tasks": "--num-tasks", "--head": "--head-type"})
 def command(
     model: Annotated[
-        str, typer.Option(help="Hub id, local folder, minilm, or roberta-base (known without a hub).")
+        str,
+        typer.Option(metavar="MODEL", help="Hub id, local folder, minilm, or roberta-base (known without a hub)."),
     ] = "minilm",
-    tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
-    num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
-    dtype: Annotated[str, typer.Option(help="Of all weights: fp32, bf16 or fp16.")] = "fp32",
+    num_tasks: Annotated[int, typer.Option(metavar="N", min=1, help="Tasks on the device.")] = 9,
+    num_labels: Annotated[int, typer.Option(metavar="N", min=1, help="Labels of each task.")] = 2,
+    dtype: Annotated[str, options.dtype("--dtype", "Of all weights: fp32, bf16 or fp16.")] = "fp32",
     save_dtype: Annotated[
-        str | None, typer.Option(help="Of the tasks' files: also int8, with a scale for each row. [default: --dtype]")
+        str | None,
+        options.dtype(
+            "--save-dtype", "Of the tasks' files: also int8, with a scale for each row. [default: that of --dtype]"
+        ),
     ] = None,
-    head: Annotated[str, typer.Option(help="Head of SPARTAN and adapters: model or linear.")] = "model",
-    num_parents: Annotated[int, typer.Option(min=1, help="SPARTAN's P.")] = 16,
-    num_children: Annotated[int, typer.Option(min=1, help="SPARTAN's C.")] = 3,
+    methods: Annotated[list[str] | None, options.names("--methods", "Only these methods", "all")] = None,
+    head_type: Annotated[
+        str, typer.Option(metavar="TYPE", help="Head of SPARTAN and adapters: model or linear.")
+    ] = "model",
+    num_parents: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's P.")] = 16,
+    num_children: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's C.")] = 3,
     train_layer_norms: Annotated[
         bool, typer.Option("--train-layer-norms", help="SPARTAN's tasks have norms of their own (recipe best).")
     ] = False,
-    reduction_factor: Annotated[int, typer.Option(min=1, help="Of the adapters' bottlenecks.")] = 12,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
-    method: Annotated[list[str] | None, typer.Option(help="Only these methods; may be repeated.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    reduction_factor: Annotated[int, typer.Option(metavar="N", min=1, help="Of the adapters' bottlenecks.")] = 12,
+    lora_rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 8,
+    json: options.Json = False,
 ) -> None:
     """What a device stores for many tasks on one backbone, method by method. Needs no weights.
 
-    Example: `sparsepeft storage --model roberta-base --tasks 9`
+    Example: `sparsepeft storage --model roberta-base --num-tasks 9`
     """
     from sparsepeft.storage import storage_report
     from sparsepeft_cli._console import out, print_json
 
     report = storage_report(
         model,
-        tasks,
+        num_tasks,
         num_labels=num_labels,
         dtype=dtype,
-        methods=method or None,
+        methods=options.several(methods) or None,
         reduction_factor=reduction_factor,
         lora_rank=lora_rank,
         num_parents=num_parents,
         num_children=num_children,
-        head_type=head,
+        head_type=head_type,
         train_layer_norms=train_layer_norms,
         save_dtype=save_dtype,
     )
@@ -61,7 +70,7 @@ def _tables(report: Any) -> list[Any]:
 
     title = (
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "
-        f"{megabytes(report.backbone_bytes)} in {report.dtype})"
+        f"{megabytes(report.backbone_bytes)} in {options.short_dtype(report.dtype)})"
     )
     columns = ["method", "per task", "+ head", "file/task", "all tasks", "bytes", "ratio"]
     rows = [

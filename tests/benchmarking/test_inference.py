@@ -234,7 +234,7 @@ def test_what_is_timed_against_what(planner: Planner) -> None:
     assert mixed["full"] == mixed["engine"] == ["single", "mixed"]
     assert mixed["engine-upper"] == ["all", "separate"]
     assert {candidate.num_tasks for candidate in groups["mixed"].candidates} == {9}
-    assert "--peers-python" in grouping.left_out["adapters-pfeiffer"]
+    assert "peers_python" in grouping.left_out["adapters-pfeiffer"]
     assert "linear layers" in grouping.left_out["spartan int8"]
     assert "full" not in grouping.left_out
     single = Grouping(InferenceBenchmark(shapes=((4, 8),), systems=("full",)), planner)
@@ -265,7 +265,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
     assert [len(candidate.plans) for candidate in group.candidates] == [2, 1, 2]  # an engine makes its own batches
     by_default = InferenceBenchmark(workload="tasks").chosen_systems
     assert by_default == ("backbone", "spartan", "engine", "adapters-pfeiffer", "adapters-houlsby")
-    emulated = Grouping(InferenceBenchmark(device="iphone-11", shapes=((4, 8),), **values), planner)  # type: ignore[arg-type]
+    emulated = Grouping(InferenceBenchmark(emulate="iphone-11", shapes=((4, 8),), **values), planner)  # type: ignore[arg-type]
     emulated.groups()
     assert "emulated device" in emulated.left_out["adapters-houlsby"]
 
@@ -277,7 +277,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
         ({"systems": ()}, "No systems"),
         ({"precisions": ("float16",)}, "float16"),
         ({"workload": "real"}, "real"),
-        ({"device": "raspberry-pi-3"}, "raspberry-pi-4"),
+        ({"emulate": "raspberry-pi-3"}, "raspberry-pi-4"),
         ({"shapes": ((0, 8),)}, "at least 1"),
         ({"repeats": 1}, "repeats=1"),
         ({"starts": 0}, "starts=0"),
@@ -380,7 +380,7 @@ def test_throughput_of_a_device_needs_batches_of_32_in_float32() -> None:
     content = describe([one]) | {"settings": {"device": "iphone-11", "architecture": {"hidden_size": 768}}}
     assert device_throughput(content) == ("iphone-11", {"hidden_size": 768}, {"full": 1920.0, "spartan": 1536.0})
     here = content | {"settings": {"device": None, "architecture": {}}}
-    with pytest.raises(ValueError, match="--device"):
+    with pytest.raises(ValueError, match="emulated device"):
         device_throughput(here)
     for wrong in ({}, [], content | {"results": []}):
         with pytest.raises(ValueError, match="batches of 32"):

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) -> None:
     output = tmp_path / "pi.json"
     command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,adapters-pfeiffer"]
-    command += ["--precisions", "float32", "--shapes", "32x8,1x8", "--repeats", "2", "--starts", "2", "--threads", "1"]
-    done = sparsepeft(*command, "--device", "raspberry-pi-4", "--output", output)
+    command += ["--precisions", "fp32", "--shapes", "32x8,1x8", "--repeats", "2", "--starts", "2", "--threads", "1"]
+    done = sparsepeft(*command, "--emulate", "raspberry-pi-4", "--output", output)
     assert done.returncode == 0, done.stderr
     for words in (
-        "spartan float32",
+        "spartan fp32",
         "peak memory",
-        "architecture (float32)",
+        "architecture (fp32)",
         "ARM Cortex-A72",
         "adapters-pfeiffer was left out",
     ):
@@ -43,7 +43,7 @@ def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) ->
 def test_inference_in_one_process(tiny_backbone: Path, tmp_path: Path) -> None:
     output = tmp_path / "shared.json"
     command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,engine"]
-    command += ["--precisions", "float32", "--shapes", "4x8", "--repeats", "2", "--one-process", "--output", output]
+    command += ["--precisions", "fp32", "--shapes", "4x8", "--repeats", "2", "--one-process", "--output", output]
     done = sparsepeft(*command)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
@@ -59,7 +59,9 @@ def test_inference_in_one_process(tiny_backbone: Path, tmp_path: Path) -> None:
     [
         (["--shapes", "32"], "32x128,1x32"),
         (["--systems", "spartn"], "did you mean 'spartan'"),
-        (["--device", "phone"], "iphone-11"),
+        (["--emulate", "phone"], "iphone-11"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--precisions", "fp31"], "did you mean 'fp32'"),
     ],
 )
 def test_bad_input_of_inference(arguments: list[str], words: str) -> None:
@@ -85,7 +87,11 @@ def test_spt(tiny_language_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--lengths", "many"], "--lengths"), (["--model", "opt-1025"], "opt-1024"), (["--repeats", "1"], "repeats=1")],
+    [
+        (["--lengths", "many"], "--lengths"),
+        (["--model", "opt-1025"], "--model opt-1025"),
+        (["--repeats", "1"], "--repeats 1"),
+    ],
 )
 def test_bad_input(arguments: list[str], words: str) -> None:
     done = sparsepeft("benchmark", "spt", *arguments)

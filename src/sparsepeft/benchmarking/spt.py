@@ -14,6 +14,7 @@ import torch
 from sparsepeft.benchmarking.memory import peak_bytes
 from sparsepeft.benchmarking.stacks import Stack, stack_config
 from sparsepeft.benchmarking.timing import time_alternating
+from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment
 from sparsepeft.spt import SptConfig, sparsification
@@ -67,17 +68,16 @@ class SptBenchmark:
     def __post_init__(self) -> None:
         for name, value in (("layers", self.layers), ("batch_size", self.batch_size), ("warm_up", self.warm_up)):
             if value < 1:
-                raise UserError(f"{name}={value} was given, but {name} must be at least 1.")
+                raise UserError(f"`{name}={value}` was given, but it must be at least 1.")
+        lengths = ",".join(map(str, self.lengths))
         if not self.lengths or min(self.lengths) < 2:
-            raise UserError(f"lengths={self.lengths} was given; expected at least one, each of 2 tokens or more.")
+            raise UserError(f"`lengths={lengths}` was given; expected at least one, each of 2 tokens or more.")
         if self.repeats < 2:
-            raise UserError(f"repeats={self.repeats} was given; quartiles need at least 2.")
+            raise UserError(f"`repeats={self.repeats}` was given; quartiles need at least 2.")
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} was given; expected one of {', '.join(DTYPES)}.")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"device={self.device!r} was given; expected cpu or cuda.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device=cuda was given, but torch sees no GPU here; pass --device cpu.")
+            raise UserError(f"`dtype={self.dtype}` was given; expected one of {', '.join(DTYPES)}.")
+        if find_device(self.device).type not in ("cpu", "cuda"):
+            raise UserError(f"`device={self.device}` was given, but steps are timed on cpu and cuda only; pass cpu.")
         for active in self.active_blocks:
             self.spt(self.lengths[0], active=active)
 

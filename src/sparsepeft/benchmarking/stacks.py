@@ -66,14 +66,15 @@ def stack_config(model: str, num_layers: int, length: int) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"There is no model {model!r}; pass one of {', '.join(STACKS)}, a hub id, or a folder with a model."
+            f"`model={model}` was given, but there is no such model; pass one of {', '.join(STACKS)}, a hub id, or a "
+            "folder with a model."
         ) from error
     known = getattr(config, "num_hidden_layers", None)
     if known is None or num_layers > known:
-        raise UserError(f"{num_layers} layers were asked for, but {model} has {known}; pass fewer to --layers.")
+        raise UserError(f"`layers={num_layers}` was given, but {model} has {known}; pass fewer.")
     limit = num_positions(config)
     if limit is not None and length > limit:
-        raise UserError(f"{model} takes at most {limit} tokens, not {length}; pass less.")
+        raise UserError(f"`lengths={length}` was given, but {model} takes at most {limit} tokens; pass less.")
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):  # some models name the kind of each layer
         config.layer_types = config.layer_types[:num_layers]

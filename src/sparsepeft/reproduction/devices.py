@@ -1,4 +1,4 @@
-"""Table 1's device throughput, from files of ``sparsepeft benchmark inference --device``."""
+"""Table 1's device throughput, from files of ``sparsepeft benchmark inference --emulate``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def read_devices(files: Sequence[Path], model: str | None) -> dict[str, dict[str
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} holds no throughput of a device ({error}); write it with `sparsepeft benchmark inference "
-                f"--device {next(iter(DEVICES))} --output {path}`."
+                f"--emulate {next(iter(DEVICES))} --output {path}`."
             ) from error
         if measured != wanted:
             raise UserError(
                 f"{path} was measured with a backbone of other sizes ({measured}) than the table's ({wanted}); measure "
-                "the table's own with --model."
+                "the table's own `model`."
             )
         found[device] = rates
     return found

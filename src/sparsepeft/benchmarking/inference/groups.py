@@ -125,10 +125,10 @@ class Grouping:
         """Systems that can be measured; notes why others cannot."""
         names = []
         for name in self.benchmark.chosen_systems:
-            if name in PEERS and self.benchmark.device is not None:
+            if name in PEERS and self.benchmark.emulate is not None:
                 self.left_out[name] = "peers run on this machine only, not on an emulated device"
             elif name in PEERS and self.benchmark.peers_python is None:
-                self.left_out[name] = "no environment with AdapterHub's adapters was given (--peers-python)"
+                self.left_out[name] = "no Python with AdapterHub's adapters was given (peers_python)"
             elif export_format(precision) and name not in EXPORTED:
                 self.left_out[f"{name} {precision}"] = "it is not exported"
             elif precision == "int8" and name not in QUANTIZED:

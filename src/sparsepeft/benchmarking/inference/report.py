@@ -197,5 +197,5 @@ def device_throughput(content: Any) -> tuple[str, dict[str, Any], dict[str, floa
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError("it has no batches of 32 in float32") from error
     if device is None:
-        raise ValueError("it was measured without --device")
+        raise ValueError("it was measured on no emulated device")
     return device, architecture, {"full" if name == BACKBONE else name: rate for name, rate in rates.items()}

@@ -84,7 +84,9 @@ def run_inference_benchmark(benchmark: InferenceBenchmark, progress: Progress = 
     if not measured:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise RunFailed(f"Nothing could be measured ({reasons}); ask for other systems.")
-    settings = asdict(benchmark) | {
+    settings = asdict(benchmark)
+    settings |= {
+        "device": settings.pop("emulate"),  # what result files have always called it
         "systems": benchmark.chosen_systems,
         "model": model.name,
         "tokenizer": model.tokenizer,
@@ -164,7 +166,7 @@ class _Session:
                         clock=lambda ask: float(ask()["ms"]),
                     )
                 except RuntimeError as error:
-                    raise RunFailed(f"{group.name}, {name}: {error}; start again, with fewer --systems.") from error
+                    raise RunFailed(f"{group.name}, {name}: {error}; start again, with fewer `systems`.") from error
                 for who, values in found.items():
                     samples.setdefault(name, {}).setdefault(who, []).extend(values)
             for who in workers.keys() & processes.keys():  # not of those that share a process
@@ -247,7 +249,7 @@ class _Session:
             "plans": plans,
             "model": self.model.folder,
             "threads": benchmark.num_threads,
-            "device": benchmark.device,
+            "device": benchmark.emulate,
             "seed": benchmark.seed,
             "token_budget": max(TOKEN_BUDGET, *(size * length for size, length in shapes), 1),
             "max_length": max([MAX_LENGTH, *(length for _, length in shapes)]),

@@ -31,7 +31,7 @@ class InferenceBenchmark:
         mixed: also measure batches of nine tasks, nine tasks for each text, and a hundred tasks in memory (with
             ``"fixed"``, at the first shape).
         threads: of each process; None takes torch's number.
-        device: an emulated device, see :func:`sparsepeft.benchmarking.devices.emulate`; None is this machine.
+        emulate: the name of an edge device, see :func:`sparsepeft.benchmarking.devices.emulate`; None is this machine.
         peers_python: the Python of an environment with ``adapters``; None leaves the peers out.
         repeats: timed passes of each candidate, each time its process is started.
         starts: times that all processes are started; what a process finds in memory makes it a little faster or slower.
@@ -54,7 +54,7 @@ class InferenceBenchmark:
     max_inputs: int | None = 256
     mixed: bool = False
     threads: int | None = None
-    device: str | None = None
+    emulate: str | None = None
     peers_python: Path | None = None
     repeats: int = 9
     starts: int = 1
@@ -67,7 +67,7 @@ class InferenceBenchmark:
             ("The system", self.chosen_systems, SYSTEMS),
             ("The precision", self.precisions, PRECISIONS),
             ("The workload", (self.workload,), WORKLOADS),
-            ("The device", (self.device,) if self.device is not None else (), DEVICES),
+            ("The device", (self.emulate,) if self.emulate is not None else (), DEVICES),
         ):
             for name in names:
                 if name not in valid:
@@ -78,23 +78,25 @@ class InferenceBenchmark:
             ("shapes", self.shapes),
         ):
             if not values:
-                raise UserError(f"No {option} were given; pass at least one.")
+                raise UserError(f"No `{option}` were given; pass at least one.")
+        shapes = ",".join("x".join(map(str, shape)) for shape in self.shapes)
         if any(min(shape) < 1 for shape in self.shapes):
-            raise UserError(f"The shapes {self.shapes} were given; expected numbers of at least 1, as in 32x128.")
+            raise UserError(f"`shapes={shapes}` was given; expected numbers of at least 1, as in 32x128.")
         if self.repeats < 2:
-            raise UserError(f"repeats={self.repeats} was given; quartiles need at least 2.")
+            raise UserError(f"`repeats={self.repeats}` was given; quartiles need at least 2.")
         if self.starts < 1:
-            raise UserError(f"starts={self.starts} was given; pass at least 1.")
+            raise UserError(f"`starts={self.starts}` was given; pass at least 1.")
         if self.max_inputs is not None and self.max_inputs < 1:
-            raise UserError(f"max_inputs={self.max_inputs} was given; pass at least 1, or leave it out.")
+            raise UserError(f"`max_inputs={self.max_inputs}` was given; pass at least 1, or None for all.")
         if self.mixed and (self.workload != "fixed" or self.precisions[0] not in ("float32", "bfloat16")):
             raise UserError(
-                "Mixed batches are measured with the workload fixed, in the first precision, float32 or bfloat16."
+                "`mixed=True` was given, but batches are mixed with the `workload` fixed only, in the first of the "
+                "`precisions`, which must be float32 or bfloat16."
             )
         if self.peers_python is not None and not self.peers_python.is_file():
             raise UserError(
-                f"{self.peers_python} is no file; pass the Python of an environment with the package adapters to "
-                "--peers-python, or leave it out."
+                f"`peers_python={self.peers_python}` was given, but there is no such file; pass the Python of an "
+                "environment with the package adapters, or leave it out."
             )
 
     @property
@@ -108,4 +110,4 @@ class InferenceBenchmark:
     def num_threads(self) -> int:
         """Threads of each process: on an emulated device no more than it has cores."""
         threads = self.threads or torch.get_num_threads()
-        return threads if self.device is None else min(threads, DEVICES[self.device].num_cores)
+        return threads if self.emulate is None else min(threads, DEVICES[self.emulate].num_cores)

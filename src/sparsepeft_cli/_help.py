@@ -1,0 +1,100 @@
+"""Help as plain text: no option's name is ever cut, and it reads the same in a terminal, a pipe and a log."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+_HYPHEN = "\u2011"  # stands for a hyphen at which no line may end, until the lines are made
+_EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose options stand in sections, and whose examples can be copied."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"rich_markup_mode": None})
+
+    def get_help(self, ctx: Any) -> str:
+        """The whole text."""
+        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the description, then the examples."""
+        _write_text(self.help, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, by section; an option too long for its column has a line of its own."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            section = getattr(parameter, "rich_help_panel", None) or default
+            sections.setdefault(section, []).append((record[0], _unbroken(record[1])))
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+
+class PlainGroup(TyperGroup):
+    """The same for commands below commands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"rich_markup_mode": None})
+
+    def get_help(self, ctx: Any) -> str:
+        """The whole text."""
+        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the description, then the examples."""
+        _write_text(self.help, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command with the whole first paragraph of its help."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, _unbroken(_paragraphs(found.help)[0]))
+            for name, found in commands
+            if found is not None and not found.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _unbroken(text: str) -> str:
+    """The text with hyphens that hold its words together, as options need."""
+    return text.replace("-", _HYPHEN)
+
+
+def _paragraphs(text: str | None) -> list[str]:
+    return [" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n")]
+
+
+def _write_text(text: str | None, formatter: Any) -> None:
+    paragraphs = _paragraphs(text)
+    examples = [found.group(1) for part in paragraphs if (found := _EXAMPLE.match(part))]
+    formatter.write_paragraph()
+    with formatter.indentation():
+        formatter.write_text(_unbroken("\n\n".join(part for part in paragraphs if not _EXAMPLE.match(part))))
+    if examples:
+        with formatter.section("Example" if len(examples) == 1 else "Examples"):
+            for example in examples:
+                _write_example(example, formatter)
+
+
+def _write_example(example: str, formatter: Any) -> None:
+    """A command line; one that is too long goes on after a backslash, before an option where it can."""
+    indent, room = " " * formatter.current_indent, formatter.width - formatter.current_indent
+    lines = [""]
+    for part in re.split(r" (?=--)", example):
+        joined = f"{lines[-1]} {part}".lstrip()
+        if len(joined) + len(" \\") <= room or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(f"  {part}")
+    formatter.write(" \\\n".join(indent + line for line in lines) + "\n")

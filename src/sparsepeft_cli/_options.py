@@ -1,0 +1,152 @@
+"""Options that several commands have, each defined once; old names of options."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_LONG = re.compile(rf"\b({'|'.join(_SHORT)})\b")
+_RENAMED = "renamed_options"
+
+
+def several(values: Sequence[str] | None) -> list[str]:
+    """``["a,b", "c"]`` -> ``["a", "b", "c"]``, each once: what an option holds that takes a,b or is repeated."""
+    parts = [part.strip() for value in values or () for part in value.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def whole_numbers(option: str, values: Sequence[str] | None) -> list[int]:
+    """The same for whole numbers of at least 0.
+
+    Raises:
+        UserError: one is something else.
+    """
+    from sparsepeft.errors import UserError
+
+    texts = several(values)
+    for text in texts:
+        if not text.isdecimal():
+            raise UserError(
+                f"{option} {text} was given, but it takes whole numbers of at least 0; pass e.g. {option} 42,43."
+            )
+    return [int(text) for text in texts]
+
+
+def short_dtype(text: str) -> str:
+    """A text with this program's names of dtypes for PyTorch's: ``onnx-fp32`` for ``onnx-float32``."""
+    return _LONG.sub(lambda found: _SHORT[found.group()], text)
+
+
+def long_dtype(name: str) -> str:
+    """PyTorch's name of a dtype: ``float32`` for ``fp32``; anything else as it is."""
+    return {short: long for long, short in _SHORT.items()}.get(name, name)
+
+
+def renamed(names: Mapping[str, str], *, values: Mapping[str, Sequence[str]] | None = None) -> Callable[..., Any]:
+    """A decorator for a command whose options have other names now; the old ones work, with a line on stderr.
+
+    Args:
+        names: new names by old ones: ``{"--method": "--methods"}``.
+        values: for an old name that means something else now, the values that still say what it meant.
+    """
+
+    def decorate(command: Function) -> Function:
+        setattr(command, _RENAMED, (dict(names), dict(values or {})))
+        return command
+
+    return decorate
+
+
+def current_names(command: Any, arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with the present names of its options; says on stderr which were old."""
+    empty: tuple[dict[str, str], dict[str, Sequence[str]]] = ({}, {})
+    names, values = getattr(command, _RENAMED, empty)
+    current: list[str] = []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for index, argument in enumerate(arguments):
+        old, equals, value = argument.partition("=")
+        if index < end and old in names:
+            given = value if equals else arguments[index + 1] if index + 1 < len(arguments) else ""
+            if old not in values or given in values[old]:
+                shown = f" for {given}" if old in values else ""
+                print(f"{old} is now {names[old]}{shown}; the old name goes with the next release.", file=sys.stderr)
+                argument = names[old] + equals + value
+        current.append(argument)
+    return current
+
+
+def output_dir(help: str) -> Any:
+    """``--output-dir``, a folder that the command writes."""
+    return typer.Option("--output-dir", metavar="DIR", help=help)
+
+
+def output(help: str) -> Any:
+    """``--output``, a file that the command writes."""
+    return typer.Option("--output", metavar="FILE", help=help)
+
+
+def names(option: str, help: str, default: str) -> Any:
+    """An option for several names; read it with :func:`several`."""
+    return typer.Option(option, metavar="NAMES", help=f"{help} (a,b or repeated). [default: {default}]")
+
+
+def numbers(option: str, help: str, default: str) -> Any:
+    """An option for several whole numbers; read it with :func:`whole_numbers`."""
+    return typer.Option(option, metavar="NUMBERS", help=f"{help} (a,b or repeated). [default: {default}]")
+
+
+def settings(help: str, option: str = "--set") -> Any:
+    """``--set KEY=VALUE``; read it with ``sparsepeft.training.parse_settings``."""
+    return typer.Option(option, metavar="KEY=VALUE", help=f"{help}; may be repeated.")
+
+
+def dtype(option: str, help: str) -> Any:
+    """An option for a dtype: its short name, though PyTorch's is taken, too."""
+    return typer.Option(option, metavar="DTYPE", help=help, callback=_short)
+
+
+def _short(value: str | None) -> str | None:
+    return None if value is None else short_dtype(value)
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        envvar="SPARSEPEFT_DATA",
+        show_envvar=False,
+        help="Folder with the tasks' files. [default: $SPARSEPEFT_DATA, else the hub]",
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Hub id or local folder. [default: the bundled MiniLM]")
+]
+TrainedModel = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The backbone, if it has moved since training.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]"),
+]
+Precision = Annotated[str, dtype("--precision", "fp32, bf16 or fp16.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Inputs per forward pass.")]
+MaxExamples = Annotated[
+    int | None, typer.Option("--max-examples", metavar="N", min=1, help="A sample of so many texts. [default: all]")
+]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: PyTorch's]")]
+IdleWait = Annotated[
+    float, typer.Option("--idle-wait", metavar="SECONDS", help="Wait so long for an idle machine before each round.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initialisation and order.")]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what a run has left in the output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
