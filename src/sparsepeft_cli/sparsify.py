@@ -19,6 +19,13 @@ def command(
     block_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]")
     ] = None,
+    bos_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos-token/--no-bos-token",
+            help="Begin each with the begin-of-text token. [default: if the tokenizer does so by itself]",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of SptConfig.")
     ] = None,
@@ -43,6 +50,7 @@ def command(
             text_column=text_column,
             settings=settings,
             block_length=block_length,
+            bos_token=bos_token,
             overwrite=overwrite,
         )
     if json:

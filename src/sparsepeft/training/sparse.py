@@ -46,7 +46,7 @@ def check_spt(method: str, values: Any) -> SptConfig | None:
         return None
     if method == "full":
         raise UserError(
-            "method=full was given with spt, but a sparse model is saved with its adapter and full fine-tuning has "
+            "`method=full` was given with `spt`, but a sparse model is saved with its adapter and full fine-tuning has "
             "none; choose another method, such as lora."
         )
     return read_spt_settings(values)
@@ -65,7 +65,7 @@ def join_spt_flags(flags: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
     given = {key: value for key, value in flags.items() if value is not None}
     is_sparse, settings = given.pop("spt", False), given.pop("spt_set", {})
     if settings and not is_sparse and in_file is None:
-        raise UserError("--spt-set was given without --spt; pass --spt as well to make the model sparse.")
+        raise UserError("`spt_set` was given without `spt`; pass `spt` as well to make the model sparse.")
     return {**given, "spt": settings} if is_sparse or settings else given
 
 
