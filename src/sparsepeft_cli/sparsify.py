@@ -24,6 +24,13 @@ def command(
         int | None,
         typer.Option(metavar="N", min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]"),
     ] = None,
+    bos_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos-token/--no-bos-token",
+            help="Begin each with the begin-of-text token. [default: if the tokenizer does so by itself]",
+        ),
+    ] = None,
     set_: Annotated[list[str] | None, options.settings("A setting of SptConfig")] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -46,6 +53,7 @@ def command(
             text_column=text_column,
             settings=settings,
             block_length=block_length,
+            bos_token=bos_token,
             overwrite=overwrite,
         )
     if json:

@@ -78,6 +78,14 @@ def command(
     block_length: Annotated[
         int | None, typer.Option(help="Tokens per example. [default: the model's, at most 512]", rich_help_panel=_LM)
     ] = None,
+    bos_token: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos-token/--no-bos-token",
+            help="Begin each example with the begin-of-text token. [default: if the tokenizer does so by itself]",
+            rich_help_panel=_LM,
+        ),
+    ] = None,
     gradient_accumulation: Annotated[
         int | None, typer.Option(help="Batches that make a step. [default: 1]", rich_help_panel=_LM)
     ] = None,

@@ -270,7 +270,7 @@ def _read(path: Path) -> dict[str, Any]:
             "upgrade sparsepeft."
         )
     classes = {"config": LanguageModelConfig if run["task"] == LM else RunConfig, "recipe": Recipe, "task": TaskSpec}
-    _check_keys(path, "", run, {"format_version", "data_fingerprints", *classes})
+    _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", *classes})
     for part, values_of in classes.items():
         if isinstance(run.get(part), dict):
             _check_keys(path, f" of {part}", run[part], {field.name for field in dataclasses.fields(values_of)})

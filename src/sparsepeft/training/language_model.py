@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import TaskType
-from transformers import AutoConfig, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
@@ -26,7 +26,7 @@ from sparsepeft.training.files import (
     write_weights,
 )
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
-from sparsepeft.training.lm_data import Corpus, evenly_spaced, fingerprints, load_corpus
+from sparsepeft.training.lm_data import Corpus, begin_token, evenly_spaced, fingerprints, load_corpus, num_predicted
 from sparsepeft.training.lm_model import (
     CALIBRATION_BLOCKS,
     add_adapter,
@@ -49,7 +49,8 @@ def train_language_model(
 ) -> dict[str, Any]:
     """Make the model sparse if that is asked for, fine-tune it, measure its perplexity, save.
 
-    Documents are joined with the end-of-text token and cut into blocks, each a row of its own. Perplexity on the
+    Documents are joined with the end-of-text token and cut into blocks, each a row of its own that begins with the
+    begin-of-text token (see :mod:`sparsepeft.training.lm_data`). Perplexity on the
     validation blocks is measured before and after; before also of the dense model, so that what the conversion alone
     does can be seen. The output folder then holds the weights (for adapters: adapter, routers and codebooks only),
     ``run.json`` and ``results.json``. They come there together, when the run is finished; an interrupted run goes on
@@ -72,7 +73,9 @@ def train_language_model(
     run = describe_run(config, recipe)
     check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
-    corpus, tokenizer, block_length = _corpus(config, model_id)
+    tokenizer = load_tokenizer(model_id)
+    block_length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), config.block_length, "block_length")
+    corpus = _corpus(config, tokenizer, block_length, begin_token(tokenizer, config.bos_token))
     backbone, _ = load_language_model(model_id)
     to_accelerator(backbone)
 
@@ -87,7 +90,8 @@ def train_language_model(
     set_seed(config.seed)
     model = add_adapter(backbone, config.method, recipe)
     data_fingerprints = fingerprints([*config.text, *config.validation_text])
-    with open_run(folder, run | {"task": LM, "data_fingerprints": data_fingerprints}, overwrite) as work:
+    run |= {"task": LM, "data_fingerprints": data_fingerprints, "bos_token_id": corpus.begin}
+    with open_run(folder, run, overwrite) as work:
         start = time.perf_counter()
         steps = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
         seconds = time.perf_counter() - start
@@ -109,8 +113,9 @@ def train_language_model(
             "model_bytes": backbone_bytes(model),
             "model": describe_backbone(model_id),
             "block_length": block_length,
-            "num_train_tokens": corpus.train.numel(),
-            "num_validation_tokens": corpus.validation.numel(),
+            "bos_token": None if corpus.begin is None else tokenizer.convert_ids_to_tokens(corpus.begin),
+            "num_train_tokens": num_predicted(corpus.train),
+            "num_validation_tokens": num_predicted(corpus.validation),
             "train_seconds": round(seconds, 1),
             "steps": steps,
             "environment": environment(),
@@ -137,20 +142,23 @@ def evaluate_language_model(folder: str | Path, model: str | None = None) -> dic
         UserError: the folder holds no finished training, files are damaged or missing, or the backbone is another.
     """
     folder = Path(folder)
-    config = LanguageModelConfig(**read_run(folder)["config"])
+    run = read_run(folder)
+    config = LanguageModelConfig(**run["config"])
     trained = load_trained_language_model(folder, config, model)
     to_accelerator(trained)
     home = str(folder) if config.method == "full" else resolve_model(model or config.model)
-    corpus, _, _ = _corpus(config, home)
+    tokenizer = load_tokenizer(home)
+    block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
+    # A run of an earlier version says nothing of the token that blocks begin with, and had none.
+    corpus = _corpus(config, tokenizer, block_length, run.get("bos_token_id"))
     batch_size = config.recipe_values().batch_size
     return {"validation": perplexity(trained, corpus.validation, batch_size, config.precision)}
 
 
-def _corpus(config: LanguageModelConfig, model_id: str) -> tuple[Corpus, Any, int]:
-    """Blocks of text, the tokenizer, and the blocks' length."""
-    tokenizer = load_tokenizer(model_id)
-    length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), config.block_length, "block_length")
-    return load_corpus(config.text, config.validation_text, tokenizer, length, config.text_column), tokenizer, length
+def _corpus(
+    config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, block_length: int, begin: int | None
+) -> Corpus:
+    return load_corpus(config.text, config.validation_text, tokenizer, block_length, config.text_column, begin)
 
 
 def _train(

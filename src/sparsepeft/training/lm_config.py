@@ -15,6 +15,14 @@ from sparsepeft.training.sparse import check_spt, join_spt_flags
 
 LM = "lm"
 LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
+_LM_ONLY = (
+    "text",
+    "validation_text",
+    "block_length",
+    "bos_token",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+)
 _POSITIVE = ("epochs", "max_steps", "learning_rate", "batch_size", "block_length", "gradient_accumulation")
 
 
@@ -32,6 +40,8 @@ class LanguageModelConfig:
         method: one of :data:`LM_METHODS`.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         block_length: tokens of a training example; None is what the model takes, at most 512.
+        bos_token: begin each block with the begin-of-text token; None does if the tokenizer puts it before every text
+            by itself, see :func:`sparsepeft.training.lm_data.begin_token`.
         epochs: passes over the training text; None is the recipe's, or 1.
         gradient_accumulation: batches that make a step.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -52,6 +62,7 @@ class LanguageModelConfig:
     method: str = "lora"
     recipe: str = "best"
     block_length: int | None = None
+    bos_token: bool | None = None
     epochs: float | None = None
     max_steps: int | None = None
     learning_rate: float | None = None
@@ -70,9 +81,11 @@ class LanguageModelConfig:
         check_values(self, {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}, _POSITIVE)
         for name in ("batch_size", "block_length", "gradient_accumulation", "max_steps"):
             if isinstance(getattr(self, name), float):
-                raise UserError(f"{name}={getattr(self, name)!r} was given, but {name} must be a whole number.")
+                raise UserError(f"`{name}={getattr(self, name)}` was given, but {name} must be a whole number.")
         if self.block_length == 1:
-            raise UserError("block_length=1 was given, but a block needs at least 2 tokens, one to predict another.")
+            raise UserError("`block_length=1` was given, but a block needs at least 2 tokens, one to predict another.")
+        if self.bos_token not in (None, True, False):
+            raise UserError(f"`bos_token={self.bos_token}` was given, but bos_token must be true or false.")
         self.recipe_values()  # unknown settings are found before anything is loaded
         self.spt_config()
 
@@ -98,9 +111,9 @@ def is_language_model(flags: dict[str, Any], file: Path | None = None) -> bool:
     task = flags.get("task") or read_config(file).get("task")
     if task == LM:
         return True
-    for name in ("text", "validation_text", "block_length", "gradient_accumulation", "gradient_checkpointing"):
+    for name in _LM_ONLY:
         if flags.get(name) is not None:
-            raise UserError(f"{_option(name)} goes with --task lm only, but the task is {task!r}; pass --task lm.")
+            raise UserError(f"`{name}` goes with `task={LM}` only, but the task is {task!r}; pass `task={LM}`.")
     return False
 
 
@@ -120,13 +133,9 @@ def load_language_model_config(flags: dict[str, Any], file: Path | None = None) 
     given = join_spt_flags(given, read_config(file).get("spt"))
     fields = {each.name for each in dataclasses.fields(LanguageModelConfig)}
     if foreign := sorted(given.keys() - fields):
-        raise UserError(f"{', '.join(map(_option, foreign))} does not go with --task lm; leave it out.")
+        raise UserError(f"`{'`, `'.join(foreign)}` does not go with `task={LM}`; leave it out.")
     values = merge_config(given, file, LanguageModelConfig)
     for key in ("text", "model", "output_dir"):
         if not values.get(key):
-            raise UserError(f"No {key} was given; pass {_option(key)} or set {key} in the config file.")
+            raise UserError(f"No {key} was given; pass `{key}` or set {key} in the config file.")
     return LanguageModelConfig(**values)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -16,7 +16,15 @@ from sparsepeft.provenance import environment, write_json
 from sparsepeft.spt import save_sparse
 from sparsepeft.spt.loading import SPARSE_WEIGHTS
 from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.lm_data import cut, evenly_spaced, fingerprints, join, read_documents
+from sparsepeft.training.lm_data import (
+    begin_token,
+    cut,
+    evenly_spaced,
+    fingerprints,
+    join,
+    num_predicted,
+    read_documents,
+)
 from sparsepeft.training.lm_model import (
     CALIBRATION_BLOCKS,
     load_language_model,
@@ -40,6 +48,7 @@ def sparsify_language_model(
     text_column: str = "text",
     settings: dict[str, Any] | None = None,
     block_length: int | None = None,
+    bos_token: bool | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Convert a causal or masked language model, calibrated on a few blocks of a text.
@@ -54,6 +63,7 @@ def sparsify_language_model(
         text_column: of the files with rows.
         settings: keys of :class:`sparsepeft.spt.SptConfig`.
         block_length: tokens of a calibration sequence; None is what the model takes, at most 512.
+        bos_token: begin each with the begin-of-text token; None does if the tokenizer puts it before every text.
         overwrite: replace a conversion that is already in the folder.
 
     Returns:
@@ -65,21 +75,22 @@ def sparsify_language_model(
     """
     config, folder = read_spt_settings(settings or {}), Path(output_dir)
     if folder.is_file():
-        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+        raise UserError(f"The output folder {folder} is a file; pass a folder as `output_dir`.")
     settle(folder, WRITTEN)
     if (folder / REPORT).exists() and not overwrite:
-        raise UserError(f"{folder} already holds a sparse model; pass another --output-dir, or --overwrite.")
+        raise UserError(f"{folder} already holds a sparse model; pass another `output_dir`, or `overwrite=True`.")
     if config.attention and not text:
         raise UserError(
-            "Sparse attention is calibrated on text, and none was given; pass --text with a file of typical text, or "
-            "leave attention dense with --set attention=false."
+            "Sparse attention is calibrated on text, and none was given; pass a file of typical text as `text`, or "
+            "leave attention dense by the setting attention=false."
         )
     model_id = resolve_model(model)
-    calibration = rest = None
+    calibration = rest = begin = None
     if text:
         tokenizer = load_tokenizer(model_id)
         length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), block_length, "block_length")
-        blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text")
+        begin = begin_token(tokenizer, bos_token)
+        blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
         calibration, rest = blocks[:CALIBRATION_BLOCKS], blocks[CALIBRATION_BLOCKS:]
     loaded, is_causal = load_language_model(model_id, masked=True)
     to_accelerator(loaded)
@@ -91,7 +102,8 @@ def sparsify_language_model(
         "model": describe_backbone(model_id),
         **describe(done),
         "perplexity": {"dense": dense, "sparse": _perplexity(loaded, scored)},
-        "num_scored_tokens": 0 if scored is None else scored.numel(),
+        "num_scored_tokens": 0 if scored is None else num_predicted(scored),
+        "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
         "calibration": None if calibration is None else list(calibration.shape),
         "data_fingerprints": fingerprints(text),
         "environment": environment(),

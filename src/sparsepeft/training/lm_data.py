@@ -1,4 +1,10 @@
-"""Text for a language model: documents from files, cut into blocks of tokens."""
+"""Text for a language model: documents from files, joined and cut into blocks of tokens.
+
+Each block begins with the tokenizer's begin-of-text token (:func:`begin_token`), which the block's length includes.
+Models that were trained with it rest their attention on it and are far off without it, in the middle of a text too. It
+is nowhere else and is never predicted: of a block of T tokens the other T - 1 are, each from those before it. Without
+such a token the first of the text is not predicted.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +32,13 @@ class Corpus:
     Attributes:
         train: (N, T) int64.
         validation: (M, T) int64.
+        begin: id of the token that each block begins with; None if all of it is text.
         notes: what a reader of the results should know.
     """
 
     train: Tensor
     validation: Tensor
+    begin: int | None
     notes: tuple[str, ...]
 
 
@@ -40,8 +48,9 @@ def load_corpus(
     tokenizer: PreTrainedTokenizerBase,
     block_length: int,
     text_column: str = "text",
+    begin: int | None = None,
 ) -> Corpus:
-    """Read, split and cut text.
+    """Read, split and cut text; each block begins with the token ``begin`` if there is one.
 
     Without ``validation_text`` a tenth is held out: whole documents, drawn by a fixed seed, where there are at least
     ten; else the last tenth of each.
@@ -57,8 +66,8 @@ def load_corpus(
         training, validation, note = _hold_out(training)
         notes = (note,)
     parts = {"training text": training, "validation text": validation}
-    train, held_out = (cut(join(part, tokenizer), block_length, name) for name, part in parts.items())
-    return Corpus(train, held_out, notes)
+    train, held_out = (cut(join(part, tokenizer), block_length, name, begin) for name, part in parts.items())
+    return Corpus(train, held_out, begin, notes)
 
 
 def read_documents(files: Sequence[str], text_column: str = "text") -> list[str]:
@@ -94,19 +103,56 @@ def join(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor
     return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
 
 
-def cut(tokens: Tensor, block_length: int, name: str) -> Tensor:
-    """(N,) -> (N // T, T); what is left over at the end fills no block.
+def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+    """Id of the token that each block begins with: the tokenizer's begin-of-text token, or else its [CLS]; or None.
+
+    Args:
+        tokenizer: the model's.
+        wanted: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
+            model was trained with it; GPT-2's and Qwen's put none, though they may name one.
+
+    Raises:
+        UserError: the token is wanted, and the tokenizer has none.
+    """
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    if wanted is None:
+        wanted = begin is not None and tokenizer("a")["input_ids"][0] == begin
+    if wanted and begin is None:
+        raise UserError(
+            "`bos_token=True` was given, but the model's tokenizer has no begin-of-text token; leave it out."
+        )
+    return begin if wanted else None
+
+
+def cut(tokens: Tensor, block_length: int, name: str, begin: int | None = None) -> Tensor:
+    """Blocks of a text; what is left over at the end fills none.
+
+    Args:
+        tokens: (N,).
+        block_length: T, with the token ``begin``.
+        name: of the text.
+        begin: the token to begin each block with, if any.
+
+    Returns:
+        (N // T, T), or (N // (T - 1), T) with ``begin``.
 
     Raises:
         UserError: there is less than one block.
     """
-    count = len(tokens) // block_length
+    length = block_length if begin is None else block_length - 1
+    count = len(tokens) // length
     if count == 0:
         raise UserError(
             f"The {name} has {len(tokens)} tokens, less than one block of {block_length}; give more text, or a smaller "
-            "block length."
+            "`block_length`."
         )
-    return tokens[: count * block_length].view(count, block_length)
+    blocks = tokens[: count * length].view(count, length)
+    return blocks if begin is None else torch.nn.functional.pad(blocks, (1, 0), value=begin)
+
+
+def num_predicted(blocks: Tensor) -> int:
+    """How many tokens of the blocks, (N, T), a model is trained or measured on: all but the first of each."""
+    return blocks.numel() - len(blocks)
 
 
 def evenly_spaced(blocks: Tensor, count: int) -> Tensor:

@@ -91,7 +91,8 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
 
     Args:
         model: a causal language model, on the device where it is to run.
-        blocks: (N, T); in each, T - 1 tokens are predicted, from those before them in it.
+        blocks: (N, T); in each, T - 1 tokens are predicted, from those before them in it. The first, which begins
+            the text or is the text's first, is not.
         batch_size: blocks in a pass.
         precision: fp32, bf16 or fp16.
     """

@@ -10,10 +10,6 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,6 +23,7 @@ from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.checkpoint_labels import head_start, start_head
+from sparsepeft.training.targets import choose_targets
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import count_head_parameters, find_head
@@ -182,31 +179,16 @@ def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_n
     Raises:
         UserError: the adapter does not fit the model, or acts on what a sparse model does not let it.
     """
-    if isinstance(config, (LoraConfig, IA3Config)) and config.target_modules is None:
-        _choose_targets(config, backbone, method)
+    if isinstance(config, (LoraConfig, IA3Config)):
+        choose_targets(config, backbone)
     try:
         extended = get_peft_model(backbone, config, adapter_name)
         if sparsification(backbone) is not None:  # a routed FFN refuses in its first pass what cannot act inside it
             with torch.no_grad():
                 extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device))
     except ValueError as error:
-        raise UserError(f"method={method} does not fit this model: {error}") from error
+        raise UserError(f"`method={method}` does not fit this model: {error}") from error
     return extended
-
-
-def _choose_targets(config: LoraConfig | IA3Config, backbone: PreTrainedModel, method: str) -> None:
-    """Leave the choice of layers to PEFT where it knows the model; else LoRA takes all linear ones in the blocks."""
-    model_type = backbone.config.model_type
-    if isinstance(config, LoraConfig):
-        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            inside = (named for block in find_blocks(backbone) for named in block.module.named_modules())
-            config.target_modules = sorted({name for name, module in inside if isinstance(module, torch.nn.Linear)})
-    elif model_type not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        raise UserError(
-            f"method={method} was given without layers, and PEFT has no default for models of type {model_type}; name "
-            "keys, values and the FFN's second linear layer, such as --set target_modules=[k,v,output.dense] and --set "
-            "feedforward_modules=[output.dense]."
-        )
 
 
 def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_sparse: bool = False) -> Model:
@@ -256,5 +238,5 @@ def not_loaded(what: str, model: str, error: Exception) -> str:
     """One sentence for a model or tokenizer that transformers did not load."""
     return (
         f"The {what} {model!r} could not be loaded ({first_line(error)}); pass the id of a model on the hub "
-        "(which needs a network) or a local folder with config.json, safetensors and tokenizer files to --model."
+        "(which needs a network) or a local folder with config.json, safetensors and tokenizer files as `model`."
     )

@@ -46,7 +46,7 @@ def check_spt(method: str, values: Any) -> SptConfig | None:
         return None
     if method == "full":
         raise UserError(
-            "method=full was given with spt, but a sparse model is saved with its adapter and full fine-tuning has "
+            "`method=full` was given with `spt`, but a sparse model is saved with its adapter and full fine-tuning has "
             "none; choose another method, such as lora."
         )
     return read_spt_settings(values)
