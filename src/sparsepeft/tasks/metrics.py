@@ -1,8 +1,8 @@
-"""Metrics from logits: accuracy, F1, Matthews, Pearson and Spearman, never NaN and never a warning."""
+"""Metrics from logits: shares of right answers, F1, correlations and errors, never NaN and never a warning."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -14,21 +14,71 @@ if TYPE_CHECKING:
     from sparsepeft.tasks.spec import TaskSpec
 
 
+_MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearson", "spearman")}
+_WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest that float32 holds
+
+
 def compute(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """Score logits; see `TaskSpec.compute_metrics`."""
+    guess, truth = _answers(spec, predictions, labels)
+    known = _MULTI_LABEL if spec.multi_label else _METRICS
+    scores = {name: known[name](guess, truth) for name in spec.metrics}
+    if spec.main_metric not in scores:
+        parts = _MEANS.get(spec.main_metric, spec.metrics)
+        scores[spec.main_metric] = sum(scores[name] for name in parts) / len(parts)
+    return scores
+
+
+def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+    """Say how each label of a classification is recognised.
+
+    Args:
+        spec: the task.
+        logits: (N, C).
+        labels: class indices, (N,); for a multi-label task ones and zeros, (N, C).
+
+    Returns:
+        What JSON can hold. ``per_class``: for each label, in order, ``precision``, ``recall``, ``f1`` and ``support``
+        (how many rows have it). ``confusion_matrix``: counts by true label (row) and predicted label (column), both in
+        the order of ``per_class``; rows with a NaN are in none. A multi-label task has no such matrix, and
+        for regression the report is empty.
+
+    Raises:
+        TaskError: shapes do not fit each other or the task, or there are no rows.
+    """
+    guess, truth = _answers(spec, logits, labels)
+    if spec.label_names is None:
+        return {}
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    classes = list(range(spec.num_labels))
+    columns = precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
+    per_class = {
+        name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
+        for name, precision, recall, f1, support in zip(spec.label_names, *columns, strict=True)
+    }
+    if spec.multi_label:
+        return {"per_class": per_class}
+    return {"per_class": per_class, "confusion_matrix": confusion_matrix(truth, guess, labels=classes).tolist()}
+
+
+def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What was answered and what is true: values or classes (N,), or (N, C) booleans for a multi-label task."""
     logits, truth = np.asarray(predictions), np.asarray(labels)
     if spec.label_names is None and logits.ndim == 1:
         logits = logits[:, None]
-    if truth.ndim != 1 or logits.shape != (len(truth), spec.num_labels) or len(truth) == 0:
+    shape = (len(truth), spec.num_labels) if truth.ndim else ()
+    if logits.shape != shape or truth.shape != (shape if spec.multi_label else shape[:1]) or len(truth) == 0:
+        width = f", {spec.num_labels}" if spec.multi_label else ","
         raise TaskError(
             f"{spec.name}: received predictions of shape {logits.shape} and labels of shape {truth.shape}; "
-            f"expected (N, {spec.num_labels}) and (N,) with N at least 1"
+            f"expected (N, {spec.num_labels}) and (N{width}) with N at least 1"
         )
-    guess = logits[:, 0].astype(np.float64) if spec.label_names is None else _classes(logits)
-    scores = {name: _METRICS[name](guess, truth) for name in spec.metrics}
-    if spec.main_metric not in scores:
-        scores[spec.main_metric] = sum(scores.values()) / len(scores)
-    return scores
+    if spec.label_names is None:
+        return logits[:, 0].astype(np.float64), truth
+    if spec.multi_label:
+        return logits > 0, truth > 0.5  # a NaN is no label; logit 0 is the probability 0.5
+    return _classes(logits), truth
 
 
 def _classes(logits: NDArray[Any]) -> NDArray[Any]:
@@ -84,6 +134,32 @@ def _spearman(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     return _pearson(rankdata(guess), rankdata(truth))
 
 
+def _mae(guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    return float(np.abs(_finite(guess) - truth).mean())
+
+
+def _rmse(guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    return float(np.sqrt(np.square(_finite(guess) - truth).mean()))
+
+
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    return np.clip(np.nan_to_num(values, nan=_WORST, posinf=_WORST, neginf=-_WORST), -_WORST, _WORST)
+
+
+def _micro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    return _class_f1(guess.ravel(), truth.ravel(), 1)
+
+
+def _macro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(truth, guess, average="macro", zero_division=0.0))
+
+
+def _subset_accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    return float((guess == truth).all(axis=1).mean())
+
+
 def _constant(values: NDArray[Any]) -> bool:
     return bool((values == values[0]).all())
 
@@ -95,4 +171,7 @@ _METRICS = {
     "matthews_correlation": _matthews,
     "pearson": _pearson,
     "spearman": _spearman,
+    "mae": _mae,
+    "rmse": _rmse,
 }
+_MULTI_LABEL = {"micro_f1": _micro_f1_multi, "macro_f1": _macro_f1_multi, "subset_accuracy": _subset_accuracy}

@@ -19,8 +19,10 @@ class TaskSpec:
         text_columns: ``("text",)`` or ``("text", "text_pair")``, the columns of every loaded dataset.
         label_names: by class index; ``None`` for regression.
         metrics: names of what `compute_metrics` computes, in order.
-        main_metric: the score to compare by: one of ``metrics``, or any other name, which then stands for their mean.
+        main_metric: the score to compare by: one of ``metrics``, or a name such as ``pearson_spearman`` for the mean of
+            those it names; any other name stands for the mean of all.
         paper_epochs: epochs in the SPARTAN paper (arXiv:2211.16634); a sensible number for tasks it does not have.
+        multi_label: several labels may hold for one text, or none.
     """
 
     name: str
@@ -29,6 +31,7 @@ class TaskSpec:
     metrics: tuple[str, ...]
     main_metric: str
     paper_epochs: int
+    multi_label: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -38,7 +41,9 @@ class TaskSpec:
     @property
     def problem_type(self) -> str:
         """The name `transformers` gives to the kind of loss."""
-        return "regression" if self.label_names is None else "single_label_classification"
+        if self.label_names is None:
+            return "regression"
+        return "multi_label_classification" if self.multi_label else "single_label_classification"
 
     @property
     def is_pair(self) -> bool:
@@ -50,11 +55,12 @@ class TaskSpec:
 
         Args:
             predictions: logits (N, C); regression also takes (N,) besides (N, 1).
-            labels: class indices or values, (N,).
+            labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold.
 
         Returns:
-            ``metrics`` in order, then ``main_metric`` where it is their mean. Always finite: a constant prediction has
-            correlation 0.0, a classification row with a NaN counts as wrong, non-finite regression outputs score 0.0.
+            ``metrics`` in order, then ``main_metric`` where it is a mean. Always finite: a constant prediction has
+            correlation 0.0, a classification row with a NaN counts as wrong, and outputs of a regression that are not
+            finite have correlation 0.0 and the largest error that float32 holds.
 
         Raises:
             TaskError: shapes do not fit each other or the task, or there are no rows.
