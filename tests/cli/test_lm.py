@@ -29,7 +29,7 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
         assert words in done.stdout
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["spt"]["config"]["num_active_blocks"] == 2
-    assert results["config"]["gradient_accumulation"] == 2
+    assert results["config"]["gradient_accumulation_steps"] == 2
 
     done = sparsepeft("evaluate", tmp_path / "o", "--json")
     assert done.returncode == 0, done.stderr

@@ -26,17 +26,24 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"task": "topics"}, ["output_dir", "--output-dir"]),
-        ({"output_dir": "o"}, ["task", "--task"]),
+        ({"task": "topics"}, ["No `output_dir` was given"]),
+        ({}, ["No `task` and no `output_dir` was given"]),
         ({"task": "topics", "output_dir": "o", "method": "spartn"}, ["'spartn'", "lora", "did you mean 'spartan'"]),
         ({"task": "topics", "output_dir": "o", "recipe": "bets"}, ["did you mean 'best'", "paper"]),
         ({"task": "topics", "output_dir": "o", "precision": "bf15"}, ["did you mean 'bf16'"]),
-        ({"task": "topics", "output_dir": "o", "epochs": -1}, ["epochs=-1", "positive"]),
-        ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["few_shot=0", "positive"]),
-        ({"task": "topics", "output_dir": "o", "seed": -3}, ["seed=-3"]),
-        ({"task": "topics", "output_dir": "o", "compile": "no"}, ["compile='no'", "true or false"]),
+        ({"task": "topics", "output_dir": "o", "epochs": -1}, ["`epochs=-1`", "positive"]),
+        ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["`few_shot=0`", "positive"]),
+        ({"task": "topics", "output_dir": "o", "learning_rate": float("nan")}, ["`learning_rate=nan`", "positive"]),
+        ({"task": "topics", "output_dir": "o", "epochs": float("inf")}, ["`epochs=inf`", "positive"]),
+        ({"task": "topics", "output_dir": "o", "batch_size": 2.5}, ["`batch_size=2.5`", "whole number"]),
+        ({"task": "topics", "output_dir": "o", "settings": {"weight_decay": -1}}, ["`weight_decay=-1`", "at least 0"]),
+        ({"task": "topics", "output_dir": "o", "warmup_ratio": 6}, ["`warmup_ratio=6`", "from 0 to 1"]),
+        ({"task": "topics", "output_dir": "o", "lr_scheduler_type": "cos"}, ["`lr_scheduler_type`: 'cos'", "cosine"]),
+        ({"task": "topics", "output_dir": "o", "few_shot": 9, "eval_steps": 5}, ["`eval_steps`", "`few_shot`"]),
+        ({"task": "topics", "output_dir": "o", "seed": -3}, ["`seed=-3`"]),
+        ({"task": "topics", "output_dir": "o", "compile": "no"}, ["`compile=no`", "true or false"]),
         ({"task": "topics", "output_dir": "o", "save_dtype": "int4"}, ["save_dtype='int4'", "'int8'"]),
-        ({"task": "topics", "output_dir": "o", "save_dtype": "int8", "method": "lora"}, ["method lora", "pass bf16"]),
+        ({"task": "topics", "output_dir": "o", "save_dtype": "int8", "method": "lora"}, ["`method=lora`", "pass bf16"]),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -> None:
@@ -52,7 +59,7 @@ def test_bad_values_are_refused_in_one_sentence(flags: dict, words: list[str]) -
         ("[1, 2]", ["list", "mapping"]),
         ("task: [", ["not valid YAML"]),
         ("seed: 2024-13-45", ["not valid YAML", "month must be"]),
-        ("epochs: 3\nsettings: {epochs: 2}\n", ["epochs was given both as a setting and as an option"]),
+        ("epochs: 3\nsettings: {epochs: 2}\n", ["`epochs` was given both as a setting and as an option"]),
     ],
 )
 def test_bad_config_files(tmp_path: Path, content: str, words: list[str]) -> None:

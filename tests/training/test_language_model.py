@@ -256,7 +256,7 @@ def test_accumulation_and_checkpointing_change_nothing(tiny_language_model: Path
     changes = [
         {"batch_size": 8},
         {"batch_size": 8, "gradient_checkpointing": True},
-        {"batch_size": 4, "gradient_accumulation": 2},
+        {"batch_size": 4, "gradient_accumulation_steps": 2},
     ]
     losses = [
         train_language_model(

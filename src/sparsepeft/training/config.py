@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,26 @@ from sparsepeft.spt import SptConfig
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
+from sparsepeft.training.checks import check_number, check_values
+from sparsepeft.training.loss import read_class_weights
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORE_ON = ("validation", "selection")
-_POSITIVE = ("epochs", "max_steps", "max_train_samples", "learning_rate", "batch_size", "max_length", "few_shot")
+_WHOLE = (
+    "max_steps",
+    "max_train_samples",
+    "few_shot",
+    "batch_size",
+    "max_length",
+    "eval_steps",
+    "early_stopping_patience",
+    "gradient_accumulation_steps",
+)
+_RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
+_OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr_scheduler_type")
 
 
 @dataclass
@@ -40,6 +53,15 @@ class RunConfig:
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
         problem_type: what the labels of own files are, see :func:`sparsepeft.tasks.load_task`; None looks at them.
         delimiter, encoding: of own files, see :func:`sparsepeft.tasks.load_task`; None looks at them.
+        weight_decay, warmup_ratio, lr_scheduler_type, label_smoothing_factor, gradient_accumulation_steps,
+            gradient_checkpointing: as in ``transformers.TrainingArguments``; ``batch_size`` examples are in each of the
+            accumulated batches.
+        class_weights: how much the examples of a class count in the loss, by label (1 where it is not named), or
+            ``"balanced"``: in inverse proportion to how many there are.
+        eval_steps: score the tenth that checkpoints are chosen on every so many steps; None does it ten times.
+        early_stopping_patience: stop when the score has not improved in so many of these.
+        device: ``cpu``, ``cuda`` or ``mps``; None is the accelerator if there is one. Decides where, not what is
+            trained: a run may be resumed on another.
         cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
@@ -69,6 +91,15 @@ class RunConfig:
     few_shot: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
+    weight_decay: float | None = None
+    warmup_ratio: float | None = None
+    lr_scheduler_type: str | None = None
+    label_smoothing_factor: float | None = None
+    class_weights: str | dict[str, float] | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
     max_length: int | None = None
     seed: int = 42
     precision: str = "fp32"
@@ -76,12 +107,17 @@ class RunConfig:
     score_on: str = "validation"
     cache_frozen_layers: bool = False
     compile: bool = False
+    device: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self.precision = short_precision(self.precision)
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
-        check_values(self, named, _POSITIVE)
+        check_values(self, named, positive=("epochs",), whole=_WHOLE)
+        if self.label_smoothing_factor is not None:
+            check_number("label_smoothing_factor", self.label_smoothing_factor, least=0, most=1)
+        self.class_weights = read_class_weights(self.class_weights)
         problem_type_of(self.problem_type)
         for check, given in ((read_delimiter, self.delimiter), (known_encoding, self.encoding)):
             if given is not None:
@@ -93,14 +129,25 @@ class RunConfig:
                 raise UserError(str(error)) from error
             if self.save_dtype == "int8" and self.method in ("full", "lora", "ia3"):
                 raise UserError(
-                    f"save_dtype='int8' was given with the method {self.method}, whose files PEFT or transformers read "
+                    f"`save_dtype=int8` was given with `method={self.method}`, whose files PEFT or transformers read "
                     "without our scales; pass bf16."
                 )
         self.recipe_values()  # unknown settings are found before anything is loaded
+        for name in ("eval_steps", "early_stopping_patience"):
+            if self.few_shot is not None and getattr(self, name) is not None:
+                raise UserError(
+                    f"`{name}` was given with `few_shot`, which trains on all examples and chooses no checkpoint; "
+                    "leave one of them out."
+                )
         if self.spt_config() is not None and self.cache_frozen_layers:
             raise UserError(
-                "cache_frozen_layers was given with spt, but a sparse model trains routers or refreshes codebooks in "
-                "every layer; leave one of them out."
+                "`cache_frozen_layers` was given with `spt`, but a sparse model trains routers or refreshes codebooks "
+                "in every layer; leave one of them out."
+            )
+        if self.gradient_checkpointing and self.cache_frozen_layers:
+            raise UserError(
+                "`cache_frozen_layers` was given with `gradient_checkpointing`, but there is nothing to save in layers "
+                "that are not run; leave one of them out."
             )
 
     def spt_config(self) -> SptConfig | None:
@@ -116,32 +163,35 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-def check_values(config: Any, choices: Mapping[str, Iterable[str]], positive: Iterable[str]) -> None:
-    """Refuse a config whose named fields are not among their choices, not positive, no flags, or no seed.
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values by the present names of its fields; files may have former ones."""
+    return {_RENAMED.get(key, key): value for key, value in values.items()}
 
-    Raises:
-        UserError: naming the field and its value.
-    """
-    for name, valid in choices.items():
-        if getattr(config, name) not in valid:
-            raise UserError(unknown_name(name, str(getattr(config, name)), valid))
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
-            raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
-    for flag in dataclasses.fields(config):
-        value = getattr(config, flag.name)
-        if isinstance(flag.default, bool) and not isinstance(value, bool):
-            raise UserError(f"{flag.name}={value!r} was given, but {flag.name} must be true or false.")
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed={config.seed!r} was given, but the seed must be a whole number of at least 0.")
+
+def short_precision(name: str) -> str:
+    """``fp32`` for PyTorch's ``float32``, and so on; anything else as it is."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
 
 
 def recipe_of(config: Any) -> Recipe:
-    """The recipe that a config names, with the config's own values put in."""
-    recipe = get_recipe(config.recipe, config.method).with_settings(config.settings)
-    own = {key: getattr(config, key) for key in ("learning_rate", "batch_size") if getattr(config, key) is not None}
-    return dataclasses.replace(recipe, **own)
+    """The recipe that a config names, with the config's own values put in.
+
+    Raises:
+        UserError: a value cannot be used, or is given both by the config's field and in its settings.
+    """
+    own = {key: getattr(config, key) for key in _OF_RECIPE if getattr(config, key, None) is not None}
+    for key in own:
+        if key in config.settings:
+            raise UserError(f"`{key}` was given both as a setting and as an option; give it once.")
+    recipe = dataclasses.replace(get_recipe(config.recipe, config.method).with_settings(config.settings), **own)
+    if recipe.lr_scheduler_type == "constant" and recipe.warmup_ratio:
+        if own.get("warmup_ratio") or config.settings.get("warmup_ratio"):
+            raise UserError(
+                f"`warmup_ratio={recipe.warmup_ratio}` was given with `lr_scheduler_type=constant`, which has no "
+                "warm-up; pass constant_with_warmup."
+            )
+        recipe = dataclasses.replace(recipe, warmup_ratio=0.0)
+    return recipe
 
 
 def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
@@ -157,9 +207,9 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     values = merge_config(join_spt_flags(flags, read_config(file).get("spt")), file, RunConfig)
     if values.get("train_file") and not values.get("task"):
         values["task"] = "custom"
-    for key, flag in (("task", "--task"), ("output_dir", "--output-dir")):
-        if not values.get(key):
-            raise UserError(f"No {key} was given; pass {flag} or set {key} in the config file.")
+    missing = [f"`{key}`" for key in ("task", "output_dir") if not values.get(key)]
+    if missing:
+        raise UserError(f"No {' and no '.join(missing)} was given; pass it, or set it in the config file.")
     return RunConfig(**values)
 
 
@@ -171,7 +221,7 @@ def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) ->
     Raises:
         UserError: the file cannot be read or has unknown keys, or a value is given twice.
     """
-    values = {key: value for key, value in read_config(file).items() if value is not None}
+    values = {key: value for key, value in current_names(read_config(file)).items() if value is not None}
     valid = {f.name for f in dataclasses.fields(config_class)}
     for key in values:
         if key not in valid:
@@ -185,7 +235,7 @@ def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) ->
         fields = {key: settings[key] for key in sorted(valid.intersection(settings))}
         for key in fields:
             if key in values:
-                raise UserError(f"{key} was given both as a setting and as an option; give it once.")
+                raise UserError(f"`{key}` was given both as a setting and as an option; give it once.")
         values |= fields | {"settings": {key: value for key, value in settings.items() if key not in fields}}
     return values
 
@@ -221,13 +271,13 @@ def read_config(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     if not file.is_file():
-        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file to --config.")
+        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `config`.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
         raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); pass another file to --config.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); pass another `config`.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
     return values

@@ -23,7 +23,7 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED, finish, in_use, locked, remove, settle
 from sparsepeft.provenance import write_json
 from sparsepeft.tasks import TaskData, TaskSpec
-from sparsepeft.training.config import RunConfig
+from sparsepeft.training.config import RunConfig, current_names
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.tuners._quantized import cast_for_saving
@@ -32,7 +32,7 @@ from sparsepeft.tuners.config import TaskAdapterConfig
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 RESULTS_VERSION = 1
 RUN_VERSION = 1
-_NOT_TRAINED = {"output_dir", "save_dtype"}  # of a config: does not matter before the end
+_NOT_TRAINED = {"output_dir", "save_dtype", "device"}  # of a config: does not matter before the end, or at all
 # What a run leaves at most: an adapter, or a model with its tokenizer.
 WRITTEN = (
     RUN,
@@ -270,6 +270,11 @@ def _read(path: Path) -> dict[str, Any]:
             "upgrade sparsepeft."
         )
     classes = {"config": LanguageModelConfig if run["task"] == LM else RunConfig, "recipe": Recipe, "task": TaskSpec}
+    # Fields that are newer than the file have their defaults there.
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(classes["config"]) if f.default is not dataclasses.MISSING
+    }
+    run["config"] = defaults | current_names(run["config"])
     _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", *classes})
     for part, values_of in classes.items():
         if isinstance(run.get(part), dict):

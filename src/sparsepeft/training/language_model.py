@@ -38,7 +38,7 @@ from sparsepeft.training.lm_model import (
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import describe, make_sparse
-from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
+from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments, training_device
 
 _NUM_CHECKPOINTS = 10
 _EPOCHS = 1
@@ -70,6 +70,7 @@ def train_language_model(
     """
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter, task_type=TaskType.CAUSAL_LM)  # wrong settings are found first
+    device = training_device(config.device)
     run = describe_run(config, recipe)
     check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
@@ -77,7 +78,7 @@ def train_language_model(
     block_length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), config.block_length, "block_length")
     corpus = _corpus(config, tokenizer, block_length, begin_token(tokenizer, config.bos_token))
     backbone, _ = load_language_model(model_id)
-    to_accelerator(backbone)
+    backbone.to(device)
 
     def measure(model: torch.nn.Module) -> dict[str, float]:
         return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
@@ -183,7 +184,7 @@ def _train(
 
 def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, folder: Path) -> TrainingArguments:
     epochs = config.epochs or recipe.epochs or _EPOCHS
-    steps_per_epoch = -(-num_blocks // (recipe.batch_size * config.gradient_accumulation))
+    steps_per_epoch = -(-num_blocks // (recipe.batch_size * config.gradient_accumulation_steps))
     total = config.max_steps or max(1, int(steps_per_epoch * epochs))
     return training_arguments(
         folder,
@@ -194,7 +195,7 @@ def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, fol
         precision=config.precision,
         num_train_epochs=float(epochs),
         max_steps=config.max_steps or -1,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        device=training_device(config.device),
     )

@@ -9,21 +9,15 @@ from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig
-from sparsepeft.training.config import PRECISIONS, check_values, merge_config, read_config, recipe_of
+from sparsepeft.training.checks import check_values
+from sparsepeft.training.config import PRECISIONS, merge_config, read_config, recipe_of, short_precision
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 
 LM = "lm"
 LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
-_LM_ONLY = (
-    "text",
-    "validation_text",
-    "block_length",
-    "bos_token",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-)
-_POSITIVE = ("epochs", "max_steps", "learning_rate", "batch_size", "block_length", "gradient_accumulation")
+_LM_ONLY = ("text", "validation_text", "block_length", "bos_token")
+_WHOLE = ("max_steps", "batch_size", "block_length", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,10 @@ class LanguageModelConfig:
         bos_token: begin each block with the begin-of-text token; None does if the tokenizer puts it before every text
             by itself, see :func:`sparsepeft.training.lm_data.begin_token`.
         epochs: passes over the training text; None is the recipe's, or 1.
-        gradient_accumulation: batches that make a step.
+        weight_decay, warmup_ratio, lr_scheduler_type: as in ``transformers.TrainingArguments``.
+        gradient_accumulation_steps: batches that make a step.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        device: ``cpu``, ``cuda`` or ``mps``; None is the accelerator if there is one.
         settings: keys of the method's config (``r``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's value)
@@ -67,9 +63,13 @@ class LanguageModelConfig:
     max_steps: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
-    gradient_accumulation: int = 1
+    weight_decay: float | None = None
+    warmup_ratio: float | None = None
+    lr_scheduler_type: str | None = None
+    gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     precision: str = "fp32"
+    device: str | None = None
     seed: int = 42
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
@@ -78,10 +78,9 @@ class LanguageModelConfig:
         for name in ("text", "validation_text"):
             files = getattr(self, name)
             object.__setattr__(self, name, (files,) if isinstance(files, str) else tuple(files))
-        check_values(self, {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}, _POSITIVE)
-        for name in ("batch_size", "block_length", "gradient_accumulation", "max_steps"):
-            if isinstance(getattr(self, name), float):
-                raise UserError(f"`{name}={getattr(self, name)}` was given, but {name} must be a whole number.")
+        object.__setattr__(self, "precision", short_precision(self.precision))
+        named = {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}
+        check_values(self, named, positive=("epochs",), whole=_WHOLE)
         if self.block_length == 1:
             raise UserError("`block_length=1` was given, but a block needs at least 2 tokens, one to predict another.")
         if self.bos_token not in (None, True, False):

@@ -11,9 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.training.checks import check_choice, check_number
 
 METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "full")
 RECIPES = ("best", "paper")
+# Those of transformers that need no further arguments.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,9 @@ class Recipe:
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         adapter: keys for the method's PEFT config.
+
+    Raises:
+        UserError: a value cannot be used.
     """
 
     learning_rate: float
@@ -39,6 +53,13 @@ class Recipe:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     adapter: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("max_grad_norm", self.max_grad_norm, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("warmup_ratio", self.warmup_ratio, least=0, most=1)
 
     def with_settings(self, settings: dict[str, Any]) -> Recipe:
         """A copy with ``--set`` values: keys of the recipe, or of the method's PEFT config.

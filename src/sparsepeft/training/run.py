@@ -32,6 +32,7 @@ from sparsepeft.training.files import (
     results_of,
     write_weights,
 )
+from sparsepeft.training.loss import task_loss
 from sparsepeft.training.methods import (
     adapter_config,
     backbone_bytes,
@@ -40,11 +41,10 @@ from sparsepeft.training.methods import (
     load_backbone,
     load_tokenizer,
     note_on_head,
-    to_accelerator,
 )
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import count_routers, describe, make_sparse
-from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
+from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     disable_progress_bars()
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
+    device = training_device(config.device)
     run = describe_run(config, recipe)
     check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
@@ -97,10 +98,17 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     backbone = load_backbone(model_id, data.spec)
     data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
     prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
+    loss = task_loss(
+        data.spec,
+        prepared.train["labels"],
+        config.class_weights,
+        config.label_smoothing_factor,
+        config.gradient_accumulation_steps,
+    )
     collator = Collator(tokenizer)
     done = None
     if spt is not None:
-        to_accelerator(backbone)
+        backbone.to(device)
         done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
     model = extend(backbone, config.method, data.spec, recipe.adapter)
     run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
@@ -119,7 +127,8 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             data_collator=collator,
             processing_class=tokenizer,
             compute_metrics=lambda output: _metrics(data.spec, output),
-            callbacks=[*callbacks],
+            compute_loss_func=loss,
+            callbacks=[*callbacks, *_early_stopping(config)],
             cache=cache,
         )
         trainer.remove_callback(PrinterCallback)
@@ -223,11 +232,11 @@ def calibration_batch(training: Dataset, collator: Collator) -> dict[str, Any]:
 def _arguments(
     config: RunConfig, recipe: Recipe, task_epochs: int, prepared: PreparedData, checkpoints: Path
 ) -> TrainingArguments:
-    steps_per_epoch = -(-len(prepared.train) // recipe.batch_size)
+    steps_per_epoch = -(-len(prepared.train) // recipe.batch_size // config.gradient_accumulation_steps)
     epochs = config.epochs or recipe.epochs or task_epochs
     max_steps = config.max_steps or (FEW_SHOT_STEPS if config.few_shot and not config.epochs else -1)
     total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
-    every = max(1, -(-total // _NUM_EVALUATIONS))
+    every = min(total, config.eval_steps or max(1, -(-total // _NUM_EVALUATIONS)))
     selecting = prepared.selection is not None
     return training_arguments(
         checkpoints,
@@ -236,6 +245,9 @@ def _arguments(
         save_steps=every,
         seed=config.seed,
         precision=config.precision,
+        device=training_device(config.device),
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=float(epochs),
         max_steps=max_steps,
         per_device_eval_batch_size=32,
@@ -248,6 +260,11 @@ def _arguments(
         torch_compile=config.compile,
         remove_unused_columns=False,  # the collator takes what it knows
     )
+
+
+def _early_stopping(config: RunConfig) -> list[TrainerCallback]:
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStopping(early_stopping_patience=patience)]
 
 
 def _metrics(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:

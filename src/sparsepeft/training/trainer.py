@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsepeft.errors import Diverged, RunFailed
+from sparsepeft.devices import find_device
+from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.training.caching import STATES, FrozenLayerCache
+from sparsepeft.training.loss import TaskLoss
 from sparsepeft.training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,17 @@ class SafeTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with self.cache.using(inputs.pop(STATES, None)):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The batches of a step, and what the sum of their losses is divided by; a TaskLoss counts by its weights."""
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.compute_loss_func, TaskLoss):
+            count = self.compute_loss_func.count([batch["labels"] for batch in samples]).to(device)
+            if self.args.world_size > 1:  # as Trainer does with its own count
+                count = self.accelerator.gather(count).sum()
+        return samples, count
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One step; raises Diverged where the loss is not finite."""
@@ -89,8 +103,41 @@ def resumable(folder: Path) -> str | None:
     return str(checkpoint)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """Early stopping that a run which is resumed after it had stopped remembers."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at what the checkpoint said."""
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+def training_device(name: str | None) -> torch.device:
+    """Where to train: the device of a name, or for None the accelerator if there is one.
+
+    Raises:
+        UserError: there is no such device, or it is not the one that ``transformers.Trainer`` takes.
+    """
+    device = find_device(name)
+    if device.index:
+        raise UserError(
+            f"`device={name}` was given, but training takes the first that it sees; set CUDA_VISIBLE_DEVICES="
+            f"{device.index} and pass `device={device.type}`."
+        )
+    return device
+
+
 def training_arguments(
-    folder: Path, recipe: Recipe, *, total_steps: int, save_steps: int, seed: int, precision: str, **own: Any
+    folder: Path,
+    recipe: Recipe,
+    *,
+    total_steps: int,
+    save_steps: int,
+    seed: int,
+    precision: str,
+    device: torch.device,
+    gradient_checkpointing: bool,
+    **own: Any,
 ) -> TrainingArguments:
     """What all runs have in common.
 
@@ -101,8 +148,13 @@ def training_arguments(
         save_steps: between two checkpoints.
         seed: of order and dropout.
         precision: fp32, bf16 or fp16.
+        device: where to train.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         **own: further arguments of ``transformers.TrainingArguments``.
     """
+    checkpointing: dict[str, Any] = {}
+    if gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=recipe.learning_rate,
@@ -112,7 +164,7 @@ def training_arguments(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         save_strategy="steps",
@@ -122,7 +174,9 @@ def training_arguments(
         logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
         disable_tqdm=True,
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device.type == "cuda",
+        restore_callback_states_from_checkpoint=True,  # for how long there has been no better score
+        **checkpointing,
         **own,
     )
 

@@ -1,0 +1,139 @@
+"""The loss of a task where the model's own does not do: class weights, label smoothing, several batches in a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.tasks import TaskSpec
+
+BALANCED = "balanced"
+_MULTI_LABEL = "multi_label_classification"
+_FORM = f"expected `class_weights={BALANCED}`, or a positive number for each label, such as spam=3,ham=1"
+
+
+def read_class_weights(value: Any) -> str | dict[str, float] | None:
+    """Class weights as a config keeps them: ``"balanced"``, or a weight by label.
+
+    Args:
+        value: these, or a string such as ``"spam=3,ham=1"``; None for none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if value is None or value == BALANCED:
+        return value
+    if isinstance(value, str):
+        value = dict(part.rpartition("=")[::2] for part in value.split(","))
+    weights = {}
+    for label, weight in value.items() if isinstance(value, Mapping) else ():
+        try:
+            weights[str(label).strip()] = float(weight)
+        except (TypeError, ValueError):
+            weights[str(label)] = math.nan
+    if not weights or "" in weights or not all(0 < weight < math.inf for weight in weights.values()):
+        raise UserError(f"`class_weights={value}` was given; {_FORM}.")
+    return weights
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """A loss for ``compute_loss_func`` of ``transformers.Trainer``, the mean over all batches that make a step.
+
+    Cross entropy of single labels, binary cross entropy of several, squared error of values. Class weights are those of
+    ``torch.nn.CrossEntropyLoss(weight=...)``, by whose sum the loss is divided, and ``pos_weight`` for several labels.
+
+    Attributes:
+        problem_type: as in :class:`sparsepeft.tasks.TaskSpec`.
+        weights: (C,) or None.
+        label_smoothing_factor: as in ``transformers.TrainingArguments``.
+    """
+
+    problem_type: str
+    weights: Tensor | None = None
+    label_smoothing_factor: float = 0.0
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """A scalar.
+
+        Args:
+            outputs: of the model, with ``logits`` (B, C).
+            labels: (B,), or (B, C) for several labels.
+            num_items_in_batch: :meth:`count` over all batches of the step; None for this one alone.
+        """
+        logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        if self.problem_type == "regression":
+            total = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        elif self.problem_type == _MULTI_LABEL:
+            total = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights, reduction="sum")
+        else:
+            total = F.cross_entropy(
+                logits, labels, weight=weights, label_smoothing=self.label_smoothing_factor, reduction="sum"
+            )
+        return total / (self.count([labels]) if num_items_in_batch is None else num_items_in_batch).to(logits.device)
+
+    def count(self, labels: Sequence[Tensor]) -> Tensor:
+        """What the sum over some batches is divided by for the mean: their labels, each by its weight."""
+        if self.weights is None or self.problem_type == _MULTI_LABEL:
+            return torch.tensor(float(sum(each.numel() for each in labels)))
+        return torch.stack([self.weights.to(each.device)[each].sum() for each in labels]).sum()
+
+
+def task_loss(
+    spec: TaskSpec,
+    labels: Sequence[Any],
+    class_weights: str | Mapping[str, float] | None,
+    label_smoothing_factor: float | None,
+    gradient_accumulation_steps: int,
+) -> TaskLoss | None:
+    """The loss that a run's options ask for; None where the model's own does.
+
+    Args:
+        spec: the task.
+        labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
+        class_weights: see :func:`read_class_weights`; labels that are not named have weight 1.
+        label_smoothing_factor: share of the target that is spread over all classes.
+        gradient_accumulation_steps: batches in a step. Models differ in whether their loss is a mean over one batch or
+            over all of them; this one always is the latter.
+
+    Raises:
+        UserError: the task has no classes to weight or to smooth, or not the labels named.
+    """
+    if class_weights is None and not label_smoothing_factor and gradient_accumulation_steps == 1:
+        return None
+    given = {"class_weights": class_weights, "label_smoothing_factor": label_smoothing_factor or None}
+    for name, value in given.items():
+        if value is not None and spec.label_names is None:
+            raise UserError(
+                f"`{name}` was given, but the task {spec.name} is a regression, without classes; leave it out."
+            )
+    if label_smoothing_factor and spec.problem_type == _MULTI_LABEL:
+        raise UserError(
+            f"`label_smoothing_factor` was given, but the examples of {spec.name} have several labels each; leave it "
+            "out."
+        )
+    weights = None if class_weights is None else torch.tensor(_weights(spec, np.asarray(labels), class_weights))
+    return TaskLoss(spec.problem_type, weights, label_smoothing_factor or 0.0)
+
+
+def _weights(spec: TaskSpec, labels: np.ndarray, given: str | Mapping[str, float]) -> list[float]:
+    names = spec.label_names or ()
+    if isinstance(given, str):
+        if labels.ndim == 2:  # as many positives as negatives
+            positive = labels.sum(axis=0)
+            return ((len(labels) - positive) / np.maximum(positive, 1)).clip(min=1 / len(labels)).tolist()
+        counts = np.bincount(labels.astype(int), minlength=len(names))
+        return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
+    for label in given:
+        if label not in names:
+            raise UserError(unknown_name("`class_weights`: the label", label, names))
+    return [float(given.get(name, 1.0)) for name in names]

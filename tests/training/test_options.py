@@ -1,0 +1,161 @@
+"""Options that people know from transformers' trainer: what they do, what they refuse, and that runs resume with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+from safetensors.torch import load_file
+from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, write_jsonl
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
+
+from sparsepeft.errors import UserError
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.training import RunConfig, load_config, train
+from sparsepeft.training.files import read_run
+from sparsepeft.training.loss import TaskLoss, read_class_weights, task_loss
+from sparsepeft.training.trainer import SafeTrainer
+
+MAIL = TaskSpec("mail", ("text",), ("ham", "spam", "other"), ("accuracy",), "accuracy", 1)
+VALUES = TaskSpec("values", ("text",), None, ("pearson",), "pearson", 1)
+LABELS = torch.tensor([0] * 4 + [1] * 2 + [2])
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        (None, None),
+        ("balanced", [7 / 12, 7 / 6, 7 / 3]),
+        ("spam=3, other=0.5", [1.0, 3.0, 0.5]),
+        ({"ham": 2}, [2.0, 1.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_single_labels_is_torchs(given: Any, weights: list[float] | None, smoothing: float) -> None:
+    loss = task_loss(MAIL, LABELS.tolist(), read_class_weights(given), smoothing, 2)
+    assert loss is not None
+    logits = torch.randn(7, 3)
+    expected = CrossEntropyLoss(weight=None if weights is None else torch.tensor(weights), label_smoothing=smoothing)
+    torch.testing.assert_close(loss({"logits": logits}, LABELS), expected(logits, LABELS))
+    count = loss.count([LABELS[:3], LABELS[3:]])
+    parts = [loss({"logits": logits[part]}, LABELS[part], count) for part in (slice(3), slice(3, 7))]
+    torch.testing.assert_close(sum(parts), expected(logits, LABELS))
+
+
+def test_the_loss_of_several_labels_is_torchs() -> None:
+    labels = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    logits = torch.randn(4, 3)
+    expected = BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 4.0, 1.0]))(logits, labels.float())
+    loss = TaskLoss("multi_label_classification", torch.tensor([1.0, 4.0, 1.0]))
+    torch.testing.assert_close(loss({"logits": logits}, labels), expected)
+    parts = [loss({"logits": logits[i : i + 2]}, labels[i : i + 2], loss.count([labels])) for i in (0, 2)]
+    torch.testing.assert_close(sum(parts), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "words"),
+    [
+        (VALUES, {"class_weights": "balanced"}, "`class_weights` was given, but the task values is a regression"),
+        (VALUES, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor` was given, but the task values"),
+        (MAIL, {"class_weights": {"spm": 2.0}}, "label 'spm' is unknown; valid are ham, other, spam; did you mean"),
+    ],
+)
+def test_what_a_task_has_no_classes_for_is_refused(spec: TaskSpec, given: dict, words: str) -> None:
+    options = {"class_weights": None, "label_smoothing_factor": None, "gradient_accumulation_steps": 1} | given
+    with pytest.raises(UserError, match=words):
+        task_loss(spec, [0, 1], **options)
+
+
+@pytest.mark.parametrize("given", ["spam", "spam=x", "spam=-1", "=2", "", {"spam": float("nan")}, {}, 3])
+def test_malformed_class_weights(given: Any) -> None:
+    with pytest.raises(UserError, match=r"`class_weights=.*expected `class_weights=balanced`, or a positive number"):
+        RunConfig("topics", "o", class_weights=given)
+
+
+def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> None:
+    given = {"weight_decay": 0.1, "warmup_ratio": 0.5, "lr_scheduler_type": "cosine"}
+    for config in (RunConfig("topics", "o", **given), RunConfig("topics", "o", settings=given)):
+        recipe = config.recipe_values()
+        assert (recipe.weight_decay, recipe.warmup_ratio, recipe.lr_scheduler_type) == (0.1, 0.5, "cosine")
+    assert load_config({"task": "topics", "output_dir": "o", "settings": given}).settings == {}
+    with pytest.raises(UserError, match="`weight_decay` was given both"):
+        RunConfig("topics", "o", weight_decay=0.1, settings={"weight_decay": 0.1})
+    assert RunConfig("topics", "o", lr_scheduler_type="constant").recipe_values().warmup_ratio == 0
+
+
+
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spartan", "lora"])
+def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path, method: str) -> None:
+    """Whatever the model makes of ``num_items_in_batch``: the reported norm is that of the gradient."""
+    backbone = save_tiny_backbone(tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    seen = {}
+    for batch_size, steps in ((32, 1), (16, 2)):
+
+        class Notes(hf.TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                seen.setdefault(args.gradient_accumulation_steps, []).append(dict(logs or {}))
+
+        options = {"batch_size": batch_size, "gradient_accumulation_steps": steps, "class_weights": "balanced"}
+        train(
+            run_config(
+                backbone, tmp_path / str(steps), method=method, few_shot=32, max_steps=1, seed=1, **options,
+                gradient_checkpointing=steps == 2,
+            ),
+            callbacks=[Notes()],
+        )
+    one, two = seen[1][0], seen[2][0]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_backbone: Path, tmp_path: Path) -> None:
+    options = {
+        "learning_rate": 1e-9,  # never better than at first
+        "max_steps": 40,
+        "eval_steps": 3,
+        "early_stopping_patience": 3,
+        "class_weights": "balanced",
+        "label_smoothing_factor": 0.1,
+        "gradient_accumulation_steps": 2,
+    }
+    whole = train(run_config(tiny_backbone, tmp_path / "whole", **options))
+    assert (whole["steps"], whole["best_step"]) == (12, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Interrupt(7)])
+    resumed = train(run_config(tiny_backbone, tmp_path / "cut", **options, device="cpu"))
+    assert (resumed["steps"], resumed["metrics"]) == (whole["steps"], whole["metrics"])
+    for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.slow
+def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) -> None:
+    rows = [row for row in topics_rows("train") if row["label"] == "sport"]
+    rows += [row for row in topics_rows("train") if row["label"] == "travel"][:6]
+    file = write_jsonl(tmp_path / "rare.jsonl", rows)
+    run = {"task": "custom", "train_file": str(file), "few_shot": len(rows) - 10, "learning_rate": 1e-4, "max_steps": 30}
+    plain = train(run_config(tiny_backbone, tmp_path / "plain", **run))
+    weighted = train(run_config(tiny_backbone, tmp_path / "weighted", **run, class_weights={"travel": 100.0}))
+    recall = [each["report"]["per_class"]["travel"]["recall"] for each in (plain, weighted)]
+    assert recall[0] < recall[1]
+
+
+@pytest.mark.slow
+def test_files_of_former_versions_are_read(tiny_backbone: Path, tmp_path: Path) -> None:
+    train(run_config(tiny_backbone, tmp_path, max_steps=1))
+    run = json.loads((tmp_path / "run.json").read_text())
+    for name in ("class_weights", "gradient_checkpointing", "gradient_accumulation_steps"):
+        del run["config"][name]
+    run["config"]["gradient_accumulation"] = 2
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    config = RunConfig(**read_run(tmp_path)["config"])
+    assert (config.gradient_accumulation_steps, config.gradient_checkpointing) == (2, False)
