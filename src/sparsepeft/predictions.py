@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sparsepeft.errors import UserError
 
 Text = str | tuple[str, str]
+OnError = Literal["return", "raise"]
 Input = Text | Sequence[str] | Mapping[str, str]
 _KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
 
@@ -47,6 +48,35 @@ def read_input(given: Any) -> tuple[str, ...]:
     return parts
 
 
+def texts_of(given: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
+    """The text, or the two texts, of an input of a task.
+
+    Args:
+        given: as for :func:`read_input`.
+        num_texts: of an input of the task; None takes one or two.
+        may_be_empty: take empty texts, too, as data sets have some.
+
+    Raises:
+        UserError: it is no input, has an empty text, or another number of texts than the task takes.
+    """
+    texts = read_input(given)
+    if num_texts not in (None, len(texts)):
+        raise UserError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
+    if not may_be_empty and not all(part.strip() for part in texts):
+        raise UserError("An input has an empty text; pass some words.")
+    return texts
+
+
+def check_on_error(value: Any) -> None:
+    """See that ``on_error`` is one of its values.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in get_args(OnError):
+        raise UserError(f"`on_error={value!r}` was given; pass {' or '.join(map(repr, get_args(OnError)))}.")
+
+
 def listed(items: Iterable[Any]) -> Iterable[Any]:
     """What a call was given for a list: a text or a dictionary is a list of one, as for transformers' pipelines.
 
@@ -70,6 +100,7 @@ class Prediction:
         scores: probability of every label; empty for regression.
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
+        labels: those with a probability above one half, where several labels may hold at once; else None.
     """
 
     label: str | None
@@ -77,6 +108,7 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
     truncated: bool = False
     error: str | None = None
+    labels: tuple[str, ...] | None = None
 
     @classmethod
     def failed(cls, error: str) -> Prediction:
@@ -94,7 +126,12 @@ def prediction(
         label_names: one for each; None for regression.
         multi_label: labels do not exclude each other, so that each has a probability of its own.
         truncated: see :class:`Prediction`.
+
+    Returns:
+        One with an error where a logit is not finite.
     """
+    if not np.isfinite(logits).all():
+        return Prediction.failed("The model's output for this input is not a finite number; train it again.")
     if label_names is None:
         return Prediction(None, float(logits[0]), truncated=truncated)
     if multi_label:
@@ -104,4 +141,5 @@ def prediction(
         probabilities = shifted / shifted.sum()
     scores = dict(zip(label_names, probabilities.tolist(), strict=True))
     best = max(scores, key=lambda label: scores[label])
-    return Prediction(best, scores[best], scores, truncated)
+    labels = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
+    return Prediction(best, scores[best], scores, truncated, labels=labels)

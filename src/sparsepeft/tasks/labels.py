@@ -39,7 +39,7 @@ class LabelReader:
     @classmethod
     def for_names(cls, names: Sequence[str]) -> LabelReader:
         """Read known class names."""
-        return cls(tuple(names))
+        return cls(tuple(names), integers=all(_INTEGER.fullmatch(name) for name in names))
 
     @classmethod
     def from_training(cls, path: Path, labels: Lines, problem_type: str | None) -> LabelReader:

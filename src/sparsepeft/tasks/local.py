@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.errors import TaskError
@@ -11,6 +11,9 @@ from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.labels import LabelReader
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 EPOCHS: Final = 10
 HELD_OUT: Final = 0.1
@@ -77,7 +80,25 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         notes=tuple(f"{name}: {note}" for note in notes),
         source=train_path.name,
         fingerprints=dict(zip(distinct_names(paths), sums, strict=True)),
+        drawn=() if options.validation_file else ("validation",),
+        columns=columns,
     )
+
+
+def load_labelled(path: Path, spec: TaskSpec, columns: Columns, **reading: Any) -> Dataset:
+    """Rows of a file for a task that was trained before, whose labels are the ones that are valid.
+
+    Args:
+        path: of the file.
+        spec: the task.
+        columns: the file's.
+        **reading: how to read it, see :func:`sparsepeft.tasks.files.read_rows`.
+
+    Raises:
+        TaskError: the file cannot be read, or has labels that training never saw.
+    """
+    reader = LabelReader(None) if spec.label_names is None else LabelReader.for_names(spec.label_names)
+    return build_dataset(spec, _rows(path, _read(path, columns, **reading), reader))
 
 
 def load_fixed(spec: TaskSpec, paths: dict[str, Path], source: str) -> TaskData:
@@ -89,9 +110,9 @@ def load_fixed(spec: TaskSpec, paths: dict[str, Path], source: str) -> TaskData:
     return TaskData(spec, sets["train"], sets["validation"], test=sets["test"], source=source, fingerprints=sums)
 
 
-def _read(path: Path, columns: Columns) -> list[Example]:
+def _read(path: Path, columns: Columns, **reading: Any) -> list[Example]:
     examples = []
-    for row in read_rows(path, required=(*columns.texts, columns.label)):
+    for row in read_rows(path, required=(*columns.texts, columns.label), **reading):
         texts = tuple(row.values[name] for name in columns.texts)
         for name, text in zip(columns.texts, texts, strict=True):
             if not isinstance(text, str):

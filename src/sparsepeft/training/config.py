@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sparsepeft.errors import UserError, first_line, unknown_name
+from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.training.sparse import check_spt, join_spt_flags
@@ -31,6 +32,8 @@ class RunConfig:
         output_dir: folder for weights, results and checkpoints.
         method: one of :data:`sparsepeft.training.recipes.METHODS`.
         model: hub id or local folder; None is the bundled MiniLM.
+        data_dir, train_file, validation_file, test_file: where data is; like ``model``'s, relative paths are made
+            absolute, so that the run can be used from any folder.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
@@ -74,6 +77,7 @@ class RunConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        vars(self).update(with_absolute_paths(vars(self)))
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, _POSITIVE)
         if self.save_dtype is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
+from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.config import PRECISIONS, check_values, merge_config, read_config, recipe_of
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
@@ -64,9 +65,8 @@ class LanguageModelConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("text", "validation_text"):
-            files = getattr(self, name)
-            object.__setattr__(self, name, (files,) if isinstance(files, str) else tuple(files))
+        absolute = with_absolute_paths(vars(self))  # so that the run can be used from any folder
+        vars(self).update(absolute | {name: tuple(absolute[name]) for name in ("text", "validation_text")})
         check_values(self, {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}, _POSITIVE)
         for name in ("batch_size", "block_length", "gradient_accumulation", "max_steps"):
             if isinstance(getattr(self, name), float):
