@@ -84,6 +84,25 @@ def resolve_model(name: str | None) -> str:
     return name
 
 
+def backbone_of_run(folder: Path, model: str | None, stored: str | None) -> str:
+    """What to hand to ``from_pretrained`` for a run's backbone.
+
+    Args:
+        folder: the run's.
+        model: the caller's, if it has moved since training.
+        stored: the name in the run's config.
+
+    Raises:
+        BackboneError: there is no such model, or nothing is left where it was.
+    """
+    if model is None and stored is not None and Path(stored).is_absolute() and not Path(stored).exists():
+        raise BackboneError(
+            f"The run in {folder} was trained on the model {stored}, which is not there any more; pass the folder that "
+            "it has moved to as `model`."
+        )
+    return resolve_model(model if model is not None else stored)
+
+
 def describe_backbone(path_or_id: str) -> str:
     """A name for result files that is the same on every machine: never an absolute path.
 

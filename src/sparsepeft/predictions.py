@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from sparsepeft.errors import UserError
 
 Text = str | tuple[str, str]
+OnError = Literal["return", "raise"]
 Input = Text | Sequence[str] | Mapping[str, str]
 _KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
 
@@ -45,6 +46,35 @@ def read_input(given: Any) -> tuple[str, ...]:
                 "character; decode the text again, or replace it."
             ) from None
     return parts
+
+
+def texts_of(given: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
+    """The text, or the two texts, of an input of a task.
+
+    Args:
+        given: as for :func:`read_input`.
+        num_texts: of an input of the task; None takes one or two.
+        may_be_empty: take empty texts, too, as data sets have some.
+
+    Raises:
+        UserError: it is no input, has an empty text, or another number of texts than the task takes.
+    """
+    texts = read_input(given)
+    if num_texts not in (None, len(texts)):
+        raise UserError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
+    if not may_be_empty and not all(part.strip() for part in texts):
+        raise UserError("An input has an empty text; pass some words.")
+    return texts
+
+
+def check_on_error(value: Any) -> None:
+    """See that ``on_error`` is one of its values.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in get_args(OnError):
+        raise UserError(f"`on_error={value!r}` was given; pass {' or '.join(map(repr, get_args(OnError)))}.")
 
 
 def listed(items: Iterable[Any]) -> Iterable[Any]:
@@ -96,7 +126,12 @@ def prediction(
         label_names: one for each; None for regression.
         multi_label: labels do not exclude each other, so that each has a probability of its own.
         truncated: see :class:`Prediction`.
+
+    Returns:
+        One with an error where a logit is not finite.
     """
+    if not np.isfinite(logits).all():
+        return Prediction.failed("The model's output for this input is not a finite number; train it again.")
     if label_names is None:
         return Prediction(None, float(logits[0]), truncated=truncated)
     if multi_label:

@@ -3,33 +3,134 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparsepeft.training import Evaluation
+
+_FILE = "Rows of --test-file"
 
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
+    test_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score these rows, with the run's labels, instead of what the run held out.", show_default=False
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text. [default: as in training]", rich_help_panel=_FILE)
+    ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=_FILE)
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the label.", rich_help_panel=_FILE)] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_FILE)
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or mps. [default: the accelerator, if there is one]")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also print precision, recall and F1 of each class, and the confusions.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write all of it to this file, as JSON.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Score a trained run on its task's validation and test parts.
+    """Score a trained run on what it was not trained on: validation and test parts, or a file of yours.
 
-    Example: `sparsepeft evaluate out/topics`
+    Example: `sparsepeft evaluate out/topics --report`
+
+    Example: `sparsepeft evaluate out/mine --test-file newer.csv --json`
     """
     from sparsepeft.allocator import keep_freed_memory
-    from sparsepeft.training import evaluate
-    from sparsepeft_cli._console import err, out, print_json, table
+    from sparsepeft.provenance import write_json
+    from sparsepeft.training import TableOptions, evaluate
+    from sparsepeft_cli._console import err, out, print_json
 
     keep_freed_memory()
     with err.status("evaluating"):
-        metrics = evaluate(folder, str(data_dir) if data_dir else None, model)
+        found = evaluate(
+            folder,
+            str(data_dir) if data_dir else None,
+            model,
+            test_file=test_file,
+            table=TableOptions(text_column, text_pair_column, label_column, delimiter, encoding),
+            batch_size=batch_size,
+            device=device,
+        )
+    if output is not None:
+        write_json(output, found.to_dict())
     if json:
-        print_json(metrics)
+        print_json(found.to_dict())
         return
-    names = list(next(iter(metrics.values())))
-    rows = [[part, *(f"{values[name]:.4f}" for name in names)] for part, values in metrics.items()]
-    out.print(table(str(folder), ["part", *names], rows))
+    out.print(_scores(found, str(test_file or folder)))
+    if report:
+        for part in _report(found):
+            out.print(part, highlight=False)
+    for note in found.notes:
+        out.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _scores(found: Evaluation, title: str) -> Any:
+    from sparsepeft_cli._console import table
+
+    names = list(next(iter(found.metrics.values())))
+    rows = [
+        [part, *([f"{found.num_rows[part]:,}"] if found.num_rows else []), *(f"{values[name]:.4f}" for name in names)]
+        for part, values in found.metrics.items()
+    ]
+    return table(title, ["part", *(["rows"] if found.num_rows else []), *names], rows)
+
+
+def _report(found: Evaluation) -> Iterator[Any]:
+    """Tables of the classes, and for each class what it was taken for: that fits however many there are."""
+    from sparsepeft_cli._console import table
+
+    for part, content in found.report.items():
+        classes = content["per_class"]
+        rows = [
+            [name, *(f"{each[key]:.3f}" for key in ("precision", "recall", "f1")), f"{each['support']:,}"]
+            for name, each in classes.items()
+        ]
+        yield table(f"classes of {part}", ["class", "precision", "recall", "F1", "rows"], rows)
+        if matrix := content.get("confusion_matrix"):
+            yield from _confusions(part, list(classes), matrix)
+
+
+def _confusions(part: str, names: list[str], matrix: list[list[int]]) -> Iterator[Any]:
+    """The matrix where it fits the screen, else the most frequent confusions."""
+    from sparsepeft_cli._console import out, table
+
+    widths = [max(len(name), *(len(f"{row[index]:,}") for row in matrix)) for index, name in enumerate(names)]
+    title = f"confusions of {part}: rows are true, columns predicted"
+    if sum(width + 3 for width in (max(map(len, names)), *widths)) + 1 <= out.width:
+        rows = [[name, *(f"{count:,}" for count in row)] for name, row in zip(names, matrix, strict=True)]
+        yield table(title, ["true", *names], rows)
+        return
+    wrong = sorted(
+        (
+            (count, true, guess)
+            for true, row in zip(names, matrix, strict=True)
+            for guess, count in zip(names, row, strict=True)
+            if true != guess and count
+        ),
+        key=lambda found: -found[0],
+    )
+    rows = [[true, guess, f"{count:,}"] for count, true, guess in wrong[:20]]
+    yield table(
+        f"most frequent confusions of {part} ({len(wrong)} kinds; --json has all)", ["true", "predicted", "rows"], rows
+    )

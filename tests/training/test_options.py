@@ -88,9 +88,6 @@ def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> Non
     assert RunConfig("topics", "o", lr_scheduler_type="constant").recipe_values().warmup_ratio == 0
 
 
-
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spartan", "lora"])
 def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path, method: str) -> None:
@@ -106,7 +103,13 @@ def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path, method: str) 
         options = {"batch_size": batch_size, "gradient_accumulation_steps": steps, "class_weights": "balanced"}
         train(
             run_config(
-                backbone, tmp_path / str(steps), method=method, few_shot=32, max_steps=1, seed=1, **options,
+                backbone,
+                tmp_path / str(steps),
+                method=method,
+                few_shot=32,
+                max_steps=1,
+                seed=1,
+                **options,
                 gradient_checkpointing=steps == 2,
             ),
             callbacks=[Notes()],
@@ -142,7 +145,13 @@ def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) 
     rows = [row for row in topics_rows("train") if row["label"] == "sport"]
     rows += [row for row in topics_rows("train") if row["label"] == "travel"][:6]
     file = write_jsonl(tmp_path / "rare.jsonl", rows)
-    run = {"task": "custom", "train_file": str(file), "few_shot": len(rows) - 10, "learning_rate": 1e-4, "max_steps": 30}
+    run = {
+        "task": "custom",
+        "train_file": str(file),
+        "few_shot": len(rows) - 10,
+        "learning_rate": 1e-4,
+        "max_steps": 30,
+    }
     plain = train(run_config(tiny_backbone, tmp_path / "plain", **run))
     weighted = train(run_config(tiny_backbone, tmp_path / "weighted", **run, class_weights={"travel": 100.0}))
     recall = [each["report"]["per_class"]["travel"]["recall"] for each in (plain, weighted)]

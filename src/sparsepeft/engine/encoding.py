@@ -10,8 +10,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.engine.task import TaskInfo
-from sparsepeft.errors import UserError
-from sparsepeft.predictions import read_input
 from sparsepeft.training.encoding import longest_input
 
 
@@ -71,17 +69,3 @@ class Encoder:
         """Pad to the longest: tensors (B, T)."""
         features = [encoded.features for encoded in inputs]
         return dict(self.tokenizer.pad(features, return_tensors="pt").to(device))
-
-
-def texts_of(given: Any, num_texts: int | None) -> tuple[str, ...]:
-    """The text, or the two texts, of an input of a task.
-
-    Raises:
-        UserError: it is no input, has an empty text, or another number of texts than the task takes.
-    """
-    texts = read_input(given)
-    if num_texts not in (None, len(texts)):
-        raise UserError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
-    if not all(part.strip() for part in texts):
-        raise UserError("An input has an empty text; pass some words.")
-    return texts

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,16 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from sparsepeft.backbones import resolve_model
 from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
 from sparsepeft.engine.batches import batches_by_tokens, windows
-from sparsepeft.engine.encoding import Encoded, Encoder, texts_of
+from sparsepeft.engine.encoding import Encoded, Encoder
 from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Input, Prediction, listed, prediction, read_input
+from sparsepeft.predictions import Input, OnError, Prediction, listed, prediction, read_input, texts_of
 from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
 from sparsepeft.tuners._layer import execution_device
 
 Request = tuple[str, Input]
-OnError = Literal["return", "raise"]
 
 _WINDOW = 4096  # inputs that are encoded and sorted by length at a time
 

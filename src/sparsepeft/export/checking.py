@@ -14,9 +14,8 @@ from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask
 from sparsepeft.predictions import Text
 from sparsepeft.tasks import TaskSpec, load_task
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.files import RUN, read_run
-from sparsepeft.training.run import load_data
+from sparsepeft.training.files import RUN
+from sparsepeft.training.stored import held_out_data
 
 
 class Runs(Protocol):
@@ -59,10 +58,8 @@ class Answers:
 def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
     """The task's validation set; the built-in sample's texts where that cannot be had."""
     if (task.info.folder / RUN).is_file():
-        config = RunConfig(**read_run(task.info.folder)["config"])
-        config.data_dir = data_dir or config.data_dir
         try:
-            data = load_data(config)
+            data = held_out_data(task.info.folder, data_dir)
         except (UserError, OSError) as error:
             source = f"texts of the built-in sample, as the task's own could not be had ({error})"
         else:
@@ -70,7 +67,8 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
             rows = rows.select(range(min(max_examples or len(rows), len(rows))))
             columns = [rows[name][:] for name in data.spec.text_columns]
             texts = list(columns[0] if len(columns) == 1 else zip(*columns, strict=True))
-            return Examples("the task's validation set", texts, rows["label"][:], data.spec)
+            changes = (note for note in data.notes if "changed since training" in note)
+            return Examples("; ".join(("the task's validation set", *changes)), texts, rows["label"][:], data.spec)
     else:
         source = "texts of the built-in sample, as the folder does not say what the task was trained on"
     sample = load_task("topics").validation["text"][:][:max_examples]

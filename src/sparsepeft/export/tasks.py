@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsepeft.backbones import resolve_model
+from sparsepeft.backbones import backbone_of_run, resolve_model
 from sparsepeft.engine.task import TaskInfo, read_task
 from sparsepeft.errors import UserError
 from sparsepeft.training.files import RUN, read_run
@@ -64,7 +64,7 @@ def backbone_of(task: ExportTask) -> str:
         UserError: the task does not say, or there is nothing there.
     """
     if (task.info.folder / RUN).is_file():
-        return resolve_model(read_run(task.info.folder)["config"]["model"])
+        return backbone_of_run(task.info.folder, None, read_run(task.info.folder)["config"]["model"])
     if not task.config.base_model_name_or_path:
         raise UserError(f"adapter_config.json in {task.info.folder} names no backbone; pass it with --model.")
     return resolve_model(task.config.base_model_name_or_path)

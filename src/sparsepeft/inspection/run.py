@@ -19,7 +19,7 @@ from sparsepeft.inspection.words import encode_with_words
 from sparsepeft.tasks import TaskData, subsample
 from sparsepeft.tasks.labels import SINGLE
 from sparsepeft.training.inference import Predictor
-from sparsepeft.training.run import load_data
+from sparsepeft.training.stored import held_out_data
 
 _BATCHES_SORTED = 32  # so many batches are sorted by length together
 
@@ -53,9 +53,7 @@ def inspect_run(
     """
     predictor = Predictor(folder, model, batch_size)
     find_memories(predictor.model, layer)  # before data is read
-    if data_dir is not None:
-        predictor.config.data_dir = data_dir
-    data = load_data(predictor.config)
+    data = held_out_data(predictor.folder, data_dir)
     name, part = _part(data, split)
     if max_examples is not None:
         part = subsample(part, max_examples, predictor.config.seed)

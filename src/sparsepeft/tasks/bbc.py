@@ -92,6 +92,7 @@ def _split(
         notes=tuple(notes),
         source=source,
         fingerprints=fingerprints,
+        drawn=("validation", "test"),
     )
 
 

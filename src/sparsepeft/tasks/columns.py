@@ -55,6 +55,56 @@ def choose_columns(
     return Columns(texts, label)
 
 
+def choose_text_columns(
+    path: Path,
+    found: Sequence[str],
+    num_texts: int,
+    text: str | None = None,
+    text_pair: str | None = None,
+    trained: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """The text columns of a file for a task that was trained before: the file may have no label, and more columns.
+
+    Args:
+        path: of the file, for messages.
+        found: its columns.
+        num_texts: texts of an input, 1 or 2.
+        text, text_pair: named by the caller.
+        trained: what the columns were called in the training file; taken where the caller names none.
+
+    Raises:
+        TaskError: a named column is not there, or the columns can be read in more than one way or in none.
+    """
+    named = tuple(name for name in (text, text_pair) if name is not None)
+    for name in named:
+        if name not in found:
+            raise TaskError(f"{path}: the column {name!r} is not among {_listed(found)}; name one of these")
+    if not named and trained and set(trained) <= set(found):
+        named = tuple(trained)
+    texts = named or _detect_texts(path, found, num_texts)
+    if len(texts) != num_texts:
+        wanted = "one text, `text_column`" if num_texts == 1 else "two texts, `text_column` and `text_pair_column`"
+        raise TaskError(f"{path}: the columns {_listed(texts)} were named, but an input of this task has {wanted}")
+    return texts
+
+
+def choose_label_column(path: Path, found: Sequence[str], label: str | None = None, trained: str = "") -> str:
+    """The label column of a file for a task that was trained before.
+
+    Args:
+        path: of the file, for messages.
+        found: its columns.
+        label: named by the caller.
+        trained: what it was called in the training file; taken where the caller names none.
+
+    Raises:
+        TaskError: the named column is not there, or it cannot be told which one it is.
+    """
+    if label is not None and label not in found:
+        raise TaskError(f"{path}: the column {label!r} is not among {_listed(found)}; name one of these")
+    return label or (trained if trained in found else _detect_label(path, found))
+
+
 def _detect_label(path: Path, found: Sequence[str]) -> str:
     matches = [name for name in found if name.lower() in LABELS]
     if len(matches) == 1:
@@ -65,14 +115,15 @@ def _detect_label(path: Path, found: Sequence[str]) -> str:
     )
 
 
-def _detect_texts(path: Path, found: Sequence[str]) -> tuple[str, ...]:
+def _detect_texts(path: Path, found: Sequence[str], num_texts: int | None = None) -> tuple[str, ...]:
     lower = {name.lower(): name for name in found}
     pairs = [(lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower]
     paired = {name for pair in pairs for name in pair}
     matches: list[tuple[str, ...]] = [*pairs]
     found = [name for name in found if name]  # pandas writes its index as a column without a name
-    matches += [(lower[name],) for name in SINGLES if name in lower and lower[name] not in paired]
-    if not matches and len(found) == 1:
+    matches += [(lower[name],) for name in SINGLES if name in lower and (num_texts == 1 or lower[name] not in paired)]
+    matches = [match for match in matches if num_texts in (None, len(match))]
+    if not matches and len(found) == 1 and num_texts != 2:
         return (found[0],)
     if len(matches) == 1:
         return matches[0]

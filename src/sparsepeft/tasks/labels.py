@@ -8,12 +8,15 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sparsepeft.tasks.errors import TaskError
+
+if TYPE_CHECKING:
+    from sparsepeft.tasks.spec import TaskSpec
 
 # Not int() and float() alone: these also take "1_000", which is a name rather than a number.
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
@@ -83,7 +86,15 @@ class LabelReader:
     @classmethod
     def for_names(cls, names: Sequence[str]) -> LabelReader:
         """Read known class names."""
-        return cls(tuple(names))
+        return cls(tuple(names), integers=all(_INTEGER.fullmatch(name) for name in names))
+
+    @classmethod
+    def for_task(cls, spec: TaskSpec, labels: Lines) -> LabelReader:
+        """Read the labels of a task that was trained before from another file, which may separate several otherwise."""
+        if spec.label_names is None:
+            return cls(None)
+        known = cls.for_names(spec.label_names)
+        return replace(known, multi_label=True, separator=_separators(labels)[0]) if spec.multi_label else known
 
     @classmethod
     def from_training(cls, path: Path, labels: Lines, problem_type: str | None) -> LabelReader:
@@ -110,12 +121,10 @@ class LabelReader:
 
     @classmethod
     def _of_several(cls, path: Path, labels: Lines) -> LabelReader:
-        texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
-        found = [char for char in _SEPARATORS if any(char in text for text in texts)]
-        separator = found[0] if found else None
-        notes = ()
-        if len(found) > 1:
-            notes = (f"labels were separated at {separator!r}; {some(found[1:])} was taken for a part of their names",)
+        separator, others = _separators(labels)
+        notes: tuple[str, ...] = ()
+        if others:
+            notes = (f"labels were separated at {separator!r}; {some(others)} was taken for a part of their names",)
         parts = {part for line, label in labels for part in _parts(path, line, label, separator)}
         integers = bool(parts) and all(_INTEGER.fullmatch(part) for part in parts)
         names = _sorted(parts, integers)
@@ -149,6 +158,13 @@ class LabelReader:
 
     def _name(self, text: str) -> str:
         return _whole(text) if self.integers and _INTEGER.fullmatch(text) else text
+
+
+def _separators(labels: Lines) -> tuple[str | None, list[str]]:
+    """What stands between several labels in one text, and what else could."""
+    texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
+    found = [char for char in _SEPARATORS if any(char in text for text in texts)]
+    return (found[0] if found else None), found[1:]
 
 
 def _single(path: Path, line: int, label: Label) -> str:

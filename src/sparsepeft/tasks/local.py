@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.errors import TaskError
@@ -14,6 +14,9 @@ from sparsepeft.tasks.formats import FileFormat, find_format
 from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, read_label, some
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 EPOCHS: Final = 10
 HELD_OUT: Final = 0.1
@@ -152,7 +155,19 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         notes=tuple(f"{name}: {note}" for note in notes),
         source=paths["train"].name,
         fingerprints=dict(zip(distinct_names([*paths.values()]), sums.values(), strict=True)),
+        drawn=() if options.validation_file else ("validation",),
+        columns=local.columns,
     )
+
+
+def load_labelled(path: Path, spec: TaskSpec, columns: Columns, file_format: FileFormat) -> Dataset:
+    """Rows of a file for a task that was trained before, whose labels are the ones that are valid.
+
+    Raises:
+        TaskError: the file cannot be read, or has labels that training never saw.
+    """
+    examples = list(_read(path, file_format, columns))
+    return build_dataset(spec, _rows(path, examples, LabelReader.for_task(spec, _labels(examples))))
 
 
 def load_fixed(spec: TaskSpec, paths: dict[str, Path], source: str) -> TaskData:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import ArrayLike
 
+    from sparsepeft.tasks.columns import Columns
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -85,7 +87,10 @@ class TaskData:
         extra: further labelled sets by name, such as ``validation_mismatched``.
         notes: what a reader of the results must know, such as that a set is only part of the published one.
         source: where the data came from.
-        fingerprints: ``"sha256:<hex>"`` of each file read; of the rows, for data from the hub.
+        fingerprints: ``"sha256:<hex>"`` of each file read, the training file's first; of the rows, for data from the
+            hub.
+        drawn: parts that were drawn by a seed from the rows that ``train`` is the rest of.
+        columns: what the texts and the label are called in own files.
     """
 
     spec: TaskSpec
@@ -96,6 +101,8 @@ class TaskData:
     notes: tuple[str, ...] = ()
     source: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
+    columns: Columns | None = None
 
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:

@@ -69,8 +69,8 @@ class FrozenLayerCache:
                     found = passes.states()
                     if found is None:
                         raise UserError(
-                            f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on more "
-                            "than its hidden states, which cannot be cached; train this model without."
+                            f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on "
+                            "more than its hidden states, which cannot be cached; train this model without."
                         )
                     for row, state, mask in zip(rows, found, batch["attention_mask"].bool(), strict=True):
                         self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sparsepeft.errors import UserError, first_line, unknown_name
+from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
@@ -47,6 +48,8 @@ class RunConfig:
         output_dir: folder for weights, results and checkpoints.
         method: one of :data:`sparsepeft.training.recipes.METHODS`.
         model: hub id or local folder; None is the bundled MiniLM.
+        data_dir, train_file, validation_file, test_file: where data is; like ``model``'s, relative paths are made
+            absolute, so that the run can be used from any folder.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
@@ -112,6 +115,7 @@ class RunConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        vars(self).update(with_absolute_paths(vars(self)))
         self.precision = short_precision(self.precision)
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)

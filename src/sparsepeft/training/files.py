@@ -21,8 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED, finish, in_use, locked, remove, settle
+from sparsepeft.paths import with_absolute_paths, without_folders
 from sparsepeft.provenance import write_json
 from sparsepeft.tasks import TaskData, TaskSpec
+from sparsepeft.tasks.columns import Columns
 from sparsepeft.training.config import RunConfig, current_names
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
 from sparsepeft.training.recipes import Recipe
@@ -30,6 +32,7 @@ from sparsepeft.tuners._quantized import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
+HELD_OUT = "held_out.json"  # which rows were, where they were drawn: see sparsepeft.training.held_out
 RESULTS_VERSION = 1
 RUN_VERSION = 1
 _NOT_TRAINED = {"output_dir", "save_dtype", "device"}  # of a config: does not matter before the end, or at all
@@ -37,6 +40,7 @@ _NOT_TRAINED = {"output_dir", "save_dtype", "device"}  # of a config: does not m
 WRITTEN = (
     RUN,
     RESULTS,
+    HELD_OUT,
     CHECKPOINTS,  # of a run that an earlier version of this package left unfinished
     "README.md",
     "adapter_config.json",
@@ -227,6 +231,12 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
     return TaskSpec(**values)
 
 
+def columns_of(run: dict[str, Any]) -> Columns | None:
+    """What texts and label were called in the training file, from a ``run.json``; None where it does not say."""
+    found = run.get("columns")
+    return Columns(tuple(found["texts"]), found["label"]) if found else None
+
+
 def results_of(
     config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any
 ) -> dict[str, Any]:
@@ -250,7 +260,11 @@ def results_of(
         "notes": list(data.notes),
         "data_source": data.source,
         "data_fingerprints": dict(data.fingerprints),
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("output_dir", "data_dir", "model")},
+        "config": {
+            key: value
+            for key, value in without_folders(config.to_dict()).items()
+            if key not in ("output_dir", "data_dir", "model")
+        },
     }
 
 
@@ -275,11 +289,11 @@ def _read(path: Path) -> dict[str, Any]:
         f.name: f.default for f in dataclasses.fields(classes["config"]) if f.default is not dataclasses.MISSING
     }
     run["config"] = defaults | current_names(run["config"])
-    _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", *classes})
+    _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", "columns", *classes})
     for part, values_of in classes.items():
         if isinstance(run.get(part), dict):
             _check_keys(path, f" of {part}", run[part], {field.name for field in dataclasses.fields(values_of)})
-    return run
+    return run | {"config": with_absolute_paths(run["config"])}
 
 
 def _check_keys(path: Path, where: str, found: dict[str, Any], valid: set[str]) -> None:
@@ -301,6 +315,6 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             keys = {**old, **values}.keys() - _NOT_TRAINED
             different = {key for key in keys if old.get(key) != values.get(key)}
             names |= {f"{key} (its content)" for key in different} if part == "data_fingerprints" else different
-        elif values != old and part != "format_version":
+        elif values != old and part not in ("format_version", "columns"):  # columns follow from config and data
             names.add(part)
     return sorted(names)

@@ -1,4 +1,4 @@
-"""Using a trained run: labels for texts, metrics for datasets."""
+"""Labels for texts from a trained run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 
-from sparsepeft.backbones import resolve_model
+from sparsepeft.backbones import backbone_of_run
+from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
-from sparsepeft.predictions import Input, Prediction, listed, prediction, read_input
+from sparsepeft.predictions import Input, OnError, Prediction, check_on_error, listed, prediction, texts_of
 from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.columns import Columns
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.files import read_run, spec_of
-from sparsepeft.training.language_model import evaluate_language_model
+from sparsepeft.training.files import columns_of, read_run, spec_of
 from sparsepeft.training.lm_config import LM
-from sparsepeft.training.methods import load_tokenizer, load_trained
-from sparsepeft.training.run import load_data
+from sparsepeft.training.methods import load_tokenizer, load_trained, to_accelerator
 
 
 class Predictor:
@@ -30,12 +29,21 @@ class Predictor:
         folder: the output folder of ``sparsepeft train``.
         model: the backbone, if it has moved since.
         batch_size: inputs per forward pass.
+        device: where to compute, such as ``"cpu"``; None is the accelerator, if there is one.
+
+    Attributes:
+        spec: the task.
+        config: what the run was made with.
+        columns: what texts and label were called in the training file; None where that was none of the user's own.
 
     Raises:
-        UserError: the folder holds no finished training, its files are damaged, or the backbone is another.
+        UserError: the folder holds no finished training, its files are damaged, the backbone is gone or another, or
+            there is no such device.
     """
 
-    def __init__(self, folder: str | Path, model: str | None = None, batch_size: int = 32) -> None:
+    def __init__(
+        self, folder: str | Path, model: str | None = None, batch_size: int = 32, device: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         run = read_run(self.folder)
         if run["task"] == LM:
@@ -43,29 +51,68 @@ class Predictor:
                 f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft evaluate` "
                 "gives its perplexity."
             )
+        if batch_size < 1:
+            raise UserError(f"`batch_size={batch_size}` was given; pass the number of inputs of a pass, at least 1.")
+        find_device(device)  # before anything is loaded
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])
-        model_id = resolve_model(model or self.config.model)
+        self.columns: Columns | None = columns_of(run)
         self.batch_size = batch_size
         if not list(self.folder.glob("*.safetensors")):
             raise UserError(f"{self.folder} holds no trained weights yet; finish its training by the same command.")
-        self.model = load_trained(
-            self.folder, self.config.method, model_id, self.spec, is_sparse=self.config.spt is not None
-        )
-        self.tokenizer = load_tokenizer(str(self.folder) if self.config.method == "full" else model_id)
+        method = self.config.method
+        home = str(self.folder) if method == "full" else backbone_of_run(self.folder, model, self.config.model)
+        self.model = load_trained(self.folder, method, home, self.spec, is_sparse=self.config.spt is not None)
+        to_accelerator(self.model, device)
+        self.tokenizer = load_tokenizer(home)
         self.max_length = longest_input(self.tokenizer, self.model.config, self.config.max_length)
+
+    def __repr__(self) -> str:
+        labels = "a value" if self.spec.label_names is None else f"{self.spec.num_labels} labels"
+        return f"Predictor({str(self.folder)!r}: {self.spec.name}, {self.config.method}, {labels})"
 
     def logits(self, texts: Sequence[Input]) -> np.ndarray:
         """(N, num_labels) in the order of ``texts``, which are computed in order of length.
 
         Args:
             texts: each a text, a pair of texts, or a dictionary with ``text`` and, for a pair, ``text_pair``; a single
-                text or dictionary is taken for a list of one.
+                text or dictionary is taken for a list of one. A text may be empty.
 
         Raises:
             UserError: one is none of these, or has another number of texts than the task takes.
         """
-        inputs = [self._columns(text) for text in listed(texts)]
+        return self._logits([texts_of(text, len(self.spec.text_columns), may_be_empty=True) for text in listed(texts)])
+
+    def predict(self, texts: Sequence[Input], on_error: OnError = "raise") -> list[Prediction]:
+        """A prediction for each input, in order.
+
+        Args:
+            texts: as for :meth:`logits`, but none may be empty.
+            on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of an input that cannot
+                be answered; ``"raise"`` raises a ``UserError``.
+        """
+        check_on_error(on_error)
+        answers: dict[int, Prediction] = {}
+        good: dict[int, tuple[str, ...]] = {}
+        for place, text in enumerate(listed(texts)):
+            try:
+                good[place] = texts_of(text, len(self.spec.text_columns))
+            except UserError as error:
+                if on_error == "raise":
+                    raise
+                answers[place] = Prediction.failed(str(error))
+        for place, row in zip(good, self._logits([*good.values()]), strict=True):
+            answers[place] = prediction(row, self.spec.label_names, multi_label=self.spec.multi_label)
+        return [answers[place] for place in range(len(answers))]
+
+    def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
+        """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""
+        iterator = iter(listed(texts))
+        size = 8 * self.batch_size if self.batch_size > 1 else 1  # batch size 1 answers line by line
+        while chunk := list(islice(iterator, size)):
+            yield from self.predict(chunk)
+
+    def _logits(self, inputs: list[tuple[str, ...]]) -> np.ndarray:
         if not inputs:
             return np.zeros((0, self.spec.num_labels), dtype=np.float32)
         columns = [list(column) for column in zip(*inputs, strict=True)]
@@ -78,46 +125,3 @@ class Predictor:
             with torch.inference_mode():
                 result[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu().numpy()
         return result
-
-    def predict(self, texts: Sequence[Input]) -> list[Prediction]:
-        """A prediction for each input, in order; see :meth:`logits`."""
-        return [prediction(row, self.spec.label_names, multi_label=self.spec.multi_label) for row in self.logits(texts)]
-
-    def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
-        """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""
-        iterator = iter(listed(texts))
-        size = 8 * self.batch_size if self.batch_size > 1 else 1  # batch size 1 answers line by line
-        while chunk := list(islice(iterator, size)):
-            yield from self.predict(chunk)
-
-    def _columns(self, text: Input) -> tuple[str, ...]:
-        columns = read_input(text)
-        if len(columns) != len(self.spec.text_columns):
-            raise UserError(
-                f"The task {self.spec.name} takes {len(self.spec.text_columns)} text(s) per input, but {len(columns)} "
-                "were given; pass as many."
-            )
-        return columns
-
-
-def evaluate(folder: str | Path, data_dir: str | None = None, model: str | None = None) -> dict[str, dict[str, float]]:
-    """Metrics of a run's model on every labelled part that is not trained on, by name of the part.
-
-    For a language model that is the perplexity on its validation text.
-    """
-    if read_run(Path(folder))["task"] == LM:
-        return evaluate_language_model(folder, model)
-    predictor = Predictor(folder, model)
-    if data_dir is not None:
-        predictor.config.data_dir = data_dir
-    data = load_data(predictor.config)
-    parts = {"validation": data.validation, **data.extra}
-    if data.test is not None:
-        parts["test"] = data.test
-    return {name: _score(predictor, part) for name, part in parts.items()}
-
-
-def _score(predictor: Predictor, part: Dataset) -> dict[str, float]:
-    columns = [part[name][:] for name in predictor.spec.text_columns]
-    texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-    return predictor.spec.compute_metrics(predictor.logits(texts), part["label"][:])

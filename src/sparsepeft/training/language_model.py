@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from peft import TaskType
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_model
+from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import (
@@ -25,6 +27,7 @@ from sparsepeft.training.files import (
     read_run,
     write_weights,
 )
+from sparsepeft.training.held_out import not_held_out_any_more, read_held_out, write_held_out
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
 from sparsepeft.training.lm_data import Corpus, begin_token, evenly_spaced, fingerprints, load_corpus, num_predicted
 from sparsepeft.training.lm_model import (
@@ -93,6 +96,8 @@ def train_language_model(
     data_fingerprints = fingerprints([*config.text, *config.validation_text])
     run |= {"task": LM, "data_fingerprints": data_fingerprints, "bos_token_id": corpus.begin}
     with open_run(folder, run, overwrite) as work:
+        if corpus.held_out:
+            write_held_out(work, {"validation": list(corpus.held_out)})
         start = time.perf_counter()
         steps = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
         seconds = time.perf_counter() - start
@@ -132,34 +137,73 @@ def train_language_model(
     return results
 
 
-def evaluate_language_model(folder: str | Path, model: str | None = None) -> dict[str, dict[str, float]]:
-    """Perplexity of a run's model on its validation text, by name of the part.
+def evaluate_language_model(
+    folder: str | Path, model: str | None = None, *, test_file: str | None = None, device: str | None = None
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Perplexity of a run's model on its validation text, by name of the part, and notes on that text.
 
     Args:
         folder: the output folder of ``sparsepeft train --task lm``.
         model: the backbone, if it has moved since.
+        test_file: measure on this text instead.
+        device: where to compute; None is the accelerator, if there is one.
 
     Raises:
-        UserError: the folder holds no finished training, files are damaged or missing, or the backbone is another.
+        UserError: the folder holds no finished training, files are damaged or missing, the backbone is another, or it
+            cannot be told any more which text was trained on.
     """
     folder = Path(folder)
     run = read_run(folder)
     config = LanguageModelConfig(**run["config"])
-    trained = load_trained_language_model(folder, config, model)
-    to_accelerator(trained)
-    home = str(folder) if config.method == "full" else resolve_model(model or config.model)
+    config, held_out, notes = _text_to_measure_on(folder, config, test_file)
+    home = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
+    trained = load_trained_language_model(folder, config, home)
+    to_accelerator(trained, device)
     tokenizer = load_tokenizer(home)
     block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
     # A run of an earlier version says nothing of the token that blocks begin with, and had none.
-    corpus = _corpus(config, tokenizer, block_length, run.get("bos_token_id"))
+    corpus = _corpus(config, tokenizer, block_length, run.get("bos_token_id"), held_out)
     batch_size = config.recipe_values().batch_size
-    return {"validation": perplexity(trained, corpus.validation, batch_size, config.precision)}
+    measured = perplexity(trained, corpus.validation, batch_size, config.precision)
+    return {"validation" if test_file is None else "test": measured}, (*corpus.notes, *notes)
+
+
+def _text_to_measure_on(
+    folder: Path, config: LanguageModelConfig, test_file: str | None
+) -> tuple[LanguageModelConfig, list[str] | None, tuple[str, ...]]:
+    """The config with the text to measure on, digests of held-out documents where they must be looked for, notes."""
+    if test_file is not None:
+        return dataclasses.replace(config, text=(test_file,), validation_text=(test_file,)), None, ()
+    files = [*config.text, *config.validation_text]
+    for file in files:
+        if not Path(file).exists():
+            raise UserError(
+                f"The run in {folder} was trained with the file {file}, which is not there any more; put it back, or "
+                "measure on other text by `test_file`."
+            )
+    before = read_run(folder).get("data_fingerprints") or {}
+    changed = [name for name, digest in fingerprints(files).items() if before and digest not in before.values()]
+    if not changed:
+        return config, None, ()
+    names = ", ".join(changed)
+    if config.validation_text:
+        return config, None, (f"{names} {'has' if len(changed) == 1 else 'have'} changed since training",)
+    held_out = read_held_out(folder).get("validation")
+    if not held_out:
+        raise not_held_out_any_more(folder, names, is_known=False)
+    return config, held_out, ()
 
 
 def _corpus(
-    config: LanguageModelConfig, tokenizer: PreTrainedTokenizerBase, block_length: int, begin: int | None
+    config: LanguageModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    begin: int | None,
+    held_out: Sequence[str] | None = None,
 ) -> Corpus:
-    return load_corpus(config.text, config.validation_text, tokenizer, block_length, config.text_column, begin)
+    return load_corpus(
+        config.text, config.validation_text, tokenizer, block_length, config.text_column, begin, held_out=held_out
+    )
 
 
 def _train(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
+from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.checks import check_values
 from sparsepeft.training.config import PRECISIONS, merge_config, read_config, recipe_of, short_precision
@@ -75,9 +76,8 @@ class LanguageModelConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("text", "validation_text"):
-            files = getattr(self, name)
-            object.__setattr__(self, name, (files,) if isinstance(files, str) else tuple(files))
+        absolute = with_absolute_paths(vars(self))  # so that the run can be used from any folder
+        vars(self).update(absolute | {name: tuple(absolute[name]) for name in ("text", "validation_text")})
         object.__setattr__(self, "precision", short_precision(self.precision))
         named = {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, read_text, sha256
+from sparsepeft.training.held_out import digests_of, still_there
 
 _HELD_OUT = 0.1
 _SPLIT_SEED = 42  # the held-out text is the same in every run
@@ -34,12 +35,15 @@ class Corpus:
         validation: (M, T) int64.
         begin: id of the token that each block begins with; None if all of it is text.
         notes: what a reader of the results should know.
+        held_out: digests of the documents that were drawn for validation, if whole ones were, see
+            :mod:`sparsepeft.training.held_out`.
     """
 
     train: Tensor
     validation: Tensor
     begin: int | None
     notes: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
 def load_corpus(
@@ -49,25 +53,37 @@ def load_corpus(
     block_length: int,
     text_column: str = "text",
     begin: int | None = None,
+    *,
+    held_out: Sequence[str] | None = None,
 ) -> Corpus:
     """Read, split and cut text; each block begins with the token ``begin`` if there is one.
 
     Without ``validation_text`` a tenth is held out: whole documents, drawn by a fixed seed, where there are at least
-    ten; else the last tenth of each.
+    ten; else the last tenth of each. With ``held_out``, digests of documents, it is those that are still there.
 
     Raises:
         UserError: a file cannot be read, has no text, or there is less than a block of training or validation text.
     """
     notes: tuple[str, ...] = ()
+    drawn: list[str] = []
     training = read_documents(text, text_column)
     if validation_text:
         validation = read_documents(validation_text, text_column)
+    elif held_out is not None:
+        places = still_there(((document,) for document in training), held_out)
+        if not places:
+            raise UserError(
+                f"{', '.join(text)} has changed since training, and none of the documents that were held out is in it "
+                "any more; measure on other text by `test_file`, or train again."
+            )
+        validation, notes = [training[place] for place in places], (_kept_note(len(held_out), len(places)),)
     else:
+        whole = training
         training, validation, note = _hold_out(training)
-        notes = (note,)
+        notes, drawn = (note,), validation if len(training) < len(whole) else []
     parts = {"training text": training, "validation text": validation}
-    train, held_out = (cut(join(part, tokenizer), block_length, name, begin) for name, part in parts.items())
-    return Corpus(train, held_out, begin, notes)
+    train, validating = (cut(join(part, tokenizer), block_length, name, begin) for name, part in parts.items())
+    return Corpus(train, validating, begin, notes, tuple(digests_of((document,) for document in drawn)))
 
 
 def read_documents(files: Sequence[str], text_column: str = "text") -> list[str]:
@@ -175,6 +191,13 @@ def _rows(path: Path, column: str) -> list[str]:
         check_text(f"{path}:{row.line}: {column!r}", text)
         texts.append(text)
     return texts
+
+
+def _kept_note(num_held_out: int, num_kept: int) -> str:
+    return (
+        f"the text has changed since training; of the {num_held_out:,} documents held out then, {num_kept:,} are still "
+        "there and were scored"
+    )
 
 
 def _hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:

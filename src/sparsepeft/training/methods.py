@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.tasks import TaskSpec
@@ -204,9 +205,13 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_spars
         return load(load_backbone(model, spec), str(folder)).eval()
 
 
-def to_accelerator(model: torch.nn.Module) -> None:
-    """Move a model to where a trainer would: the accelerator, if there is one."""
-    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+def to_accelerator(model: torch.nn.Module, device: str | None = None) -> None:
+    """Move a model to the device of that name; None is where a trainer would: the accelerator, if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    model.to(find_device(device))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from sparsepeft.training.files import (
     results_of,
     write_weights,
 )
+from sparsepeft.training.held_out import save_held_out
 from sparsepeft.training.loss import task_loss
 from sparsepeft.training.methods import (
     adapter_config,
@@ -112,7 +113,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
     model = extend(backbone, config.method, data.spec, recipe.adapter)
     run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
+    run |= {} if data.columns is None else {"columns": data.columns._asdict()}
     with open_run(folder, run, overwrite) as work:
+        save_held_out(work, data)
         start, others = time.perf_counter(), OtherLoad()
         cache, training = None, prepared.train
         if config.cache_frozen_layers:
