@@ -25,7 +25,7 @@ def test_flags_and_file_say_what_becomes_sparse(tmp_path: Path) -> None:
     assert load_config({"spt": None, "spt_set": {"top_l": 3}}, file).spt == {"num_blocks": 4, "top_l": 3}
     assert load_config({"task": "topics", "output_dir": "o", "spt": True}).spt == {}
     assert load_config({"task": "topics", "output_dir": "o"}).spt is None
-    with pytest.raises(UserError, match="without --spt"):
+    with pytest.raises(UserError, match="without `spt`"):
         load_config({"task": "topics", "output_dir": "o", "spt_set": {"top_l": 3}})
 
 
