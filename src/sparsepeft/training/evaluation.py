@@ -15,28 +15,8 @@ from sparsepeft.training.files import read_run
 from sparsepeft.training.inference import Predictor
 from sparsepeft.training.language_model import evaluate_language_model
 from sparsepeft.training.lm_config import LM
+from sparsepeft.training.questions import TableOptions
 from sparsepeft.training.stored import held_out_data
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """What the caller says about a file with rows; None finds out.
-
-    Attributes:
-        text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
-        delimiter, encoding: of the file, see :func:`sparsepeft.tasks.files.read_rows`.
-    """
-
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    delimiter: str | None = None
-    encoding: str | None = None
-
-    def reading(self) -> dict[str, Any]:
-        """What of it is for the reader of files."""
-        given = {"delimiter": self.delimiter, "encoding": self.encoding}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ def evaluate(
     model: str | None = None,
     *,
     test_file: str | Path | None = None,
-    table: TableOptions = TableOptions(),
+    table: TableOptions | None = None,
     batch_size: int = 32,
     device: str | None = None,
 ) -> Evaluation:
@@ -99,9 +79,9 @@ def evaluate(
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
-        part = _rows(path, predictor, table)
+        part = _rows(path, predictor, table or TableOptions())
         return _evaluation(predictor, {"test": part}, (), {path.name: sha256(path)})
-    if table != TableOptions():
+    if table not in (None, TableOptions()):
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     data = held_out_data(folder, data_dir)
     parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
