@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -9,8 +10,9 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _PACKAGES = ("sparsepeft", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -78,10 +80,18 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
+    with writing(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """What is to stand in ``path``, and does when all of it was written; a failure leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as stream:
+            yield stream
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

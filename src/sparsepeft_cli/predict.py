@@ -2,72 +2,133 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+_FILE = "Rows of --file"
 
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
     text: Annotated[
-        str | None, typer.Argument(help="The text; without it, lines are read from --file or stdin.")
+        str | None, typer.Argument(help="The text; without it, inputs are read from --file or stdin.")
     ] = None,
     text_pair: Annotated[str | None, typer.Argument(help="The second text, for tasks about pairs.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help='One input a line: plain text (a tab between pairs), or JSON: "a", ["a", "b"], {...}.'),
+        typer.Option(
+            help="CSV, TSV, JSONL or parquet with the columns of training, or one input a line: plain text (a tab "
+            'between pairs), or JSON: "a", ["a", "b"], {...}. Also with .gz.'
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text. [default: as in training]", rich_help_panel=_FILE)
+    ] = None,
+    text_pair_column: Annotated[
+        str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=_FILE)
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_FILE)
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the answers to this file, whole or not at all. [default: stdout]")
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option(help="jsonl or csv. [default: by the ending of --output, else jsonl]")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or mps. [default: the accelerator, if there is one]")
+    ] = None,
 ) -> None:
-    """Label texts: one JSON line out per input.
+    """Label texts: a row out for each input, in order and as soon as it can be given.
+
+    Columns of the input come before the answer (`label`, `score`, `scores`); where one of them has the same name, the
+    answer's is `predicted_label`. An input that cannot be answered has an `error` instead, and the exit code is 1.
 
     Example: `sparsepeft predict out/topics "The striker scored twice in the second half."`
+
+    Example: `sparsepeft predict out/mine --file new.csv --output answers.csv`
     """
-    from sparsepeft.errors import UserError
+    from sparsepeft.errors import RunFailed, UserError
 
     if text is not None and file is not None:
         raise UserError("A text and --file were both given; pass one of them.")
-    if file is not None and not file.is_file():
+    if file is not None and not file.is_file() and not file.is_fifo():
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
+    if output is not None and (output.is_dir() or (file is not None and output.resolve() == file.resolve())):
+        raise UserError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; pass another file.")
+    from sparsepeft.training.answers import answers, format_of, formatter
+
+    format = format_of(output_format, output)
     from sparsepeft.allocator import keep_freed_memory
-    from sparsepeft.training import Predictor
+    from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
+    from sparsepeft.training.questions import Question
 
     keep_freed_memory()
-    predictor = Predictor(folder, model, batch_size)
-    columns = predictor.spec.text_columns
-    inputs: Iterable[str | tuple[str, str]]
+    predictor = Predictor(folder, model, batch_size, device)
+    table = TableOptions(text_column, text_pair_column, None, delimiter, encoding)
     if text is not None:
-        inputs = [(text, text_pair)] if text_pair is not None else [text]
+        given = text if text_pair is None else [text, text_pair]
+        predictor.check(given)
+        questions: Any = [Question(given)]
+    elif file is not None:
+        questions = read_questions(file, predictor, table)
     else:
-        source = file.open(encoding="utf-8") if file is not None else sys.stdin
-        inputs = _parse(source, columns, str(file) if file is not None else "standard input")
-    for prediction in predictor.predict_stream(inputs):
-        line = {"label": prediction.label, "score": prediction.score, "scores": prediction.scores}
-        if prediction.label is None:
-            line = {"score": prediction.score}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        questions = read_lines(_stdin(encoding), predictor, table)
+    num_answers = num_failed = 0
+    with _writing(output) as write:
+        line_of = formatter(format, predictor.spec)
+        for batch in answers(predictor, questions):
+            write("".join(map(line_of, batch)))
+            num_answers += len(batch)
+            num_failed += sum(answer.prediction.error is not None for answer in batch)
+    if num_failed:
+        raise RunFailed(
+            f"{num_failed:,} of {num_answers:,} inputs could not be answered; the error in their rows says why."
+        )
 
 
-def _parse(lines: Iterable[str], columns: tuple[str, ...], source: str) -> Iterator[str | tuple[str, str]]:
-    """Inputs from lines; every line counts, so that line N of the output belongs to line N of the input."""
-    from sparsepeft.errors import UserError
+def _stdin(encoding: str | None) -> Any:
+    """Lines of standard input; what is no text in that encoding is found where the line is read."""
+    try:
+        descriptor = sys.stdin.fileno()
+    except (io.UnsupportedOperation, AttributeError):  # replaced by something of Python's own
+        return sys.stdin
+    if sys.stdin.isatty():
+        print("Reading a text from each line; end with Ctrl-D.", file=sys.stderr)
+    # Of its own: a thread may still be reading when the program ends, and would hold up the closing of sys.stdin.
+    return open(descriptor, encoding=encoding or "utf-8", errors="surrogateescape", closefd=False)
 
-    for number, line in enumerate(lines, 1):
-        line = line.rstrip("\r\n")
-        value: object = line.split("\t") if len(columns) == 2 else line
-        if line[:1] in ("{", "[", '"'):
-            with contextlib.suppress(ValueError):  # a text that merely begins like JSON
-                value = json.loads(line)
-        if isinstance(value, dict):
-            value = [value.get(name) for name in columns]
-        parts = [value] if isinstance(value, str) else value
-        if not isinstance(parts, list) or len(parts) != len(columns) or not all(isinstance(p, str) for p in parts):
-            wanted = "a text" if len(columns) == 1 else "two texts (JSON list, or a tab between them)"
-            raise UserError(f"{source}, line {number}: this task takes {wanted} per line; correct that line.")
-        yield parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+@contextmanager
+def _writing(output: Path | None) -> Iterator[Callable[[str], object]]:
+    """What takes text for a file, which is there when all of it was written, or for standard output, at once."""
+    if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+
+        def show(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        yield show
+        return
+    from sparsepeft.errors import RunFailed
+    from sparsepeft.provenance import writing
+
+    try:
+        with writing(output) as stream:
+            yield lambda text: stream.write(text.encode())
+    except OSError as error:
+        raise RunFailed(f"{output} could not be written ({error}); free space, or pass another --output.") from error

@@ -62,6 +62,8 @@ def choose_text_columns(
     text: str | None = None,
     text_pair: str | None = None,
     trained: Sequence[str] = (),
+    *,
+    any_name: bool = True,
 ) -> tuple[str, ...]:
     """The text columns of a file for a task that was trained before: the file may have no label, and more columns.
 
@@ -71,6 +73,7 @@ def choose_text_columns(
         num_texts: texts of an input, 1 or 2.
         text, text_pair: named by the caller.
         trained: what the columns were called in the training file; taken where the caller names none.
+        any_name: a column that is the only one is the text, whatever its name.
 
     Raises:
         TaskError: a named column is not there, or the columns can be read in more than one way or in none.
@@ -81,7 +84,7 @@ def choose_text_columns(
             raise TaskError(f"{path}: the column {name!r} is not among {_listed(found)}; name one of these")
     if not named and trained and set(trained) <= set(found):
         named = tuple(trained)
-    texts = named or _detect_texts(path, found, num_texts)
+    texts = named or _detect_texts(path, found, num_texts, any_name)
     if len(texts) != num_texts:
         wanted = "one text, `text_column`" if num_texts == 1 else "two texts, `text_column` and `text_pair_column`"
         raise TaskError(f"{path}: the columns {_listed(texts)} were named, but an input of this task has {wanted}")
@@ -115,7 +118,9 @@ def _detect_label(path: Path, found: Sequence[str]) -> str:
     )
 
 
-def _detect_texts(path: Path, found: Sequence[str], num_texts: int | None = None) -> tuple[str, ...]:
+def _detect_texts(
+    path: Path, found: Sequence[str], num_texts: int | None = None, any_name: bool = True
+) -> tuple[str, ...]:
     lower = {name.lower(): name for name in found}
     pairs = [(lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower]
     paired = {name for pair in pairs for name in pair}
@@ -123,7 +128,7 @@ def _detect_texts(path: Path, found: Sequence[str], num_texts: int | None = None
     found = [name for name in found if name]  # pandas writes its index as a column without a name
     matches += [(lower[name],) for name in SINGLES if name in lower and (num_texts == 1 or lower[name] not in paired)]
     matches = [match for match in matches if num_texts in (None, len(match))]
-    if not matches and len(found) == 1 and num_texts != 2:
+    if not matches and len(found) == 1 and num_texts != 2 and any_name:
         return (found[0],)
     if len(matches) == 1:
         return matches[0]

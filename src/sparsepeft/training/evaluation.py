@@ -12,33 +12,14 @@ from datasets import Dataset
 from sparsepeft.errors import UserError
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
 from sparsepeft.tasks.files import read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat, find_format
+from sparsepeft.tasks.formats import FileFormat
 from sparsepeft.tasks.local import load_labelled
 from sparsepeft.training.files import read_run
 from sparsepeft.training.inference import Predictor
 from sparsepeft.training.language_model import evaluate_language_model
 from sparsepeft.training.lm_config import LM
+from sparsepeft.training.questions import TableOptions
 from sparsepeft.training.stored import held_out_data
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """What the caller says about a file with rows; None finds out.
-
-    Attributes:
-        text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
-        delimiter, encoding: of the file, see :func:`sparsepeft.tasks.formats.find_format`.
-    """
-
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    delimiter: str | None = None
-    encoding: str | None = None
-
-    def format_of(self, path: Path) -> FileFormat:
-        """How a file is written, see :func:`sparsepeft.tasks.formats.find_format`."""
-        return find_format(path, self.delimiter, self.encoding)
 
 
 @dataclass(frozen=True)
@@ -81,7 +62,7 @@ def evaluate(
     model: str | None = None,
     *,
     test_file: str | Path | None = None,
-    table: TableOptions = TableOptions(),
+    table: TableOptions | None = None,
     batch_size: int = 32,
     device: str | None = None,
 ) -> Evaluation:
@@ -111,10 +92,11 @@ def evaluate(
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
+        table = table or TableOptions()
         file_format = table.format_of(path)
         part = _rows(path, predictor, table, file_format)
         return _evaluation(predictor, {"test": part}, file_format.notes, {path.name: sha256(path)})
-    if table != TableOptions():
+    if table not in (None, TableOptions()):
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     data = held_out_data(folder, data_dir)
     parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})

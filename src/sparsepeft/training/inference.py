@@ -83,6 +83,14 @@ class Predictor:
         """
         return self._logits([texts_of(text, len(self.spec.text_columns), may_be_empty=True) for text in listed(texts)])
 
+    def check(self, text: Input) -> None:
+        """See that the task can take an input.
+
+        Raises:
+            UserError: it is none, has an empty text, or another number of texts than the task takes.
+        """
+        texts_of(text, len(self.spec.text_columns))
+
     def predict(self, texts: Sequence[Input], on_error: OnError = "raise") -> list[Prediction]:
         """A prediction for each input, in order.
 
