@@ -45,11 +45,6 @@ def short_dtype(text: str) -> str:
     return _LONG.sub(lambda found: _SHORT[found.group()], text)
 
 
-def long_dtype(name: str) -> str:
-    """PyTorch's name of a dtype: ``float32`` for ``fp32``; anything else as it is."""
-    return {short: long for long, short in _SHORT.items()}.get(name, name)
-
-
 def renamed(names: Mapping[str, str], *, values: Mapping[str, Sequence[str]] | None = None) -> Callable[..., Any]:
     """A decorator for a command whose options have other names now; the old ones work, with a line on stderr.
 

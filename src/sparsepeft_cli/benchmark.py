@@ -71,7 +71,7 @@ def spt(
         active_blocks=tuple(options.whole_numbers("--active-blocks", active_blocks)) or (4, 2),
         top_l=top_l,
         device=device,
-        dtype=options.long_dtype(dtype),
+        dtype=dtype,
         repeats=repeats,
         idle_wait_s=idle_wait,
         compile=compile,

@@ -176,13 +176,13 @@ def test_failures_of_the_other_commands(trained: Path, tmp_path: Path) -> None:
         (("predict", trained, "--file", tmp_path / "none"), ["does not exist"]),
         (("train", "--task", "topics", "--output-dir", trained), ["already holds a finished run", "--overwrite"]),
         (("storage", "--model", "nobody/nothing"), ["nobody/nothing"]),
-        (("storage", "--method", "spartn"), ["did you mean 'spartan'"]),
+        (("storage", "--methods", "spartn"), ["did you mean 'spartan'"]),
     ):
         done = sparsepeft(*arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
         assert all(word in done.stderr for word in words), done.stderr
-    done = sparsepeft("storage", "--tasks", 0)
+    done = sparsepeft("storage", "--num-tasks", 0)
     assert done.returncode == 2
     done = sparsepeft("predict", trained, stdin='["a", "b"]\n')
     assert done.returncode == 2
@@ -191,7 +191,7 @@ def test_failures_of_the_other_commands(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_storage() -> None:
-    done = sparsepeft("storage", "--model", "roberta-base", "--tasks", 9)
+    done = sparsepeft("storage", "--model", "roberta-base", "--num-tasks", 9)
     assert done.returncode == 0, done.stderr
     for figure in ("1,032,192", "1,179,648", "1,107.00 M", "133.62 M"):
         assert figure in done.stdout

@@ -37,7 +37,7 @@ def test_help_has_an_example_and_loads_nothing_heavy() -> None:
 def test_export(trained: Path, tmp_path: Path) -> None:
     done = sparsepeft("export", trained, "--output-dir", tmp_path / "out", "--int8", "--max-examples", 20)
     assert done.returncode == 0, done.stderr
-    for words in ("topics", "deviation", "float32", "int8 tasks", f"python {tmp_path / 'out' / 'run.py'} topics"):
+    for words in ("topics", "deviation", "fp32", "int8 tasks", f"python {tmp_path / 'out' / 'run.py'} topics"):
         assert words in done.stdout
     run_py = [sys.executable, str(tmp_path / "out" / "run.py"), "topics", "The striker scored twice."]
     answered = subprocess.run(run_py, capture_output=True, text=True, check=True)
@@ -61,7 +61,7 @@ def test_failures(trained: Path, tmp_path: Path) -> None:
         ((damaged, *out), 2, "could not be loaded"),
         ((trained, *out, "--format", "tflite"), 2, "valid are executorch, onnx, openvino"),
         ((trained, *out, "--format", "executorch", "--int8"), 2, "needs example texts"),
-        ((trained, "--output-dir", trained), 2, "holds other files"),
+        ((trained, "--output-dir", trained), 2, "holds other files; pass a new"),
         ((trained, *out, "--tolerance", "1e-12", "--max-examples", 5), 1, "deviates from PyTorch"),
     ):
         done = sparsepeft("export", *arguments)

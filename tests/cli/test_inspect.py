@@ -56,8 +56,8 @@ def test_bad_input_ends_with_2_and_one_sentence(trained: Path, tiny_backbone: Pa
     assert sparsepeft(*arguments, "--output-dir", head).returncode == 0
     for arguments, words in (
         ((tmp_path,), ["run.json is missing"]),
-        ((head,), ["HEAD", "has no SPARTAN memory", "--method spartan"]),
-        ((trained, "--layer", 9), ["Layer 9", "0, 1"]),
+        ((head,), ["HEAD", "has no SPARTAN memory", "the method spartan"]),
+        ((trained, "--layer", 9), ["--layer 9", "0, 1"]),
         ((trained, "--split", "tset"), ["'tset' is unknown", "did you mean 'test'"]),
     ):
         done = sparsepeft("inspect", *arguments)

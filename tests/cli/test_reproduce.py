@@ -68,12 +68,12 @@ def test_a_failed_run_ends_with_1_and_is_named(tiny_backbone: Path, tmp_path: Pa
 
 BAD = {
     "device": (["table2", "--device-throughput", "pi.json"], ["--device-throughput", "table1"]),
-    "device file": (["table1", "--device-throughput", "none.json", "--tasks", "topics"], ["none.json", "--device"]),
+    "device file": (["table1", "--device-throughput", "none.json", "--tasks", "topics"], ["none.json", "--emulate"]),
     "unknown task": (["table2", "--tasks", "topics,tpics"], ["tpics", "did you mean 'topics'"]),
     "unknown method": (["table2", "--tasks", "topics", "--methods", "spartn"], ["spartn", "'spartan'"]),
     "seed": (["table2", "--seeds", "1,x"], ["--seeds x", "whole numbers"]),
     "few-shot of table 1": (["table1", "--few-shot", "3"], ["--few-shot 3", "table1"]),
-    "epochs of table 2": (["table2", "--tasks", "topics", "--max-epochs", "3"], ["max_epochs", "max_steps"]),
+    "epochs of table 2": (["table2", "--tasks", "topics", "--max-epochs", "3"], ["--max-epochs", "--max-steps"]),
     "no data": (["table2", "--tasks", "rte", "--data-dir", "/nowhere"], ["/nowhere", "does not exist"]),
     "setting": (["table2", "--tasks", "topics", "--set", "num_parent=3"], ["num_parent"]),
 }

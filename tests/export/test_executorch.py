@@ -21,7 +21,7 @@ def test_without_executorch_the_error_says_what_to_install(folders: dict[str, Pa
 
 
 def test_int8_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--format onnx"):
+    with pytest.raises(UserError, match="`format=onnx`"):
         export_tasks([folders["two"]], tmp_path / "out", format="executorch", int8=True)
 
 

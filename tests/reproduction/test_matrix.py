@@ -28,7 +28,7 @@ def test_seed_by_seed_and_the_short_first(tiny_backbone: Path, tmp_path: Path) -
     [
         ({"tasks": ["topics", "tpics"]}, ["tpics", "did you mean 'topics'"]),
         ({"methods": ["spartan", "spartn"]}, ["spartn", "did you mean 'spartan'"]),
-        ({"seeds": []}, ["--seeds"]),
+        ({"seeds": []}, ["`seeds`"]),
         ({"protocol": "fewshot"}, ["did you mean 'few-shot'"]),
         ({"max_epochs": 3}, ["max_epochs", "max_steps"]),
         ({"values": {"seed": 3}}, ["seed", "the matrix decides"]),

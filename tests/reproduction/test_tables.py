@@ -214,7 +214,7 @@ def test_measured_devices_fill_their_columns_on_their_own_backbone(tmp_path: Pat
     with pytest.raises(UserError, match="other sizes"):
         read_devices([path], "roberta-base")
     path.write_text("{}")
-    with pytest.raises(UserError, match=r"benchmark inference --device"):
+    with pytest.raises(UserError, match=r"benchmark inference --emulate"):
         read_devices([path], None)
 
 

@@ -18,9 +18,9 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import environment
 from sparsepeft.spt import SptConfig, sparsification
+from sparsepeft.tuners.config import dtype_name
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
-DTYPES = ("float32", "bfloat16", "float16")
 _EAGER_SHARE = 1 / 3  # of the machine's memory that attention matrices may take
 
 
@@ -38,7 +38,7 @@ class SptBenchmark:
         active_blocks: values of G' to measure.
         top_l: keys a query keeps: an int is a count, a float up to 1 a fraction of the length.
         device: ``"cpu"`` or ``"cuda"``.
-        dtype: one of :data:`DTYPES`.
+        dtype: of weights and activations: ``"fp32"``, ``"bf16"`` or ``"fp16"``, or PyTorch's name of it.
         repeats: timed steps of each candidate.
         warm_up: untimed ones before.
         idle_wait_s: seconds to wait for an idle machine before each round.
@@ -74,8 +74,10 @@ class SptBenchmark:
             raise UserError(f"`lengths={lengths}` was given; expected at least one, each of 2 tokens or more.")
         if self.repeats < 2:
             raise UserError(f"`repeats={self.repeats}` was given; quartiles need at least 2.")
-        if self.dtype not in DTYPES:
-            raise UserError(f"`dtype={self.dtype}` was given; expected one of {', '.join(DTYPES)}.")
+        try:
+            object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))  # as results have it
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if find_device(self.device).type not in ("cpu", "cuda"):
             raise UserError(f"`device={self.device}` was given, but steps are timed on cpu and cuda only; pass cpu.")
         for active in self.active_blocks:

@@ -74,7 +74,7 @@ def _lower(program: torch.export.ExportedProgram) -> bytes:
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
-            f"The installed ExecuTorch could not lower the traced model ({reason}); export with --format onnx."
+            f"The installed ExecuTorch could not lower the traced model ({reason}); pass `format=onnx`."
         ) from error
     finally:
         logging.disable(before)

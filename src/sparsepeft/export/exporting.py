@@ -58,7 +58,7 @@ def export_tasks(
     """
     check_format(format, int8)
     if not tolerance > 0:
-        raise UserError(f"tolerance={tolerance!r} was given, but it must be a positive number.")
+        raise UserError(f"`tolerance={tolerance!r}` was given, but it must be a positive number.")
     folder = Path(output_dir)
     check_output(folder, overwrite)
     job = Job(folders, model, data_dir, max_examples, progress)

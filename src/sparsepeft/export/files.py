@@ -33,14 +33,18 @@ def check_output(folder: Path, overwrite: bool) -> None:
         UserError: it is a file, holds an export and ``overwrite`` is not set, or holds anything else.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
+        raise UserError(f"`output_dir={folder}` was given, but that is a file; pass a folder.")
     settle(folder, WRITTEN)
     if is_free(folder):
         return
     if not (folder / REPORT).is_file():
-        raise UserError(f"The output folder {folder} holds other files; pass a new or empty one to --output-dir.")
+        raise UserError(
+            f"`output_dir={folder}` was given, but that folder holds other files; pass a new or an empty one."
+        )
     if not overwrite:
-        raise UserError(f"{folder} already holds an export; pass another --output-dir, or --overwrite to replace it.")
+        raise UserError(
+            f"{folder} already holds an export; pass another `output_dir`, or `overwrite=True` to replace it."
+        )
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

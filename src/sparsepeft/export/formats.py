@@ -34,8 +34,8 @@ def check_format(format: str, int8: bool = False) -> None:
         raise UserError(unknown_name("The format", format, FORMATS))
     if int8 and format in _WHY_NOT_INT8:
         raise UserError(
-            f"--int8 was given with --format {format}, which has none: {_WHY_NOT_INT8[format]}; leave --int8 out, or "
-            "export with --format onnx."
+            f"`int8=True` was given with `format={format}`, which has none: {_WHY_NOT_INT8[format]}; leave it out, or "
+            "pass `format=onnx`."
         )
     try:
         for module in _MODULES[format]:

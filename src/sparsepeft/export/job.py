@@ -99,7 +99,7 @@ def check(job: Job, runner: Runs, tolerance: float) -> dict[str, dict[str, Any]]
         if not found["max_deviation"] <= tolerance:  # NaN, too
             raise RunFailed(
                 f"The exported task {task.name} deviates from PyTorch by {found['max_deviation']:.2g} in its scores, "
-                f"but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger --tolerance if that is "
+                f"but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger `tolerance` if that is "
                 "good enough."
             )
         reports[task.name] = {"checked_on": examples.source, **found}

@@ -66,7 +66,7 @@ def backbone_of(task: ExportTask) -> str:
     if (task.info.folder / RUN).is_file():
         return backbone_of_run(task.info.folder, None, read_run(task.info.folder)["config"]["model"])
     if not task.config.base_model_name_or_path:
-        raise UserError(f"adapter_config.json in {task.info.folder} names no backbone; pass it with --model.")
+        raise UserError(f"adapter_config.json in {task.info.folder} names no backbone; pass it as `model`.")
     return resolve_model(task.config.base_model_name_or_path)
 
 

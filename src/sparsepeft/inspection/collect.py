@@ -57,7 +57,7 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
     if not isinstance(model, PeftModel):
         raise UserError(
             f"{type(model).__name__} is no PeftModel, so it has no SPARTAN memory to inspect; pass a model from "
-            "get_peft_model or PeftModel.from_pretrained, or the folder of a run trained with --method spartan."
+            "get_peft_model or PeftModel.from_pretrained, or the folder of a run with the method spartan."
         )
     found: list[MemoryOfLayer] = []
     for name, module in model.get_base_model().named_modules():
@@ -69,7 +69,7 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
         kind = getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown")
         raise UserError(
             f"The adapter {model.active_adapter!r} is of the method {kind} and has no SPARTAN memory to inspect; pass "
-            "an adapter or a run that was trained with --method spartan."
+            "an adapter or a run that was trained with the method spartan."
         )
     if layer is None:
         return found
@@ -77,7 +77,8 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
     if not chosen:
         numbers = sorted({memory.index for memory in found})
         raise UserError(
-            f"Layer {layer} has no memory; choose one of {', '.join(map(str, numbers))} (layers count from 0)."
+            f"`layer={layer}` was given, but that layer has no memory; choose one of {', '.join(map(str, numbers))} "
+            "(layers count from 0)."
         )
     return chosen
 
@@ -123,7 +124,9 @@ def inspect_memories(
     find_memories(model, layer)
     assert isinstance(model, PeftModel)  # find_memories has looked
     if compare_untrained and iter(batches) is batches:
-        raise UserError("compare_untrained reads the batches twice, but an iterator was given; pass a list or loader.")
+        raise UserError(
+            "`compare_untrained=True` reads the batches twice, but an iterator was given; pass a list or loader."
+        )
     config: Any = model.peft_config[model.active_adapter]
     names = label_names if label_names is not None else _names_of(model)
     per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS

@@ -85,7 +85,7 @@ def _is_done(run: Path, config: RunConfig) -> bool:
     differing = sorted(key for key in now if key not in _NOT_COMPARED and before.get(key, now[key]) != now[key])
     if differing:
         raise UserError(
-            f"{run} holds a finished run with other values of {', '.join(differing)}; pass another --output-dir, or "
+            f"{run} holds a finished run with other values of {', '.join(differing)}; pass another `output_dir`, or "
             "remove that folder."
         )
     return True

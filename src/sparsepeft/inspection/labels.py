@@ -83,7 +83,7 @@ class Labels:
         if self._edges is None:
             raise UserError(
                 "The labels are numbers with fractions, which must be put into bins; pass "
-                "label_edges=quantile_edges(all_labels)."
+                "`label_edges=quantile_edges(all_labels)`."
             )
         bins = np.digitize(values, self._edges, right=True)
         return np.where(np.isfinite(values), bins, -1)
@@ -92,6 +92,6 @@ class Labels:
         if values.size and values.max() >= len(self.names):
             raise UserError(
                 f"Label {values.max()} occurs, but there are {len(self.names)} label names; pass a name for each of 0 "
-                f"to {values.max()} in label_names."
+                f"to {values.max()} in `label_names`."
             )
         return values.astype(np.int64)

@@ -58,7 +58,7 @@ def inspect_run(
     if max_examples is not None:
         part = subsample(part, max_examples, predictor.config.seed)
     if not len(part):
-        raise UserError(f"The part {name!r} of {data.spec.name} is empty; choose another --split.")
+        raise UserError(f"`split={name}` was given, but that part of {data.spec.name} is empty; choose another.")
     report = inspect_memories(
         predictor.model,
         Batches(predictor, part),

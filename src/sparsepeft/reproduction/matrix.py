@@ -154,19 +154,21 @@ class Matrix:
         if self.protocol not in PROTOCOLS:
             raise UserError(unknown_name("protocol", self.protocol, PROTOCOLS))
         if self.max_epochs is not None and self.protocol == "few-shot":
-            raise UserError("max_epochs came with the few-shot protocol, which counts steps; pass max_steps instead.")
+            raise UserError(
+                "`max_epochs` was given with the few-shot protocol, which counts steps; pass `max_steps` instead."
+            )
         fields = {f.name for f in dataclasses.fields(RunConfig)}
         for name in self.values:
             if name not in fields:
                 raise UserError(unknown_name("value of a run", name, fields))
             if name in _DECIDED:
-                raise UserError(f"The value {name} was given for all runs, but the matrix decides it; leave it out.")
+                raise UserError(f"`{name}` was given for all runs, but the matrix decides it; leave it out.")
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(unknown_name("method", method, METHODS))
         for name in ("tasks", "methods", "seeds"):
             if not getattr(self, name):
-                raise UserError(f"No {name} were given, but a matrix needs at least one; pass --{name}.")
+                raise UserError(f"No `{name}` were given, but a matrix needs at least one.")
         tasks = [task_spec(task).name for task in self.tasks]
         return list(dict.fromkeys(tasks)), list(dict.fromkeys(self.methods)), list(dict.fromkeys(self.seeds))
 

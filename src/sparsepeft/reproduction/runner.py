@@ -171,4 +171,4 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made ({error}); pass another --output-dir.") from error
+        raise UserError(f"The folder {folder} cannot be made ({error}); pass another `output_dir`.") from error

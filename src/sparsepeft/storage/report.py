@@ -163,13 +163,13 @@ def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[st
         raise UserError(str(error)) from error
     if len(labels) != num_tasks:
         raise UserError(
-            f"num_labels has {len(labels)} entries, but there are num_tasks={num_tasks} tasks; give one number for "
+            f"`num_labels` has {len(labels)} entries, but `num_tasks={num_tasks}` was given; give one number for "
             "all, or one per task."
         )
     if methods is None:
         return labels
     if isinstance(methods, str) or not methods:
-        raise UserError(f"methods={methods!r} was given, but it must be a list with some of {', '.join(METHODS)}.")
+        raise UserError(f"`methods={methods!r}` was given, but it must be a list with some of {', '.join(METHODS)}.")
     for method in methods:
         if method not in METHODS:
             raise UserError(unknown_name("method", str(method), METHODS))

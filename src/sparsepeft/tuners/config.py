@@ -14,8 +14,8 @@ from sparsepeft.tuners._quantized import INT8
 
 FORMAT_VERSION = 1
 HEAD_TYPES = ("model", "linear")
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES |= {name: name for name in DTYPES.values()}
 SAVE_DTYPES = DTYPES | {INT8: INT8}
 
 
@@ -23,13 +23,13 @@ def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
     """Raise a ValueError unless ``value`` is a number (by default an integer) above zero."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not value > 0:
         wanted = "a positive integer" if integer else "a positive number"
-        raise ValueError(f"{name}={value!r} was given, but {name} must be {wanted}.")
+        raise ValueError(f"`{name}={value!r}` was given, but it must be {wanted}.")
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} was given, but {name} must be one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"`{name}={value!r}` was given, but it must be one of {', '.join(map(repr, choices))}.")
 
 
 def dtype_name(name: str, value: Any, valid: dict[str, str] = DTYPES) -> str:
