@@ -8,6 +8,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from sparsepeft_cli._interrupts import Stopped
+
 _MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
@@ -20,6 +22,8 @@ class Command(TyperCommand):
 
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped(stop) from stop
         except (UserError, RunFailed) as error:
             text = in_options(str(error), self.params)
             error.args = (text,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ import yaml
 
 from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.spt import SptConfig
+from sparsepeft.training.config_file import read_config
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
+from sparsepeft.training.reporting import read_trackers
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
 
@@ -39,6 +42,7 @@ class RunConfig:
         cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
+        report_to: names of trackers to report to while training, as in ``transformers.TrainingArguments``.
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's or the task's value)
@@ -70,10 +74,12 @@ class RunConfig:
     score_on: str = "validation"
     cache_frozen_layers: bool = False
     compile: bool = False
+    report_to: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self.report_to = read_trackers(self.report_to)
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, _POSITIVE)
         if self.save_dtype is not None:
@@ -117,8 +123,9 @@ def check_values(config: Any, choices: Mapping[str, Iterable[str]], positive: It
             raise UserError(unknown_name(name, str(getattr(config, name)), valid))
     for name in positive:
         value = getattr(config, name)
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
-            raise UserError(f"{name}={value!r} was given, but {name} must be a positive number.")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise UserError(f"`{name}={value!r}` was given, but it must be a positive number.")
     for flag in dataclasses.fields(config):
         value = getattr(config, flag.name)
         if isinstance(flag.default, bool) and not isinstance(value, bool):
@@ -200,24 +207,3 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_
             parsed = float(parsed) if isinstance(parsed, str) else parsed
         settings[key.strip()] = parsed
     return settings
-
-
-def read_config(file: Path | None) -> dict[str, Any]:
-    """The content of a YAML or JSON config file; empty without one.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
-    if file is None:
-        return {}
-    if not file.is_file():
-        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file to --config.")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
-        raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); pass another file to --config.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
-    return values

@@ -9,8 +9,10 @@ from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig
-from sparsepeft.training.config import PRECISIONS, check_values, merge_config, read_config, recipe_of
+from sparsepeft.training.config import PRECISIONS, check_values, merge_config, recipe_of
+from sparsepeft.training.config_file import read_config
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
+from sparsepeft.training.reporting import read_trackers
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 
 LM = "lm"
@@ -35,6 +37,7 @@ class LanguageModelConfig:
         epochs: passes over the training text; None is the recipe's, or 1.
         gradient_accumulation: batches that make a step.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        report_to: names of trackers to report to while training, as in ``transformers.TrainingArguments``.
         settings: keys of the method's config (``r``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's value)
@@ -60,6 +63,7 @@ class LanguageModelConfig:
     gradient_checkpointing: bool = False
     precision: str = "fp32"
     seed: int = 42
+    report_to: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
@@ -67,6 +71,7 @@ class LanguageModelConfig:
         for name in ("text", "validation_text"):
             files = getattr(self, name)
             object.__setattr__(self, name, (files,) if isinstance(files, str) else tuple(files))
+        object.__setattr__(self, "report_to", read_trackers(self.report_to))
         check_values(self, {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}, _POSITIVE)
         for name in ("batch_size", "block_length", "gradient_accumulation", "max_steps"):
             if isinstance(getattr(self, name), float):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
@@ -26,7 +27,6 @@ from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
     RESULTS,
-    check_folder,
     describe_run,
     open_run,
     results_of,
@@ -42,7 +42,11 @@ from sparsepeft.training.methods import (
     note_on_head,
     to_accelerator,
 )
+from sparsepeft.training.output_folder import HISTORY, LOGS
+from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.recorder import Recorder
+from sparsepeft.training.reporting import make_reporters
 from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments
 
@@ -64,8 +68,19 @@ class PreparedData:
     reported: dict[str, Dataset]
     num_cut: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each part, those that are trained on first."""
+        chosen_on = {} if self.selection is None else {"selection": len(self.selection)}
+        return {"training": len(self.train), **chosen_on, **{name: len(part) for name, part in self.reported.items()}}
 
-def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
+
+def train(
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
+    announce: Callable[[RunPlan], None] = lambda plan: None,
+) -> dict[str, Any]:
     """Train, choose the best checkpoint on a tenth of the training data, save, score what was saved once.
 
     With ``spt`` the model is made sparse first, calibrated on a few of the training examples. The output folder then
@@ -77,6 +92,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         config: what to do.
         callbacks: shown loss and metrics as they come.
         overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
+        announce: told what the run is about to do, when all is loaded.
 
     Returns:
         The results, as in ``results.json``.
@@ -88,29 +104,32 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     disable_progress_bars()
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
+    reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config, recipe)
-    check_folder(folder, run, overwrite)
-    model_id = resolve_model(config.model)
-    data = load_data(config)
-    tokenizer = load_tokenizer(model_id)
-    set_seed(config.seed)
-    backbone = load_backbone(model_id, data.spec)
-    data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
-    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
-    collator = Collator(tokenizer, data.spec.label_names is None)
-    done = None
-    if spt is not None:
-        to_accelerator(backbone)
-        done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
-    model = extend(backbone, config.method, data.spec, recipe.adapter)
-    run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
-    with open_run(folder, run, overwrite) as work:
+    with open_run(folder, run, overwrite) as begin:
+        model_id = resolve_model(config.model)
+        data = load_data(config)
+        tokenizer = load_tokenizer(model_id)
+        set_seed(config.seed)
+        backbone = load_backbone(model_id, data.spec)
+        data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
+        prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
+        collator = Collator(tokenizer, data.spec.label_names is None)
+        done = None
+        if spt is not None:
+            to_accelerator(backbone)
+            done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
+        model = extend(backbone, config.method, data.spec, recipe.adapter)
+        work = begin(run | {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)})
         start, others = time.perf_counter(), OtherLoad()
         cache, training = None, prepared.train
         if config.cache_frozen_layers:
             cache = FrozenLayerCache(model, work / CHECKPOINTS / "frozen_layers.bin")
             training = cache.fill(prepared.train, collator)
             collator = CachingCollator(collator, cache)
+        announcer = Announcer(
+            announce, config, model=describe_backbone(model_id), sizes=prepared.sizes, notes=data.notes
+        )
         trainer = SafeTrainer(
             model=model,
             args=_arguments(config, recipe, data.spec.paper_epochs, prepared, work / CHECKPOINTS),
@@ -119,7 +138,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             data_collator=collator,
             processing_class=tokenizer,
             compute_metrics=lambda output: _metrics(data.spec, output),
-            callbacks=[*callbacks],
+            callbacks=[announcer, Recorder(work / HISTORY), *reporters, *callbacks],
             cache=cache,
         )
         trainer.remove_callback(PrinterCallback)
