@@ -7,10 +7,10 @@ costs nothing.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sparsepeft_autoload
+from sparsepeft._lazy import lazily
 
 if TYPE_CHECKING:
     from sparsepeft.engine import MultiTaskEngine
@@ -31,21 +31,13 @@ __all__ = [
     "load_sparse",
     "sparsify",
 ]
-_MODULES = {
-    "sparsepeft.engine": ("MultiTaskEngine",),
-    "sparsepeft.spt": ("SptConfig", "desparsify", "load_sparse", "sparsify"),
-    "sparsepeft.tuners": ("BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "load_adapterhub"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "sparsepeft.engine": ("MultiTaskEngine",),
+        "sparsepeft.spt": ("SptConfig", "desparsify", "load_sparse", "sparsify"),
+        "sparsepeft.tuners": ("BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "load_adapterhub"),
+    },
+)
 sparsepeft_autoload.install()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

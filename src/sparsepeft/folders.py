@@ -1,13 +1,17 @@
-"""Replacing what stands in a folder as a whole, so that a crash at any point leaves the old files or the new ones.
+"""Writing to a folder without harm: to what was there, to what others write, and whenever the process ends.
 
-The new files are made in a part of the folder, ``unfinished``. When all are there, that part is renamed to
-``.finished``, and from then on they are what the folder holds: the old files are removed, the part is renamed to
-``.moving``, and its files are moved up. :func:`settle` does what a crash has left undone of that.
+Files are made in a part of the folder. When all are there, that part is renamed to ``.finished``, and from then on they
+are what the folder holds: the old files are removed, the part is renamed to ``.moving``, and its files are moved up.
+:func:`settle` does what a crash has left undone of that. ``.sparsepeft.json`` lists what was written, so that nothing
+else is ever removed or replaced.
+
+Nothing here needs PyTorch, so that a folder can be looked at before anything is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,9 +20,51 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.provenance import write_json
 
-UNFINISHED = "unfinished"
-_FINISHED, _MOVING, _LOCK = ".finished", ".moving", ".lock"
+UNFINISHED = "unfinished"  # where a run works, to go on there after an interruption
+_WORK, _FINISHED, _MOVING, _LOCK, _MANIFEST = ".unfinished", ".finished", ".moving", ".lock", ".sparsepeft.json"
+
+
+def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -> None:
+    """See that a command may write to ``folder``: it is new, empty, or holds what a command of the kind left there.
+
+    Hidden files do not count.
+
+    Args:
+        folder: for the output.
+        own: files or folders by which the output is known; the first one stands for finished output.
+        kind: of output, in words: ``"a finished run"``.
+        overwrite: finished output may be replaced.
+
+    Raises:
+        UserError: the folder is a file, holds other files, or holds finished output and ``overwrite`` is not set.
+        RunFailed: it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"The output folder {folder} is a file; pass a folder to `output_dir`.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+        raise RunFailed(f"{folder} cannot be written to ({existing} does not allow it); pass another `output_dir`.")
+    settle(folder)
+    if (folder / own[0]).exists():
+        if not overwrite:
+            raise UserError(f"{folder} already holds {kind}; pass another `output_dir`, or `overwrite` to replace it.")
+    elif not any((folder / name).exists() for name in own) and (others := _visible(folder)):
+        named = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
+        raise UserError(
+            f"The output folder {folder} holds other files ({named}); pass a new or empty folder to `output_dir`."
+        )
+
+
+def check_not_in_use(folder: Path) -> None:
+    """Refuse a folder that another process holds just now.
+
+    Raises:
+        UserError: it does.
+    """
+    if in_use(folder):
+        raise _taken(folder)
 
 
 @contextlib.contextmanager
@@ -26,32 +72,31 @@ def locked(folder: Path, timeout: float = 1.0) -> Iterator[None]:
     """Hold a folder, which is made if there is none, against other processes that would write to it.
 
     Args:
-        folder: removed again where it was made here and stayed empty.
+        folder: removed again, like parents of it, where it was made here and stayed empty.
         timeout: seconds to wait for another holder.
 
     Raises:
         UserError: another process holds it.
         RunFailed: it cannot be written to.
     """
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=timeout)
     except Timeout as error:
-        raise UserError(
-            f"Another process is writing to {folder}; wait until it is done, or pass another --output-dir."
-        ) from error
+        raise _taken(folder) from error
     except OSError as error:
-        raise RunFailed(f"{folder} cannot be written to ({error}); pass another --output-dir.") from error
+        raise RunFailed(f"{folder} cannot be written to ({error}); pass another `output_dir`.") from error
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             (folder / _LOCK).unlink()  # before the release, or it could be the next holder's
         lock.release()
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # one that is not empty
+            for path in made:
+                path.rmdir()
 
 
 def in_use(folder: Path) -> bool:
@@ -66,38 +111,61 @@ def in_use(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, old: Sequence[str]) -> Iterator[Path]:
-    """A new folder whose files take the place of the old ones when all went well; else those stay.
+def replacing(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
+    """A new folder whose files take the place of those that were written before when all went well; else those stay.
 
     Args:
         folder: where the files are to stand.
-        old: patterns of the names of what they replace; what else there is stays.
+        old: as for :func:`finish`.
 
     Raises:
         UserError: another process is writing to the folder.
-        RunFailed: files cannot be written.
+        RunFailed: files cannot be written, or somebody else's are in their place.
     """
     with locked(folder):
-        work = folder / UNFINISHED
+        work = folder / _WORK
         try:
-            _settle(folder, old)
+            _settle(folder)
             remove(work)  # of a process that was killed
             work.mkdir()
             yield work
-            finish(folder, old)
+            check_place(folder, work, old)
+            finish(folder, work, old)
         except OSError as error:
             raise RunFailed(f"The files could not be written to {folder} ({error}); free space, try again.") from error
         finally:
             remove(work)
 
 
-def finish(folder: Path, old: Sequence[str]) -> None:
-    """Let the files in the folder's ``unfinished`` part take the place of the old ones; the folder is held."""
-    os.replace(folder / UNFINISHED, folder / _FINISHED)
-    _settle(folder, old)
+def check_place(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
+    """See that :func:`finish` would overwrite nothing but what this package wrote.
+
+    Raises:
+        RunFailed: it would.
+    """
+    own = _written(folder, old)
+    if others := sorted(path.name for path in work.iterdir() if (folder / path.name).exists() and path.name not in own):
+        raise RunFailed(
+            f"{folder} holds {', '.join(others)} of another origin, where files of that name are to be written; move "
+            "that elsewhere and repeat the command."
+        )
 
 
-def settle(folder: Path, old: Sequence[str]) -> None:
+def finish(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
+    """Let what is in ``work`` take the place of what was written to the folder before; the folder is held.
+
+    Args:
+        folder: where the files are to stand.
+        work: a part of it, with the new files.
+        old: patterns of the names of what was written before, for a folder without a list of them.
+    """
+    new = sorted(path.name for path in work.iterdir())
+    write_json(work / _MANIFEST, {"written": new, "replaced": sorted(_written(folder, old))})
+    os.replace(work, folder / _FINISHED)
+    _settle(folder)
+
+
+def settle(folder: Path) -> None:
     """Do what a crash has left undone of a replacement, if there was one.
 
     Raises:
@@ -108,14 +176,9 @@ def settle(folder: Path, old: Sequence[str]) -> None:
         return
     with locked(folder, timeout=60):
         try:
-            _settle(folder, old)
+            _settle(folder)
         except OSError as error:
             raise RunFailed(f"New files in {folder} could not be moved to their place ({error}).") from error
-
-
-def is_free(folder: Path) -> bool:
-    """Whether there is no such folder, or nothing in it but what a killed process left here."""
-    return not folder.is_dir() or not {path.name for path in folder.iterdir()} - {UNFINISHED, _LOCK}
 
 
 def remove(path: Path) -> None:
@@ -126,14 +189,38 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _settle(folder: Path, old: Sequence[str]) -> None:
+def _settle(folder: Path) -> None:
     finished, moving = folder / _FINISHED, folder / _MOVING
     if finished.is_dir():
-        own = (finished, moving, folder / UNFINISHED, folder / _LOCK)
-        for path in {path for pattern in old for path in folder.glob(pattern)}.difference(own):
-            remove(path)
+        for name in _listed(finished, "replaced") or ():
+            remove(folder / name)
         os.replace(finished, moving)
     if moving.is_dir():
         for path in list(moving.iterdir()):
             os.replace(path, folder / path.name)
         moving.rmdir()
+
+
+def _written(folder: Path, old: Sequence[str]) -> set[str]:
+    """Names of what this package wrote to the folder; by the patterns where there is no list."""
+    listed = _listed(folder, "written")
+    if listed is None:
+        return {path.name for pattern in old for path in folder.glob(pattern)}
+    return {name for name in listed if (folder / name).exists()}
+
+
+def _listed(folder: Path, key: str) -> list[str] | None:
+    """Names in a folder's list, without any that would lead out of the folder."""
+    try:
+        names = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [name for name in names if isinstance(name, str) and name == Path(name).name and name not in (".", "..")]
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+def _taken(folder: Path) -> UserError:
+    return UserError(f"Another process is writing to {folder}; wait until it is done, or pass another `output_dir`.")

@@ -47,15 +47,27 @@ def write_drawing(draw: Callable[[], Figure], path: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
+    return [write_figure(draw, path.with_name(path.name + suffix)) for suffix in (".png", ".svg")]
+
+
+def write_figure(draw: Callable[[], Figure], path: Path) -> Path:
+    """Write what ``draw`` draws in the format of the path's suffix, in the package's style.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: matplotlib is not installed, or cannot write the format.
+    """
     require_matplotlib()
     import matplotlib
 
-    written = []
+    format = path.suffix[1:].lower()
+    options: dict[str, Any] = {"metadata": {"Date": None}} if format == "svg" else {"dpi": 200}
     with matplotlib.rc_context(STYLE):
-        figure = draw()
-        for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=suffix[1:], **options)
-            write_bytes(path.with_name(path.name + suffix), drawn.getvalue())
-            written.append(path.with_name(path.name + suffix))
-    return written
+        figure, drawn = draw(), io.BytesIO()
+        if format not in figure.canvas.get_supported_filetypes():
+            raise UserError(f"{path} has no suffix of a figure's format; let the name end in .png or .svg.")
+        figure.savefig(drawn, format=format, **options)
+    write_bytes(path, drawn.getvalue())
+    return path

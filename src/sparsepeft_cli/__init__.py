@@ -8,9 +8,22 @@ from typing import Annotated
 
 import typer
 
-from sparsepeft_cli import benchmark, demo, evaluate, export, inspect, predict, reproduce, sparsify, storage, train
+from sparsepeft_cli import (
+    benchmark,
+    demo,
+    evaluate,
+    export,
+    history,
+    inspect,
+    predict,
+    reproduce,
+    sparsify,
+    storage,
+    train,
+)
 from sparsepeft_cli._errors import Command
 from sparsepeft_cli._help import PlainGroup
+from sparsepeft_cli._interrupts import Stop, Stopped, handling, stop_at_once
 from sparsepeft_cli._version import show_version
 
 app = typer.Typer(
@@ -21,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
-for _module in (train, evaluate, predict, export, sparsify, inspect, storage, demo):
+for _module in (train, history, evaluate, predict, export, sparsify, inspect, storage, demo):
     app.command(_module.__name__.rpartition(".")[2], cls=Command)(_module.command)
 app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(benchmark.app, name="benchmark")
@@ -36,22 +49,28 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line: exit code 0 on success, 2 for what was given wrongly, 1 for what failed while running."""
+    """Run the command line: exit code 0 on success, 2 for what was given wrongly, 1 for what failed while running.
+
+    A signal ends it with 128 and the signal's number.
+    """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet()
     try:
-        app()
-    except KeyboardInterrupt:
-        print("Interrupted; the same command resumes a training run.", file=sys.stderr)
-        sys.exit(130)
+        with handling(stop_at_once):
+            app()
+    except (Stopped, Stop) as error:
+        stop = error.stop if isinstance(error, Stopped) else error
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
     except Exception as error:  # the boundary to the user: every failure becomes one sentence and an exit code
         if debug:
             raise
         from sparsepeft.errors import RunFailed, UserError
 
-        known = isinstance(error, (UserError, RunFailed))
-        sentence = " ".join(str(error).split()) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        sentence = " ".join(str(error).split())
+        if not isinstance(error, (UserError, RunFailed)):
+            sentence = f"{type(error).__name__}: {sentence.rstrip('.')} (not foreseen; --debug shows where)."
         print(f"Error: {sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 

@@ -14,8 +14,39 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+
+class _Messages(Console):
+    """A console whose status is a line for each step where nobody looks at a terminal."""
+
+    def status(self, status: Any, **options: Any) -> Any:
+        return super().status(status, **options) if self.is_terminal else _Told(status)
+
+
+class _Told:
+    """A status without a terminal."""
+
+    def __init__(self, status: str) -> None:
+        self._status = status
+
+    def __enter__(self) -> _Told:
+        say(self._status)
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, status: str) -> None:
+        """Say what is done now."""
+        say(status)
+
+
 out = Console()
-err = Console(stderr=True)
+err = _Messages(stderr=True)
+
+
+def say(line: str) -> None:
+    """A line on standard error, as it is."""
+    err.print(line, highlight=False, markup=False, soft_wrap=True)
+
 
 _UNLIMITED = 10_000
 

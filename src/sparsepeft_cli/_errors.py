@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparsepeft_cli._help import PlainCommand
+from sparsepeft_cli._interrupts import Stopped
 from sparsepeft_cli._options import current_names
 
 _MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
@@ -25,6 +26,8 @@ class Command(PlainCommand):
 
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped(stop) from stop
         except (UserError, RunFailed) as error:
             text = in_options(str(error), self.params)
             error.args = (text,)

@@ -15,7 +15,9 @@ def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: 
 
     run = load_language_model_config(flags, config)
     with TrainingProgress() as progress:
-        results = train_language_model(run, callbacks=[progress.callback], overwrite=overwrite)
+        results = train_language_model(
+            run, callbacks=progress.callbacks, overwrite=overwrite, announce=progress.announce
+        )
     if json:
         print_json(results)
         return

@@ -23,7 +23,7 @@ def command(
     from sparsepeft_cli._progress import TrainingProgress
 
     with TrainingProgress() as progress:
-        result = run_demo(output_dir, callbacks=lambda name: [progress.labelled(name).callback])
+        result = run_demo(output_dir, callbacks=lambda name: progress.labelled(name).callbacks)
     if json:
         print_json(dataclasses.asdict(result))
         return

@@ -38,12 +38,13 @@ def command(
     Example: `sparsepeft inspect out/topics --output-dir out/topics/inspection`
     """
     from sparsepeft.inspection import inspect_run
-    from sparsepeft.inspection.files import PAGE, write_inspection
+    from sparsepeft.inspection.files import PAGE, check_folder, write_inspection
     from sparsepeft.plotting import require_matplotlib
     from sparsepeft_cli._console import err, out, print_json
 
     if output_dir is not None:
         require_matplotlib()
+        check_folder(output_dir)
     with err.status("reading memories"):
         report = inspect_run(
             folder,

@@ -102,6 +102,10 @@ def command(
         typer.Option("--spt-set", metavar="KEY=VALUE", help="A setting of SptConfig.", rich_help_panel=_SPT),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON with these options; flags win.")] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMES", help="Trackers: tensorboard, wandb, ... [default: none; history.jsonl anyway]"),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace a run in the output folder, once this one is finished.")
     ] = False,
@@ -119,6 +123,9 @@ def command(
     Example: `sparsepeft train --task lm --model MODEL --text mine.txt --spt --output-dir out/mine`
     """
     flags: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("set_", "config", "overwrite", "json")}
+    from sparsepeft.training.early import check_early
+
+    check_early(flags, config, overwrite)
     from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.training import is_language_model, load_config, parse_settings, train
     from sparsepeft_cli._console import out, print_json
@@ -133,7 +140,7 @@ def command(
         return
     run = load_config(flags, config)
     with TrainingProgress() as progress:
-        results = train(run, callbacks=[progress.callback], overwrite=overwrite)
+        results = train(run, callbacks=progress.callbacks, overwrite=overwrite, announce=progress.announce)
     if json:
         print_json(results)
     else:

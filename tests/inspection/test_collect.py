@@ -117,7 +117,7 @@ def test_one_layer() -> None:
     model = adapted("bert")
     report = inspect_memories(model, [inputs()], layer=1)
     assert [(layer.index, layer.name) for layer in report.layers] == [(1, "bert.encoder.layer.1")]
-    with pytest.raises(UserError, match="`layer=7` was given.*choose one of 0, 1, 2"):
+    with pytest.raises(UserError, match=r"`layer=7` was given.*choose one of 0, 1, 2"):
         inspect_memories(model, [inputs()], layer=7)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from datasets import Dataset
 from safetensors.torch import load_file
 from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, write_jsonl
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
@@ -19,7 +18,6 @@ from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
 from sparsepeft.training.files import read_run
 from sparsepeft.training.loss import TaskLoss, read_class_weights, task_loss
-from sparsepeft.training.trainer import SafeTrainer
 
 MAIL = TaskSpec("mail", ("text",), ("ham", "spam", "other"), ("accuracy",), "accuracy", 1)
 VALUES = TaskSpec("values", ("text",), None, ("pearson",), "pearson", 1)

@@ -61,8 +61,8 @@ def export_tasks(
         raise UserError(f"`tolerance={tolerance!r}` was given, but it must be a positive number.")
     folder = Path(output_dir)
     check_output(folder, overwrite)
-    job = Job(folders, model, data_dir, max_examples, progress)
     with replacing(folder, WRITTEN) as staged:
+        job = Job(folders, model, data_dir, max_examples, progress)
         if format == "executorch":
             found = export_executorch(job, staged, tolerance=tolerance)
         elif format == "openvino":

@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from sparsepeft import folders
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
-from sparsepeft.folders import is_free, settle
 from sparsepeft.provenance import write_json
 from sparsepeft.training.files import RUN
 from sparsepeft.tuners._files import PEFT_PREFIX
 from sparsepeft.tuners._quantized import INT8, cast_for_saving
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
-WRITTEN = ("*",)  # an export has its folder to itself
+WRITTEN = (REPORT, RUNNER, TOKENIZER, TASKS, "backbone.*")
 OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py
 WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -31,20 +31,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
     Raises:
         UserError: it is a file, holds an export and ``overwrite`` is not set, or holds anything else.
+        RunFailed: it cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"`output_dir={folder}` was given, but that is a file; pass a folder.")
-    settle(folder, WRITTEN)
-    if is_free(folder):
-        return
-    if not (folder / REPORT).is_file():
-        raise UserError(
-            f"`output_dir={folder}` was given, but that folder holds other files; pass a new or an empty one."
-        )
-    if not overwrite:
-        raise UserError(
-            f"{folder} already holds an export; pass another `output_dir`, or `overwrite=True` to replace it."
-        )
+    folders.check_output(folder, (REPORT,), "an export", overwrite)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.anneal import AnnealTopK
 from sparsepeft.inspection.figures import label_figure, save_figure
-from sparsepeft.inspection.files import write_inspection
+from sparsepeft.inspection.files import check_folder, write_inspection
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.run import inspect_run
 from sparsepeft.plotting import require_matplotlib
 from sparsepeft.training import RunConfig, train
 from sparsepeft.training.files import RESULTS, read_run
+from sparsepeft.training.plan import RunPlan
 
 TITLE = "What the parent cells have learned: BBC News, 5 parents with 1 child each"
 _NOT_COMPARED = ("output_dir", "data_dir")  # may differ between machines
@@ -32,6 +33,7 @@ def reproduce_figure2(
     recipe: str = "paper",
     settings: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    announce: Callable[[RunPlan], None] = lambda plan: None,
     **values: Any,
 ) -> MemoryReport:
     """Train, unless that is done, inspect the test part, and write figure, page and numbers.
@@ -49,6 +51,7 @@ def reproduce_figure2(
         recipe: where learning rate and schedule come from.
         settings: further keys of the memory's config or of the optimisation.
         callbacks: shown loss and metrics while training.
+        announce: told what the training is about to do.
         values: further fields of :class:`sparsepeft.training.RunConfig`.
 
     Returns:
@@ -59,13 +62,14 @@ def reproduce_figure2(
         RunFailed: training could not be finished.
     """
     require_matplotlib()
+    check_folder(output_dir, "run", "run-annealed")
     run = output_dir / ("run-annealed" if anneal else "run")
     memory = {"num_parents": 5, "num_children": 1, "top_k": top_k}
     config = RunConfig(
         task="bbc-news", output_dir=str(run), epochs=epochs, recipe=recipe, settings=memory | (settings or {}), **values
     )
     if not _is_done(run, config):
-        train(config, [*callbacks, AnnealTopK()] if anneal else callbacks)
+        train(config, [*callbacks, AnnealTopK()] if anneal else callbacks, announce=announce)
     report = inspect_run(run, split="test", data_dir=config.data_dir, model=config.model, compare_untrained=True)
     report = dataclasses.replace(report, source=report.source | {"annealed": anneal, "config": _settings(config)})
     write_inspection(report, output_dir, TITLE)

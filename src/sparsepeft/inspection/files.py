@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsepeft.folders import check_output
 from sparsepeft.inspection.figures import label_figure, nmi_figure, picks_figure, save_figure
 from sparsepeft.inspection.page import render_page
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.provenance import environment, write_bytes, write_json
+from sparsepeft.training.output_folder import RUN
 
 REPORT, PAGE = "inspection.json", "inspection.html"
+
+
+def check_folder(folder: Path, *also: str) -> None:
+    """See that an inspection may be written to ``folder``: a new one, an empty one, a run's, or one of an inspection.
+
+    Args:
+        folder: for the output.
+        *also: further names by which it may be known.
+
+    Raises:
+        UserError: it holds other files, or is a file.
+        RunFailed: it cannot be written to.
+    """
+    check_output(folder, (REPORT, RUN, *also), "an inspection", overwrite=True)
 
 
 def write_inspection(report: MemoryReport, folder: Path, title: str = "What the parent cells have learned") -> None:

@@ -18,8 +18,10 @@ from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
 from sparsepeft.training.checks import check_number, check_values
+from sparsepeft.training.config_file import read_config
 from sparsepeft.training.loss import read_class_weights
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
+from sparsepeft.training.reporting import read_trackers
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
 
@@ -68,6 +70,7 @@ class RunConfig:
         cache_frozen_layers: compute the outputs of frozen lower layers once per training example (and without dropout),
             where the adapter is kept to upper layers (``layers_to_transform``).
         compile: run the model through ``torch.compile``.
+        report_to: names of trackers to report to while training, as in ``transformers.TrainingArguments``.
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's or the task's value)
@@ -111,12 +114,14 @@ class RunConfig:
     cache_frozen_layers: bool = False
     compile: bool = False
     device: str | None = None
+    report_to: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         vars(self).update(with_absolute_paths(vars(self)))
         self.precision = short_precision(self.precision)
+        self.report_to = read_trackers(self.report_to)
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)
         if self.label_smoothing_factor is not None:
@@ -264,24 +269,3 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_
             parsed = float(parsed) if isinstance(parsed, str) else parsed
         settings[key.strip()] = parsed
     return settings
-
-
-def read_config(file: Path | None) -> dict[str, Any]:
-    """The content of a YAML or JSON config file; empty without one.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
-    if file is None:
-        return {}
-    if not file.is_file():
-        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `config`.")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
-        raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); pass another `config`.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
-    return values

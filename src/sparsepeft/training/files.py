@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,40 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.folders import UNFINISHED, finish, in_use, locked, remove, settle
+from sparsepeft.folders import UNFINISHED, check_place, finish, in_use, locked, remove, settle
 from sparsepeft.paths import with_absolute_paths, without_folders
 from sparsepeft.provenance import write_json
 from sparsepeft.tasks import TaskData, TaskSpec
 from sparsepeft.tasks.columns import Columns
 from sparsepeft.training.config import RunConfig, current_names
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
+from sparsepeft.training.output_folder import (
+    CHECKPOINTS,
+    HISTORY,
+    LOGS,
+    RESULTS,
+    RUN,
+    check_output_folder,
+    has_checkpoint,
+)
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.tuners._quantized import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
-RUN, RESULTS, CHECKPOINTS = "run.json", "results.json", "checkpoints"
 HELD_OUT = "held_out.json"  # which rows were, where they were drawn: see sparsepeft.training.held_out
 RESULTS_VERSION = 1
 RUN_VERSION = 1
-_NOT_TRAINED = {"output_dir", "save_dtype", "device"}  # of a config: does not matter before the end, or at all
+_NOT_TRAINED = {"output_dir", "save_dtype", "device", "report_to"}  # of a config: decides nothing before the end
+_KEPT = (RUN, CHECKPOINTS, HISTORY, LOGS)  # of an interrupted run, which goes on from it
 # What a run leaves at most: an adapter, or a model with its tokenizer.
 WRITTEN = (
     RUN,
     RESULTS,
     HELD_OUT,
+    HISTORY,
+    LOGS,
     CHECKPOINTS,  # of a run that an earlier version of this package left unfinished
     "README.md",
     "adapter_config.json",
@@ -133,13 +143,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         UserError: this is no run's folder, the run is not finished or was to be replaced by one that was interrupted,
             or the file is damaged or of a newer version.
     """
-    settle(folder, WRITTEN)
-    has_other = (folder / UNFINISHED / RUN).is_file()
+    settle(folder)
     if not (folder / RUN).is_file():
-        if has_other:
+        if (folder / UNFINISHED / RUN).is_file():
             raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
-        raise UserError(f"{folder} holds no run ({RUN} is missing); pass the --output-dir of `sparsepeft train`.")
-    if has_other and not in_use(folder):
+        raise UserError(f"{folder} holds no run ({RUN} is missing); pass the output folder of `sparsepeft train`.")
+    if has_checkpoint(folder) and not in_use(folder):
         raise UserError(
             f"The run in {folder} was to be replaced, but the new training was interrupted; repeat its command to "
             f"finish it, or remove {folder / UNFINISHED} to go on with the former run."
@@ -159,62 +168,78 @@ def check_folder(folder: Path, run: dict[str, Any], overwrite: bool) -> bool:
         Whether the very same run was interrupted there and can go on.
 
     Raises:
-        UserError: the folder holds a run, finished or of other values, or is a file.
+        UserError: the folder is a file, or holds anything that is no run's, a finished run, or one that was interrupted
+            after a checkpoint and has other values.
+        RunFailed: it cannot be written to.
     """
-    if folder.is_file():
-        raise UserError(f"The output folder {folder} is a file; pass a folder to --output-dir.")
-    if (folder / RUN).exists() and not overwrite:
-        raise UserError(
-            f"{folder} already holds a finished run; pass another --output-dir, or --overwrite to replace that run."
-        )
+    check_output_folder(folder, overwrite)
     if not (folder / UNFINISHED / RUN).exists():
         return False
+    is_protected = has_checkpoint(folder) and not overwrite
     try:
         differing = _differing(_read(folder / UNFINISHED / RUN), run)
     except UserError:
-        if not overwrite:
+        if is_protected:
             raise
         return False
-    if differing and not overwrite:
+    if differing and is_protected:
         raise UserError(
             f"{folder} holds an unfinished run with other values of {', '.join(differing)}; repeat its command to "
-            "resume it, pass another --output-dir, or --overwrite to start anew."
+            "resume it, pass another `output_dir`, or `overwrite` to start anew."
         )
     return not differing
 
 
 @contextlib.contextmanager
-def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Where a run works until it is finished: a part of its folder, whose files then take the place of a former run's.
+def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """Hold a run's folder, so that no other process starts there, until the run is finished.
 
-    If the run is interrupted, what it has written stays there, to go on from.
+    A run works in a part of its folder, whose files then take the place of a former run's. If the run is interrupted,
+    what it has written stays there, to go on from.
 
     Args:
         folder: of the run.
-        run: the content of ``run.json``.
+        run: what is known of its ``run.json`` before anything is loaded.
         overwrite: the run may take the place of another.
+
+    Yields:
+        What begins the work: takes the whole content of ``run.json``, and returns where to write.
 
     Raises:
         UserError: as for :func:`check_folder`, or another process is writing to the folder.
         RunFailed: files cannot be written or moved.
     """
-    settle(folder, WRITTEN)
+    check_folder(folder, run, overwrite)
+    work, has_begun = folder / UNFINISHED, False
+
+    def begin(run: dict[str, Any]) -> Path:
+        nonlocal has_begun
+        goes_on, has_begun = check_folder(folder, run, overwrite), True
+        for path in work.iterdir() if work.exists() else ():
+            if not goes_on or path.name not in _KEPT:
+                remove(path)
+        write_json(work / RUN, run)
+        return work
+
     with locked(folder):
-        goes_on, work = check_folder(folder, run, overwrite), folder / UNFINISHED
         try:
-            for path in work.iterdir() if work.exists() else ():
-                if not goes_on or path.name not in (RUN, CHECKPOINTS):
-                    remove(path)
-            write_json(work / RUN, run)
-            yield work
+            yield begin
+            check_place(folder, work, _former(folder))
             remove(work / CHECKPOINTS)
-            finish(folder, WRITTEN)
+            finish(folder, work, _former(folder))
         except UserError:  # found late, but before any training
-            if not any((work / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            if has_begun and not has_checkpoint(folder):
                 remove(work)
             raise
         except OSError as error:
+            if not has_begun:
+                raise
             raise RunFailed(f"The run in {folder} could not be written ({error}); free space and resume.") from error
+
+
+def _former(folder: Path) -> tuple[str, ...]:
+    """Names of what may be a former run's, for one that has no list of its files."""
+    return WRITTEN if (folder / RUN).exists() else ()
 
 
 def can_resume(folder: Path, config: RunConfig) -> bool:
@@ -263,7 +288,7 @@ def results_of(
         "config": {
             key: value
             for key, value in without_folders(config.to_dict()).items()
-            if key not in ("output_dir", "data_dir", "model")
+            if key not in ("output_dir", "data_dir", "model", "report_to")
         },
     }
 
@@ -273,10 +298,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         run: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); train again with --overwrite.") from error
+        raise UserError(f"{path} is damaged ({error}); train again with `overwrite`.") from error
     parts = ("config", "task")
     if not isinstance(run, dict) or not all(part in run for part in parts) or not isinstance(run["config"], dict):
-        raise UserError(f"{path} is damaged (it lacks {' or '.join(parts)}); train again with --overwrite.")
+        raise UserError(f"{path} is damaged (it lacks {' or '.join(parts)}); train again with `overwrite`.")
     version = run.get("format_version", 0)
     if not isinstance(version, int) or version > RUN_VERSION:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_model
 from sparsepeft.errors import UserError
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
     RESULTS,
     RESULTS_VERSION,
-    check_folder,
     describe_run,
     open_run,
     read_run,
@@ -39,7 +39,11 @@ from sparsepeft.training.lm_model import (
     perplexity,
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
+from sparsepeft.training.output_folder import HISTORY, LOGS
+from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.recorder import Recorder
+from sparsepeft.training.reporting import make_reporters
 from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments, training_device
 
@@ -48,7 +52,10 @@ _EPOCHS = 1
 
 
 def train_language_model(
-    config: LanguageModelConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False
+    config: LanguageModelConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
+    announce: Callable[[RunPlan], None] = lambda plan: None,
 ) -> dict[str, Any]:
     """Make the model sparse if that is asked for, fine-tune it, measure its perplexity, save.
 
@@ -63,6 +70,7 @@ def train_language_model(
         config: what to do.
         callbacks: shown the loss as it comes.
         overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
+        announce: told what the run is about to do, when all is loaded.
 
     Returns:
         The results, as in ``results.json``.
@@ -74,32 +82,38 @@ def train_language_model(
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter, task_type=TaskType.CAUSAL_LM)  # wrong settings are found first
     device = training_device(config.device)
+    reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config, recipe)
-    check_folder(folder, run, overwrite)
-    model_id = resolve_model(config.model)
-    tokenizer = load_tokenizer(model_id)
-    block_length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), config.block_length, "block_length")
-    corpus = _corpus(config, tokenizer, block_length, begin_token(tokenizer, config.bos_token))
-    backbone, _ = load_language_model(model_id)
-    backbone.to(device)
+    with open_run(folder, run, overwrite) as begin:
+        model_id = resolve_model(config.model)
+        tokenizer = load_tokenizer(model_id)
+        model_config = AutoConfig.from_pretrained(model_id)
+        block_length = longest_input(tokenizer, model_config, config.block_length, "block_length")
+        corpus = _corpus(config, tokenizer, block_length, begin_token(tokenizer, config.bos_token))
+        backbone, _ = load_language_model(model_id)
+        backbone.to(device)
 
-    def measure(model: torch.nn.Module) -> dict[str, float]:
-        return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
+        def measure(model: torch.nn.Module) -> dict[str, float]:
+            return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
 
-    before = {"dense": measure(backbone)}
-    done = None
-    if spt is not None:
-        done = make_sparse(backbone, spt, evenly_spaced(corpus.train, CALIBRATION_BLOCKS))
-        before["sparse"] = measure(backbone)
-    set_seed(config.seed)
-    model = add_adapter(backbone, config.method, recipe)
-    data_fingerprints = fingerprints([*config.text, *config.validation_text])
-    run |= {"task": LM, "data_fingerprints": data_fingerprints, "bos_token_id": corpus.begin}
-    with open_run(folder, run, overwrite) as work:
+        before = {"dense": measure(backbone)}
+        done = None
+        if spt is not None:
+            done = make_sparse(backbone, spt, evenly_spaced(corpus.train, CALIBRATION_BLOCKS))
+            before["sparse"] = measure(backbone)
+        set_seed(config.seed)
+        model = add_adapter(backbone, config.method, recipe)
+        data_fingerprints = fingerprints([*config.text, *config.validation_text])
+        work = begin(run | {"task": LM, "data_fingerprints": data_fingerprints, "bos_token_id": corpus.begin})
         if corpus.held_out:
             write_held_out(work, {"validation": list(corpus.held_out)})
+        sizes = {"training": len(corpus.train), "validation": len(corpus.validation)}
+        announcer = Announcer(
+            announce, config, model=describe_backbone(model_id), sizes=sizes, notes=tuple(corpus.notes)
+        )
+        watching = [announcer, Recorder(work / HISTORY), *reporters, *callbacks]
         start = time.perf_counter()
-        steps = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
+        steps = _train(model, config, recipe, corpus, watching, work / CHECKPOINTS)
         seconds = time.perf_counter() - start
         metrics = {"validation": measure(model)}
         results = {
@@ -130,7 +144,7 @@ def train_language_model(
             "config": {
                 key: value
                 for key, value in config.to_dict().items()
-                if key not in ("output_dir", "model", "text", "validation_text")
+                if key not in ("output_dir", "model", "text", "validation_text", "report_to")
             },
         }
         write_json(work / RESULTS, results)

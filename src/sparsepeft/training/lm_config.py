@@ -11,8 +11,10 @@ from sparsepeft.errors import UserError
 from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.training.checks import check_values
-from sparsepeft.training.config import PRECISIONS, merge_config, read_config, recipe_of, short_precision
+from sparsepeft.training.config import PRECISIONS, merge_config, recipe_of, short_precision
+from sparsepeft.training.config_file import read_config
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
+from sparsepeft.training.reporting import read_trackers
 from sparsepeft.training.sparse import check_spt, join_spt_flags
 
 LM = "lm"
@@ -42,6 +44,7 @@ class LanguageModelConfig:
         gradient_accumulation_steps: batches that make a step.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         device: ``cpu``, ``cuda`` or ``mps``; None is the accelerator if there is one.
+        report_to: names of trackers to report to while training, as in ``transformers.TrainingArguments``.
         settings: keys of the method's config (``r``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's value)
@@ -72,12 +75,14 @@ class LanguageModelConfig:
     precision: str = "fp32"
     device: str | None = None
     seed: int = 42
+    report_to: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         absolute = with_absolute_paths(vars(self))  # so that the run can be used from any folder
         vars(self).update(absolute | {name: tuple(absolute[name]) for name in ("text", "validation_text")})
+        object.__setattr__(self, "report_to", read_trackers(self.report_to))
         object.__setattr__(self, "precision", short_precision(self.precision))
         named = {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)

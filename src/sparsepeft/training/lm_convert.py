@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.folders import replacing, settle
+from sparsepeft.folders import check_output, replacing
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.spt import save_sparse
 from sparsepeft.spt.loading import SPARSE_WEIGHTS
@@ -74,41 +74,37 @@ def sparsify_language_model(
         UserError: something given cannot be used.
     """
     config, folder = read_spt_settings(settings or {}), Path(output_dir)
-    if folder.is_file():
-        raise UserError(f"The output folder {folder} is a file; pass a folder as `output_dir`.")
-    settle(folder, WRITTEN)
-    if (folder / REPORT).exists() and not overwrite:
-        raise UserError(f"{folder} already holds a sparse model; pass another `output_dir`, or `overwrite=True`.")
+    check_output(folder, (REPORT,), "a sparse model", overwrite)
     if config.attention and not text:
         raise UserError(
-            "Sparse attention is calibrated on text, and none was given; pass a file of typical text as `text`, or "
-            "leave attention dense by the setting attention=false."
+            "Sparse attention is calibrated on text, and none was given; pass `text`, files of typical text, or leave "
+            "attention dense by the setting attention=false."
         )
-    model_id = resolve_model(model)
-    calibration = rest = begin = None
-    if text:
-        tokenizer = load_tokenizer(model_id)
-        length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), block_length, "block_length")
-        begin = begin_token(tokenizer, bos_token)
-        blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
-        calibration, rest = blocks[:CALIBRATION_BLOCKS], blocks[CALIBRATION_BLOCKS:]
-    loaded, is_causal = load_language_model(model_id, masked=True)
-    to_accelerator(loaded)
-    scored = evenly_spaced(rest, _SCORED_BLOCKS) if is_causal and rest is not None and len(rest) else None
-    dense = _perplexity(loaded, scored)
-    done = make_sparse(loaded, config, calibration)
-    results = {
-        "format_version": _FORMAT_VERSION,
-        "model": describe_backbone(model_id),
-        **describe(done),
-        "perplexity": {"dense": dense, "sparse": _perplexity(loaded, scored)},
-        "num_scored_tokens": 0 if scored is None else num_predicted(scored),
-        "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
-        "calibration": None if calibration is None else list(calibration.shape),
-        "data_fingerprints": fingerprints(text),
-        "environment": environment(),
-    }
     with replacing(folder, WRITTEN) as staged:
+        model_id = resolve_model(model)
+        calibration = rest = begin = None
+        if text:
+            tokenizer = load_tokenizer(model_id)
+            length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), block_length, "block_length")
+            begin = begin_token(tokenizer, bos_token)
+            blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
+            calibration, rest = blocks[:CALIBRATION_BLOCKS], blocks[CALIBRATION_BLOCKS:]
+        loaded, is_causal = load_language_model(model_id, masked=True)
+        to_accelerator(loaded)
+        scored = evenly_spaced(rest, _SCORED_BLOCKS) if is_causal and rest is not None and len(rest) else None
+        dense = _perplexity(loaded, scored)
+        done = make_sparse(loaded, config, calibration)
+        results = {
+            "format_version": _FORMAT_VERSION,
+            "model": describe_backbone(model_id),
+            **describe(done),
+            "perplexity": {"dense": dense, "sparse": _perplexity(loaded, scored)},
+            "num_scored_tokens": 0 if scored is None else num_predicted(scored),
+            "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
+            "calibration": None if calibration is None else list(calibration.shape),
+            "data_fingerprints": fingerprints(text),
+            "environment": environment(),
+        }
         save_sparse(loaded, staged)
         write_json(staged / REPORT, results)
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
@@ -26,7 +27,6 @@ from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
     RESULTS,
-    check_folder,
     describe_run,
     open_run,
     results_of,
@@ -43,7 +43,11 @@ from sparsepeft.training.methods import (
     load_tokenizer,
     note_on_head,
 )
+from sparsepeft.training.output_folder import HISTORY, LOGS
+from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
+from sparsepeft.training.recorder import Recorder
+from sparsepeft.training.reporting import make_reporters
 from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
 
@@ -65,8 +69,19 @@ class PreparedData:
     reported: dict[str, Dataset]
     num_cut: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each part, those that are trained on first."""
+        chosen_on = {} if self.selection is None else {"selection": len(self.selection)}
+        return {"training": len(self.train), **chosen_on, **{name: len(part) for name, part in self.reported.items()}}
 
-def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
+
+def train(
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
+    announce: Callable[[RunPlan], None] = lambda plan: None,
+) -> dict[str, Any]:
     """Train, choose the best checkpoint on a tenth of the training data, save, score what was saved once.
 
     With ``spt`` the model is made sparse first, calibrated on a few of the training examples. The output folder then
@@ -78,6 +93,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         config: what to do.
         callbacks: shown loss and metrics as they come.
         overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
+        announce: told what the run is about to do, when all is loaded.
 
     Returns:
         The results, as in ``results.json``.
@@ -90,31 +106,32 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
     device = training_device(config.device)
+    reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config, recipe)
-    check_folder(folder, run, overwrite)
-    model_id = resolve_model(config.model)
-    data = load_data(config)
-    tokenizer = load_tokenizer(model_id)
-    set_seed(config.seed)
-    backbone = load_backbone(model_id, data.spec)
-    data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
-    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
-    loss = task_loss(
-        data.spec,
-        prepared.train["labels"],
-        config.class_weights,
-        config.label_smoothing_factor,
-        config.gradient_accumulation_steps,
-    )
-    collator = Collator(tokenizer)
-    done = None
-    if spt is not None:
-        backbone.to(device)
-        done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
-    model = extend(backbone, config.method, data.spec, recipe.adapter)
-    run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
-    run |= {} if data.columns is None else {"columns": data.columns._asdict()}
-    with open_run(folder, run, overwrite) as work:
+    with open_run(folder, run, overwrite) as begin:
+        model_id = resolve_model(config.model)
+        data = load_data(config)
+        tokenizer = load_tokenizer(model_id)
+        set_seed(config.seed)
+        backbone = load_backbone(model_id, data.spec)
+        data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
+        prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
+        loss = task_loss(
+            data.spec,
+            prepared.train["labels"],
+            config.class_weights,
+            config.label_smoothing_factor,
+            config.gradient_accumulation_steps,
+        )
+        collator = Collator(tokenizer)
+        done = None
+        if spt is not None:
+            backbone.to(device)
+            done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
+        model = extend(backbone, config.method, data.spec, recipe.adapter)
+        run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
+        run |= {} if data.columns is None else {"columns": data.columns._asdict()}
+        work = begin(run)
         save_held_out(work, data)
         start, others = time.perf_counter(), OtherLoad()
         cache, training = None, prepared.train
@@ -122,6 +139,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             cache = FrozenLayerCache(model, work / CHECKPOINTS / "frozen_layers.bin")
             training = cache.fill(prepared.train, collator)
             collator = CachingCollator(collator, cache)
+        announcer = Announcer(
+            announce, config, model=describe_backbone(model_id), sizes=prepared.sizes, notes=data.notes
+        )
         trainer = SafeTrainer(
             model=model,
             args=_arguments(config, recipe, data.spec.paper_epochs, prepared, work / CHECKPOINTS),
@@ -131,7 +151,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             processing_class=tokenizer,
             compute_metrics=lambda output: _metrics(data.spec, output),
             compute_loss_func=loss,
-            callbacks=[*callbacks, *_early_stopping(config)],
+            callbacks=[announcer, Recorder(work / HISTORY), *reporters, *callbacks, *_early_stopping(config)],
             cache=cache,
         )
         trainer.remove_callback(PrinterCallback)

@@ -99,7 +99,7 @@ def resumable(folder: Path) -> str | None:
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         return None
-    logger.warning("Resuming from %s.", checkpoint.name)
+    logger.info("Resuming from %s.", checkpoint.name)
     return str(checkpoint)
 
 
@@ -171,6 +171,7 @@ def training_arguments(
         save_steps=save_steps,
         save_total_limit=1,
         logging_steps=max(1, min(save_steps, 50)),
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
         disable_tqdm=True,
         report_to="none",

@@ -1,0 +1,31 @@
+"""Reading a config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsepeft.errors import UserError, first_line
+
+
+def read_config(file: Path | None) -> dict[str, Any]:
+    """The content of a YAML or JSON config file; empty without one.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `config`.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
+        raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); pass another `config`.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
+    return values
