@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,22 @@ def test_a_setting_called_like_an_option_is_that_option(tmp_path: Path) -> None:
     config = load_config({"output_dir": "o", "settings": {"top_k": 3, "epochs": 2}}, file)
     assert (config.problem_type, config.max_steps, config.epochs) == ("regression", 7, 2)
     assert config.settings == {"top_k": 3}
+
+
+def test_words_of_keys_may_be_joined_as_options_are(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: topics\noutput-dir: o\nmax-steps: 7\n")
+    assert load_config({}, file).max_steps == 7
+
+
+def test_what_a_run_leaves_is_a_config_file(tmp_path: Path) -> None:
+    config = RunConfig("topics", "there", max_steps=7, settings={"top_k": 3}, spt={"num_blocks": 4})
+    for name in ("run.json", "results.json"):
+        (tmp_path / name).write_text(json.dumps({"format_version": 1, "config": config.to_dict()}))
+        with pytest.raises(UserError, match="No `output_dir` was given"):
+            load_config({}, tmp_path / name)
+        again = load_config({"output_dir": "here"}, tmp_path / name)
+        assert again == dataclasses.replace(config, output_dir="here")
 
 
 def test_missing_config_file(tmp_path: Path) -> None:

@@ -1,4 +1,9 @@
-"""Reading a config file."""
+"""Reading a config file.
+
+Its keys are the options of ``sparsepeft train``, with ``_`` or ``-`` between words, and ``settings`` and ``spt`` for
+what ``--set`` and ``--spt-set`` give one by one. A finished run's ``run.json`` and ``results.json`` hold the same keys
+under ``config``, and are config files, too: of the same run, but for the output folder.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from sparsepeft.errors import UserError, first_line
 
 
 def read_config(file: Path | None) -> dict[str, Any]:
-    """The content of a YAML or JSON config file; empty without one.
+    """The values in a YAML or JSON config file, by the names of the config's fields; empty without a file.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -28,4 +33,7 @@ def read_config(file: Path | None) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error.strerror}); pass another `config`.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if isinstance(values.get("config"), dict) and "format_version" in values:
+        return {key: value for key, value in values["config"].items() if key != "output_dir"}
     return values

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import check_not_in_use
-from sparsepeft.tasks.registry import canonical_name
+from sparsepeft.tasks.early import check_task
 from sparsepeft.training.config_file import read_config
 from sparsepeft.training.output_folder import check_output_folder
 from sparsepeft.training.recipes import METHODS, RECIPES
 
-_LM = "lm"
-_FILES = ("train_file", "validation_file", "test_file")
-
 
 def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) -> None:
-    """Refuse what names no task, method, recipe or file, and an output folder that cannot be used.
+    """Refuse what names no task, method, recipe, file or column, and an output folder that cannot be used.
 
     Args:
         flags: fields of a config, of which None means not given.
@@ -31,15 +29,12 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         RunFailed: the output folder cannot be written to.
     """
     values = {**read_config(file), **{key: value for key, value in flags.items() if value is not None}}
-    task = values.get("task")
-    if isinstance(task, str) and task != _LM:
-        canonical_name(task)
     for name, valid in (("method", METHODS), ("recipe", RECIPES)):
         value = values.get(name)
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
-    texts = [*_several(values.get("text")), *_several(values.get("validation_text"))]
-    for path in [*(values[name] for name in _FILES if values.get(name)), *texts]:
+    check_task(**{name: values.get(name) for name in inspect.signature(check_task).parameters})
+    for path in [*_several(values.get("text")), *_several(values.get("validation_text"))]:
         if not Path(path).is_file():
             raise UserError(f"The file {path} does not exist; correct its name.")
     if folder := values.get("output_dir"):
