@@ -93,9 +93,10 @@ def lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
         TaskError: the file is missing, damaged, or in another encoding.
     """
     number = 0
-    with _opened(path) as stream:
+    end = _line_end(path, encoding)
+    with _opened(path) as stream, io.TextIOWrapper(stream, encoding, newline=end) as text:
         try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding, newline=_line_end(path, encoding)), 1):
+            for number, line in enumerate(text, 1):
                 yield number, line
         except UnicodeError as error:
             name = "UTF-8" if encoding == UTF8 else encoding
@@ -130,8 +131,8 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _line_end(path: Path, encoding: str) -> str:
-    with _opened(path) as stream:
-        start = io.TextIOWrapper(stream, encoding, errors="replace", newline="").read(1 << 16)
+    with _opened(path) as stream, io.TextIOWrapper(stream, encoding, errors="replace", newline="") as text:
+        start = text.read(1 << 16)
     return "\r" if "\r" in start and "\n" not in start else "\n"  # "\r": old programs on the Macintosh
 
 
