@@ -74,6 +74,13 @@ def test_columns_are_detected(tmp_path: Path, columns: tuple[str, ...], texts: t
     assert {value.rsplit(" ", 1)[0] for value in seen} == set(texts)
 
 
+@pytest.mark.parametrize("columns", [("text", "mood"), ("id", "text", "mood"), ("", "mood", "premise", "hypothesis")])
+def test_the_only_column_that_is_left_is_the_label(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    rows: Rows = [tuple(f"{name} {i % 2}" for name in columns) for i in range(4)]
+    data = load_task("custom", train_file=write(tmp_path / "train.csv", columns, rows))
+    assert data.spec.label_names == ("mood 0", "mood 1")
+
+
 def test_columns_by_name(tmp_path: Path) -> None:
     path = write(
         tmp_path / "train.csv", ("a", "b", "c", "d"), [("x", "p", "1", "q"), ("y", "r", "2", "s"), ("", "", "2", "")]
@@ -92,7 +99,11 @@ def test_columns_by_name(tmp_path: Path) -> None:
     [
         (("a", "b", "label"), {}, r"which column is the text\? none is known; .* are 'a', 'b'; pass `text_column`"),
         (("text", "sentence1", "sentence2", "label"), {}, r"more than one could be \(sentence1 \+ sentence2, text\)"),
-        (("text", "mood"), {}, r"which column is the label\? none is called like one; the columns are 'text', 'mood'"),
+        (
+            ("text", "mood", "day"),
+            {},
+            r"which column is the label\? none is called like one; the columns are 'text', 'm",
+        ),
         (("text", "label", "score"), {}, r"more than one could be \('label', 'score'\)"),
         (
             ("text", "label"),
@@ -205,7 +216,7 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
     assert data.notes == (
         "custom: no validation file: 10 of 101 training rows (a seeded, stratified tenth, seed 42) "
         "are held out as validation",
-        "custom: no validation row has the label 'rare', so that is not scored",
+        "custom: 1 of 3 labels have no validation row: 'rare'",
         "custom: the validation part has 10 row(s): scores on fewer than 50 mean little",
     )
     assert load(tmp_path, labels).validation["text"][:] == data.validation["text"][:]

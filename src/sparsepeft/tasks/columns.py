@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -17,6 +18,7 @@ PAIRS: Final = (
     ("text1", "text2"),
 )
 SINGLES: Final = ("text", "sentence", "review", "content", "document")
+_COUNTERS: Final = ("", "id", "idx", "index", "guid", "uid", "unnamed: 0")  # "": of pandas
 LABELS: Final = ("label", "labels", "target", "score", "class", "category", "gold_label", "is_duplicate")
 
 
@@ -48,7 +50,7 @@ def choose_columns(
     if text_pair is not None and text is None:
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given without `text_column`; name both")
     texts = tuple(name for name in (text, text_pair) if name is not None)
-    label = label or _detect_label(path, [name for name in found if name not in texts])
+    label = label or _detect_label(path, found, texts)
     texts = texts or _detect_texts(path, [name for name in found if name != label])
     if len({*texts, label}) != len(texts) + 1:
         raise TaskError(f"{path}: the columns {_listed((*texts, label))} must be different; name another one")
@@ -108,8 +110,13 @@ def choose_label_column(path: Path, found: Sequence[str], label: str | None = No
     return label or (trained if trained in found else _detect_label(path, found))
 
 
-def _detect_label(path: Path, found: Sequence[str]) -> str:
-    matches = [name for name in found if name.lower() in LABELS]
+def _detect_label(path: Path, found: Sequence[str], texts: Sequence[str] = ()) -> str:
+    matches = [name for name in found if name.lower() in LABELS and name not in texts]
+    if not matches:  # the only column that is left
+        with contextlib.suppress(TaskError):
+            texts = texts or _detect_texts(path, found)
+            matches = [name for name in found if name not in texts and name.lower() not in _COUNTERS]
+            matches = matches if len(matches) == 1 else []
     if len(matches) == 1:
         return matches[0]
     state = f"more than one could be ({_listed(matches)})" if matches else "none is called like one"

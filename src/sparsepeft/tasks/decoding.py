@@ -93,11 +93,11 @@ def lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
         TaskError: the file is missing, damaged, or in another encoding.
     """
     number = 0
-    with _opened(path) as stream:
+    end = _line_end(path, encoding)
+    with _opened(path) as stream, io.TextIOWrapper(stream, encoding, newline=end) as text:
         try:
-            with io.TextIOWrapper(stream, encoding, newline=_line_end(path, encoding)) as text:
-                for number, line in enumerate(text, 1):
-                    yield number, line
+            for number, line in enumerate(text, 1):
+                yield number, line
         except UnicodeError as error:
             name = "UTF-8" if encoding == UTF8 else encoding
             reason = error.reason if isinstance(error, UnicodeDecodeError) else error

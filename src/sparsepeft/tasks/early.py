@@ -7,7 +7,7 @@ from os import PathLike
 from sparsepeft.tasks.bbc import find_bbc_file
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files
 from sparsepeft.tasks.loading import data_folder, own_options
-from sparsepeft.tasks.local import Options, find_columns, find_formats, read_local
+from sparsepeft.tasks.local import find_columns, find_formats, read_local
 from sparsepeft.tasks.registry import CUSTOM, LANGUAGE_MODEL, canonical_name
 
 READ_WHOLE = 32 << 20  # bytes: so much is read twice in less than the time that torch takes to load
@@ -52,17 +52,13 @@ def check_task(
     }
     options = own_options(name, own)
     if options is not None:
-        _check_own(options)
+        formats = find_formats(options)
+        find_columns(options, formats)
+        if sum(path.stat().st_size for path in options.files.values()) <= READ_WHOLE:
+            read_local(CUSTOM, options)
         return
     folder = data_folder(data_dir) if name in LAYOUTS or name == "bbc-news" else None
     if folder is not None and name in LAYOUTS:
         find_glue_files(name, folder)
     elif folder is not None:
         find_bbc_file(name, folder)
-
-
-def _check_own(options: Options) -> None:
-    formats = find_formats(options)
-    find_columns(options, formats)
-    if sum(path.stat().st_size for path in options.files.values()) <= READ_WHOLE:
-        read_local(CUSTOM, options)

@@ -119,6 +119,17 @@ def read_local(name: str, options: Options) -> LocalFiles:
     return LocalFiles(_spec(name, columns, reader), columns, formats, rows, (*notes, *reader.notes))
 
 
+def describe_files(options: Options) -> dict[str, Any]:
+    """How own files are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
+    formats = find_formats(options)
+    columns = find_columns(options, formats)
+    first = next(iter(read_rows(options.train_file, formats["train"])))
+    return {
+        "files": {part: {"name": path.name, **formats[part].describe()} for part, path in options.files.items()},
+        "columns": {"text": list(columns.texts), "label": columns.label, "found": list(first.values)},
+    }
+
+
 def load_local(name: str, options: Options, seed: int) -> TaskData:
     """Load a task from local files."""
     local = read_local(name, options)
@@ -141,7 +152,8 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
     if spec.label_names is not None and not spec.multi_label:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
-        notes += [f"no validation row has the label {some(missing)}, so that is not scored"] if missing else []
+        if missing:
+            notes.append(f"{len(missing)} of {spec.num_labels} labels have no validation row: {some(missing, 5)}")
     notes += [
         f"the {part} part has {len(sets[part])} row(s): scores on fewer than {FEW_ROWS} mean little"
         for part in ("validation", "test")

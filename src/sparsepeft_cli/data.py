@@ -1,0 +1,145 @@
+"""``sparsepeft data``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated, Any
+
+import typer
+
+_MOST_LABELS = 20
+
+
+def command(
+    context: typer.Context,
+    train_file: Annotated[
+        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="[FILE]")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
+    ] = None,
+    validation_file: Annotated[Path | None, typer.Option(help="Held-out rows; else a tenth of FILE.")] = None,
+    test_file: Annotated[Path | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
+    problem_type: Annotated[
+        str | None, typer.Option(help="regression, single_label or multi_label. [default: by the labels]")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Of CSV or TSV: a character, tab or semicolon. [default: by its rows]")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Of the file. [default: UTF-8, UTF-16 by its mark, else cp1252]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look at a data file, as `sparsepeft train` would read it, before training on it.
+
+    Shows how the file was read, which columns were taken, the labels, duplicates, lengths in tokens and a few rows.
+
+    Example: `sparsepeft data tickets.csv --label-column category`
+    """
+    from sparsepeft.errors import UserError
+    from sparsepeft.tasks import check_task
+
+    if (train_file is None) == (task is None):
+        raise UserError("Pass either a file or --task with a task's name: one of the two.")
+    own: dict[str, Any] = {
+        "train_file": train_file,
+        "validation_file": validation_file,
+        "test_file": test_file,
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "problem_type": problem_type,
+        "delimiter": delimiter,
+        "encoding": encoding,
+    }
+    check_task(task, data_dir, **own)
+    from sparsepeft.training.preview import preview
+    from sparsepeft_cli._console import out, print_json
+    from sparsepeft_cli._errors import in_options
+
+    about = preview(task or "custom", model, data_dir=data_dir, **own)
+    if json:
+        print_json(about)
+        return
+    about["notes"] = [in_options(note, context.command.params) for note in about["notes"]]
+    for part in _page(about):
+        out.print(part, highlight=False, markup=False)
+
+
+def _page(about: dict[str, Any]) -> Iterator[Any]:
+    for file in about.get("files", {}).values():
+        yield _cut(", ".join(file.values()))
+    if columns := about.get("columns"):
+        unused = [name for name in columns["found"] if name not in (*columns["text"], columns["label"])]
+        yield _cut(
+            f"text: {' + '.join(columns['text'])}; label: {columns['label']}"
+            + (f"; not used: {', '.join(unused)}" if unused else "")
+        )
+    yield _cut(f"{about['task']}, {about['problem_type']}; scored by {', '.join(about['metrics'])}")
+    yield from ("", _labels(about["parts"]), "")
+    yield from map(_findings, about["parts"], about["parts"].values())
+    yield from _lengths(about["tokens"])
+    yield ""
+    for example in about["parts"]["train"]["examples"]:
+        label = example["label"]
+        yield _cut(f"[{', '.join(label) if isinstance(label, list) else label}] {' | '.join(example['texts'])}")
+    yield ""
+    yield from (f"note: {note}" for note in about["notes"])
+
+
+def _labels(parts: dict[str, Any]) -> Any:
+    from sparsepeft_cli._console import table
+
+    rows = {name: part["rows"] for name, part in parts.items()}
+    labels = {name: part["labels"] for name, part in parts.items()}
+    if "quartiles" in labels["train"]:
+        values = [
+            [name, rows[name], each["least"], *each["quartiles"], each["greatest"]] for name, each in labels.items()
+        ]
+        return table("", ["values", "rows", "least", "25 %", "median", "75 %", "greatest"], values)
+    order = sorted(labels["train"], key=lambda label: -labels["train"][label])
+    shown = [[_cut(label, 30), *(each[label] for each in labels.values())] for label in order[:_MOST_LABELS]]
+    if rest := order[_MOST_LABELS:]:
+        shown.append([f"{len(rest):,} more", *(sum(each[label] for label in rest) for each in labels.values())])
+    return table("", ["label", *parts], [*shown, ["(all rows)", *rows.values()]])
+
+
+def _findings(name: str, part: dict[str, Any]) -> str:
+    found = {
+        "duplicate texts": part["duplicates"],
+        "of them with another label": part["contradictions"],
+        "rows with an empty text": part["empty_texts"],
+        "rows whose texts are also trained on": part.get("seen_in_train", 0),
+    }
+    said = ", ".join(f"{count:,} {what}" for what, count in found.items() if count)
+    return f"{name}: {said or 'no duplicates, no empty texts'}"
+
+
+def _lengths(tokens: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"tokens ({tokens['model']}): median {tokens['median']:,}, 95 % {tokens['p95']:,}, "
+        f"longest {tokens['longest']:,}"
+    )
+    yield (
+        f"training cuts texts to {tokens['limit']} tokens; {_percent(tokens['over_limit'])} are longer; "
+        f"suggested: --max-length {tokens['suggested']}, which cuts {_percent(tokens['over_suggested'])}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _cut(text: str, width: int = 155) -> str:
+    """Two lines of a narrow terminal at most."""
+    return shorten(text, width, placeholder=" ...") if len(text) > width else text
