@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,9 @@ def command(
     ] = None,
     compare_untrained: Annotated[
         bool, typer.Option("--compare-untrained", help="Also inspect a fresh memory, for comparison.")
+    ] = False,
+    keep_stop_words: Annotated[
+        bool, typer.Option("--keep-stop-words", help="List function words and punctuation among the words, too.")
     ] = False,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
@@ -55,6 +59,7 @@ def command(
             model=model,
             batch_size=batch_size,
             compare_untrained=compare_untrained,
+            keep_stop_words=keep_stop_words,
         )
         if output_dir is not None:
             write_inspection(report, output_dir)
@@ -91,13 +96,26 @@ def report_tables(report: Any) -> list[Any]:
         purity = "–" if parent.purity is None else f"{parent.purity:.1%}"
         row = [parent.index, f"{parent.share_first:.1%}", f"{parent.share_picked:.1%}", parent.documents]
         rows.append(row + ([purity, parent.main_label or "–"] if has_labels else []))
-    words = [f"{p.index}: {', '.join(word.word for word in p.words)}" for p in last.parents if p.words]
+    words = [f"  {p.index}: {', '.join(f'“{word.word}”' for word in p.words)}" for p in last.parents if p.words]
     return [
         layers,
+        *_legend(has_labels, last.top_k),
         table(f"parents of {last.name}", columns, rows),
-        *(["words by lift", *words] if words else []),
+        *(["words that a parent meets more than the others do (z of at least 2):", *words] if words else []),
         *(f"note: {note}" for note in report.notes),
     ]
+
+
+def _legend(has_labels: bool, top_k: int) -> list[str]:
+    nmi = (
+        "NMI: what the parent picked says about the label of a document or position, from 0 (nothing) to 1 (all); "
+        "high is what is well above an untrained memory's (--compare-untrained)"
+    )
+    entropy = (
+        f"entropy: of the weights of the {top_k} parents kept, from 0 (one has all the weight) to "
+        f"{math.log(top_k):.3f} (all weigh the same)"
+    )
+    return [*([nmi] if has_labels else []), entropy, "moved: norm of what the memory adds over that of the state"]
 
 
 def _number(value: float | None) -> str:

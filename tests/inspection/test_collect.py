@@ -209,13 +209,13 @@ def test_values_are_put_into_bins() -> None:
 
 def test_words_of_the_batch() -> None:
     batch = inputs()
-    occurrence = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 2, -1).numpy()
-    report = inspect_memories(
-        adapted("bert"), [batch | {"words": Words(["<even>", "odd"], occurrence)}] * 3, min_word_count=1
-    )
-    found = [word for parent in report.layers[0].parents for word in parent.words]
-    assert {word.word for word in found} <= {"<even>", "odd"}
-    assert sum(word.count for word in found) == 6  # two words in each of three batches
+    ids = batch["input_ids"].flatten().tolist()
+    occurrence = torch.where(batch["attention_mask"] == 1, torch.arange(len(ids)).view_as(batch["input_ids"]), -1)
+    words = Words([f"word {token}" for token in ids], occurrence.numpy())
+    report = inspect_memories(adapted("bert"), [batch | {"words": words}] * 20, keep_stop_words=True)
+    found = {word.word: word for parent in report.layers[0].parents for word in parent.words}
+    assert set(found) <= set(words.texts)
+    assert any(word.count % 20 == 0 and word.z >= 2 for word in found.values())
 
 
 def test_what_cannot_be_inspected() -> None:

@@ -37,7 +37,7 @@ def layer(index: int, labels: tuple[str, ...], num_parents: int = 3, num_childre
     with torch.inference_mode():
         picks.add(torch.randn(60, 4), rows, 20, classes)
     picks.finish_batch(classes[::3])
-    words = [[(EVIL, 3, 1.5), ("goal", 2, 1.2)] for _ in range(num_parents)]
+    words = [[(EVIL, 3, 1.5, 4.0), ("goal", 2, 1.2, 2.5)] for _ in range(num_parents)]
     return layer_report(index, f"encoder.{index}", picks, labels, words)
 
 

@@ -47,7 +47,7 @@ DOCUMENTS = [([X, X, Y], 0), ([Y, Y, Y], 1), ([X, Y], 1), ([X, YY], 0), ([X], 0)
 
 def test_shares_purity_and_distribution() -> None:
     picks = count(DOCUMENTS)
-    report = layer_report(3, "layer.3", picks, ("a", "b"), [[], [("word", 2, 1.5)], []])
+    report = layer_report(3, "layer.3", picks, ("a", "b"), [[], [("word", 2, 1.5, 3.0)], []])
     zero, one, two = report.parents
     assert (report.positions, report.documents, report.dead_parents) == (11, 5, [2])
     assert [p.share_first for p in report.parents] == pytest.approx([5 / 11, 6 / 11, 0])
@@ -61,7 +61,7 @@ def test_shares_purity_and_distribution() -> None:
     assert (zero.main_label, two.main_label) == ("a", None)
     assert report.purest_parent() is zero
     assert report.purest_parent(min_share=0.7) is None
-    assert [(word.word, word.count, word.lift) for word in one.words] == [("word", 2, 1.5)]
+    assert [(word.word, word.count, word.lift, word.z) for word in one.words] == [("word", 2, 1.5, 3.0)]
 
 
 def test_weights_entropy_and_movement() -> None:

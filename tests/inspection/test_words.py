@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sparsepeft.inspection import Words, encode_with_words, token_words
+from sparsepeft.inspection.ranking import MIN_Z, log_odds_z
 from sparsepeft.inspection.words import WordCounts
 
 
@@ -62,21 +64,57 @@ def test_tokens_of_a_slow_tokenizer() -> None:
     assert found.occurrence.tolist() == [[-1, 0, 1, 2, -1]]
 
 
-def test_lift_by_hand() -> None:
-    """Parent 0 meets goal 3 times and tax once, parent 1 goal once and tax 3 times and rate once."""
-    counts = WordCounts(num_memories=2, num_parents=2)
-    texts = ["goal"] * 3 + ["tax"] + ["goal"] + ["tax"] * 3 + ["rate"]
-    positions = np.arange(9)
-    parents = np.array([0] * 4 + [1] * 5)
-    counts.add(1, Words(texts, positions[None]), positions, parents)
-    assert counts.top(1, 0, 10, min_count=1) == [
-        ("goal", 3, pytest.approx(3 / 4 / (4 / 9))),
-        ("tax", 1, pytest.approx(1 / 4 / (4 / 9))),
+def counted(*parents: dict[str, int]) -> WordCounts:
+    """A memory whose parents have met so many of each word, every occurrence in a text of its own."""
+    counts = WordCounts(num_memories=1, num_parents=len(parents))
+    met = [
+        (word, parent) for parent, words in enumerate(parents) for word, count in words.items() for _ in range(count)
     ]
-    assert [word for word, _, _ in counts.top(1, 1, 10, min_count=1)] == ["rate", "tax", "goal"]
-    assert [word for word, _, _ in counts.top(1, 1, 10, min_count=2)] == ["tax"]
-    assert [word for word, _, _ in counts.top(1, 1, 1, min_count=1)] == ["rate"]
-    assert counts.top(0, 0, 10, min_count=1) == []
+    positions = np.arange(len(met))
+    words = Words([word for word, _ in met], positions[:, None])
+    counts.add(0, words, positions, np.array([parent for _, parent in met]))
+    return counts
+
+
+def test_z_is_that_of_monroe_colaresi_and_quinn() -> None:
+    ours, others = np.array([30, 4, 0, 1, 0]), np.array([10, 4, 20, 0, 0])
+    prior = [4 * (a + b) / 69 for a, b in zip(ours, others, strict=True)]
+    for word, z in enumerate(log_odds_z(ours, others)[:4]):
+        a, b = ours[word] + prior[word], others[word] + prior[word]
+        odds = math.log(a / (35 + 4 - a)) - math.log(b / (34 + 4 - b))
+        assert z == pytest.approx(odds / math.sqrt(1 / a + 1 / b))
+    assert log_odds_z(ours, others) == pytest.approx(-log_odds_z(others, ours))
+    assert log_odds_z(ours, others)[4] == 0
+    assert not log_odds_z(ours, np.zeros(5, dtype=np.int64)).any()
+
+
+def test_words_are_ranked_by_evidence_not_by_lift() -> None:
+    counts = counted({"goal": 60, "once": 1, "rare": 20, "even": 50}, {"goal": 20, "tax": 60, "even": 50})
+    found = counts.top(0, 0, 10, min_count=1)
+    assert [(word, count) for word, count, _, _ in found] == [("goal", 60), ("rare", 20)]
+    assert found[0][2] == pytest.approx(60 / 131 / (80 / 261))
+    assert found[0][3] > found[1][3] >= MIN_Z
+    assert found[0][2] < found[1][2]
+    assert [word for word, *_ in counts.top(0, 1, 10, min_count=1)] == ["tax"]
+    assert [word for word, *_ in counts.top(0, 0, 1, min_count=1)] == ["goal"]
+    assert [word for word, *_ in counts.top(0, 0, 10, min_count=21)] == ["goal"]
+
+
+def test_what_says_nothing_is_left_out_unless_asked_for() -> None:
+    empty = {"the": 40, ",": 40, "2004": 40, "s": 40, "▁und": 1}
+    counts = counted({**empty, "fire": 40, "Фильм": 40, "猫": 40}, {"tax": 400, "of": 9})
+    assert {word for word, *_ in counts.top(0, 0, 20, 5)} == {"fire", "Фильм", "猫"}
+    assert {"the", ",", "2004", "s"} <= {word for word, *_ in counts.top(0, 0, 20, 5, keep_stop_words=True)}
+
+
+def test_a_word_of_most_texts_says_nothing_in_any_language() -> None:
+    counts = WordCounts(1, 2)
+    texts = [*("und", "tor") * 3, "und", "steuer"] * 10
+    occurrence = np.arange(80).reshape(40, 2)  # 40 texts of two words; 30 have a goal, 10 a tax
+    counts.add(0, Words(texts, occurrence), np.arange(80), np.array(([0, 0] * 3 + [1, 1]) * 10))
+    assert [word for word, *_ in counts.top(0, 1, 5, 1)] == ["steuer"]
+    assert [word for word, *_ in counts.top(0, 0, 5, 1)] == []
+    assert [word for word, *_ in counts.top(0, 0, 5, 1, keep_stop_words=True)] == ["tor"]
 
 
 def test_a_word_goes_to_the_parent_of_most_of_its_pieces() -> None:
@@ -84,7 +122,7 @@ def test_a_word_goes_to_the_parent_of_most_of_its_pieces() -> None:
     occurrence = np.array([[0, 0, 0, 1, 1, -1]])
     positions = np.array([0, 1, 2, 3, 4, 5])
     counts.add(0, Words(["three", "two"], occurrence), positions, np.array([2, 1, 2, 2, 1, 0]))
-    assert [counts.top(0, parent, 5, 1) for parent in range(3)] == [[], [("two", 1, 2.0)], [("three", 1, 2.0)]]
+    assert counts._counts[0, :2].tolist() == [[0, 0, 1], [0, 1, 0]]
 
 
 def test_rare_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +135,8 @@ def test_rare_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.shrink()
         assert len(counts._index) <= 4
     assert counts.has_forgotten
-    assert [(word, count) for word, count, _ in counts.top(0, 0, 5, 1)][:2] == [("often", 300), ("usual", 300)]
+    assert {word: counts._counts[0, i].tolist() for word, i in counts._index.items()}["often"] == [300, 0]
+    assert counts._texts[counts._index["usual"]] == 300
 
 
 def test_the_table_grows() -> None:
@@ -105,4 +144,5 @@ def test_the_table_grows() -> None:
     texts = [f"word{i}" for i in range(3000)]
     positions = np.arange(3000)
     counts.add(0, Words(texts, positions[None]), positions, positions % 2)
-    assert len(counts.top(0, 1, 5000, 1)) == 1500
+    assert counts._counts[0].sum(0).tolist() == [1500, 1500]
+    assert counts._texts.sum() == 3000

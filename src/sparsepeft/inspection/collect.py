@@ -17,7 +17,7 @@ from torch import nn
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.labels import Labels
 from sparsepeft.inspection.picks import Picks
-from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report, words_of
+from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report
 from sparsepeft.inspection.untrained import untrained_adapter
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
@@ -94,6 +94,7 @@ def inspect_memories(
     seed: int = 42,
     num_words: int = 10,
     min_word_count: int = 5,
+    keep_stop_words: bool = False,
 ) -> MemoryReport:
     """What each parent cell of a model's SPARTAN memories is picked for.
 
@@ -110,6 +111,7 @@ def inspect_memories(
         compare_untrained: also inspect a fresh memory with the same config on the same backbone.
         seed: of that fresh memory.
         num_words, min_word_count: how many words to list for a parent, and how often each must have met it.
+        keep_stop_words: also list English function words, words that most texts have, and punctuation.
 
     Returns:
         The report; memory use does not grow with the number of batches.
@@ -127,13 +129,14 @@ def inspect_memories(
         raise UserError(
             "`compare_untrained=True` reads the batches twice, but an iterator was given; pass a list or loader."
         )
+    listing = (num_words, min_word_count, keep_stop_words)
     config: Any = model.peft_config[model.active_adapter]
     names = label_names if label_names is not None else _names_of(model)
     per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS
 
     def inspect() -> MemoryReport:
         labels = Labels(names, label_edges, per_position)
-        return _Watch(model, find_memories(model, layer), labels).run(batches, num_words, min_word_count)
+        return _Watch(model, find_memories(model, layer), labels).run(batches, listing)
 
     report = inspect()
     if not compare_untrained:
@@ -159,7 +162,7 @@ class _Watch:
         self._classes: np.ndarray = np.zeros(0, dtype=np.int64)
         self._position_classes: np.ndarray | None = None
 
-    def run(self, batches: Iterable[Mapping[str, Any]], num_words: int, min_count: int) -> MemoryReport:
+    def run(self, batches: Iterable[Mapping[str, Any]], listing: tuple[int, int, bool]) -> MemoryReport:
         with self._hooks(), _eval_mode(self.model), torch.inference_mode():
             for batch in batches:
                 self._run_batch(dict(batch))
@@ -173,13 +176,13 @@ class _Watch:
         return MemoryReport(
             adapter=str(self.model.active_adapter),
             label_names=self.labels.names if has_labels else None,
-            layers=[self._layer_report(i, num_words, min_count) for i in range(len(self.memories))],
+            layers=[self._layer_report(i, listing) for i in range(len(self.memories))],
             notes=tuple(self.notes),
         )
 
-    def _layer_report(self, i: int, num_words: int, min_count: int) -> LayerReport:
+    def _layer_report(self, i: int, listing: tuple[int, int, bool]) -> LayerReport:
         found, picks = self.memories[i], self.picks[i]
-        words = words_of(self.words, i, len(picks.first), num_words, min_count)
+        words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
         return layer_report(found.index, found.name, picks, self.labels.names, words)
 
     @contextmanager

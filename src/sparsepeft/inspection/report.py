@@ -13,25 +13,26 @@ from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 
 from sparsepeft.inspection.picks import Picks
-from sparsepeft.inspection.words import WordCounts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 ranked words by lift and had no z
 NMI_AVERAGE = "arithmetic"
 
 
 @dataclass(frozen=True)
 class WordReport:
-    """A word that a parent fires on.
+    """A word that a parent meets more than the others do.
 
     Attributes:
         word: as the model reads it.
         count: occurrences that went to this parent.
         lift: its share among the parent's words over its share among all words.
+        z: how sure that is, see :func:`sparsepeft.inspection.ranking.log_odds_z`.
     """
 
     word: str
     count: int
     lift: float
+    z: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ParentReport:
         labels_documents, labels_positions: how many of its documents, and of the positions at which it came first,
             have each label; None without labels.
         purity: share of the most frequent label among its documents; None without documents or labels.
-        words: the words it fires on most, by lift.
+        words: the words that tell it from the other parents, by z.
     """
 
     index: int
@@ -156,7 +157,7 @@ def normalized_mutual_information(counts: np.ndarray) -> float | None:
 
 
 def layer_report(
-    index: int, name: str, picks: Picks, labels: Sequence[str], words: list[list[tuple[str, int, float]]]
+    index: int, name: str, picks: Picks, labels: Sequence[str], words: list[list[tuple[str, int, float, float]]]
 ) -> LayerReport:
     """The report of one memory.
 
@@ -164,7 +165,7 @@ def layer_report(
         index, name: the layer.
         picks: its counts.
         labels: names of the classes counted; empty without labels.
-        words: (word, count, lift) of each parent.
+        words: (word, count, lift, z) of each parent.
     """
     num_parents, num_children = picks.children.shape
     positions, top_k = max(1, picks.positions), picks.memory.top_k
@@ -186,7 +187,7 @@ def layer_report(
 
 
 def _parent_report(
-    parent: int, picks: Picks, labels: Sequence[str], words: list[tuple[str, int, float]]
+    parent: int, picks: Picks, labels: Sequence[str], words: list[tuple[str, int, float, float]]
 ) -> ParentReport:
     picked, documents = int(picks.picked[parent]), picks.labelled_documents[parent]
     return ParentReport(
@@ -206,8 +207,3 @@ def _parent_report(
 
 def _counts(labels: Sequence[str], counts: np.ndarray, all_counts: np.ndarray) -> dict[str, int] | None:
     return dict(zip(labels, counts.tolist(), strict=True)) if all_counts.any() else None
-
-
-def words_of(counts: WordCounts, memory: int, num_parents: int, num_words: int, min_count: int) -> list[list]:
-    """The words of every parent of one memory, as :func:`layer_report` takes them."""
-    return [counts.top(memory, parent, num_words, min_count) for parent in range(num_parents)]

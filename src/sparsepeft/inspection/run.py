@@ -34,6 +34,7 @@ def inspect_run(
     model: str | None = None,
     batch_size: int = 32,
     compare_untrained: bool = False,
+    keep_stop_words: bool = False,
 ) -> MemoryReport:
     """What each parent cell of a trained run is picked for, on texts it was not trained on.
 
@@ -47,6 +48,7 @@ def inspect_run(
         model: the backbone, if it has moved since training.
         batch_size: texts per forward pass.
         compare_untrained: also inspect a fresh memory of the same config and seed on the same backbone.
+        keep_stop_words: also list function words and punctuation.
 
     Raises:
         UserError: the folder holds no trained memory, or layer or split are unknown or empty.
@@ -66,9 +68,10 @@ def inspect_run(
         label_edges=quantile_edges(part["label"][:]) if data.spec.label_names is None else None,
         layer=layer,
         compare_untrained=compare_untrained,
+        keep_stop_words=keep_stop_words,
         seed=predictor.config.seed,
     )
-    source = _source(predictor, data, name, len(part), model)
+    source = _source(predictor, data, name, len(part), model) | {"keep_stop_words": keep_stop_words}
     notes = (*report.notes, *data.notes)
     return dataclasses.replace(report, source=source, notes=notes)
 

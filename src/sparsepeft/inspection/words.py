@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from sparsepeft.inspection.ranking import COMMON_SHARE, MIN_Z, is_topical, log_odds_z
+
 # Entries of the table of counts; the rarest words are forgotten when it is full.
 _MAX_ENTRIES = 1 << 24
 
@@ -107,6 +109,8 @@ class WordCounts:
         self._index: dict[str, int] = {}
         self._counts = np.zeros((num_memories, 1024, num_parents), dtype=np.int64)  # (M, words, P)
         self._totals = np.zeros((num_memories, num_parents), dtype=np.int64)
+        self._texts = np.zeros(1024, dtype=np.int64)  # that have the word
+        self._num_texts = 0
         self.has_forgotten = False
 
     def add(self, memory: int, words: Words, positions: np.ndarray, parents: np.ndarray) -> None:
@@ -129,6 +133,11 @@ class WordCounts:
         known = np.array([self._index_of(words.texts[occurrence]) for occurrence in voted], dtype=np.int64)
         np.add.at(self._counts[memory], (known, winners), 1)
         np.add.at(self._totals[memory], winners, 1)
+        if memory == 0:
+            _, first = np.unique(occurrences[is_word], return_index=True)
+            rows = positions[is_word][first] // words.occurrence.shape[1]
+            self._num_texts += len(np.unique(rows))
+            np.add.at(self._texts, np.unique(np.stack([rows, known]), axis=1)[1], 1)
 
     def shrink(self) -> None:
         """Forget the rarer half of the words if there are too many; to be called between batches."""
@@ -139,26 +148,42 @@ class WordCounts:
         kept = np.sort(np.argsort(-counts.sum((0, 2)), kind="stable")[: self._max_words // 2])
         self._counts[:, : len(kept)] = counts[:, kept]
         self._counts[:, len(kept) :] = 0
+        self._texts[: len(kept)] = self._texts[kept]
+        self._texts[len(kept) :] = 0
         self._index = {words[old]: new for new, old in enumerate(kept)}
         self.has_forgotten = True
 
-    def top(self, memory: int, parent: int, num_words: int, min_count: int) -> list[tuple[str, int, float]]:
-        """The words with the highest lift for a parent.
+    def top(
+        self, memory: int, parent: int, num_words: int, min_count: int, keep_stop_words: bool = False
+    ) -> list[tuple[str, int, float, float]]:
+        """The words that a parent meets more than the others do, by :func:`log_odds_z`.
+
+        Args:
+            memory, parent: which.
+            num_words: at most so many.
+            min_count: occurrences at this parent that a word needs.
+            keep_stop_words: also list what :func:`is_topical` is not, and words of most texts.
 
         Returns:
-            (word, occurrences at this parent, lift), by lift, then by occurrences. Lift is the word's share among the
-            parent's words over its share among all.
+            (word, occurrences at this parent, lift, z), by z; z is at least :data:`MIN_Z`. Lift is the word's share
+            among the parent's words over its share among all.
         """
         names = list(self._index)
         counts = self._counts[memory, : len(names)]  # (words, P)
-        ours, total = counts[:, parent], self._totals[memory].sum()
-        rows = np.flatnonzero(ours >= max(1, min_count))
-        lift = (ours[rows] / max(1, self._totals[memory, parent])) / (counts[rows].sum(1) / max(1, total))
-        order = np.lexsort((rows, -ours[rows], -lift))[:num_words]
-        return [(names[rows[i]], int(ours[rows[i]]), float(lift[i])) for i in order]
+        ours, everywhere = counts[:, parent], counts.sum(1)
+        z = log_odds_z(ours, everywhere - ours)
+        rows = np.flatnonzero((ours >= max(1, min_count)) & (z >= MIN_Z))
+        if not keep_stop_words:
+            common = COMMON_SHARE * self._num_texts
+            rows = np.array([i for i in rows if self._texts[i] <= common and is_topical(names[i])], dtype=np.int64)
+        rows = rows[np.argsort(-z[rows], kind="stable")][:num_words]
+        share = ours[rows] / max(1, self._totals[memory, parent])
+        lift = share / (everywhere[rows] / max(1, self._totals[memory].sum()))
+        return [(names[i], int(ours[i]), float(up), float(z[i])) for i, up in zip(rows, lift, strict=True)]
 
     def _index_of(self, word: str) -> int:
         index = self._index.setdefault(word, len(self._index))
         if index >= self._counts.shape[1]:
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)], axis=1)
+            self._texts = np.concatenate([self._texts, np.zeros_like(self._texts)])
         return index
