@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,11 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
     return TaskSpec(**values)
 
 
+def scored_part(parts: Container[str]) -> str:
+    """The part that a run's one score is about: the test part where there is one."""
+    return next(name for name in ("test", "validation", "selection") if name in parts)
+
+
 def results_of(
     config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any
 ) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def results_of(
     ``score`` is the main metric on the test part if there is one, or else on what was
     scored (the validation set, or the part of the training data that ``score_on`` asked for).
     """
-    split = next(name for name in ("test", "validation", "selection") if name in metrics)
+    split = scored_part(metrics)
     return {
         "format_version": RESULTS_VERSION,
         "task": data.spec.name,
@@ -250,7 +255,7 @@ def results_of(
         "notes": list(data.notes),
         "data_source": data.source,
         "data_fingerprints": dict(data.fingerprints),
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("output_dir", "data_dir", "model")},
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("output_dir", "data_dir", "model", "device")},
     }
 
 

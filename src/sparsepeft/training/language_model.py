@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.provenance import environment, write_json
+from sparsepeft.training.card import write_model_card
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
@@ -36,6 +37,7 @@ from sparsepeft.training.lm_model import (
     perplexity,
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
+from sparsepeft.training.outcome import hyperparameters
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments, training_device
@@ -90,7 +92,7 @@ def train_language_model(
     data_fingerprints = fingerprints([*config.text, *config.validation_text])
     with open_run(folder, run | {"task": LM, "data_fingerprints": data_fingerprints}, overwrite) as work:
         start = time.perf_counter()
-        steps = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
+        trainer = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
         seconds = time.perf_counter() - start
         metrics = {"validation": measure(model)}
         results = {
@@ -113,17 +115,19 @@ def train_language_model(
             "num_train_tokens": corpus.train.numel(),
             "num_validation_tokens": corpus.validation.numel(),
             "train_seconds": round(seconds, 1),
-            "steps": steps,
+            "steps": int(trainer.state.global_step),
+            "hyperparameters": hyperparameters(config, recipe, trainer, block_length=block_length),
             "environment": environment(),
             "notes": list(corpus.notes),
             "data_fingerprints": data_fingerprints,
             "config": {
                 key: value
                 for key, value in config.to_dict().items()
-                if key not in ("output_dir", "model", "text", "validation_text")
+                if key not in ("output_dir", "model", "text", "validation_text", "device")
             },
         }
         write_json(work / RESULTS, results)
+        write_model_card(work)
     return results
 
 
@@ -161,8 +165,8 @@ def _train(
     corpus: Corpus,
     callbacks: list[TrainerCallback],
     folder: Path,
-) -> int:
-    """Fine-tune in place, with checkpoints in ``folder``; the number of steps."""
+) -> SafeTrainer:
+    """Fine-tune in place, with checkpoints in ``folder``; the trainer that did."""
     trainer = SafeTrainer(
         model=model,
         args=_arguments(config, recipe, len(corpus.train), folder),
@@ -171,7 +175,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resumable(folder))
-    return int(trainer.state.global_step)
+    return trainer
 
 
 def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, folder: Path) -> TrainingArguments:

@@ -21,6 +21,7 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
+from sparsepeft.training.card import write_model_card
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import (
@@ -30,6 +31,7 @@ from sparsepeft.training.files import (
     describe_run,
     open_run,
     results_of,
+    scored_part,
     write_weights,
 )
 from sparsepeft.training.loss import task_loss
@@ -42,6 +44,7 @@ from sparsepeft.training.methods import (
     load_tokenizer,
     note_on_head,
 )
+from sparsepeft.training.outcome import describe_scores, hyperparameters
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
@@ -97,7 +100,8 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
     set_seed(config.seed)
     backbone = load_backbone(model_id, data.spec)
     data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
-    prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
+    max_length = longest_input(tokenizer, backbone.config, config.max_length)
+    prepared = prepare_data(data, config, tokenizer, max_length)
     loss = task_loss(
         data.spec,
         prepared.train["labels"],
@@ -138,14 +142,19 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         seconds, others_share = time.perf_counter() - start, others.share()
 
         saved = write_weights(work, model, tokenizer, config.save_dtype)
-        metrics = {}
+        metrics, answers = {}, {}
         for name, part in prepared.reported.items():
             output = trainer.predict(part)
-            metrics[name] = data.spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
+            answers[name] = _logits(output.predictions), np.asarray(output.label_ids)
+            metrics[name] = data.spec.compute_metrics(*answers[name])
+        scored = scored_part(metrics)
         results = results_of(
             config,
             data,
             metrics,
+            **describe_scores(data.spec, *answers[scored], np.asarray(prepared.train["labels"])),
+            num_rows=num_rows(prepared),
+            hyperparameters=hyperparameters(config, recipe, trainer, data.spec.label_names, max_length=max_length),
             parameters=parameters,
             saved_bytes=saved,
             model_bytes=backbone_bytes(model),
@@ -166,6 +175,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             results["spt"] = describe(done)
             parameters["routers"] = count_routers(model)
         write_json(work / RESULTS, results)
+        write_model_card(work)
     return results
 
 
@@ -219,6 +229,12 @@ def prepare_data(
         logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
     reported = {name: part for name, part in encoded.items() if name != "train" and (selecting or name != "selection")}
     return PreparedData(encoded["train"], None if config.few_shot else encoded["selection"], reported, num_cut)
+
+
+def num_rows(prepared: PreparedData) -> dict[str, int]:
+    """Examples by part: trained on, chosen on, reported on."""
+    parts = {"train": prepared.train, "selection": prepared.selection, **prepared.reported}
+    return {name: len(part) for name, part in parts.items() if part is not None}
 
 
 def calibration_batch(training: Dataset, collator: Collator) -> dict[str, Any]:
