@@ -145,7 +145,7 @@ def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) 
         "train_file": write_jsonl(tmp_path / "train.jsonl", rows["sport"][:40] + rows["travel"][:6]),
         "validation_file": write_jsonl(tmp_path / "validation.jsonl", rows["sport"][40:60] + rows["travel"][40:60]),
     }
-    run = {"task": "custom", "few_shot": 46, "learning_rate": 1e-3} | {key: str(file) for key, file in files.items()}
+    run = {"task": "custom", "few_shot": 46, "learning_rate": 0.02} | {key: str(file) for key, file in files.items()}
     plain = train(run_config(tiny_backbone, tmp_path / "plain", **run))
     weighted = train(run_config(tiny_backbone, tmp_path / "weighted", **run, class_weights={"travel": 100.0}))
     recall = [each["report"]["per_class"]["travel"]["recall"] for each in (plain, weighted)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from sparsepeft.training.lm_model import (
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
 from sparsepeft.training.outcome import hyperparameters
+from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments, training_device
@@ -47,7 +48,10 @@ _EPOCHS = 1
 
 
 def train_language_model(
-    config: LanguageModelConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False
+    config: LanguageModelConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
+    announce: Callable[[RunPlan], None] = lambda plan: None,
 ) -> dict[str, Any]:
     """Make the model sparse if that is asked for, fine-tune it, measure its perplexity, save.
 
@@ -61,6 +65,7 @@ def train_language_model(
         config: what to do.
         callbacks: shown the loss as it comes.
         overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
+        announce: told what the run is about to do, when all is loaded.
 
     Returns:
         The results, as in ``results.json``.
@@ -92,7 +97,11 @@ def train_language_model(
     data_fingerprints = fingerprints([*config.text, *config.validation_text])
     with open_run(folder, run | {"task": LM, "data_fingerprints": data_fingerprints}, overwrite) as work:
         start = time.perf_counter()
-        trainer = _train(model, config, recipe, corpus, [*callbacks], work / CHECKPOINTS)
+        sizes = {"training": len(corpus.train), "validation": len(corpus.validation)}
+        announcer = Announcer(
+            announce, config, model=describe_backbone(model_id), sizes=sizes, notes=tuple(corpus.notes)
+        )
+        trainer = _train(model, config, recipe, corpus, [announcer, *callbacks], work / CHECKPOINTS)
         seconds = time.perf_counter() - start
         metrics = {"validation": measure(model)}
         results = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from sparsepeft.training.methods import (
     note_on_head,
 )
 from sparsepeft.training.outcome import describe_scores, hyperparameters
+from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
@@ -67,8 +68,19 @@ class PreparedData:
     reported: dict[str, Dataset]
     num_cut: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each part, those that are trained on first."""
+        chosen_on = {} if self.selection is None else {"selection": len(self.selection)}
+        return {"training": len(self.train), **chosen_on, **{name: len(part) for name, part in self.reported.items()}}
 
-def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrite: bool = False) -> dict[str, Any]:
+
+def train(
+    config: RunConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
+    announce: Callable[[RunPlan], None] = lambda plan: None,
+) -> dict[str, Any]:
     """Train, choose the best checkpoint on a tenth of the training data, save, score what was saved once.
 
     With ``spt`` the model is made sparse first, calibrated on a few of the training examples. The output folder then
@@ -80,6 +92,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
         config: what to do.
         callbacks: shown loss and metrics as they come.
         overwrite: take the place of another run in the output folder, which stays as it is until this one is finished.
+        announce: told what the run is about to do, when all is loaded.
 
     Returns:
         The results, as in ``results.json``.
@@ -123,6 +136,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             cache = FrozenLayerCache(model, work / CHECKPOINTS / "frozen_layers.bin")
             training = cache.fill(prepared.train, collator)
             collator = CachingCollator(collator, cache)
+        announcer = Announcer(
+            announce, config, model=describe_backbone(model_id), sizes=prepared.sizes, notes=data.notes
+        )
         trainer = SafeTrainer(
             model=model,
             args=_arguments(config, recipe, data.spec.paper_epochs, prepared, work / CHECKPOINTS),
@@ -132,7 +148,7 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             processing_class=tokenizer,
             compute_metrics=lambda output: _metrics(data.spec, output),
             compute_loss_func=loss,
-            callbacks=[*callbacks, *_early_stopping(config)],
+            callbacks=[announcer, *callbacks, *_early_stopping(config)],
             cache=cache,
         )
         trainer.remove_callback(PrinterCallback)
@@ -153,7 +169,9 @@ def train(config: RunConfig, callbacks: Sequence[TrainerCallback] = (), overwrit
             data,
             metrics,
             **describe_scores(data.spec, *answers[scored], np.asarray(prepared.train["labels"])),
-            num_rows=num_rows(prepared),
+            problem_type=data.spec.problem_type,
+            num_texts=len(data.spec.text_columns),
+            num_rows=prepared.sizes,
             hyperparameters=hyperparameters(config, recipe, trainer, data.spec.label_names, max_length=max_length),
             parameters=parameters,
             saved_bytes=saved,
@@ -229,12 +247,6 @@ def prepare_data(
         logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
     reported = {name: part for name, part in encoded.items() if name != "train" and (selecting or name != "selection")}
     return PreparedData(encoded["train"], None if config.few_shot else encoded["selection"], reported, num_cut)
-
-
-def num_rows(prepared: PreparedData) -> dict[str, int]:
-    """Examples by part: trained on, chosen on, reported on."""
-    parts = {"train": prepared.train, "selection": prepared.selection, **prepared.reported}
-    return {name: len(part) for name, part in parts.items() if part is not None}
 
 
 def calibration_batch(training: Dataset, collator: Collator) -> dict[str, Any]:
