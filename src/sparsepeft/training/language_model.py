@@ -82,7 +82,7 @@ def train_language_model(
     model_id = resolve_model(config.model)
     corpus, tokenizer, block_length = _corpus(config, model_id)
     backbone, _ = load_language_model(model_id)
-    backbone.to(device)
+    to_accelerator(backbone, device)
 
     def measure(model: torch.nn.Module) -> dict[str, float]:
         return perplexity(model, corpus.validation, recipe.batch_size, config.precision)

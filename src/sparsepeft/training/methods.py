@@ -222,9 +222,9 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_spars
         return load(load_backbone(model, spec), str(folder)).eval()
 
 
-def to_accelerator(model: torch.nn.Module) -> None:
-    """Move a model to where a trainer would: the accelerator, if there is one."""
-    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+def to_accelerator(model: torch.nn.Module, device: torch.device | None = None) -> None:
+    """Move a model to a device, or to where a trainer would: the accelerator, if there is one."""
+    model.to(device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from sparsepeft.training.methods import (
     load_backbone,
     load_tokenizer,
     note_on_head,
+    to_accelerator,
 )
 from sparsepeft.training.outcome import describe_scores, hyperparameters
 from sparsepeft.training.plan import Announcer, RunPlan
@@ -125,7 +126,7 @@ def train(
     collator = Collator(tokenizer, data.spec.label_names is None)
     done = None
     if spt is not None:
-        backbone.to(device)
+        to_accelerator(backbone, device)
         done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
     model = extend(backbone, config.method, data.spec, recipe.adapter)
     run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
