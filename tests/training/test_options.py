@@ -1,4 +1,4 @@
-"""Options that people know from transformers' trainer: what they do, what they refuse, and that runs resume with them."""
+"""Options that people know from transformers' trainer: what they do and refuse; runs resume with them."""
 
 from __future__ import annotations
 
@@ -140,20 +140,18 @@ def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_b
 
 @pytest.mark.slow
 def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) -> None:
-    rows = [row for row in topics_rows("train") if row["label"] == "sport"]
-    rows += [row for row in topics_rows("train") if row["label"] == "travel"][:6]
-    file = write_jsonl(tmp_path / "rare.jsonl", rows)
-    run = {
-        "task": "custom",
-        "train_file": str(file),
-        "few_shot": len(rows) - 10,
-        "learning_rate": 1e-4,
-        "max_steps": 30,
+    rows = {label: [row for row in topics_rows("train") if row["label"] == label] for label in ("sport", "travel")}
+    files = {
+        "train_file": write_jsonl(tmp_path / "train.jsonl", rows["sport"][:40] + rows["travel"][:6]),
+        "validation_file": write_jsonl(tmp_path / "validation.jsonl", rows["sport"][40:60] + rows["travel"][40:60]),
     }
+    run = {"task": "custom", "few_shot": 46, "learning_rate": 0.02} | {key: str(file) for key, file in files.items()}
     plain = train(run_config(tiny_backbone, tmp_path / "plain", **run))
     weighted = train(run_config(tiny_backbone, tmp_path / "weighted", **run, class_weights={"travel": 100.0}))
     recall = [each["report"]["per_class"]["travel"]["recall"] for each in (plain, weighted)]
     assert recall[0] < recall[1]
+    assert plain["baseline"] == {"answer": "sport", "metrics": pytest.approx({"accuracy": 0.5, "macro_f1": 1 / 3})}
+    assert weighted["hyperparameters"]["class_weights"] == {"sport": 1.0, "travel": 100.0}
 
 
 @pytest.mark.slow

@@ -377,7 +377,8 @@ def test_the_card_says_how_to_load_it_and_the_code_in_it_runs(tmp_path) -> None:
     assert card.count("import sparsepeft") == 1
     assert "sad, glad, so so" in card
     assert f"{model.base_model.parameter_formula()[1]:,}" in card
-    code = card.partition("```python")[2].partition("```")[0]
+    assert str(tmp_path) not in card
+    code = card.partition("```python")[2].partition("```")[0].replace("path/to/backbone", str(backbone))
     namespace: dict = {}
     exec(code.replace("path/to/this/folder", str(folder)), namespace)
     assert torch.equal(run(namespace["model"].eval(), INPUTS), run(model, INPUTS))

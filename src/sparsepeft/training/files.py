@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,11 @@ def columns_of(run: dict[str, Any]) -> Columns | None:
     return Columns(tuple(found["texts"]), found["label"]) if found else None
 
 
+def scored_part(parts: Container[str]) -> str:
+    """The part that a run's one score is about: the test part where there is one."""
+    return next(name for name in ("test", "validation", "selection") if name in parts)
+
+
 def results_of(
     config: RunConfig, data: TaskData, metrics: dict[str, dict[str, float]], **measured: Any
 ) -> dict[str, Any]:
@@ -270,7 +275,7 @@ def results_of(
     ``score`` is the main metric on the test part if there is one, or else on what was
     scored (the validation set, or the part of the training data that ``score_on`` asked for).
     """
-    split = next(name for name in ("test", "validation", "selection") if name in metrics)
+    split = scored_part(metrics)
     return {
         "format_version": RESULTS_VERSION,
         "task": data.spec.name,
@@ -288,7 +293,7 @@ def results_of(
         "config": {
             key: value
             for key, value in without_folders(config.to_dict()).items()
-            if key not in ("output_dir", "data_dir", "model", "report_to")
+            if key not in ("output_dir", "data_dir", "model", "device", "report_to")
         },
     }
 

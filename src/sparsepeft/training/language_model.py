@@ -17,6 +17,7 @@ from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_mod
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import environment, write_json
+from sparsepeft.training.card import write_model_card
 from sparsepeft.training.encoding import longest_input
 from sparsepeft.training.files import (
     CHECKPOINTS,
@@ -39,6 +40,7 @@ from sparsepeft.training.lm_model import (
     perplexity,
 )
 from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
+from sparsepeft.training.outcome import hyperparameters
 from sparsepeft.training.output_folder import HISTORY, LOGS
 from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
@@ -81,7 +83,7 @@ def train_language_model(
     """
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter, task_type=TaskType.CAUSAL_LM)  # wrong settings are found first
-    device = training_device(config.device)
+    training_device(config.device)  # one that is not there is found before anything is loaded
     reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config, recipe)
     with open_run(folder, run, overwrite) as begin:
@@ -91,7 +93,7 @@ def train_language_model(
         block_length = longest_input(tokenizer, model_config, config.block_length, "block_length")
         corpus = _corpus(config, tokenizer, block_length, begin_token(tokenizer, config.bos_token))
         backbone, _ = load_language_model(model_id)
-        backbone.to(device)
+        to_accelerator(backbone, config.device)
 
         def measure(model: torch.nn.Module) -> dict[str, float]:
             return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
@@ -113,7 +115,7 @@ def train_language_model(
         )
         watching = [announcer, Recorder(work / HISTORY), *reporters, *callbacks]
         start = time.perf_counter()
-        steps = _train(model, config, recipe, corpus, watching, work / CHECKPOINTS)
+        trainer = _train(model, config, recipe, corpus, watching, work / CHECKPOINTS)
         seconds = time.perf_counter() - start
         metrics = {"validation": measure(model)}
         results = {
@@ -137,17 +139,19 @@ def train_language_model(
             "num_train_tokens": num_predicted(corpus.train),
             "num_validation_tokens": num_predicted(corpus.validation),
             "train_seconds": round(seconds, 1),
-            "steps": steps,
+            "steps": int(trainer.state.global_step),
+            "hyperparameters": hyperparameters(config, recipe, trainer, block_length=block_length),
             "environment": environment(),
             "notes": list(corpus.notes),
             "data_fingerprints": data_fingerprints,
             "config": {
                 key: value
                 for key, value in config.to_dict().items()
-                if key not in ("output_dir", "model", "text", "validation_text", "report_to")
+                if key not in ("output_dir", "model", "text", "validation_text", "device", "report_to")
             },
         }
         write_json(work / RESULTS, results)
+        write_model_card(work)
     return results
 
 
@@ -227,8 +231,8 @@ def _train(
     corpus: Corpus,
     callbacks: list[TrainerCallback],
     folder: Path,
-) -> int:
-    """Fine-tune in place, with checkpoints in ``folder``; the number of steps."""
+) -> SafeTrainer:
+    """Fine-tune in place, with checkpoints in ``folder``; the trainer that did."""
     trainer = SafeTrainer(
         model=model,
         args=_arguments(config, recipe, len(corpus.train), folder),
@@ -237,7 +241,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resumable(folder))
-    return int(trainer.state.global_step)
+    return trainer
 
 
 def _arguments(config: LanguageModelConfig, recipe: Recipe, num_blocks: int, folder: Path) -> TrainingArguments:

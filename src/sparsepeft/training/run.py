@@ -22,6 +22,7 @@ from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
 from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
+from sparsepeft.training.card import write_model_card
 from sparsepeft.training.config import RunConfig
 from sparsepeft.training.encoding import Collator, encode, longest_input
 from sparsepeft.training.files import (
@@ -30,6 +31,7 @@ from sparsepeft.training.files import (
     describe_run,
     open_run,
     results_of,
+    scored_part,
     write_weights,
 )
 from sparsepeft.training.held_out import save_held_out
@@ -42,7 +44,9 @@ from sparsepeft.training.methods import (
     load_backbone,
     load_tokenizer,
     note_on_head,
+    to_accelerator,
 )
+from sparsepeft.training.outcome import describe_scores, hyperparameters
 from sparsepeft.training.output_folder import HISTORY, LOGS
 from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recipes import Recipe
@@ -105,7 +109,7 @@ def train(
     disable_progress_bars()
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
-    device = training_device(config.device)
+    training_device(config.device)  # one that is not there is found before anything is loaded
     reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config, recipe)
     with open_run(folder, run, overwrite) as begin:
@@ -115,7 +119,8 @@ def train(
         set_seed(config.seed)
         backbone = load_backbone(model_id, data.spec)
         data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
-        prepared = prepare_data(data, config, tokenizer, longest_input(tokenizer, backbone.config, config.max_length))
+        max_length = longest_input(tokenizer, backbone.config, config.max_length)
+        prepared = prepare_data(data, config, tokenizer, max_length)
         loss = task_loss(
             data.spec,
             prepared.train["labels"],
@@ -126,7 +131,7 @@ def train(
         collator = Collator(tokenizer)
         done = None
         if spt is not None:
-            backbone.to(device)
+            to_accelerator(backbone, config.device)
             done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))
         model = extend(backbone, config.method, data.spec, recipe.adapter)
         run |= {"task": vars(data.spec), "data_fingerprints": dict(data.fingerprints)}
@@ -161,14 +166,21 @@ def train(
         seconds, others_share = time.perf_counter() - start, others.share()
 
         saved = write_weights(work, model, tokenizer, config.save_dtype)
-        metrics = {}
+        metrics, answers = {}, {}
         for name, part in prepared.reported.items():
             output = trainer.predict(part)
-            metrics[name] = data.spec.compute_metrics(_logits(output.predictions), np.asarray(output.label_ids))
+            answers[name] = _logits(output.predictions), np.asarray(output.label_ids)
+            metrics[name] = data.spec.compute_metrics(*answers[name])
+        scored = scored_part(metrics)
         results = results_of(
             config,
             data,
             metrics,
+            **describe_scores(data.spec, *answers[scored], np.asarray(prepared.train["labels"])),
+            problem_type=data.spec.problem_type,
+            num_texts=len(data.spec.text_columns),
+            num_rows=prepared.sizes,
+            hyperparameters=hyperparameters(config, recipe, trainer, data.spec.label_names, max_length=max_length),
             parameters=parameters,
             saved_bytes=saved,
             model_bytes=backbone_bytes(model),
@@ -189,6 +201,7 @@ def train(
             results["spt"] = describe(done)
             parameters["routers"] = count_routers(model)
         write_json(work / RESULTS, results)
+        write_model_card(work)
     return results
 
 

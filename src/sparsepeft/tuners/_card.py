@@ -8,10 +8,12 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
+from sparsepeft.backbones import hub_id, public_name
 from sparsepeft.provenance import write_bytes
 
 _BEGIN, _END = "<!-- sparsepeft: how to load -->", "<!-- /sparsepeft -->"
 
+THIS_FOLDER = "path/to/this/folder"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -29,13 +31,24 @@ from peft import PeftModel
 from transformers import {auto_class}
 
 backbone = {auto_class}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
+model = PeftModel.from_pretrained(backbone, "{folder}")
 ```
 
 Where Python does not read the `.pth` files of installed packages (`python -S`, a folder on `PYTHONPATH`), loading ends
 in a `KeyError: '{method}'`: `import sparsepeft` first.
 
-The adapter was trained on the backbone `{base}` and refuses any other.
+The adapter was trained on the backbone `{name}` and refuses any other.
+"""
+_PEFT = """
+This is a `{method}` adapter of PEFT's.
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+backbone = {auto_class}.from_pretrained("{base}"{num_labels})
+model = PeftModel.from_pretrained(backbone, "{folder}")
+```
 """
 _SPARSE = """
 This `{method}` adapter was trained on a model that `sparsepeft` had made sparse (`pip install sparsepeft`). Routers,
@@ -45,11 +58,11 @@ codebooks and settings are in its file; make the backbone sparse with them:
 from sparsepeft import load_sparse
 from transformers import {auto_class}
 
-backbone = {auto_class}.from_pretrained("{base}")
-model = load_sparse(backbone, "path/to/this/folder")
+backbone = {auto_class}.from_pretrained("{base}"{num_labels})
+model = load_sparse(backbone, "{folder}")
 ```
 
-A dense `{base}` refuses what acts inside its feed-forward layers; what acts elsewhere PEFT loads, with a warning, and
+A dense `{name}` refuses what acts inside its feed-forward layers; what acts elsewhere PEFT loads, with a warning, and
 leaves the rest out.
 """
 
@@ -57,18 +70,56 @@ leaves the rest out.
 def write_card(folder: Path, config: PeftConfig, is_sparse: bool = False) -> None:
     """Add or renew the loading section of ``README.md`` in ``folder``, leaving the rest of the card as it is.
 
+    But for the backbone's path, which PEFT writes into the card: others can do nothing with it, so it becomes its name.
+
     Args:
         folder: the adapter's.
         config: of one of this package's methods, or of PEFT's own where ``is_sparse``.
         is_sparse: the adapter was trained on a sparse model; this package's configs know that themselves.
     """
-    is_sparse |= (getattr(config, "backbone_fingerprint", None) or {}).get("sparse", False)
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if _BEGIN in text and _END in text:
         before, _, rest = text.partition(_BEGIN)
-        text = before + rest.partition(_END)[2].lstrip("\n")
-    write_bytes(path, f"{text.rstrip()}\n\n{_section(config, is_sparse)}\n".encode())
+        section = loading_section(config, is_sparse)
+        text = f"{before}{section}\n{rest.partition(_END)[2].lstrip(chr(10))}"
+    else:
+        text = f"{text.rstrip()}\n\n{loading_section(config, is_sparse)}\n"
+    backbone = config.base_model_name_or_path
+    if backbone and backbone != public_name(backbone):
+        text = text.replace(backbone, public_name(backbone))
+    write_bytes(path, text.encode())
+
+
+def loading_section(config: Any, is_sparse: bool = False, num_labels: int | None = None) -> str:
+    """How to load an adapter, between marks by which :func:`write_card` finds it again.
+
+    Args:
+        config: the adapter's, of one of this package's methods or of PEFT's own.
+        is_sparse: it was trained on a sparse model; this package's configs know that themselves.
+        num_labels: outputs of the head, for PEFT's own methods, which do not know it.
+    """
+    is_sparse |= (getattr(config, "backbone_fingerprint", None) or {}).get("sparse", False)
+    is_own = hasattr(config, "backbone_fingerprint")
+    backbone = config.base_model_name_or_path
+    name = public_name(backbone) if backbone else "the backbone"
+    text = (_SPARSE if is_sparse else _DENSE if is_own else _PEFT).format(
+        method=config.peft_type.value,
+        auto_class=_AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"),
+        base=loadable_name(backbone),
+        name=name,
+        folder=THIS_FOLDER,
+        num_labels="" if is_own or num_labels is None else f", num_labels={num_labels}",
+    )
+    id2label, formula = getattr(config, "id2label", None), getattr(config, "formula", None)
+    labels = "\nLabels: " + ", ".join(id2label.values()) + ".\n" if id2label else ""
+    parameters = f"\nParameters of the memory: {formula}\n" if formula else ""
+    return f"{_BEGIN}\n## How to load\n{text}{parameters}{labels}{_END}"
+
+
+def loadable_name(backbone: str | None) -> str:
+    """What a reader of a card hands to ``from_pretrained``: the hub's id, or where to put in a folder's path."""
+    return (hub_id(backbone) or f"path/to/{public_name(backbone)}") if backbone else "path/to/the/backbone"
 
 
 def keep_section(model: PeftModel) -> None:
@@ -86,13 +137,3 @@ def _create_or_update(model: PeftModel, output_dir: str) -> None:
     config: Any = model.peft_config.get("default")
     if config is not None:
         write_card(Path(output_dir), config)
-
-
-def _section(config: Any, is_sparse: bool) -> str:
-    auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
-    base = config.base_model_name_or_path or "path/to/the/backbone"
-    id2label, formula = getattr(config, "id2label", None), getattr(config, "formula", None)
-    labels = "\nLabels: " + ", ".join(id2label.values()) + ".\n" if id2label else ""
-    parameters = f"\nParameters of the memory: {formula}\n" if formula else ""
-    text = (_SPARSE if is_sparse else _DENSE).format(method=config.peft_type.value, auto_class=auto_class, base=base)
-    return f"{_BEGIN}\n## How to load\n{text}{parameters}{labels}{_END}"

@@ -1,0 +1,151 @@
+"""``sparsepeft train`` and ``sparsepeft push`` as they are used: options, summary, dry run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.test_cli import sparsepeft
+from tests.tiny import topics_rows, topics_text, write_jsonl
+
+from sparsepeft_cli._summary import duration, summary
+
+RESULTS = {
+    "task": "mails",
+    "method": "spartan",
+    "score_split": "validation",
+    "main_metric": "accuracy",
+    "score": 0.9,
+    "metrics": {"validation": {"accuracy": 0.9, "macro_f1": 0.85}},
+    "num_rows": {"training": 1800, "selection": 200, "validation": 250},
+    "steps": 120,
+    "best_step": 96,
+    "train_seconds": 200.0,
+    "parameters": {"trained": 5000, "head": 770},
+    "saved_bytes": 20000,
+    "model_bytes": 91e6,
+    "baseline": {"answer": "ham", "metrics": {"accuracy": 0.8, "macro_f1": 0.4}},
+    "report": {
+        "per_class": {name: dict.fromkeys(("precision", "recall", "f1", "support"), 1) for name in ("ham", "s" * 40)}
+    },
+    "num_texts": 1,
+    "problem_type": "single_label_classification",
+    "notes": ["mails: " + "a note that is longer than a line " * 3],
+    "formula": "P(1+2C)dL = 123",
+}
+MEANS = {"answer": 2.5, "metrics": {"mae": 1.2, "rmse": 1.5}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "absent"),
+    [
+        (
+            {},
+            ["1,800 to train on, 200 to choose", "most frequent label, ham, for all: accuracy 0.8000", "770 in the"],
+            ["P("],
+        ),
+        ({"method": "full"}, ["all 5,000 parameters", "a copy of the model"], ["in the head"]),
+        ({"num_texts": 2}, ['predict out "one text" "another text"'], []),
+        (
+            {"baseline": MEANS, "report": {"mae": 0.5}, "problem_type": "regression"},
+            ["mae 0.5000", "mae 1.2000", "gives a value"],
+            ["precision"],
+        ),
+        (
+            {"baseline": {"answer": [], "metrics": {"accuracy": 0.1}}, "problem_type": "multi_label_classification"},
+            ["all labels that hold"],
+            [],
+        ),
+        (
+            {"report": {"per_class": dict.fromkeys(map(str, range(13)), {})}},
+            ["accuracy 0.9000 on validation (250 rows)"],
+            ["precision"],
+        ),
+    ],
+)
+def test_a_summary_fits_the_run_and_the_terminal(changes: dict, words: list[str], absent: list[str]) -> None:
+    lines = summary(RESULTS | changes, "out")
+    assert max(map(len, lines)) <= 80
+    assert all(word in "\n".join(lines) for word in words)
+    assert not any(word in "\n".join(lines) for word in absent)
+
+
+def test_durations_are_for_people() -> None:
+    assert [duration(seconds) for seconds in (7, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.slow
+def test_options_by_transformers_names(tiny_backbone: Path, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": row["label"]} for row in topics_rows("train")[:100]]
+    file = write_jsonl(tmp_path / "mine.jsonl", rows)
+    done = sparsepeft(
+        *("train", "--train-file", file, "--model", tiny_backbone, "--output-dir", tmp_path / "o", "--max-steps", 6),
+        *("--class-weights", "sport=3,health=0.5", "--eval-steps", 1, "--early-stopping-patience", 2),
+        *("--weight-decay", 0.1, "--lr-scheduler-type", "cosine", "--warmup-ratio", 0, "--device", "cpu"),
+        *("--learning-rate", "1e-9", "--gradient-accumulation-steps", 2, "--push-to-hub", "me/mine"),
+    )
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["steps"] == 3
+    found = results["hyperparameters"]
+    assert (found["weight_decay"], found["lr_scheduler_type"], found["warmup_steps"]) == (0.1, "cosine", 0)
+    assert (found["class_weights"]["sport"], found["class_weights"]["science"]) == (3.0, 1.0)
+    assert done.returncode == 1
+    assert "precision" in done.stdout
+    assert f"it is kept: repeat `sparsepeft push {tmp_path / 'o'} me/mine`" in done.stderr
+    again = sparsepeft("push", tmp_path / "o", "me/mine")
+    assert (again.returncode, again.stderr) == (1, done.stderr.splitlines()[-1] + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["topics", "lm"])
+def test_a_dry_run_says_what_would_be_done(
+    tiny_backbone: Path, tiny_language_model: Path, tmp_path: Path, task: str
+) -> None:
+    own = ("--model", tiny_backbone)
+    if task == "lm":
+        own = ("--model", tiny_language_model, "--text", topics_text(tmp_path), "--block-length", 16)
+    before = sorted(tmp_path.iterdir())
+    command = ("train", "--task", task, "--output-dir", tmp_path / "o", "--max-steps", 50, "--dry-run", *own)
+    done = sparsepeft(*command)
+    assert done.returncode == 0, done.stderr
+    for words in ("50 steps of", "trained: ", "s a step", "Nothing was written"):
+        assert words in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
+    found = json.loads(sparsepeft(*command, "--json").stdout)
+    assert found["plan"]["steps"] == 50
+    assert found["saved_bytes"] > 0
+    assert found["estimated_seconds"] > 50 * found["seconds_per_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--task", "topics"), "No --output-dir was given"),
+        (
+            ("--task", "topics", "--output-dir", "o", "--batch-size", "0"),
+            "--batch-size 0 was given, but it must be a positive",
+        ),
+        (("--task", "topics", "--output-dir", "o", "--learning-rate", "nan"), "--learning-rate nan was given"),
+        (("--task", "topics", "--output-dir", "o", "--class-weights", "spam"), "expected --class-weights balanced, or"),
+        (
+            ("--task", "topics", "--output-dir", "o", "--class-weights", "spam=2"),
+            "--class-weights: the label 'spam' is unknown",
+        ),
+        (("--task", "topics", "--output-dir", "o", "--device", "tpu"), "--device tpu was given"),
+        (("--task", "topics", "--output-dir", "o", "--push-to-hub", "a/b/c"), "cannot be a repository's name"),
+        (
+            ("--task", "lm", "--output-dir", "o", "--class-weights", "balanced"),
+            "--class-weights does not go with --task lm",
+        ),
+    ],
+)
+def test_bad_options_end_with_2_and_one_sentence(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = sparsepeft("train", "--model", tiny_backbone, *arguments)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert words in done.stderr
+    assert not (tmp_path / "o").exists()
