@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from sparsepeft_cli import benchmark, demo, evaluate, export, inspect, predict, reproduce, sparsify, storage, train
+from sparsepeft_cli import (
+    benchmark,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    predict,
+    reproduce,
+    sparsify,
+    storage,
+    train,
+)
 from sparsepeft_cli._errors import Command
 
 app = typer.Typer(
@@ -17,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
-for _module in (train, evaluate, predict, export, sparsify, inspect, storage, demo):
+for _module in (train, evaluate, predict, generate, export, sparsify, inspect, storage, demo):
     app.command(_module.__name__.rpartition(".")[2], cls=Command, rich_help_panel="Commands")(_module.command)
 app.add_typer(reproduce.app, name="reproduce", rich_help_panel="Commands")
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="Commands")

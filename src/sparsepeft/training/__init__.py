@@ -1,6 +1,7 @@
 """Training protocols over ``transformers.Trainer``, and using what they leave."""
 
 from sparsepeft.training.config import RunConfig, load_config, parse_settings
+from sparsepeft.training.generation import GenerationSettings, Generator
 from sparsepeft.training.inference import Prediction, Predictor, evaluate
 from sparsepeft.training.language_model import train_language_model
 from sparsepeft.training.lm_config import LanguageModelConfig, is_language_model, load_language_model_config
@@ -8,6 +9,8 @@ from sparsepeft.training.lm_convert import sparsify_language_model
 from sparsepeft.training.run import train
 
 __all__ = [
+    "GenerationSettings",
+    "Generator",
     "LanguageModelConfig",
     "Prediction",
     "Predictor",

@@ -40,8 +40,8 @@ class Predictor:
         run = read_run(self.folder)
         if run["task"] == LM:
             raise UserError(
-                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft evaluate` "
-                "gives its perplexity."
+                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft generate` "
+                "continues texts with it, and `sparsepeft evaluate` gives its perplexity."
             )
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])
