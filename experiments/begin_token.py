@@ -1,6 +1,6 @@
 """What the begin-of-text token at the head of each block is worth: perplexity with and without it.
 
-    python experiments/begin_token.py --data-dir DATA --model GEMMA [--lengths 64 512] [--num-tokens 16384]
+    python experiments/begin_token.py --data-dir DATA --model GEMMA [--lengths 64 512] [--num-tokens 8192]
 
 The model's perplexity on the first tokens of WikiText-2's test part, cut into blocks of each length: dense, and sparse
 by ``SptConfig``'s defaults, calibrated on blocks of the validation part that begin in the same way. Then, in blocks of
@@ -51,7 +51,7 @@ def main() -> None:
         "--model", required=True, help="a language model whose tokenizer begins texts: folder or hub id"
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 512], help="of the blocks, with the token")
-    parser.add_argument("--num-tokens", type=int, default=16384, help="of the text that perplexity is measured on")
+    parser.add_argument("--num-tokens", type=int, default=8192, help="of the text that perplexity is measured on")
     parser.add_argument("--steps", type=int, default=20, help="of LoRA; 0 trains nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sparsepeft.training.answers import Answer, answers
     from sparsepeft.training.config import RunConfig, load_config, parse_settings
     from sparsepeft.training.evaluation import Evaluation, evaluate
+    from sparsepeft.training.generation import GenerationSettings, Generator
     from sparsepeft.training.inference import Predictor
     from sparsepeft.training.language_model import train_language_model
     from sparsepeft.training.lm_config import LanguageModelConfig, is_language_model, load_language_model_config
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "Evaluation",
+    "GenerationSettings",
+    "Generator",
     "LanguageModelConfig",
     "Prediction",
     "Predictor",
@@ -44,6 +47,7 @@ __getattr__, __dir__ = lazily(
         "sparsepeft.training.answers": ("Answer", "answers"),
         "sparsepeft.training.config": ("RunConfig", "load_config", "parse_settings"),
         "sparsepeft.training.evaluation": ("Evaluation", "evaluate"),
+        "sparsepeft.training.generation": ("GenerationSettings", "Generator"),
         "sparsepeft.training.inference": ("Predictor",),
         "sparsepeft.training.language_model": ("train_language_model",),
         "sparsepeft.training.lm_config": ("LanguageModelConfig", "is_language_model", "load_language_model_config"),

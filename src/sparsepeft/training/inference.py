@@ -48,8 +48,8 @@ class Predictor:
         run = read_run(self.folder)
         if run["task"] == LM:
             raise UserError(
-                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft evaluate` "
-                "gives its perplexity."
+                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft generate` "
+                "continues texts with it, and `sparsepeft evaluate` gives its perplexity."
             )
         if batch_size < 1:
             raise UserError(f"`batch_size={batch_size}` was given; pass the number of inputs of a pass, at least 1.")

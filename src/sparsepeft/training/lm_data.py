@@ -109,12 +109,7 @@ def join(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor
     Raises:
         UserError: the tokenizer has no such token.
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is None:
-        raise UserError(
-            "The model's tokenizer has no end-of-text token to put between documents; set its eos_token and save it "
-            "with the model."
-        )
+    end = end_token(tokenizer)
     encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
 
@@ -138,6 +133,21 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) 
             "`bos_token=True` was given, but the model's tokenizer has no begin-of-text token; leave it out."
         )
     return begin if wanted else None
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends each document: the tokenizer's end-of-text token, or else its [SEP].
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise UserError(
+            "The model's tokenizer has no end-of-text token to put between documents; set its eos_token and save it "
+            "with the model."
+        )
+    return int(end)
 
 
 def cut(tokens: Tensor, block_length: int, name: str, begin: int | None = None) -> Tensor:

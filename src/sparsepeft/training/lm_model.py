@@ -29,12 +29,15 @@ CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_language_model(model: str, masked: bool = False) -> tuple[PreTrainedModel, bool]:
-    """A language model in float32 and eval mode, and whether it is causal (else masked).
+def load_language_model(
+    model: str, masked: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, bool]:
+    """A language model in eval mode, and whether it is causal (else masked).
 
     Args:
         model: hub id or folder.
         masked: take masked language models, too.
+        dtype: of the weights.
 
     Raises:
         UserError: there is no such model, or it is of another kind.
@@ -50,7 +53,7 @@ def load_language_model(model: str, masked: bool = False) -> tuple[PreTrainedMod
                 f"The model {model!r} is of type {config.model_type}, but {wanted} is needed; pass another."
             )
         loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
-        return loader.from_pretrained(model, dtype=torch.float32).eval(), is_causal
+        return loader.from_pretrained(model, dtype=dtype).eval(), is_causal
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -63,13 +66,16 @@ def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
     return model if config is None else attach(model, config, method)
 
 
-def load_trained_language_model(folder: Path, config: LanguageModelConfig, model: str | None = None) -> Model:
+def load_trained_language_model(
+    folder: Path, config: LanguageModelConfig, model: str | None = None, dtype: torch.dtype = torch.float32
+) -> Model:
     """The trained model of a run, in eval mode.
 
     Args:
         folder: of the run.
         config: the run's.
         model: the backbone, if it has moved since.
+        dtype: of the backbone's weights.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
@@ -77,8 +83,8 @@ def load_trained_language_model(folder: Path, config: LanguageModelConfig, model
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
     if config.method == "full":
-        return load_language_model(str(folder))[0]
-    backbone, _ = load_language_model(resolve_model(model or config.model))
+        return load_language_model(str(folder), dtype=dtype)[0]
+    backbone, _ = load_language_model(resolve_model(model or config.model), dtype=dtype)
     with loading_adapter(folder):
         if config.spt is not None:
             return load_sparse(backbone, folder).eval()

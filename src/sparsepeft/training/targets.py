@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 from peft import IA3Config, LoraConfig
 from peft.utils import (
@@ -36,7 +37,7 @@ def choose_targets(config: LoraConfig | IA3Config, backbone: PreTrainedModel) ->
     Raises:
         UserError: the Transformer layers were not found, or have no linear maps.
     """
-    known: dict[str, list[str]] = (
+    known: Any = (
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         if isinstance(config, LoraConfig)
         else TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
@@ -54,7 +55,7 @@ def choose_targets(config: LoraConfig | IA3Config, backbone: PreTrainedModel) ->
             "choose another `method`, or name the layers by the setting target_modules."
         )
     if isinstance(config, LoraConfig):
-        config.target_modules, _ = _shortest(backbone, blocks, set(maps))
+        config.target_modules = _shortest(backbone, blocks, set(maps))[0]
         return
     if config.feedforward_modules is not None:
         raise UserError(
@@ -90,7 +91,7 @@ def _second_of_ffn(block: Block) -> list[str]:
 
 def _shortest(
     backbone: PreTrainedModel, blocks: list[Block], targets: set[str], feedforward: Collection[str] = ()
-) -> tuple[set[str], set[str]]:
+) -> tuple[list[str], list[str]]:
     """Names for PEFT: those within the layers, if they are no other module's; else the full names.
 
     PEFT takes a name for all modules whose full names end in it. Names within the layers also fit the model where it
@@ -104,5 +105,5 @@ def _shortest(
     # Of the targets, PEFT tells those of an FFN by how they end, whole words or not.
     inside = {name for name in targets if inner and name.endswith(tuple(inner))}
     if meant == targets and inside == set(feedforward):
-        return shown, inner
-    return set(targets), set(feedforward)
+        return sorted(shown), sorted(inner)
+    return sorted(targets), sorted(feedforward)

@@ -1,0 +1,140 @@
+"""``sparsepeft generate``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_DRAWING = "Drawing (--do-sample)"
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train --task lm`.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; without it, prompts are read from --file or stdin.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='A prompt a line: plain text, or JSON with "prompt".')
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Add at most so many tokens. [default: 100, or what fits]")
+    ] = None,
+    stop_strings: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the model's chat template around a prompt.")] = False,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw tokens. [default: the most likely]", rich_help_panel=_DRAWING)
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", help="[default: the model's]", rich_help_panel=_DRAWING)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Of the most likely with this probability. [default: the model's]",
+            rich_help_panel=_DRAWING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of so many; 0 is all. [default: the model's, or 50]", rich_help_panel=_DRAWING),
+    ] = None,
+    num_return_sequences: Annotated[
+        int, typer.Option(metavar="N", help="Continuations of each prompt.", rich_help_panel=_DRAWING)
+    ] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="What is drawn.", rich_help_panel=_DRAWING)] = 42,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The backbone, if it has moved since training.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts continued together.")] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help='A JSON line for each continuation: "prompt", "generated_text".')
+    ] = False,
+) -> None:
+    """Continue texts with a fine-tuned language model.
+
+    Prints each prompt with what follows it; with --chat the answers, and with --json what follows alone.
+
+    Example: `sparsepeft generate out/mine "Once upon a time"`
+
+    Example: `sparsepeft generate out/mine --file prompts.txt --do-sample --temperature 0.7 --json`
+    """
+    prompts = _prompts(prompt, file)
+    from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.training import GenerationSettings, Generator
+
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        num_return_sequences=num_return_sequences,
+        stop_strings=tuple(stop_strings or ()),
+        seed=seed,
+    )
+    keep_freed_memory()
+    generator = Generator(folder, model, device=device, dtype=dtype, batch_size=batch_size)
+    if len(prompts) == 1 and num_return_sequences == 1 and not stop_strings and not as_json:
+        found = generator.generate(prompts, settings, chat=chat, on_text=_show)
+        _show("" if chat else prompts[0])
+        next(found)
+        print()
+        return
+    for given, texts in zip(prompts, generator.generate(prompts, settings, chat=chat), strict=True):
+        for text in texts:
+            if as_json:
+                print(json.dumps({"prompt": given, "generated_text": text}, ensure_ascii=False), flush=True)
+            else:
+                print(text if chat else given + text, end="\n\n", flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    from sparsepeft.errors import UserError
+
+    if prompt is not None and file is not None:
+        raise UserError("A prompt and --file were both given; pass one of them.")
+    if prompt is not None:
+        return [prompt]
+    if file is None:
+        return list(_parse(sys.stdin.read(), "standard input"))
+    if not file.is_file():
+        raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
+    from sparsepeft.tasks.files import read_text
+
+    return list(_parse(read_text(file), str(file)))
+
+
+def _parse(text: str, source: str) -> Iterator[str]:
+    """The prompt of each line; a line that merely begins like JSON is text."""
+    from sparsepeft.errors import UserError
+
+    if not text:
+        raise UserError(f"There is no prompt in {source}; give one a line.")
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        line = line.removesuffix("\r")
+        value: Any = line
+        if line[:1] == "{":
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+        if isinstance(value, dict):
+            value = value.get("prompt")
+        if not isinstance(value, str):
+            raise UserError(f'{source}, line {number}: the JSON object has no text under "prompt"; correct that line.')
+        yield value
