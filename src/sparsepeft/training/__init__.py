@@ -1,7 +1,7 @@
 """Training protocols over ``transformers.Trainer``, and using what they leave."""
 
 from sparsepeft.predictions import Prediction
-from sparsepeft.training.answers import Answer, answers
+from sparsepeft.training.answers import Answer, answer
 from sparsepeft.training.config import RunConfig, load_config, parse_settings
 from sparsepeft.training.evaluation import Evaluation, evaluate
 from sparsepeft.training.inference import Predictor
@@ -19,7 +19,7 @@ __all__ = [
     "Predictor",
     "RunConfig",
     "TableOptions",
-    "answers",
+    "answer",
     "evaluate",
     "is_language_model",
     "load_config",
