@@ -63,7 +63,7 @@ def test_predict_answers_a_table_row_by_row(home: Path, tmp_path: Path) -> None:
         assert [row["label"] for row in csv.DictReader(stream)] == [rows[0]["label"], "", rows[2]["label"]]
     (tmp_path / "other.csv").write_text("id,opinion\n7,a fine film\n")
     for arguments, words in (
-        (("--file", tmp_path / "other.csv"), ["'id', 'opinion'", "--text-column"]),
+        (("--file", tmp_path / "other.csv"), ["which column is the text?", "'id', 'opinion'"]),
         (("--file", tmp_path / "new.csv", "--output", tmp_path / "new.csv"), ["is the input"]),
         (("--output-format", "xlsx"), ["--output-format xlsx", "csv"]),
         (("--device", "abacus", "some text"), ["--device abacus"]),
