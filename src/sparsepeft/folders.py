@@ -93,6 +93,7 @@ def replacing(folder: Path, old: Sequence[str]) -> Iterator[Path]:
 
 def finish(folder: Path, old: Sequence[str]) -> None:
     """Let the files in the folder's ``unfinished`` part take the place of the old ones; the folder is held."""
+    _set_usual_modes(folder / UNFINISHED)
     os.replace(folder / UNFINISHED, folder / _FINISHED)
     _settle(folder, old)
 
@@ -124,6 +125,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _set_usual_modes(folder: Path) -> None:
+    """Give all in a folder the permissions that the umask leaves: safetensors and tempfile give the owner's alone."""
+    mask = os.umask(0o077)  # there is no way to ask without setting it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _settle(folder: Path, old: Sequence[str]) -> None:

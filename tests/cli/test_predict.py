@@ -43,6 +43,7 @@ def test_a_run_is_used_from_any_folder(home: Path, tmp_path: Path, monkeypatch: 
     assert found["num_rows"] == {"validation": 6}
     assert found["data_fingerprints"] == results["data_fingerprints"]
     assert json.loads((tmp_path / "scores.json").read_text()) == found
+    assert {path.stat().st_mode & 0o044 for path in (home / "run").rglob("*")} == {0o044}  # others may read all of it
     assert str(home) not in (home / "run" / "results.json").read_text()
     assert {"precision", "recall", "f1", "support"} <= found["report"]["validation"]["per_class"]["good"].keys()
 
