@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import topics_rows, topics_text, write_jsonl
 
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import write_json
-from sparsepeft.training import RunConfig
+from sparsepeft.training import LanguageModelConfig, RunConfig, evaluate, train_language_model
 from sparsepeft.training.files import HELD_OUT, RUN, describe_run
 from sparsepeft.training.held_out import save_held_out
 from sparsepeft.training.run import load_data
@@ -142,3 +143,39 @@ def test_a_changed_glue_file_is_told(tmp_path: Path) -> None:
     content = json.loads((run / RUN).read_text())
     write_json(run / RUN, {key: value for key, value in content.items() if key != "data_fingerprints"})
     assert not any("changed" in note for note in held_out_data(run).notes)  # a run that says nothing of its files
+
+
+@pytest.mark.slow
+def test_documents_of_a_language_model_are_found_again(tiny_language_model: Path, tmp_path: Path) -> None:
+    documents, file = topics_rows("train"), tmp_path / "text.jsonl"
+    write_jsonl(file, documents)
+    values: dict[str, Any] = {"model": str(tiny_language_model), "max_steps": 1, "block_length": 16}
+    run = tmp_path / "run"
+    results = train_language_model(LanguageModelConfig((str(file),), str(run), **values))
+    assert evaluate(run).metrics == {"validation": pytest.approx(results["metrics"]["validation"])}
+    write_jsonl(file, [{"text": f"new document {index}"} for index in range(30)] + documents)
+    found = evaluate(run)
+    assert found.metrics == {"validation": pytest.approx(results["metrics"]["validation"])}
+    count = round(len(documents) / 10)
+    assert found.notes == (
+        f"the text has changed since training; of the {count} documents held out then, {count} are still there and "
+        "were scored",
+    )
+    write_jsonl(file, [{"text": f"new document {index}"} for index in range(300)])
+    with pytest.raises(UserError, match=r"text.jsonl has changed since training, and none .* `test_file`"):
+        evaluate(run)
+    assert evaluate(run, test_file=file).metrics.keys() == {"test"}
+
+    plain = topics_text(tmp_path)  # one document, whose end is held out
+    config = LanguageModelConfig((str(plain),), str(tmp_path / "tail"), **values)
+    train_language_model(config)
+    plain.write_text("a new beginning " + plain.read_text())
+    with pytest.raises(UserError, match=r"topics.txt has changed .* does not say what of it was held out"):
+        evaluate(tmp_path / "tail")
+    own = LanguageModelConfig((str(plain),), str(tmp_path / "own"), validation_text=(str(file),), **values)
+    train_language_model(own)
+    write_jsonl(file, documents)
+    assert evaluate(tmp_path / "own").notes == ("text.jsonl has changed since training",)
+    file.unlink()
+    with pytest.raises(UserError, match=r"text.jsonl, which is not there any more; .* `test_file`"):
+        evaluate(tmp_path / "own")
