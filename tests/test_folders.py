@@ -47,6 +47,19 @@ def test_the_new_files_take_the_place_of_the_old_and_others_stay(tmp_path: Path)
     assert _content(folder) == new | others
 
 
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path, OLD) as work:
+            _fill(work, "new", ("a.json", "parts/1", "run.py"))
+            for name, mode in (("a.json", 0o600), ("parts/1", 0o600), ("parts", 0o700), ("run.py", 0o700)):
+                (work / name).chmod(mode)  # as safetensors and tempfile leave them
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "parts/1", "parts", "run.py")}
+    assert modes == {"a.json": 0o640, "parts/1": 0o640, "parts": 0o750, "run.py": 0o740}
+
+
 @pytest.mark.parametrize("name", ["replace", "rmdir", "unlink"])
 @pytest.mark.parametrize("calls", range(4))
 def test_a_crash_at_any_point_can_be_settled(

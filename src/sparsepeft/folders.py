@@ -161,6 +161,7 @@ def finish(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
     """
     new = sorted(path.name for path in work.iterdir())
     write_json(work / _MANIFEST, {"written": new, "replaced": sorted(_written(folder, old))})
+    _set_usual_modes(work)
     os.replace(work, folder / _FINISHED)
     _settle(folder)
 
@@ -187,6 +188,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _set_usual_modes(folder: Path) -> None:
+    """Give all in a folder the permissions that the umask leaves: safetensors and tempfile give the owner's alone."""
+    mask = os.umask(0o077)  # there is no way to ask without setting it
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _settle(folder: Path) -> None:

@@ -68,7 +68,7 @@ def command(
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
     if output is not None and (output.is_dir() or (file is not None and output.resolve() == file.resolve())):
         raise UserError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; pass another file.")
-    from sparsepeft.training.answers import answers, format_of, formatter
+    from sparsepeft.training.answers import answer, format_of, formatter
 
     format = format_of(output_format, output)
     from sparsepeft.allocator import keep_freed_memory
@@ -89,10 +89,10 @@ def command(
     num_answers = num_failed = 0
     with _writing(output) as write:
         line_of = formatter(format, predictor.spec)
-        for batch in answers(predictor, questions):
+        for batch in answer(predictor, questions):
             write("".join(map(line_of, batch)))
             num_answers += len(batch)
-            num_failed += sum(answer.prediction.error is not None for answer in batch)
+            num_failed += sum(one.prediction.error is not None for one in batch)
     if num_failed:
         raise RunFailed(
             f"{num_failed:,} of {num_answers:,} inputs could not be answered; the error in their rows says why."

@@ -72,24 +72,6 @@ def test_help_has_an_example_and_loads_neither_torch_nor_peft(command: tuple[str
 
 
 @pytest.mark.slow
-def test_evaluate_and_predict(trained: Path, tmp_path: Path) -> None:
-    done = sparsepeft("evaluate", trained, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((trained / "results.json").read_text())["metrics"]
-
-    done = sparsepeft("predict", trained, "A striker scored twice.")
-    (line,) = done.stdout.splitlines()
-    assert set(json.loads(line)) == {"label", "score", "scores"}
-
-    file = tmp_path / "texts.txt"
-    file.write_text('A plain line.\n"A JSON line."\n{"text": "An object."}\n\n')
-    from_file = sparsepeft("predict", trained, "--file", file)
-    from_stdin = sparsepeft("predict", trained, stdin=file.read_text())
-    assert len(from_file.stdout.splitlines()) == 4
-    assert from_file.stdout == from_stdin.stdout
-
-
-@pytest.mark.slow
 def test_own_file(tiny_backbone: Path, tmp_path: Path) -> None:
     rows = ["review,mood"] + [f"review number {i} was {w},{w}" for i in range(20) for w in ("good", "bad")]
     (tmp_path / "mine.csv").write_text("\n".join(rows) + "\n")

@@ -134,11 +134,16 @@ def test_runs_of_the_command_line(backbone: Path, tmp_path: Path) -> None:
     for given in (TEXTS[0], {"text": TEXTS[0]}, [(TEXTS[0],)]):  # the predictor reads inputs as the engine does
         (other,) = predictor.predict(given)  # type: ignore[arg-type]
         np.testing.assert_allclose(values(other), values(answers[0]), rtol=1e-4, atol=1e-5)
+    assert predictor.logits("").shape == (1, 5)  # as data sets have some
     assert predictor.predict([]) == list(predictor.predict_stream([])) == []
     for words, inputs in BAD_INPUTS.items():
-        for given in inputs:
-            with pytest.raises(UserError, match=words if not isinstance(given, tuple) else "takes 1 text|" + words):
+        for given in inputs if words != "empty text" else [""]:
+            with pytest.raises(UserError, match=words):
                 list(predictor.predict_stream([TEXTS[0], given]))
+            (_, failed) = predictor.predict([TEXTS[0], given], on_error="return")
+            assert words in str(failed.error)
+    with pytest.raises(UserError, match="takes 1 text"):
+        predictor.predict([(TEXTS[0], TEXTS[1])])
 
 
 BAD_INPUTS = {
@@ -181,7 +186,6 @@ def test_one_input_is_a_list_of_one(engine: MultiTaskEngine) -> None:
     for given in (TEXTS[0], {"text": TEXTS[0]}):
         (answer,) = engine.predict_all(given, "two")
         np.testing.assert_allclose(values(answer["two"]), values(engine.predict([("two", TEXTS[0])])[0]), rtol=1e-5)
-    assert "expected (task, text)" in str(engine.predict("two")[0].error)  # type: ignore[arg-type]
     assert engine.predict([]) == engine.predict_all([]) == []
     for ask in (engine.predict, engine.predict_all):
         for given in (None, 3, b"text"):
@@ -437,3 +441,16 @@ def test_a_bad_backbone_or_budget_is_refused(tmp_path: Path, backbone: Path) -> 
         MultiTaskEngine(tmp_path / "nothing" / "here")
     with pytest.raises(UserError, match="token_budget=0"):
         MultiTaskEngine(backbone, token_budget=0)
+    with pytest.raises(UserError, match=r"`tasks` is \['out/a'\] \(list\)"):
+        MultiTaskEngine(backbone, ["out/a"])  # type: ignore[arg-type]
+
+
+def test_what_is_called_wrongly_is_said_at_once(engine: MultiTaskEngine) -> None:
+    for one in ("two", ("two", TEXTS[0]), {"text": TEXTS[0]}):
+        with pytest.raises(UserError, match=r"One request, .* pass a list of them"):
+            engine.predict(one)  # type: ignore[arg-type]
+    for ask in (engine.predict, engine.predict_all):
+        with pytest.raises(UserError, match="`on_error='rise'` was given; pass 'return' or 'raise'"):
+            ask([], on_error="rise")  # type: ignore[operator]
+    assert repr(engine).endswith("float32 on cpu, 8 tasks: two, five, degree, upper, pfeiffer and 3 more)")
+    assert "labels: " in repr(engine.tasks["two"])

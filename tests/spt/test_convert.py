@@ -143,6 +143,13 @@ def test_generation_with_a_cache_is_generation_without(name: str, cache: str) ->
     assert torch.equal(model.generate(**given, **options, **kept), expected)
 
 
+def test_lists_of_token_ids_are_a_batch() -> None:
+    ids = inputs("llama")["input_ids"]
+    for given, rows in ((ids.tolist(), ids), (ids[0].tolist(), ids[:1]), ({"input_ids": ids.numpy()}, ids)):
+        found, expected = (sparsify(build("llama"), config("llama"), data) for data in (given, rows))
+        assert sparsification(found).report == sparsification(expected).report  # type: ignore[union-attr]
+
+
 def test_refused_before_anything_is_changed() -> None:
     ids = inputs("llama")["input_ids"]
     deberta = hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SIZES))
@@ -153,6 +160,9 @@ def test_refused_before_anything_is_changed() -> None:
     cases: list[tuple[Any, dict[str, Any], Any, str]] = [
         (build("llama"), {}, None, "calibration_data"),
         (build("llama"), {}, ids[:0], "empty"),
+        (build("llama"), {}, ["a text", "another"], "holds texts, .* pass tokenizer"),
+        (build("llama"), {}, [[1, 2], [3]], "sequences of 1 to 2 token ids; pad or cut"),
+        (build("llama"), {}, [None], "expected token ids"),
         (build("llama"), {}, {"inputs_embeds": torch.full((1, 4, 32), torch.nan)}, "NaN"),
         (build("llama"), {"subvector_dim": 3}, ids, "does not divide"),
         (

@@ -15,14 +15,25 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.backbones import resolve_model
+from sparsepeft.devices import find_device
 from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
 from sparsepeft.engine.batches import batches_by_tokens, windows
 from sparsepeft.engine.encoding import Encoded, Encoder
 from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
-from sparsepeft.errors import UserError
-from sparsepeft.predictions import Input, OnError, Prediction, listed, prediction, read_input, texts_of
+from sparsepeft.errors import UserError, first_line
+from sparsepeft.predictions import (
+    Input,
+    OnError,
+    Prediction,
+    check_on_error,
+    listed,
+    prediction,
+    read_input,
+    texts_of,
+)
+from sparsepeft.reprs import first_of
 from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
 from sparsepeft.tuners._layer import execution_device
 
@@ -80,7 +91,15 @@ class MultiTaskEngine:
         onednn: bool | None = None,
     ) -> None:
         if token_budget < 1:
-            raise UserError(f"token_budget={token_budget} was given; pass the number of tokens that a batch may have.")
+            raise UserError(
+                f"`token_budget={token_budget}` was given; pass the number of tokens that a batch may have."
+            )
+        if tasks is not None and not isinstance(tasks, Mapping):
+            raise UserError(
+                f"`tasks` is {tasks!r:.80} ({type(tasks).__name__}); expected the folder of each task by its name, "
+                'such as {"sst2": "out/sst2"}.'
+            )
+        place = None if device is None else find_device(str(device))
         if isinstance(backbone, PreTrainedModel):
             model = sharing_tensors(backbone)
         else:
@@ -90,8 +109,8 @@ class MultiTaskEngine:
         else:
             tokenizer = with_pad_token(copy.deepcopy(tokenizer))
         set_pad_token(model, tokenizer)
-        if device is not None:
-            _move(model, device)
+        if place is not None:
+            _move(model, place)
         self._backbone, self._device = model, execution_device(model) or model.device
         self._encoder = Encoder(tokenizer, model.config)
         self.token_budget = token_budget
@@ -101,6 +120,12 @@ class MultiTaskEngine:
         self._numbers = itertools.count()
         for task, folder in (tasks or {}).items():
             self.add(task, folder)
+
+    def __repr__(self) -> str:
+        names = self.tasks
+        tasks = f"{len(names)} task{'s' * (len(names) != 1)}" + (f": {first_of(names)}" if names else "")
+        dtype = str(self._backbone.dtype).removeprefix("torch.")
+        return f"MultiTaskEngine({Path(str(self._backbone.name_or_path)).name!r}, {dtype} on {self._device}, {tasks})"
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
@@ -170,6 +195,8 @@ class MultiTaskEngine:
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
         """
+        check_on_error(on_error)
+        _check_several(requests)
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
             for window in windows(listed(requests), _WINDOW):
@@ -208,6 +235,7 @@ class MultiTaskEngine:
         Raises:
             UserError: ``tasks`` names one that is not loaded.
         """
+        check_on_error(on_error)
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
             names = loaded if tasks is None else listed(tasks)
@@ -306,17 +334,27 @@ def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(not_loaded("model", name, error)) from error
 
 
-def _move(model: PreTrainedModel, device: torch.device | str) -> None:
+def _move(model: torch.nn.Module, device: torch.device) -> None:
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UserError(
-            f"device={str(device)!r} was given, but accelerate decides where the parts of this model compute; leave "
+            f"`device={device}` was given, but accelerate decides where the parts of this model compute; leave "
             "device out."
         )
     try:
-        model.to(torch.device(device))  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"The model cannot be moved to device={str(device)!r} ({reason}); pass another one.") from error
+        model.to(device)
+    except (RuntimeError, ValueError) as error:  # such as too little memory, or quantized weights that stay
+        raise UserError(f"The model cannot be moved to `device={device}` ({first_line(error)}).") from error
+
+
+def _check_several(requests: Any) -> None:
+    """Refuse one request, or a part of one, where a list of them is expected."""
+    if isinstance(requests, (str, Mapping)) or (
+        isinstance(requests, tuple) and requests and isinstance(requests[0], str)
+    ):
+        raise UserError(
+            f"One request, {requests!r:.80}, was given; pass a list of them, such as [(task, text)], or ask all tasks "
+            "by predict_all([text])."
+        )
 
 
 def _request(request: Any) -> Request:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peft import PeftConfig, TaskType
 
 from sparsepeft.errors import UserError
+from sparsepeft.reprs import first_of
 from sparsepeft.training.files import RUN, read_run, spec_of
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -33,6 +34,10 @@ class TaskInfo:
     multi_label: bool
     num_texts: int | None
     max_length: int | None
+
+    def __repr__(self) -> str:
+        labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
+        return f"TaskInfo({str(self.folder)!r}, {labels})"
 
 
 class LoadedTask:

@@ -133,6 +133,11 @@ class MemoryReport:
     untrained: MemoryReport | None = None
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        of = "".join(f", {self.source[key]}" for key in ("task", "split") if key in self.source)
+        examples = f" of {self.source['examples']:,} texts" if "examples" in self.source else ""
+        return f"MemoryReport({len(self.layers)} memories{of}{examples})"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return dataclasses.asdict(self)

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sparsepeft.reprs import changed_fields
+
 GRANULARITIES = ("token", "block")
 ASSIGNMENTS = ("clustered", "contiguous")
 
@@ -107,6 +109,9 @@ class SptConfig:
                     f"layers_to_transform={layers!r} was given; expected the layers' positions, from 0 on."
                 )
             object.__setattr__(self, "layers_to_transform", positions)
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def with_length(self, length: int) -> SptConfig:
         """A copy with ``top_l`` as a count, for a calibration batch of ``length`` positions."""

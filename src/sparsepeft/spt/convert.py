@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -72,8 +73,9 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
     Args:
         model: a transformers model, not yet wrapped by PEFT.
         config: what becomes sparse.
-        calibration_data: a typical batch: input ids (B, T), or the mapping that the model takes. Codebooks are made
-            from its queries and keys, and a fraction ``top_l`` is of its length T. Not needed without ``attention``.
+        calibration_data: a typical batch: input ids (B, T), as a tensor or lists, or the mapping that the model takes.
+            Codebooks are made from its queries and keys, and a fraction ``top_l`` is of its length T. Not needed
+            without ``attention``.
 
     Returns:
         ``model``; ``model.sparsification.report`` says how much it changed.
@@ -170,7 +172,11 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
 
 def _checked(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
     """The calibration batch as keyword arguments on the model's device."""
-    batch = dict(data) if isinstance(data, Mapping) else {"input_ids": data}
+    batch = data if isinstance(data, Mapping) else {"input_ids": data}
+    batch = {
+        name: _ids(value) if isinstance(value, (str, list, tuple, np.ndarray)) else value
+        for name, value in batch.items()
+    }
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
     if not tensors or any(value.numel() == 0 for value in tensors.values()):
         raise ValueError("calibration_data is empty; pass at least one sequence, for example input ids (B, T).")
@@ -180,6 +186,25 @@ def _checked(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
         if value.dim() < 2:
             raise ValueError(f"calibration_data has {name} of shape {tuple(value.shape)}; expected (B, T, ...).")
     return {name: value.to(model.device) for name, value in tensors.items()}
+
+
+def _ids(data: Any) -> Tensor:
+    """Lists of token ids as a tensor (B, T); a single list is a batch of one."""
+    if isinstance(data, str) or (len(data) and isinstance(data[0], str)):
+        raise ValueError(
+            "calibration_data holds texts, but a model is run on token ids; pass "
+            "tokenizer(texts, padding=True, return_tensors='pt')."
+        )
+    rows = [data] if len(data) and not isinstance(data[0], (list, tuple, np.ndarray, Tensor)) else data
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"calibration_data has sequences of {lengths[0]} to {lengths[-1]} token ids; pad or cut them to one length."
+        )
+    try:
+        return torch.stack([torch.as_tensor(row) for row in rows]) if lengths else torch.zeros(0, 0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"calibration_data is {data!r:.80}; expected token ids (B, T).") from error
 
 
 def _length(batch: dict[str, Tensor]) -> int:

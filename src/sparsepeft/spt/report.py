@@ -36,6 +36,19 @@ class SptReport:
     feed_forward_error: dict[str, float] = field(default_factory=dict)
     feed_forward_operations: float | None = None
 
+    def __repr__(self) -> str:
+        """Means over the layers."""
+        named = (
+            ("recall", self.recall),
+            ("attention error", self.attention_error),
+            ("FFN error", self.feed_forward_error),
+        )
+        means = [f"{name} {sum(by.values()) / len(by):.3f}" for name, by in named if by]
+        if self.feed_forward_operations is not None:
+            means.append(f"{self.feed_forward_operations:.3f} of the FFNs' operations")
+        num_layers = max(len(self.recall), len(self.feed_forward_error))
+        return f"SptReport({', '.join([f'{num_layers} layers', *means])})"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return dict(vars(self))

@@ -68,6 +68,10 @@ class StorageReport:
     paper: tuple[PaperFigure, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        ratios = ", ".join(f"{each.method} {each.ratio_text}" for each in self.methods)
+        return f"StorageReport({self.model!r}, {self.num_tasks} tasks, {self.dtype}: {ratios})"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""
         return dataclasses.asdict(self)

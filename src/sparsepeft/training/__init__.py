@@ -6,7 +6,7 @@ from sparsepeft._lazy import lazily
 
 if TYPE_CHECKING:
     from sparsepeft.predictions import Prediction
-    from sparsepeft.training.answers import Answer, answers
+    from sparsepeft.training.answers import Answer, answer
     from sparsepeft.training.config import RunConfig, load_config, parse_settings
     from sparsepeft.training.evaluation import Evaluation, evaluate
     from sparsepeft.training.generation import GenerationSettings, Generator
@@ -27,7 +27,7 @@ __all__ = [
     "Predictor",
     "RunConfig",
     "TableOptions",
-    "answers",
+    "answer",
     "evaluate",
     "is_language_model",
     "load_config",
@@ -44,7 +44,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "sparsepeft.predictions": ("Prediction",),
-        "sparsepeft.training.answers": ("Answer", "answers"),
+        "sparsepeft.training.answers": ("Answer", "answer"),
         "sparsepeft.training.config": ("RunConfig", "load_config", "parse_settings"),
         "sparsepeft.training.evaluation": ("Evaluation", "evaluate"),
         "sparsepeft.training.generation": ("GenerationSettings", "Generator"),

@@ -75,7 +75,7 @@ class Answer:
         return row
 
 
-def answers(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list[Answer]]:
+def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list[Answer]]:
     """Answer questions in order, those together that have come while others were answered.
 
     Args:

@@ -18,7 +18,7 @@ from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class BitFitConfig(TaskAdapterConfig):
     """Trains the biases inside each Transformer layer (BitFit, arXiv:2106.10199), and the head.
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from peft import PeftConfig
 
+from sparsepeft.reprs import changed_fields
 from sparsepeft.tuners._card import write_card
 from sparsepeft.tuners._files import convert_saved
 from sparsepeft.tuners._quantized import INT8
 
 FORMAT_VERSION = 1
+_IN_EVERY_FILE = ("peft_type", "auto_mapping", "peft_version", "backbone_fingerprint", "format_version")
 HEAD_TYPES = ("model", "linear")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
@@ -38,7 +40,7 @@ def dtype_name(name: str, value: Any, valid: dict[str, str] = DTYPES) -> str:
     return valid[value]
 
 
-@dataclass
+@dataclass(repr=False)
 class TaskAdapterConfig(PeftConfig):
     """Base of this package's PEFT configs.
 
@@ -101,6 +103,9 @@ class TaskAdapterConfig(PeftConfig):
                 )
         if self.num_labels is not None:
             require_positive("num_labels", self.num_labels)
+
+    def __repr__(self) -> str:
+        return changed_fields(self, _IN_EVERY_FILE)
 
     @property
     def method(self) -> str:

@@ -15,7 +15,7 @@ from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class HeadConfig(TaskAdapterConfig):
     """Trains the head and nothing else (a linear probe); a PEFT method, so that it is saved and loaded like the others.
 

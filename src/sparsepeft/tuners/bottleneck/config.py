@@ -14,7 +14,7 @@ STYLES = ("pfeiffer", "houlsby")
 _NON_LINEARITY = {"pfeiffer": "relu", "houlsby": "silu"}
 
 
-@dataclass
+@dataclass(repr=False)
 class BottleneckConfig(TaskAdapterConfig):
     """Bottleneck adapters inside each Transformer layer, equal to those of AdapterHub's ``adapters`` 1.3.0.
 

@@ -11,7 +11,7 @@ from sparsepeft.tuners.config import TaskAdapterConfig, require_choice, require_
 IMPLS = ("auto", "reference", "masked", "selected", "triton")
 
 
-@dataclass
+@dataclass(repr=False)
 class SpartanConfig(TaskAdapterConfig):
     """A sparse hierarchical memory after each Transformer layer (arXiv:2211.16634).
 
