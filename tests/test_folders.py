@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.folders import UNFINISHED, in_use, locked, replacing, settle
+from sparsepeft.folders import check_output, in_use, locked, replacing, settle
 
 OLD = ("a.*", "b.json", "parts")
 
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 def _content(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".sparsepeft.json"))
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
@@ -41,8 +41,8 @@ def test_the_new_files_take_the_place_of_the_old_and_others_stay(tmp_path: Path)
     _replace(folder)
     new = {"a.json": "new", "c.json": "new", "parts/2": "new"}
     assert _content(folder) == new
-    _fill(folder, "old", ("a.txt", "b.json", "parts/1"))
-    others = _fill(folder, "mine", ("mine.txt", "own/file"))
+    others = _fill(folder, "mine", ("a.txt", "b.json", "own/file"))  # as OLD has them, but not in the list
+    _fill(folder, "old", ("parts/1",))
     _replace(folder)
     assert _content(folder) == new | others
 
@@ -58,6 +58,51 @@ def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "parts/1", "parts", "run.py")}
     assert modes == {"a.json": 0o640, "parts/1": 0o640, "parts": 0o750, "run.py": 0o740}
+
+
+def test_what_was_written_without_a_list_goes_by_its_names(tmp_path: Path) -> None:
+    _fill(tmp_path, "old", ("a.txt", "b.json", "parts/1"))
+    others = _fill(tmp_path, "mine", ("mine.txt",))
+    _replace(tmp_path)
+    assert _content(tmp_path) == {"a.json": "new", "c.json": "new", "parts/2": "new"} | others
+
+
+def test_somebody_elses_file_is_never_written_over(tmp_path: Path) -> None:
+    _replace(tmp_path)
+    before = _content(tmp_path)
+    others = _fill(tmp_path, "mine", ("d.json",))
+    with pytest.raises(RunFailed, match=r"holds d\.json of another origin"), replacing(tmp_path, OLD) as work:
+        _fill(work, "new", ("a.json", "d.json"))
+    assert _content(tmp_path) == before | others
+
+
+@pytest.mark.parametrize(
+    ("names", "overwrite", "message"),
+    [
+        ((), False, None),
+        ((".gitignore", ".DS_Store"), False, None),
+        (("part/run.json", "mine.txt"), False, None),
+        (("run.json", "NOTES.md"), True, None),
+        (("run.json", "NOTES.md"), False, "already holds a finished run; pass another `output_dir`, or `overwrite`"),
+        (("README.md",), True, r"holds other files \(README.md\); pass a new or empty folder to `output_dir`"),
+        (("a", "b", "c/d", "e"), True, r"holds other files \(a, b and 2 more\)"),
+    ],
+)
+def test_only_what_is_ours_may_be_written_to(
+    tmp_path: Path, names: tuple[str, ...], overwrite: bool, message: str | None
+) -> None:
+    files = _fill(tmp_path / "out", "x", names)
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_output(tmp_path / "out", ("run.json", "part/run.json"), "a finished run", overwrite)
+    assert _content(tmp_path / "out") == {f"{name}": "x" for name in files}
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_output(tmp_path / "file", ("run.json",), "a finished run", False)
+    with pytest.raises(RunFailed, match="cannot be written to"):
+        check_output(tmp_path / "file" / "out", ("run.json",), "a finished run", False)
 
 
 @pytest.mark.parametrize("name", ["replace", "rmdir", "unlink"])
@@ -78,8 +123,8 @@ def test_a_crash_at_any_point_can_be_settled(
     with contextlib.suppress(Killed):
         _replace(tmp_path)
     monkeypatch.undo()
-    settle(tmp_path, OLD)
-    found = {key: value for key, value in _content(tmp_path).items() if not key.startswith(UNFINISHED)}
+    settle(tmp_path)
+    found = {key: value for key, value in _content(tmp_path).items() if not key.startswith(".unfinished")}
     assert found in (old | others, {"a.json": "new", "c.json": "new", "parts/2": "new"} | others)
     _replace(tmp_path)
     assert _content(tmp_path) == {"a.json": "new", "c.json": "new", "parts/2": "new"} | others

@@ -294,7 +294,7 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
     assert found == pytest.approx(results["perplexity"]["sparse"], rel=1e-5)
     assert found != pytest.approx(results["perplexity"]["dense"], rel=1e-5)
 
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         sparsify_language_model(model, folder, text, settings=SPT, block_length=32)
     with pytest.raises(UserError, match="--text"):
         sparsify_language_model(model, tmp_path / "p")

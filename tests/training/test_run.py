@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,9 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.training import Predictor, RunConfig, evaluate, train
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.training.history import read_history
 from sparsepeft.training.recipes import METHODS
+from sparsepeft.training.stopping import StopAfterStep
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -62,6 +65,12 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(tiny_backbone
     assert resumed["metrics"] == whole["metrics"]
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         torch.testing.assert_close(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
+    histories = [read_history(tmp_path / name) for name in ("whole", "cut")]
+    courses = [[{key: line[key] for key in line if key != "seconds"} for line in history] for history in histories]
+    assert courses[0] == courses[1]
+    assert [line["step"] for line in courses[0] if "eval_accuracy" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in courses[0] if {"loss", "grad_norm", "learning_rate"} <= line.keys()][:2] == [1, 2]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(histories[1]))
 
 
 def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -79,7 +88,7 @@ def test_a_broken_checkpoint_is_passed_over(tiny_backbone: Path, tmp_path: Path)
 def test_a_finished_run_is_kept_unless_told(tiny_backbone: Path, tmp_path: Path) -> None:
     train(run_config(tiny_backbone, tmp_path, max_steps=1))
     before = (tmp_path / RESULTS).read_text()
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="`overwrite`"):
         train(run_config(tiny_backbone, tmp_path, max_steps=1))
     assert (tmp_path / RESULTS).read_text() == before
     assert train(run_config(tiny_backbone, tmp_path, max_steps=2), overwrite=True)["steps"] == 2
@@ -137,6 +146,33 @@ def test_an_unfinished_run_with_other_values_or_data_is_refused(tiny_backbone: P
     with pytest.raises(UserError, match=r"other values of label_names, mine.jsonl \(its content\);"):
         train(run("xy"))
     assert train(run("ab", save_dtype="bf16"))["steps"] == 12
+
+
+def test_a_run_that_ended_before_a_checkpoint_is_in_nobodys_way(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(tiny_backbone, tmp_path), callbacks=[Interrupt(1)])
+    assert (tmp_path / UNFINISHED / RUN).exists()
+    plans: list[Any] = []
+    assert train(run_config(tiny_backbone, tmp_path, max_steps=1, seed=1), announce=plans.append)["steps"] == 1
+    (plan,) = plans
+    assert (plan.steps, plan.steps_done, plan.batch_size, plan.device) == (1, 0, 8, "cpu")
+    assert plan.sizes == {"training": 270, "selection": 30, "validation": 60, "test": 120}
+
+
+def test_a_stop_saves_the_step_it_is_at(tiny_backbone: Path, tmp_path: Path) -> None:
+    class Asks(StopAfterStep):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                assert self.ask(KeyboardInterrupt("enough"))
+                assert not self.ask(KeyboardInterrupt("more"))
+
+    stop = Asks()
+    assert not stop.ask(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        train(run_config(tiny_backbone, tmp_path), callbacks=[stop])
+    checkpoint = last_checkpoint(tmp_path / UNFINISHED / CHECKPOINTS)
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-5"
 
 
 def test_lora_where_peft_knows_no_layers(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Training in processes of its own: signals, two starts at once, going on, and what is seen without a terminal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsepeft.folders import UNFINISHED
+from sparsepeft.training.history import read_history, read_lines
+
+pytestmark = pytest.mark.slow
+
+
+def _start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sparsepeft_cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for_a_step(process: subprocess.Popen, folder: Path, after: int = 0) -> None:
+    history = folder / UNFINISHED / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not any(line["step"] > after for line in read_lines(history)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = ("train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", 400)
+    steps = 0
+    for number, code, word in ((signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")):
+        process = _start(*command)
+        _wait_for_a_step(process, folder, steps)
+        if number == signal.SIGINT:
+            second = _start(*command)
+            assert second.wait(timeout=60) == 2
+            assert "Another process is writing to" in second.stderr.read()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, "")
+        (checkpoint,) = (folder / UNFINISHED / "checkpoints").glob("checkpoint-*[0-9]")
+        stopped = int(checkpoint.name.rpartition("-")[2])
+        assert steps < stopped < 400
+        assert err.splitlines()[-1].startswith(f"{word} at step {stopped} of 400; the checkpoint of step {stopped} is")
+        assert (f"going on from step {steps}" in err) == (steps > 0)
+        steps = stopped
+
+    process = _start(*command)
+    _wait_for_a_step(process, folder, steps)
+    process.kill()
+    process.communicate()
+    process = _start(*command, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == 400
+    for part in (
+        "topics: spartan on",
+        "rows: training 270, selection 30, validation 60, test 120",
+        "step 400/400",
+        "ETA",
+    ):
+        assert part in err
+    lines = [(line["step"], "loss" in line) for line in read_history(folder)]
+    assert lines == sorted(set(lines), key=lambda line: (line[0], not line[1]))
+    assert not (folder / UNFINISHED).exists()
