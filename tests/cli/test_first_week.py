@@ -133,9 +133,8 @@ def test_6_whole_scores_are_noticed_and_can_be_said_to_be_values(tmp_path: Path)
     assert any("regression" in note for note in done["notes"])
     assert json.loads(typed(f"{command}/values --problem-type regression").stdout)["main_metric"] == "pearson_spearman"
     file = tmp_path / "tags.csv"
-    file.write_text(
-        "text,label\n" + "".join(f"{text},{'urgent|' if n % 2 else ''}{name}\n" for n, text, name in tickets(80))
-    )
+    lines = [f'"{text}",{"urgent|" if number % 2 else ""}{name}' for number, text, name in tickets(80)]
+    file.write_text("\n".join(["text,label", *lines, ""]))
     command = f"train --train-file {file} --model model --max-steps 1 --json --problem-type multi_label"
     assert "f1" in json.loads(typed(f"{command} --output-dir {tmp_path}/tags").stdout)["main_metric"]
 
