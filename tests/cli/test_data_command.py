@@ -23,8 +23,7 @@ def tickets(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file(tickets: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_a_file(tickets: Path, tiny_backbone: Path) -> None:
     done = sparsepeft("data", tickets, "--model", tiny_backbone, "--label-column", "dringend")
     assert done.returncode == 0, done.stderr
     for words in ("semicolon", "cp1252", "not used: id", "--max-length 16", "duplicate texts 1", "pass --encoding"):
