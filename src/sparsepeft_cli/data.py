@@ -117,11 +117,11 @@ def _labels(parts: dict[str, Any]) -> Any:
 def _findings(name: str, part: dict[str, Any]) -> str:
     found = {
         "duplicate texts": part["duplicates"],
-        "of them with another label": part["contradictions"],
-        "rows with an empty text": part["empty_texts"],
-        "rows whose texts are also trained on": part.get("seen_in_train", 0),
+        "duplicates with another label": part["contradictions"],
+        "empty texts": part["empty_texts"],
+        "texts that are also trained on": part.get("seen_in_train", 0),
     }
-    said = ", ".join(f"{count:,} {what}" for what, count in found.items() if count)
+    said = ", ".join(f"{what} {count:,}" for what, count in found.items() if count)
     return f"{name}: {said or 'no duplicates, no empty texts'}"
 
 

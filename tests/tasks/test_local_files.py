@@ -223,6 +223,33 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
     assert load(tmp_path, labels, seed=1).validation["text"][:] != data.validation["text"][:]
 
 
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (
+            [0, 1, 2, 3, 4, 5],
+            "labels 0 to 5 were taken for 6 classes; if they are scores, pass `problem_type=regression`",
+        ),
+        (["1", "2", "4", "5"], "labels 1 to 5 were taken for 4 classes"),
+        ([0, 1, 2], None),
+        ([1, 100, 1000, 10000], None),
+        (["a", "b", "c", "d"], None),
+    ],
+)
+def test_whole_numbers_that_could_be_scores_are_noted(tmp_path: Path, labels: list[object], note: str | None) -> None:
+    noted = [each for each in load(tmp_path, labels * 3, [labels[0]]).notes if "scores, pass" in each]
+    assert [note in each for each in noted if note] == ([True] if note else [])
+    assert not [n for n in load(tmp_path, labels * 3, problem_type="single_label").notes if "scores, pass" in n]
+
+
+def test_three_rows_are_the_fewest_and_scores_on_few_are_noted(tmp_path: Path) -> None:
+    data = load(tmp_path, ["a", "b", "a"])
+    assert (len(data.train), len(data.validation)) == (2, 1)
+    assert "custom: the validation part has 1 row(s): scores on fewer than 50 mean little" in data.notes
+    with pytest.raises(TaskError, match=r"train\.jsonl has 2 row\(s\); expected at least 3"):
+        load(tmp_path, ["a", "b"])
+
+
 def test_many_classes_are_noted(tmp_path: Path) -> None:
     data = load(tmp_path, list(range(30)), [0])
     assert "30 classes in 30 rows: for values rather than classes pass `problem_type=regression`" in data.notes[0]

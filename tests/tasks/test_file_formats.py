@@ -1,0 +1,147 @@
+"""Files as spreadsheets, pandas and `datasets` write them: delimiters, encodings, quoted TSV, JSON and parquet."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from sparsepeft.tasks import TaskError, load_task
+from sparsepeft.tasks.decoding import UTF8
+from sparsepeft.tasks.files import Row, read_rows
+from sparsepeft.tasks.formats import RAW_TSV, FileFormat, find_format
+
+TABLE = 'text{d}label\r\n"Sie sagte: ""ja{d} doch"", 5 €\nnaïve"{d}a\r\nplain, text{d}b\r\n'
+ROWS = [
+    Row(2, {"text": 'Sie sagte: "ja{d} doch", 5 €\nnaïve', "label": "a"}),
+    Row(4, {"text": "plain, text", "label": "b"}),
+]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    content = TABLE.replace("{d}", delimiter).encode(encoding)
+    path = write(tmp_path / "a.csv", content)
+    packed = write(tmp_path / "b.csv.gz", gzip.compress(content))
+    expected = [Row(row.line, {k: v.replace("{d}", delimiter) for k, v in row.values.items()}) for row in ROWS]
+    assert list(read_rows(path)) == list(read_rows(packed)) == expected
+    found = find_format(path)
+    assert (found.delimiter, found.encoding) == (delimiter, UTF8 if encoding.startswith("utf-8") else encoding)
+    said = "a.csv is not UTF-8 and was read as cp1252; pass `encoding` if that is wrong"
+    assert found.notes == ((said,) if encoding == "cp1252" else ())
+
+
+@pytest.mark.parametrize(
+    ("content", "is_quoted", "notes"),
+    [
+        ('text\tlabel\n"a\tb\nc\nd"\tx\n', True, ()),  # only so has every row two fields
+        ('text\tlabel\n"open quote\tx\n', False, ()),
+        ('text\tlabel\nhe said "no"\tx\n', False, ()),
+        ('"text"\t"label"\n"plain"\t"x"\n', True, ()),
+        ('text\tlabel\n"a ""b"" c"\tx\n', True, ('doubled ""',)),
+        ('text\tlabel\n"No."\tx\n"Yes."\ty\n', False, ("the quotation marks around 2 fields",)),
+    ],
+)
+def test_quotes_in_tsv(tmp_path: Path, content: str, is_quoted: bool, notes: tuple[str, ...]) -> None:
+    found = find_format(write(tmp_path / "a.tsv", content))
+    assert (found.delimiter, found.is_quoted) == ("\t", is_quoted)
+    assert len(found.notes) == len(notes)
+    assert all(words in note for words, note in zip(notes, found.notes, strict=True))
+
+
+def test_files_of_a_layout_stay_raw(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"a ""b"" c"\tx\n')
+    assert next(read_rows(path, RAW_TSV)).values["text"] == '"a ""b"" c"'
+
+
+def test_one_column_and_other_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text\nsome; words\nmore\n")
+    assert [row.values for row in read_rows(path)] == [{"text": "some; words"}, {"text": "more"}]
+    path = write(tmp_path / "b.csv", "text,label\ra,1\rb,2\r")  # of old programs on the Macintosh
+    assert [row.line for row in read_rows(path)] == [2, 3]
+
+
+@pytest.mark.parametrize("given", ["semicolon", ";"])
+def test_a_delimiter_that_is_given(tmp_path: Path, given: str) -> None:
+    path = write(tmp_path / "a.csv", "text,more;label,x\na,b;c,d\n")
+    with pytest.raises(TaskError, match=r"separated by more than one of comma, semicolon; pass `delimiter`"):
+        find_format(path)
+    assert next(read_rows(path, find_format(path, given))).values == {"text,more": "a,b", "label,x": "c,d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.csv", "a;b\n1;2\n", {"delimiter": ","}, r"`delimiter=comma` was given, but .* none; pass `delimiter=semi"),
+        ("a.csv", "a,b\n1,2\n", {"delimiter": "::"}, r"`delimiter=::` was given; expected one character"),
+        ("a.csv", "a,b\n1,2\n", {"encoding": "utf-9"}, r"`encoding=utf-9` was given; expected the name of"),
+        ("a.csv", "a,b\n1,2\n", {"encoding": "base64"}, r"`encoding=base64` was given"),
+        ("a.csv", "a,b\n1,é\n", {"encoding": "ascii"}, r"a\.csv: not ascii text after line 0"),
+        ("a.csv", "привет,слово\nда,нет\n".encode("cp1251"), {}, r"hardly in Latin letters; pass `encoding`"),
+        ("a.csv", "many words,more\nof text\x81\n".encode("latin-1"), {}, r"neither in UTF-8 nor in cp1252"),
+        ("a.csv", b"\x89PNG\r\n\x1a\n\x00\x00", {}, r"a\.csv is not a text file"),
+        ("a.csv", gzip.compress(b"a,b\n1,2\n"), {}, r"a\.csv is gzipped, but its name does not say so"),
+        ("a.ods", b"PK", {}, r"a\.ods is a spreadsheet .*; save it as CSV"),
+        ("a.parquet", b"PAR1", {}, r"a\.parquet cannot be read as parquet"),
+        ("a.json", '{"rows": []}', {}, r"a\.json:1: no column 'x'"),
+        ("a.json", "[1]", {}, r"a\.json:1: found a JSON int; expected one object per row"),
+        ("a.json", "[{]", {}, r"a\.json: not JSON"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    tmp_path: Path, name: str, content: str | bytes, options: dict[str, str], message: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(TaskError, match=message):
+        list(read_rows(path, find_format(path, **options), required=("x",) if name == "a.json" else ()))
+
+
+def test_a_file_of_many_gigabytes_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("wb") as file:
+        file.truncate(5 << 30)  # takes no room on the disk
+    with pytest.raises(TaskError, match=r"a\.csv has 5\.4 GB, .* pass a part of it"):
+        find_format(tmp_path / "a.csv")
+
+
+def test_json_is_a_list_or_one_object_per_line(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=1))
+    assert find_format(path).kind == "json"
+    assert [row.values for row in read_rows(path)] == rows
+    path = write(tmp_path / "b.json", "\n".join(map(json.dumps, rows)))  # as datasets writes it
+    assert find_format(path).kind == "jsonl"
+    assert [row.values for row in read_rows(path)] == rows
+
+
+def test_parquet_of_datasets_has_class_names(tmp_path: Path) -> None:
+    names = ClassLabel(names=["no", "yes"])
+    features = Features({"text": Value("string"), "label": names, "tags": List(names)})
+    rows = {"text": ["a", "b"], "label": [1, 0], "tags": [[0, 1], []]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    assert [row.values for row in read_rows(tmp_path / "a.parquet")] == [
+        {"text": "a", "label": "yes", "tags": ["no", "yes"]},
+        {"text": "b", "label": "no", "tags": []},
+    ]
+    assert find_format(tmp_path / "a.parquet") == FileFormat("parquet")
+
+
+def test_own_files_are_read_as_the_options_say(tmp_path: Path) -> None:
+    rows = "".join(f"Größe {i};{'ja' if i % 2 else 'nein'}\n" for i in range(60))
+    path = write(tmp_path / "a.csv", f"text;label\n{rows}".encode("cp1252"))
+    data = load_task("custom", train_file=path)
+    assert data.notes[0] == "custom: a.csv is not UTF-8 and was read as cp1252; pass `encoding` if that is wrong"
+    assert "Größe" in data.train[0]["text"]
+    data = load_task("custom", train_file=path, encoding="cp1252", delimiter="semicolon")
+    assert not any("UTF-8" in note for note in data.notes)
+    write(tmp_path / "a.jsonl", '{"text": "a", "label": "b"}\n')
+    with pytest.raises(TaskError, match=r"`delimiter=;` was given, but .* has none"):
+        load_task("custom", train_file=tmp_path / "a.jsonl", delimiter=";")
