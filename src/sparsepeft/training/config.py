@@ -74,12 +74,12 @@ class RunConfig:
     score_on: str = "validation"
     cache_frozen_layers: bool = False
     compile: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.report_to = read_trackers(self.report_to)
+        self.report_to = list(read_trackers(self.report_to))
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, _POSITIVE)
         if self.save_dtype is not None:
