@@ -296,7 +296,7 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
 
     with pytest.raises(UserError, match="`overwrite`"):
         sparsify_language_model(model, folder, text, settings=SPT, block_length=32)
-    with pytest.raises(UserError, match="--text"):
+    with pytest.raises(UserError, match="pass `text`"):
         sparsify_language_model(model, tmp_path / "p")
     masked = sparsify_language_model(str(tiny_backbone), tmp_path / "p", text, settings=SPT, block_length=32)
     assert masked["perplexity"] == {"dense": None, "sparse": None}

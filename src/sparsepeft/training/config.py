@@ -114,14 +114,14 @@ class RunConfig:
     cache_frozen_layers: bool = False
     compile: bool = False
     device: str | None = None
-    report_to: tuple[str, ...] = ()
+    report_to: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         vars(self).update(with_absolute_paths(vars(self)))
         self.precision = short_precision(self.precision)
-        self.report_to = read_trackers(self.report_to)
+        self.report_to = list(read_trackers(self.report_to))
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)
         if self.label_smoothing_factor is not None:
