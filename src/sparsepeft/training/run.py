@@ -34,7 +34,7 @@ from sparsepeft.training.files import (
     scored_part,
     write_weights,
 )
-from sparsepeft.training.loss import task_loss
+from sparsepeft.training.loss import check_loss, task_loss
 from sparsepeft.training.methods import (
     adapter_config,
     backbone_bytes,
@@ -110,6 +110,7 @@ def train(
     check_folder(folder, run, overwrite)
     model_id = resolve_model(config.model)
     data = load_data(config)
+    check_loss(data.spec, config.class_weights, config.label_smoothing_factor)
     tokenizer = load_tokenizer(model_id)
     set_seed(config.seed)
     backbone = load_backbone(model_id, data.spec)
