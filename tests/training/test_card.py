@@ -62,6 +62,7 @@ def test_the_card_of_a_run_says_what_it_is_and_its_code_loads_it(tmp_path: Path,
         results["data_fingerprints"]["test.jsonl"][7:],
     ):
         assert words in card.text
+    assert ("--model path/to/tiny-bert" in card.text) == (method != "full")
     code = re.findall("```python\n(.*?)```", card.text, re.DOTALL)[0]
     namespace: dict[str, Any] = {}
     exec(code.replace("path/to/this/folder", str(run)).replace("path/to/tiny-bert", str(backbone)), namespace)

@@ -17,7 +17,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
 from sparsepeft.training.files import read_run
-from sparsepeft.training.loss import TaskLoss, read_class_weights, task_loss
+from sparsepeft.training.loss import TaskLoss, check_loss, read_class_weights, task_loss
 
 MAIL = TaskSpec("mail", ("text",), ("ham", "spam", "other"), ("accuracy",), "accuracy", 1)
 VALUES = TaskSpec("values", ("text",), None, ("pearson",), "pearson", 1)
@@ -64,9 +64,8 @@ def test_the_loss_of_several_labels_is_torchs() -> None:
     ],
 )
 def test_what_a_task_has_no_classes_for_is_refused(spec: TaskSpec, given: dict, words: str) -> None:
-    options = {"class_weights": None, "label_smoothing_factor": None, "gradient_accumulation_steps": 1} | given
     with pytest.raises(UserError, match=words):
-        task_loss(spec, [0, 1], **options)
+        check_loss(spec, **{"class_weights": None, "label_smoothing_factor": None} | given)
 
 
 @pytest.mark.parametrize("given", ["spam", "spam=x", "spam=-1", "=2", "", {"spam": float("nan")}, {}, 3])

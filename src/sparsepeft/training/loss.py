@@ -88,28 +88,14 @@ class TaskLoss:
         return torch.stack([self.weights.to(each.device)[each].sum() for each in labels]).sum()
 
 
-def task_loss(
-    spec: TaskSpec,
-    labels: Sequence[Any],
-    class_weights: str | Mapping[str, float] | None,
-    label_smoothing_factor: float | None,
-    gradient_accumulation_steps: int,
-) -> TaskLoss | None:
-    """The loss that a run's options ask for; None where the model's own does.
-
-    Args:
-        spec: the task.
-        labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
-        class_weights: see :func:`read_class_weights`; labels that are not named have weight 1.
-        label_smoothing_factor: share of the target that is spread over all classes.
-        gradient_accumulation_steps: batches in a step. Models differ in whether their loss is a mean over one batch or
-            over all of them; this one always is the latter.
+def check_loss(
+    spec: TaskSpec, class_weights: str | Mapping[str, float] | None, label_smoothing_factor: float | None
+) -> None:
+    """See that a task has what its loss is to be changed by.
 
     Raises:
         UserError: the task has no classes to weight or to smooth, or not the labels named.
     """
-    if class_weights is None and not label_smoothing_factor and gradient_accumulation_steps == 1:
-        return None
     given = {"class_weights": class_weights, "label_smoothing_factor": label_smoothing_factor or None}
     for name, value in given.items():
         if value is not None and spec.label_names is None:
@@ -121,6 +107,30 @@ def task_loss(
             f"`label_smoothing_factor` was given, but the examples of {spec.name} have several labels each; leave it "
             "out."
         )
+    for label in class_weights if isinstance(class_weights, Mapping) else ():
+        if label not in (spec.label_names or ()):
+            raise UserError(unknown_name("`class_weights`: the label", label, spec.label_names or ()))
+
+
+def task_loss(
+    spec: TaskSpec,
+    labels: Sequence[Any],
+    class_weights: str | Mapping[str, float] | None,
+    label_smoothing_factor: float | None,
+    gradient_accumulation_steps: int,
+) -> TaskLoss | None:
+    """The loss that a run's options ask for, which :func:`check_loss` has seen; None where the model's own does.
+
+    Args:
+        spec: the task.
+        labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
+        class_weights: see :func:`read_class_weights`; labels that are not named have weight 1.
+        label_smoothing_factor: share of the target that is spread over all classes.
+        gradient_accumulation_steps: batches in a step. Models differ in whether their loss is a mean over one batch or
+            over all of them; this one always is the latter.
+    """
+    if class_weights is None and not label_smoothing_factor and gradient_accumulation_steps == 1:
+        return None
     weights = None if class_weights is None else torch.tensor(_weights(spec, np.asarray(labels), class_weights))
     return TaskLoss(spec.problem_type, weights, label_smoothing_factor or 0.0)
 
@@ -133,7 +143,4 @@ def _weights(spec: TaskSpec, labels: np.ndarray, given: str | Mapping[str, float
             return ((len(labels) - positive) / np.maximum(positive, 1)).clip(min=1 / len(labels)).tolist()
         counts = np.bincount(labels.astype(int), minlength=len(names))
         return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
-    for label in given:
-        if label not in names:
-            raise UserError(unknown_name("`class_weights`: the label", label, names))
     return [float(given.get(name, 1.0)) for name in names]

@@ -35,7 +35,7 @@ from sparsepeft.training.files import (
     write_weights,
 )
 from sparsepeft.training.held_out import save_held_out
-from sparsepeft.training.loss import task_loss
+from sparsepeft.training.loss import check_loss, task_loss
 from sparsepeft.training.methods import (
     adapter_config,
     backbone_bytes,
@@ -115,6 +115,7 @@ def train(
     with open_run(folder, run, overwrite) as begin:
         model_id = resolve_model(config.model)
         data = load_data(config)
+        check_loss(data.spec, config.class_weights, config.label_smoothing_factor)
         tokenizer = load_tokenizer(model_id)
         set_seed(config.seed)
         backbone = load_backbone(model_id, data.spec)
