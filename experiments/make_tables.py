@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lm_tables
 import spt_tables
 from _markdown import table
 from inference_tables import exported, inference, runtimes
@@ -36,6 +37,7 @@ def main() -> None:
         memory(),
         processors(),
         allocator(),
+        lm_tables.begin_token(EXPERIMENTS / "begin_token"),
         spt_tables.quality(EXPERIMENTS / "spt_quality"),
         spt_speed(),
     ]

@@ -10,7 +10,8 @@ Three kinds of runs, all with LoRA:
 - ``conversion``: no training. One mechanism alone, and where the FFNs' blocks and routers start from: the weights
   (clusters of like rows, centres) or a calibration batch (clusters of what fires together, regression), also with a
   linear map in the place of the blocks that are not used (``compensated``). Perplexity on WikiText-2, from which the
-  Llama was made: calibrated on the validation part, measured on the test part.
+  Llama was made: calibrated on the validation part, measured on the test part. Its blocks begin with no begin-of-text
+  token, as in its training; ``begin_token.py`` is about models that want one.
 - ``encoder``: MiniLM on GLUE tasks, 200 examples. Texts are short, so L is a fraction of the calibration batch's
   length.
 

@@ -29,19 +29,22 @@ def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: 
 
 
 def _summary(results: dict[str, Any], folder: str) -> str:
+    from rich.markup import escape
+
     from sparsepeft_cli._console import megabytes, program
 
+    begin = f" that begin with {escape(results['bos_token'])}" if results["bos_token"] else ""
     before = ", ".join(f"{kind} {values['perplexity']:.2f}" for kind, values in results["before"].items())
     parameters = results["parameters"]
     routers = f", of them {parameters['routers']:,} in the routers" if parameters["routers"] else ""
     lines = [
         f"[bold]lm[/bold], {results['method']}: perplexity [bold green]{results['score']:.2f}[/bold green] on "
         f"{results['num_validation_tokens']:,} held-out tokens (before: {before})",
-        f"{results['num_train_tokens']:,} training tokens in blocks of {results['block_length']}, {results['steps']} "
-        f"steps, {results['train_seconds']:.0f} s",
+        f"{results['num_train_tokens']:,} training tokens in blocks of {results['block_length']}{begin}, "
+        f"{results['steps']} steps, {results['train_seconds']:.0f} s",
         f"{parameters['trained']:,} parameters trained{routers}",
         f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
     ]
     lines += [f"note: {note}" for note in results["notes"]]
-    lines.append(f"next: {program()} evaluate {folder}")
+    lines.append(f'next: {program()} generate {folder} "some text"')
     return "\n".join(lines)

@@ -25,7 +25,15 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
     short = ("--max-steps", 4, "--block-length", 32, "--batch-size", 4, "--learning-rate", 0.01, "--spt", *SPT)
     done = sparsepeft(*command, *short, "--gradient-checkpointing", "--gradient-accumulation", 2)
     assert done.returncode == 0, done.stderr
-    for words in ("recall", "model.layers.1", "8 keys for each query", "2 of 4 blocks", "perplexity", "in the routers"):
+    for words in (
+        "recall",
+        "model.layers.1",
+        "8 keys for each query",
+        "2 of 4 blocks",
+        "perplexity",
+        "in the routers",
+        "[CLS]",
+    ):
         assert words in done.stdout
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["spt"]["config"]["num_active_blocks"] == 2
@@ -38,7 +46,18 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
 
     done = sparsepeft("predict", tmp_path / "o", "some text")
     assert done.returncode == 2
-    assert "no labels" in done.stderr
+    assert "`sparsepeft generate`" in done.stderr
+    (tmp_path / "prompts.txt").write_text('the team won\n{"prompt": "the striker"}\n')
+    arguments = ("generate", tmp_path / "o", "--max-new-tokens", 5)
+    done = sparsepeft(*arguments, "--file", tmp_path / "prompts.txt", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["the team won", "the striker"]
+    done = sparsepeft(*arguments, "the striker")
+    assert done.stdout == f"the striker{lines[1]['generated_text']}\n", done.stderr
+    done = sparsepeft(*arguments, "the striker", "--temperature", 0.5)
+    assert done.returncode == 2
+    assert "--temperature 0.5 was given, but without --do-sample" in done.stderr
 
 
 def test_config_file_and_json(tiny_language_model: Path, text: Path, tmp_path: Path) -> None:
@@ -76,7 +95,7 @@ def test_sparsify(tiny_language_model: Path, text: Path, tmp_path: Path) -> None
 
 
 BAD_TRAIN = {
-    "text without lm": (["--task", "topics", "--text", "{text}"], ["--text", "--task lm only", "'topics'"]),
+    "text without lm": (["--task", "topics", "--text", "{text}"], ["--text goes", "--task lm only", "'topics'"]),
     "spt-set without spt or lm": (["--task", "topics", "--spt-set", "top_l=3"], ["--spt-set", "--spt "]),
     "block length without a task": (["--block-length", "3"], ["--block-length", "--task lm only"]),
     "spt-set without spt": (["--task", "lm", "--text", "{text}", "--spt-set", "top_l=3"], ["--spt-set", "--spt "]),
@@ -95,7 +114,7 @@ BAD_TRAIN = {
     "full and sparse": (["--task", "lm", "--text", "{text}", "--method", "full", "--spt"], ["full", "lora"]),
 }
 BAD_SPARSIFY = {
-    "no text": ([], ["--text", "attention=false"]),
+    "no text": ([], ["as --text", "attention=false"]),
     "unknown key": (["--text", "{text}", "--set", "topl=3"], ["topl", "did you mean 'top_l'"]),
     "too short": (["--text", "{text}.short", "--block-length", "32"], ["less than one block of 32"]),
 }

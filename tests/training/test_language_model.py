@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from tests.tiny import Interrupt, save_tiny_language_model, topics_rows, topics_text, write_jsonl
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM
 
 from sparsepeft.errors import UserError
@@ -19,7 +21,15 @@ from sparsepeft.folders import UNFINISHED
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import LanguageModelConfig, Predictor, evaluate, sparsify_language_model, train_language_model
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
-from sparsepeft.training.lm_data import evenly_spaced, join, load_corpus, read_documents
+from sparsepeft.training.lm_data import (
+    begin_token,
+    cut,
+    evenly_spaced,
+    join,
+    load_corpus,
+    num_predicted,
+    read_documents,
+)
 from sparsepeft.training.lm_model import perplexity
 from sparsepeft.training.methods import load_tokenizer
 from sparsepeft.training.trainer import last_checkpoint
@@ -58,13 +68,43 @@ def test_blocks_hold_all_documents_in_order(tiny_language_model: Path, tmp_path:
     documents = [row["text"].lower() for row in topics_rows("train")[:40]]
     file = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in documents])
     other = write_jsonl(tmp_path / "v.jsonl", [{"text": text} for text in documents[:9]])
-    corpus = load_corpus([str(file)], [str(other)], tokenizer, 16)
     tokens = join(documents, tokenizer)
-    assert corpus.train.shape == (len(tokens) // 16, 16)
-    assert torch.equal(corpus.train.flatten(), tokens[: corpus.train.numel()])
     assert int((tokens == tokenizer.sep_token_id).sum()) == 40
     assert tokenizer.cls_token_id not in tokens
-    assert corpus.notes == ()
+    for begin, length in ((None, 16), (2, 15)):  # without and with [CLS] at the head of each block of 16
+        corpus = load_corpus([str(file)], [str(other)], tokenizer, 16, begin=begin)
+        assert corpus.train.shape == (len(tokens) // length, 16)
+        text = corpus.train[:, -length:].flatten()
+        assert torch.equal(text, tokens[: len(text)])
+        assert begin is None or corpus.train[:, 0].eq(2).all()
+        assert corpus.notes == ()
+        assert num_predicted(corpus.train) == corpus.train[:, 1:].numel()
+
+
+def test_the_token_that_begins_a_text_is_the_tokenizers(tiny_language_model: Path) -> None:
+    tiny = load_tokenizer(str(tiny_language_model))
+    vocabulary = {"<|end|>": 0, "a": 1, "<s>": 2}
+    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+
+    def tokenizer(template: str | None = None, **names: str) -> hf.PreTrainedTokenizerFast:
+        bare.post_processor = template and processors.TemplateProcessing(
+            template, special_tokens=list(vocabulary.items())
+        )
+        return hf.PreTrainedTokenizerFast(tokenizer_object=bare, **names)
+
+    found = {
+        "[CLS] of a BERT tokenizer": begin_token(tiny),
+        "Llama, Gemma": begin_token(tokenizer("<s> $A", bos_token="<s>", eos_token="<|end|>")),
+        "OPT, which begins and ends a text alike": begin_token(tokenizer("<s> $A", bos_token="<s>", eos_token="<s>")),
+        "GPT-2, which puts nothing before": begin_token(tokenizer(bos_token="<|end|>", eos_token="<|end|>")),
+        "Qwen, which has none": begin_token(tokenizer(eos_token="<|end|>")),
+        "T5, which ends a text alone": begin_token(tokenizer("$A <s>", bos_token="<s>", eos_token="<s>")),
+    }
+    assert list(found.values()) == [2, 2, 2, None, None, None]
+    assert begin_token(tokenizer(bos_token="<|end|>"), True) == 0
+    assert begin_token(tiny, False) is None
+    with pytest.raises(UserError, match=r"`bos_token=True` was given, but .* no begin-of-text token"):
+        begin_token(tokenizer(eos_token="<|end|>"), True)
 
 
 @pytest.mark.parametrize("num_documents", [1, 40])
@@ -120,7 +160,8 @@ BAD_CONFIGS = {
     "spt as a word": ({"spt": True}, ["mapping"]),
     "full and sparse": ({"method": "full", "spt": {}}, ["full", "lora"]),
     "block of one": ({"block_length": 1}, ["block_length=1", "2"]),
-    "half a block": ({"block_length": 20.5}, ["block_length=20.5", "whole number"]),
+    "half a block": ({"block_length": 20.5}, ["`block_length=20.5`", "whole number"]),
+    "a token itself": ({"bos_token": "<s>"}, ["`bos_token=<s>`", "true or false"]),
     "no steps": ({"max_steps": 0}, ["max_steps=0", "positive"]),
 }
 
@@ -146,7 +187,7 @@ BAD_RUNS = {
     "setting of the method": ({"settings": {"rr": 3}}, ["'rr'", "lora_alpha"]),
     "sub-vectors": ({"spt": {"subvector_dim": 3}}, ["8 channels", "subvector_dim=3"]),
     "blocks of neurons": ({"spt": {"num_blocks": 7, "num_active_blocks": 2}}, ["64 neurons", "num_blocks=7"]),
-    "an adapter inside a routed FFN": ({"method": "ia3", "spt": SPT}, ["method=ia3", "no plain LoRA"]),
+    "an adapter inside a routed FFN": ({"method": "ia3", "spt": SPT}, ["`method=ia3`", "no plain LoRA"]),
 }
 
 
@@ -214,6 +255,22 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
         Predictor(out)
     with pytest.raises(UserError, match="finished run"):
         train_language_model(lm_config(tiny_language_model, out, method=method, spt=spt))
+
+
+@pytest.mark.slow
+def test_a_run_of_before_is_scored_as_it_was(tiny_language_model: Path, tmp_path: Path) -> None:
+    with_token, without = (
+        train_language_model(lm_config(tiny_language_model, tmp_path / name, bos_token=value, max_steps=2))
+        for name, value in (("new", None), ("old", False))
+    )
+    assert (with_token["bos_token"], without["bos_token"]) == ("[CLS]", None)
+    assert with_token["num_train_tokens"] % 31 == without["num_train_tokens"] % 31 == 0
+    run = json.loads((tmp_path / "old" / RUN).read_text())
+    assert run.pop("bos_token_id") is None  # an earlier version wrote neither
+    assert run["config"].pop("bos_token") is False
+    (tmp_path / "old" / RUN).write_text(json.dumps(run))
+    for name, results in (("new", with_token), ("old", without)):
+        assert evaluate(tmp_path / name)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -288,8 +345,9 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
     sparse = load_sparse(AutoModelForCausalLM.from_pretrained(model).eval(), folder)
     assert sparsification(sparse).config.top_l == 8  # type: ignore[union-attr]
     tokenizer = load_tokenizer(model)
-    tokens = join(read_documents(text), tokenizer)
-    rest = tokens[: len(tokens) // 32 * 32].view(-1, 32)[8:]
+    rest = cut(join(read_documents(text), tokenizer), 32, "text", tokenizer.cls_token_id)[8:]
+    assert results["bos_token"] == "[CLS]"
+    assert results["num_scored_tokens"] == 31 * min(64, len(rest))
     found = perplexity(sparse, evenly_spaced(rest, 64), 4)["perplexity"]
     assert found == pytest.approx(results["perplexity"]["sparse"], rel=1e-5)
     assert found != pytest.approx(results["perplexity"]["dense"], rel=1e-5)

@@ -132,7 +132,7 @@ class Generator:
         config = LanguageModelConfig(**run["config"])
         home = str(self.folder) if config.method == "full" else resolve_model(model or config.model)
         self.tokenizer = load_tokenizer(home)
-        trained: nn.Module = load_trained_language_model(self.folder, config, model, torch_dtype)
+        trained: Any = load_trained_language_model(self.folder, config, model, torch_dtype)
         self.model: Any = trained.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on
         _read_rows_in_one_product(self.model.get_output_embeddings())

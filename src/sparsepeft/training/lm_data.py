@@ -127,7 +127,7 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) 
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     if wanted is None:
-        wanted = begin is not None and tokenizer("a")["input_ids"][0] == begin
+        wanted = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
     if wanted and begin is None:
         raise UserError(
             "`bos_token=True` was given, but the model's tokenizer has no begin-of-text token; leave it out."
