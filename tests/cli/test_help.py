@@ -24,18 +24,18 @@ COMMANDS = dict(_commands(typer.main.get_command(sparsepeft_cli.app)))
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("columns", [60, 80])
-def test_help_fits_and_cuts_nothing(names: tuple[str, ...], columns: int) -> None:
-    done = sparsepeft(*names, "--help", columns=columns)
+def test_help_fits_80_columns_and_cuts_nothing(names: tuple[str, ...]) -> None:
+    done = sparsepeft(*names, "--help", columns=80)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= columns
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "…" not in done.stdout
-    assert "..." not in done.stdout.replace("ARGS]...", "").replace("FOLDER...", "").replace("]...", "")
     words = done.stdout.split()
     for parameter in COMMANDS[names].params:
         if parameter.param_type_name == "option" and not parameter.hidden:
             assert max(parameter.opts, key=len) in words
             assert not parameter.required or "[required]" in words
+    for below in getattr(COMMANDS[names], "commands", {}).values():
+        assert " ".join(below.help.split("\n\n")[0].split()) in " ".join(words)
     if not hasattr(COMMANDS[names], "commands"):
         assert "Example" in done.stdout
         assert f"sparsepeft {' '.join(names)}" in done.stdout
@@ -46,10 +46,8 @@ def test_help_loads_nothing_heavy() -> None:
     code += f"for names in {list(COMMANDS)}:\n"
     code += "    try: sparsepeft_cli.app([*names, '--help'], standalone_mode=False)\n    except SystemExit: pass\n"
     code += "try: sparsepeft_cli.app(['--version'])\nexcept SystemExit: pass\n"
-    code += (
-        "heavy = {'torch', 'peft', 'transformers', 'matplotlib', 'onnx', 'numpy', 'sparsepeft'} & set(sys.modules)\n"
-    )
-    code += "sys.exit(', '.join(heavy) or 0)"
+    code += "heavy = {'torch', 'peft', 'transformers', 'matplotlib', 'onnx', 'numpy', 'sparsepeft'}\n"
+    code += "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(COMMANDS)
