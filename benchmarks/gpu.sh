@@ -31,7 +31,7 @@ part() {
 
 quick=()
 tests=(-n 4)  # most of their time is compiling
-stack=(--model llama-4096 --layers 1 --lengths 8192 --dtype bfloat16 --repeats 7)
+stack=(--model llama-4096 --layers 1 --lengths 8192 --dtype bf16 --repeats 7)
 if [ -n "${QUICK:-}" ]; then
     quick=(--quick --threads 1)
     tests=(--collect-only)

@@ -9,6 +9,8 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 _HYPHEN = "\u2011"  # stands for a hyphen at which no line may end, until the lines are made
+_TYPE = re.compile(r" <(?:list\[)?(\w+)(?: range)?\]?>$")
+_VALUES = {"str": "TEXT", "int": "N", "float": "X"}
 _EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
 
 
@@ -34,7 +36,7 @@ class PlainCommand(TyperCommand):
                 continue
             default = "Arguments" if parameter.param_type_name == "argument" else "Options"
             section = getattr(parameter, "rich_help_panel", None) or default
-            sections.setdefault(section, []).append((record[0], _unbroken(record[1])))
+            sections.setdefault(section, []).append((_named(record[0], parameter), _unbroken(record[1])))
         for section, rows in sections.items():
             with formatter.section(section):
                 formatter.write_dl(rows)
@@ -66,6 +68,13 @@ class PlainGroup(TyperGroup):
             formatter.write_dl(rows)
 
 
+def _named(name: str, parameter: Any) -> str:
+    """An option with what it takes in capitals, where it says no more than a type; an argument by its name alone."""
+    if parameter.param_type_name == "argument":
+        return name.partition(" <")[0]
+    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1), found.group(1).upper())}", name)
+
+
 def _unbroken(text: str) -> str:
     """The text with hyphens that hold its words together, as options need."""
     return text.replace("-", _HYPHEN)
@@ -91,7 +100,7 @@ def _write_example(example: str, formatter: Any) -> None:
     """A command line; one that is too long goes on after a backslash, before an option where it can."""
     indent, room = " " * formatter.current_indent, formatter.width - formatter.current_indent
     lines = [""]
-    for part in re.split(r" (?=--)", example):
+    for part in re.split(r" (?=--|\")", example):
         joined = f"{lines[-1]} {part}".lstrip()
         if len(joined) + len(" \\") <= room or not lines[-1]:
             lines[-1] = joined

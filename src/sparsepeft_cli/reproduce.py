@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -187,10 +188,11 @@ def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
     from sparsepeft.reproduction import plan_of
     from sparsepeft_cli._console import err, out, print_json
 
-    with err.status("checking names and data"):
-        planned = plan_of(matrix, grid)
+    with err.status("checking names and data") as status:
+        planned = plan_of(matrix, grid, measure=True, progress=status.update)
     if json:
-        print_json([{"name": p.run.name, "state": p.state, "detail": p.detail, "seconds": p.seconds} for p in planned])
+        shown = ("state", "detail", "seconds", "estimate")
+        print_json([{"name": p.run.name} | {key: getattr(p, key) for key in shown} for p in planned])
         return
     for part in _plan_parts(planned):
         out.print(part, highlight=False)
@@ -205,10 +207,13 @@ def _plan_parts(planned: list[Any]) -> list[Any]:
         [p.run.name, p.state, _duration(p.seconds), f"{p.result['score']:.4f}" if p.result else ""] for p in planned
     ]
     left = [p for p in planned if p.state != "done"]
-    known = [p.seconds for p in left if p.seconds is not None]
     line = f"{len(planned) - len(left)} of {len(planned)} runs are done"
-    if known:
-        line += f"; {len(known)} of the others may take {_duration(sum(known))}"
+    if known := [p.seconds for p in left if p.seconds is not None]:
+        others = "the others" if len(known) == len(left) else f"{len(known)} of the others"
+        kinds = ", ".join(
+            f"{name} ({count})" for name, count in Counter(p.estimate for p in left if p.estimate).items()
+        )
+        line += f"; {others} may take {_duration(sum(known))} in one process, by {kinds}"
     details = [f"{p.run.name}: {p.state}: {p.detail}" for p in planned if p.detail]
     return [table("", ["run", "state", "time", "score"], rows), *details, f"{line}."]
 

@@ -15,7 +15,7 @@ from sparsepeft.training import RunConfig
 from sparsepeft.training.methods import adapter_config
 from sparsepeft.training.protocols import FEW_SHOT_EXAMPLES, few_shot, full_data
 from sparsepeft.training.recipes import METHODS
-from sparsepeft.training.run import FEW_SHOT_STEPS, load_data
+from sparsepeft.training.run import FEW_SHOT_STEPS, MAX_SELECTION, NUM_EVALUATIONS, load_data
 
 SEEDS = (42, 43, 44)
 PROTOCOLS = ("full-data", "few-shot")
@@ -31,11 +31,13 @@ class TaskFacts:
         num_train: training examples there are.
         mean_chars: mean characters of an example, from the first few.
         fingerprints: of the files read.
+        num_reported: examples that a trained model is scored on.
     """
 
     num_train: int
     mean_chars: float
     fingerprints: dict[str, str]
+    num_reported: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ class Run:
             return FEW_SHOT_STEPS
         examples = min(self.facts.num_train, config.max_train_samples or self.facts.num_train)
         return max(1, round(0.9 * examples / config.recipe_values().batch_size * (config.epochs or 1)))
+
+    @property
+    def num_scored(self) -> int:
+        """Examples this run predicts: at the end, and with a tenth of the training data to choose a checkpoint on."""
+        config = self.config
+        used = min(self.facts.num_train, config.max_train_samples or self.facts.num_train)
+        if config.score_on == "selection":
+            selection = reported = min(used // 10, MAX_SELECTION)
+        else:
+            selection, reported = used // 10, self.facts.num_reported
+        return reported + (0 if config.few_shot is not None else NUM_EVALUATIONS * selection)
 
     @property
     def work(self) -> float:
@@ -192,4 +205,7 @@ def _facts(config: RunConfig) -> TaskFacts:
     first = data.train[:_SAMPLED_TEXTS]
     texts = [text for column in data.spec.text_columns for text in first[column]]
     num_texts = min(_SAMPLED_TEXTS, len(data.train))
-    return TaskFacts(len(data.train), sum(map(len, texts)) / num_texts, dict(data.fingerprints))
+    reported = [data.validation, *data.extra.values(), *([data.test] if data.test is not None else [])]
+    return TaskFacts(
+        len(data.train), sum(map(len, texts)) / num_texts, dict(data.fingerprints), sum(map(len, reported))
+    )

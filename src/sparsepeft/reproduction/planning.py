@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsepeft.reproduction.matrix import Run
+from sparsepeft.reproduction.measuring import StepTimes
 from sparsepeft.reproduction.results import ABOUT, find_result, read_error
 from sparsepeft.reproduction.runner import claim
+
+SAME = "results of the same task and method"
+METHOD = "results of the method on other tasks"
+MEASURED = "steps measured here"
+ANY = "results of other methods"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Planned:
             ``"stale"`` (its result file is not counted).
         detail: why, for the last two.
         seconds: how long it took, or is estimated to take; None is unknown.
+        estimate: what the seconds of a run that is not done are made of: :data:`SAME`, :data:`METHOD`,
+            :data:`MEASURED` or :data:`ANY`; empty where they are known or unknown.
         result: its result, if done.
     """
 
@@ -29,20 +37,26 @@ class Planned:
     state: str
     detail: str = ""
     seconds: float | None = None
+    estimate: str = ""
     result: dict[str, Any] | None = None
 
 
-def plan(runs: Sequence[Run]) -> list[Planned]:
-    """How every run stands, in order. Changes nothing."""
+def plan(runs: Sequence[Run], times: StepTimes | None = None) -> list[Planned]:
+    """How every run stands, in order. Changes nothing.
+
+    Args:
+        runs: the runs.
+        times: measures steps of the methods that no run has been done with; None estimates from what has run alone.
+    """
     results = {run.name: found.result for run in runs if (found := find_result(run)).result is not None}
-    estimate = _Estimate([(run, results[run.name]) for run in runs if run.name in results])
+    estimate = _Estimate([(run, results[run.name]) for run in runs if run.name in results], times)
     planned = []
     for run in runs:
         if run.name in results:
             planned.append(Planned(run, "done", seconds=seconds_of(results[run.name]), result=results[run.name]))
         else:
             state, detail = _state(run)
-            planned.append(Planned(run, state, detail, estimate.seconds(run)))
+            planned.append(Planned(run, state, detail, *estimate.seconds(run)))
     return planned
 
 
@@ -65,9 +79,12 @@ def _state(run: Run) -> tuple[str, str]:
 
 
 class _Estimate:
-    """Seconds from finished runs: of the same task and method, else per character read by that method, else by any."""
+    """Seconds from finished runs of the same task and method, else per character read by that method, else from
+    measured steps, else per character read by any method.
+    """
 
-    def __init__(self, finished: Sequence[tuple[Run, dict[str, Any]]]) -> None:
+    def __init__(self, finished: Sequence[tuple[Run, dict[str, Any]]], times: StepTimes | None) -> None:
+        self._times = times
         known = [(run, seconds) for run, result in finished if (seconds := seconds_of(result)) is not None]
         self._same: dict[tuple[str, str], list[float]] = {}
         self._rates: dict[str, list[float]] = {}
@@ -75,9 +92,14 @@ class _Estimate:
             self._same.setdefault((run.config.task, run.config.method), []).append(seconds)
             self._rates.setdefault(run.config.method, []).append(seconds / run.work)
 
-    def seconds(self, run: Run) -> float | None:
-        same = self._same.get((run.config.task, run.config.method))
-        if same:
-            return statistics.mean(same)
-        rates = self._rates.get(run.config.method) or [rate for rates in self._rates.values() for rate in rates]
-        return statistics.mean(rates) * run.work if rates else None
+    def seconds(self, run: Run) -> tuple[float | None, str]:
+        """The estimate, and what it is made of."""
+        if same := self._same.get((run.config.task, run.config.method)):
+            return statistics.mean(same), SAME
+        if rates := self._rates.get(run.config.method):
+            return statistics.mean(rates) * run.work, METHOD
+        if self._times is not None and (seconds := self._times.seconds(run)) is not None:
+            return seconds, MEASURED
+        if rates := [rate for rates in self._rates.values() for rate in rates]:
+            return statistics.mean(rates) * run.work, ANY
+        return None, ""

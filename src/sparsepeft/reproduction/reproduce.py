@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from sparsepeft.reproduction.devices import read_devices
 from sparsepeft.reproduction.grid import GridSearch, has_diverged
 from sparsepeft.reproduction.matrix import Matrix
+from sparsepeft.reproduction.measuring import StepTimes
 from sparsepeft.reproduction.planning import Planned, plan
+from sparsepeft.reproduction.results import MAX_OTHERS
 from sparsepeft.reproduction.runner import Watcher, run_all
 from sparsepeft.reproduction.tables import Table, make_table
 from sparsepeft.reproduction.writing import write_table
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,32 @@ def reproduce(
     return Outcome(table, tuple(files), failures)
 
 
-def plan_of(matrix: Matrix, grid: bool = False) -> list[Planned]:
+def plan_of(
+    matrix: Matrix,
+    grid: bool = False,
+    *,
+    measure: bool = False,
+    progress: Callable[[str], object] = lambda message: None,
+) -> list[Planned]:
     """How every run of a matrix stands; with a grid search, its points and the runs that are decided. Changes nothing.
+
+    Args:
+        matrix: its runs.
+        grid: with the search.
+        measure: take the time of a few steps of each method that no run has been done with, in a temporary folder.
+        progress: told what is being measured.
 
     Raises:
         UserError: as :func:`reproduce`.
     """
-    if not grid:
-        return plan(matrix.runs())
-    search = GridSearch(matrix)
-    return plan([*search.points, *search.runs()])
+    search = GridSearch(matrix) if grid else None
+    runs = matrix.runs() if search is None else [*search.points, *search.runs()]
+    times = StepTimes(runs, progress) if measure else None
+    planned = plan(runs, times)
+    if times is not None and times.others_cpu_share > MAX_OTHERS:
+        logger.warning(
+            "Other programs had up to %.0f%% of the processors' time while steps were measured; on an idle machine the "
+            "runs take less.",
+            100 * times.others_cpu_share,
+        )
+    return planned

@@ -37,7 +37,7 @@ _REQUIRED = (
 
 
 # Beside more than this share of the processors' time for others a run's seconds are not its speed.
-_MAX_OTHERS = 0.1
+MAX_OTHERS = 0.1
 
 
 @dataclass(frozen=True)
@@ -143,4 +143,4 @@ def read_error(path: Path) -> dict[str, Any]:
 def is_timed(result: dict[str, Any]) -> bool:
     """Whether a run's seconds are its speed: it was not interrupted, and the machine was known to do little else."""
     share = result.get("others_cpu_share")
-    return not result[ABOUT].get("resumed") and share is not None and share <= _MAX_OTHERS
+    return not result[ABOUT].get("resumed") and share is not None and share <= MAX_OTHERS

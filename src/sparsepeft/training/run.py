@@ -59,9 +59,9 @@ logger = logging.getLogger(__name__)
 
 FEW_SHOT_STEPS = 1000  # the paper's appendix B
 _SPLIT_SEED = 42  # the part of the training data that models are chosen on is the same in every run
-_NUM_EVALUATIONS = 10
+NUM_EVALUATIONS = 10
 _CALIBRATION_EXAMPLES = 64
-_MAX_SELECTION = 1000  # examples that hyperparameters are chosen on; a tenth of SST-2 alone would be 6,735
+MAX_SELECTION = 1000  # examples that hyperparameters are chosen on; a tenth of SST-2 alone would be 6,735
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def prepare_data(
         training, selection = split_train(used, spec, seed=_SPLIT_SEED)
     parts = {"train": training}
     if selecting:
-        parts["selection"] = subsample(selection, _MAX_SELECTION, _SPLIT_SEED)
+        parts["selection"] = subsample(selection, MAX_SELECTION, _SPLIT_SEED)
     else:
         parts |= {"validation": data.validation, **data.extra}
         if data.test is not None:
@@ -273,7 +273,7 @@ def _arguments(
     epochs = config.epochs or recipe.epochs or task_epochs
     max_steps = config.max_steps or (FEW_SHOT_STEPS if config.few_shot and not config.epochs else -1)
     total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
-    every = min(total, config.eval_steps or max(1, -(-total // _NUM_EVALUATIONS)))
+    every = min(total, config.eval_steps or max(1, -(-total // NUM_EVALUATIONS)))
     selecting = prepared.selection is not None
     return training_arguments(
         checkpoints,
