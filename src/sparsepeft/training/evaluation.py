@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from sparsepeft.training.stored import held_out_data
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a run's model scores.
+class Evaluation(Mapping[str, dict[str, float]]):
+    """What a run's model scores: the metrics of each part by its name, and more about them.
 
     Attributes:
         metrics: by name of the part, such as ``"validation"``; ``"test"`` for a file that was given.
@@ -38,9 +39,19 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     data_fingerprints: dict[str, str] = field(default_factory=dict)
 
+    def __getitem__(self, part: str) -> dict[str, float]:
+        return self.metrics[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metrics)
+
+    def __len__(self) -> int:
+        return len(self.metrics)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy."""
-        return asdict(self) | {"notes": list(self.notes)}
+        """A JSON-able copy, with the metrics of each part under its name."""
+        content = asdict(self) | {"notes": list(self.notes)}
+        return content.pop("metrics") | content
 
 
 def evaluate(
