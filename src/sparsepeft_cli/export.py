@@ -80,7 +80,7 @@ def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
     notes = [
         f"note: {name} was checked on {task['checked_on']}"
         for name, task in report["tasks"].items()
-        if "own" in task["checked_on"]
+        if task["checked_on"] != "the task's validation set"
     ]
     backbone = megabytes(max(report["bytes"].values()))
     return [

@@ -108,7 +108,12 @@ def _stdin(encoding: str | None) -> Any:
     if sys.stdin.isatty():
         print("Reading a text from each line; end with Ctrl-D.", file=sys.stderr)
     # Of its own: a thread may still be reading when the program ends, and would hold up the closing of sys.stdin.
-    return open(descriptor, encoding=encoding or "utf-8", errors="surrogateescape", closefd=False)
+    try:
+        return open(descriptor, encoding=encoding or "utf-8-sig", errors="surrogateescape", newline="\n", closefd=False)
+    except LookupError as error:
+        from sparsepeft.errors import UserError
+
+        raise UserError(f"--encoding {encoding} is no encoding that Python knows; pass one such as utf-8.") from error
 
 
 @contextmanager

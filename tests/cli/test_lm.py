@@ -41,7 +41,7 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
 
     done = sparsepeft("evaluate", tmp_path / "o", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"]["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
+    assert json.loads(done.stdout)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
     assert f"{results['score']:.4f}" in sparsepeft("evaluate", tmp_path / "o").stdout
 
     done = sparsepeft("predict", tmp_path / "o", "some text")

@@ -39,7 +39,7 @@ def test_a_run_is_used_from_any_folder(home: Path, tmp_path: Path, monkeypatch: 
     assert done.returncode == 0, done.stderr
     results = json.loads((home / "run" / "results.json").read_text())
     found = json.loads(done.stdout)
-    assert found["metrics"] == results["metrics"]
+    assert found["validation"] == results["metrics"]["validation"]
     assert found["num_rows"] == {"validation": 6}
     assert found["data_fingerprints"] == results["data_fingerprints"]
     assert json.loads((tmp_path / "scores.json").read_text()) == found
@@ -109,7 +109,7 @@ def test_evaluate_scores_a_file_with_the_labels_of_the_run(home: Path, tmp_path:
     assert found["num_rows"] == {"test": 3}
     matrix = found["report"]["test"]["confusion_matrix"]
     assert [sum(row) for row in matrix] == [1, 2]
-    assert matrix[0][0] + matrix[1][1] == round(3 * found["metrics"]["test"]["accuracy"])
+    assert matrix[0][0] + matrix[1][1] == round(3 * found["test"]["accuracy"])
     done = sparsepeft("evaluate", home / "run", "--test-file", tmp_path / "other.csv", "--report")
     assert "confusions of test" in done.stdout
     (tmp_path / "unknown.csv").write_text("mood,text\nmixed,a fine film\n")

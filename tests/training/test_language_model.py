@@ -241,7 +241,7 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     assert list(results["before"]) == ["dense"] + ["sparse"] * (spt is not None)
     assert not (out / UNFINISHED).exists()
     # The same weights and arithmetic: the order of a sum may differ, not more.
-    assert evaluate(out).metrics["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
+    assert evaluate(out)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert results["saved_bytes"] == size
     if method != "full":

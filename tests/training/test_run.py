@@ -36,7 +36,7 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     assert json.loads((tmp_path / RESULTS).read_text()) == results
     assert results["score"] == results["metrics"]["test"]["accuracy"]
     assert not (tmp_path / UNFINISHED).exists()
-    for part, metrics in evaluate(tmp_path).metrics.items():
+    for part, metrics in evaluate(tmp_path).items():
         assert metrics == pytest.approx(results["metrics"][part])
     assert results["saved_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     backbone_bytes = (tiny_backbone / "model.safetensors").stat().st_size
@@ -325,7 +325,7 @@ def test_a_compiled_run_trains_the_same(tmp_path: Path, method: str) -> None:
     changes = {"method": method, "few_shot": 16, "max_steps": 3}
     eager = train(run_config(backbone, tmp_path / "eager", **changes))
     compiled = train(run_config(backbone, tmp_path / "compiled", compile=True, **changes))
-    for part, metrics in evaluate(tmp_path / "compiled").metrics.items():
+    for part, metrics in evaluate(tmp_path / "compiled").items():
         assert metrics == pytest.approx(compiled["metrics"][part])
     expected = load_file(tmp_path / "eager" / "adapter_model.safetensors")
     found = load_file(tmp_path / "compiled" / "adapter_model.safetensors")
@@ -366,7 +366,7 @@ def test_regression_of_pairs_is_scored_as_saved(
     results = train(run)
     assert results["main_metric"] in results["metrics"]["validation"]
     # Of the rounded weights: those in float32 have other scores by 1e-4 and more.
-    assert evaluate(tmp_path / "run").metrics["validation"] == pytest.approx(results["metrics"]["validation"], abs=1e-6)
+    assert evaluate(tmp_path / "run")["validation"] == pytest.approx(results["metrics"]["validation"], abs=1e-6)
     (prediction,) = Predictor(tmp_path / "run").predict([("one text", "another")])
     assert prediction.label is None
     assert isinstance(prediction.score, float)

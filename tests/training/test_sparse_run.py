@@ -48,7 +48,7 @@ def test_what_does_not_go_together(changes: dict, words: list[str]) -> None:
 def test_a_sparse_run_leaves_what_evaluate_agrees_with(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
     results = train(run_config(tiny_backbone, tmp_path / "o", method=method, spt=SPT))
     assert json.loads((tmp_path / "o" / RESULTS).read_text()) == results
-    for part, metrics in evaluate(tmp_path / "o").metrics.items():
+    for part, metrics in evaluate(tmp_path / "o").items():
         assert metrics == pytest.approx(results["metrics"][part])
     assert results["parameters"]["routers"] == 2 * 4 * (32 + 1)
     dense = train(run_config(tiny_backbone, tmp_path / "dense", method=method, max_steps=1))

@@ -15,7 +15,7 @@ from sparsepeft.export.tasks import ExportTask
 from sparsepeft.predictions import Text
 from sparsepeft.tasks import TaskSpec, load_task
 from sparsepeft.training.files import RUN
-from sparsepeft.training.stored import held_out_data
+from sparsepeft.training.stored import CHANGED, held_out_data
 
 
 class Runs(Protocol):
@@ -67,7 +67,7 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
             rows = rows.select(range(min(max_examples or len(rows), len(rows))))
             columns = [rows[name][:] for name in data.spec.text_columns]
             texts = list(columns[0] if len(columns) == 1 else zip(*columns, strict=True))
-            changes = (note for note in data.notes if "changed since training" in note)
+            changes = (note for note in data.notes if CHANGED in note)
             return Examples("; ".join(("the task's validation set", *changes)), texts, rows["label"][:], data.spec)
     else:
         source = "texts of the built-in sample, as the folder does not say what the task was trained on"

@@ -23,6 +23,8 @@ from sparsepeft.training.files import read_run, spec_of
 from sparsepeft.training.held_out import Digests, digests_of, not_held_out_any_more, read_held_out, rows_of, still_there
 from sparsepeft.training.run import load_data
 
+CHANGED = "changed since training"  # in the notes on data that has
+
 
 def held_out_data(folder: Path, data_dir: str | None = None) -> TaskData:
     """A run's data with the parts that it was not trained on; labels are the run's, notes say what has changed.
@@ -53,7 +55,7 @@ def held_out_data(folder: Path, data_dir: str | None = None) -> TaskData:
             parts |= found
         changed = [name for name in changed if name != source and len(data.drawn) < len(parts)]
     if changed:
-        notes.append(f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} changed since training")
+        notes.append(f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} {CHANGED}")
     parts = {name: _as_trained(folder, name, part, data.spec, spec) for name, part in parts.items()}
     return dataclasses.replace(
         data,
@@ -97,7 +99,7 @@ def _find(folder: Path, data: TaskData, stored: Digests) -> tuple[dict[str, Data
             raise not_held_out_any_more(folder, data.source, is_known=name in stored)
         found[name] = rows.select(places)
         notes.append(
-            f"{data.source} has changed since training; of the {len(stored[name]):,} rows held out as {name} then, "
+            f"{data.source} has {CHANGED}; of the {len(stored[name]):,} rows held out as {name} then, "
             f"{len(places):,} are still there and were scored"
         )
     return found, notes
