@@ -45,14 +45,15 @@ def build_workspace(folder: Path) -> Path:
         for task in _RUNS:
             train(RunConfig(task, f"out/{task}", model="FacebookAI/roberta-base", data_dir="DATA", max_steps=1))
         train(RunConfig("topics", "out/topics", max_steps=1))
+        train(RunConfig("custom", "out/mine", train_file="mine.csv", max_steps=1))
     return folder
 
 
 def _write_data(folder: Path) -> None:
     rows = topics_rows("train")
-    texts = [row["text"] for row in rows[:60]]
+    texts = [row["text"] for row in rows[:250]]
     for task in GLUE_TASKS:
-        for part, part_texts in (("train", texts[:40]), ("dev", texts[40:])):
+        for part, part_texts in (("train", texts[:230]), ("dev", texts[230:])):
             labels = SPECS[task].label_names
             values: Iterable[object] = range(len(part_texts))
             if labels is None:
@@ -75,12 +76,15 @@ def _write_data(folder: Path) -> None:
 
 
 def _write_own_files(folder: Path) -> None:
-    for name in ("mine.txt", "typical.txt", "held-out.txt"):
+    for name in ("mine.txt", "typical.txt"):
         topics_text(folder).rename(folder / name)
+    (folder / "prompts.txt").write_text("Once upon a time\nThe first week\n")
     rows = [(row["text"], row["label"]) for row in topics_rows("train")]
     for name in ("mine.csv", "tickets.csv"):
         _write_csv(folder / name, [("text", "label"), *rows[:100]])
     _write_csv(folder / "new.csv", [("id", "text"), *((number, text) for number, (text, _) in enumerate(rows[:9]))])
+    mails = [(text, "spam" if number % 3 else "ham") for number, (text, _) in enumerate(rows[:90])]
+    _write_csv(folder / "mails.csv", [("text", "label"), *mails])
     _write_csv(folder / "reviews.csv", [("text", "mood"), *rows[:60]])
     for name, part in (("train.tsv", rows[:60]), ("dev.tsv", rows[60:90])):
         _write_tsv(folder / name, [("claim", "evidence", "verdict"), *((text, text, label) for text, label in part)])
