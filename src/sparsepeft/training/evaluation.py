@@ -90,13 +90,21 @@ def evaluate(
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
-        part = _rows(path, predictor, table or TableOptions())
-        return _evaluation(predictor, {"test": part}, (), {path.name: sha256(path)})
+        part, digest = _rows(path, predictor, table or TableOptions()), sha256(path)
+        notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
+        return _evaluation(predictor, {"test": part}, notes, {path.name: digest})
     if table not in (None, TableOptions()):
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     data = held_out_data(folder, data_dir)
     parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
     return _evaluation(predictor, parts, data.notes, data.fingerprints)
+
+
+def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
+    training_file = next(iter(trained), None)
+    if training_file is None or trained[training_file] != digest:
+        return ()
+    return (f"{name} is the file that the run was trained on: its scores say nothing about new texts",)
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions) -> Dataset:
