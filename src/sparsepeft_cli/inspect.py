@@ -35,6 +35,7 @@ def command(
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,
+    device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Show what each parent cell of a trained memory has learned, on texts it was not trained on.
@@ -60,6 +61,7 @@ def command(
             batch_size=batch_size,
             compare_untrained=compare_untrained,
             keep_stop_words=keep_stop_words,
+            device=device,
         )
         if output_dir is not None:
             write_inspection(report, output_dir)

@@ -110,7 +110,8 @@ def test_evaluate_scores_a_file_with_the_labels_of_the_run(home: Path, tmp_path:
     matrix = found["report"]["test"]["confusion_matrix"]
     assert [sum(row) for row in matrix] == [1, 2]
     assert matrix[0][0] + matrix[1][1] == round(3 * found["test"]["accuracy"])
-    done = sparsepeft("evaluate", home / "run", "--test-file", tmp_path / "other.csv", "--report")
+    done = sparsepeft("evaluate", home / "run", "--test-file", home / "mine.csv", "--report")
+    assert "is the file that the run was trained on" in " ".join(done.stdout.split())
     assert "confusions of test" in done.stdout
     (tmp_path / "unknown.csv").write_text("mood,text\nmixed,a fine film\n")
     for arguments, words in (

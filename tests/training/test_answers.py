@@ -125,7 +125,7 @@ def test_csv_has_the_same_columns_in_all_rows() -> None:
     assert list(rows[0]) == ["id", "label", "predicted_label", "score", "score_a", "score_b", "error"]
     assert rows[0]["predicted_label"] == "a"
     assert rows[0]["score_b"] == "0.08765"
-    assert rows[2]["score"] == ""
+    assert rows[1]["id"] == rows[2]["score"] == ""
     assert "empty text" in rows[2]["error"]
     with pytest.raises(UserError, match=r"the column 'more', which the first one lacks"):
         line_of(Answer({"id": 1, "label": "a", "more": 1}, ANSWERS[0].prediction))

@@ -35,6 +35,7 @@ def inspect_run(
     batch_size: int = 32,
     compare_untrained: bool = False,
     keep_stop_words: bool = False,
+    device: str | None = None,
 ) -> MemoryReport:
     """What each parent cell of a trained run is picked for, on texts it was not trained on.
 
@@ -49,11 +50,12 @@ def inspect_run(
         batch_size: texts per forward pass.
         compare_untrained: also inspect a fresh memory of the same config and seed on the same backbone.
         keep_stop_words: also list function words and punctuation.
+        device: where to compute; None is the accelerator, if there is one.
 
     Raises:
         UserError: the folder holds no trained memory, or layer or split are unknown or empty.
     """
-    predictor = Predictor(folder, model, batch_size)
+    predictor = Predictor(folder, model, batch_size, device)
     find_memories(predictor.model, layer)  # before data is read
     data = held_out_data(predictor.folder, data_dir)
     name, part = _part(data, split)

@@ -191,7 +191,8 @@ class _CsvRows:
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(_finite(value), ensure_ascii=False, default=str) if isinstance(value, dict | list) else value
+    value = _finite(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else value
 
 
 def _finite(value: Any) -> Any:

@@ -92,15 +92,23 @@ def evaluate(
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
-        table = table or TableOptions()
+        table, digest = table or TableOptions(), sha256(path)
         file_format = table.format_of(path)
         part = _rows(path, predictor, table, file_format)
-        return _evaluation(predictor, {"test": part}, file_format.notes, {path.name: sha256(path)})
+        notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
+        return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
     if table not in (None, TableOptions()):
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     data = held_out_data(folder, data_dir)
     parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
     return _evaluation(predictor, parts, data.notes, data.fingerprints)
+
+
+def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
+    training_file = next(iter(trained), None)
+    if training_file is None or trained[training_file] != digest:
+        return ()
+    return (f"{name} is the file that the run was trained on: its scores say nothing about new texts",)
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:

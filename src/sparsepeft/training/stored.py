@@ -53,7 +53,7 @@ def held_out_data(folder: Path, data_dir: str | None = None) -> TaskData:
         if not is_same and (stored or source in changed):
             found, notes = _find(folder, data, stored)
             parts |= found
-        changed = [name for name in changed if name != source and len(data.drawn) < len(parts)]
+            changed = [name for name in changed if name != source and len(data.drawn) < len(parts)]
     if changed:
         notes.append(f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} {CHANGED}")
     parts = {name: _as_trained(folder, name, part, data.spec, spec) for name, part in parts.items()}
