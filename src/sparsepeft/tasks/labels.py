@@ -113,7 +113,7 @@ class LabelReader:
         texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
         found = [char for char in _SEPARATORS if any(char in text for text in texts)]
         separator = found[0] if found else None
-        notes = ()
+        notes: tuple[str, ...] = ()
         if len(found) > 1:
             notes = (f"labels were separated at {separator!r}; {some(found[1:])} was taken for a part of their names",)
         parts = {part for line, label in labels for part in _parts(path, line, label, separator)}
