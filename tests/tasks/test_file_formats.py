@@ -85,6 +85,8 @@ def test_a_delimiter_that_is_given(tmp_path: Path, given: str) -> None:
     ("name", "content", "options", "message"),
     [
         ("a.csv", "a;b\n1;2\n", {"delimiter": ","}, r"`delimiter=comma` was given, but .* none; pass `delimiter=semi"),
+        ("a.csv", 'a;b\n1;2\n"x;y\n', {}, r"a\.csv:3: malformed CSV .* separated by a semicolon"),
+        ("a.csv", "a;b\n1;2\nx;y;z\n", {}, r"a\.csv:3: expected 2 fields as in the header, found 3"),
         ("a.csv", "a,b\n1,2\n", {"delimiter": "::"}, r"`delimiter=::` was given; expected one character"),
         ("a.csv", "a,b\n1,2\n", {"encoding": "utf-9"}, r"`encoding=utf-9` was given; expected the name of"),
         ("a.csv", "a,b\n1,2\n", {"encoding": "base64"}, r"`encoding=base64` was given"),

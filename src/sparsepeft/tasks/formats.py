@@ -175,7 +175,7 @@ def _delimiter(path: Path, kind: str, encoding: str, given: str | None) -> str:
 
 
 def _widths(sample: list[str], delimiter: str, kind: str) -> list[int]:
-    """How many fields each record has; empty where quoting does not work out."""
+    """How many fields each record has; empty where not even the header can be read."""
     if delimiter == "\t" and kind == "tsv":
         raw = [len(fields) for line in sample if (fields := split_raw(line, delimiter))]
         if len(set(raw)) == 1:
@@ -192,7 +192,7 @@ def _quoted_widths(sample: list[str], delimiter: str) -> list[int]:
                 found.append(len(record))
     except csv.Error:
         if len(sample) < _SAMPLE or reader.line_num < _SAMPLE:  # else the sample ends within a record
-            return []
+            return [*found, 0] if found else []  # no row has 0 fields, so this never fits
     return found
 
 
