@@ -10,7 +10,7 @@ from sparsepeft.tasks.loading import data_folder, own_options
 from sparsepeft.tasks.local import find_columns, find_formats, read_local
 from sparsepeft.tasks.registry import CUSTOM, LANGUAGE_MODEL, canonical_name
 
-READ_WHOLE = 32 << 20  # bytes: so much is read twice in less than the time that torch takes to load
+READ_WHOLE = 16 << 20  # bytes: so much is read twice in less than the time that torch takes to load
 
 
 def check_task(

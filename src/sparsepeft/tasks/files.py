@@ -68,8 +68,8 @@ def read_rows(
 
     Args:
         path: CSV, TSV or JSON, or that with .gz, or parquet.
-        file_format: how it is written; None asks :func:`sparsepeft.tasks.formats.find_format`, whose notes the caller
-            then does not see.
+        file_format: how it is written; None asks :func:`sparsepeft.tasks.formats.find_format`, but guesses no encoding,
+            as nobody would see the note on it.
         required: columns that must be there.
         header: column names where a raw TSV file may lack its header line.
         allow_short: let raw TSV rows lack fields at their end (official QQP); such rows lack those keys.
@@ -78,7 +78,7 @@ def read_rows(
         TaskError: no such file, unreadable, empty, without a required column, or a malformed row.
     """
     path = Path(path)
-    form = file_format or find_format(path)
+    form = file_format or find_format(path, may_guess=False)
     if form.kind == "parquet":
         rows = _parquet_rows(path, required)
     elif form.kind == "json":

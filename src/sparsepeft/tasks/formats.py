@@ -60,7 +60,9 @@ class FileFormat:
 RAW_TSV: Final = FileFormat("tsv", "\t", UTF8)
 
 
-def find_format(path: Path, delimiter: str | None = None, encoding: str | None = None) -> FileFormat:
+def find_format(
+    path: Path, delimiter: str | None = None, encoding: str | None = None, *, may_guess: bool = True
+) -> FileFormat:
     """Tell how a file is written.
 
     The delimiter of CSV and TSV is the comma, semicolon, tab or pipe that gives all of the first rows as many fields as
@@ -71,6 +73,7 @@ def find_format(path: Path, delimiter: str | None = None, encoding: str | None =
         path: the file; its name's ending, less ``.gz``, says the kind.
         delimiter: one character, or its name; None looks for it.
         encoding: a name that Python knows; None looks for it.
+        may_guess: a file that is not UTF-8 may be taken for cp1252, with a note.
 
     Raises:
         TaskError: no such file, an unknown kind, not text, or more than one delimiter is possible.
@@ -81,6 +84,8 @@ def find_format(path: Path, delimiter: str | None = None, encoding: str | None =
     notes = []
     if encoding is None:
         found = find_encoding(path)
+        if found == GUESS and not may_guess:
+            raise TaskError(f"{path} is not in UTF-8; save it as UTF-8")
         if found == GUESS:
             notes.append(f"{path.name} is not UTF-8 and was read as {GUESS}; pass `encoding` if that is wrong")
     else:
@@ -170,7 +175,7 @@ def _delimiter(path: Path, kind: str, encoding: str, given: str | None) -> str:
 
 
 def _widths(sample: list[str], delimiter: str, kind: str) -> list[int]:
-    """How many fields each record has; empty where quoting does not work out."""
+    """How many fields each record has; empty where not even the header can be read."""
     if delimiter == "\t" and kind == "tsv":
         raw = [len(fields) for line in sample if (fields := split_raw(line, delimiter))]
         if len(set(raw)) == 1:
@@ -187,7 +192,7 @@ def _quoted_widths(sample: list[str], delimiter: str) -> list[int]:
                 found.append(len(record))
     except csv.Error:
         if len(sample) < _SAMPLE or reader.line_num < _SAMPLE:  # else the sample ends within a record
-            return []
+            return [*found, 0] if found else []  # no row has 0 fields, so this never fits
     return found
 
 
