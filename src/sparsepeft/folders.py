@@ -229,7 +229,9 @@ def _listed(folder: Path, key: str) -> list[str] | None:
 
 
 def _visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    """What there is to be careful with: names that are not hidden, of anything but empty folders."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p.name for p in paths if not p.name.startswith(".") and not (p.is_dir() and not any(p.iterdir())))
 
 
 def _taken(folder: Path) -> UserError:

@@ -128,7 +128,7 @@ class Lines:
     """Lines for a file: at each evaluation, at the first and the last step, and every ten seconds."""
 
     def __init__(self) -> None:
-        self._label, self._total, self._step = "", 0, 0
+        self._label, self._total, self._printed = "", 0, 0
         self._values: dict[str, float] = {}
         self._start, self._first, self._last = 0.0, 0, 0.0
 
@@ -145,15 +145,16 @@ class Lines:
     def note(self, step: int, logs: dict[str, Any], is_last: bool) -> None:
         """The trainer has logged something; unless ``is_last``, an evaluation of this step follows."""
         self._values |= {key: logs[key] for key in _SHOWN if key in logs}
-        is_due = step in (self._first + 1, self._total) or time.monotonic() - self._last >= _LINE_SECONDS
-        if "eval_score" in logs or ("loss" in logs and is_last and is_due):
+        is_due = step == self._first + 1 or time.monotonic() - self._last >= _LINE_SECONDS
+        is_end = "train_runtime" in logs and self._printed < step
+        if "eval_score" in logs or is_end or ("loss" in logs and is_last and is_due):
             self._print(step)
 
     def end(self) -> None:
         """No more is to come."""
 
     def _print(self, step: int) -> None:
-        self._last = time.monotonic()
+        self._printed, self._last = step, time.monotonic()
         rate = (step - self._first) / max(self._last - self._start, 1e-9)
         left = duration((self._total - step) / rate) if rate else "unknown"
         at = f"step {step:>{len(str(self._total))}}/{self._total}"

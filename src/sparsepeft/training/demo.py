@@ -14,12 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from sparsepeft.errors import UserError
 from sparsepeft.tasks import load_task
 from sparsepeft.training.config import RunConfig
+from sparsepeft.training.files import read_run
 from sparsepeft.training.inference import Prediction, Predictor
+from sparsepeft.training.output_folder import RUN
 from sparsepeft.training.run import train
 
 TASK = "topics"
+_MAY_DIFFER = ("output_dir", "epochs")
 TEXTS = (
     "The bakery chain will close forty shops after rents doubled and flour prices kept climbing.",
     "A week of ferry rides between the islands costs less than one night in the capital.",
@@ -48,11 +52,20 @@ class DemoResult:
 def run_demo(
     folder: Path, epochs: float = 6, callbacks: Callable[[str], Sequence[TrainerCallback]] = lambda name: ()
 ) -> DemoResult:
-    """Train a head alone and a SPARTAN memory on the built-in sample, and compare."""
+    """Train a head alone and a SPARTAN memory on the built-in sample, and compare.
+
+    Args:
+        folder: for the two runs, which replace those of a former demonstration.
+        epochs: passes over the training part.
+        callbacks: for the run of a method, shown loss and metrics.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
     results = {}
     for method in ("head", "spartan"):
         config = RunConfig(task=TASK, method=method, output_dir=str(folder / method), epochs=epochs)
-        results[method] = train(config, callbacks(method), overwrite=True)
+        results[method] = train(config, callbacks(method), overwrite=_is_demo(config))
     test = load_task(TASK).test
     assert test is not None  # the built-in sample has one
     labels = Counter(test["label"][:])
@@ -65,6 +78,17 @@ def run_demo(
         throughput_ratio=throughput_ratio(predictor, texts),
         predictions=list(zip(TEXTS, predictor.predict(TEXTS), strict=True)),
     )
+
+
+def _is_demo(config: RunConfig) -> bool:
+    """Whether what stands in a run's output folder is a demonstration's, which may be replaced."""
+    folder = Path(config.output_dir)
+    if not (folder / RUN).exists():
+        return False
+    former = read_run(folder)["config"]
+    if any(former[key] != value for key, value in config.to_dict().items() if key in former and key not in _MAY_DIFFER):
+        raise UserError(f"{folder} holds a run that is not the demonstration's; pass another `output_dir`.")
+    return True
 
 
 def throughput_ratio(predictor: Predictor, texts: list[str], repeats: int = 7) -> float:

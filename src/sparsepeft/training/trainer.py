@@ -77,7 +77,7 @@ class SafeTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise RunFailed(
                 f"The checkpoint of step {self.state.global_step} could not be written ({error}); "
-                f"{self._what_is_left()}"
+                f"{self._what_is_left()} Free space and repeat the command."
             ) from error
 
     def _what_is_left(self) -> str:
