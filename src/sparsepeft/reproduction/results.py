@@ -17,7 +17,7 @@ from sparsepeft.training.files import RESULTS_VERSION
 from sparsepeft.training.recipes import Recipe
 
 ABOUT = "reproduction"  # the key under which a result file says more than `train` returns
-_ELSEWHERE = ("output_dir", "data_dir", "model", "device")  # not part of a result's config: they differ between machines
+_ELSEWHERE = ("output_dir", "data_dir", "model", "device")  # not in a result's config: machines differ in them
 _REQUIRED = (
     "format_version",
     "task",
