@@ -43,7 +43,7 @@ class SafeTrainer(Trainer):
         with self.cache.using(inputs.pop(STATES, None)):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; the checkpoint of a last step is taken as it is, where Trainer would do a step more."""
         if resume_from_checkpoint is not None and not self.args.load_best_model_at_end:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
@@ -51,7 +51,7 @@ class SafeTrainer(Trainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
