@@ -138,6 +138,21 @@ def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_b
 
 
 @pytest.mark.slow
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tiny_backbone: Path, tmp_path: Path) -> None:
+    class Kill(hf.TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    options = {"few_shot": 20, "max_steps": 5, "lr_scheduler_type": "constant"}  # 3 steps an epoch
+    whole = train(run_config(tiny_backbone, tmp_path / "whole", **options))
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Kill()])
+    assert train(run_config(tiny_backbone, tmp_path / "cut", **options))["steps"] == whole["steps"] == 5
+    for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.slow
 def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) -> None:
     rows = {label: [row for row in topics_rows("train") if row["label"] == label] for label in ("sport", "travel")}
     files = {

@@ -129,7 +129,7 @@ def _introduction(run: Mapping[str, Any], results: Mapping[str, Any], backbone: 
         purpose = f"that gives {texts} " + ("a value" if names is None else f"{kind} {len(names)} labels")
     return (
         f"# {_name(results, backbone)}\n\n{made}{sparse} {purpose}. Trained with "
-        f"[sparsepeft](https://pypi.org/project/sparsepeft/) on {_dataset(results)[0]}."
+        f"`sparsepeft` on {_dataset(results)[0]}."
     )
 
 
@@ -182,7 +182,12 @@ def _data(results: Mapping[str, Any]) -> str:
     notes = "".join(f"\n- {note}" for note in results["notes"])
     return "\n\n".join(
         part
-        for part in (f"## Data\n\n{_dataset(results)[0]}", rows, table(("file", "SHA-256"), hashes), notes.strip())
+        for part in (
+            f"## Data\n\n{_dataset(results)[0]}",
+            rows,
+            table(("file", "SHA-256"), hashes, numbers=False),
+            notes.strip(),
+        )
         if part
     )
 

@@ -11,10 +11,10 @@ _WORDS = {"f1": "F1", "mae": "mean absolute error", "rmse": "root mean square er
 _MEANS = {"accuracy_f1": "mean of accuracy and F1", "pearson_spearman": "mean of both"}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; empty without rows. All columns but the first hold numbers."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table; empty without rows. All columns but the first hold ``numbers``."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    rule = f"| --- |{' ---: |' * (len(header) - 1)}"
+    rule = "| --- |" + (" ---: |" if numbers else " --- |") * (len(header) - 1)
     return "\n".join([f"| {' | '.join(header)} |", rule, *lines]) if lines else ""
 
 
@@ -88,4 +88,6 @@ def training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
     columns = [key for key in ("step", "epoch", "loss", "eval_loss", "eval_score") if any(key in row for row in kept)]
     lines = ([_number(row[key]) if key in row else "" for key in columns] for row in kept)
     course = table(columns, lines) if kept else ""
-    return "\n\n".join(part for part in ("## Training", " ".join(said), table(("", "value"), rows), course) if part)
+    return "\n\n".join(
+        part for part in ("## Training", " ".join(said), table(("", "value"), rows, numbers=False), course) if part
+    )
