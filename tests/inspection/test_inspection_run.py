@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_trained_run(trained: Path) -> None:
-    report = inspect_run(trained, compare_untrained=True)
+    report = inspect_run(trained, compare_untrained=True, keep_stop_words=True)
     assert report.source["task"] == "topics"
     assert (report.source["split"], report.source["examples"]) == ("test", 120)
     assert report.label_names == ("business", "health", "science", "sport", "travel")
@@ -32,7 +32,7 @@ def test_a_trained_run(trained: Path) -> None:
         assert sum(parent.share_picked for parent in layer.parents) == pytest.approx(1)
         assert layer.nmi_documents is not None
         assert layer.moved > fresh.moved == 0
-    words = [word.word for parent in report.layers[-1].parents for word in parent.words]
+    words = [word.word for layer in report.layers for parent in layer.parents for word in parent.words]
     assert words
     assert not {"[cls]", "[sep]", "[pad]", "[CLS]", "[PAD]"} & set(words)
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["parents"][0]["index"] == 0
@@ -45,7 +45,7 @@ def test_splits_layers_and_samples(trained: Path) -> None:
     assert report.layers[0].documents == 10
     for wrong, words in (
         ({"split": "train"}, "split of topics 'train' is unknown; valid are test, validation"),
-        ({"layer": 6}, "Layer 6 has no memory; choose one of 0, 1"),
+        ({"layer": 6}, "`layer=6` was given, but that layer has no memory; choose one of 0, 1"),
     ):
         with pytest.raises(UserError, match=words):
             inspect_run(trained, **wrong)
