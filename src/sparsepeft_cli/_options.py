@@ -143,5 +143,5 @@ IdleWait = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initialisation and order.")]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what a run has left in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

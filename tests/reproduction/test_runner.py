@@ -149,7 +149,7 @@ def test_a_claimed_run_is_left_to_who_has_it(tiny_backbone: Path, tmp_path: Path
 def test_an_unusable_folder_is_said(tiny_backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     matrix = small_matrix(tiny_backbone, tmp_path / "file", seeds=[1])
-    with pytest.raises(UserError, match="--output-dir"):
+    with pytest.raises(UserError, match="`output_dir`"):
         run_all(matrix.runs())
 
 
