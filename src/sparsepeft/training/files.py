@@ -148,7 +148,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         if (folder / UNFINISHED / RUN).is_file():
             raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
         raise UserError(f"{folder} holds no run ({RUN} is missing); pass the output folder of `sparsepeft train`.")
-    if has_checkpoint(folder) and not in_use(folder):
+    if (folder / UNFINISHED / RUN).is_file() and not in_use(folder):
         raise UserError(
             f"The run in {folder} was to be replaced, but the new training was interrupted; repeat its command to "
             f"finish it, or remove {folder / UNFINISHED} to go on with the former run."
@@ -227,14 +227,12 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Cal
             check_place(folder, work, _former(folder))
             remove(work / CHECKPOINTS)
             finish(folder, work, _former(folder))
-        except UserError:  # found late, but before any training
-            if has_begun and not has_checkpoint(folder):
+        except Exception as error:
+            if has_begun and not has_checkpoint(folder):  # there is nothing to go on from
                 remove(work)
+            if has_begun and isinstance(error, OSError):
+                raise RunFailed(f"The run in {folder} could not be written ({error}); free space and resume.") from error
             raise
-        except OSError as error:
-            if not has_begun:
-                raise
-            raise RunFailed(f"The run in {folder} could not be written ({error}); free space and resume.") from error
 
 
 def _former(folder: Path) -> tuple[str, ...]:
