@@ -14,7 +14,7 @@ from sparsepeft.training.output_folder import check_output_folder
 from sparsepeft.training.recipes import METHODS, RECIPES
 
 _LM = "lm"
-_FILES = ("train_file", "validation_file", "test_file")
+_FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
 
 
 def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) -> None:
@@ -38,10 +38,10 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         value = values.get(name)
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
-    texts = [*_several(values.get("text")), *_several(values.get("validation_text"))]
-    for path in [*(values[name] for name in _FILES if values.get(name)), *texts]:
-        if not Path(path).is_file():
-            raise UserError(f"The file {path} does not exist; correct its name.")
+    for name in _FILES:
+        for path in _several(values.get(name)):
+            if not Path(path).is_file():
+                raise UserError(f"`{name}={path}` was given, but there is no such file; correct the path.")
     if folder := values.get("output_dir"):
         check_output_folder(Path(folder), overwrite)
         check_not_in_use(Path(folder))
