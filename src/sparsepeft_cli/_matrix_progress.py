@@ -41,7 +41,8 @@ class MatrixProgress(Watcher):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if err.is_terminal:
+            self._progress.stop()
         self._stack.close()
         if isinstance(error, Stop):
             error.left = f"with {self._ended} of {self._total} runs done; the same command goes on with the others."
@@ -74,18 +75,22 @@ class MatrixProgress(Watcher):
         self._count()
         if here:
             say(
-                f"{run.name:<28} {result['main_metric']} {result['score']:.4f} on {result['score_split']}, "
-                f"{result['train_seconds']:.0f} s"
+                f"{self._counted}  {run.name:<28} {result['main_metric']} {result['score']:.4f} on "
+                f"{result['score_split']}, {result['train_seconds']:.0f} s"
             )
 
     def failed(self, run: Run, error: dict[str, Any]) -> None:
         """Count the run and say what ended it."""
         self._count()
-        say(f"{run.name:<28} FAILED: {error['type']}: {error['message']}")
+        say(f"{self._counted}  {run.name:<28} FAILED: {error['type']}: {error['message']}")
 
     def waiting(self, runs: Sequence[Run]) -> None:
         """Say who is waited for."""
         self._show(f"waiting for {len(runs)} in another process", now=True)
+
+    @property
+    def _counted(self) -> str:
+        return f"{self._ended:>{len(str(self._total))}}/{self._total}"
 
     def _count(self) -> None:
         self._stack.close()  # no step is being done

@@ -79,6 +79,28 @@ def test_config_file_and_settings(tiny_backbone: Path, tmp_path: Path) -> None:
     assert (config["num_parents"], config["top_k"]) == (4, 3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--task", "sst3"), "did you mean 'sst2'"),
+        (("--task", "topics", "--method", "spartn"), "did you mean 'spartan'"),
+        (("--config", "{tmp}/run.yaml"), "did you mean 'best'"),
+        (("--task", "custom", "--train-file", "{tmp}/none.csv"), "none.csv was given, but there is no such file"),
+        (("--task", "topics", "--output-dir", "{tmp}"), "holds other files (run.yaml)"),
+    ],
+)
+def test_what_is_wrong_from_the_start_costs_no_waiting(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("task: topics\nrecipe: bst\n")
+    given = ["--output-dir", f"{tmp_path}/out", *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)]
+    code = f"import sys; sys.argv = ['sparsepeft', 'train', *{given!r}]; from sparsepeft_cli import main\n"
+    code += "try: main()\nexcept SystemExit as end: code = end.code\n"
+    code += "heavy = {'torch', 'peft', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+    code += "sys.exit(9 if heavy else code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+
+
 def _bad_files(folder: Path) -> None:
     (folder / "empty.csv").write_text("")
     (folder / "fields.tsv").write_text("text\tlabel\none\ta\ntwo\tb\tc\n")

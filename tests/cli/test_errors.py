@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from pathlib import Path
+
 import pytest
 import typer
 
 import sparsepeft_cli
+from sparsepeft.errors import RunFailed, UserError
 from sparsepeft_cli._errors import in_options
+from sparsepeft_cli._interrupts import Stop
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +32,26 @@ def parameters() -> list:
 )
 def test_parameters_become_options(text: str, shown: str, parameters: list) -> None:
     assert in_options(text, parameters) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyError("a\nb"), 1, "Error: KeyError: 'a\\nb' (not foreseen; --debug shows where)."),
+        (RunFailed("The disk\n is full."), 1, "Error: The disk is full."),
+        (UserError("`output`=x"), 2, "Error: --output=x"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (Stop(signal.SIGTERM), 143, "Terminated."),
+    ],
+)
+def test_every_end_is_one_line(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("sparsepeft.training.history.read_history", fail)
+    monkeypatch.setattr(sys, "argv", ["sparsepeft", "history", "out"])
+    with pytest.raises(SystemExit) as ended:
+        sparsepeft_cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (code, f"{line}\n")

@@ -175,16 +175,6 @@ def test_a_stop_saves_the_step_it_is_at(tiny_backbone: Path, tmp_path: Path) -> 
     assert checkpoint.name == "checkpoint-5"
 
 
-def test_lora_where_peft_knows_no_layers(tmp_path: Path) -> None:
-    backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
-    train(run_config(backbone, tmp_path / "out", method="lora", max_steps=1))
-    targets = set(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"])
-    dense = {"attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "intermediate.dense"}
-    assert targets == dense | {"output.dense"}
-    with pytest.raises(UserError, match="no default for models of type mpnet; name keys"):
-        train(run_config(backbone, tmp_path / "ia3", method="ia3", max_steps=1))
-
-
 def test_what_cannot_be_used_leaves_no_folder(tiny_backbone: Path, tmp_path: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
     with pytest.raises(UserError, match="hands on more than its hidden states"):

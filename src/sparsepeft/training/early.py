@@ -14,6 +14,8 @@ from sparsepeft.training.config_file import read_config
 from sparsepeft.training.output_folder import check_output_folder
 from sparsepeft.training.recipes import METHODS, RECIPES
 
+_FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
+
 
 def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) -> None:
     """Refuse what names no task, method, recipe, file or column, and an output folder that cannot be used.
@@ -33,10 +35,11 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         value = values.get(name)
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
+    for name in _FILES:
+        for path in _several(values.get(name)):
+            if not Path(path).is_file():
+                raise UserError(f"`{name}={path}` was given, but there is no such file; correct the path.")
     check_task(**{name: values.get(name) for name in inspect.signature(check_task).parameters})
-    for path in [*_several(values.get("text")), *_several(values.get("validation_text"))]:
-        if not Path(path).is_file():
-            raise UserError(f"The file {path} does not exist; correct its name.")
     if folder := values.get("output_dir"):
         check_output_folder(Path(folder), overwrite)
         check_not_in_use(Path(folder))

@@ -231,7 +231,9 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Cal
             if has_begun and not has_checkpoint(folder):  # there is nothing to go on from
                 remove(work)
             if has_begun and isinstance(error, OSError):
-                raise RunFailed(f"The run in {folder} could not be written ({error}); free space and resume.") from error
+                raise RunFailed(
+                    f"The run in {folder} could not be written ({error}); free space and resume."
+                ) from error
             raise
 
 

@@ -42,7 +42,7 @@ def make_reporters(trackers: Iterable[str], logs: Path) -> list[TrainerCallback]
         except (ImportError, RuntimeError, ValueError) as error:
             lack = str(error).partition(". ")[0]
             raise UserError(
-                f"`report_to={name}` was given, but {lack}; see to that, or leave `report_to` out."
+                f"`report_to={name}` was given, but {lack}; install it, or leave `report_to` out."
             ) from error
         if isinstance(reporter, integration_utils.TensorBoardCallback):
             reporter.logging_dir = str(logs)
