@@ -68,7 +68,9 @@ def test_what_a_task_has_no_classes_for_is_refused(spec: TaskSpec, given: dict, 
         check_loss(spec, **{"class_weights": None, "label_smoothing_factor": None} | given)
 
 
-@pytest.mark.parametrize("given", ["spam", "spam=x", "spam=-1", "=2", "", {"spam": float("nan")}, {}, 3])
+@pytest.mark.parametrize(
+    "given", ["spam", "spam=x", "spam=1,spam=2", "spam=-1", "=2", "", {"spam": float("nan")}, {}, 3]
+)
 def test_malformed_class_weights(given: Any) -> None:
     with pytest.raises(UserError, match=r"`class_weights=.*expected `class_weights=balanced`, or a positive number"):
         RunConfig("topics", "o", class_weights=given)

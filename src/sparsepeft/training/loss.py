@@ -31,15 +31,19 @@ def read_class_weights(value: Any) -> str | dict[str, float] | None:
     """
     if value is None or value == BALANCED:
         return value
+    pairs: list[Any] = []
     if isinstance(value, str):
-        value = dict(part.rpartition("=")[::2] for part in value.split(","))
+        pairs = [part.rpartition("=")[::2] for part in value.split(",")]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
     weights = {}
-    for label, weight in value.items() if isinstance(value, Mapping) else ():
+    for label, weight in pairs:
         try:
             weights[str(label).strip()] = float(weight)
         except (TypeError, ValueError):
             weights[str(label)] = math.nan
-    if not weights or "" in weights or not all(0 < weight < math.inf for weight in weights.values()):
+    is_valid = all(label and 0 < weight < math.inf for label, weight in weights.items())
+    if not weights or not is_valid or len(weights) < len(pairs):
         raise UserError(f"`class_weights={value}` was given; {_FORM}.")
     return weights
 
