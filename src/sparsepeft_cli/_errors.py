@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from sparsepeft_cli._help import PlainCommand
 from sparsepeft_cli._interrupts import Stopped
 from sparsepeft_cli._options import current_names
 
+_running: ContextVar[Sequence[Any]] = ContextVar("parameters of the command that runs", default=())
 _MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
@@ -24,23 +26,27 @@ class Command(PlainCommand):
         """Run it."""
         from sparsepeft.errors import RunFailed, UserError
 
+        _running.set(self.params)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise Stopped(stop) from stop
         except (UserError, RunFailed) as error:
-            text = in_options(str(error), self.params)
-            error.args = (text,)
+            error.args = (in_options(str(error)),)
             raise
 
 
-def in_options(text: str, parameters: Iterable[Any]) -> str:
-    """A message of the library's with a command's options for the parameters it names.
+def in_options(text: str, parameters: Iterable[Any] | None = None) -> str:
+    """A message or note of the library's with a command's options for the parameters it names.
 
     The library marks parameters by backticks: ```output_dir``` becomes ``--output-dir``, and ```seed=-1``` becomes
     ``--seed -1``. What is no parameter of the command stays as it is.
+
+    Args:
+        text: of the library's.
+        parameters: of the command; None is the one that runs.
     """
-    names = {parameter.name: _name(parameter) for parameter in parameters}
+    names = {parameter.name: _name(parameter) for parameter in (_running.get() if parameters is None else parameters)}
 
     def replace(match: re.Match[str]) -> str:
         name, value = match.groups()

@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsepeft_cli._console import err, say
+from sparsepeft_cli._errors import in_options
 from sparsepeft_cli._interrupts import Stop, handling, stop_after_step
 
 _SHOWN = {
@@ -170,7 +171,7 @@ def banner(plan: Any) -> list[str]:
         f"{plan.task}: {plan.method} on {plan.model}, {plan.device}, {plan.precision}",
         f"{'blocks' if plan.task == 'lm' else 'rows'}: {parts}",
         f"{plan.steps:,} steps of {plan.batch_size}, {plan.epochs:.3g} epochs{resumed}",
-        *(f"note: {note}" for note in plan.notes),
+        *(f"note: {in_options(note)}" for note in plan.notes),
         f"output: {plan.folder}",
     ]
 

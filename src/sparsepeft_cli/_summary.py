@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sparsepeft_cli._errors import in_options
+
 _MOST_CLASSES = 12  # with a line each
 _WIDEST = 24  # characters of a label's name
 _PARTS = {"training": "to train on", "selection": "to choose the checkpoint"}
@@ -39,7 +41,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     lines += _classes(results["report"].get("per_class"))
     lines += _size(results)
     for note in results["notes"]:
-        lines += _wrapped(f"note: {note}".split(), " ", 80)
+        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
     return [*lines, _next(results, folder)]
 
 
@@ -57,7 +59,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
         f"about {duration(found['estimated_seconds'])}, at {found['seconds_per_step']:.2g} s a step here and now",
     ]
     for note in plan["notes"]:
-        lines += _wrapped(f"note: {note}".split(), " ", 80)
+        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 

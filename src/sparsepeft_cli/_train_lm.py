@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_cli._errors import in_options
+
 
 def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: bool) -> str:
     """Fine-tune a language model as the flags of ``sparsepeft train`` say, and print the results; the run's folder."""
@@ -45,6 +47,6 @@ def _summary(results: dict[str, Any], folder: str) -> str:
         f"{parameters['trained']:,} parameters trained{routers}",
         f"saved {megabytes(results['saved_bytes'])}; a copy of the model has {megabytes(results['model_bytes'])}",
     ]
-    lines += [f"note: {note}" for note in results["notes"]]
+    lines += [f"note: {in_options(note)}" for note in results["notes"]]
     lines.append(f'next: {program()} generate {folder} "some text"')
     return "\n".join(lines)

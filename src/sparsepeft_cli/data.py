@@ -9,18 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 _MOST_LABELS = 20
 
 
 def command(
-    context: typer.Context,
     train_file: Annotated[
         Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="[FILE]")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files; without it, the hub.")
-    ] = None,
+    data_dir: options.DataDir = None,
     validation_file: Annotated[Path | None, typer.Option(help="Held-out rows; else a tenth of FILE.")] = None,
     test_file: Annotated[Path | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
@@ -38,7 +37,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Look at a data file, as `sparsepeft train` would read it, before training on it.
 
@@ -71,7 +70,7 @@ def command(
     if json:
         print_json(about)
         return
-    about["notes"] = [in_options(note, context.command.params) for note in about["notes"]]
+    about["notes"] = [in_options(note) for note in about["notes"]]
     for part in _page(about):
         out.print(part, highlight=False, markup=False)
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+from sparsepeft_cli._errors import in_options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,19 +39,15 @@ def command(
     encoding: Annotated[
         str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(envvar="SPARSEPEFT_DATA", help="Folder with the tasks' files.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or mps. [default: the accelerator, if there is one]")
-    ] = None,
+    data_dir: options.DataDir = None,
+    model: options.TrainedModel = None,
+    batch_size: options.BatchSize = 32,
+    device: options.Device = None,
     report: Annotated[
         bool, typer.Option("--report", help="Also print precision, recall and F1 of each class, and the confusions.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Write all of it to this file, as JSON.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    output: Annotated[Path | None, options.output("Write all of it to this file, as JSON.")] = None,
+    json: options.Json = False,
 ) -> None:
     """Score a trained run on what it was not trained on: validation and test parts, or a file of yours.
 
@@ -82,7 +81,7 @@ def command(
         for part in _report(found):
             out.print(part, highlight=False)
     for note in found.notes:
-        out.print(f"note: {note}", highlight=False, markup=False)
+        out.print(f"note: {in_options(note)}", highlight=False, markup=False)
 
 
 def _scores(found: Evaluation, title: str) -> Any:

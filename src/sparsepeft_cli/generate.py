@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 _DRAWING = "Drawing (--do-sample)"
 
 
@@ -51,13 +53,9 @@ def command(
         int, typer.Option(metavar="N", help="Continuations of each prompt.", rich_help_panel=_DRAWING)
     ] = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="What is drawn.", rich_help_panel=_DRAWING)] = 42,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The backbone, if it has moved since training.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]")
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    model: options.TrainedModel = None,
+    device: options.Device = None,
+    dtype: Annotated[str, options.dtype("--dtype", "Of the weights: fp32, bf16 or fp16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts continued together.")] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help='A JSON line for each continuation: "prompt", "generated_text".')

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 _ROWS = 20
 
 
 def command(
     folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`, also of one that goes on.")],
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw a figure, .png or .svg; needs matplotlib.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print every line of the history as JSON.")] = False,
+    output: Annotated[Path | None, options.output("Draw a figure, .png or .svg; needs matplotlib.")] = None,
+    json: options.Json = False,
 ) -> None:
     """Show loss, learning rate and scores of a training by step.
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
+
 _FILE = "Rows of --file"
 
 
@@ -40,16 +42,14 @@ def command(
         str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the answers to this file, whole or not at all. [default: stdout]")
+        Path | None, options.output("Write the answers to this file, whole or not at all. [default: stdout]")
     ] = None,
     output_format: Annotated[
         str | None, typer.Option(help="jsonl or csv. [default: by the ending of --output, else jsonl]")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone, if it has moved since training.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")] = 32,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or mps. [default: the accelerator, if there is one]")
-    ] = None,
+    model: options.TrainedModel = None,
+    batch_size: options.BatchSize = 32,
+    device: options.Device = None,
 ) -> None:
     """Label texts: a row out for each input, in order and as soon as it can be given.
 

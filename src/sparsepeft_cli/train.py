@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import _options as options
 from sparsepeft_cli._train_lm import train_lm
 
 _DATA, _METHOD, _TRAINING = "Data", "Model and method", "Training"
@@ -14,6 +15,7 @@ _OUTPUT, _LM, _SPT = "Output", "Language models (--task lm)", "Sparse models (SP
 _NOT_IN_CONFIG = ("set_", "config", "overwrite", "json", "dry_run", "push_to_hub", "private")
 
 
+@options.renamed({"--gradient-accumulation": "--gradient-accumulation-steps"})
 def command(
     task: Annotated[
         str | None,
@@ -114,7 +116,6 @@ def command(
         int | None,
         typer.Option(
             "--gradient-accumulation-steps",
-            "--gradient-accumulation",
             metavar="N",
             help="Batches that make a step. [default: 1]",
             rich_help_panel=_TRAINING,
@@ -275,8 +276,7 @@ def command(
 
     Example: `sparsepeft train --task topics --output-dir out/topics --epochs 5`
 
-    Example: `sparsepeft train --train-file mails.csv --class-weights balanced --early-stopping-patience 3 --output-dir
-    out/mails`
+    Example: `sparsepeft train --train-file mails.csv --class-weights balanced --output-dir out/mails`
 
     Example: `sparsepeft train --task lm --model MODEL --text mine.txt --spt --output-dir out/mine`
     """

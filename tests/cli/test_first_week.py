@@ -124,7 +124,7 @@ def test_5_a_file_is_answered_by_its_columns(tmp_path: Path, form: str) -> None:
         assert rows[6]["label"] in DEPARTMENTS
     else:
         assert len(lines) == 301
-        assert lines[0].startswith("id,text,category,")
+        assert lines[0].startswith("id,text,department,")
 
 
 def test_6_whole_scores_are_noticed_and_can_be_said_to_be_values(tmp_path: Path) -> None:

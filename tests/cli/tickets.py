@@ -32,10 +32,10 @@ def tickets(count: int = 300) -> list[tuple[int, str, str]]:
 
 
 def write_tickets(path: Path, count: int = 300, delimiter: str = ",", encoding: str = "utf-8") -> Path:
-    """A CSV of tickets with the columns id, text and category."""
+    """A CSV of tickets with the columns id, text and department."""
     with path.open("w", encoding=encoding, newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
-        writer.writerow(("id", "text", "category"))
+        writer.writerow(("id", "text", "department"))
         writer.writerows(tickets(count))
     return path
 

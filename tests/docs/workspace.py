@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from pathlib import Path
@@ -85,6 +86,9 @@ def _write_own_files(folder: Path) -> None:
     _write_csv(folder / "new.csv", [("id", "text"), *((number, text) for number, (text, _) in enumerate(rows[:9]))])
     mails = [(text, "spam" if number % 3 else "ham") for number, (text, _) in enumerate(rows[:90])]
     _write_csv(folder / "mails.csv", [("text", "label"), *mails])
+    settings = {"class_weights": {"spam": 3, "ham": 1}, "settings": {"num_parents": 8, "top_k": 4}, "max_steps": 1}
+    config = {"task": "custom", "train_file": "mails.csv", "output_dir": "out/yaml"} | settings
+    (folder / "mails.yaml").write_text(json.dumps(config))
     _write_csv(folder / "reviews.csv", [("text", "mood"), *rows[:60]])
     for name, part in (("train.tsv", rows[:60]), ("dev.tsv", rows[60:90])):
         _write_tsv(folder / name, [("claim", "evidence", "verdict"), *((text, text, label) for text, label in part)])

@@ -314,16 +314,24 @@ def _read(path: Path) -> dict[str, Any]:
             "upgrade sparsepeft."
         )
     classes = {"config": LanguageModelConfig if run["task"] == LM else RunConfig, "recipe": Recipe, "task": TaskSpec}
-    # Fields that are newer than the file have their defaults there.
-    defaults = {
-        f.name: f.default for f in dataclasses.fields(classes["config"]) if f.default is not dataclasses.MISSING
-    }
-    run["config"] = defaults | current_names(run["config"])
+    run["config"] = current_names(run["config"])
+    for part in ("config", "task"):  # fields that are newer than the file have their defaults there
+        if isinstance(run[part], dict):
+            run[part] = _defaults(classes[part]) | run[part]
     _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", "columns", *classes})
     for part, values_of in classes.items():
         if isinstance(run.get(part), dict):
             _check_keys(path, f" of {part}", run[part], {field.name for field in dataclasses.fields(values_of)})
     return run | {"config": with_absolute_paths(run["config"])}
+
+
+def _defaults(values: Any) -> dict[str, Any]:
+    """What the fields of a class of values are where nothing is given."""
+    fields = dataclasses.fields(values)
+    plain = {each.name: each.default for each in fields if each.default is not dataclasses.MISSING}
+    return plain | {
+        each.name: each.default_factory() for each in fields if each.default_factory is not dataclasses.MISSING
+    }
 
 
 def _check_keys(path: Path, where: str, found: dict[str, Any], valid: set[str]) -> None:
