@@ -220,7 +220,15 @@ def _corpus(
     held_out: Sequence[str] | None = None,
 ) -> Corpus:
     return load_corpus(
-        config.text, config.validation_text, tokenizer, block_length, config.text_column, begin, held_out=held_out
+        config.text,
+        config.validation_text,
+        tokenizer,
+        block_length,
+        config.text_column,
+        begin,
+        held_out=held_out,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
     )
 
 

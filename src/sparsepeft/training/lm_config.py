@@ -10,6 +10,8 @@ from typing import Any
 from sparsepeft.errors import UserError
 from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
+from sparsepeft.tasks.decoding import known_encoding
+from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.training.checks import check_values
 from sparsepeft.training.config import PRECISIONS, merge_config, recipe_of, short_precision
 from sparsepeft.training.config_file import read_config
@@ -33,7 +35,7 @@ class LanguageModelConfig:
         output_dir: folder for weights, results and checkpoints.
         model: hub id or local folder of a causal language model.
         validation_text: files with the text that perplexity is measured on; without them a tenth of ``text``.
-        text_column: of the files with rows.
+        text_column, delimiter, encoding: of the files with rows; encoding also of .txt, UTF-8 if not given.
         method: one of :data:`LM_METHODS`.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         block_length: tokens of a training example; None is what the model takes, at most 512.
@@ -59,6 +61,8 @@ class LanguageModelConfig:
     task: str = LM
     validation_text: tuple[str, ...] = ()
     text_column: str = "text"
+    delimiter: str | None = None
+    encoding: str | None = None
     method: str = "lora"
     recipe: str = "best"
     block_length: int | None = None
@@ -90,6 +94,9 @@ class LanguageModelConfig:
             raise UserError("`block_length=1` was given, but a block needs at least 2 tokens, one to predict another.")
         if self.bos_token not in (None, True, False):
             raise UserError(f"`bos_token={self.bos_token}` was given, but bos_token must be true or false.")
+        for check, given in ((read_delimiter, self.delimiter), (known_encoding, self.encoding)):
+            if given is not None:
+                check(given)
         self.recipe_values()  # unknown settings are found before anything is loaded
         self.spt_config()
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
+from sparsepeft.tasks.decoding import marked_encoding
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, read_text, sha256
+from sparsepeft.tasks.formats import find_format
 from sparsepeft.training.held_out import digests_of, still_there
 
 _HELD_OUT = 0.1
@@ -55,6 +57,8 @@ def load_corpus(
     begin: int | None = None,
     *,
     held_out: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> Corpus:
     """Read, split and cut text; each block begins with the token ``begin`` if there is one.
 
@@ -66,9 +70,9 @@ def load_corpus(
     """
     notes: tuple[str, ...] = ()
     drawn: list[str] = []
-    training = read_documents(text, text_column)
+    training = read_documents(text, text_column, delimiter, encoding)
     if validation_text:
-        validation = read_documents(validation_text, text_column)
+        validation = read_documents(validation_text, text_column, delimiter, encoding)
     elif held_out is not None:
         places = still_there(((document,) for document in training), held_out)
         if not places:
@@ -86,8 +90,16 @@ def load_corpus(
     return Corpus(train, validating, begin, notes, tuple(digests_of((document,) for document in drawn)))
 
 
-def read_documents(files: Sequence[str], text_column: str = "text") -> list[str]:
-    """The documents in some files: a .txt file is one, each row of a .jsonl, .csv or .tsv file is one.
+def read_documents(
+    files: Sequence[str], text_column: str = "text", delimiter: str | None = None, encoding: str | None = None
+) -> list[str]:
+    """The documents in some files: a .txt file is one, each row of a table (.jsonl, .csv, .tsv, .parquet) is one.
+
+    Args:
+        files: their paths.
+        text_column: of tables.
+        delimiter: of CSV and TSV; None looks for it.
+        encoding: None is UTF-8, or what a byte order mark says.
 
     Raises:
         UserError: a file is missing, damaged, lacks the column, or has no text.
@@ -95,7 +107,8 @@ def read_documents(files: Sequence[str], text_column: str = "text") -> list[str]
     documents = []
     for name in files:
         path = Path(name)
-        found = [read_text(path)] if path.name.removesuffix(".gz").endswith(".txt") else _rows(path, text_column)
+        is_plain = path.name.removesuffix(".gz").endswith(".txt")
+        found = [read_text(path, encoding)] if is_plain else _rows(path, text_column, delimiter, encoding)
         found = [document for document in found if document.strip()]
         if not found:
             raise UserError(f"{path} has no text in it; pass a file with text.")
@@ -192,9 +205,11 @@ def fingerprints(files: Sequence[str]) -> dict[str, Any]:
     return {name: sha256(path) for name, path in zip(distinct_names(paths), paths, strict=True)}
 
 
-def _rows(path: Path, column: str) -> list[str]:
+def _rows(path: Path, column: str, delimiter: str | None, encoding: str | None) -> list[str]:
     texts = []
-    for row in read_rows(path, required=(column,)):
+    # No encoding is guessed: nobody looks at the rows of a corpus, where a wrong guess would show.
+    form = find_format(path, delimiter, encoding or marked_encoding(path))
+    for row in read_rows(path, form, required=(column,)):
         text = row.values[column]
         if not isinstance(text, str):
             raise UserError(f"{path}:{row.line}: {column!r} is no text but {text!r}; correct the row.")
