@@ -24,6 +24,10 @@ class PlainCommand(TyperCommand):
         """The whole text."""
         return str(super().get_help(ctx)).replace(_HYPHEN, "-")
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Required arguments without the braces that typer puts around them."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write the description, then the examples."""
         _write_text(self.help, formatter)
@@ -101,7 +105,7 @@ def _write_example(example: str, formatter: Any) -> None:
     indent, room = " " * formatter.current_indent, formatter.width - formatter.current_indent
     lines = [""]
     for part in re.split(r" (?=--|\")", example):
-        joined = f"{lines[-1]} {part}".lstrip()
+        joined = f"{lines[-1]} {part}" if lines[-1] else part
         if len(joined) + len(" \\") <= room or not lines[-1]:
             lines[-1] = joined
         else:

@@ -145,3 +145,37 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initiali
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_ROWS = "Rows of a file"
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column", metavar="NAME", help="Column of the text. [default: as in training]", rich_help_panel=_ROWS
+    ),
+]
+TextPairColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-pair-column", metavar="NAME", help="Column of the second text, for pairs.", rich_help_panel=_ROWS
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--label-column", metavar="NAME", help="Column of the label. [default: as in training]", rich_help_panel=_ROWS
+    ),
+]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        "--delimiter", metavar="CHAR", help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_ROWS
+    ),
+]
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        "--encoding",
+        metavar="NAME",
+        help="Of the file, such as utf-8 or cp1252. [default: found]",
+        rich_help_panel=_ROWS,
+    ),
+]

@@ -16,7 +16,7 @@ _MOST_LABELS = 20
 
 def command(
     train_file: Annotated[
-        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="[FILE]")
+        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="FILE")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
     data_dir: options.DataDir = None,
@@ -45,22 +45,12 @@ def command(
 
     Example: `sparsepeft data tickets.csv --label-column category`
     """
+    own: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("task", "data_dir", "model", "json")}
     from sparsepeft.errors import UserError
     from sparsepeft.tasks import check_task
 
     if (train_file is None) == (task is None):
         raise UserError("Pass either a file or --task with a task's name: one of the two.")
-    own: dict[str, Any] = {
-        "train_file": train_file,
-        "validation_file": validation_file,
-        "test_file": test_file,
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-        "problem_type": problem_type,
-        "delimiter": delimiter,
-        "encoding": encoding,
-    }
     check_task(task, data_dir, **own)
     from sparsepeft.training.preview import preview
     from sparsepeft_cli._console import out, print_json

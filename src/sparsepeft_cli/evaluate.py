@@ -15,30 +15,20 @@ if TYPE_CHECKING:
 
     from sparsepeft.training import Evaluation
 
-_FILE = "Rows of --test-file"
-
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`.")],
     test_file: Annotated[
         Path | None,
         typer.Option(
             help="Score these rows, with the run's labels, instead of what the run held out.", show_default=False
         ),
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text. [default: as in training]", rich_help_panel=_FILE)
-    ] = None,
-    text_pair_column: Annotated[
-        str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=_FILE)
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the label.", rich_help_panel=_FILE)] = None,
-    delimiter: Annotated[
-        str | None, typer.Option(help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_FILE)
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
-    ] = None,
+    text_column: options.TextColumn = None,
+    text_pair_column: options.TextPairColumn = None,
+    label_column: options.LabelColumn = None,
+    delimiter: options.Delimiter = None,
+    encoding: options.Encoding = None,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,

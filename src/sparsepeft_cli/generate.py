@@ -17,9 +17,12 @@ _DRAWING = "Drawing (--do-sample)"
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train --task lm`.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train --task lm`.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; without it, prompts are read from --file or stdin.")
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The text to continue; without it, prompts are read from --file or stdin."
+        ),
     ] = None,
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help='A prompt a line: plain text, or JSON with "prompt".')

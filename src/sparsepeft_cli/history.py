@@ -13,7 +13,9 @@ _ROWS = 20
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`, also of one that goes on.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`, also of one that goes on.")
+    ],
     output: Annotated[Path | None, options.output("Draw a figure, .png or .svg; needs matplotlib.")] = None,
     json: options.Json = False,
 ) -> None:

@@ -13,15 +13,15 @@ import typer
 
 from sparsepeft_cli import _options as options
 
-_FILE = "Rows of --file"
-
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of `sparsepeft train`.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`.")],
     text: Annotated[
-        str | None, typer.Argument(help="The text; without it, inputs are read from --file or stdin.")
+        str | None, typer.Argument(metavar="TEXT", help="The text; without it, inputs are read from --file or stdin.")
     ] = None,
-    text_pair: Annotated[str | None, typer.Argument(help="The second text, for tasks about pairs.")] = None,
+    text_pair: Annotated[
+        str | None, typer.Argument(metavar="TEXT_PAIR", help="The second text, for tasks about pairs.")
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -29,18 +29,10 @@ def command(
             'between pairs), or JSON: "a", ["a", "b"], {...}. Also with .gz.'
         ),
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the text. [default: as in training]", rich_help_panel=_FILE)
-    ] = None,
-    text_pair_column: Annotated[
-        str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=_FILE)
-    ] = None,
-    delimiter: Annotated[
-        str | None, typer.Option(help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_FILE)
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Of the file, such as utf-8 or cp1252. [default: found]", rich_help_panel=_FILE)
-    ] = None,
+    text_column: options.TextColumn = None,
+    text_pair_column: options.TextPairColumn = None,
+    delimiter: options.Delimiter = None,
+    encoding: options.Encoding = None,
     output: Annotated[
         Path | None, options.output("Write the answers to this file, whole or not at all. [default: stdout]")
     ] = None,

@@ -36,20 +36,10 @@ def check_task(
     Raises:
         TaskError: something given cannot be used.
     """
+    own = {name: value for name, value in locals().items() if name not in ("task", "data_dir")}
     if task == LANGUAGE_MODEL or (task is None and train_file is None):
         return
     name = canonical_name(task or CUSTOM)
-    own = {
-        "train_file": train_file,
-        "validation_file": validation_file,
-        "test_file": test_file,
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-        "problem_type": problem_type,
-        "delimiter": delimiter,
-        "encoding": encoding,
-    }
     options = own_options(name, own)
     if options is not None:
         formats = find_formats(options)
