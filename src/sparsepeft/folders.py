@@ -23,7 +23,8 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.provenance import write_json
 
 UNFINISHED = "unfinished"  # where a run works, to go on there after an interruption
-_WORK, _FINISHED, _MOVING, _LOCK, _MANIFEST = ".unfinished", ".finished", ".moving", ".lock", ".sparsepeft.json"
+MANIFEST = ".sparsepeft.json"  # lists what was written
+_WORK, _FINISHED, _MOVING, _LOCK = ".unfinished", ".finished", ".moving", ".lock"
 
 
 def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -> None:
@@ -50,7 +51,17 @@ def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -
     if (folder / own[0]).exists():
         if not overwrite:
             raise UserError(f"{folder} already holds {kind}; pass another `output_dir`, or `overwrite` to replace it.")
-    elif not any((folder / name).exists() for name in own) and (others := _visible(folder)):
+    elif not any((folder / name).exists() for name in own):
+        refuse_foreign(folder)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder with files in it, hidden ones aside.
+
+    Raises:
+        UserError: there are some.
+    """
+    if others := _visible(folder):
         named = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
         raise UserError(
             f"The output folder {folder} holds other files ({named}); pass a new or empty folder to `output_dir`."
@@ -160,7 +171,7 @@ def finish(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
         old: patterns of the names of what was written before, for a folder without a list of them.
     """
     new = sorted(path.name for path in work.iterdir())
-    write_json(work / _MANIFEST, {"written": new, "replaced": sorted(_written(folder, old))})
+    write_json(work / MANIFEST, {"written": new, "replaced": sorted(_written(folder, old))})
     _set_usual_modes(work)
     os.replace(work, folder / _FINISHED)
     _settle(folder)
@@ -222,7 +233,7 @@ def _written(folder: Path, old: Sequence[str]) -> set[str]:
 def _listed(folder: Path, key: str) -> list[str] | None:
     """Names in a folder's list, without any that would lead out of the folder."""
     try:
-        names = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[key]
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return [name for name in names if isinstance(name, str) and name == Path(name).name and name not in (".", "..")]

@@ -23,7 +23,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 def absolute_model(name: str | None) -> str | None:
     """The name of a model: a local folder's path, absolute; anything else (a hub id, None) as it is."""
-    if name is None or name == DEFAULT_NAME or not Path(name).expanduser().is_dir():
+    if not name or name == DEFAULT_NAME or not Path(name).expanduser().is_dir():
         return name
     return absolute(name)
 
@@ -35,9 +35,9 @@ def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(name) is not None:
             values[name] = absolute(values[name])
     for name in _LISTS:
-        if values.get(name):
-            files = values[name]
-            values[name] = [absolute(file) for file in ([files] if isinstance(files, str) else files)]
+        if name in values:
+            files = values[name] or []
+            values[name] = [absolute(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if "model" in values:
         values["model"] = absolute_model(values["model"])
     return values

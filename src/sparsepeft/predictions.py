@@ -41,6 +41,10 @@ def read_input(given: Any) -> tuple[str, ...]:
         try:
             part.encode()
         except UnicodeEncodeError as error:
+            if "\udc80" <= part[error.start] <= "\udcff":  # as Python's "surrogateescape" has them
+                raise UserError(
+                    f"An input has a byte at position {error.start} that is not UTF-8; read it in its own encoding."
+                ) from None
             raise UserError(
                 f"An input has {part[error.start]!a} at position {error.start}, half of a surrogate pair, which is no "
                 "character; decode the text again, or replace it."

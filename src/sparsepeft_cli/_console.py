@@ -53,6 +53,8 @@ _UNLIMITED = 10_000
 
 def program() -> str:
     """How the reader can start this program: its name, or its path where that is not on the search path."""
+    if sys.argv[0].endswith("__main__.py"):
+        return "python -m sparsepeft_cli"
     return "sparsepeft" if shutil.which("sparsepeft") or "sparsepeft" not in sys.argv[0] else sys.argv[0]
 
 

@@ -72,7 +72,7 @@ def _page(about: dict[str, Any]) -> Iterator[Any]:
         unused = [name for name in columns["found"] if name not in (*columns["text"], columns["label"])]
         yield _cut(
             f"text: {' + '.join(columns['text'])}; label: {columns['label']}"
-            + (f"; not used: {', '.join(unused)}" if unused else "")
+            + (f"; not used: {', '.join(name or '(unnamed)' for name in unused)}" if unused else "")
         )
     yield _cut(f"{about['task']}, {about['problem_type']}; scored by {', '.join(about['metrics'])}")
     yield from ("", _labels(about["parts"]), "")

@@ -78,13 +78,16 @@ def command(
         questions = read_questions(file, predictor, table)
     else:
         questions = read_lines(_stdin(encoding), predictor, table)
-    num_answers = num_failed = 0
+    num_answers = num_failed = num_cut = 0
     with _writing(output) as write:
         line_of = formatter(format, predictor.spec)
         for batch in answer(predictor, questions):
             write("".join(map(line_of, batch)))
             num_answers += len(batch)
             num_failed += sum(one.prediction.error is not None for one in batch)
+            num_cut += sum(one.prediction.truncated for one in batch)
+    if num_cut:
+        print(f"note: {num_cut:,} of {num_answers:,} inputs are longer than training's and were cut.", file=sys.stderr)
     if num_failed:
         raise RunFailed(
             f"{num_failed:,} of {num_answers:,} inputs could not be answered; the error in their rows says why."

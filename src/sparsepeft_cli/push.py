@@ -10,7 +10,9 @@ import typer
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face hub, or name for your own.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face hub, or name for your own.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Upload a finished run to the Hugging Face hub: weights, model card, results and settings.

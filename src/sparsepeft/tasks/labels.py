@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Not int() and float() alone: these also take "1_000", which is a name rather than a number.
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+_DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
 _SHORT: Final = {"single_label": SINGLE, "classification": SINGLE, "multi_label": MULTI}
@@ -174,10 +175,7 @@ def _single(path: Path, line: int, label: Label) -> str:
             "`problem_type=multi_label`"
         )
     if not label:
-        raise TaskError(
-            f"{path}:{line}: the label is empty; expected one in every row, fill it in or remove the row (a row may "
-            "have none only with `problem_type=multi_label`)"
-        )
+        raise TaskError(f"{path}:{line}: the label is empty; expected one in every row, fill it in or remove the row")
     return label
 
 
@@ -230,6 +228,8 @@ def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str
                 f"labels such as {joined[0]!r} were taken for classes of their own; if they are several labels, pass "
                 "`problem_type=multi_label`"
             )
+    if all(_DECIMAL_COMMA.fullmatch(name) for name in names):
+        return f"labels such as {names[0]!r} were taken for classes; if they are values, write a point for the comma"
     if len(names) > 20 and 2 * len(names) > num_rows:
         return (
             f"{len(names):,} classes in {num_rows:,} rows: for values rather than classes pass "
@@ -253,9 +253,8 @@ def _whole(text: str) -> str:
 def _finite(path: Path, line: int, text: str) -> float:
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not abs(value) <= MAX_FLOAT32:  # also false for NaN
-        raise TaskError(
-            f"{path}:{line}: the label is {text!r}; expected a finite number for regression, correct the row"
-        )
+        advice = "write a point for the comma" if _DECIMAL_COMMA.fullmatch(text) else "correct the row"
+        raise TaskError(f"{path}:{line}: the label is {text!r}; expected a finite number for regression, {advice}")
     return value
 
 

@@ -141,6 +141,13 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         for part, path in paths.items()
         if part != "train" and sums[part] == sums["train"]
     ]
+    trained = {row[:-1] for row in local.rows["train"]}
+    notes += [
+        f"{num_known:,} of {len(rows):,} rows of {paths[part].name} are in the training file, too: their scores say "
+        "nothing about new texts"
+        for part, rows in local.rows.items()
+        if part != "train" and sums[part] != sums["train"] and (num_known := sum(row[:-1] in trained for row in rows))
+    ]
     if "validation" not in sets:
         num_rows = len(sets["train"])
         sets["train"], sets["validation"] = split_train(sets["train"], spec, HELD_OUT, seed)

@@ -36,6 +36,8 @@ class Answer:
     def row(self) -> dict[str, Any]:
         """The columns as they came, then ``label``, ``score`` and ``scores`` (or ``labels``, or ``error``).
 
+        An input that was longer than the task takes has ``truncated``.
+
         Scores are rounded to four digits, predicted values to six. A name that is a column already (often the truth)
         stays the column's; ours is then called ``predicted_label``.
         """
@@ -45,6 +47,7 @@ class Answer:
         """Like :meth:`row`, for formats without nesting: a column for each label's score, and ``error`` in all rows."""
         found = self._found()
         error, scores = found.pop("error", None), found.pop("scores", {})
+        found.pop("truncated", None)
         if spec.label_names is None:
             cells: dict[str, Any] = {"score": None}
         else:
@@ -57,14 +60,15 @@ class Answer:
 
     def _found(self) -> dict[str, Any]:
         one = self.prediction
+        cut = {"truncated": True} if one.truncated else {}
         if one.error is not None:
             return {"error": one.error}
         if one.label is None:
-            return {"score": float(f"{one.score:.6g}")}
+            return {"score": float(f"{one.score:.6g}"), **cut}
         scores = {name: float(f"{score:.4g}") for name, score in one.scores.items()}
         if one.labels is not None:
-            return {"labels": list(one.labels), "scores": scores}
-        return {"label": one.label, "score": scores[one.label], "scores": scores}
+            return {"labels": list(one.labels), "scores": scores, **cut}
+        return {"label": one.label, "score": scores[one.label], "scores": scores, **cut}
 
     def _named(self, found: dict[str, Any]) -> dict[str, Any]:
         row = dict(self.columns)

@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sparsepeft.errors import UserError, unknown_name
+
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+
+
+def plain_fields(config: Any) -> dict[str, Any]:
+    """A config's values as plain Python has them: paths as texts, NumPy's numbers as numbers.
+
+    Fields that may hold lists are left to what reads them.
+
+    Raises:
+        UserError: a value is of none of its field's types.
+    """
+    values = {}
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+        elif isinstance(value, numbers.Integral) and not isinstance(value, bool) and kinds & {int, float}:
+            value = int(value)
+        elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) and kinds & {int, float}:
+            value = float(value)  # whether it is whole is looked at by check_values
+        words = [word for kind, word in _WORDS.items() if kind in kinds]
+        allowed = tuple(kinds | ({float} if int in kinds else set()))
+        if not kinds & {list, tuple, Any} and (not isinstance(value, allowed) or (value is True and bool not in kinds)):
+            raise UserError(f"`{name}={value}` was given, but it must be {' or '.join(words)}.")
+        values[name] = value
+    return values
 
 
 def check_values(
@@ -29,8 +60,8 @@ def check_values(
         value = getattr(config, flag.name)
         if isinstance(flag.default, bool) and not isinstance(value, bool):
             raise UserError(f"`{flag.name}={value}` was given, but it must be true or false.")
-    if not isinstance(config.seed, int) or isinstance(config.seed, bool) or config.seed < 0:
-        raise UserError(f"`seed={config.seed}` was given, but it must be a whole number of at least 0.")
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"`seed={config.seed}` was given, but it must be a whole number from 0 to {2**32 - 1}.")
 
 
 def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from sparsepeft.spt import SptConfig
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
-from sparsepeft.training.checks import check_number, check_values
+from sparsepeft.training.checks import check_number, check_values, plain_fields
 from sparsepeft.training.config_file import read_config
 from sparsepeft.training.loss import read_class_weights
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe, get_recipe
@@ -119,7 +119,7 @@ class RunConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        vars(self).update(with_absolute_paths(vars(self)))
+        vars(self).update(with_absolute_paths(plain_fields(self)))
         self.precision = short_precision(self.precision)
         self.report_to = list(read_trackers(self.report_to))
         named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}

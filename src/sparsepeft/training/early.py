@@ -38,7 +38,8 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
     for name in _FILES:
         for path in _several(values.get(name)):
             if not Path(path).is_file():
-                raise UserError(f"`{name}={path}` was given, but there is no such file; correct the path.")
+                what = "that is a folder" if Path(path).is_dir() else "there is no such file"
+                raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
     check_task(**{name: values.get(name) for name in inspect.signature(check_task).parameters})
     if folder := values.get("output_dir"):
         check_output_folder(Path(folder), overwrite)

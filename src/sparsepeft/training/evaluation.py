@@ -21,6 +21,8 @@ from sparsepeft.training.lm_config import LM
 from sparsepeft.training.questions import TableOptions
 from sparsepeft.training.stored import held_out_data
 
+_NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
+
 
 @dataclass(frozen=True)
 class Evaluation(Mapping[str, dict[str, float]]):
@@ -85,20 +87,24 @@ def evaluate(
     """
     folder = Path(folder)
     if read_run(folder)["task"] == LM:
-        metrics, notes = evaluate_language_model(
-            folder, model, test_file=None if test_file is None else str(test_file), device=device
+        table = table or TableOptions()
+        reading = {name: getattr(table, name) for name in ("text_column", "delimiter", "encoding")}
+        if test_file is None and any(reading.values()):
+            raise UserError(_NO_FILE)
+        metrics, notes, digests = evaluate_language_model(
+            folder, model, test_file=None if test_file is None else str(test_file), device=device, **reading
         )
-        return Evaluation(metrics, notes=notes)
+        return Evaluation(metrics, notes=notes, data_fingerprints=digests)
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
-        table, digest = table or TableOptions(), sha256(path)
-        file_format = table.format_of(path)
+        table = table or TableOptions()
+        file_format, digest = table.format_of(path), sha256(path)
         part = _rows(path, predictor, table, file_format)
         notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
         return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
     if table not in (None, TableOptions()):
-        raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
+        raise UserError(_NO_FILE)
     data = held_out_data(folder, data_dir)
     parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
     return _evaluation(predictor, parts, data.notes, data.fingerprints)

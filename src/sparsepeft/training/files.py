@@ -315,10 +315,17 @@ def _read(path: Path) -> dict[str, Any]:
         )
     classes = {"config": LanguageModelConfig if run["task"] == LM else RunConfig, "recipe": Recipe, "task": TaskSpec}
     run["config"] = current_names(run["config"])
+    if run["task"] == LM and "bos_token_id" not in run:  # its blocks begin with no token
+        run |= {"config": {"bos_token": False} | run["config"], "bos_token_id": None}
     for part in ("config", "task"):  # fields that are newer than the file have their defaults there
         if isinstance(run[part], dict):
             run[part] = _defaults(classes[part]) | run[part]
-    _check_keys(path, "", run, {"format_version", "data_fingerprints", "bos_token_id", "columns", *classes})
+    _check_keys(
+        path,
+        "",
+        run,
+        {"format_version", "data_fingerprints", "bos_token_id", "columns", "backbone_fingerprint", *classes},
+    )
     for part, values_of in classes.items():
         if isinstance(run.get(part), dict):
             _check_keys(path, f" of {part}", run[part], {field.name for field in dataclasses.fields(values_of)})
@@ -355,4 +362,5 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             names |= {f"{key} (its content)" for key in different} if part == "data_fingerprints" else different
         elif values != old and part not in ("format_version", "columns"):  # columns follow from config and data
             names.add(part)
+    names -= set() if "backbone_fingerprint" in before else {"backbone_fingerprint"}
     return sorted(names)

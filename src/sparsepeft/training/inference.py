@@ -62,7 +62,9 @@ class Predictor:
             raise UserError(f"{self.folder} holds no trained weights yet; finish its training by the same command.")
         method = self.config.method
         home = str(self.folder) if method == "full" else backbone_of_run(self.folder, model, self.config.model)
-        self.model = load_trained(self.folder, method, home, self.spec, is_sparse=self.config.spt is not None)
+        self.model = load_trained(
+            self.folder, method, home, self.spec, self.config.spt is not None, run.get("backbone_fingerprint")
+        )
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(home)
         self.max_length = longest_input(self.tokenizer, self.model.config, self.config.max_length)
@@ -109,8 +111,9 @@ class Predictor:
                 if on_error == "raise":
                     raise
                 answers[place] = Prediction.failed(str(error))
-        for place, row in zip(good, self._logits([*good.values()]), strict=True):
-            answers[place] = prediction(row, self.spec.label_names, multi_label=self.spec.multi_label)
+        inputs = [*good.values()]
+        for place, row, is_cut in zip(good, self._logits(inputs), self._are_cut(inputs), strict=True):
+            answers[place] = prediction(row, self.spec.label_names, multi_label=self.spec.multi_label, truncated=is_cut)
         return [answers[place] for place in range(len(answers))]
 
     def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
@@ -119,6 +122,13 @@ class Predictor:
         size = 8 * self.batch_size if self.batch_size > 1 else 1  # batch size 1 answers line by line
         while chunk := list(islice(iterator, size)):
             yield from self.predict(chunk)
+
+    def _are_cut(self, inputs: list[tuple[str, ...]]) -> list[bool]:
+        """Whether each input has more tokens than the task takes."""
+        if not inputs:
+            return []
+        columns = [list(column) for column in zip(*inputs, strict=True)]
+        return [len(ids) > self.max_length for ids in self.tokenizer(*columns, verbose=False)["input_ids"]]
 
     def _logits(self, inputs: list[tuple[str, ...]]) -> np.ndarray:
         if not inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,17 @@ from sparsepeft.training.files import (
 )
 from sparsepeft.training.held_out import not_held_out_any_more, read_held_out, write_held_out
 from sparsepeft.training.lm_config import LM, LanguageModelConfig
-from sparsepeft.training.lm_data import Corpus, begin_token, evenly_spaced, fingerprints, load_corpus, num_predicted
+from sparsepeft.training.lm_data import (
+    Corpus,
+    begin_token,
+    cut,
+    evenly_spaced,
+    fingerprints,
+    join,
+    load_corpus,
+    num_predicted,
+    read_documents,
+)
 from sparsepeft.training.lm_model import (
     CALIBRATION_BLOCKS,
     add_adapter,
@@ -39,7 +48,14 @@ from sparsepeft.training.lm_model import (
     load_trained_language_model,
     perplexity,
 )
-from sparsepeft.training.methods import Model, adapter_config, backbone_bytes, load_tokenizer, to_accelerator
+from sparsepeft.training.methods import (
+    Model,
+    adapter_config,
+    backbone_bytes,
+    fingerprint_of,
+    load_tokenizer,
+    to_accelerator,
+)
 from sparsepeft.training.outcome import hyperparameters
 from sparsepeft.training.output_folder import HISTORY, LOGS
 from sparsepeft.training.plan import Announcer, RunPlan
@@ -98,6 +114,7 @@ def train_language_model(
         def measure(model: torch.nn.Module) -> dict[str, float]:
             return perplexity(model, corpus.validation, recipe.batch_size, config.precision)
 
+        run |= fingerprint_of(backbone, config.method)
         before = {"dense": measure(backbone)}
         done = None
         if spt is not None:
@@ -156,15 +173,26 @@ def train_language_model(
 
 
 def evaluate_language_model(
-    folder: str | Path, model: str | None = None, *, test_file: str | None = None, device: str | None = None
-) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
-    """Perplexity of a run's model on its validation text, by name of the part, and notes on that text.
+    folder: str | Path,
+    model: str | None = None,
+    *,
+    test_file: str | None = None,
+    device: str | None = None,
+    text_column: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...], dict[str, str]]:
+    """Perplexity of a run's model on its validation text, or on a file.
 
     Args:
         folder: the output folder of ``sparsepeft train --task lm``.
         model: the backbone, if it has moved since.
         test_file: measure on this text instead.
         device: where to compute; None is the accelerator, if there is one.
+        text_column, delimiter, encoding: of ``test_file``; by default the training text's column and encoding.
+
+    Returns:
+        The metrics by name of the part, notes on the text, and SHA-256 of its files by name.
 
     Raises:
         UserError: the folder holds no finished training, files are damaged or missing, the backbone is another, or it
@@ -173,25 +201,40 @@ def evaluate_language_model(
     folder = Path(folder)
     run = read_run(folder)
     config = LanguageModelConfig(**run["config"])
-    config, held_out, notes = _text_to_measure_on(folder, config, test_file)
+    files = [*config.text, *config.validation_text] if test_file is None else [test_file]
+    held_out, notes = _held_out_text(folder, config, run) if test_file is None else (None, ())
+    documents = (
+        []
+        if test_file is None
+        else read_documents(files, text_column or config.text_column, delimiter, encoding or config.encoding)
+    )
     home = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
-    trained = load_trained_language_model(folder, config, home)
+    trained = load_trained_language_model(folder, config, home, backbone_fingerprint=run.get("backbone_fingerprint"))
     to_accelerator(trained, device)
     tokenizer = load_tokenizer(home)
     block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
     # A run of an earlier version says nothing of the token that blocks begin with, and had none.
-    corpus = _corpus(config, tokenizer, block_length, run.get("bos_token_id"), held_out)
-    batch_size = config.recipe_values().batch_size
-    measured = perplexity(trained, corpus.validation, batch_size, config.precision)
-    return {"validation" if test_file is None else "test": measured}, (*corpus.notes, *notes)
+    begin, digests = run.get("bos_token_id"), fingerprints(files)
+    if test_file is None:
+        corpus = _corpus(config, tokenizer, block_length, begin, held_out)
+        blocks, notes = corpus.validation, (*corpus.notes, *notes)
+    else:
+        blocks = cut(join(documents, tokenizer), block_length, "text of `test_file`", begin)
+        if set(digests.values()) & set(_digests_of_training(config, run)):
+            notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
+    measured = perplexity(trained, blocks, config.recipe_values().batch_size, config.precision)
+    return {"validation" if test_file is None else "test": measured}, notes, digests
 
 
-def _text_to_measure_on(
-    folder: Path, config: LanguageModelConfig, test_file: str | None
-) -> tuple[LanguageModelConfig, list[str] | None, tuple[str, ...]]:
-    """The config with the text to measure on, digests of held-out documents where they must be looked for, notes."""
-    if test_file is not None:
-        return dataclasses.replace(config, text=(test_file,), validation_text=(test_file,)), None, ()
+def _digests_of_training(config: LanguageModelConfig, run: dict[str, Any]) -> list[str]:
+    """SHA-256 of the files that were trained on, which come before those of validation text."""
+    return list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
+
+
+def _held_out_text(
+    folder: Path, config: LanguageModelConfig, run: dict[str, Any]
+) -> tuple[list[str] | None, tuple[str, ...]]:
+    """Digests of held-out documents where they must be looked for, and notes."""
     files = [*config.text, *config.validation_text]
     for file in files:
         if not Path(file).exists():
@@ -199,17 +242,17 @@ def _text_to_measure_on(
                 f"The run in {folder} was trained with the file {file}, which is not there any more; put it back, or "
                 "measure on other text by `test_file`."
             )
-    before = read_run(folder).get("data_fingerprints") or {}
+    before = run.get("data_fingerprints") or {}
     changed = [name for name, digest in fingerprints(files).items() if before and digest not in before.values()]
     if not changed:
-        return config, None, ()
+        return None, ()
     names = ", ".join(changed)
     if config.validation_text:
-        return config, None, (f"{names} {'has' if len(changed) == 1 else 'have'} changed since training",)
+        return None, (f"{names} {'has' if len(changed) == 1 else 'have'} changed since training",)
     held_out = read_held_out(folder).get("validation")
     if not held_out:
         raise not_held_out_any_more(folder, names, is_known=False)
-    return config, held_out, ()
+    return held_out, ()
 
 
 def _corpus(

@@ -12,7 +12,7 @@ from sparsepeft.paths import with_absolute_paths
 from sparsepeft.spt import SptConfig
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
-from sparsepeft.training.checks import check_values
+from sparsepeft.training.checks import check_choice, check_values, plain_fields
 from sparsepeft.training.config import PRECISIONS, merge_config, recipe_of, short_precision
 from sparsepeft.training.config_file import read_config
 from sparsepeft.training.recipes import METHODS, RECIPES, Recipe
@@ -84,12 +84,13 @@ class LanguageModelConfig:
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        absolute = with_absolute_paths(vars(self))  # so that the run can be used from any folder
+        absolute = with_absolute_paths(plain_fields(self))  # so that the run can be used from any folder
         vars(self).update(absolute | {name: tuple(absolute[name]) for name in ("text", "validation_text")})
         object.__setattr__(self, "report_to", read_trackers(self.report_to))
         object.__setattr__(self, "precision", short_precision(self.precision))
         named = {"method": LM_METHODS, "recipe": RECIPES, "precision": PRECISIONS}
         check_values(self, named, positive=("epochs",), whole=_WHOLE)
+        check_choice("task", self.task, (LM,))
         if self.block_length == 1:
             raise UserError("`block_length=1` was given, but a block needs at least 2 tokens, one to predict another.")
         if self.bos_token not in (None, True, False):

@@ -73,6 +73,8 @@ def load_corpus(
     training = read_documents(text, text_column, delimiter, encoding)
     if validation_text:
         validation = read_documents(validation_text, text_column, delimiter, encoding)
+        if set(fingerprints(text).values()) & set(fingerprints(validation_text).values()):
+            notes = ("the validation text is trained on, too: its perplexity says nothing about new text",)
     elif held_out is not None:
         places = still_there(((document,) for document in training), held_out)
         if not places:
@@ -182,8 +184,8 @@ def cut(tokens: Tensor, block_length: int, name: str, begin: int | None = None) 
     count = len(tokens) // length
     if count == 0:
         raise UserError(
-            f"The {name} has {len(tokens)} tokens, less than one block of {block_length}; give more text, or a smaller "
-            "`block_length`."
+            f"The {name} has {len(tokens)} tokens, less than one block of {block_length}; give more text, or train "
+            "with a smaller `block_length`."
         )
     blocks = tokens[: count * length].view(count, length)
     return blocks if begin is None else torch.nn.functional.pad(blocks, (1, 0), value=begin)

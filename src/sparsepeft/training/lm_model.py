@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, TaskType
@@ -21,7 +22,7 @@ from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.spt import load_sparse
 from sparsepeft.training.lm_config import LanguageModelConfig
-from sparsepeft.training.methods import Model, adapter_config, attach, loading_adapter, not_loaded
+from sparsepeft.training.methods import Model, adapter_config, attach, check_backbone, loading_adapter, not_loaded
 from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.sparse import count_routers
 
@@ -67,7 +68,11 @@ def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
 
 
 def load_trained_language_model(
-    folder: Path, config: LanguageModelConfig, model: str | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: LanguageModelConfig,
+    model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    backbone_fingerprint: dict[str, Any] | None = None,
 ) -> Model:
     """The trained model of a run, in eval mode.
 
@@ -76,6 +81,7 @@ def load_trained_language_model(
         config: the run's.
         model: the backbone, if it has moved since.
         dtype: of the backbone's weights.
+        backbone_fingerprint: of the backbone that the run was trained on, as its ``run.json`` has it.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
@@ -86,6 +92,7 @@ def load_trained_language_model(
         return load_language_model(str(folder), dtype=dtype)[0]
     backbone, _ = load_language_model(resolve_model(model or config.model), dtype=dtype)
     with loading_adapter(folder):
+        check_backbone(backbone, backbone_fingerprint)
         if config.spt is not None:
             return load_sparse(backbone, folder).eval()
         return PeftModel.from_pretrained(backbone, str(folder)).eval()

@@ -28,7 +28,7 @@ from sparsepeft.training.targets import choose_targets
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners._blocks import find_blocks
 from sparsepeft.tuners._heads import count_head_parameters, find_head
-from sparsepeft.tuners._identity import backbone_parameters
+from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 Model = PreTrainedModel | PeftModel
@@ -192,8 +192,23 @@ def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_n
     return extended
 
 
-def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_sparse: bool = False) -> Model:
-    """The trained model of a run, in eval mode; ``is_sparse`` if it was trained on a sparse one.
+def load_trained(
+    folder: Path,
+    method: str,
+    model: str,
+    spec: TaskSpec,
+    is_sparse: bool = False,
+    backbone_fingerprint: dict[str, Any] | None = None,
+) -> Model:
+    """The trained model of a run, in eval mode.
+
+    Args:
+        folder: of the run.
+        method: of the run.
+        model: the backbone.
+        spec: the task.
+        is_sparse: it was trained on a sparse model.
+        backbone_fingerprint: of the backbone that it was trained on, see :func:`fingerprint_of`.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
@@ -201,8 +216,34 @@ def load_trained(folder: Path, method: str, model: str, spec: TaskSpec, is_spars
     if method == "full":
         return load_backbone(str(folder), spec).eval()
     with loading_adapter(folder):
+        backbone = load_backbone(model, spec)
+        check_backbone(backbone, backbone_fingerprint)
         load = load_sparse if is_sparse else PeftModel.from_pretrained
-        return load(load_backbone(model, spec), str(folder)).eval()
+        return load(backbone, str(folder)).eval()
+
+
+def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
+    """What a run's ``run.json`` says of the backbone: nothing where the adapter's config does, or there is none."""
+    config = _CONFIGS.get(method)
+    if config is None or issubclass(config, TaskAdapterConfig):
+        return {}
+    return {"backbone_fingerprint": fingerprint(backbone)}
+
+
+def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None) -> None:
+    """See that a dense backbone is the one that a run was trained on, as far as the run says.
+
+    Raises:
+        UserError: it is another.
+    """
+    try:
+        if expected is not None:
+            check_fingerprint(expected, backbone, (), "of its training", str(backbone.name_or_path))
+    except ValueError as error:
+        raise UserError(
+            f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "
+            "pass the right one."
+        ) from error
 
 
 def to_accelerator(model: torch.nn.Module, device: str | None = None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from sparsepeft.folders import UNFINISHED, check_output
+from sparsepeft.folders import MANIFEST, UNFINISHED, check_output, refuse_foreign
 
 RUN, RESULTS, HISTORY = "run.json", "results.json", "history.jsonl"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
@@ -21,7 +22,20 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         UserError: the folder is a file, or holds a finished run or anything that is no run's.
         RunFailed: it cannot be written to.
     """
-    check_output(folder, (RUN, f"{UNFINISHED}/{RUN}"), "a finished run", overwrite)
+    names = (RUN, f"{UNFINISHED}/{RUN}")
+    for name in names:
+        if (folder / name).is_file() and not _is_ours(folder / name):
+            refuse_foreign(folder)
+    check_output(folder, names, "a finished run", overwrite)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file called ``run.json`` is a run's; a damaged one is where other files say so."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (path.parent / MANIFEST).exists() or (path.parent / CHECKPOINTS).exists()
+    return isinstance(content, dict) and "config" in content
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.provenance import OtherLoad, environment, write_json
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
@@ -41,6 +42,7 @@ from sparsepeft.training.methods import (
     backbone_bytes,
     count_parameters,
     extend,
+    fingerprint_of,
     load_backbone,
     load_tokenizer,
     note_on_head,
@@ -121,6 +123,11 @@ def train(
         backbone = load_backbone(model_id, data.spec)
         data = dataclasses.replace(data, notes=(*data.notes, *note_on_head(model_id, data.spec)))
         max_length = longest_input(tokenizer, backbone.config, config.max_length)
+        if max_length <= (special := tokenizer.num_special_tokens_to_add(data.spec.is_pair)):
+            raise UserError(
+                f"`max_length={max_length}` was given, but the tokenizer adds {special} special tokens to each input, "
+                "which leaves no room for text; pass more."
+            )
         prepared = prepare_data(data, config, tokenizer, max_length)
         loss = task_loss(
             data.spec,
@@ -131,6 +138,7 @@ def train(
         )
         collator = Collator(tokenizer)
         done = None
+        run |= fingerprint_of(backbone, config.method)
         if spt is not None:
             to_accelerator(backbone, config.device)
             done = make_sparse(backbone, spt, calibration_batch(prepared.train, collator))

@@ -22,6 +22,7 @@ from sparsepeft.training.loss import TaskLoss
 from sparsepeft.training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
+_LITTLE = 1 << 20  # bytes
 
 
 class SafeTrainer(Trainer):
@@ -45,11 +46,14 @@ class SafeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; the checkpoint of a last step is taken as it is, where Trainer would do a step more."""
-        if resume_from_checkpoint is not None and not self.args.load_best_model_at_end:
+        if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             if state.global_step >= state.max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                else:
+                    self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -86,8 +90,10 @@ class SafeTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
+            is_full = shutil.disk_usage(folder.parent).free < _LITTLE  # which PyTorch's writer does not say
+            reason = "no space is left on the disk" if is_full else error
             raise RunFailed(
-                f"The checkpoint of step {self.state.global_step} could not be written ({error}); "
+                f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
                 f"{self._what_is_left()} Free space and repeat the command."
             ) from error
 
