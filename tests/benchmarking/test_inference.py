@@ -274,7 +274,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
     ("changes", "words"),
     [
         ({"systems": ("sparta",)}, "did you mean 'spartan'"),
-        ({"systems": ()}, "No systems"),
+        ({"systems": ()}, "No `systems`"),
         ({"precisions": ("float16",)}, "float16"),
         ({"workload": "real"}, "real"),
         ({"emulate": "raspberry-pi-3"}, "raspberry-pi-4"),

@@ -50,7 +50,7 @@ def test_failures(trained: Path, tmp_path: Path) -> None:
         ((damaged, *out), 2, "could not be loaded"),
         ((trained, *out, "--format", "tflite"), 2, "valid are executorch, onnx, openvino"),
         ((trained, *out, "--format", "executorch", "--int8"), 2, "needs example texts"),
-        ((trained, "--output-dir", trained), 2, "holds other files; pass a new"),
+        ((trained, "--output-dir", trained), 2, "holds other files (README.md, adapter_config.json and "),
         ((trained, *out, "--tolerance", "1e-12", "--max-examples", 5), 1, "deviates from PyTorch"),
     ):
         done = sparsepeft("export", *arguments)

@@ -73,7 +73,7 @@ def test_config_file_and_json(tiny_language_model: Path, text: Path, tmp_path: P
     assert results == json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["config"]["settings"] == {"r": 2, "lora_alpha": 2}
     assert results["config"]["spt"] == {"num_blocks": 8, "num_active_blocks": 1, "attention": False}
-    assert results["notes"] == []
+    assert results["notes"] == ["the validation text is trained on, too: its perplexity says nothing about new text"]
 
 
 def test_sparsify(tiny_language_model: Path, text: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ BAD_TRAIN = {
     "full and sparse": (["--task", "lm", "--text", "{text}", "--method", "full", "--spt"], ["full", "lora"]),
 }
 BAD_SPARSIFY = {
-    "no text": ([], ["as --text", "attention=false"]),
+    "no text": ([], ["pass --text", "attention=false"]),
     "unknown key": (["--text", "{text}", "--set", "topl=3"], ["topl", "did you mean 'top_l'"]),
     "too short": (["--text", "{text}.short", "--block-length", "32"], ["less than one block of 32"]),
 }

@@ -94,7 +94,7 @@ def test_options_by_transformers_names(tiny_backbone: Path, tmp_path: Path) -> N
     assert "precision" in done.stdout
     assert f"it is kept: repeat `sparsepeft push {tmp_path / 'o'} me/mine`" in done.stderr
     again = sparsepeft("push", tmp_path / "o", "me/mine")
-    assert (again.returncode, again.stderr) == (1, done.stderr.splitlines()[-1] + "\n")
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (1, done.stderr.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_what_is_pushed_is_the_run_without_paths(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pushing, "HfApi", lambda: hub)
     push_to_hub(run, "mine", private=True)
     assert hub.private is True
-    assert hub.files.keys() == before.keys() - {"mine.txt"}
+    assert hub.files.keys() == before.keys() - {"mine.txt", ".sparsepeft.json"}
     assert not [name for name, content in hub.files.items() if str(tmp_path).encode() in content]
     config = json.loads(hub.files["run.json"])["config"]
     assert (config["model"], config["train_file"]) == ("tiny-bert", "mine.jsonl")

@@ -146,7 +146,7 @@ def _values(done: Done, searched: bool) -> list[str]:
         f"{f.name}={value!r}": None
         for run, _ in done
         for f in fields
-        if (value := getattr(run.config, f.name)) != (f.default if f.default is not dataclasses.MISSING else {})
+        if (value := getattr(run.config, f.name)) and value != f.default
     }
     if others:
         notes.append(f"Other values: {', '.join(others)}.")

@@ -18,7 +18,7 @@ _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 def plain_fields(config: Any) -> dict[str, Any]:
     """A config's values as plain Python has them: paths as texts, NumPy's numbers as numbers.
 
-    Fields that may hold lists are left to what reads them.
+    Fields that may hold lists, or texts as well as mappings, are left to what reads them.
 
     Raises:
         UserError: a value is of none of its field's types.
@@ -34,8 +34,9 @@ def plain_fields(config: Any) -> dict[str, Any]:
         elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) and kinds & {int, float}:
             value = float(value)  # whether it is whole is looked at by check_values
         words = [word for kind, word in _WORDS.items() if kind in kinds]
-        allowed = tuple(kinds | ({float} if int in kinds else set()))
-        if not kinds & {list, tuple, Any} and (not isinstance(value, allowed) or (value is True and bool not in kinds)):
+        allowed = tuple(kinds | ({int, float} if kinds & {int, float} else set()))
+        is_read_elsewhere = bool(kinds & {list, tuple, Any}) or kinds >= {str, dict}
+        if not is_read_elsewhere and (not isinstance(value, allowed) or (value is True and bool not in kinds)):
             raise UserError(f"`{name}={value}` was given, but it must be {' or '.join(words)}.")
         values[name] = value
     return values

@@ -89,8 +89,8 @@ class SafeTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            shutil.rmtree(folder, ignore_errors=True)
             is_full = shutil.disk_usage(folder.parent).free < _LITTLE  # which PyTorch's writer does not say
+            shutil.rmtree(folder, ignore_errors=True)
             reason = "no space is left on the disk" if is_full else error
             raise RunFailed(
                 f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
