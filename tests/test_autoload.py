@@ -90,6 +90,25 @@ def test_a_peft_without_the_registry_is_left_alone(tmp_path) -> None:
     assert run_with(tmp_path, INSTALL + "import peft; print(peft.other)", "other = 1") == "1"
 
 
+@pytest.mark.slow
+def test_threads_that_import_peft_and_the_package_at_once(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPARTAN"}', encoding="utf-8")
+    code = f"""{INSTALL}
+import threading
+def load():
+    from peft import PeftConfig
+    found.append(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)
+def name():
+    from sparsepeft import SpartanConfig
+    found.append(SpartanConfig.__name__)
+found, threads = [], [threading.Thread(target=each) for each in 4 * (load, name)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(found), *set(found))
+"""
+    assert run("-c", code, PYTHONPATH=str(ROOT / "src")) == "8 SpartanConfig"
+
+
 # -- installed -------------------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if file is None:
         return list(_parse(sys.stdin.read(), "standard input"))
     if not file.is_file():
-        raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"{file} {what}; pass a file with a prompt a line to --file.")
     from sparsepeft.tasks.files import read_text
 
     return list(_parse(read_text(file), str(file)))
@@ -130,6 +131,10 @@ def _parse(text: str, source: str) -> Iterator[str]:
         raise UserError(f"There is no prompt in {source}; give one a line.")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         line = line.removesuffix("\r")
+        if not line.strip():
+            raise UserError(
+                f'{source}, line {number} is empty; take it out, or write {{"prompt": ""}} for an empty prompt.'
+            )
         value: Any = line
         if line[:1] == "{":
             with contextlib.suppress(ValueError):

@@ -58,6 +58,11 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
     done = sparsepeft(*arguments, "the striker", "--temperature", 0.5)
     assert done.returncode == 2
     assert "--temperature 0.5 was given, but without --do-sample" in done.stderr
+    (tmp_path / "prompts.txt").write_text("the team won\n\nthe striker\n")
+    for file, words in ((tmp_path, "is a folder"), (tmp_path / "prompts.txt", "line 2 is empty")):
+        done = sparsepeft(*arguments, "--file", file)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.split())
 
 
 def test_config_file_and_json(tiny_language_model: Path, text: Path, tmp_path: Path) -> None:

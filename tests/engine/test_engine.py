@@ -385,6 +385,13 @@ def _lora(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
     return save_task(backbone, target, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
 
 
+def _language_model(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+    target.mkdir()
+    (target / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM"}', encoding="utf-8")
+    (target / "run.json").touch()
+    return target
+
+
 def _several_values(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
     return save_task(backbone, target, METHODS["spartan"](num_labels=3, problem_type="regression"))
 
@@ -403,7 +410,8 @@ def _token_labels(backbone: Path, folders: dict[str, Path], target: Path) -> Pat
         (_damaged_config, "damaged"),
         (_not_finite, "not finite"),
         (_other_label_count, "of another shape"),
-        (_lora, "LORA"),
+        (_lora, "the method lora, .* can; use this one by itself, through PeftModel"),
+        (_language_model, "the method lora, .* can; it is a language model: .* `sparsepeft generate`"),
         (_several_values, "predicts 3 values at once"),
         (_token_labels, "TOKEN_CLS"),
         (lambda backbone, folders, target: target, "adapter_config.json is missing"),
@@ -436,20 +444,46 @@ def test_a_run_that_disagrees_with_its_head_is_refused(backbone: Path, tmp_path:
         MultiTaskEngine(backbone, {"topics": tmp_path / "run"})
 
 
-def test_a_bad_backbone_or_budget_is_refused(tmp_path: Path, backbone: Path) -> None:
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    *(({"token_budget": value}, "whole number of at least 1") for value in (0, "4", None, 1.5, float("nan"), True)),
+    ({"tasks": ["out/a"]}, "`tasks` is ['out/a'] (list)"),
+    ({"tasks": {"a": None}}, "folder is None (NoneType); expected a path"),
+    *(({"tasks": {name: "out/a"}}, "a task's name is a text") for name in (3, "", ("a", "b"))),
+    ({"tokenizer": "bert"}, "`tokenizer` is 'bert' (str); expected a loaded tokenizer"),
+    *(({"dtype": value}, "expected torch.float32") for value in ("int8", float, torch.int8, [])),
+    ({"onednn": "yes"}, "`onednn='yes'` was given, but it must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_ARGUMENTS, ids=[str(given) for given, _ in BAD_ARGUMENTS])
+def test_bad_arguments_are_refused(backbone: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        MultiTaskEngine(backbone, **given)
+
+
+def test_a_bad_backbone_is_refused_and_a_dtype_has_a_name(tmp_path: Path, backbone: Path) -> None:
     with pytest.raises(UserError, match="neither an existing folder"):
         MultiTaskEngine(tmp_path / "nothing" / "here")
-    with pytest.raises(UserError, match="token_budget=0"):
-        MultiTaskEngine(backbone, token_budget=0)
-    with pytest.raises(UserError, match=r"`tasks` is \['out/a'\] \(list\)"):
-        MultiTaskEngine(backbone, ["out/a"])  # type: ignore[arg-type]
+    assert "bfloat16" in repr(MultiTaskEngine(backbone, dtype="bf16"))
 
 
 def test_what_is_called_wrongly_is_said_at_once(engine: MultiTaskEngine) -> None:
+    with pytest.raises(UserError, match="token_budget=0"):
+        engine.token_budget = 0
+    for change in (
+        lambda: engine.add("n", None),  # type: ignore[arg-type]
+        lambda: engine.add(3, "out/a"),  # type: ignore[arg-type]
+        lambda: engine.remove(None),  # type: ignore[arg-type]
+        lambda: engine.predict_all(["x"], [1]),  # type: ignore[list-item]
+    ):
+        with pytest.raises(UserError, match=r"folder is None|name is a text"):
+            change()
     for one in ("two", ("two", TEXTS[0]), {"text": TEXTS[0]}):
         with pytest.raises(UserError, match=r"One request, .* pass a list of them"):
             engine.predict(one)  # type: ignore[arg-type]
     for ask in (engine.predict, engine.predict_all):
+        with pytest.raises(UserError, match="`truncation='no'` was given"):
+            ask([], truncation="no")
         with pytest.raises(UserError, match="`on_error='rise'` was given; pass 'return' or 'raise'"):
             ask([], on_error="rise")  # type: ignore[operator]
     assert repr(engine).endswith("float32 on cpu, 8 tasks: two, five, degree, upper, pfeiffer and 3 more)")

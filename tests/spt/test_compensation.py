@@ -124,6 +124,3 @@ def test_what_it_needs() -> None:
         sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4), torch.tensor([[5]]))
     with pytest.raises(ValueError, match="needs calibration_data"):
         sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4))
-    for rank in (-1, 1.5, "8", True):
-        with pytest.raises(ValueError, match="compensation_rank"):
-            SptConfig(compensation_rank=rank)  # type: ignore[arg-type]

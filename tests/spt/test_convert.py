@@ -145,7 +145,14 @@ def test_generation_with_a_cache_is_generation_without(name: str, cache: str) ->
 
 def test_lists_of_token_ids_are_a_batch() -> None:
     ids = inputs("llama")["input_ids"]
-    for given, rows in ((ids.tolist(), ids), (ids[0].tolist(), ids[:1]), ({"input_ids": ids.numpy()}, ids)):
+    one, mask = ids[:1], torch.ones_like(ids[0])
+    for given, rows in (
+        (ids.tolist(), ids),
+        (ids[0].tolist(), one),
+        (ids[0], one),
+        ({"input_ids": ids[0].tolist(), "attention_mask": mask}, one),
+        ({"input_ids": ids.numpy()}, ids),
+    ):
         found, expected = (sparsify(build("llama"), config("llama"), data) for data in (given, rows))
         assert sparsification(found).report == sparsification(expected).report  # type: ignore[union-attr]
 
@@ -163,6 +170,13 @@ def test_refused_before_anything_is_changed() -> None:
         (build("llama"), {}, ["a text", "another"], "holds texts, .* pass tokenizer"),
         (build("llama"), {}, [[1, 2], [3]], "sequences of 1 to 2 token ids; pad or cut"),
         (build("llama"), {}, [None], "expected token ids"),
+        (build("llama"), {}, [[1, 2], 3], "expected token ids"),
+        *((build("llama"), {}, data, "expected token ids .* or the mapping") for data in (5, iter([ids]))),
+        *((build("llama"), {}, data, "expected whole numbers") for data in (ids.float(), ids > 3, ids[None])),
+        (build("llama"), {}, ids + 99, r"token id 1\d\d, but LlamaForCausalLM knows 0 to 98"),
+        (build("llama"), {}, -ids, r"token id -\d+, but"),
+        (build("llama"), {}, {"input_ids": ids, "attention_mask": 0 * ids}, "0 everywhere in attention_mask"),
+        (build("roberta"), {}, ids.repeat(1, 4), "RobertaForSequenceClassification cannot be run on calibration_data"),
         (build("llama"), {}, {"inputs_embeds": torch.full((1, 4, 32), torch.nan)}, "NaN"),
         (build("llama"), {"subvector_dim": 3}, ids, "does not divide"),
         (
@@ -189,6 +203,8 @@ def test_refused_before_anything_is_changed() -> None:
         assert sparsification(model) is None
     with pytest.raises(TypeError, match="before get_peft_model"):
         sparsify(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), SptConfig(), ids)  # type: ignore
+    with pytest.raises(TypeError, match="got a dict as its config; expected an SptConfig"):
+        sparsify(build("llama"), {"top_l": 3}, ids)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sparse already"):
         sparsify(made_sparse("llama"), SptConfig(), ids)
     with pytest.raises(ValueError, match="not sparse"):

@@ -62,6 +62,10 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
         save_sparse(get_peft_model(sparse, LoraConfig(target_modules=["q_proj"])), tmp_path)
     with pytest.raises(UserError, match="does not belong to this model"):
         load_sparse(build("opt"), tmp_path)
+    with pytest.raises(UserError, match=r"The adapter nope could not be loaded .* save_sparse wrote"):
+        load_sparse(build("llama"), "nope")
+    with pytest.raises(TypeError, match="load_sparse got a str; expected a transformers model"):
+        load_sparse("nope", tmp_path)  # type: ignore[arg-type]
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match="could not be read"):
         load_sparse(build("llama"), tmp_path)

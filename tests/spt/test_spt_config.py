@@ -34,6 +34,21 @@ def test_other_numbers_are_refused(name: str, value: Any) -> None:
         SptConfig(**{name: value})
 
 
+BAD = {
+    **dict.fromkeys(("attention", "ffn", "keep_self", "keep_first"), (None, "yes", 1)),
+    **dict.fromkeys(("codebook_interval", "compensation_rank"), (-1, 1.5, "x", True)),
+    "num_codewords": (1, 17, None),
+    "seed": (-1, "x", 2**32),
+    "load_balancing_coef": (-1, "x", float("nan"), float("inf"), True),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_values_of_another_kind_or_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value!r} was given; expected (True or False|a (whole )?number)"):
+        SptConfig(**{name: value})
+
+
 def test_layers() -> None:
     assert SptConfig(layers_to_transform=3).layers_to_transform == (3,)
     for settings in ({}, {"ffn": False}, {"attention": False}):

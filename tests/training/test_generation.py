@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_stops_and_chat(runs: dict[str, Path]) -> None:
     generator = Generator(runs["lora"])
     ((whole,),) = _texts(generator, PROMPTS[:1])
     third = whole.split()[2]
-    assert _texts(generator, PROMPTS[:1], stop_strings=(third,)) == [[whole[: whole.index(third)]]]
+    for stops in (third, [third], (third,)):
+        assert _texts(generator, PROMPTS[:1], stop_strings=stops) == [[whole[: whole.index(third)]]]
     with pytest.raises(UserError, match=r"`chat=True` was given, but .* no chat template"):
         generator.generate(PROMPTS, chat=True)
     generator.tokenizer.chat_template = "[CLS] {% for m in messages %}the {{ m.content }}{% endfor %}"
@@ -89,12 +91,17 @@ def test_stops_and_chat(runs: dict[str, Path]) -> None:
 
 
 BAD = {
-    "temperature=0.5": "without `do_sample`",
-    "num_return_sequences=2": "without `do_sample`",
-    "max_new_tokens=0": "above 0",
+    **dict.fromkeys(("temperature=0.5", "num_return_sequences=2"), "without `do_sample`"),
+    **dict.fromkeys(("max_new_tokens=0", "max_new_tokens='5'", "max_new_tokens=1.5"), "whole number of at least 1"),
+    **dict.fromkeys(("num_return_sequences=None", "num_return_sequences=True"), "whole number of at least 1"),
+    **dict.fromkeys(("top_k=-1", "top_k=1.5"), "whole number of at least 0"),
+    **dict.fromkeys(
+        ("seed=-1", "seed=None", "seed=99999999999999999999"), "whole number from 0 to 9223372036854775807"
+    ),
+    **dict.fromkeys(("temperature=nan", "temperature=inf", "temperature='1'", "top_p=nan", "top_p=0"), "above 0"),
     "top_p=1.5": "at most 1",
-    "top_k=-1": "at least 0",
-    "seed=-1": "at least 0",
+    "do_sample='yes'": "True or False",
+    **dict.fromkeys(("stop_strings=None", "stop_strings=[5]"), "a text, or a list of texts"),
 }
 
 
@@ -102,7 +109,7 @@ BAD = {
 def test_bad_settings(given: str) -> None:
     name, value = given.split("=")
     with pytest.raises(UserError) as caught:
-        GenerationSettings(**{name: float(value) if "." in value else int(value)})  # type: ignore[arg-type]
+        GenerationSettings(**{name: eval(value, {"nan": float("nan"), "inf": float("inf")})})
     assert f"`{given}`" in str(caught.value)
     assert BAD[given] in str(caught.value)
 
@@ -119,8 +126,23 @@ def test_bad_calls(runs: dict[str, Path], tiny_backbone: Path, tmp_path: Path) -
     assert len(_texts(generator, ["the bank said the", "the striker scored"], max_new_tokens=None)) == 2
     with pytest.raises(UserError, match="one continuation of one prompt"):
         generator.generate(PROMPTS, on_text=print)
-    with pytest.raises(UserError, match="`dtype=int8` was given; expected fp32"):
-        Generator(runs["lora"], dtype="int8")
+    with pytest.raises(UserError, match=r"^Prompt 2: .* is no text"):
+        generator.generate(["the team", 7])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="expected GenerationSettings"):
+        generator.generate(PROMPTS, {"max_new_tokens": 3})  # type: ignore[arg-type]
+    assert repr(generator) == f"Generator({str(runs['lora'])!r}: lora, bfloat16 on {generator.device})"
+    for values, words in (
+        ({"dtype": "int8"}, "`dtype=int8` was given; expected fp32"),
+        ({"batch_size": 0}, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Generator(runs["lora"], **values)  # type: ignore[arg-type]
+    moved = shutil.copytree(runs["lora"], tmp_path / "run")
+    run = (moved / "run.json").read_text(encoding="utf-8")
+    (moved / "run.json").write_text(run.replace(str(runs["lora"].parent), str(tmp_path)), encoding="utf-8")
+    with pytest.raises(UserError, match="not there any more; pass the folder that it has moved to as `model`"):
+        Generator(moved)
+    assert Generator(moved, str(runs["lora"].parent / "model")).method == "lora"
     train(run_config(tiny_backbone, tmp_path / "labels", max_steps=1))
     with pytest.raises(UserError, match=r"'topics'.*`sparsepeft predict`"):
         Generator(tmp_path / "labels")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsepeft.arguments import check_flag, check_whole
 from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
@@ -36,6 +37,7 @@ from sparsepeft.predictions import (
 from sparsepeft.reprs import first_of
 from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
 from sparsepeft.tuners._layer import execution_device
+from sparsepeft.tuners.config import DTYPES
 
 Request = tuple[str, Input]
 
@@ -68,10 +70,10 @@ class MultiTaskEngine:
         tasks: folder of each task by its name, as written by ``sparsepeft train`` or ``save_pretrained``. SPARTAN,
             bottleneck, BitFit and head-only tasks may be mixed; those of different PEFT methods do not share a batch.
         tokenizer: None takes the backbone's.
-        dtype: of the backbone where it is loaded here. In bfloat16 a pass takes about a third of the time on processors
-            that multiply it; adapters and heads stay in float32.
+        dtype: of the backbone where it is loaded here, as PyTorch's or by name (``"bf16"``). In bfloat16 a pass takes
+            about a third of the time on processors that multiply it; adapters and heads stay in float32.
         device: where to compute; None leaves a loaded model where it is.
-        token_budget: tokens of a batch, padding included.
+        token_budget: tokens of a batch, padding included; may be changed between calls.
         onednn: compute linear layers on a CPU by oneDNN's operator for them; None compares it with PyTorch's own choice
             when the first task is loaded, and takes the faster one.
 
@@ -85,15 +87,20 @@ class MultiTaskEngine:
         tasks: Mapping[str, str | Path] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
         token_budget: int = 4096,
         onednn: bool | None = None,
     ) -> None:
-        if token_budget < 1:
+        self.token_budget = token_budget
+        if onednn is not None:
+            check_flag("onednn", onednn)
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(
-                f"`token_budget={token_budget}` was given; pass the number of tokens that a batch may have."
+                f"`tokenizer` is {tokenizer!r:.80} ({type(tokenizer).__name__}); expected a loaded tokenizer, as "
+                "AutoTokenizer.from_pretrained gives it, or None for the backbone's."
             )
+        torch_dtype = _dtype(dtype)
         if tasks is not None and not isinstance(tasks, Mapping):
             raise UserError(
                 f"`tasks` is {tasks!r:.80} ({type(tasks).__name__}); expected the folder of each task by its name, "
@@ -103,7 +110,7 @@ class MultiTaskEngine:
         if isinstance(backbone, PreTrainedModel):
             model = sharing_tensors(backbone)
         else:
-            model = load_backbone(resolve_model(None if backbone is None else str(backbone)), dtype)
+            model = load_backbone(resolve_model(None if backbone is None else str(backbone)), torch_dtype)
         if tokenizer is None:
             tokenizer = load_tokenizer(str(model.name_or_path))
         else:
@@ -113,7 +120,6 @@ class MultiTaskEngine:
             _move(model, place)
         self._backbone, self._device = model, execution_device(model) or model.device
         self._encoder = Encoder(tokenizer, model.config)
-        self.token_budget = token_budget
         self._onednn = onednn
         self._models: dict[str, AdaptedBackbone] = {}  # by PEFT method
         self._tasks = TaskRegistry()
@@ -127,6 +133,15 @@ class MultiTaskEngine:
         dtype = str(self._backbone.dtype).removeprefix("torch.")
         return f"MultiTaskEngine({Path(str(self._backbone.name_or_path)).name!r}, {dtype} on {self._device}, {tasks})"
 
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a batch, padding included."""
+        return self._token_budget
+
+    @token_budget.setter
+    def token_budget(self, value: int) -> None:
+        self._token_budget = check_whole("token_budget", value)
+
     # -- tasks -------------------------------------------------------------------------------------------------------
 
     @property
@@ -138,9 +153,10 @@ class MultiTaskEngine:
         """Load a task under a new name.
 
         Raises:
-            UserError: the name is taken, or the folder cannot be used; the engine is as before.
+            UserError: the name is taken or no text, or the folder cannot be used; the engine is as before.
         """
-        self._tasks.add(name, lambda: self._load(Path(folder)))
+        path = _path(folder)
+        self._tasks.add(name, lambda: self._load(path))
 
     def replace(self, name: str, folder: str | Path) -> None:
         """Put another version of a task in its place; calls that run finish with the former one.
@@ -148,7 +164,8 @@ class MultiTaskEngine:
         Raises:
             UserError: there is no such task, or the folder cannot be used; the former version stays.
         """
-        self._tasks.replace(name, lambda: self._load(Path(folder)))
+        path = _path(folder)
+        self._tasks.replace(name, lambda: self._load(path))
 
     def remove(self, name: str) -> None:
         """Forget a task; calls that run finish with it.
@@ -196,6 +213,7 @@ class MultiTaskEngine:
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
         """
         check_on_error(on_error)
+        check_flag("truncation", truncation)
         _check_several(requests)
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
@@ -236,6 +254,7 @@ class MultiTaskEngine:
             UserError: ``tasks`` names one that is not loaded.
         """
         check_on_error(on_error)
+        check_flag("truncation", truncation)
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
             names = loaded if tasks is None else listed(tasks)
@@ -332,6 +351,23 @@ def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("model", name, error)) from error
+
+
+def _dtype(given: Any) -> torch.dtype:
+    """A dtype that a backbone can have, given as PyTorch's or by its name."""
+    dtype = getattr(torch, DTYPES[given]) if isinstance(given, str) and given in DTYPES else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"`dtype={given!r}` was given; expected torch.float32, torch.bfloat16, fp32, bf16 or fp16.")
+    return dtype
+
+
+def _path(folder: Any) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise UserError(
+            f"A task's folder is {folder!r:.80} ({type(folder).__name__}); expected a path, such as 'out/sst2'."
+        ) from None
 
 
 def _move(model: torch.nn.Module, device: torch.device) -> None:

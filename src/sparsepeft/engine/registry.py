@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from sparsepeft.engine.task import LoadedTask
 from sparsepeft.errors import UserError, unknown_name
@@ -49,6 +50,7 @@ class TaskRegistry:
 
     def add(self, name: str, load: Callable[[], LoadedTask]) -> None:
         """Load a task under a name that is free."""
+        _check_name(name)
         with self._changing:
             if name in self._tasks:
                 raise UserError(f"The task {name!r} is loaded already; call replace() to put another in its place.")
@@ -88,10 +90,18 @@ def find(tasks: Mapping[str, LoadedTask], name: str) -> LoadedTask:
     """The task of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the name is no text.
     """
+    _check_name(name)
     if name in tasks:
         return tasks[name]
     if not tasks:
         raise UserError(f"The task {name!r} is unknown, as no task is loaded; add() one first.")
     raise UserError(unknown_name("The task", name, tasks))
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"The task {name!r:.80} ({type(name).__name__}) was given; a task's name is a text that is not empty."
+        )

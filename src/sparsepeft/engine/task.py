@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, TaskType
 
@@ -79,13 +79,13 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
         raise UserError(f"adapter_config.json in {folder} is damaged ({error}); save the adapter again.") from error
     if not isinstance(config, TaskAdapterConfig):
         raise UserError(
-            f"{folder} holds an adapter of the method {config.peft_type}, whose tasks cannot share a batch or a graph; "
-            "spartan, pfeiffer, houlsby, bitfit and head can: answer this one with sparsepeft.training.Predictor."
+            f"{folder} holds an adapter of the method {_plain(config.peft_type).lower()}, whose tasks cannot share a "
+            f"batch or a graph as those of spartan, pfeiffer, houlsby, bitfit and head can; {_alone(folder, config)}."
         )
     if config.task_type not in (None, TaskType.SEQ_CLS):
         raise UserError(
-            f"{folder} holds an adapter for {config.task_type}, but what is answered together are whole texts "
-            f"({TaskType.SEQ_CLS.value}); use this one by PeftModel.from_pretrained."
+            f"{folder} holds an adapter for {_plain(config.task_type)}, but what is answered together are whole texts "
+            f"({TaskType.SEQ_CLS.value}); {_alone(folder, config)}."
         )
     names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
     if not names:
@@ -108,3 +108,19 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
         )
     info = TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
     return info, config
+
+
+def _plain(name: Any) -> str:
+    """A member of one of PEFT's enums, or a name outside it, as its files have it."""
+    return str(getattr(name, "value", name))
+
+
+def _alone(folder: Path, config: PeftConfig) -> str:
+    """What to do with an adapter that is answered by itself only."""
+    if not (folder / RUN).is_file():
+        return "use this one by itself, through PeftModel.from_pretrained"
+    if config.task_type == TaskType.CAUSAL_LM:
+        return (
+            "it is a language model: continue texts with it by `sparsepeft generate` or sparsepeft.training.Generator"
+        )
+    return "answer this one by itself, with `sparsepeft predict` or sparsepeft.training.Predictor"

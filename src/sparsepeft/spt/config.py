@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,15 @@ from sparsepeft.reprs import changed_fields
 
 GRANULARITIES = ("token", "block")
 ASSIGNMENTS = ("clustered", "contiguous")
+_WHOLE: dict[str, tuple[int, int | None]] = {  # least and most
+    "block_size": (1, None),
+    "subvector_dim": (1, None),
+    "num_codewords": (2, 16),
+    "codebook_interval": (0, None),
+    "num_blocks": (1, None),
+    "compensation_rank": (0, None),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class SptConfig:
         granularity: ``"token"`` selects keys for each query, ``"block"`` blocks of keys for each block of queries.
         block_size: positions in such a block.
         subvector_dim: W, channels that are quantized together; divides the head size.
-        num_codewords: C, codewords for each sub-vector, at most 16.
+        num_codewords: C, codewords for each sub-vector, 2 to 16: a code has 4 bits.
         codebook_interval: optimizer steps between two refreshes of the codebooks; 0 leaves them as calibrated.
         keep_self: a query's own position is always kept.
         keep_first: the first position is always kept.
@@ -65,14 +75,19 @@ class SptConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("attention", "ffn", "keep_self", "keep_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} was given; expected True or False.")
         if not self.attention and not self.ffn:
             raise ValueError("attention and ffn are both False, so nothing would become sparse; set one of them.")
         for name, choices in (("granularity", GRANULARITIES), ("block_assignment", ASSIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} was given; expected one of {', '.join(choices)}.")
-        for name in ("block_size", "subvector_dim", "num_codewords", "num_blocks"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} was given; expected a whole number of at least 1.")
+        for name, (least, most) in _WHOLE.items():
+            value = getattr(self, name)
+            if not _is_whole(value) or value < least or (most is not None and value > most):
+                wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+                raise ValueError(f"{name}={value!r} was given; expected a whole number {wanted}.")
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
             if not _is_count(value) and not _is_fraction(value):
@@ -80,22 +95,15 @@ class SptConfig:
                     f"{name}={value!r} was given; expected an int of at least 1, which is a count, or a float above 0 "
                     f"and up to 1, which is a fraction of {whole}."
                 )
-        rank = self.compensation_rank
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-            raise ValueError(f"compensation_rank={rank!r} was given; expected a whole number, 0 for none.")
-        if self.num_codewords > 16:
-            raise ValueError(f"num_codewords={self.num_codewords} was given, but a code has 4 bits: at most 16.")
         object.__setattr__(self, "num_active_blocks", _count(self.num_active_blocks, self.num_blocks))
         if self.num_active_blocks > self.num_blocks:
             raise ValueError(
                 f"num_active_blocks={self.num_active_blocks} was given with num_blocks={self.num_blocks}; a token can "
                 "use at most all blocks."
             )
-        if self.codebook_interval < 0 or self.load_balancing_coef < 0:
-            raise ValueError(
-                f"codebook_interval={self.codebook_interval} and load_balancing_coef={self.load_balancing_coef} were "
-                "given; neither can be negative."
-            )
+        weight = self.load_balancing_coef
+        if not (_is_whole(weight) or isinstance(weight, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"load_balancing_coef={weight!r} was given; expected a number of at least 0.")
         layers = self.layers_to_transform
         if layers is not None:
             positions = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)
@@ -104,7 +112,7 @@ class SptConfig:
                     "layers_to_transform is empty, so nothing would become sparse; name a layer, or leave it unset for "
                     "all."
                 )
-            if any(not isinstance(position, int) or isinstance(position, bool) for position in positions):
+            if not all(map(_is_whole, positions)):
                 raise ValueError(
                     f"layers_to_transform={layers!r} was given; expected the layers' positions, from 0 on."
                 )
@@ -136,8 +144,12 @@ class SptConfig:
         return cls(**values)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_whole(value) and bool(value >= 1)
 
 
 def _is_fraction(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsepeft.errors import first_line
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.adapters import SparseSettings
 from sparsepeft.spt.attention import NAME, AttentionCall, SparseAttention, recording, vectors_of
@@ -73,7 +74,8 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
     Args:
         model: a transformers model, not yet wrapped by PEFT.
         config: what becomes sparse.
-        calibration_data: a typical batch: input ids (B, T), as a tensor or lists, or the mapping that the model takes.
+        calibration_data: a typical batch: input ids (B, T), or (T,) for one sequence, as a tensor or lists, or the
+            mapping that the model takes.
             Codebooks are made from its queries and keys, and a fraction ``top_l`` is of its length T. Not needed
             without ``attention``.
 
@@ -81,13 +83,12 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
         ``model``; ``model.sparsification.report`` says how much it changed.
 
     Raises:
-        TypeError: ``model`` is no bare transformers model.
+        TypeError: ``model`` is no bare transformers model, or ``config`` no :class:`SptConfig`.
         ValueError: the model lacks a structure that is needed, sizes do not fit, or the calibration data is unusable.
     """
-    if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"sparsify got a {type(model).__name__}; expected a transformers model: call it before get_peft_model."
-        )
+    check_bare("sparsify", model)
+    if not isinstance(config, SptConfig):
+        raise TypeError(f"sparsify got a {type(config).__name__} as its config; expected an SptConfig.")
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; call desparsify first to convert it with other settings.")
     batch = None if calibration_data is None else _checked(model, calibration_data)
@@ -115,6 +116,18 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
     if batch is not None:
         report_feed_forwards(done.report, done.feed_forwards, seen, config)
     return model
+
+
+def check_bare(caller: str, model: Any) -> None:
+    """Refuse what is no transformers model, or is wrapped by PEFT.
+
+    Raises:
+        TypeError: it is.
+    """
+    if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{caller} got a {type(model).__name__}; expected a transformers model: call it before get_peft_model."
+        )
 
 
 def install(
@@ -172,12 +185,20 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
 
 def _checked(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
     """The calibration batch as keyword arguments on the model's device."""
+    if not isinstance(data, (Mapping, Tensor, str, list, tuple, np.ndarray)):
+        raise ValueError(
+            f"calibration_data is {data!r:.80} ({type(data).__name__}); expected token ids (B, T), as a tensor or "
+            "lists, or the mapping that the model takes."
+        )
     batch = data if isinstance(data, Mapping) else {"input_ids": data}
     batch = {
         name: _ids(value) if isinstance(value, (str, list, tuple, np.ndarray)) else value
         for name, value in batch.items()
+        if name != "labels"
     }
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if all(value.dim() == 1 for value in tensors.values()):  # one sequence
+        tensors = {name: value[None] for name, value in tensors.items()}
     if not tensors or any(value.numel() == 0 for value in tensors.values()):
         raise ValueError("calibration_data is empty; pass at least one sequence, for example input ids (B, T).")
     for name, value in tensors.items():
@@ -185,24 +206,50 @@ def _checked(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
             raise ValueError(f"calibration_data has NaN or infinite values in {name}; pass clean data.")
         if value.dim() < 2:
             raise ValueError(f"calibration_data has {name} of shape {tuple(value.shape)}; expected (B, T, ...).")
+        if name.endswith("input_ids"):
+            _check_ids(name, value, model)
+        if name.endswith("attention_mask") and value.dim() == 2 and not value.any():
+            raise ValueError(
+                f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
+            )
     return {name: value.to(model.device) for name, value in tensors.items()}
 
 
+def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
+    """Refuse what the model has no embeddings for; on an accelerator that would end the process's use of it."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"calibration_data has {name} of shape {tuple(ids.shape)} and {ids.dtype}; expected whole numbers (B, T)."
+        )
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if name == "input_ids" and size is not None and not 0 <= (worst := _farthest(ids)) < size:
+        raise ValueError(
+            f"calibration_data has the token id {worst}, but {type(model).__name__} knows 0 to {size - 1}; pass what "
+            "its own tokenizer gives."
+        )
+
+
+def _farthest(ids: Tensor) -> int:
+    """The id that is below 0, or else the largest."""
+    least, most = (int(bound) for bound in ids.aminmax())
+    return least if least < 0 else most
+
+
 def _ids(data: Any) -> Tensor:
-    """Lists of token ids as a tensor (B, T); a single list is a batch of one."""
+    """Lists of token ids as a tensor (B, T), or (T,) from a single list."""
     if isinstance(data, str) or (len(data) and isinstance(data[0], str)):
         raise ValueError(
             "calibration_data holds texts, but a model is run on token ids; pass "
             "tokenizer(texts, padding=True, return_tensors='pt')."
         )
-    rows = [data] if len(data) and not isinstance(data[0], (list, tuple, np.ndarray, Tensor)) else data
+    rows = [row for row in data if isinstance(row, (list, tuple, np.ndarray, Tensor))]
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise ValueError(
             f"calibration_data has sequences of {lengths[0]} to {lengths[-1]} token ids; pad or cut them to one length."
         )
     try:
-        return torch.stack([torch.as_tensor(row) for row in rows]) if lengths else torch.zeros(0, 0)
+        return torch.stack([torch.as_tensor(row) for row in data]) if rows else torch.as_tensor(data)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"calibration_data is {data!r:.80}; expected token ids (B, T).") from error
 
@@ -221,6 +268,13 @@ def _attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, 
     try:
         with recording() as calls:
             model(**batch)
+    except (IndexError, TypeError, RuntimeError) as error:  # such as more positions than the model has
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on calibration_data ({first_line(error)}); pass a batch as in "
+            "training."
+        ) from error
     finally:
         model.set_attn_implementation(before)
         model.train(training)

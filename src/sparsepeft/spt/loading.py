@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import UserError, first_line
 from sparsepeft.provenance import write_bytes
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.compensation import Compensation
-from sparsepeft.spt.convert import install, sparsification
+from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import COMPENSATION, Start
 from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.spt.structure import find_feed_forwards, weight_of
@@ -64,13 +64,16 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
         The model with its adapter; ``model`` itself, sparse, from a folder without one.
 
     Raises:
-        UserError: the adapter was not trained on a sparse model, or on one of another shape, or the file is damaged.
+        UserError: there is no adapter, it was not trained on a sparse model or on one of another shape, or the file is
+            damaged.
         ValueError: ``model`` is sparse already.
+        TypeError: ``model`` is no bare transformers model.
     """
+    check_bare("load_sparse", model)
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; load the adapter into a dense model.")
     bare = _read(Path(adapter))
-    saved = bare or {_plain(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+    saved = bare or _adapter_tensors(adapter)
     if _SETTINGS not in saved:
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
@@ -105,6 +108,16 @@ def _read(folder: Path) -> dict[str, Tensor]:
         return load_file(file) if file.is_file() else added_tensors(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} could not be read ({error}); convert the model again.") from error
+
+
+def _adapter_tensors(adapter: str | Path) -> dict[str, Tensor]:
+    try:
+        return {_plain(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+    except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
+        raise UserError(
+            f"The adapter {adapter} could not be loaded ({first_line(error)}); pass the folder of an adapter or of "
+            "what save_sparse wrote, or an id on the hub."
+        ) from error
 
 
 def _plain(key: str) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from sparsepeft.backbones import resolve_model
+from sparsepeft.arguments import check_flag, check_positive, check_whole
+from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.predictions import listed
@@ -27,6 +28,12 @@ from sparsepeft.training.methods import load_tokenizer
 from sparsepeft.tuners.config import dtype_name
 
 _MAX_NEW_TOKENS = 100
+_WHOLE: dict[str, tuple[int, int | None]] = {  # least and most
+    "max_new_tokens": (1, None),
+    "top_k": (0, None),
+    "num_return_sequences": (1, None),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class GenerationSettings:
         top_p: draw from the most likely tokens that have this probability together; None as above.
         top_k: draw from this many tokens, 0 from all; None is the model's own, or 50.
         num_return_sequences: continuations of each prompt, if they are drawn.
-        stop_strings: a continuation ends before the first of these.
+        stop_strings: a continuation ends before the first of these; a single text is taken for one of them.
         seed: of drawing. A prompt's continuations depend on it, the prompt and these settings only, not on what else
             is continued.
 
@@ -55,21 +62,25 @@ class GenerationSettings:
     top_p: float | None = None
     top_k: int | None = None
     num_return_sequences: int = 1
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: Sequence[str] = ()
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_return_sequences", "temperature", "top_p"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"`{name}={value}` was given, but it must be above 0.")
-        for name, value in (("top_k", self.top_k), ("seed", self.seed)):
-            if value is not None and not 0 <= value < 2**63:
-                raise UserError(f"`{name}={value}` was given, but it must be a whole number of at least 0.")
+        for name, (least, most) in _WHOLE.items():
+            if not self._is_left_out(name):
+                object.__setattr__(self, name, check_whole(name, getattr(self, name), least=least, most=most))
+        for name in ("temperature", "top_p"):
+            if not self._is_left_out(name):
+                object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+        check_flag("do_sample", self.do_sample)
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"`top_p={self.top_p}` was given, but a probability is at most 1.")
-        if not all(self.stop_strings):
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
+        if not isinstance(stops, (tuple, list)) or not all(isinstance(stop, str) for stop in stops):
+            raise UserError(f"`stop_strings={stops!r:.80}` was given; expected a text, or a list of texts.")
+        if not all(stops):
             raise UserError("`stop_strings` has an empty text, which every text ends with; leave it out.")
+        object.__setattr__(self, "stop_strings", tuple(stops))
         drawn = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
         drawn += ["num_return_sequences"] * (self.num_return_sequences > 1)
         if drawn and not self.do_sample:
@@ -77,6 +88,10 @@ class GenerationSettings:
                 f"`{drawn[0]}={getattr(self, drawn[0])}` was given, but without `do_sample` the most likely token is "
                 "taken each time and there is one continuation; pass `do_sample=True` as well."
             )
+
+    def _is_left_out(self, name: str) -> bool:
+        """Whether a value is None, where that is its default."""
+        return getattr(self, name) is None and getattr(type(self), name) is None
 
     def for_model(self) -> dict[str, Any]:
         """Arguments of transformers' ``generate``, but for the lengths."""
@@ -122,20 +137,24 @@ class Generator:
                 f"{self.folder} holds a model for the task {run['task']['name']!r}, which writes no text; use "
                 "`sparsepeft predict`."
             )
-        if batch_size < 1:
-            raise UserError(f"`batch_size={batch_size}` was given, but it must be at least 1.")
+        self.batch_size = check_whole("batch_size", batch_size)
         try:
             torch_dtype = getattr(torch, dtype_name("dtype", dtype))
         except ValueError as error:
             raise UserError(f"`dtype={dtype}` was given; expected fp32, bf16 or fp16.") from error
-        self.device, self.batch_size = find_device(device), batch_size
+        self.device = find_device(device)
         config = LanguageModelConfig(**run["config"])
-        home = str(self.folder) if config.method == "full" else resolve_model(model or config.model)
+        self.method = config.method
+        home = str(self.folder) if config.method == "full" else backbone_of_run(self.folder, model, config.model)
         self.tokenizer = load_tokenizer(home)
-        trained: Any = load_trained_language_model(self.folder, config, model, torch_dtype)
+        trained: Any = load_trained_language_model(self.folder, config, home, torch_dtype)
         self.model: Any = trained.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on
         _read_rows_in_one_product(self.model.get_output_embeddings())
+
+    def __repr__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"Generator({str(self.folder)!r}: {self.method}, {dtype} on {self.device})"
 
     def generate(
         self,
@@ -154,10 +173,18 @@ class Generator:
             on_text: receives a continuation piece by piece as it is made, for a single prompt.
 
         Raises:
-            UserError: a prompt is empty or too long, there is no chat template, or ``on_text`` was given for several.
+            UserError: a prompt is empty or too long (the message gives its number, from 1, where there are several),
+                there is no chat template, or ``on_text`` was given for several.
         """
-        settings = settings or GenerationSettings()
-        encoded = [self._encode(prompt, settings.max_new_tokens, chat) for prompt in listed(prompts)]
+        settings = GenerationSettings() if settings is None else settings
+        if not isinstance(settings, GenerationSettings):
+            raise UserError(f"`settings={settings!r:.80}` was given; expected GenerationSettings.")
+        given, encoded = list(listed(prompts)), []
+        for number, prompt in enumerate(given, 1):
+            try:
+                encoded.append(self._encode(prompt, settings.max_new_tokens, chat))
+            except UserError as error:
+                raise UserError(f"Prompt {number}: {error}" if len(given) > 1 else str(error)) from error
         if on_text is not None and (len(encoded) > 1 or settings.num_return_sequences > 1):
             raise UserError("`on_text` goes with one continuation of one prompt; leave it out, or pass one prompt.")
         return self._continue(encoded, settings, on_text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft  # noqa: F401 - before a part of it: threads that import both at once must take their locks in one order
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 
