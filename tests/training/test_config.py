@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparsepeft.errors import UserError
@@ -43,6 +44,10 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "lr_scheduler_type": "cos"}, ["`lr_scheduler_type`: 'cos'", "cosine"]),
         ({"task": "topics", "output_dir": "o", "few_shot": 9, "eval_steps": 5}, ["`eval_steps`", "`few_shot`"]),
         ({"task": "topics", "output_dir": "o", "seed": -3}, ["`seed=-3`"]),
+        ({"task": "topics", "output_dir": "o", "seed": 2**32}, ["`seed=4294967296`", "4294967295"]),
+        ({"task": "topics", "output_dir": "o", "max_steps": "5"}, ["`max_steps=5`", "a whole number"]),
+        ({"task": "topics", "output_dir": "o", "text_column": 5}, ["`text_column=5`", "a text"]),
+        ({"task": "topics", "output_dir": "o", "settings": [1]}, ["`settings=[1]`", "a mapping"]),
         ({"task": "topics", "output_dir": "o", "compile": "no"}, ["`compile=no`", "true or false"]),
         ({"task": "topics", "output_dir": "o", "save_dtype": "int4"}, ["save_dtype='int4'", "'int8'"]),
         ({"task": "topics", "output_dir": "o", "save_dtype": "int8", "method": "lora"}, ["`method=lora`", "pass bf16"]),
@@ -94,6 +99,12 @@ def test_what_a_run_leaves_is_a_config_file(tmp_path: Path) -> None:
             load_config({}, tmp_path / name)
         again = load_config({"output_dir": "here"}, tmp_path / name)
         assert again == dataclasses.replace(config, output_dir="here")
+
+
+def test_paths_and_numpys_numbers_are_plain_values(tmp_path: Path) -> None:
+    config = RunConfig("topics", tmp_path / "o", max_steps=np.int64(2), epochs=np.float32(0.5))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(config.to_dict()))["output_dir"] == str(tmp_path / "o")
+    assert (config.max_steps, config.epochs) == (2, 0.5)
 
 
 def test_missing_config_file(tmp_path: Path) -> None:

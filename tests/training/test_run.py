@@ -21,6 +21,7 @@ from sparsepeft.folders import UNFINISHED
 from sparsepeft.training import Predictor, RunConfig, evaluate, train
 from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.training.history import read_history
+from sparsepeft.training.output_folder import check_output_folder
 from sparsepeft.training.recipes import METHODS
 from sparsepeft.training.stopping import StopAfterStep
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
@@ -391,3 +392,19 @@ def test_damaged_files_are_named(tiny_backbone: Path, tmp_path: Path, damage: st
     with pytest.raises(UserError) as caught:
         Predictor(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_called_as_a_runs_is_no_run(tiny_backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"holds other files \(run.json\)"):
+        check_output_folder(tmp_path, overwrite=True)
+
+
+@pytest.mark.slow
+def test_another_backbone_is_refused_for_pefts_own_methods(tiny_backbone: Path, tmp_path: Path) -> None:
+    train(run_config(tiny_backbone, tmp_path / "o", method="lora", max_steps=1, max_length=8))
+    other = save_tiny_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="is not the backbone that the adapter was trained on"):
+        Predictor(tmp_path / "o", str(other))
+    answer = Predictor(tmp_path / "o").predict(["one two three four five six seven eight nine ten"])[0]
+    assert answer.truncated

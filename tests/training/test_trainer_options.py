@@ -140,16 +140,21 @@ def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_b
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_after_its_last_step_takes_no_other(tiny_backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", [{"few_shot": 20}, {"eval_steps": 2}])
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
+    tiny_backbone: Path, tmp_path: Path, choice: dict[str, int]
+) -> None:
     class Kill(hf.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-    options = {"few_shot": 20, "max_steps": 5, "lr_scheduler_type": "constant"}  # 3 steps an epoch
+    options = choice | {"max_steps": 5, "lr_scheduler_type": "constant"}  # 3 steps an epoch
     whole = train(run_config(tiny_backbone, tmp_path / "whole", **options))
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Kill()])
-    assert train(run_config(tiny_backbone, tmp_path / "cut", **options))["steps"] == whole["steps"] == 5
+    cut = train(run_config(tiny_backbone, tmp_path / "cut", **options))
+    assert cut["steps"] == whole["steps"] == 5
+    assert (cut["best_step"], cut["metrics"]) == (whole["best_step"], whole["metrics"])
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)
 

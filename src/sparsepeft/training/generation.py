@@ -147,7 +147,9 @@ class Generator:
         self.method = config.method
         home = str(self.folder) if config.method == "full" else backbone_of_run(self.folder, model, config.model)
         self.tokenizer = load_tokenizer(home)
-        trained: Any = load_trained_language_model(self.folder, config, home, torch_dtype)
+        trained: Any = load_trained_language_model(
+            self.folder, config, home, torch_dtype, run.get("backbone_fingerprint")
+        )
         self.model: Any = trained.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on
         _read_rows_in_one_product(self.model.get_output_embeddings())
