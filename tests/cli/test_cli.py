@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sparsepeft.storage import METHODS as STORAGE_METHODS
-from sparsepeft_cli import main
+from sparsepeft_cli import _console, main
 
 
 @dataclass
@@ -35,6 +35,8 @@ def sparsepeft(*arguments: object, stdin: str = "", columns: int = 200) -> Done:
         for name, value in variables.items():
             patch.setenv(name, value)
         patch.delenv("SPARSEPEFT_DATA")
+        for console in (_console.out, _console.err):  # which may have been made for another width
+            patch.setattr(console, "_width", columns)
         patch.setattr(sys, "argv", ["sparsepeft", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         try:

@@ -65,7 +65,8 @@ before = members()
 assert "SPARTAN" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 import sparsepeft
 assert members() == before
-assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"] is sparsepeft.SpartanConfig
+assert sparsepeft.SpartanConfig is peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["SPARTAN"]
+assert members() == before
 """
     environment = os.environ | {"SPARSEPEFT_AUTOLOAD": "0"}  # where the package is installed, PEFT knows it anyway
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
