@@ -103,6 +103,11 @@ def settings(help: str, option: str = "--set") -> Any:
     return typer.Option(option, metavar="KEY=VALUE", help=f"{help}; may be repeated.")
 
 
+def of_rows(option: str, metavar: str, help: str) -> Any:
+    """An option on how the rows of a file are read."""
+    return typer.Option(option, metavar=metavar, help=help, rich_help_panel="Rows of a file")
+
+
 def dtype(option: str, help: str) -> Any:
     """An option for a dtype: its short name, though PyTorch's is taken, too."""
     return typer.Option(option, metavar="DTYPE", help=help, callback=_short)
@@ -145,37 +150,10 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initiali
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-_ROWS = "Rows of a file"
-TextColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--text-column", metavar="NAME", help="Column of the text. [default: as in training]", rich_help_panel=_ROWS
-    ),
-]
-TextPairColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--text-pair-column", metavar="NAME", help="Column of the second text, for pairs.", rich_help_panel=_ROWS
-    ),
-]
-LabelColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--label-column", metavar="NAME", help="Column of the label. [default: as in training]", rich_help_panel=_ROWS
-    ),
-]
-Delimiter = Annotated[
-    str | None,
-    typer.Option(
-        "--delimiter", metavar="CHAR", help="Between columns of CSV and TSV. [default: found]", rich_help_panel=_ROWS
-    ),
-]
+TextColumn = Annotated[str | None, of_rows("--text-column", "NAME", "Column of the text. [default: as in training]")]
+TextPairColumn = Annotated[str | None, of_rows("--text-pair-column", "NAME", "Column of the second text, for pairs.")]
+LabelColumn = Annotated[str | None, of_rows("--label-column", "NAME", "Column of the label. [default: as in training]")]
+Delimiter = Annotated[str | None, of_rows("--delimiter", "CHAR", "Between columns of CSV and TSV. [default: found]")]
 Encoding = Annotated[
-    str | None,
-    typer.Option(
-        "--encoding",
-        metavar="NAME",
-        help="Of the file, such as utf-8 or cp1252. [default: found]",
-        rich_help_panel=_ROWS,
-    ),
+    str | None, of_rows("--encoding", "NAME", "Of the file, such as utf-8 or cp1252. [default: found]")
 ]

@@ -130,8 +130,8 @@ def test_csv_has_the_same_columns_in_all_rows() -> None:
     with pytest.raises(UserError, match=r"the column 'more', which the first one lacks"):
         line_of(Answer({"id": 1, "label": "a", "more": 1}, ANSWERS[0].prediction))
     several = Prediction("a", 0.9, {"a": 0.9, "b": 0.8}, labels=("a", "b"))
-    spec = SimpleNamespace(label_names=("a", "b"), problem_type="multi_label_classification")
-    line = formatter("csv", spec)(Answer({}, several))  # type: ignore[arg-type]
+    spec = TaskSpec("tags", ("text",), ("a", "b"), ("micro_f1",), "micro_f1", 1, multi_label=True)
+    line = formatter("csv", spec)(Answer({}, several))
     assert line == "labels,score_a,score_b,error\na|b,0.9,0.8,\n"
     assert json.loads(formatter("jsonl", CLASSES)(Answer({}, several)))["labels"] == ["a", "b"]
 

@@ -19,7 +19,6 @@ from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.engine.adapted import AdaptedBackbone, sharing_tensors
 from sparsepeft.engine.batches import batches_by_tokens, windows
-from sparsepeft.engine.encoding import Encoded, Encoder
 from sparsepeft.engine.onednn import is_onednn_faster
 from sparsepeft.engine.registry import TaskRegistry, find
 from sparsepeft.engine.task import LoadedTask, TaskInfo, read_task
@@ -35,6 +34,7 @@ from sparsepeft.predictions import (
     texts_of,
 )
 from sparsepeft.reprs import first_of
+from sparsepeft.training.encoding import Encoded, Encoder
 from sparsepeft.training.methods import load_tokenizer, not_loaded, set_pad_token, with_pad_token
 from sparsepeft.tuners._layer import execution_device
 from sparsepeft.tuners.config import DTYPES
@@ -180,7 +180,7 @@ class MultiTaskEngine:
         method = config.method
         onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
         model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
-        adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info)
+        adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info.max_length)
         task = LoadedTask(info, model, adapter_name, longest, model.load(folder, adapter_name))
         try:
             self._try_out(task, config.num_labels)

@@ -51,7 +51,7 @@ class Answer:
         if spec.label_names is None:
             cells: dict[str, Any] = {"score": None}
         else:
-            first: dict[str, Any] = {"labels": None} if _is_multi_label(spec) else {"label": None, "score": None}
+            first: dict[str, Any] = {"labels": None} if spec.multi_label else {"label": None, "score": None}
             cells = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
         cells |= found | {"error": error}
         if cells.get("labels") is not None:
@@ -206,7 +206,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _is_multi_label(spec: TaskSpec) -> bool:
-    return spec.problem_type == "multi_label_classification"

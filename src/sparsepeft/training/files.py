@@ -354,13 +354,14 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the values in which two runs would train differently; only what ``now`` has is compared."""
     now = json.loads(json.dumps(now))  # tuples are lists, as in the file
     names: set[str] = set()
+    # Columns follow from config and data; older runs say nothing of their backbone.
+    passed_over = {"format_version", "columns"} | ({"backbone_fingerprint"} - before.keys())
     for part, values in now.items():
         old = before.get(part)
         if isinstance(values, dict) and isinstance(old, dict):
             keys = {**old, **values}.keys() - _NOT_TRAINED
             different = {key for key in keys if old.get(key) != values.get(key)}
             names |= {f"{key} (its content)" for key in different} if part == "data_fingerprints" else different
-        elif values != old and part not in ("format_version", "columns"):  # columns follow from config and data
+        elif values != old and part not in passed_over:
             names.add(part)
-    names -= set() if "backbone_fingerprint" in before else {"backbone_fingerprint"}
     return sorted(names)

@@ -16,7 +16,7 @@ from sparsepeft.predictions import Input, OnError, Prediction, check_on_error, l
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
 from sparsepeft.training.config import RunConfig
-from sparsepeft.training.encoding import longest_input
+from sparsepeft.training.encoding import Encoded, Encoder
 from sparsepeft.training.files import columns_of, read_run, spec_of
 from sparsepeft.training.lm_config import LM
 from sparsepeft.training.methods import load_tokenizer, load_trained, to_accelerator
@@ -67,7 +67,8 @@ class Predictor:
         )
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(home)
-        self.max_length = longest_input(self.tokenizer, self.model.config, self.config.max_length)
+        self._encoder = Encoder(self.tokenizer, self.model.config)
+        self.max_length = self._encoder.longest(self.config.max_length)
 
     def __repr__(self) -> str:
         labels = "a value" if self.spec.label_names is None else f"{self.spec.num_labels} labels"
@@ -83,7 +84,8 @@ class Predictor:
         Raises:
             UserError: one is none of these, or has another number of texts than the task takes.
         """
-        return self._logits([texts_of(text, len(self.spec.text_columns), may_be_empty=True) for text in listed(texts)])
+        num_texts = len(self.spec.text_columns)
+        return self._logits(self._encode([texts_of(text, num_texts, may_be_empty=True) for text in listed(texts)]))
 
     def check(self, text: Input) -> None:
         """See that the task can take an input.
@@ -111,9 +113,11 @@ class Predictor:
                 if on_error == "raise":
                     raise
                 answers[place] = Prediction.failed(str(error))
-        inputs = [*good.values()]
-        for place, row, is_cut in zip(good, self._logits(inputs), self._are_cut(inputs), strict=True):
-            answers[place] = prediction(row, self.spec.label_names, multi_label=self.spec.multi_label, truncated=is_cut)
+        encoded = self._encode([*good.values()])
+        for place, one, row in zip(good, encoded, self._logits(encoded), strict=True):
+            answers[place] = prediction(
+                row, self.spec.label_names, multi_label=self.spec.multi_label, truncated=one.truncated
+            )
         return [answers[place] for place in range(len(answers))]
 
     def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
@@ -123,23 +127,15 @@ class Predictor:
         while chunk := list(islice(iterator, size)):
             yield from self.predict(chunk)
 
-    def _are_cut(self, inputs: list[tuple[str, ...]]) -> list[bool]:
-        """Whether each input has more tokens than the task takes."""
-        if not inputs:
-            return []
-        columns = [list(column) for column in zip(*inputs, strict=True)]
-        return [len(ids) > self.max_length for ids in self.tokenizer(*columns, verbose=False)["input_ids"]]
+    def _encode(self, inputs: list[tuple[str, ...]]) -> list[Encoded]:
+        return self._encoder(inputs, self.max_length)
 
-    def _logits(self, inputs: list[tuple[str, ...]]) -> np.ndarray:
-        if not inputs:
-            return np.zeros((0, self.spec.num_labels), dtype=np.float32)
-        columns = [list(column) for column in zip(*inputs, strict=True)]
-        encoded = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        order = sorted(range(len(inputs)), key=lambda i: len(encoded["input_ids"][i]))
+    @torch.inference_mode()
+    def _logits(self, inputs: list[Encoded]) -> np.ndarray:
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         result = np.zeros((len(inputs), self.spec.num_labels), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad({k: [v[i] for i in rows] for k, v in encoded.items()}, return_tensors="pt")
-            with torch.inference_mode():
-                result[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu().numpy()
+            batch = self._encoder.collate([inputs[row] for row in rows], self.model.device)
+            result[rows] = self.model(**batch).logits.float().cpu().numpy()
         return result
