@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sparsepeft import SpartanConfig
 from sparsepeft.allocator import keep_freed_memory
-from sparsepeft.benchmarking.inference.processes.serving import Pass, serve
-from sparsepeft.engine.onednn import use_onednn
+from sparsepeft.inference.onednn import use_onednn
+from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
 
 
 def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsepeft.benchmarking import Timing, time_alternating, wait_until_idle
 from sparsepeft.provenance import environment, write_json
+from sparsepeft_research.benchmarks import Timing, time_alternating, wait_until_idle
 
 __all__ = [
     "Timing",

@@ -18,8 +18,8 @@ from typing import Any
 
 from _common import describe_environment, time_alternating, write_json
 from sparsepeft.backbones import resolve_model
-from sparsepeft.benchmarking.inference.workloads import prepare_model
-from sparsepeft.benchmarking.workers import Worker
+from sparsepeft_research.benchmarks.inference.workloads import prepare_model
+from sparsepeft_research.benchmarks.workers import Worker
 
 WORKER = Path(__file__).with_name("_allocator_worker.py")
 ROBERTA, MINILM, LANGUAGE_MODEL = "roberta-base", "minilm", "language model"

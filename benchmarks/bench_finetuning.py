@@ -29,11 +29,11 @@ from transformers import AutoConfig
 from _common import describe_environment, time_alternating, write_json
 from peers._environment import DEFAULT_FOLDER, peer_python
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.benchmarking.workers import Worker
+from sparsepeft.inference.encoding import encode
+from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.methods.recipes import METHODS, get_recipe
 from sparsepeft.tasks import TaskSpec, few_shot, load_task
-from sparsepeft.training.encoding import encode
-from sparsepeft.training.methods import load_tokenizer
-from sparsepeft.training.recipes import METHODS, get_recipe
+from sparsepeft_research.benchmarks.workers import Worker
 
 HERE = Path(__file__).resolve().parent
 BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000

@@ -22,9 +22,9 @@ import torch
 import bench_memory
 import bench_sparse_attention
 from _common import describe_environment, require_agreement, time_alternating, write_json
-from sparsepeft.benchmarking.inference import InferenceBenchmark, run_inference_benchmark
-from sparsepeft.benchmarking.spt import BASELINE, SptBenchmark, run_spt_benchmark
 from sparsepeft.ops import explain_memory_impl
+from sparsepeft_research.benchmarks.inference import InferenceBenchmark, run_inference_benchmark
+from sparsepeft_research.benchmarks.spt import BASELINE, SptBenchmark, run_spt_benchmark
 
 LIMITS = {
     "native": {},

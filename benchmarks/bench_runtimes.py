@@ -23,10 +23,10 @@ import onnx
 import torch
 
 from _common import describe_environment, time_alternating, write_json
-from sparsepeft.benchmarking.inference.exported import export_system
-from sparsepeft.benchmarking.inference.systems import BACKBONE, ONNX, load_model
-from sparsepeft.benchmarking.inference.workloads import prepare_model
-from sparsepeft.engine.onednn import use_onednn
+from sparsepeft.inference.onednn import use_onednn
+from sparsepeft_research.benchmarks.inference.exported import export_system
+from sparsepeft_research.benchmarks.inference.systems import BACKBONE, ONNX, load_model
+from sparsepeft_research.benchmarks.inference.workloads import prepare_model
 
 LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
 EXPORTED = ("float32", "int8")

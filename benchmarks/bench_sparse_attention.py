@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from _common import describe_environment, require_agreement, time_alternating, write_json
-from sparsepeft.benchmarking import peak_bytes
 from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
 from sparsepeft.ops.sparse_attention.blocks import keep_blocks
 from sparsepeft.ops.sparse_attention.compiled import compiled_forward
 from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft_research.benchmarks import peak_bytes
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Float32 rounding; a wrongly kept key would show as 1e-2 or more.

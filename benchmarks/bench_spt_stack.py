@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from _common import describe_environment, write_json
-from sparsepeft.benchmarking.spt import BASELINE, EAGER, SptBenchmark, run_spt_benchmark
+from sparsepeft_research.benchmarks.spt import BASELINE, EAGER, SptBenchmark, run_spt_benchmark
 
 # By length: speed-up over SDPA with dense FFNs, peak bytes over its, and over those of eager attention.
 TARGETS: dict[int, dict[str, dict[str, float]]] = {

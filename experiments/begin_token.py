@@ -22,10 +22,11 @@ from typing import Any
 from torch import Tensor
 
 from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
+from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.methods.sparse import describe, make_sparse
 from sparsepeft.provenance import environment, write_json
-from sparsepeft.spt import SptConfig
-from sparsepeft.training import LanguageModelConfig, train_language_model
-from sparsepeft.training.lm_data import (
+from sparsepeft.runs.corpus import (
     begin_token,
     cut,
     evenly_spaced,
@@ -34,9 +35,8 @@ from sparsepeft.training.lm_data import (
     num_predicted,
     read_documents,
 )
-from sparsepeft.training.lm_model import CALIBRATION_BLOCKS, load_language_model, perplexity
-from sparsepeft.training.methods import load_tokenizer
-from sparsepeft.training.sparse import describe, make_sparse
+from sparsepeft.spt import SptConfig
+from sparsepeft.training import LanguageModelConfig, train_language_model
 
 RESULTS = Path(__file__).parent / "results" / "begin_token"
 BATCH_TOKENS = 512

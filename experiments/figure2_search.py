@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.inspection import LayerReport, inspect_run
-from sparsepeft.inspection.anneal import AnnealTopK
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.reproduction.anneal import AnnealTopK
 
 RESULTS = Path(__file__).parent / "results" / "figure2_search"
 # What differs from the first. `learning_rate` and `recipe` are the run's, `anneal` lets K fall from P while training;

@@ -35,13 +35,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
+from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment, write_json
+from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
 from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model
-from sparsepeft.training.lm_data import cut, evenly_spaced, fingerprints, join, read_documents
-from sparsepeft.training.lm_model import CALIBRATION_BLOCKS, load_language_model, perplexity
-from sparsepeft.training.methods import load_tokenizer
-from sparsepeft.training.sparse import describe, make_sparse, read_spt_settings
 
 RESULTS = Path(__file__).parent / "results" / "spt_quality"
 BLOCK_LENGTH, BATCH_SIZE = 512, 8

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsepeft.reproduction import Matrix, Run, Watcher
-from sparsepeft.reproduction.matrix import TaskFacts
-from sparsepeft.reproduction.results import about
-from sparsepeft.training.files import RESULTS_VERSION
-from sparsepeft.training.protocols import few_shot, full_data
+from sparsepeft.runs.files import RESULTS_VERSION
+from sparsepeft_research.reproduction import Matrix, Run, Watcher
+from sparsepeft_research.reproduction.matrix import TaskFacts
+from sparsepeft_research.reproduction.protocols import few_shot, full_data
+from sparsepeft_research.reproduction.results import about
 
 FACTS = TaskFacts(num_train=1000, mean_chars=50.0, fingerprints={"train.tsv": "sha256:0"})
 

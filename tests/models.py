@@ -13,7 +13,7 @@ import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from sparsepeft import BitFitConfig, BottleneckConfig, SpartanConfig
-from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners.layer import TaskTunerLayer
 
 D, L, V = 32, 3, 99
 _TEXT = {

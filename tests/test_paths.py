@@ -8,8 +8,8 @@ import pytest
 
 from sparsepeft.paths import with_absolute_paths, without_folders
 from sparsepeft.provenance import write_json
+from sparsepeft.runs.files import RUN, describe_run, read_run
 from sparsepeft.training import LanguageModelConfig, RunConfig
-from sparsepeft.training.files import RUN, describe_run, read_run
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from torch import nn
 
 from sparsepeft import SpartanConfig
 from sparsepeft.errors import UserError
+from sparsepeft.methods.models import adapter_config
+from sparsepeft.methods.recipes import get_recipe
 from sparsepeft.storage import METHODS, MethodStorage, StorageReport, storage_report
-from sparsepeft.training.methods import adapter_config
-from sparsepeft.training.recipes import get_recipe
 
 D, L = 24, 3
 TEXT = {

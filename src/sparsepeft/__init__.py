@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import sparsepeft_autoload
-from sparsepeft._lazy import lazily
+from sparsepeft.lazy import lazily
 
 if TYPE_CHECKING:
-    from sparsepeft.engine import MultiTaskEngine
+    from sparsepeft.inference import MultiTaskEngine
     from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsify
     from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig, load_adapterhub
 
@@ -35,7 +35,7 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "sparsepeft.engine": ("MultiTaskEngine",),
+        "sparsepeft.inference": ("MultiTaskEngine",),
         "sparsepeft.spt": ("SptConfig", "desparsify", "load_sparse", "sparsify"),
         "sparsepeft.tuners": ("BitFitConfig", "BottleneckConfig", "HeadConfig", "SpartanConfig", "load_adapterhub"),
     },

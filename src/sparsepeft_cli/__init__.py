@@ -24,10 +24,10 @@ from sparsepeft_cli import (
     storage,
     train,
 )
-from sparsepeft_cli._errors import Command
-from sparsepeft_cli._help import PlainGroup
-from sparsepeft_cli._interrupts import Stop, Stopped, handling, stop_at_once
-from sparsepeft_cli._version import show_version
+from sparsepeft_cli.terminal.errors import Command
+from sparsepeft_cli.terminal.help import PlainGroup
+from sparsepeft_cli.terminal.interrupts import Stop, Stopped, handling, stop_at_once
+from sparsepeft_cli.terminal.version import show_version
 
 app = typer.Typer(
     cls=PlainGroup,

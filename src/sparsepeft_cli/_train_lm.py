@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsepeft_cli._errors import in_options
+from sparsepeft_cli.terminal.errors import in_options
 
 
 def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: bool) -> str:
     """Fine-tune a language model as the flags of ``sparsepeft train`` say, and print the results; the run's folder."""
     from sparsepeft.training import load_language_model_config, train_language_model
-    from sparsepeft_cli._console import out, print_json
-    from sparsepeft_cli._progress import TrainingProgress
     from sparsepeft_cli.sparsify import report_parts
+    from sparsepeft_cli.terminal.console import out, print_json
+    from sparsepeft_cli.terminal.progress import TrainingProgress
 
     run = load_language_model_config(flags, config)
     with TrainingProgress() as progress:
@@ -33,7 +33,7 @@ def train_lm(flags: dict[str, Any], config: Path | None, overwrite: bool, json: 
 def _summary(results: dict[str, Any], folder: str) -> str:
     from rich.markup import escape
 
-    from sparsepeft_cli._console import megabytes, program
+    from sparsepeft_cli.terminal.console import megabytes, program
 
     begin = f" that begin with {escape(results['bos_token'])}" if results["bos_token"] else ""
     before = ", ".join(f"{kind} {values['perplexity']:.2f}" for kind, values in results["before"].items())

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
 from sparsepeft_cli import benchmark_inference
-from sparsepeft_cli._errors import Command
-from sparsepeft_cli._help import PlainGroup
+from sparsepeft_cli.terminal import options
+from sparsepeft_cli.terminal.errors import Command
+from sparsepeft_cli.terminal.help import PlainGroup
 
 app = typer.Typer(cls=PlainGroup, no_args_is_help=True, help="Measure speed and memory on this machine.")
 
@@ -55,9 +55,9 @@ def spt(
     """
     import torch
 
-    from sparsepeft.benchmarking.spt import SptBenchmark, run_spt_benchmark
     from sparsepeft.provenance import write_json
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
+    from sparsepeft_research.benchmarks.spt import SptBenchmark, run_spt_benchmark
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -99,7 +99,7 @@ def _number(text: str) -> int | float:
 
 
 def _tables(result: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     title = (
         f"{settings['model']}, {settings['layers']} layers, {settings['batch_size']} x {result['length']} tokens, "

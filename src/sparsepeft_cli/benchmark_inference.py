@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 _MIB = 2**20
 
@@ -93,10 +93,10 @@ def command(
 
     Example: `sparsepeft benchmark inference --precisions fp32,bf16 --mixed --output inference.json`
     """
-    from sparsepeft.benchmarking.inference import PRECISIONS, InferenceBenchmark, run_inference_benchmark
     from sparsepeft.errors import UserError
     from sparsepeft.provenance import write_json
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
+    from sparsepeft_research.benchmarks.inference import PRECISIONS, InferenceBenchmark, run_inference_benchmark
 
     if device != "cpu":
         raise UserError(
@@ -137,9 +137,9 @@ def command(
 
 def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Path]:
     """The figure's files; without matplotlib a warning, unless the figure was asked for."""
-    from sparsepeft.benchmarking.inference.figure import write_figure
     from sparsepeft.errors import UserError
-    from sparsepeft_cli._console import err
+    from sparsepeft_cli.terminal.console import err
+    from sparsepeft_research.benchmarks.inference.figure import write_figure
 
     if path is None:
         return []
@@ -154,8 +154,8 @@ def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Pat
 
 def _precisions(values: list[str] | None) -> tuple[str, ...]:
     """``["fp32", "onnx-bf16"]`` -> ``("float32", "onnx-bfloat16")``, as result files have them."""
-    from sparsepeft.benchmarking.inference import PRECISIONS
     from sparsepeft.errors import UserError, unknown_name
+    from sparsepeft_research.benchmarks.inference import PRECISIONS
 
     known = {options.short_dtype(name): name for name in PRECISIONS}
     names = [options.short_dtype(value) for value in options.several(values)]
@@ -179,7 +179,7 @@ def _shapes(values: list[str] | None) -> tuple[tuple[int, int], ...]:
 
 def _parts(report: dict[str, Any]) -> list[Any]:
     """Tables of the results and factors, and sentences on what is not in them."""
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     settings = report["settings"]
     parts: list[Any] = [f"{settings['model']}, {settings['threads']} threads of each process"]

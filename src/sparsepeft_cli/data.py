@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 _MOST_LABELS = 20
 
@@ -53,8 +53,8 @@ def command(
         raise UserError("Pass either a file or --task with a task's name: one of the two.")
     check_task(task, data_dir, **own)
     from sparsepeft.training.preview import preview
-    from sparsepeft_cli._console import out, print_json
-    from sparsepeft_cli._errors import in_options
+    from sparsepeft_cli.terminal.console import out, print_json
+    from sparsepeft_cli.terminal.errors import in_options
 
     about = preview(task or "custom", model, data_dir=data_dir, **own)
     if json:
@@ -87,7 +87,7 @@ def _page(about: dict[str, Any]) -> Iterator[Any]:
 
 
 def _labels(parts: dict[str, Any]) -> Any:
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     rows = {name: part["rows"] for name, part in parts.items()}
     labels = {name: part["labels"] for name, part in parts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 def command(
@@ -19,8 +19,8 @@ def command(
     import dataclasses
 
     from sparsepeft.training.demo import run_demo
-    from sparsepeft_cli._console import megabytes, out, print_json, program, table
-    from sparsepeft_cli._progress import TrainingProgress
+    from sparsepeft_cli.terminal.console import megabytes, out, print_json, program, table
+    from sparsepeft_cli.terminal.progress import TrainingProgress
 
     with TrainingProgress() as progress:
         result = run_demo(output_dir, callbacks=lambda name: progress.labelled(name).callbacks)

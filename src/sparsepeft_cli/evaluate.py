@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
-from sparsepeft_cli._errors import in_options
+from sparsepeft_cli.terminal import options
+from sparsepeft_cli.terminal.errors import in_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +48,7 @@ def command(
     from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.provenance import write_json
     from sparsepeft.training import TableOptions, evaluate
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
 
     keep_freed_memory()
     with err.status("evaluating"):
@@ -75,7 +75,7 @@ def command(
 
 
 def _scores(found: Evaluation, title: str) -> Any:
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     names = list(next(iter(found.metrics.values())))
     rows = [
@@ -87,7 +87,7 @@ def _scores(found: Evaluation, title: str) -> Any:
 
 def _report(found: Evaluation) -> Iterator[Any]:
     """Tables of the classes, and for each class what it was taken for: that fits however many there are."""
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     for part, content in found.report.items():
         classes = content["per_class"]
@@ -102,7 +102,7 @@ def _report(found: Evaluation) -> Iterator[Any]:
 
 def _confusions(part: str, names: list[str], matrix: list[list[int]]) -> Iterator[Any]:
     """The matrix where it fits the screen, else the most frequent confusions."""
-    from sparsepeft_cli._console import out, table
+    from sparsepeft_cli.terminal.console import out, table
 
     widths = [max(len(name), *(len(f"{row[index]:,}") for row in matrix)) for index, name in enumerate(names)]
     title = f"confusions of {part}: rows are true, columns predicted"

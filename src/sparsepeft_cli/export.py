@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 # Parts of a task's report that tell its score in a lower precision.
 _LOWER = {"int8_tasks": "int8 tasks", "int8": "int8", "bfloat16": "bf16"}
@@ -35,7 +35,7 @@ def command(
     Example: `sparsepeft export out/sst2 out/rte --output-dir out/device --int8`
     """
     from sparsepeft.export import export_tasks
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
 
     with err.status("exporting") as status:
         report = export_tasks(
@@ -58,7 +58,7 @@ def command(
 
 
 def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
-    from sparsepeft_cli._console import megabytes, table
+    from sparsepeft_cli.terminal.console import megabytes, table
 
     lower = [key for key in _LOWER if any(key in task for task in report["tasks"].values())]
     columns = [

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 _DRAWING = "Drawing (--do-sample)"
 

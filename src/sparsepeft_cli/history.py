@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 _ROWS = 20
 
@@ -23,8 +23,8 @@ def command(
 
     Example: `sparsepeft history out/topics --output curves.png`
     """
-    from sparsepeft.training.history import by_step, plot_history, read_history, score_names
-    from sparsepeft_cli._console import out, print_json, table
+    from sparsepeft.runs.history import by_step, plot_history, read_history, score_names
+    from sparsepeft_cli.terminal.console import out, print_json, table
 
     history = read_history(folder)
     if output is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 def command(
@@ -45,7 +45,7 @@ def command(
     from sparsepeft.inspection import inspect_run
     from sparsepeft.inspection.files import PAGE, check_folder, write_inspection
     from sparsepeft.plotting import require_matplotlib
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
 
     if output_dir is not None:
         require_matplotlib()
@@ -76,7 +76,7 @@ def command(
 
 def report_tables(report: Any) -> list[Any]:
     """What a ``MemoryReport`` shows on a console: all layers, and the parents of the last."""
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     last, has_labels = report.layers[-1], report.label_names is not None
     fresh = report.untrained.layers if report.untrained else [None] * len(report.layers)

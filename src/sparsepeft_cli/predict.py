@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 def command(
@@ -60,12 +60,12 @@ def command(
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
     if output is not None and (output.is_dir() or (file is not None and output.resolve() == file.resolve())):
         raise UserError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; pass another file.")
-    from sparsepeft.training.answers import answer, format_of, formatter
+    from sparsepeft.inference.answers import answer, format_of, formatter
 
     format = format_of(output_format, output)
     from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.inference.questions import Question
     from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
-    from sparsepeft.training.questions import Question
 
     keep_freed_memory()
     predictor = Predictor(folder, model, batch_size, device)

@@ -21,10 +21,10 @@ def command(
 
     Example: `sparsepeft push out/topics me/topics --private`
     """
-    from sparsepeft_cli._console import err, out
+    from sparsepeft_cli.terminal.console import err, out
 
     with err.status("loading"):
-        from sparsepeft.training.pushing import push_to_hub
+        from sparsepeft.runs.pushing import push_to_hub
     with err.status(f"uploading to {repo_id}"):
         url = push_to_hub(folder, repo_id, private)
     out.print(url, highlight=False, soft_wrap=True)

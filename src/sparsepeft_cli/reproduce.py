@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
 from sparsepeft_cli import reproduce_figure2
-from sparsepeft_cli._errors import Command
-from sparsepeft_cli._help import PlainGroup
+from sparsepeft_cli.terminal import options
+from sparsepeft_cli.terminal.errors import Command
+from sparsepeft_cli.terminal.help import PlainGroup
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -129,10 +129,10 @@ def _matrix(
     import dataclasses
 
     from sparsepeft.errors import UserError
-    from sparsepeft.reproduction import Matrix
-    from sparsepeft.reproduction.matrix import SEEDS
     from sparsepeft.training import RunConfig, parse_settings
-    from sparsepeft.training.protocols import FEW_SHOT_EXAMPLES
+    from sparsepeft_research.reproduction import Matrix
+    from sparsepeft_research.reproduction.matrix import SEEDS
+    from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES
 
     protocol = _PROTOCOLS[table]
     if few_shot is not None and protocol != "few-shot":
@@ -156,10 +156,10 @@ def _matrix(
 def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None:
     from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.errors import RunFailed
-    from sparsepeft.reproduction import reproduce
-    from sparsepeft.reproduction.render import cells
-    from sparsepeft_cli._console import out, print_json, table
-    from sparsepeft_cli._matrix_progress import MatrixProgress
+    from sparsepeft_cli.terminal.console import out, print_json, table
+    from sparsepeft_cli.terminal.matrix_progress import MatrixProgress
+    from sparsepeft_research.reproduction import reproduce
+    from sparsepeft_research.reproduction.render import cells
 
     keep_freed_memory()
     with MatrixProgress() as progress:
@@ -185,8 +185,8 @@ def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None
 
 
 def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
-    from sparsepeft.reproduction import plan_of
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
+    from sparsepeft_research.reproduction import plan_of
 
     with err.status("checking names and data") as status:
         planned = plan_of(matrix, grid, measure=True, progress=status.update)
@@ -201,7 +201,7 @@ def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
 
 
 def _plan_parts(planned: list[Any]) -> list[Any]:
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     rows = [
         [p.run.name, p.state, _duration(p.seconds), f"{p.result['score']:.4f}" if p.result else ""] for p in planned

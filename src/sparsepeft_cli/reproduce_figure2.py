@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 def command(
@@ -37,11 +37,11 @@ def command(
 
     Example: `sparsepeft reproduce figure2 --data-dir DATA --max-length 128 --precision bf16`
     """
-    from sparsepeft.inspection.figure2 import reproduce_figure2
     from sparsepeft.training import parse_settings
-    from sparsepeft_cli._console import out, print_json
-    from sparsepeft_cli._progress import TrainingProgress
     from sparsepeft_cli.inspect import report_tables
+    from sparsepeft_cli.terminal.console import out, print_json
+    from sparsepeft_cli.terminal.progress import TrainingProgress
+    from sparsepeft_research.reproduction.figure2 import reproduce_figure2
 
     settings = parse_settings(set_ or [])
     with TrainingProgress() as progress:

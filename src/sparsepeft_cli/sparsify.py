@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
     Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=6`
     """
     from sparsepeft.training import parse_settings, sparsify_language_model
-    from sparsepeft_cli._console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
 
     settings = parse_settings(set_ or [], example="num_active_blocks=6")
     with err.status("converting"):
@@ -73,7 +73,7 @@ def command(
 
 def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
     """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
-    from sparsepeft_cli._console import table
+    from sparsepeft_cli.terminal.console import table
 
     columns = {
         "recall": report["recall"],

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
+from sparsepeft_cli.terminal import options
 
 
 @options.renamed({"--method": "--methods", "--tasks": "--num-tasks", "--head": "--head-type"})
@@ -42,7 +42,7 @@ def command(
     Example: `sparsepeft storage --model roberta-base --num-tasks 9`
     """
     from sparsepeft.storage import storage_report
-    from sparsepeft_cli._console import out, print_json
+    from sparsepeft_cli.terminal.console import out, print_json
 
     report = storage_report(
         model,
@@ -66,7 +66,7 @@ def command(
 
 
 def _tables(report: Any) -> list[Any]:
-    from sparsepeft_cli._console import megabytes, millions, table
+    from sparsepeft_cli.terminal.console import megabytes, millions, table
 
     title = (
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import _options as options
 from sparsepeft_cli._train_lm import train_lm
+from sparsepeft_cli.terminal import options
 
 _DATA, _METHOD, _TRAINING = "Data", "Model and method", "Training"
 _OUTPUT, _LM, _SPT = "Output", "Language models (--task lm)", "Sparse models (SPT)"
@@ -286,15 +286,15 @@ def command(
     check_early(flags, config, overwrite)
     from sparsepeft.allocator import keep_freed_memory
     from sparsepeft.training import is_language_model, load_config, parse_settings, train
-    from sparsepeft_cli._console import print_json
-    from sparsepeft_cli._progress import TrainingProgress
-    from sparsepeft_cli._summary import print_summary
+    from sparsepeft_cli.terminal.console import print_json
+    from sparsepeft_cli.terminal.progress import TrainingProgress
+    from sparsepeft_cli.terminal.summary import print_summary
 
     flags = {key: _plain(value) for key, value in flags.items()}
     flags["settings"] = parse_settings(set_ or [])
     flags["spt_set"] = parse_settings(spt_set, "--spt-set", "num_active_blocks=6") if spt_set else None
     if push_to_hub is not None:
-        from sparsepeft.training.pushing import check_repo_id
+        from sparsepeft.runs.pushing import check_repo_id
 
         check_repo_id(push_to_hub)
     keep_freed_memory()
@@ -322,8 +322,8 @@ def command(
 def _dry_run(flags: dict[str, Any], file: Path | None, overwrite: bool, json: bool, is_lm: bool) -> None:
     from sparsepeft.training import load_config, load_language_model_config
     from sparsepeft.training.dry_run import dry_run
-    from sparsepeft_cli._console import err, print_json
-    from sparsepeft_cli._summary import print_plan
+    from sparsepeft_cli.terminal.console import err, print_json
+    from sparsepeft_cli.terminal.summary import print_plan
 
     run = load_language_model_config(flags, file) if is_lm else load_config(flags, file)
     with err.status("measuring a few steps"):

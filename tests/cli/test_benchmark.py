@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import sparsepeft
 
-from sparsepeft.benchmarking.inference import device_throughput
+from sparsepeft_research.benchmarks.inference import device_throughput
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from sparsepeft.storage import METHODS as STORAGE_METHODS
-from sparsepeft_cli import _console, main
+from sparsepeft_cli import main
+from sparsepeft_cli.terminal import console as _console
 
 
 @dataclass

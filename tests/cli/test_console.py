@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sparsepeft_cli._console import table
+from sparsepeft_cli.terminal.console import table
 
 FIGURES = [[f"{row}.{column}e-07" for column in range(6)] for row in range(4)]
 ROWS = [[f"task number {row}, [x]", *figures] for row, figures in enumerate(FIGURES)]

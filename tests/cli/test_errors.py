@@ -11,8 +11,8 @@ import typer
 
 import sparsepeft_cli
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft_cli._errors import in_options
-from sparsepeft_cli._interrupts import Stop
+from sparsepeft_cli.terminal.errors import in_options
+from sparsepeft_cli.terminal.interrupts import Stop
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_end_is_one_line(
     def fail(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr("sparsepeft.training.history.read_history", fail)
+    monkeypatch.setattr("sparsepeft.runs.history.read_history", fail)
     monkeypatch.setattr(sys, "argv", ["sparsepeft", "history", "out"])
     with pytest.raises(SystemExit) as ended:
         sparsepeft_cli.main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsepeft.folders import UNFINISHED
-from sparsepeft.training.history import read_history, read_lines
+from sparsepeft.runs.history import read_history, read_lines
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import typer
 from tests.cli.test_help import COMMANDS
 
 from sparsepeft.errors import UserError
-from sparsepeft_cli._options import current_names, several, short_dtype, whole_numbers
+from sparsepeft_cli.terminal.options import current_names, several, short_dtype, whole_numbers
 
 OLD = [
     ("storage", ["--method", "lora"], ["--methods", "lora"]),
@@ -72,6 +72,6 @@ def test_an_option_takes_the_same_in_every_command(option: str) -> None:
 
 
 def test_every_command_is_one_whose_errors_name_options() -> None:
-    from sparsepeft_cli._errors import Command
+    from sparsepeft_cli.terminal.errors import Command
 
     assert all(isinstance(command, (Command, typer.core.TyperGroup)) for command in COMMANDS.values())

@@ -9,7 +9,7 @@ import pytest
 from tests.cli.test_cli import sparsepeft
 from tests.tiny import topics_rows, topics_text, write_jsonl
 
-from sparsepeft_cli._summary import duration, summary
+from sparsepeft_cli.terminal.summary import duration, summary
 
 RESULTS = {
     "task": "mails",

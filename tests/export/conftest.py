@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.conftest import save_task
+from tests.inference.conftest import save_task
 
 from sparsepeft import SpartanConfig
 from sparsepeft.export import export_tasks

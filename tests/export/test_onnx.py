@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx
 import pytest
-from tests.engine.conftest import save_task
 from tests.export.conftest import MEMORY, TASKS
 from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
+from tests.inference.conftest import save_task
 from tests.models import METHODS
 from tests.tiny import run_config, save_tiny_backbone
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.engine.conftest import save_task
 from tests.export.conftest import TASKS
 from tests.export.runners import TEXTS, assert_same
+from tests.inference.conftest import save_task
 from tests.models import METHODS
 from tests.tiny import run_config
 
@@ -18,7 +18,7 @@ from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
 from sparsepeft.export import export_tasks
 from sparsepeft.training import train
-from sparsepeft.tuners._files import plain_name
+from sparsepeft.tuners.files import plain_name
 
 
 def test_the_report_says_what_was_compared(exported_openvino: Path, folders: dict[str, Path]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sparsepeft.export import export_tasks
+from sparsepeft.runs.config import RunConfig
 from sparsepeft.tasks import load_task
 from sparsepeft.training import train
-from sparsepeft.training.config import RunConfig
 
 TASKS = ("sst2", "mrpc", "rte", "cola", "stsb", "bbc-news")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.test_engine import BAD_INPUTS
 from tests.export.conftest import TASKS
 from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
+from tests.inference.test_engine import BAD_INPUTS
 
 from sparsepeft import MultiTaskEngine
 

@@ -12,9 +12,9 @@ from tests.tiny import topics_rows
 
 from sparsepeft.errors import UserError
 from sparsepeft.inspection import inspect_run
-from sparsepeft.inspection.anneal import AnnealTopK
-from sparsepeft.inspection.figure2 import reproduce_figure2
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.reproduction.anneal import AnnealTopK
+from sparsepeft_research.reproduction.figure2 import reproduce_figure2
 
 pytestmark = pytest.mark.slow
 
@@ -101,9 +101,9 @@ def test_figure_2(tiny_backbone: Path, bbc: Path, tmp_path: Path, monkeypatch: p
     def never(*args: object) -> None:
         raise AssertionError("a finished training was repeated")
 
-    monkeypatch.setattr("sparsepeft.inspection.figure2.train", never)
+    monkeypatch.setattr("sparsepeft_research.reproduction.figure2.train", never)
     for name in ("write_inspection", "save_figure"):  # drawing takes its time
-        monkeypatch.setattr(f"sparsepeft.inspection.figure2.{name}", lambda *args: None)
+        monkeypatch.setattr(f"sparsepeft_research.reproduction.figure2.{name}", lambda *args: None)
     assert reproduce_figure2(output, **values) == report
     with pytest.raises(UserError, match="finished run with other values of settings"):
         reproduce_figure2(output, top_k=3, **values)

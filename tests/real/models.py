@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sparsepeft import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
-from sparsepeft.training.recipes import get_recipe
+from sparsepeft.methods.recipes import get_recipe
 
 MPNET, GEMMA = "all-mpnet-base-v2", "gemma-3-270m"
 LENGTH = 24  # tokens of a text

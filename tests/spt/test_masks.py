@@ -12,7 +12,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from sparsepeft.spt.masks import dense_mask, read_mask, sparse_mask
+from sparsepeft.models.masks import dense_mask, read_mask, sparse_mask
 
 B, T = 2, 7
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sparsepeft.methods.sparse import read_spt_settings
+from sparsepeft.runs.config import parse_settings
 from sparsepeft.spt import SptConfig
-from sparsepeft.training.config import parse_settings
-from sparsepeft.training.sparse import read_spt_settings
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from transformers.models.bert.modeling_bert import BertAttention
 from sparsepeft import HeadConfig
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
+from sparsepeft.inference.encoding import Collator
+from sparsepeft.methods.models import extend, load_backbone, load_tokenizer
 from sparsepeft.training import train
 from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
-from sparsepeft.training.encoding import Collator
-from sparsepeft.training.methods import extend, load_backbone, load_tokenizer
 from sparsepeft.training.run import load_data, prepare_data
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
-from sparsepeft.spt import load_sparse, sparsification
-from sparsepeft.training import LanguageModelConfig, Predictor, evaluate, sparsify_language_model, train_language_model
-from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
-from sparsepeft.training.lm_data import (
+from sparsepeft.methods.language_models import perplexity
+from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.runs.corpus import (
     begin_token,
     cut,
     evenly_spaced,
@@ -30,8 +29,9 @@ from sparsepeft.training.lm_data import (
     num_predicted,
     read_documents,
 )
-from sparsepeft.training.lm_model import perplexity
-from sparsepeft.training.methods import load_tokenizer
+from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.spt import load_sparse, sparsification
+from sparsepeft.training import LanguageModelConfig, Predictor, evaluate, sparsify_language_model, train_language_model
 from sparsepeft.training.trainer import last_checkpoint
 
 SPT = {"top_l": 0.25, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}

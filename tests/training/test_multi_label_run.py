@@ -10,8 +10,8 @@ from tests.tiny import topics_rows, write_jsonl
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.inspection import inspect_run
+from sparsepeft.runs.files import RUN, spec_of
 from sparsepeft.training import Predictor, RunConfig, train
-from sparsepeft.training.files import RUN, spec_of
 
 pytestmark = pytest.mark.slow
 

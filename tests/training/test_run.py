@@ -18,11 +18,11 @@ from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, w
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED
+from sparsepeft.methods.recipes import METHODS
+from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.runs.history import read_history
+from sparsepeft.runs.output_folder import check_output_folder
 from sparsepeft.training import Predictor, RunConfig, evaluate, train
-from sparsepeft.training.files import CHECKPOINTS, RESULTS, RUN
-from sparsepeft.training.history import read_history
-from sparsepeft.training.output_folder import check_output_folder
-from sparsepeft.training.recipes import METHODS
 from sparsepeft.training.stopping import StopAfterStep
 from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
 
@@ -253,7 +253,7 @@ def test_a_full_disk_at_the_end_leaves_what_was_there(
 ) -> None:
     train(run_config(tiny_backbone, tmp_path, max_steps=2))
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    import sparsepeft.training.files as files
+    import sparsepeft.runs.files as files
 
     def full(source: Any, target: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

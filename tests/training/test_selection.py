@@ -9,8 +9,8 @@ import pytest
 from tests.tiny import run_config, topics_rows, write_jsonl
 
 from sparsepeft.errors import UserError
+from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.training import RunConfig, train
-from sparsepeft.training.methods import load_tokenizer
 from sparsepeft.training.run import PreparedData, load_data, prepare_data
 
 

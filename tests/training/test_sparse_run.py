@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tests.tiny import Interrupt, run_config
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.files import RESULTS
 from sparsepeft.spt import sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, load_config, train
-from sparsepeft.training.files import RESULTS
 
 SPT = {"top_l": 0.5, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
 

@@ -27,7 +27,7 @@ from tests.models import (
 from torch import nn
 
 from sparsepeft import SpartanConfig
-from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners.layer import TaskTunerLayer
 
 every_architecture = pytest.mark.parametrize(("method", "name"), SUPPORTED)
 

@@ -13,8 +13,8 @@ from tests.models import ARCHITECTURES, METHODS, SUPPORTED, D, adapted, build, c
 from torch import nn
 from torch.nn import functional as F
 
-from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.tuners.layer import TaskTunerLayer
 
 POST_LN = ["bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "bart", "bart-seqcls"]
 POST_LN += ["wav2vec2", "xlnet"]

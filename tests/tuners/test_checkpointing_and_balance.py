@@ -28,8 +28,8 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sparsepeft import SpartanConfig, SptConfig, sparsify
+from sparsepeft.models import loss_scale as _loss_scale
 from sparsepeft.ops.load_balancing import load_balancing_loss
-from sparsepeft.tuners import _loss_scale
 from sparsepeft.tuners.spartan import SpartanLayer
 
 KINDS = pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])

@@ -162,7 +162,7 @@ def test_an_adapter_of_a_model_that_was_never_saved_is_checked_too(tmp_path) -> 
 
 
 def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> None:
-    from sparsepeft.tuners._identity import check_fingerprint, fingerprint
+    from sparsepeft.models.identity import check_fingerprint, fingerprint
 
     def model(last: float) -> torch.nn.Module:
         made = torch.nn.Linear(2**13, 2**11 + 4, bias=False, dtype=torch.bfloat16)  # float32 rounds its last index up
@@ -177,7 +177,7 @@ def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> Non
 
 
 def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
-    from sparsepeft.tuners._identity import fingerprint
+    from sparsepeft.models.identity import fingerprint
 
     module = torch.nn.Linear(1000, 100, bias=False)
     module.weight.data = torch.arange(100_000.0).reshape(100, 1000)
@@ -187,7 +187,7 @@ def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
 
 def test_partitioned_parameters_are_gathered(monkeypatch) -> None:
     """DeepSpeed is not installed here: a stand-in that empties parameters and fills them as ZeRO-3 does."""
-    from sparsepeft.tuners import _identity
+    from sparsepeft.models import identity as _identity
 
     model = build("bert")
     expected = _identity.fingerprint(model)
@@ -210,7 +210,7 @@ def test_partitioned_parameters_are_gathered(monkeypatch) -> None:
 
 
 def test_checking_a_model_of_125_million_parameters_takes_under_a_second() -> None:
-    from sparsepeft.tuners._identity import check_fingerprint, fingerprint
+    from sparsepeft.models.identity import check_fingerprint, fingerprint
 
     with torch.device("meta"):
         model = hf.RobertaModel(hf.RobertaConfig())

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
-from sparsepeft.tuners._quantized import dequantize, quantize
+from sparsepeft.models.quantized import dequantize, quantize
 
 TASK_METHODS = METHODS | {"head": HeadConfig}
 INPUTS = ARCHITECTURES["bert"].inputs()

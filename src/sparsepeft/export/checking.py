@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsepeft.engine import MultiTaskEngine
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask
-from sparsepeft.predictions import Text
+from sparsepeft.inference import MultiTaskEngine
+from sparsepeft.inference.predictions import Text
+from sparsepeft.runs.files import RUN
+from sparsepeft.runs.stored import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
-from sparsepeft.training.files import RUN
-from sparsepeft.training.stored import CHANGED, held_out_data
 
 
 class Runs(Protocol):

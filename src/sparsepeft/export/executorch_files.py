@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from sparsepeft.errors import RunFailed
 from sparsepeft.export.files import TASKS, TOKENIZER, file_sizes, write_description, write_task, write_tokenizer
 from sparsepeft.export.job import Job, check
-from sparsepeft.predictions import Text, prediction
+from sparsepeft.inference.predictions import Text, prediction
 
 PROGRAM = "backbone.pte"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from sparsepeft import folders
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
+from sparsepeft.models.quantized import INT8, cast_for_saving
 from sparsepeft.provenance import write_json
-from sparsepeft.training.files import RUN
-from sparsepeft.tuners._files import PEFT_PREFIX
-from sparsepeft.tuners._quantized import INT8, cast_for_saving
+from sparsepeft.runs.files import RUN
+from sparsepeft.tuners.files import PEFT_PREFIX
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
 WRITTEN = (REPORT, RUNNER, TOKENIZER, TASKS, "backbone.*")

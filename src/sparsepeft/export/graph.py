@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from sparsepeft.errors import RunFailed
 from sparsepeft.export.tasks import ExportTask, Shape, Tensors
 from sparsepeft.layers import SparseMemory
-from sparsepeft.training.methods import loading_adapter
-from sparsepeft.tuners._files import saved_names
+from sparsepeft.methods.models import loading_adapter
+from sparsepeft.tuners.files import saved_names
 
 _BATCH, _LENGTH = 3, 7  # of the traced example; any numbers above 1 that differ from the model's own sizes
 

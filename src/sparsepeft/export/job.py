@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.engine import MultiTaskEngine
-from sparsepeft.engine.engine import load_backbone
 from sparsepeft.errors import RunFailed
 from sparsepeft.export.checking import (
     Answers,
@@ -24,8 +22,10 @@ from sparsepeft.export.checking import (
 )
 from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
-from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.methods import load_tokenizer, set_pad_token
+from sparsepeft.inference import MultiTaskEngine
+from sparsepeft.inference.encoding import longest_input
+from sparsepeft.inference.engine import load_backbone
+from sparsepeft.methods.models import load_tokenizer, set_pad_token
 
 
 class Job:

@@ -23,7 +23,7 @@ from sparsepeft.export.files import (
 )
 from sparsepeft.export.job import Job, add_changes, check
 from sparsepeft.export.onnx_graph import IR_VERSION, OPSET, graph_of, open_adapter, quantize
-from sparsepeft.tuners._quantized import INT8
+from sparsepeft.models.quantized import INT8
 
 if TYPE_CHECKING:
     import onnx

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.export.job import Job
 from sparsepeft.export.tasks import Shape
-from sparsepeft.tuners._quantized import SCALE, is_stored_as_int8
+from sparsepeft.models.quantized import SCALE, is_stored_as_int8
 
 if TYPE_CHECKING:
     import onnx
@@ -100,7 +100,7 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
     Args:
         model: from :func:`to_onnx` or :func:`quantize`; changed in place.
         shapes: of the adapter's tensors.
-        int8: they come as :func:`sparsepeft.tuners._quantized.quantize` makes them.
+        int8: they come as :func:`sparsepeft.models.quantized.quantize` makes them.
 
     Returns:
         ``model``, whose graph is named after its content.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from sparsepeft.backbones import backbone_of_run, resolve_model
-from sparsepeft.engine.task import TaskInfo, read_task
 from sparsepeft.errors import UserError
-from sparsepeft.training.files import RUN, read_run
+from sparsepeft.inference.task import TaskInfo, read_task
+from sparsepeft.runs.files import RUN, read_run
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 Tensors = dict[str, torch.Tensor]

@@ -12,14 +12,14 @@ from datasets import Dataset
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inspection.collect import find_memories, inspect_memories
 from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.words import encode_with_words
+from sparsepeft.runs.stored import held_out_data
 from sparsepeft.tasks import TaskData, subsample
 from sparsepeft.tasks.labels import SINGLE
-from sparsepeft.training.inference import Predictor
-from sparsepeft.training.stored import held_out_data
 
 _BATCHES_SORTED = 32  # so many batches are sorted by length together
 

@@ -20,14 +20,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.feed_forwards import FeedForward
 from sparsepeft.provenance import write_bytes, write_json
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.state import SptState
-from sparsepeft.spt.structure import FeedForward
-from sparsepeft.tuners._card import write_card
-from sparsepeft.tuners._context import ForwardContext
-from sparsepeft.tuners._files import PEFT_PREFIX
+from sparsepeft.tuners.card import write_card
 from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.files import PEFT_PREFIX
 
 SETTINGS = "spt_settings"
 FeedForwards = list[tuple[FeedForward, RoutedFeedForward]]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.masks import SparseMask, dense_mask, read_mask, sparse_mask
 from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.spt.masks import SparseMask, dense_mask, read_mask, sparse_mask
 from sparsepeft.spt.state import SptState
-from sparsepeft.tuners._context import ForwardContext
 
 logger = logging.getLogger(__name__)
 

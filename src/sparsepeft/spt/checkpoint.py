@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsepeft.models.blocks import unwrap
+from sparsepeft.models.feed_forwards import FeedForward
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.projections import inner_dims
 from sparsepeft.spt.state import SptState
-from sparsepeft.spt.structure import FeedForward
-from sparsepeft.tuners._blocks import unwrap
 
 FeedForwards = list[tuple[FeedForward, RoutedFeedForward]]
 _ADDED, _OWN = "spt.", "original_module."  # before an added tensor's name in a checkpoint; in SptState's

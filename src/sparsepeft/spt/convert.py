@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.feed_forwards import FeedForward, find_feed_forwards
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.adapters import SparseSettings
 from sparsepeft.spt.attention import NAME, AttentionCall, SparseAttention, recording, vectors_of
@@ -34,9 +37,6 @@ from sparsepeft.spt.router import (
     start_from_weights,
 )
 from sparsepeft.spt.state import Settings
-from sparsepeft.spt.structure import FeedForward, find_feed_forwards
-from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._context import ForwardContext
 
 _ATTRIBUTE = "sparsification"
 

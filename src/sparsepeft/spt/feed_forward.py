@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsepeft.models.context import ForwardContext, attach_loss
+from sparsepeft.models.feed_forwards import FeedForward
 from sparsepeft.ops.load_balancing import routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn import Projection, route, routed_ffn
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.projections import inner_tensors, read_projection
 from sparsepeft.spt.router import Router, Start
 from sparsepeft.spt.state import SptState
-from sparsepeft.spt.structure import FeedForward
-from sparsepeft.tuners._context import ForwardContext, attach_loss
 
 
 class RoutedFeedForward(nn.Module):

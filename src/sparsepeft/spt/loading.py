@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, first_line
+from sparsepeft.models.feed_forwards import find_feed_forwards, weight_of
 from sparsepeft.provenance import write_bytes
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import COMPENSATION, Start
 from sparsepeft.spt.state import SptState, read_settings
-from sparsepeft.spt.structure import find_feed_forwards, weight_of
 
 SPARSE_WEIGHTS = "spt.safetensors"
 _PREFIX, _SETTINGS, _CODEBOOKS = "base_model.model.", "spt_settings.settings", ".spt.state.codebooks"

@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparsepeft.models.blocks import unwrap
+from sparsepeft.models.feed_forwards import weight_of
 from sparsepeft.ops.routed_ffn import LowRank, Projection
 from sparsepeft.spt.state import in_use
-from sparsepeft.spt.structure import weight_of
-from sparsepeft.tuners._blocks import unwrap
 from sparsepeft.tuners.bitfit import BiasShift
 
 

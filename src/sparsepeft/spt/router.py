@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsepeft.models.feed_forwards import FeedForward, weight_of
 from sparsepeft.ops.routed_ffn import Projection
 from sparsepeft.ops.routed_ffn.projections import project
 from sparsepeft.spt.compensation import Compensation, fit_compensation
 from sparsepeft.spt.regression import fit_ridge
-from sparsepeft.spt.structure import FeedForward, weight_of
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512

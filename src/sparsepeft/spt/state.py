@@ -10,9 +10,9 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.context import ForwardContext, Routing
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.tuners._adapters import AdapterDict
-from sparsepeft.tuners._context import ForwardContext, Routing
 
 
 class SptState(ModulesToSaveWrapper):

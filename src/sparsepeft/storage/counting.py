@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from sparsepeft.errors import UserError
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.heads import count_head_parameters, find_head
+from sparsepeft.models.quantized import cast_for_saving
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
-from sparsepeft.tuners._blocks import find_blocks
-from sparsepeft.tuners._heads import count_head_parameters, find_head
-from sparsepeft.tuners._quantized import cast_for_saving
 from sparsepeft.tuners.base import TaskTuner
 
 METHODS = ("full", "houlsby", "pfeiffer", "lora", "bitfit", "head", "spartan")

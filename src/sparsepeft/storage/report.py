@@ -11,10 +11,10 @@ import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.models.quantized import INT8
 from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
-from sparsepeft.storage.paper import PaperFigure, is_roberta_base, paper_figures, paper_notes
-from sparsepeft.tuners._quantized import INT8
 from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name, require_choice, require_positive
+from sparsepeft_research.reproduction.paper_storage import PaperFigure, is_roberta_base, paper_figures, paper_notes
 
 
 @dataclass(frozen=True)

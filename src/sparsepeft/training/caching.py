@@ -18,9 +18,9 @@ from datasets import Dataset
 from torch import nn
 
 from sparsepeft.errors import UserError
-from sparsepeft.training.encoding import Collator
-from sparsepeft.tuners._blocks import Block, find_blocks
-from sparsepeft.tuners._partial import PartialPasses
+from sparsepeft.inference.encoding import Collator
+from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.partial import PartialPasses
 
 STATES, INDEX = "cached_states", "cache_index"
 

@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from sparsepeft.errors import UserError
+from sparsepeft.inference.predictor import Prediction, Predictor
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import read_run
+from sparsepeft.runs.output_folder import RUN
 from sparsepeft.tasks import load_task
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.files import read_run
-from sparsepeft.training.inference import Prediction, Predictor
-from sparsepeft.training.output_folder import RUN
 from sparsepeft.training.run import train
 
 TASK = "topics"

@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.files import check_folder, describe_run, write_weights
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import check_folder, describe_run, write_weights
+from sparsepeft.runs.lm_config import LanguageModelConfig
 from sparsepeft.training.language_model import train_language_model
-from sparsepeft.training.lm_config import LanguageModelConfig
 from sparsepeft.training.plan import RunPlan
 from sparsepeft.training.run import train
 

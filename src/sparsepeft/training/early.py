@@ -9,10 +9,10 @@ from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import check_not_in_use
+from sparsepeft.methods.recipes import METHODS, RECIPES
+from sparsepeft.runs.config_file import read_config
+from sparsepeft.runs.output_folder import check_output_folder
 from sparsepeft.tasks.early import check_task
-from sparsepeft.training.config_file import read_config
-from sparsepeft.training.output_folder import check_output_folder
-from sparsepeft.training.recipes import METHODS, RECIPES
 
 _FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
 

@@ -15,21 +15,28 @@ from transformers.trainer_callback import PrinterCallback
 from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
-from sparsepeft.provenance import environment, write_json
-from sparsepeft.training.card import write_model_card
-from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.files import (
-    CHECKPOINTS,
-    RESULTS,
-    RESULTS_VERSION,
-    describe_run,
-    open_run,
-    read_run,
-    write_weights,
+from sparsepeft.inference.encoding import longest_input
+from sparsepeft.methods.language_models import (
+    CALIBRATION_BLOCKS,
+    add_adapter,
+    count_trained,
+    load_language_model,
+    load_trained_language_model,
+    perplexity,
 )
-from sparsepeft.training.held_out import not_held_out_any_more, read_held_out, write_held_out
-from sparsepeft.training.lm_config import LM, LanguageModelConfig
-from sparsepeft.training.lm_data import (
+from sparsepeft.methods.models import (
+    Model,
+    adapter_config,
+    backbone_bytes,
+    fingerprint_of,
+    load_tokenizer,
+    to_accelerator,
+)
+from sparsepeft.methods.recipes import Recipe
+from sparsepeft.methods.sparse import describe, make_sparse
+from sparsepeft.provenance import environment, write_json
+from sparsepeft.runs.card import write_model_card
+from sparsepeft.runs.corpus import (
     Corpus,
     begin_token,
     cut,
@@ -40,29 +47,22 @@ from sparsepeft.training.lm_data import (
     num_predicted,
     read_documents,
 )
-from sparsepeft.training.lm_model import (
-    CALIBRATION_BLOCKS,
-    add_adapter,
-    count_trained,
-    load_language_model,
-    load_trained_language_model,
-    perplexity,
+from sparsepeft.runs.files import (
+    CHECKPOINTS,
+    RESULTS,
+    RESULTS_VERSION,
+    describe_run,
+    open_run,
+    read_run,
+    write_weights,
 )
-from sparsepeft.training.methods import (
-    Model,
-    adapter_config,
-    backbone_bytes,
-    fingerprint_of,
-    load_tokenizer,
-    to_accelerator,
-)
+from sparsepeft.runs.held_out import not_held_out_any_more, read_held_out, write_held_out
+from sparsepeft.runs.lm_config import LM, LanguageModelConfig
+from sparsepeft.runs.output_folder import HISTORY, LOGS
 from sparsepeft.training.outcome import hyperparameters
-from sparsepeft.training.output_folder import HISTORY, LOGS
 from sparsepeft.training.plan import Announcer, RunPlan
-from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.recorder import Recorder
 from sparsepeft.training.reporting import make_reporters
-from sparsepeft.training.sparse import describe, make_sparse
 from sparsepeft.training.trainer import SafeTrainer, resumable, training_arguments, training_device
 
 _NUM_CHECKPOINTS = 10
@@ -78,7 +78,7 @@ def train_language_model(
     """Make the model sparse if that is asked for, fine-tune it, measure its perplexity, save.
 
     Documents are joined with the end-of-text token and cut into blocks, each a row of its own that begins with the
-    begin-of-text token (see :mod:`sparsepeft.training.lm_data`). Perplexity on the
+    begin-of-text token (see :mod:`sparsepeft.runs.corpus`). Perplexity on the
     validation blocks is measured before and after; before also of the dense model, so that what the conversion alone
     does can be seen. The output folder then holds the weights (for adapters: adapter, routers and codebooks only),
     ``run.json`` and ``results.json``. They come there together, when the run is finished; an interrupted run goes on

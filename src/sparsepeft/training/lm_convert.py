@@ -12,11 +12,16 @@ from transformers import AutoConfig
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.folders import check_output, replacing
+from sparsepeft.inference.encoding import longest_input
+from sparsepeft.methods.language_models import (
+    CALIBRATION_BLOCKS,
+    load_language_model,
+    perplexity,
+)
+from sparsepeft.methods.models import load_tokenizer, to_accelerator
+from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment, write_json
-from sparsepeft.spt import save_sparse
-from sparsepeft.spt.loading import SPARSE_WEIGHTS
-from sparsepeft.training.encoding import longest_input
-from sparsepeft.training.lm_data import (
+from sparsepeft.runs.corpus import (
     begin_token,
     cut,
     evenly_spaced,
@@ -25,13 +30,8 @@ from sparsepeft.training.lm_data import (
     num_predicted,
     read_documents,
 )
-from sparsepeft.training.lm_model import (
-    CALIBRATION_BLOCKS,
-    load_language_model,
-    perplexity,
-)
-from sparsepeft.training.methods import load_tokenizer, to_accelerator
-from sparsepeft.training.sparse import describe, make_sparse, read_spt_settings
+from sparsepeft.spt import save_sparse
+from sparsepeft.spt.loading import SPARSE_WEIGHTS
 
 REPORT = "spt.json"
 WRITTEN = (REPORT, SPARSE_WEIGHTS)

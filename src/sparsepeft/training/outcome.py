@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from transformers import Trainer
 
+from sparsepeft.methods.recipes import Recipe
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.lm_config import LanguageModelConfig
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.metrics import report
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.lm_config import LanguageModelConfig
 from sparsepeft.training.loss import TaskLoss
-from sparsepeft.training.recipes import Recipe
 
 _ERRORS = ("mae", "rmse")
 

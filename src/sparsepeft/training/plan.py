@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.lm_config import LanguageModelConfig
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.lm_config import LanguageModelConfig
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
+from sparsepeft.inference.encoding import longest_input
 from sparsepeft.tasks import load_task
 from sparsepeft.tasks.loading import own_options
 from sparsepeft.tasks.local import describe_files
 from sparsepeft.tasks.preview import describe_data, describe_lengths
 from sparsepeft.tasks.registry import canonical_name
-from sparsepeft.training.encoding import longest_input
 
 
 def preview(task: str, model: str | None = None, **options: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        from sparsepeft.training.methods import not_loaded  # PEFT takes a second
+        from sparsepeft.methods.models import not_loaded  # PEFT takes a second
 
         raise UserError(not_loaded("tokenizer of the model", name, error)) from error
     limit = longest_input(tokenizer, config, None)

@@ -20,24 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
-from sparsepeft.provenance import OtherLoad, environment, write_json
-from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
-from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
-from sparsepeft.training.card import write_model_card
-from sparsepeft.training.config import RunConfig
-from sparsepeft.training.encoding import Collator, encode, longest_input
-from sparsepeft.training.files import (
-    CHECKPOINTS,
-    RESULTS,
-    describe_run,
-    open_run,
-    results_of,
-    scored_part,
-    write_weights,
-)
-from sparsepeft.training.held_out import save_held_out
-from sparsepeft.training.loss import check_loss, task_loss
-from sparsepeft.training.methods import (
+from sparsepeft.inference.encoding import Collator, encode, longest_input
+from sparsepeft.methods.models import (
     adapter_config,
     backbone_bytes,
     count_parameters,
@@ -48,13 +32,29 @@ from sparsepeft.training.methods import (
     note_on_head,
     to_accelerator,
 )
+from sparsepeft.methods.recipes import Recipe
+from sparsepeft.methods.sparse import count_routers, describe, make_sparse
+from sparsepeft.provenance import OtherLoad, environment, write_json
+from sparsepeft.runs.card import write_model_card
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import (
+    CHECKPOINTS,
+    RESULTS,
+    describe_run,
+    open_run,
+    results_of,
+    scored_part,
+    write_weights,
+)
+from sparsepeft.runs.held_out import save_held_out
+from sparsepeft.runs.output_folder import HISTORY, LOGS
+from sparsepeft.tasks import TaskData, TaskSpec, few_shot, load_task, split_train, subsample
+from sparsepeft.training.caching import CachingCollator, FrozenLayerCache
+from sparsepeft.training.loss import check_loss, task_loss
 from sparsepeft.training.outcome import describe_scores, hyperparameters
-from sparsepeft.training.output_folder import HISTORY, LOGS
 from sparsepeft.training.plan import Announcer, RunPlan
-from sparsepeft.training.recipes import Recipe
 from sparsepeft.training.recorder import Recorder
 from sparsepeft.training.reporting import make_reporters
-from sparsepeft.training.sparse import count_routers, describe, make_sparse
 from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
 
 logger = logging.getLogger(__name__)

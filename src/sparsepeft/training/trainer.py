@@ -17,9 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
+from sparsepeft.methods.recipes import Recipe
 from sparsepeft.training.caching import STATES, FrozenLayerCache
 from sparsepeft.training.loss import TaskLoss
-from sparsepeft.training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
 _LITTLE = 1 << 20  # bytes

@@ -1,9 +1,9 @@
 """The package's methods for PEFT. Importing this module registers them."""
 
-from sparsepeft.tuners._registry import BITFIT, BOTTLENECK, HEAD, SPARTAN, register
 from sparsepeft.tuners.bitfit import BitFitConfig, BitFitModel
 from sparsepeft.tuners.bottleneck import BottleneckConfig, BottleneckModel, load_adapterhub
 from sparsepeft.tuners.head import HeadConfig, HeadModel
+from sparsepeft.tuners.registry import BITFIT, BOTTLENECK, HEAD, SPARTAN, register
 from sparsepeft.tuners.spartan import SpartanConfig, SpartanModel
 
 register(SPARTAN, SpartanConfig, SpartanModel)

@@ -14,13 +14,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from sparsepeft.tuners._adapters import AdapterDict
-from sparsepeft.tuners._blocks import Block, find_blocks
-from sparsepeft.tuners._card import keep_section
-from sparsepeft.tuners._context import BASE, ForwardContext
-from sparsepeft.tuners._embeddings import resized_embeddings
-from sparsepeft.tuners._files import own_names
-from sparsepeft.tuners._heads import (
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.context import BASE, ForwardContext
+from sparsepeft.models.embeddings import resized_embeddings
+from sparsepeft.models.heads import (
     HeadModule,
     HeadSpec,
     Labels,
@@ -30,11 +28,13 @@ from sparsepeft.tuners._heads import (
     find_head,
     move_unless_meta,
 )
-from sparsepeft.tuners._identity import backbone_parameters, check_fingerprint, fingerprint
-from sparsepeft.tuners._layer import MERGE_REFUSED, TaskTunerLayer, execution_device
-from sparsepeft.tuners._loading import rename_for_loading
-from sparsepeft.tuners._quantized import INT8, cast_for_saving
+from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.models.quantized import INT8, cast_for_saving
+from sparsepeft.tuners.card import keep_section
 from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.files import own_names
+from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
+from sparsepeft.tuners.loading import rename_for_loading
 
 
 class TaskTuner(BaseTuner):

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsepeft.tuners._adapters import AdapterDict
-from sparsepeft.tuners._blocks import Block
-from sparsepeft.tuners._context import ForwardContext
-from sparsepeft.tuners._layer import TaskTunerLayer
-from sparsepeft.tuners._registry import BITFIT
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import Block
+from sparsepeft.models.context import ForwardContext
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.layer import TaskTunerLayer
+from sparsepeft.tuners.registry import BITFIT
 
 
 @dataclass(repr=False)

@@ -8,10 +8,10 @@ from typing import Any
 
 from peft import PeftConfig
 
+from sparsepeft.models.quantized import INT8
 from sparsepeft.reprs import changed_fields
-from sparsepeft.tuners._card import write_card
-from sparsepeft.tuners._files import convert_saved
-from sparsepeft.tuners._quantized import INT8
+from sparsepeft.tuners.card import write_card
+from sparsepeft.tuners.files import convert_saved
 
 FORMAT_VERSION = 1
 _IN_EVERY_FILE = ("peft_type", "auto_mapping", "peft_version", "backbone_fingerprint", "format_version")

@@ -8,11 +8,11 @@ from typing import Any
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from sparsepeft.tuners._blocks import Block, find_blocks
-from sparsepeft.tuners._heads import HeadSpec
-from sparsepeft.tuners._registry import HEAD
+from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.heads import HeadSpec
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.registry import HEAD
 
 
 @dataclass(repr=False)

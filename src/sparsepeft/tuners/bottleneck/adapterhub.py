@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsepeft.errors import UserError
-from sparsepeft.tuners._blocks import Block, find_blocks
-from sparsepeft.tuners._heads import find_head
+from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.heads import find_head
 from sparsepeft.tuners.bottleneck.config import BottleneckConfig
 
 _NAMED_CONFIGS = {"pfeiffer": "pfeiffer", "seq_bn": "pfeiffer", "houlsby": "houlsby", "double_seq_bn": "houlsby"}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from transformers.activations import ACT2FN
 
 from sparsepeft.errors import unknown_name
-from sparsepeft.tuners._registry import BOTTLENECK
 from sparsepeft.tuners.config import TaskAdapterConfig, require_choice, require_positive
+from sparsepeft.tuners.registry import BOTTLENECK
 
 STYLES = ("pfeiffer", "houlsby")
 _NON_LINEARITY = {"pfeiffer": "relu", "houlsby": "silu"}

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from sparsepeft.layers import BottleneckAdapter
-from sparsepeft.tuners._adapters import AdapterDict
-from sparsepeft.tuners._blocks import Block
-from sparsepeft.tuners._context import ForwardContext
-from sparsepeft.tuners._layer import TaskTunerLayer
-from sparsepeft.tuners._sublayers import find_sublayer
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import Block
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.sublayers import find_sublayer
 from sparsepeft.tuners.bottleneck.config import BottleneckConfig
+from sparsepeft.tuners.layer import TaskTunerLayer
 
 
 class BottleneckLayer(TaskTunerLayer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from sparsepeft.tuners._registry import SPARTAN
 from sparsepeft.tuners.config import TaskAdapterConfig, require_choice, require_positive
+from sparsepeft.tuners.registry import SPARTAN
 
 IMPLS = ("auto", "reference", "masked", "selected", "triton")
 

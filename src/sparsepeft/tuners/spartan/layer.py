@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from sparsepeft.layers import SparseMemory
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import Block
+from sparsepeft.models.context import ForwardContext, attach_loss
 from sparsepeft.ops.load_balancing import load_balancing_loss
-from sparsepeft.tuners._adapters import AdapterDict
-from sparsepeft.tuners._blocks import Block
-from sparsepeft.tuners._context import ForwardContext, attach_loss
-from sparsepeft.tuners._layer import TaskTunerLayer
+from sparsepeft.tuners.layer import TaskTunerLayer
 from sparsepeft.tuners.spartan.config import SpartanConfig
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsepeft.tuners._heads import HeadModule, HeadSpec, copy_with_labels
-from sparsepeft.tuners._identity import is_quantized
+from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
+from sparsepeft.models.identity import is_quantized
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.spartan.config import SpartanConfig

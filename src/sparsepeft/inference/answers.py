@@ -1,0 +1,208 @@
+"""What a run answers: a row for each question, as soon as it can be given, for JSON lines or CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparsepeft.errors import UserError
+from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.predictor import Predictor
+from sparsepeft.inference.questions import Question
+from sparsepeft.tasks import TaskSpec
+
+FORMATS = ("jsonl", "csv")
+_OURS = "predicted_"  # before names that the row has already
+_BATCHES = 8  # that are sorted by length together
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question's columns and the prediction for it."""
+
+    columns: dict[str, Any]
+    prediction: Prediction
+
+    def row(self) -> dict[str, Any]:
+        """The columns as they came, then ``label``, ``score`` and ``scores`` (or ``labels``, or ``error``).
+
+        An input that was longer than the task takes has ``truncated``.
+
+        Scores are rounded to four digits, predicted values to six. A name that is a column already (often the truth)
+        stays the column's; ours is then called ``predicted_label``.
+        """
+        return self._named(self._found())
+
+    def flat_row(self, spec: TaskSpec) -> dict[str, Any]:
+        """Like :meth:`row`, for formats without nesting: a column for each label's score, and ``error`` in all rows."""
+        found = self._found()
+        error, scores = found.pop("error", None), found.pop("scores", {})
+        found.pop("truncated", None)
+        if spec.label_names is None:
+            cells: dict[str, Any] = {"score": None}
+        else:
+            first: dict[str, Any] = {"labels": None} if spec.multi_label else {"label": None, "score": None}
+            cells = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
+        cells |= found | {"error": error}
+        if cells.get("labels") is not None:
+            cells["labels"] = "|".join(cells["labels"])
+        return self._named(cells)
+
+    def _found(self) -> dict[str, Any]:
+        one = self.prediction
+        cut = {"truncated": True} if one.truncated else {}
+        if one.error is not None:
+            return {"error": one.error}
+        if one.label is None:
+            return {"score": float(f"{one.score:.6g}"), **cut}
+        scores = {name: float(f"{score:.4g}") for name, score in one.scores.items()}
+        if one.labels is not None:
+            return {"labels": list(one.labels), "scores": scores, **cut}
+        return {"label": one.label, "score": scores[one.label], "scores": scores, **cut}
+
+    def _named(self, found: dict[str, Any]) -> dict[str, Any]:
+        row = dict(self.columns)
+        for name, value in found.items():
+            while name in self.columns:
+                name = _OURS + name
+            row[name] = value
+        return row
+
+
+def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list[Answer]]:
+    """Answer questions in order, those together that have come while others were answered.
+
+    Args:
+        predictor: of the run that is asked.
+        questions: any number; they are read in a thread of their own.
+
+    Yields:
+        Answers to at most eight batches of questions.
+    """
+    size = _BATCHES * predictor.batch_size if predictor.batch_size > 1 else 1
+    for asked in arriving(questions, size):
+        good = [question for question in asked if question.error is None]
+        found = iter(predictor.predict([question.texts for question in good], on_error="return"))
+        yield [
+            Answer(question.columns, next(found) if question.error is None else Prediction.failed(question.error))
+            for question in asked
+        ]
+
+
+def arriving(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Lists of up to ``most`` items: what has come so far, as soon as there is one. A thread reads on meanwhile."""
+    waiting: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(2 * most)
+    abandoned = threading.Event()
+
+    def put(item: tuple[Item] | BaseException | None) -> None:
+        while not abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                return waiting.put(item, timeout=0.1)
+
+    def read() -> None:
+        end = None
+        try:
+            for item in items:
+                if abandoned.is_set():
+                    return
+                put((item,))
+        except BaseException as error:  # is raised where the items are wanted
+            end = error
+        put(end)
+
+    threading.Thread(target=read, daemon=True).start()
+    end: BaseException | bool = False
+    try:
+        while end is False:
+            came: list[Item] = []
+            while len(came) < most:
+                try:
+                    got = waiting.get(block=not came)
+                except queue.Empty:
+                    break
+                if not isinstance(got, tuple):
+                    end = got or True
+                    break
+                came.append(got[0])
+            if came:
+                yield came
+        if isinstance(end, BaseException):
+            raise end
+    finally:
+        abandoned.set()
+
+
+def format_of(format: str | None, output: Path | None) -> str:
+    """The format to write: the one that was asked for, else the one that the file's ending says, else JSON lines.
+
+    Raises:
+        UserError: it is none of :data:`FORMATS`.
+    """
+    chosen = format or (output.suffix.lstrip(".") if output is not None and output.suffix else FORMATS[0])
+    chosen = "jsonl" if chosen == "json" else chosen
+    if chosen not in FORMATS:
+        given = f"`output_format={format}`" if format is not None else f"`output={output}`"
+        raise UserError(f"{given} was given, but answers are written as {' or '.join(FORMATS)}; pass one of these.")
+    return chosen
+
+
+def formatter(format: str, spec: TaskSpec) -> Callable[[Answer], str]:
+    """What turns an answer into the line, or lines, of its row; for CSV, the first one begins with the header."""
+    return _CsvRows(spec) if format == "csv" else _json_line
+
+
+def _json_line(answer: Answer) -> str:
+    row = _finite(answer.row())
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which an escape can write
+        line = json.dumps(row, allow_nan=False, default=str)
+    return line + "\n"
+
+
+class _CsvRows:
+    """Rows of CSV under the header of the first one."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self._spec, self._header = spec, list[str]()
+
+    def __call__(self, answer: Answer) -> str:
+        row = answer.flat_row(self._spec)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self._header:
+            self._header = list(row)
+            writer.writerow(self._header)
+        further = [name for name in row if name not in self._header]
+        if further and answer.columns:
+            raise UserError(
+                f"A row has the column {further[0]!r}, which the first one lacks, so that they fit no CSV; pass "
+                "`output_format=jsonl`."
+            )
+        writer.writerow([_cell(row.get(name)) for name in self._header])
+        return text.getvalue().encode("utf-8", "replace").decode()
+
+
+def _cell(value: Any) -> Any:
+    value = _finite(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else value
+
+
+def _finite(value: Any) -> Any:
+    """A value for JSON, which has no numbers that are not finite: None in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,149 @@
+"""Scores of a trained run, on what it was not trained on or on a file of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from sparsepeft.errors import UserError
+from sparsepeft.inference.predictor import Predictor
+from sparsepeft.inference.questions import TableOptions
+from sparsepeft.runs.files import read_run
+from sparsepeft.runs.lm_config import LM
+from sparsepeft.runs.stored import held_out_data
+from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
+from sparsepeft.tasks.files import read_rows, sha256
+from sparsepeft.tasks.formats import FileFormat
+from sparsepeft.tasks.local import load_labelled
+from sparsepeft.training.language_model import evaluate_language_model
+
+_NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
+
+
+@dataclass(frozen=True)
+class Evaluation(Mapping[str, dict[str, float]]):
+    """What a run's model scores: the metrics of each part by its name, and more about them.
+
+    Attributes:
+        metrics: by name of the part, such as ``"validation"``; ``"test"`` for a file that was given.
+        num_rows: rows of each part; empty for a language model.
+        report: by name of the part, for classification: precision, recall, F1 and support of each class, and the
+            confusion matrix (rows are true, columns predicted classes), see :func:`sparsepeft.tasks.metrics.report`.
+        notes: what a reader of the scores must know, such as that the data has changed since training.
+        data_fingerprints: SHA-256 of the files, by name.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    num_rows: dict[str, int] = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, part: str) -> dict[str, float]:
+        return self.metrics[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metrics)
+
+    def __len__(self) -> int:
+        return len(self.metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy, with the metrics of each part under its name."""
+        content = asdict(self) | {"notes": list(self.notes)}
+        return content.pop("metrics") | content
+
+
+def evaluate(
+    folder: str | Path,
+    data_dir: str | None = None,
+    model: str | None = None,
+    *,
+    test_file: str | Path | None = None,
+    table: TableOptions | None = None,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Evaluation:
+    """Score a run's model on every labelled part that it was not trained on, or on a file.
+
+    For a language model that is the perplexity on its validation text.
+
+    Args:
+        folder: the output folder of ``sparsepeft train``.
+        data_dir: where the task's files are, if they have moved since training.
+        model: the backbone, if it has moved since.
+        test_file: score these rows instead, with the run's labels.
+        table: how to read them.
+        batch_size: inputs per forward pass.
+        device: where to compute; None is the accelerator, if there is one.
+
+    Raises:
+        UserError: the folder holds no finished training, data or backbone are gone or damaged, a label is none of the
+            run's, or it cannot be told any more which rows were trained on.
+    """
+    folder = Path(folder)
+    if read_run(folder)["task"] == LM:
+        table = table or TableOptions()
+        reading = {name: getattr(table, name) for name in ("text_column", "delimiter", "encoding")}
+        if test_file is None and any(reading.values()):
+            raise UserError(_NO_FILE)
+        metrics, notes, digests = evaluate_language_model(
+            folder, model, test_file=None if test_file is None else str(test_file), device=device, **reading
+        )
+        return Evaluation(metrics, notes=notes, data_fingerprints=digests)
+    predictor = Predictor(folder, model, batch_size, device)
+    if test_file is not None:
+        path = Path(test_file)
+        table = table or TableOptions()
+        file_format, digest = table.format_of(path), sha256(path)
+        part = _rows(path, predictor, table, file_format)
+        notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
+        return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
+    if table not in (None, TableOptions()):
+        raise UserError(_NO_FILE)
+    data = held_out_data(folder, data_dir)
+    parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
+    return _evaluation(predictor, parts, data.notes, data.fingerprints)
+
+
+def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
+    training_file = next(iter(trained), None)
+    if training_file is None or trained[training_file] != digest:
+        return ()
+    return (f"{name} is the file that the run was trained on: its scores say nothing about new texts",)
+
+
+def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:
+    trained = predictor.columns or Columns((), "")
+    found = list(next(iter(read_rows(path, file_format))).values)
+    label = choose_label_column(path, found, table.label_column, trained.label)
+    texts = choose_text_columns(
+        path,
+        [name for name in found if name != label],
+        len(predictor.spec.text_columns),
+        table.text_column,
+        table.text_pair_column,
+        trained.texts,
+    )
+    return load_labelled(path, predictor.spec, Columns(texts, label), file_format)
+
+
+def _evaluation(
+    predictor: Predictor, parts: dict[str, Dataset], notes: tuple[str, ...], fingerprints: dict[str, str]
+) -> Evaluation:
+    from sparsepeft.tasks.metrics import report
+
+    spec = predictor.spec
+    metrics, reports = {}, {}
+    for name, part in parts.items():
+        columns = [part[column][:] for column in spec.text_columns]
+        logits = predictor.logits(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
+        labels = part["label"][:]
+        metrics[name] = spec.compute_metrics(logits, labels)
+        if found := report(spec, logits, labels):
+            reports[name] = found
+    return Evaluation(metrics, {name: len(part) for name, part in parts.items()}, reports, notes, dict(fingerprints))

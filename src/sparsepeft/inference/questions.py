@@ -1,0 +1,183 @@
+"""What a run is asked: rows of a table, or lines as they come."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from sparsepeft.errors import UserError
+from sparsepeft.inference.predictor import Predictor
+from sparsepeft.tasks.columns import choose_text_columns
+from sparsepeft.tasks.decoding import UTF8, known_encoding
+from sparsepeft.tasks.files import read_rows
+from sparsepeft.tasks.formats import FileFormat, find_format
+
+logger = logging.getLogger(__name__)
+
+_LINES = (".txt", ".jsonl")  # of which each line is answered as it comes, whatever the others are
+_OBJECT = re.compile(r'\s*(\{\s*["}]|\[\s*["\[{])')  # how a line begins that is meant as JSON, even if it is none
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What the caller says about a file with rows; None finds out.
+
+    Attributes:
+        text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
+        delimiter, encoding: of the file, see :func:`sparsepeft.tasks.formats.find_format`.
+    """
+
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    def format_of(self, path: Path) -> FileFormat:
+        """How a file is written, see :func:`sparsepeft.tasks.formats.find_format`."""
+        return find_format(path, self.delimiter, self.encoding)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One input.
+
+    Attributes:
+        texts: a text, or a list of them, as the file has it: it may be no text.
+        columns: all columns of its row, by name; empty for a line of plain text.
+        error: why there is no input; None where there is one.
+    """
+
+    texts: Any
+    columns: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def read_questions(path: Path, predictor: Predictor, table: TableOptions = TableOptions()) -> Iterator[Question]:
+    """The lines of a .txt or .jsonl file, or the rows of any other that training reads, also with .gz.
+
+    A table that is malformed anywhere is refused before the first row is asked: one field too many often shifts all
+    that follow. A line that cannot be read is a question with an error.
+
+    Args:
+        path: of the file.
+        predictor: of the run that is asked.
+        table: how to read it.
+
+    Raises:
+        UserError: the file cannot be read, or it cannot be told which columns are the texts.
+    """
+    if not path.exists():
+        raise UserError(f"The file {path} does not exist; pass an existing one as `file`.")
+    if path.is_file() and not path.name.removesuffix(".gz").endswith(_LINES):
+        return _read_table(path, predictor, table)
+    if table.delimiter is not None:
+        raise UserError(
+            f"`delimiter={table.delimiter}` goes with files whose names end in .csv or .tsv, but {path} has lines; "
+            "leave it out."
+        )
+    return _read_file(path, predictor, table)
+
+
+def read_lines(
+    lines: Iterable[str], predictor: Predictor, table: TableOptions = TableOptions(), *, must_be_json: bool = False
+) -> Iterator[Question]:
+    """A question a line, so that line N of the answers belongs to line N of what was asked.
+
+    A line is plain text (with a tab between the texts of a pair) or JSON: a text, a list of two, or an object with the
+    text's column.
+
+    Args:
+        lines: with or without their ends.
+        predictor: of the run that is asked.
+        table: names of the columns of objects.
+        must_be_json: no line is plain text; empty ones are passed over.
+    """
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r\n")
+        if must_be_json and not line.strip():
+            continue
+        try:
+            yield _question(line, number, predictor, table, must_be_json, known)
+        except UserError as error:
+            yield Question(None, error=str(error))
+
+
+def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterator[Question]:
+    file_format = table.format_of(path)
+    for note in file_format.notes:
+        logger.warning("%s", note)
+    found = list(next(iter(read_rows(path, file_format))).values)
+    names = _text_columns(path, found, predictor, table)
+    for _ in read_rows(path, file_format, required=names):
+        pass
+    return (
+        Question(_one_or_more(row.values.get(name) for name in names), row.values)
+        for row in read_rows(path, file_format, required=names)
+    )
+
+
+def _read_file(path: Path, predictor: Predictor, table: TableOptions) -> Iterator[Question]:
+    try:
+        with _open(path, known_encoding(table.encoding) if table.encoding else UTF8) as stream:
+            must_be_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+            yield from read_lines(stream, predictor, table, must_be_json=must_be_json)
+    except (OSError, EOFError, LookupError) as error:
+        raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error
+
+
+def _open(path: Path, encoding: str) -> TextIO:
+    # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n")
+    return path.open(encoding=encoding, errors="surrogateescape", newline="\n")
+
+
+def _question(
+    line: str,
+    number: int,
+    predictor: Predictor,
+    table: TableOptions,
+    must_be_json: bool,
+    known: dict[tuple[str, ...], tuple[str, ...]],
+) -> Question:
+    value: Any = line
+    if must_be_json or line.lstrip()[:1] in ("{", "[", '"'):
+        try:
+            value = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            if must_be_json or _OBJECT.match(line):
+                raise UserError(f"Line {number} is not JSON ({error}); correct it.") from error
+    if value is line and len(predictor.spec.text_columns) == 2:
+        value = line.split("\t")
+    if not isinstance(value, dict):
+        return Question(value)
+    keys = tuple(value)
+    if keys not in known:
+        known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
+    return Question(_one_or_more(value[name] for name in known[keys]), value)
+
+
+def _text_columns(
+    path: Path, found: list[str], predictor: Predictor, table: TableOptions, any_name: bool = True
+) -> tuple[str, ...]:
+    trained = predictor.columns.texts if predictor.columns is not None else predictor.spec.text_columns
+    number = len(predictor.spec.text_columns)
+    named = (table.text_column, table.text_pair_column)
+    return choose_text_columns(path, found, number, *named, trained, any_name=any_name)
+
+
+def _one_or_more(values: Iterable[Any]) -> Any:
+    listed = list(values)
+    return listed[0] if len(listed) == 1 else listed
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")

@@ -1,0 +1,288 @@
+"""Building a model for a method, and reading it back from a run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparsepeft.devices import find_device
+from sparsepeft.errors import UserError, first_line, unknown_name
+from sparsepeft.methods.checkpoint_labels import head_start, start_head
+from sparsepeft.methods.targets import choose_targets
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.heads import count_head_parameters, find_head
+from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.spt import load_sparse, sparsification
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+Model = PreTrainedModel | PeftModel
+
+_CONFIGS: dict[str, type[PeftConfig]] = {
+    "spartan": SpartanConfig,
+    "pfeiffer": BottleneckConfig,
+    "houlsby": BottleneckConfig,
+    "lora": LoraConfig,
+    "ia3": IA3Config,
+    "bitfit": BitFitConfig,
+    "head": HeadConfig,
+}
+# Set by the task or when attaching; not the user's to choose with --set.
+_RESERVED = {
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "num_labels",
+    "id2label",
+    "problem_type",
+    "backbone_fingerprint",
+    "format_version",
+    "check_backbone",
+    "save_dtype",
+    "runtime_config",
+}
+
+
+def adapter_config(
+    method: str, settings: dict[str, Any], spec: TaskSpec | None = None, task_type: TaskType = TaskType.SEQ_CLS
+) -> PeftConfig | None:
+    """The method's PEFT config, or None for full fine-tuning.
+
+    Args:
+        method: one of :data:`sparsepeft.methods.recipes.METHODS`.
+        settings: keys of the config.
+        spec: the task, whose labels go into the config; None to check the settings only, or if there are no labels.
+        task_type: PEFT's name of the kind of model.
+
+    Raises:
+        UserError: an unknown key, or a value the config refuses.
+    """
+    if method == "full":
+        if settings:
+            raise UserError(
+                f"The settings {sorted(settings)} were given, but full fine-tuning has no adapter to "
+                "configure; leave them out."
+            )
+        return None
+    config_class = _CONFIGS[method]
+    valid = {f.name for f in dataclasses.fields(config_class)} - _RESERVED
+    for key in settings:
+        if key not in valid:
+            raise UserError(unknown_name(f"{method} setting", key, valid | {"weight_decay", "warmup_ratio"}))
+    labels: dict[str, Any] = {}
+    if spec is not None and issubclass(config_class, TaskAdapterConfig):
+        labels = {"num_labels": spec.num_labels, "problem_type": spec.problem_type, "id2label": id2label(spec)}
+    try:
+        return config_class(task_type=task_type, **settings, **labels)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def id2label(spec: TaskSpec) -> dict[int, str]:
+    """Names of the task's outputs."""
+    return dict(enumerate(spec.label_names)) if spec.label_names else {0: "score"}
+
+
+def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
+    """The backbone with a classification head for the task: a checkpoint's where its labels are the task's, else fresh.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    names = id2label(spec)
+    try:
+        own = AutoConfig.from_pretrained(model).id2label or {}
+        start = head_start(own, spec.label_names)
+        loaded = names if start.rows is None else own
+        backbone = AutoModelForSequenceClassification.from_pretrained(
+            model,
+            num_labels=len(loaded),
+            id2label=loaded,
+            label2id={label: index for index, label in loaded.items()},
+            problem_type=spec.problem_type,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("model", model, error)) from error
+    start_head(backbone, start, names)
+    if lacks_pad_token(backbone):
+        set_pad_token(backbone, load_tokenizer(model))
+    return backbone
+
+
+def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
+    """What a reader of the results should know about the head that :func:`load_backbone` gives, if anything."""
+    note = head_start(AutoConfig.from_pretrained(model).id2label or {}, spec.label_names).note
+    return () if note is None else (f"{spec.name}: {note}",)
+
+
+def lacks_pad_token(model: PreTrainedModel) -> bool:
+    """Whether the model's config does not say which token is padding; decoders classify by the last that is not."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None) is None
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model that :func:`lacks_pad_token` its tokenizer's."""
+    if lacks_pad_token(model):
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer, with a padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("tokenizer of the model", model, error)) from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that has no padding token pads with the one that ends a text from now on."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
+    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it."""
+    config = adapter_config(method, settings, spec)
+    if config is None:
+        return backbone
+    if isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
+        # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
+        config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
+    return attach(backbone, config, method)
+
+
+def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_name: str = "default") -> PeftModel:
+    """A backbone, dense or sparse, with an adapter.
+
+    Raises:
+        UserError: the adapter does not fit the model, or acts on what a sparse model does not let it.
+    """
+    if isinstance(config, (LoraConfig, IA3Config)):
+        choose_targets(config, backbone)
+    try:
+        extended = get_peft_model(backbone, config, adapter_name)
+        if sparsification(backbone) is not None:  # a routed FFN refuses in its first pass what cannot act inside it
+            with torch.no_grad():
+                extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device))
+    except ValueError as error:
+        raise UserError(f"`method={method}` does not fit this model: {error}") from error
+    return extended
+
+
+def load_trained(
+    folder: Path,
+    method: str,
+    model: str,
+    spec: TaskSpec,
+    is_sparse: bool = False,
+    backbone_fingerprint: dict[str, Any] | None = None,
+) -> Model:
+    """The trained model of a run, in eval mode.
+
+    Args:
+        folder: of the run.
+        method: of the run.
+        model: the backbone.
+        spec: the task.
+        is_sparse: it was trained on a sparse model.
+        backbone_fingerprint: of the backbone that it was trained on, see :func:`fingerprint_of`.
+
+    Raises:
+        UserError: files are missing, truncated or foreign, or the backbone is another.
+    """
+    if method == "full":
+        return load_backbone(str(folder), spec).eval()
+    with loading_adapter(folder):
+        backbone = load_backbone(model, spec)
+        check_backbone(backbone, backbone_fingerprint)
+        load = load_sparse if is_sparse else PeftModel.from_pretrained
+        return load(backbone, str(folder)).eval()
+
+
+def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
+    """What a run's ``run.json`` says of the backbone: nothing where the adapter's config does, or there is none."""
+    config = _CONFIGS.get(method)
+    if config is None or issubclass(config, TaskAdapterConfig):
+        return {}
+    return {"backbone_fingerprint": fingerprint(backbone)}
+
+
+def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None) -> None:
+    """See that a dense backbone is the one that a run was trained on, as far as the run says.
+
+    Raises:
+        UserError: it is another.
+    """
+    try:
+        if expected is not None:
+            check_fingerprint(expected, backbone, (), "of its training", str(backbone.name_or_path))
+    except ValueError as error:
+        raise UserError(
+            f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "
+            "pass the right one."
+        ) from error
+
+
+def to_accelerator(model: torch.nn.Module, device: str | None = None) -> None:
+    """Move a model to the device of that name; None is where a trainer would: the accelerator, if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    model.to(find_device(device))
+
+
+@contextmanager
+def loading_adapter(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while an adapter is loaded into a ``UserError`` that names its folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"The adapter in {folder} could not be loaded: {first_line(error)}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Trained parameters: all, of the head (0 where the whole model is trained), and of the rest."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    head = count_head_parameters(model) if isinstance(model, PeftModel) else 0
+    return {"trained": trained, "head": head, "adapter": trained - head}
+
+
+def backbone_bytes(model: Model) -> int:
+    """Bytes of the backbone's weights as they are in memory: what a full copy of the model takes."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = {id(parameter): parameter for _, parameter in backbone_parameters(bare)}  # tied ones once
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+
+
+def not_loaded(what: str, model: str, error: Exception) -> str:
+    """One sentence for a model or tokenizer that transformers did not load."""
+    return (
+        f"The {what} {model!r} could not be loaded ({first_line(error)}); pass the id of a model on the hub "
+        "(which needs a network) or a local folder with config.json, safetensors and tokenizer files as `model`."
+    )

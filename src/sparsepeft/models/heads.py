@@ -1,0 +1,460 @@
+"""Task heads: each adapter owns the modules between the last block and its labels.
+
+PEFT's ``modules_to_save`` copies a head as it is, so all adapters share one label count and whatever is fresh inside
+the backbone (a pooler missing from the checkpoint) is lost. Here every adapter has a head of its own size, and the
+model's ``config`` follows the active adapter, so that losses and pipelines use its labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import Block, unwrap
+from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
+from sparsepeft.models.identity import backbone_parameters, is_loaded, is_quantized
+from sparsepeft.models.quantized import cast_for_saving
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Where a model's head is.
+
+    Attributes:
+        modules: names of the head's modules, in the order they run.
+        output: the one of them that yields the logits, or None if no layer has ``num_labels`` outputs.
+        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs ("" if it is it).
+    """
+
+    modules: tuple[str, ...]
+    output: str | None
+    linear: str
+
+
+def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = None) -> HeadSpec:
+    """The modules that follow the last block and are the task's rather than the backbone's.
+
+    These are the model class's own head (all that stands beside the backbone) and whatever else follows the blocks but
+    was not in the checkpoint. A language model has none: what maps its states to tokens belongs to the backbone, also
+    where its rows are fresh (``resize_token_embeddings``).
+
+    Args:
+        model: a transformers model, adapted or not.
+        blocks: its Transformer layers.
+        names: the head's modules, if they are known (a saved adapter) or chosen by the user.
+    """
+    following = _following(model, blocks)
+    if names is not None:
+        modules = [name for name in names if name in dict(model.named_modules())]
+        if len(modules) < len(names):
+            missing = sorted(set(names) - set(modules))
+            raise ValueError(
+                f"head_modules names {missing}, which {type(model).__name__} does not have; after its last layer come "
+                f"{sorted(following)}. Load the model class the adapter was made for."
+            )
+    elif is_language_model(model):
+        modules = []
+    else:
+        loaded = any(is_loaded(p) for p in model.parameters())
+        at_root = _has_task_head(model, following)
+        modules = [
+            name
+            for name, module in following.items()
+            if (at_root and "." not in name) or (loaded and _is_fresh(module))
+        ]
+    output, linear = _find_output(model, modules)
+    return HeadSpec(tuple(modules), output, linear)
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model ends in scores of tokens: causal, masked and sequence-to-sequence language models."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
+    """Modules with parameters that follow the one that holds the last block, innermost level first.
+
+    Inside the backbone these are registered after it; beside the backbone the order says nothing (XLM-RoBERTa's head is
+    registered before it).
+    """
+    path = blocks[-1].name.split(".")
+    beside_backbone = getattr(model, "base_model", model) is not model
+    found: dict[str, nn.Module] = {}
+    for depth in range(len(path) - 1, -1, -1):
+        prefix = ".".join(path[:depth])
+        parent = unwrap(model.get_submodule(prefix))
+        if isinstance(parent, nn.ModuleList):
+            continue
+        children = [name for name, _ in parent.named_children()]
+        first = 0 if depth == 0 and beside_backbone else children.index(path[depth]) + 1
+        for name in children[first:]:
+            module = _original(parent.get_submodule(name))
+            full_name = f"{prefix}.{name}" if prefix else name
+            holds_block = any(block.name.startswith(f"{full_name}.") for block in blocks)
+            if not holds_block and any(True for _ in module.parameters()):
+                found[full_name] = module
+    return found
+
+
+def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
+    """Whether what follows at the root is a task's head: not in a bare encoder."""
+    if getattr(model, "base_model", model) is not model:
+        return True
+    at_root = [name for name in following if "." not in name]
+    return _find_output(model, at_root)[0] is not None
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    return not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
+
+
+def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]:
+    """The last linear layer with ``num_labels`` outputs, as (head module, name inside it)."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    context = next((m.context for m in model.modules() if isinstance(m, HeadModule)), None)
+    if context is not None and context.labels is not None:  # the config has the active adapter's count
+        num_labels = context.labels.original.num_labels
+    for name in reversed(modules):
+        for inner, module in reversed(list(_original(model.get_submodule(name)).named_modules())):
+            if isinstance(module, nn.Linear) and module.out_features == num_labels:
+                return name, inner
+    return None, ""
+
+
+@dataclass
+class Labels:
+    """What a model's config says about one adapter's labels."""
+
+    num_labels: int
+    id2label: dict[int, str]
+    problem_type: str | None
+
+
+class LabelState:
+    """Keeps ``model.config`` (and ``model.num_labels``) at the active adapter's labels.
+
+    What is written into the config meanwhile, names of labels or the loss that transformers decides on, is the active
+    adapter's, and comes back with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
+        self.original = self._read()
+        self._per_adapter: dict[str, Labels] = {}
+        self._active: str | None = None
+        self._enabled = True
+
+    def add(self, adapter_name: str, labels: Labels) -> None:
+        """Note an adapter's labels, for when it is active."""
+        self._per_adapter[adapter_name] = labels
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter's labels."""
+        if adapter_name == self._active:
+            self.activate(None)
+        self._per_adapter.pop(adapter_name, None)
+
+    def activate(self, adapter_name: str | None) -> None:
+        """Set the config to an adapter's labels, or back to the bare model's (None)."""
+        self._note()
+        self._active = adapter_name
+        self._write()
+
+    def enable(self, enabled: bool) -> None:
+        """Follow the active adapter, or keep to the bare model's labels."""
+        self._note()
+        self._enabled = enabled
+        self._write()
+
+    def describe(self, adapter_name: str, config: Any) -> None:
+        """Write an adapter's labels, as they are now, into its config."""
+        self._note()
+        labels = self._per_adapter.get(adapter_name)
+        if labels is not None:
+            config.id2label = {int(index): str(label) for index, label in labels.id2label.items()}
+            config.problem_type = labels.problem_type
+
+    def _shown(self) -> Labels:
+        return self._per_adapter.get(self._active or "", self.original) if self._enabled else self.original
+
+    def _read(self) -> Labels:
+        config: Any = self._model[0].config
+        return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
+
+    def _note(self) -> None:
+        labels, found = self._shown(), self._read()
+        labels.problem_type = found.problem_type
+        if found.num_labels == labels.num_labels:
+            labels.id2label = found.id2label
+        else:
+            warnings.warn(
+                f"The model's config names {found.num_labels} labels now, but the head in use has {labels.num_labels} "
+                "outputs, so the names it had come back; set num_labels in an adapter's config before it is attached.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _write(self) -> None:
+        labels = self._shown()
+        model: Any = self._model[0]
+        model.config.id2label = dict(labels.id2label)
+        model.config.label2id = {label: index for index, label in labels.id2label.items()}
+        model.config.problem_type = labels.problem_type
+        if hasattr(model, "num_labels"):
+            model.num_labels = labels.num_labels
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the pooled states: what the model hands its own head, (B, D) or the first position's.
+
+    Args:
+        in_features: width of the pooled states.
+        num_labels: outputs.
+        per_position: keep all positions of (B, T, D) input (token classification, question answering).
+    """
+
+    def __init__(self, in_features: int, num_labels: int, per_position: bool, initializer_range: float = 0.02) -> None:
+        super().__init__()
+        self.per_position = per_position
+        self.out_proj = nn.Linear(in_features, num_labels)
+        nn.init.normal_(self.out_proj.weight, std=initializer_range)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, D) or (B, T, D) -> (B, num_labels), or (B, T, num_labels) if per position."""
+        if states.dim() == 3 and not self.per_position:
+            states = states[:, 0]
+        return self.out_proj(states)
+
+
+class HeadModule(ModulesToSaveWrapper):
+    """A backbone module of which each adapter may have its own copy: a part of the head, or a LayerNorm.
+
+    Differs from PEFT's wrapper: copies may differ in size; a mixed batch may mix them (logits are padded with -inf);
+    copies compute in their own dtype; adapters without a copy use the original; the model's labels follow.
+    """
+
+    # The copies are adapter parameters for PEFT's tools even where `adapter_state_dict_load_map` lists none.
+    other_param_names = ("modules_to_save",)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter_name: str,
+        copy: nn.Module | None,
+        context: ForwardContext,
+        is_first: bool = False,
+        is_output: bool = False,
+    ) -> None:
+        self.context = context  # first of all, since looking up any attribute asks it whether adapters are on
+        # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
+        AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
+        self.is_first, self.is_output = is_first, is_output
+        self._inference_mode = False
+        self.set_adapter([])
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        """Make room for the adapters' copies."""
+        self.modules_to_save = AdapterDict()
+
+    def update(self, adapter_name: str, *, copy: nn.Module | None = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Give ``adapter_name`` its own version of this module; None leaves it the original."""
+        self.original_module.requires_grad_(False)
+        if copy is not None:
+            self._adapters.add(adapter_name)
+            self.modules_to_save[adapter_name] = copy.requires_grad_(False)  # set_adapter decides
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter here if it has a copy; the model's labels follow either way."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        own = [name for name in names if name in self.modules_to_save]
+        for name, module in self.modules_to_save.items():
+            for parameter in module.parameters():
+                parameter.requires_grad_(name in own and not inference_mode)
+        self._active_adapter, self._inference_mode = own, inference_mode
+        if self.is_output and self.context.labels is not None:
+            self.context.labels.activate(own[0] if own else None)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Which of the adapters this module serves, for PEFT."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        return next((name for name in names if name in self.modules_to_save), None)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters of the whole model are switched off."""
+        return self.context.disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the active adapter's copy (and labels) and the original."""
+        self.context.set_enabled(enabled)
+        if enabled:
+            self.set_adapter(self.active_adapters, inference_mode=self._inference_mode)
+        else:
+            self.modules_to_save.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Forget an adapter's copy."""
+        if self.context.labels is not None:
+            self.context.labels.remove(adapter_name)
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._adapters.discard(adapter_name)
+        self.set_adapter(new_active_adapters or [], inference_mode=self._inference_mode)
+
+    def adapter_state_dict(  # type: ignore[override]  # PEFT's own subclasses take the second argument, too
+        self, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """An adapter's tensors as they are saved; see ``TaskTuner._get_adapter_state_dict``."""
+        own = super().adapter_state_dict(adapter_name, state_dict)
+        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if self.context.injected else own
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
+
+        Empty in a PeftModel: PEFT would look each one up before any check and end in a KeyError;
+        ``TaskTuner._remap_adapter_state_dict_for_load`` renames them instead.
+        """
+        return super().adapter_state_dict_load_map(adapter_name) if self.context.injected else {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active adapter's copy, each row's own in a mixed batch, or the original."""
+        kwargs.pop("adapter_names", None)  # PEFT may inject it; the context already knows
+        if self.disable_adapters:
+            return self.original_module(*args, **kwargs)
+        call = self.context.call
+        if self.is_first and args:
+            call.head_input = args[0]
+        head_input = call.head_input
+        if self.is_output:
+            call.head_input = None  # or it would keep the graph of the last pass alive
+        if call.routing is not None:
+            return self._mixed_batch_forward(call.routing, head_input, *args, **kwargs)
+        active = self.active_adapters[0] if self.active_adapters else BASE
+        return self._run(active, args, kwargs, head_input)
+
+    def _replicate_for_data_parallel(self) -> HeadModule:
+        raise RuntimeError(DATA_PARALLEL_REFUSED)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The bare model's own module."""
+        return self.original_module
+
+    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: torch.Tensor | None) -> Any:
+        if adapter_name not in self.modules_to_save:
+            return self.original_module(*args, **kwargs)
+        module = self.modules_to_save[adapter_name]
+        if isinstance(module, LinearHead):
+            args, kwargs = (head_input,), {}
+        given = args[0].dtype
+        wanted = next(module.parameters()).dtype
+        if torch.is_autocast_enabled(args[0].device.type) or wanted == given:
+            return module(*args, **kwargs)
+        output = module(args[0].to(wanted), *args[1:], **kwargs)
+        return output.to(given) if isinstance(output, torch.Tensor) else output
+
+    def _mixed_batch_forward(  # type: ignore[override]
+        self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        batch = args[0].shape[0]
+        groups = routing.rows(batch, args[0].device)
+        outputs: dict[str, torch.Tensor] = {}
+        for name, rows in groups.items():
+
+            def take(value: Any, rows: slice | torch.Tensor = rows) -> Any:
+                is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
+                return value[rows] if is_rows else value
+
+            outputs[name] = self._run(
+                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(head_input)
+            )
+        width = max(output.shape[-1] for output in outputs.values())
+        first = next(iter(outputs.values()))
+        mixed = first.new_full((batch, *first.shape[1:-1], width), float("-inf"))
+        for name, rows in groups.items():
+            mixed[rows, ..., : outputs[name].shape[-1]] = outputs[name].to(mixed.dtype)
+        return mixed
+
+
+def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
+    """Parameters of one adapter's own head; copies of other modules (norms) are not among them."""
+    config: Any = model.peft_config[adapter_name]
+    # peft's own methods name the heads of all architectures, by the end of their names.
+    names = tuple(
+        f".{n}" for n in getattr(config, "head_modules", None) or getattr(config, "modules_to_save", None) or []
+    )
+    wrappers = [module for name, module in model.get_base_model().named_modules() if f".{name}".endswith(names)]
+    heads: list[Any] = [wrapper.modules_to_save for wrapper in wrappers if hasattr(wrapper, "modules_to_save")]
+    return sum(p.numel() for head in heads if adapter_name in head for p in head[adapter_name].parameters())
+
+
+def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """``module`` on ``device``; where it has no storage yet (``low_cpu_mem_usage``), as it is."""
+    has_storage = all(parameter.device.type != "meta" for parameter in module.parameters())
+    return module.to(device) if has_storage and device is not None else module
+
+
+def _copy_with_values(module: nn.Module) -> nn.Module:
+    """A copy that has its values where accelerate keeps the module's own elsewhere (offloading)."""
+    hooks = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
+    with gather_params_ctx(module.parameters()):  # DeepSpeed's ZeRO-3 keeps them elsewhere, too
+        copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
+    if not hooks:
+        return copied
+    remove_hook_from_module(copied, recurse=True)  # which puts in place the very tensors that the module's hook keeps
+    values = dict(backbone_parameters(module))
+    for name, parameter in list(copied.named_parameters()):
+        if parameter.device.type == "meta" or not is_quantized(parameter):
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, nn.Parameter(values[name].detach().clone()))
+    return copied
+
+
+def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
+    """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
+
+    Weights are kept where sizes agree, so that a fresh adapter answers like the bare model; quantized layers become
+    ordinary ones, since a head is trained.
+    """
+    copied = _copy_with_values(module)
+    for name, layer in list(copied.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        resize = name == linear and layer.out_features != num_labels
+        if not resize and not is_quantized(layer.weight):
+            continue
+        outputs = num_labels if name == linear else layer.out_features
+        new = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
+        if resize:
+            nn.init.normal_(new.weight, std=initializer_range)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+        else:
+            new.weight.data.copy_(layer.weight.dequantize())
+            if layer.bias is not None:
+                new.bias.data.copy_(layer.bias)
+        move_unless_meta(new, layer.weight.device)
+        if not is_quantized(layer.weight):
+            new.to(layer.weight.dtype)
+        if not name:
+            copied = new
+        else:
+            copied.set_submodule(name, new)
+    return copied

@@ -1,0 +1,100 @@
+"""Passes of a model that end after a layer, or begin after one with states that are there already."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsepeft.models.blocks import find_blocks
+
+
+class _Reached(Exception):
+    """Ends a pass that was only to reach a layer."""
+
+
+class _Plan(threading.local):
+    """What the pass in this thread does with the lower layers."""
+
+    def __init__(self) -> None:
+        self.end_after: int | None = None
+        self.begin_after: int | None = None
+        self.output: Any = None  # of the one layer or the other
+
+
+class PartialPasses:
+    """Takes the place of each layer's ``forward`` (not of the layer, so names and hooks stay as they are).
+
+    Each thread has its own plan. A layer that runs several times (ALBERT's) counts as one.
+
+    Args:
+        model: with one stack of layers; with another (an encoder-decoder) no pass can be partial.
+
+    Attributes:
+        num_layers: layers that can be left out, 0 if none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        blocks = find_blocks(model)
+        one_stack = len({block.name.rpartition(".")[0] for block in blocks}) == 1
+        self.num_layers = len(blocks) if one_stack and all(block.batch_dim == 0 for block in blocks) else 0
+        self._layers: list[Any] = [block.module for block in blocks[: self.num_layers]]
+        self._plan = _Plan()
+        # Accelerate's hooks (offloading, several devices) stand in the instance, too, and are wrapped here.
+        self._own = [vars(layer).get("forward") for layer in self._layers]
+        for index, layer in enumerate(self._layers):
+            layer.forward = partial(self._forward, index, layer.forward)
+
+    def remove(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for layer, own in zip(self._layers, self._own, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+        self._layers, self._own, self.num_layers = [], [], 0
+
+    @contextmanager
+    def ending_after(self, layer: int) -> Iterator[None]:
+        """Within, this thread's pass ends after ``layer``; :meth:`states` then has its output."""
+        self._plan.end_after = layer
+        try:
+            yield
+        except _Reached:
+            pass
+        finally:
+            self._plan.end_after = None
+
+    def states(self) -> torch.Tensor | None:
+        """The states (B, T, D) that the last pass ended with; None if its layers hand on more than that."""
+        output, self._plan.output = self._plan.output, None
+        return output if isinstance(output, torch.Tensor) else None
+
+    @contextmanager
+    def beginning_after(self, layer: int, states: torch.Tensor) -> Iterator[None]:
+        """Within, this thread's passes take ``states`` (B, T, D) for the output of ``layer``, and run the rest."""
+        self._plan.begin_after, self._plan.output = layer, states
+        try:
+            yield
+        finally:
+            self._plan.begin_after = self._plan.output = None
+
+    def _forward(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        if plan.begin_after is not None and index <= plan.begin_after:
+            if index == plan.begin_after:
+                return plan.output
+            return args[0] if args else kwargs["hidden_states"]
+        if plan.end_after is None:
+            return forward(*args, **kwargs)
+        if index > plan.end_after:
+            raise _Reached
+        output = forward(*args, **kwargs)
+        if index == plan.end_after:
+            plan.output = output
+        return output

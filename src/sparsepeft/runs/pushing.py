@@ -1,0 +1,114 @@
+"""A finished run on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME
+
+from sparsepeft.backbones import public_name
+from sparsepeft.errors import RunFailed, UserError, first_line
+from sparsepeft.runs.card import CARD, model_card
+from sparsepeft.runs.files import RESULTS, RUN, WRITTEN, read_run
+from sparsepeft.tuners.card import THIS_FOLDER
+
+_PEFT_TEMPLATE = "[More Information Needed]"  # stands in the card that PEFT writes, which says nothing
+_FILES = ("train_file", "validation_file", "test_file", "output_dir")
+_OWN = ("data_dir", "device")  # of the machine that trained
+
+
+def check_repo_id(repo_id: str) -> None:
+    """See that a repository can have this name.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repo_id!r} cannot be a repository's name ({first_line(error)}); pass user/name, or name for your own."
+        ) from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload a finished run: weights, card, results and settings, in which paths of this machine become names.
+
+    Args:
+        folder: of the run.
+        repo_id: ``user/name``, or ``name`` for the user whose token is set up; made if there is no such repository.
+        private: make it private; one that exists stays as it is.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: the folder holds no finished run, or there can be no such repository.
+        RunFailed: the hub cannot be reached, or refuses; the run is left as it is.
+    """
+    folder = Path(folder)
+    read_run(folder)
+    check_repo_id(repo_id)
+    api = HfApi()
+    try:
+        if constants.is_offline_mode():
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        if get_token() is None:
+            raise ConnectionError("there is no token; log in by `hf auth login`, or set HF_TOKEN")
+        repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.create_commit(
+            repository.repo_id,
+            [CommitOperationAdd(name, content) for name, content in shared_files(folder, repository.repo_id).items()],
+            commit_message="Run of sparsepeft",
+        )
+    except (OSError, HfHubHTTPError) as error:  # no network is an OSError, too
+        raise RunFailed(
+            f"The run in {folder} was not pushed to {repo_id} ({first_line(error)}); it is kept: repeat `sparsepeft "
+            f"push {folder} {repo_id}{' --private' if private else ''}`."
+        ) from error
+    return str(repository)
+
+
+def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
+    """What of a run is uploaded, by name: the changed content, or the file itself."""
+    found = sorted({path for pattern in WRITTEN for path in folder.glob(pattern) if path.is_file()})
+    files: dict[str, bytes | Path] = {path.name: path for path in found}
+    public: dict[str, Callable[[Any], Any]] = {RUN: _public_run, RESULTS: _public_run, CONFIG_NAME: _public_adapter}
+    for name, change in public.items():
+        if name in files:
+            content = change(json.loads((folder / name).read_text(encoding="utf-8")))
+            files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    card = (folder / CARD).read_text(encoding="utf-8") if CARD in files else _PEFT_TEMPLATE
+    if _PEFT_TEMPLATE in card:
+        run, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN, RESULTS))
+        card = str(model_card(folder, run, results))
+    return files | {CARD: card.replace(THIS_FOLDER, repo_id).encode()}
+
+
+def _public_run(content: dict[str, Any]) -> dict[str, Any]:
+    config = dict(content["config"])
+    for key in config.keys() & set(_FILES):
+        config[key] = config[key] and _name(config[key])
+    for key in config.keys() & {"text", "validation_text"}:
+        config[key] = [_name(file) for file in config[key]]
+    for key in config.keys() & set(_OWN):
+        config[key] = None
+    if config.get("model"):
+        config["model"] = public_name(config["model"])
+    return content | {"config": config}
+
+
+def _public_adapter(content: dict[str, Any]) -> dict[str, Any]:
+    backbone = content.get("base_model_name_or_path")
+    return content | {"base_model_name_or_path": backbone and public_name(backbone)}
+
+
+def _name(path: str) -> str:
+    return os.path.basename(os.path.abspath(path))

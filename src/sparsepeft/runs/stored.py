@@ -1,0 +1,141 @@
+"""A run's data as it was not trained on.
+
+Data may have changed since training. A part in a file of its own is scored as it is now, and a note says that it has
+changed. A part that was drawn from the training file cannot be drawn anew, as that would mix in rows that were trained
+on: what was held out is stored in the run's folder, and of these rows those that are still there are scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from sparsepeft.errors import UserError
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import read_run, spec_of
+from sparsepeft.runs.held_out import Digests, digests_of, not_held_out_any_more, read_held_out, rows_of, still_there
+from sparsepeft.tasks import TaskData, TaskSpec
+from sparsepeft.tasks.registry import CUSTOM
+from sparsepeft.tasks.spec import build_dataset
+from sparsepeft.training.run import load_data
+
+CHANGED = "changed since training"  # in the notes on data that has
+
+
+def held_out_data(folder: Path, data_dir: str | None = None) -> TaskData:
+    """A run's data with the parts that it was not trained on; labels are the run's, notes say what has changed.
+
+    Args:
+        folder: the run's.
+        data_dir: where the task's files are, if they have moved since training.
+
+    Raises:
+        UserError: the data is gone, or it cannot be told any more which rows were trained on.
+    """
+    run = read_run(folder)
+    spec, config = spec_of(run), RunConfig(**run["config"])
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    _check_there(folder, spec.name, config, is_stored=data_dir is None)
+    data = load_data(config)
+    before, now = run.get("data_fingerprints") or {}, data.fingerprints
+    changed = [name for name, digest in now.items() if before and digest not in before.values()]
+    parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
+    notes: list[str] = []
+    if data.drawn and changed:
+        source, stored = next(iter(now)), read_held_out(folder)
+        is_same = all(stored.get(part) == digests_of(rows_of(parts[part], data.spec)) for part in data.drawn)
+        # Runs from before there was such a list: the draw is the same if the file is.
+        if not is_same and (stored or source in changed):
+            found, notes = _find(folder, data, stored)
+            parts |= found
+            changed = [name for name in changed if name != source and len(data.drawn) < len(parts)]
+    if changed:
+        notes.append(f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} {CHANGED}")
+    parts = {name: _as_trained(folder, name, part, data.spec, spec) for name, part in parts.items()}
+    return dataclasses.replace(
+        data,
+        spec=spec,
+        validation=parts.pop("validation"),
+        test=parts.pop("test", None),
+        extra=parts,
+        notes=(*data.notes, *(f"{spec.name}: {note}" for note in notes)),
+    )
+
+
+def _check_there(folder: Path, task: str, config: RunConfig, is_stored: bool) -> None:
+    if (
+        is_stored
+        and task not in (CUSTOM, "topics")
+        and config.data_dir is not None
+        and not Path(config.data_dir).is_dir()
+    ):
+        raise UserError(
+            f"The run in {folder} was trained on data in {config.data_dir}, which is not there any more; pass the "
+            "folder that it has moved to as `data_dir`."
+        )
+    for file in (config.train_file, config.validation_file, config.test_file):
+        if file is not None and not Path(file).exists():
+            raise UserError(
+                f"The run in {folder} was trained with the file {file}, which is not there any more; put it back, or "
+                "score other rows by `test_file`."
+            )
+
+
+def _find(folder: Path, data: TaskData, stored: Digests) -> tuple[dict[str, Dataset], list[str]]:
+    """Of the rows that were drawn in training those that are still in the file, by part, and notes on them."""
+    everything = [data.train, data.validation]
+    if "test" in data.drawn and data.test is not None:
+        everything.append(data.test)
+    rows = concatenate_datasets(everything)
+    found, notes = {}, []
+    for name in data.drawn:
+        places = still_there(rows_of(rows, data.spec), stored.get(name, ()))
+        if not places:
+            raise not_held_out_any_more(folder, data.source, is_known=name in stored)
+        found[name] = rows.select(places)
+        notes.append(
+            f"{data.source} has {CHANGED}; of the {len(stored[name]):,} rows held out as {name} then, "
+            f"{len(places):,} are still there and were scored"
+        )
+    return found, notes
+
+
+def _as_trained(folder: Path, name: str, part: Dataset, found: TaskSpec, spec: TaskSpec) -> Dataset:
+    """A part whose labels are those of the run: the training file, which says what labels there are, may have changed.
+
+    Raises:
+        UserError: the part has a label that the run does not know, or is of another kind.
+    """
+    same = [(one.text_columns, one.problem_type) for one in (found, spec)]
+    if same[0] != same[1]:
+        raise UserError(
+            f"The files of the run in {folder} now hold another kind of task ({found.problem_type} of "
+            f"{len(found.text_columns)} text(s) instead of {spec.problem_type} of {len(spec.text_columns)}); score "
+            "other rows by `test_file`, or train again."
+        )
+    if found.label_names == spec.label_names or found.label_names is None or spec.label_names is None:
+        return part
+    place = {label: index for index, label in enumerate(spec.label_names)}
+    plain = part.with_format(None)
+    labels = [_moved(label, found.label_names, place) for label in plain["label"][:]]
+    unknown = sorted({label for label in labels if isinstance(label, str)})
+    if unknown:
+        raise UserError(
+            f"The {name} part of the run in {folder} now has the label {', '.join(map(repr, unknown[:5]))}, which it "
+            "was not trained on; correct the file, score other rows by `test_file`, or train again."
+        )
+    return build_dataset(spec, list(zip(*(plain[column][:] for column in spec.text_columns), labels, strict=True)))
+
+
+def _moved(label: Any, found: Sequence[str], place: Mapping[str, int]) -> Any:
+    """A label's index, or its ones and zeros, as in training; the name of one that was not known then."""
+    if not isinstance(label, list):
+        return place.get(found[label], found[label])
+    held = [name for name, value in zip(found, label, strict=True) if value]
+    unknown = [name for name in held if name not in place]
+    return unknown[0] if unknown else [float(name in held) for name in place]

@@ -1,0 +1,115 @@
+"""An adapter's file: which tensors it holds, in which dtype, and what is said when they do not fit."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load, save
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparsepeft.models.heads import HeadModule
+from sparsepeft.models.quantized import cast_for_saving, dequantize
+from sparsepeft.provenance import write_bytes
+from sparsepeft.tuners.layer import TaskTunerLayer
+
+PEFT_PREFIX = "base_model.model."
+
+
+def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename a file's tensors to this model's; refuse a file that does not fit, naming all that is wrong with it.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of another shape; int8 ones lack their scales.
+    """
+    expected = saved_names(model, adapter_name)
+    found = {plain_name(key): tensor for key, tensor in dequantize(state_dict).items()}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {list(found[key].shape)} instead of {list(expected[key][1])}"
+            for key in sorted(expected.keys() & found.keys())
+            if found[key].shape != expected[key][1]
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The "
+            "file is damaged or belongs to another config or model class; save the adapter again, or load the "
+            "right folder."
+        )
+    return {expected[key][0]: tensor for key, tensor in found.items()}
+
+
+def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) -> None:
+    """Give the tensors ``names`` of the file in an adapter's ``folder`` the dtype they are to be stored in.
+
+    The file is replaced whole or not at all. In a checkpoint of ``Trainer`` it stays as it is: training that is resumed
+    from it must go on as if it had not been interrupted.
+
+    Raises:
+        ValueError: a value would be lost; the file is left in full precision.
+    """
+    if save_dtype is None or _is_checkpoint(folder):
+        return
+    for path in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME):
+        if not path.is_file():
+            continue
+        is_pickled = path.name == WEIGHTS_NAME
+        content = path.read_bytes()
+        tensors = torch.load(io.BytesIO(content), weights_only=True) if is_pickled else load(content)
+        own = {name: tensor for name, tensor in tensors.items() if plain_name(name) in names}
+        tensors |= cast_for_saving(own, save_dtype)
+        if is_pickled:
+            torch.save(tensors, buffer := io.BytesIO())
+        write_bytes(path, buffer.getvalue() if is_pickled else save(tensors, metadata={"format": "pt"}))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether ``Trainer`` calls its checkpoints so; PEFT gives adapters not called "default" a folder inside."""
+    return any(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", part) for part in folder.absolute().parts[-2:])
+
+
+def own_names(model: nn.Module, adapter_name: str) -> frozenset[str]:
+    """Names, in its file, of the tensors that are the adapter's and not those of a sparse model around it."""
+    return frozenset(saved_names(model, adapter_name, (TaskTunerLayer, HeadModule)))
+
+
+def saved_names(
+    model: nn.Module,
+    adapter_name: str,
+    kinds: tuple[type[BaseTunerLayer | AuxiliaryTrainingWrapper], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper),
+) -> dict[str, tuple[str, torch.Size]]:
+    """What an adapter's file holds: name in the file (PEFT's prefix aside) -> name in the model's state and shape."""
+    expected: dict[str, tuple[str, torch.Size]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, kinds):
+            continue
+        for container in module.adapter_layer_names:
+            own = getattr(module, container)
+            if adapter_name not in own:
+                continue
+            saved = name if isinstance(module, AuxiliaryTrainingWrapper) else f"{name}.{container}"
+            for key, tensor in own[adapter_name].state_dict().items():
+                target = f"{name}.{container}.{adapter_name}.{key}"
+                expected[plain_name(f"{saved}.{key}")] = (target, tensor.shape)
+    return expected
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name whatever wraps the model and its layers: other adapters may extend other layers."""
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _shorten(names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

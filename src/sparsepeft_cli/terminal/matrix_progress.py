@@ -1,0 +1,104 @@
+"""What is seen of a matrix of runs: one bar, or lines without a terminal, and a line for each run that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparsepeft_cli.terminal.console import err, say
+from sparsepeft_cli.terminal.interrupts import Stop, handling, stop_after_step
+from sparsepeft_research.reproduction import Run, Watcher
+
+_LINE_SECONDS = 60.0  # between two lines on the same run
+
+
+class MatrixProgress(Watcher):
+    """Shows how many runs are done and what the current one does.
+
+    Ctrl-C and SIGTERM have that run write a checkpoint before it ends.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("runs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=err,
+        )
+        self._stack = contextlib.ExitStack()
+        self._task: Any = None
+        self._ended = self._total = 0
+        self._last = 0.0
+
+    def __enter__(self) -> MatrixProgress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if err.is_terminal:
+            self._progress.stop()
+        self._stack.close()
+        if isinstance(error, Stop):
+            error.left = f"with {self._ended} of {self._total} runs done; the same command goes on with the others."
+
+    def begins(self, num_runs: int) -> None:
+        """Show the bar; not before, since an error in what was given should stand alone on the screen."""
+        self._total = num_runs
+        self._task = self._progress.add_task("", total=num_runs)
+        if err.is_terminal:
+            self._progress.start()
+
+    def callbacks(self, run: Run) -> Sequence[Any]:
+        """Callbacks that show the run's step. Made late, because transformers is slow to import."""
+        from transformers import TrainerCallback
+
+        from sparsepeft.training.stopping import StopAfterStep
+
+        show, stopper = self._show, StopAfterStep()
+        show(run.name, now=True)
+
+        class _Callback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                show(f"{run.name} step {state.global_step}/{state.max_steps}")
+
+        self._stack.enter_context(handling(stop_after_step(stopper)))
+        return [_Callback(), stopper]
+
+    def finished(self, run: Run, result: dict[str, Any], here: bool) -> None:
+        """Count the run; a line if it was done here."""
+        self._count()
+        if here:
+            say(
+                f"{self._counted}  {run.name:<28} {result['main_metric']} {result['score']:.4f} on "
+                f"{result['score_split']}, {result['train_seconds']:.0f} s"
+            )
+
+    def failed(self, run: Run, error: dict[str, Any]) -> None:
+        """Count the run and say what ended it."""
+        self._count()
+        say(f"{self._counted}  {run.name:<28} FAILED: {error['type']}: {error['message']}")
+
+    def waiting(self, runs: Sequence[Run]) -> None:
+        """Say who is waited for."""
+        self._show(f"waiting for {len(runs)} in another process", now=True)
+
+    @property
+    def _counted(self) -> str:
+        return f"{self._ended:>{len(str(self._total))}}/{self._total}"
+
+    def _count(self) -> None:
+        self._stack.close()  # no step is being done
+        self._ended += 1
+        self._progress.update(self._task, completed=self._ended, description="")
+
+    def _show(self, text: str, now: bool = False) -> None:
+        self._progress.update(self._task, description=text)
+        if not err.is_terminal and (now or time.monotonic() - self._last >= _LINE_SECONDS):
+            self._last = time.monotonic()
+            say(f"{time.strftime('%H:%M:%S')}  run {self._ended + 1} of {self._total}: {text}")

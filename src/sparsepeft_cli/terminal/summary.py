@@ -1,0 +1,141 @@
+"""What is printed when a run is done, or before it is begun: lines for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sparsepeft_cli.terminal.errors import in_options
+
+_MOST_CLASSES = 12  # with a line each
+_WIDEST = 24  # characters of a label's name
+_PARTS = {"training": "to train on", "selection": "to choose the checkpoint"}
+
+
+def print_summary(results: Mapping[str, Any], folder: str) -> None:
+    """Print what came out of a classification or regression run, and what to do next."""
+    from sparsepeft_cli.terminal.console import out
+
+    first, *rest = summary(results, folder)
+    out.print(first, style="bold", highlight=False, markup=False, soft_wrap=True)
+    for line in rest:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(results: Mapping[str, Any], folder: str) -> list[str]:
+    """The lines; only the last, a command to copy, may be longer than 80 characters."""
+    from sparsepeft_cli.sparsify import sparse_line
+
+    part, main = results["score_split"], results["main_metric"]
+    rows = results["num_rows"]
+    scores = results["metrics"][part]
+    others = [f"{name} {value:.4f}" for name, value in scores.items() if name != main]
+    lines = [f"{results['task']}, {results['method']}: {main} {results['score']:.4f} on {part} ({rows[part]:,} rows)"]
+    lines += [f"  {line}" for line in _wrapped([*others, *_errors(results)], ", ", 78)]
+    lines.append("  " + _baseline(results["baseline"], main))
+    if "spt" in results:
+        lines.append(sparse_line(results["spt"]["config"], results["spt"]["report"]))
+    lines += _wrapped([f"rows: {rows['training']:,} to train on", *_counts(rows)], ", ", 80)
+    best = f"; the best checkpoint: step {results['best_step']:,}" if results["best_step"] else ""
+    lines.append(f"{results['steps']:,} steps in {duration(results['train_seconds'])}{best}")
+    lines += _classes(results["report"].get("per_class"))
+    lines += _size(results)
+    for note in results["notes"]:
+        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
+    return [*lines, _next(results, folder)]
+
+
+def print_plan(found: Mapping[str, Any]) -> None:
+    """Print what a dry run has found."""
+    from sparsepeft_cli.terminal.console import megabytes, out
+
+    plan = found["plan"]
+    sizes = plan["sizes"]
+    lines = [
+        f"{plan['task']}, {plan['method']} on {plan['model']}, {plan['device']}, {plan['precision']}",
+        *_wrapped([f"rows: {sizes['training']:,} to train on", *_counts(sizes)], ", ", 80),
+        f"{plan['steps']:,} steps of {plan['batch_size']} examples, {plan['epochs']:.3g} epochs",
+        f"trained: {found['trained_parameters']:,} parameters; saved: {megabytes(found['saved_bytes'])}",
+        f"about {duration(found['estimated_seconds'])}, at {found['seconds_per_step']:.2g} s a step here and now",
+    ]
+    for note in plan["notes"]:
+        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
+    for line in [*lines, f"Nothing was written to {plan['folder']}."]:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _counts(rows: Mapping[str, int]) -> list[str]:
+    return [f"{count:,} {_PARTS.get(name, name)}" for name, count in rows.items() if name != "training"]
+
+
+def _errors(results: Mapping[str, Any]) -> list[str]:
+    """Mean absolute error of a regression whose metrics do not have it."""
+    report = results["report"]
+    is_new = "mae" in report and "mae" not in results["metrics"][results["score_split"]]
+    return [f"mae {report['mae']:.4f}"] if is_new else []
+
+
+def _baseline(baseline: Mapping[str, Any], main: str) -> str:
+    answer, metrics = baseline["answer"], baseline["metrics"]
+    if isinstance(answer, float):
+        return f"the mean of the training labels, {answer:.4g}, for all: mae {metrics['mae']:.4f}"
+    if isinstance(answer, list):
+        return f"the labels of more than half the training rows for all: {main} {metrics[main]:.4f}"
+    return f"the most frequent label, {_short(answer)}, for all: {main} {metrics[main]:.4f}"
+
+
+def _classes(per_class: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+    if not per_class or len(per_class) > _MOST_CLASSES:
+        return []
+    width = max(len("label"), *(len(_short(name)) for name in per_class))
+    head = f"{'label':<{width}}  precision  recall      f1    rows"
+    lines = (
+        f"{_short(name):<{width}}  {v['precision']:>9.3f}  {v['recall']:>6.3f}  {v['f1']:>6.3f}  {v['support']:>6,}"
+        for name, v in per_class.items()
+    )
+    return [head, *lines]
+
+
+def _size(results: Mapping[str, Any]) -> list[str]:
+    from sparsepeft_cli.terminal.console import megabytes
+
+    parameters, saved = results["parameters"], megabytes(results["saved_bytes"])
+    if results["method"] == "full":
+        return [f"trained: all {parameters['trained']:,} parameters; saved: {saved}, a copy of the model"]
+    parts = [f"{parameters['head']:,} in the head"]
+    if parameters.get("routers"):
+        parts.append(f"{parameters['routers']:,} in the routers")
+    return [
+        f"trained: {parameters['trained']:,} parameters, of them {' and '.join(parts)}",
+        f"saved: {saved}; a copy of the model would be {megabytes(results['model_bytes'])}",
+    ]
+
+
+def _next(results: Mapping[str, Any], folder: str) -> str:
+    from sparsepeft_cli.terminal.console import program
+
+    texts = '"one text" "another text"' if results["num_texts"] == 2 else '"some text"'
+    answer = {"regression": "  # gives a value", "multi_label_classification": "  # gives all labels that hold"}
+    return f"next: {program()} predict {folder} {texts}{answer.get(results['problem_type'], '')}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDEST else name[: _WIDEST - 1] + "…"
+
+
+def _wrapped(parts: Iterable[str], separator: str, width: int) -> list[str]:
+    """The parts in lines, none of which is broken inside a part."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(separator) + len(part) <= width:
+            lines[-1] += separator + part
+        else:
+            lines.append(part)
+    return lines

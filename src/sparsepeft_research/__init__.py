@@ -1,0 +1,1 @@
+"""The papers' tables, benchmarks and experiments. Nothing of :mod:`sparsepeft` needs it."""

@@ -1,0 +1,209 @@
+"""From timings to figures: throughput, ratios, and each factor by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsepeft_research.benchmarks.inference.systems import (
+    BACKBONE,
+    ENGINE,
+    ENGINE_UPPER,
+    ONNX,
+    OPENVINO,
+    PEERS,
+    UNFUSED,
+)
+from sparsepeft_research.benchmarks.inference.workloads import BY_TOKENS, PADDED
+from sparsepeft_research.benchmarks.timing import Timing
+
+_BASE, _FAST = "float32", "bfloat16"
+_USUAL_PEER = "adapters-pfeiffer"
+
+
+@dataclass
+class Measured:
+    """What one plan gave in one group.
+
+    Attributes:
+        group: whose candidates were timed against each other.
+        plan: what they ran: its name.
+        num_inputs: texts of the plan.
+        timings: of the whole plan, by candidate (``"spartan bfloat16"``).
+        products: timings of bare matrix products in the same run.
+        product_flops: their floating point operations.
+        flops: of the backbone's matrix products in the plan, where they are compared with ``products``.
+        peak_bytes: of each candidate's process, with all plans that it ran.
+    """
+
+    group: str
+    plan: str
+    num_inputs: int
+    timings: dict[str, Timing]
+    products: dict[str, Timing] = field(default_factory=dict)
+    product_flops: dict[str, int] = field(default_factory=dict)
+    flops: int | None = None
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def inputs_per_minute(self, candidate: str) -> float:
+        """Throughput by the median."""
+        return 60_000 * self.num_inputs / self.timings[candidate].median_ms
+
+    def peak_flops_per_s(self) -> float | None:
+        """The machine's speed at its best measured matrix product."""
+        rates = [1e3 * self.product_flops[name] / timing.median_ms for name, timing in self.products.items()]
+        return max(rates, default=None)
+
+
+def describe(measured: Sequence[Measured]) -> dict[str, Any]:
+    """``results``, a plan of a group each, and the ``factors`` between them."""
+    return {"results": [_result(one) for one in measured], "factors": factors(measured)}
+
+
+def _result(one: Measured) -> dict[str, Any]:
+    peak = one.peak_flops_per_s()
+    candidates = {}
+    for name, timing in one.timings.items():
+        baselines = [other for other in one.timings if other != name and _is_baseline(other)]
+        found: dict[str, Any] = {
+            "timing": timing._asdict(),
+            "inputs_per_minute": one.inputs_per_minute(name),
+            "speed_over": {other: _ratio(one, name, one, other) for other in baselines},
+            "peak_bytes": one.peak_bytes.get(name),
+        }
+        if peak is not None and one.flops is not None:
+            found["share_of_peak"] = 1e3 * one.flops / timing.median_ms / peak
+        candidates[name] = found
+    return {
+        "group": one.group,
+        "plan": one.plan,
+        "num_inputs": one.num_inputs,
+        "candidates": candidates,
+        "flops": one.flops,
+        "peak_flops_per_s": peak,
+        "products": {name: timing._asdict() for name, timing in one.products.items()},
+    }
+
+
+def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Ratios of throughputs that differ in one thing each.
+
+    On a task's real lengths, each factor is measured alone, starting from SPARTAN in float32 with padded batches. For
+    an engine in bfloat16, ONNX Runtime in int8 and OpenVINO in bfloat16 their ``"product for ..."`` stands beside the
+    ``"total"`` that is measured of all of them together.
+
+    Returns:
+        Each with ``factor``, ``group``, ``of`` and ``over`` (candidate, plan) and ``value``: how many times as many
+        inputs per minute ``of`` has.
+    """
+    found: list[dict[str, Any]] = []
+    for group in dict.fromkeys(one.group for one in measured):
+        plans = {one.plan: one for one in measured if one.group == group}
+        padded, sorted_ = plans.get(f"{group}, {PADDED}"), plans.get(f"{group}, {BY_TOKENS}")
+        if padded is not None and sorted_ is not None:
+            found += _of_task(group, padded, sorted_)
+        else:
+            found += _of_shapes(group, plans)
+    return found
+
+
+def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, Any]]:
+    """One configuration in PyTorch, in ONNX Runtime and in OpenVINO, each with what it is made of."""
+    spartan, peer, engine = f"spartan {_BASE}", f"{_USUAL_PEER} {_BASE}", f"{ENGINE} {_BASE}"
+    runtimes = (
+        (f"spartan {ONNX}{_BASE}", f"spartan {ONNX}int8"),
+        (f"spartan {OPENVINO}{_BASE}", f"spartan {OPENVINO}{_FAST}"),
+    )
+    shared = [
+        _factor("architecture", group, padded, spartan, padded, peer),
+        _factor("length batching", group, sorted_, spartan, padded, spartan),
+    ]
+    own = {
+        f"{ENGINE} {_FAST}": [
+            _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
+            _factor("engine", group, sorted_, engine, sorted_, spartan),
+        ],
+    } | {
+        fast: [
+            _factor("runtime", group, padded, exported, padded, spartan),
+            _factor("precision", group, padded, fast, padded, exported),
+        ]
+        for exported, fast in runtimes
+    }
+    found = [*shared]
+    for best, parts in own.items():
+        found += parts
+        made = [one["value"] for one in (*shared, *parts) if one]
+        if len(made) == len(shared) + len(parts):
+            found.append({"factor": f"product for {best}", "group": group, "value": math.prod(made)})
+        found.append(_factor("total", group, sorted_, best, padded, peer))
+        precision = best.split()[1].removeprefix(OPENVINO)
+        rivals = [name for name in sorted_.timings if name.split()[0] in PEERS and name.split()[1] == precision]
+        rival = min(rivals, key=lambda name: sorted_.timings[name].median_ms, default="")
+        found.append(_factor("over the best peer, same precision and batches", group, sorted_, best, sorted_, rival))
+    return [one for one in found if one]
+
+
+def _of_shapes(group: str, plans: dict[str, Measured]) -> list[dict[str, Any]]:
+    made = []
+    for plan in plans.values():
+        for name in plan.timings:
+            system, precision = name.split()
+            if system == "spartan":
+                made += [_factor("architecture", group, plan, name, plan, f"{BACKBONE} {precision}")]
+                made += [_factor("architecture", group, plan, name, plan, f"{peer} {precision}") for peer in PEERS]
+                made += [_factor("fusion", group, plan, name, plan, f"{UNFUSED} {precision}")]
+            if precision != _BASE:
+                made += [_factor("precision", group, plan, name, plan, f"{system} {_BASE}")]
+            single = plans.get(plan.plan.removesuffix(", mixed"))
+            if single is not None and single is not plan:
+                made += [_factor("mixed batches", group, plan, name, single, name)]
+            separate = plans.get(plan.plan.removesuffix(", all") + ", separate")
+            if system == ENGINE_UPPER and separate is not None and separate is not plan:
+                made += [_factor("shared lower layers", group, plan, name, separate, name)]
+    return [one for one in made if one]
+
+
+def _factor(factor: str, group: str, of: Measured, candidate: str, over: Measured, other: str) -> dict[str, Any] | None:
+    if candidate not in of.timings or other not in over.timings:
+        return None
+    return {
+        "factor": factor,
+        "group": group,
+        "of": [candidate, of.plan],
+        "over": [other, over.plan],
+        "value": _ratio(of, candidate, over, other),
+    }
+
+
+def _ratio(of: Measured, candidate: str, over: Measured, other: str) -> float:
+    return of.inputs_per_minute(candidate) / over.inputs_per_minute(other)
+
+
+def _is_baseline(name: str) -> bool:
+    system = name.split()[0]
+    return system == BACKBONE or system in PEERS
+
+
+def device_throughput(content: Any) -> tuple[str, dict[str, Any], dict[str, float]]:
+    """The throughput columns of the paper's Table 1 from a result file's content: batch 32 in float32.
+
+    Returns:
+        The emulated device, the backbone's architecture, and inputs per minute by method (``"full"`` is the backbone).
+
+    Raises:
+        ValueError: it is no result of an emulated device with batches of 32 in float32.
+    """
+    try:
+        settings = content["settings"]
+        device, architecture = settings["device"], settings["architecture"]
+        results: Iterable[dict[str, Any]] = content["results"]
+        wanted = [one for one in results if one["group"] == _BASE and one["num_inputs"] == 32]
+        rates = {name.split()[0]: one["inputs_per_minute"] for name, one in wanted[0]["candidates"].items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError("it has no batches of 32 in float32") from error
+    if device is None:
+        raise ValueError("it was measured on no emulated device")
+    return device, architecture, {"full" if name == BACKBONE else name: rate for name, rate in rates.items()}

@@ -1,0 +1,217 @@
+"""What sparse attention and routed FFNs save of a LoRA fine-tuning step, in time and memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparsepeft.devices import find_device
+from sparsepeft.errors import UserError
+from sparsepeft.provenance import environment
+from sparsepeft.spt import SptConfig, sparsification
+from sparsepeft.tuners.config import dtype_name
+from sparsepeft_research.benchmarks.memory import peak_bytes
+from sparsepeft_research.benchmarks.stacks import Stack, stack_config
+from sparsepeft_research.benchmarks.timing import time_alternating
+
+BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
+_EAGER_SHARE = 1 / 3  # of the machine's memory that attention matrices may take
+
+
+@dataclass(frozen=True)
+class SptBenchmark:
+    """What to measure.
+
+    Args:
+        model: a named stack of random weights (``benchmarks.stacks.STACKS``), a hub id or a folder.
+        layers: how many.
+        lengths: tokens of a sequence.
+        batch_size: sequences in a step.
+        granularity: of sparse attention, ``"token"`` or ``"block"``.
+        num_blocks: G, blocks of an FFN.
+        active_blocks: values of G' to measure.
+        top_l: keys a query keeps: an int is a count, a float up to 1 a fraction of the length.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of weights and activations: ``"fp32"``, ``"bf16"`` or ``"fp16"``, or PyTorch's name of it.
+        repeats: timed steps of each candidate.
+        warm_up: untimed ones before.
+        idle_wait_s: seconds to wait for an idle machine before each round.
+        compile: measure the dense model through ``torch.compile``, too.
+        seed: of weights and data.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    model: str = "opt-1024"
+    layers: int = 4
+    lengths: tuple[int, ...] = (2048,)
+    batch_size: int = 1
+    granularity: str = "block"
+    num_blocks: int = 8
+    active_blocks: tuple[int, ...] = (4, 2)
+    top_l: int | float = 1 / 8
+    device: str = "cpu"
+    dtype: str = "float32"
+    repeats: int = 5
+    warm_up: int = 1
+    idle_wait_s: float = 0.0
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("layers", self.layers), ("batch_size", self.batch_size), ("warm_up", self.warm_up)):
+            if value < 1:
+                raise UserError(f"`{name}={value}` was given, but it must be at least 1.")
+        lengths = ",".join(map(str, self.lengths))
+        if not self.lengths or min(self.lengths) < 2:
+            raise UserError(f"`lengths={lengths}` was given; expected at least one, each of 2 tokens or more.")
+        if self.repeats < 2:
+            raise UserError(f"`repeats={self.repeats}` was given; quartiles need at least 2.")
+        try:
+            object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))  # as results have it
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if find_device(self.device).type not in ("cpu", "cuda"):
+            raise UserError(f"`device={self.device}` was given, but steps are timed on cpu and cuda only; pass cpu.")
+        for active in self.active_blocks:
+            self.spt(self.lengths[0], active=active)
+
+    def spt(self, length: int, *, attention: bool = True, active: int | None = None) -> SptConfig:
+        """The settings of a sparse candidate; ``active`` None leaves its FFNs dense."""
+        try:
+            config = SptConfig(
+                attention=attention,
+                ffn=active is not None,
+                top_l=self.top_l,
+                granularity=self.granularity,
+                num_blocks=self.num_blocks,
+                num_active_blocks=active or 1,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return config.with_length(length)
+
+
+def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]]:
+    """What is compared at a length: arguments of :class:`Stack`, by name, the baseline first."""
+    found: dict[str, dict[str, Any]] = {BASELINE: {}, CHECKPOINTING: {"checkpointing": True}}
+    if benchmark.compile:
+        found[COMPILED] = {"compiled": True}
+    found[EAGER] = {"attention": "eager"}
+    found["sparse attention"] = {"spt": benchmark.spt(length)}
+    for active in benchmark.active_blocks:
+        share = f"{active}/{benchmark.num_blocks}"
+        found[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active)}
+        found[f"both {share}"] = {"spt": benchmark.spt(length, active=active)}
+    return found
+
+
+def run_spt_benchmark(
+    benchmark: SptBenchmark, progress: Callable[[str], object] = lambda message: None
+) -> dict[str, Any]:
+    """Measure a fine-tuning step of every candidate at every length.
+
+    Times are of whole steps (forward, backward, AdamW), in turn, after warm-up. The split by module and the step with
+    which codebooks are refreshed are separate runs of one step each. Peak bytes are what a step allocates above
+    weights and optimizer state, see :func:`sparsepeft_research.benchmarks.peak_bytes`.
+
+    Args:
+        benchmark: what to measure.
+        progress: told what is being done.
+
+    Returns:
+        ``environment``, ``settings`` and ``results``, of which each has a length's ``candidates`` and what was
+        ``left_out``, and why.
+
+    Raises:
+        UserError: the model cannot be measured.
+    """
+    config = stack_config(benchmark.model, benchmark.layers, max(benchmark.lengths))
+    results = [_at_length(benchmark, config, length, progress) for length in benchmark.lengths]
+    settings = {**asdict(benchmark), "hidden_size": config.hidden_size, "model_type": config.model_type}
+    return {"environment": environment(), "settings": settings, "results": results}
+
+
+def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Callable[[str], object]) -> dict[str, Any]:
+    wanted, left_out = candidates(benchmark, length), {}
+    needed = _eager_bytes(benchmark, config, length)
+    if needed > _EAGER_SHARE * _memory_bytes(benchmark.device):
+        del wanted[EAGER]
+        left_out[EAGER] = f"its attention matrices would take about {needed / 2**30:.0f} GiB"
+    stacks = {}
+    for name, arguments in wanted.items():
+        progress(f"{length} tokens: making {name}")
+        stacks[name] = Stack(
+            benchmark.model,
+            config,
+            batch_size=benchmark.batch_size,
+            length=length,
+            device=benchmark.device,
+            dtype=getattr(torch, benchmark.dtype),
+            seed=benchmark.seed,
+            **arguments,
+        )
+    measure = partial(
+        time_alternating,
+        repeats=benchmark.repeats,
+        warm_up=benchmark.warm_up,
+        idle_wait_s=benchmark.idle_wait_s,
+        device=benchmark.device,
+    )
+    progress(f"{length} tokens: timing {len(stacks)} candidates, {benchmark.repeats} steps each")
+    timings = measure({name: stack.step for name, stack in stacks.items()})
+    progress(f"{length} tokens: memory and split")
+    peaks = {name: peak_bytes(stack.step, benchmark.device) for name, stack in stacks.items()}
+    attention_names = _attention_names(stacks["sparse attention"])
+    found = {}
+    for name, stack in stacks.items():
+        described: dict[str, Any] = {"step": timings[name]._asdict(), "peak_bytes": peaks[name]}
+        if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
+            described["split_ms"] = stack.split(attention_names, benchmark.device)
+        refreshed = sparsification(stack.model)
+        if refreshed is not None and refreshed.attention:
+            described["codebook_refresh"] = _refresh(stack, refreshed.config, timings[name].median_ms, benchmark)
+        described |= _ratios(name, timings, peaks)
+        found[name] = described
+    del stacks
+    gc.collect()
+    return {"length": length, "candidates": found, "left_out": left_out}
+
+
+def _ratios(name: str, timings: dict[str, Any], peaks: dict[str, int]) -> dict[str, dict[str, float]]:
+    against = [other for other in (BASELINE, EAGER, CHECKPOINTING, COMPILED) if other in timings and other != name]
+    return {
+        "speedup_over": {other: timings[other].median_ms / timings[name].median_ms for other in against},
+        "peak_of": {other: peaks[name] / peaks[other] for other in against},
+    }
+
+
+def _refresh(stack: Stack, config: SptConfig, step_ms: float, benchmark: SptBenchmark) -> dict[str, float]:
+    """What new codebooks cost: every ``codebook_interval`` steps, so that much less in the mean."""
+    once = time_alternating({"": partial(stack.step, refresh=True)}, repeats=2, warm_up=0, device=benchmark.device)
+    extra_ms = once[""].minimum_ms - step_ms
+    return {"extra_ms": extra_ms, "every_steps": config.codebook_interval}
+
+
+def _attention_names(stack: Stack) -> Sequence[str]:
+    done = sparsification(stack.model)
+    return list(done.attention) if done else []
+
+
+def _eager_bytes(benchmark: SptBenchmark, config: Any, length: int) -> int:
+    """About what eager attention keeps: probabilities in float32 and, in other dtypes, once more; scores on top."""
+    matrix = 4 * benchmark.batch_size * config.num_attention_heads * length**2
+    return matrix * (2 * benchmark.layers + 3)
+
+
+def _memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

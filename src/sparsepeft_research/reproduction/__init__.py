@@ -1,0 +1,25 @@
+"""The paper's comparison again: a matrix of runs that resumes, and the tables made of it."""
+
+from sparsepeft_research.reproduction.grid import GridSearch
+from sparsepeft_research.reproduction.matrix import Matrix, Run
+from sparsepeft_research.reproduction.planning import Planned, plan
+from sparsepeft_research.reproduction.reproduce import Outcome, plan_of, reproduce
+from sparsepeft_research.reproduction.runner import Watcher, run_all
+from sparsepeft_research.reproduction.tables import Table, make_table
+from sparsepeft_research.reproduction.writing import write_table
+
+__all__ = [
+    "GridSearch",
+    "Matrix",
+    "Outcome",
+    "Planned",
+    "Run",
+    "Table",
+    "Watcher",
+    "make_table",
+    "plan",
+    "plan_of",
+    "reproduce",
+    "run_all",
+    "write_table",
+]

@@ -1,0 +1,145 @@
+"""Questions from tables and lines, answers as they come, rows for JSON lines and CSV."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sparsepeft.errors import UserError
+from sparsepeft.inference.answers import Answer, arriving, format_of, formatter
+from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.columns import Columns
+
+CLASSES = TaskSpec("custom", ("text",), ("a", "b"), ("accuracy",), "accuracy", 1)
+PAIRS = TaskSpec("custom", ("text", "text_pair"), None, ("pearson",), "pearson", 1)
+
+
+def asked(spec: TaskSpec, columns: tuple[str, ...] = ()) -> Any:
+    """What questions are read for: a run's task, and what its columns were called."""
+    return SimpleNamespace(spec=spec, columns=Columns(columns, "label") if columns else None)
+
+
+def lines_of(text: str, spec: TaskSpec = CLASSES, columns: tuple[str, ...] = (), **options: Any) -> list[Any]:
+    found = read_lines(text.split("\n"), asked(spec, columns), **options)
+    return [question.error or question.texts for question in found]
+
+
+def test_a_line_is_plain_text_or_json() -> None:
+    assert lines_of('plain\n"json"\n[not json\n{nor this}\n\n{"text": "x", "id": 1}') == [
+        *("plain", "json", "[not json", "{nor this}", "", "x")
+    ]
+    assert lines_of('one\ttwo\n["one", "two"]\n{"text": "one", "text_pair": "two"}', PAIRS) == [["one", "two"]] * 3
+    assert lines_of('{"body": "x", "text": "y"}', columns=("body",)) == ["x"]
+    assert lines_of('{"body": "x", "text": "y"}', columns=("body",), table=TableOptions("text")) == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut o', "Line 1 is not JSON"),
+        ('{"text": NaN}', "NaN is no number in JSON"),
+        ('{"txet": "x"}', "which column is the text"),
+        ('{"review": "x", "sentence": "y"}', "more than one could be"),
+    ],
+)
+def test_a_line_meant_as_json_that_is_none_has_an_error(line: str, words: str) -> None:
+    (found, after) = lines_of(f"{line}\nplain")
+    assert words in found
+    assert after == "plain"
+
+
+def test_tables_are_read_by_the_columns_of_training(tmp_path: Path) -> None:
+    rows = ("id,body,topic", '1,"a, b",x', "2,,y")
+    (tmp_path / "new.csv").write_text("\n".join(rows))
+    found = list(read_questions(tmp_path / "new.csv", asked(CLASSES, ("body",))))
+    assert [question.texts for question in found] == ["a, b", ""]
+    assert found[0].columns == {"id": "1", "body": "a, b", "topic": "x"}
+    with pytest.raises(UserError, match=r"new.csv: which column is the text\?.*'id', 'body', 'topic'; pass"):
+        read_questions(tmp_path / "new.csv", asked(CLASSES))
+    with pytest.raises(UserError, match=r"'id' were named, but an input of this task has two texts"):
+        read_questions(tmp_path / "new.csv", asked(PAIRS), TableOptions("id"))
+    (tmp_path / "bad.csv").write_text("\n".join((*rows, "3,x,y,z")))
+    with pytest.raises(UserError, match=r"bad.csv:4: expected 3 fields"):
+        read_questions(tmp_path / "bad.csv", asked(CLASSES, ("body",)))
+    with gzip.open(tmp_path / "new.jsonl.gz", "wt") as stream:
+        stream.write('{"sentence1": "x", "sentence2": "y", "id": 3}\n\nno json\n')
+    first, second = read_questions(tmp_path / "new.jsonl.gz", asked(PAIRS))
+    assert first.texts == ["x", "y"]
+    assert second.error is not None
+    assert "Line 3 is not JSON" in second.error
+    with pytest.raises(UserError, match=r"`delimiter=;` goes with files"):
+        read_questions(tmp_path / "new.jsonl.gz", asked(PAIRS), TableOptions(delimiter=";"))
+
+
+def test_what_has_come_is_handed_on_without_waiting_for_more() -> None:
+    more = threading.Event()
+
+    def slowly() -> Iterator[int]:
+        yield 0
+        assert more.wait(10)  # until the first has been handed on
+        yield from range(1, 10)
+        raise KeyError("broken")
+
+    batches = arriving(slowly(), 4)
+    assert next(batches) == [0]
+    more.set()
+    found: list[list[int]] = []
+    with pytest.raises(KeyError, match="broken"):
+        found.extend(batches)
+    assert [item for batch in found for item in batch] == list(range(1, 10))
+    assert max(map(len, found)) <= 4
+
+
+ANSWERS = [
+    Answer({"id": 7, "label": "b"}, Prediction("a", 0.912345, {"a": 0.912345, "b": 0.087655})),
+    Answer({"id": float("nan"), "label": "\ud800"}, Prediction("b", 1.0, {"a": 1.23456e-9, "b": 1.0})),
+    Answer({"id": 9, "label": ""}, Prediction.failed("An input has an empty text; pass some words.")),
+]
+
+
+def test_rows_keep_their_columns_and_have_no_number_that_json_lacks() -> None:
+    first, second, third = (json.loads(line) for line in map(formatter("jsonl", CLASSES), ANSWERS))
+    assert first == {"id": 7, "label": "b", "predicted_label": "a", "score": 0.9123, "scores": first["scores"]}
+    assert list(first) == ["id", "label", "predicted_label", "score", "scores"]
+    assert second["id"] is None
+    assert second["scores"] == {"a": 1.235e-9, "b": 1.0}
+    assert third == {"id": 9, "label": "", "error": "An input has an empty text; pass some words."}
+    value = json.loads(formatter("jsonl", PAIRS)(Answer({"score": 3}, Prediction(None, 1234.56789))))
+    assert value == {"score": 3, "predicted_score": 1234.57}
+
+
+def test_csv_has_the_same_columns_in_all_rows() -> None:
+    line_of = formatter("csv", CLASSES)
+    rows = list(csv.DictReader(io.StringIO("".join(map(line_of, ANSWERS)))))
+    assert list(rows[0]) == ["id", "label", "predicted_label", "score", "score_a", "score_b", "error"]
+    assert rows[0]["predicted_label"] == "a"
+    assert rows[0]["score_b"] == "0.08765"
+    assert rows[1]["id"] == rows[2]["score"] == ""
+    assert "empty text" in rows[2]["error"]
+    with pytest.raises(UserError, match=r"the column 'more', which the first one lacks"):
+        line_of(Answer({"id": 1, "label": "a", "more": 1}, ANSWERS[0].prediction))
+    several = Prediction("a", 0.9, {"a": 0.9, "b": 0.8}, labels=("a", "b"))
+    spec = TaskSpec("tags", ("text",), ("a", "b"), ("micro_f1",), "micro_f1", 1, multi_label=True)
+    line = formatter("csv", spec)(Answer({}, several))
+    assert line == "labels,score_a,score_b,error\na|b,0.9,0.8,\n"
+    assert json.loads(formatter("jsonl", CLASSES)(Answer({}, several)))["labels"] == ["a", "b"]
+
+
+def test_the_format_is_the_files_ending_unless_it_is_given() -> None:
+    assert [format_of(None, None), format_of(None, Path("a.csv")), format_of("csv", Path("a.txt"))] == [
+        *("jsonl", "csv", "csv")
+    ]
+    for given in (("xlsx", None), (None, Path("a.xlsx"))):
+        with pytest.raises(UserError, match=r"xlsx.* jsonl or csv"):
+            format_of(*given)  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""Linear layers by oneDNN compute what PyTorch's do, and are used only where they can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from sparsepeft import MultiTaskEngine
+from sparsepeft.inference import onednn
+from sparsepeft.inference.onednn import OneDnnLinear, can_onednn_compute, is_onednn_faster, use_onednn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+
+
+def fast(sizes: tuple[int, int], *, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(*sizes, bias=bias)
+    use_onednn(layer)
+    assert type(layer) is OneDnnLinear
+    return layer
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of what was given to oneDNN."""
+    found: list[torch.Size] = []
+    product = onednn.onednn_product
+
+    def noting(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        found.append(given.shape)
+        return product(given, weight, bias)
+
+    monkeypatch.setattr(onednn, "onednn_product", noting)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (0, 5), (2, 3, 5), (2, 1, 3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_shape_with_and_without_bias(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype, calls: list[torch.Size]
+) -> None:
+    if not can_onednn_compute(dtype):
+        pytest.skip(f"oneDNN does not compute {dtype} on this processor")
+    layer, given = fast((5, 13), bias=bias).to(dtype), torch.randn(shape, dtype=dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(given), nn.functional.linear(given, layer.weight, layer.bias))
+        crossed = torch.randn(5, 9, dtype=dtype).t()
+        torch.testing.assert_close(layer(crossed), nn.functional.linear(crossed, layer.weight, layer.bias))
+    assert calls == [torch.Size(shape), torch.Size((9, 5))]
+
+
+def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size]) -> None:
+    layer, given = fast((6, 4)), torch.randn(3, 6)
+    layer(given).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(given).dtype == torch.bfloat16
+        assert layer.double()(given.double()).dtype == torch.float64
+    assert calls == []
+
+
+def test_a_processor_without_bfloat16_is_left_to_pytorch(
+    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "can_onednn_compute", lambda dtype: dtype == torch.float32)
+    layer, given = fast((6, 4)).bfloat16(), torch.randn(3, 6, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert layer(given).dtype == torch.bfloat16
+    assert calls == []
+    assert not onednn.is_onednn_faster.__wrapped__(torch.bfloat16)
+
+
+def test_an_engine_answers_the_same_and_leaves_the_model_alone(
+    backbone: Path, folders: dict[str, Path], calls: list[torch.Size]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(backbone)
+    requests = [(task, text) for task in folders for text in ("one text", "another text that is longer")]
+    answers = []
+    for choice in (True, False):
+        engine = MultiTaskEngine(model, folders, onednn=choice)
+        calls.clear()
+        answers.append([answer.score for answer in engine.predict(requests, on_error="raise")])
+        assert bool(calls) == choice
+    torch.testing.assert_close(*map(torch.tensor, answers), atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(module, OneDnnLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_comparison_says_yes_or_no_and_draws_no_random_numbers(dtype: torch.dtype) -> None:
+    is_onednn_faster.cache_clear()
+    state = torch.get_rng_state()
+    assert is_onednn_faster(dtype) in ((True, False) if can_onednn_compute(dtype) else (False,))
+    assert torch.equal(state, torch.get_rng_state())

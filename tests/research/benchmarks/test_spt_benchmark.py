@@ -1,0 +1,121 @@
+"""The benchmark of a fine-tuning step: what its candidates are, and what it says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsepeft.errors import UserError
+from sparsepeft.spt import sparsification
+from sparsepeft_research.benchmarks import spt
+from sparsepeft_research.benchmarks.spt import SptBenchmark, candidates, run_spt_benchmark
+from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
+
+
+def small(model: Path, **changes: Any) -> SptBenchmark:
+    values = {"model": str(model), "layers": 2, "lengths": (48,), "repeats": 2, "num_blocks": 4, "active_blocks": (2,)}
+    return SptBenchmark(**(values | changes))
+
+
+def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
+    benchmark = small(tiny_language_model)
+    config = stack_config(benchmark.model, 2, 48)
+    stacks = {
+        name: Stack(benchmark.model, config, batch_size=1, length=48, **arguments)
+        for name, arguments in candidates(benchmark, 48).items()
+    }
+    for name, stack in stacks.items():
+        done, base = sparsification(stack.model), stack.model.get_base_model()
+        is_sparse = {"attention": name.startswith(("sparse", "both")), "ffn": name.startswith(("FFN", "both"))}
+        assert (done is not None) == any(is_sparse.values())
+        if done is not None:
+            assert {"attention": bool(done.attention), "ffn": bool(done.feed_forwards)} == is_sparse
+            assert done.config.top_l == 6 or not done.attention
+        implementation = "spt" if is_sparse["attention"] else "eager" if name == "eager" else "sdpa"
+        assert base.config._attn_implementation == implementation
+        assert base.is_gradient_checkpointing == (name == "sdpa, checkpointing")
+
+
+def test_a_step_trains_lora_and_routers_and_leaves_no_gradients(tiny_language_model: Path) -> None:
+    benchmark = small(tiny_language_model)
+    config = stack_config(benchmark.model, 2, 48)
+    stack = Stack(benchmark.model, config, batch_size=2, length=48, spt=benchmark.spt(48, active=2))
+    trained = {n: p for n, p in stack.model.named_parameters() if p.requires_grad}
+    assert {"lora" in name or "spt_router" in name for name in trained} == {True}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    for _ in range(2):  # LoRA's first half moves once the second is not zero
+        stack.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in trained.items())
+    assert all(parameter.grad is None for parameter in stack.model.parameters())
+    codebooks = next(iter(sparsification(stack.model).attention.values())).state.current  # type: ignore[union-attr]
+    old = codebooks.codebooks.clone()
+    stack.step()
+    assert torch.equal(codebooks.codebooks, old)
+    stack.step(refresh=True)
+    assert not torch.equal(codebooks.codebooks, old)
+
+
+@pytest.mark.slow
+def test_figures_fit_together(tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    report = run_spt_benchmark(small(tiny_language_model, lengths=(32, 48)), progress=told.append)
+    assert [result["length"] for result in report["results"]] == [32, 48]
+    assert any("48 tokens: timing" in message for message in told)
+    for result in report["results"]:
+        found = result["candidates"]
+        assert list(found) == ["sdpa", "sdpa, checkpointing", "eager", "sparse attention", "FFN 2/4", "both 2/4"]
+        for name, each in found.items():
+            for other, speedup in each["speedup_over"].items():
+                assert speedup == found[other]["step"]["median_ms"] / each["step"]["median_ms"]
+                assert each["peak_of"][other] == each["peak_bytes"] / found[other]["peak_bytes"]
+            assert name not in each["speedup_over"]
+            assert ("codebook_refresh" in each) == name.startswith(("sparse", "both"))
+            if "checkpointing" not in name:
+                assert all(milliseconds > 0 for milliseconds in each["split_ms"].values())
+        assert found["sdpa, checkpointing"]["peak_bytes"] < found["sdpa"]["peak_bytes"]
+    monkeypatch.setattr(spt, "_memory_bytes", lambda device: 10)
+    (result,) = run_spt_benchmark(small(tiny_language_model))["results"]
+    assert "eager" not in result["candidates"]
+    assert "attention matrices" in result["left_out"]["eager"]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_named_stacks_can_be_built(name: str) -> None:
+    config = stack_config(name, 1, 4096)
+    assert str(config.hidden_size) in name
+    assert config.hidden_size % config.num_attention_heads == 0
+    inner = getattr(config, "ffn_dim", None) or config.intermediate_size
+    assert inner % 8 == 0
+    assert (config.hidden_size // config.num_attention_heads) % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 0}, "layers=0"),
+        ({"lengths": ()}, "lengths"),
+        ({"repeats": 1}, "repeats=1"),
+        ({"dtype": "int8"}, "int8"),
+        ({"device": "tpu"}, "tpu"),
+        ({"active_blocks": (5,)}, "num_active_blocks=5"),
+        ({"granularity": "row"}, "row"),
+    ],
+)
+def test_bad_values(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SptBenchmark(**({"num_blocks": 4, "active_blocks": (2,)} | changes))
+
+
+def test_models_that_cannot_be_measured(tiny_language_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 2"):
+        stack_config(str(tiny_language_model), 3, 32)
+    with pytest.raises(UserError, match="at most 64"):
+        stack_config(str(tiny_language_model), 1, 65)
+    with pytest.raises(UserError, match="opt-1024"):
+        stack_config(str(tmp_path / "none"), 1, 32)
+    benchmark = small(tiny_language_model, num_blocks=7)
+    with pytest.raises(UserError, match="num_blocks=7"):
+        run_spt_benchmark(benchmark)

@@ -1,0 +1,87 @@
+"""Which result files count."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.matrices import hand_made_result, hand_made_run
+
+from sparsepeft_research.reproduction import plan
+from sparsepeft_research.reproduction.results import find_result, read_error, write_result
+
+
+def test_a_runs_own_result_counts(tmp_path: Path) -> None:
+    run = hand_made_run(tmp_path, "rte", "spartan", 1)
+    assert find_result(run).result is None
+    result = hand_made_result(run, 0.5)
+    assert find_result(run).result == result
+
+
+def test_a_file_older_than_a_field_with_a_default_counts(tmp_path: Path) -> None:
+    run = hand_made_run(tmp_path, "rte", "spartan", 1)
+    result = hand_made_result(run, 0.5)
+    del result["config"]["compile"], result["reproduction"]["recipe"]["max_grad_norm"]
+    run.result_file.write_text(json.dumps(result))
+    assert find_result(run).problem is None
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "score": ({"score": "0.5"}, "its score is '0.5'"),
+    "version": ({"format_version": 0}, "format version 0"),
+    "model": ({"model": "another"}, "the model another"),
+    "data": ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
+    "config": ({"config": {"task": "rte"}}, "other values of epochs, recipe, seed"),
+    "config is no object": ({"config": 3}, "all values"),
+    "recipe": ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
+    "no recipe": ({"reproduction": None}, "all values"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_foreign_or_damaged_file_does_not_count_and_says_why(tmp_path: Path, case: str) -> None:
+    changes, words = CHANGES[case]
+    run = hand_made_run(tmp_path, "rte", "spartan", 1)
+    hand_made_result(run, 0.5, **changes)
+    found = find_result(run)
+    assert found.result is None
+    assert found.problem is not None
+    assert words in found.problem
+    (planned,) = plan([run])
+    assert (planned.state, planned.detail) == ("stale", found.problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"task": "rte"', "damaged"),
+        ("[1]", "list"),
+        ('{"task": "rte"}', "lacks format_version"),
+        ("", "damaged"),
+        ("\ud800", "damaged"),
+    ],
+)
+def test_what_is_no_result_does_not_count(tmp_path: Path, text: str, words: str) -> None:
+    run = hand_made_run(tmp_path, "rte", "spartan", 1)
+    run.result_file.write_bytes(text.encode(errors="surrogatepass"))
+    problem = find_result(run).problem
+    assert problem is not None
+    assert words in problem
+
+
+def test_a_file_that_does_not_count_is_moved_aside_not_overwritten(tmp_path: Path) -> None:
+    run = hand_made_run(tmp_path, "rte", "spartan", 1)
+    for content in ("first", "second"):
+        run.result_file.write_text(content)
+        write_result(run, {"new": content})
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["rte-spartan-1.json", "rte-spartan-1.json.stale-1", "rte-spartan-1.json.stale-2"]
+    assert (tmp_path / kept[1]).read_text() == "first"
+    assert json.loads(run.result_file.read_text()) == {"new": "second"}
+
+
+def test_a_damaged_error_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.error.json").write_text("{")
+    assert "a.error.json is damaged" in read_error(tmp_path / "a.error.json")["message"]
