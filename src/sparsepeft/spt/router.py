@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepeft.models.feed_forwards import FeedForward, weight_of
-from sparsepeft.ops.routed_ffn import Projection
-from sparsepeft.ops.routed_ffn.projections import project
+from sparsepeft.ops.routed_ffn import Projection, project
 from sparsepeft.spt.compensation import Compensation, fit_compensation
 from sparsepeft.spt.regression import fit_ridge
 

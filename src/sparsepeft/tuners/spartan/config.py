@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+from sparsepeft.ops.registry import RENAMED
 from sparsepeft.tuners.config import TaskAdapterConfig, require_choice, require_positive
 from sparsepeft.tuners.registry import SPARTAN
 
-IMPLS = ("auto", "reference", "masked", "selected", "triton")
+IMPLS = ("auto", "reference", "torch", "triton")
 
 
 @dataclass(repr=False)
@@ -53,6 +54,8 @@ class SpartanConfig(TaskAdapterConfig):
         for name in ("num_parents", "num_children", "top_k"):
             require_positive(name, getattr(self, name))
         require_positive("temperature", self.temperature, integer=False)
+        if self._is_from_file:
+            self.impl = RENAMED.get(self.impl, self.impl)
         require_choice("impl", self.impl, IMPLS)
         for name in ("initializer_range", "value_initializer_range", "load_balancing_coef"):
             value = getattr(self, name)
