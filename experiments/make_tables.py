@@ -271,7 +271,7 @@ def allocator() -> str:
     return "\n\n".join(
         [
             "## Reusing freed memory",
-            f"`sparsepeft.allocator.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass "
+            f"`sparsepeft.devices.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass "
             f"(training: forward and backward), medians over passes of two processes that take turns; "
             f"{_machine(report)}. By `python benchmarks/bench_allocator.py`.",
             table(["kind", "model", "precision", "shape", "as it is", "kept", "speed", "peak memory"], rows),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

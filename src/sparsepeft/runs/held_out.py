@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_json
+from sparsepeft.folders import write_json
 from sparsepeft.runs.files import HELD_OUT
 from sparsepeft.tasks import TaskData, TaskSpec
 

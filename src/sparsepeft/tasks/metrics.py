@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
