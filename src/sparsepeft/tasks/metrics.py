@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sparsepeft.errors import TaskError
 from sparsepeft.extras import require
-from sparsepeft.tasks.errors import TaskError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
