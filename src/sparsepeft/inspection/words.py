@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from sparsepeft.extras import require
 
 # Entries of the table of counts; the rarest words are forgotten when it is full.
 _MAX_ENTRIES = 1 << 24
@@ -196,7 +198,6 @@ _TOPICAL = {
     *("amount", "bill", "bottom", "call", "cry", "describe", "detail", "fill", "fire", "front", "full", "interest"),
     *("mill", "mine", "name", "serious", "side", "sincere", "system", "thick", "thin", "top"),
 }
-_STOP_WORDS = ENGLISH_STOP_WORDS - _TOPICAL
 _MARKS = "#Ġ▁"  # with which tokenizers mark the beginning or the middle of a word
 
 
@@ -239,4 +240,10 @@ def is_topical(word: str) -> bool:
     if not any(character.isalpha() for character in bare):
         return False
     is_letter = len(bare) == 1 and bare.upper() != bare  # scripts without capitals have words of one character
-    return not is_letter and bare not in _STOP_WORDS
+    return not is_letter and bare not in _stop_words()
+
+
+@functools.cache
+def _stop_words() -> frozenset[str]:
+    words = require("sklearn.feature_extraction.text", "train", "Ranking words").ENGLISH_STOP_WORDS
+    return frozenset(words - _TOPICAL)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsepeft.errors import TaskError
+from sparsepeft.extras import require
 from sparsepeft.tasks.decoding import known_encoding, lines, marked_encoding
 from sparsepeft.tasks.formats import DELIMITERS, FileFormat, find_format, records, split_raw
 
@@ -224,9 +225,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         TaskError: no such file, or it is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa = require("pyarrow", "train", "A Parquet file")
+    pq = require("pyarrow.parquet", "train", "A Parquet file")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise TaskError(f"{path} {what}; expected a file with examples, check the path")

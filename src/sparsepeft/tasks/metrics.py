@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from sparsepeft.errors import TaskError
+from sparsepeft.extras import require
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -52,17 +53,16 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     guess, truth = _answers(spec, logits, labels)
     if spec.label_names is None:
         return {}
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
+    metrics = require("sklearn.metrics", "train", "A report by class")
     classes = list(range(spec.num_labels))
-    columns = precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
+    columns = metrics.precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
     per_class = {
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
         for name, precision, recall, f1, support in zip(spec.label_names, *columns, strict=True)
     }
     if spec.multi_label:
         return {"per_class": per_class}
-    return {"per_class": per_class, "confusion_matrix": confusion_matrix(truth, guess, labels=classes).tolist()}
+    return {"per_class": per_class, "confusion_matrix": metrics.confusion_matrix(truth, guess, labels=classes).tolist()}
 
 
 def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -96,9 +96,8 @@ def _accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
 def _f1(
     guess: NDArray[Any], truth: NDArray[Any], average: str = "macro", classes: Sequence[int] | None = (1,)
 ) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(truth, guess, labels=classes, average=average, zero_division=0.0))
+    metrics = require("sklearn.metrics", "train", "F1")
+    return float(metrics.f1_score(truth, guess, labels=classes, average=average, zero_division=0.0))
 
 
 def _macro_f1(guess: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -108,14 +107,12 @@ def _macro_f1(guess: NDArray[Any], truth: NDArray[Any]) -> float:
 def _matthews(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     if (guess == guess[0]).all() or (truth == truth[0]).all():  # scikit-learn would warn
         return 0.0
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(truth, guess))
+    metrics = require("sklearn.metrics", "train", "Matthews correlation")
+    return float(metrics.matthews_corrcoef(truth, guess))
 
 
 def _correlation(name: str, guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    from scipy import stats
-
+    stats = require("scipy.stats", "train", "A correlation")
     if len(truth) < 2 or not (np.isfinite(guess).all() and np.isfinite(truth).all()):
         return 0.0
     constant = (stats.ConstantInputWarning, stats.NearConstantInputWarning)
