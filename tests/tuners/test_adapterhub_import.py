@@ -143,7 +143,9 @@ def test_every_tensor_arrives_in_its_place(name: str, style: str, tmp_path: Path
     backbone = build(name)
     inputs = ARCHITECTURES[name].inputs()
     bare = run(backbone, inputs)
-    folder = write_adapter(tmp_path / "peer", tensors, config, name in ("bert", "t5"), model_type=backbone.config.model_type)
+    folder = write_adapter(
+        tmp_path / "peer", tensors, config, name in ("bert", "t5"), model_type=backbone.config.model_type
+    )
     model = load_adapterhub(backbone, folder).eval()
     assert model.peft_config["default"].style == style
     # Both number layers first and places second, so the order is the same.

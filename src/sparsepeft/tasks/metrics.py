@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from sparsepeft.tasks.spec import TaskSpec
 
+Metric = Callable[[Any, Any], float]  # of answers and truths, NumPy arrays
+
 
 _MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearson", "spearman")}
 _WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest that float32 holds
@@ -141,7 +143,7 @@ def _subset_accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     return float((guess == truth).all(axis=1).mean())
 
 
-_METRICS: Final[dict[str, Callable[[NDArray[Any], NDArray[Any]], float]]] = {
+_METRICS: Final[dict[str, Metric]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "macro_f1": _macro_f1,
@@ -151,7 +153,7 @@ _METRICS: Final[dict[str, Callable[[NDArray[Any], NDArray[Any]], float]]] = {
     "mae": _mae,
     "rmse": _rmse,
 }
-_MULTI_LABEL: Final = {
+_MULTI_LABEL: Final[dict[str, Metric]] = {
     "micro_f1": partial(_f1, average="micro", classes=None),
     "macro_f1": partial(_f1, classes=None),
     "subset_accuracy": _subset_accuracy,
