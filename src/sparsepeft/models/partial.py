@@ -46,18 +46,18 @@ class PartialPasses:
         self._layers: list[Any] = [block.module for block in blocks[: self.num_layers]]
         self._plan = _Plan()
         # Accelerate's hooks (offloading, several devices) stand in the instance, too, and are wrapped here.
-        self._own = [vars(layer).get("forward") for layer in self._layers]
+        self._originals = [vars(layer).get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._forward, index, layer.forward)
 
     def remove(self) -> None:
         """Give the layers their own ``forward`` back."""
-        for layer, own in zip(self._layers, self._own, strict=True):
-            if own is None:
+        for layer, original in zip(self._layers, self._originals, strict=True):
+            if original is None:
                 del layer.forward
             else:
-                layer.forward = own
-        self._layers, self._own, self.num_layers = [], [], 0
+                layer.forward = original
+        self._layers, self._originals, self.num_layers = [], [], 0
 
     @contextmanager
     def ending_after(self, layer: int) -> Iterator[None]:

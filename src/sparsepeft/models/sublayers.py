@@ -70,10 +70,10 @@ def find_sublayer(block: nn.Module, which: str, name: str | None = None) -> nn.M
 def _named(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """``named_modules`` through PEFT's wrappers."""
     module = unwrap(module)
-    found = [(prefix, module)]
+    named = [(prefix, module)]
     for name, child in module.named_children():
-        found += _named(child, f"{prefix}.{name}" if prefix else name)
-    return found
+        named += _named(child, f"{prefix}.{name}" if prefix else name)
+    return named
 
 
 class Names(NamedTuple):

@@ -117,21 +117,21 @@ class SptState(ModulesToSaveWrapper):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter_name in self.modules_to_save:
             for name in getattr(self.original_module, "shared", ()):
-                own = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
-                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), own, name)
+                expected = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
+                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), expected, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None) -> Any:
     """Of a PEFT wrapper's module and its adapters' copies, the one that acts for the active adapter, or for a named."""
     names = wrapper.active_adapters if adapter_names is None else adapter_names
-    own = [name for name in names if name in wrapper.modules_to_save]
-    return wrapper.original_module if wrapper.disable_adapters or not own else wrapper.modules_to_save[own[0]]
+    present = [name for name in names if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not present else wrapper.modules_to_save[present[0]]
 
 
-def check_same(loaded: Tensor | None, own: Tensor, name: str) -> None:
+def check_same(loaded: Tensor | None, expected: Tensor, name: str) -> None:
     """Raise where a file has another value of what belongs to the model's structure."""
-    if loaded is not None and not torch.equal(loaded.to(own.device), own):
+    if loaded is not None and not torch.equal(loaded.to(expected.device), expected):
         raise ValueError(
             f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
             "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
