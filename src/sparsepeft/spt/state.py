@@ -18,9 +18,9 @@ from sparsepeft.spt.config import SptConfig
 class SptState(ModulesToSaveWrapper):
     """Holds a module of which every PEFT adapter gets a copy of its own.
 
-    PEFT freezes what is not its own, and saves nothing else. What it does train and save with an adapter of any method
-    are its auxiliary wrappers, which it looks for in the whole model: so this is one, that adds a copy for an adapter
-    as soon as it hears of it, without being named in ``modules_to_save``.
+    PEFT trains and saves only what is its own. That includes, with adapters of every method, its auxiliary wrappers,
+    which it finds anywhere in the model. So this is one: it adds a copy for an adapter as soon as PEFT mentions that
+    adapter, without being named in ``modules_to_save``.
 
     Args:
         module: what all adapters start from; in use itself where there is no adapter. The tensors that its attribute
@@ -81,7 +81,7 @@ class SptState(ModulesToSaveWrapper):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not names:
             return None
-        self._know(names[0])
+        self._ensure_copy(names[0])
         return names[0]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
@@ -93,7 +93,7 @@ class SptState(ModulesToSaveWrapper):
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Where what was saved is loaded to; empty where ``TaskTuner`` renames it (see ``HeadModule``)."""
-        self._know(adapter_name)
+        self._ensure_copy(adapter_name)
         if adapter_name in self.context.configs and not self.context.injected:
             return {}
         names: dict[str, str] = super().adapter_state_dict_load_map(adapter_name)
@@ -110,7 +110,7 @@ class SptState(ModulesToSaveWrapper):
         self._active_adapter = []
         return self
 
-    def _know(self, adapter_name: str) -> None:
+    def _ensure_copy(self, adapter_name: str) -> None:
         if adapter_name not in self._adapters:
             self.update(adapter_name)
 

@@ -99,10 +99,9 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
     config = BottleneckConfig(style=style, task_type=_task_type(backbone), **settings, **labels)
     model = get_peft_model(backbone, config, adapter_name=adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    state = {
-        key: tensor for key, tensor in state.items() if ".bottleneck_" not in key
-    }  # a head stays if none is loaded
     loaded = _rename(tensors, saved.get("name"), style, blocks) | head
+    # Where the folder has no head, the backbone's stays.
+    state = {key: tensor for key, tensor in state.items() if ".bottleneck_" not in key}
     state |= {f"base_model.model.{key}": value for key, value in loaded.items()}
     try:
         set_peft_model_state_dict(model, state, adapter_name=adapter_name)
