@@ -32,7 +32,8 @@ class HeadSpec:
     Attributes:
         modules: names of the head's modules, in the order they run.
         output: the one of them that yields the logits, or None if no layer has ``num_labels`` outputs.
-        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs ("" if ``output`` is that layer).
+        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs; "" if ``output`` is that
+            layer.
     """
 
     modules: tuple[str, ...]

@@ -77,7 +77,7 @@ class PartialPasses:
 
     @contextmanager
     def beginning_after(self, layer: int, states: torch.Tensor) -> Iterator[None]:
-        """Inside the context, this thread's passes take ``states`` (B, T, D) for the output of ``layer``, and run the rest."""
+        """Inside the context, this thread's passes begin after ``layer``, with ``states`` (B, T, D) as its output."""
         self._plan.begin_after, self._plan.output = layer, states
         try:
             yield

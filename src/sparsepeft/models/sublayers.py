@@ -128,7 +128,7 @@ class FeedForward:
 
     @property
     def projection_names(self) -> tuple[str, ...]:
-        """PartNames of the linear maps."""
+        """Names of the linear maps."""
         return tuple(name for name in (self.names.gate, self.names.up, self.names.down) if name is not None)
 
     @property
