@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-
 from make_tables import recipe_search
+
 from sparsepeft.provenance import write_json
 from sparsepeft.training import RunConfig, train
 

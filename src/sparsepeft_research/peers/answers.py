@@ -1,6 +1,6 @@
-"""AdapterHub's side of ``adapters_equality.py``: runs in the peer's environment, never in the project's own.
+"""AdapterHub's side of ``equality.py``: runs in the peer's environment, never in the project's own.
 
-    python _adapters_side.py FOLDER
+    python answers.py FOLDER
 
 For each case in ``FOLDER/cases.json`` builds a random model with an adapter and writes into ``FOLDER/NAME``:
 ``fresh.safetensors`` (the adapter as initialised), ``backbone.safetensors``, ``inputs.safetensors``, the trained-like

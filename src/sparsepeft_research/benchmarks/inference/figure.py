@@ -17,7 +17,7 @@ def throughput_figure(report: dict[str, Any]) -> Figure:
     """Bars of inputs per minute, with the quartiles of the passes; a colour for each precision.
 
     Args:
-        report: what :func:`sparsepeft_research.benchmarks.inference.run_inference_benchmark` returned.
+        report: the content of a result file.
 
     Raises:
         UserError: matplotlib is not installed.

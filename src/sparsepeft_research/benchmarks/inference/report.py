@@ -17,7 +17,7 @@ from sparsepeft_research.benchmarks.inference.systems import (
     UNFUSED,
 )
 from sparsepeft_research.benchmarks.inference.workloads import BY_TOKENS, PADDED
-from sparsepeft_research.benchmarks.timing import Timing
+from sparsepeft_research.benchmarks.measuring import Timing
 
 _BASE, _FAST = "float32", "bfloat16"
 _USUAL_PEER = "adapters-pfeiffer"
