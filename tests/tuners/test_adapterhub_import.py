@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.models import ARCHITECTURES, D, L, build, run
 
 from sparsepeft.errors import UserError
-from sparsepeft.tuners.bottleneck.adapterhub import load_adapterhub
+from sparsepeft.tuners.adapterhub import load_adapterhub
 
 SEQ_BN: dict[str, Any] = {
     "adapter_residual_before_ln": False,

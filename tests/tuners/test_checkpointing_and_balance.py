@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sparsepeft import SpartanConfig, SptConfig, sparsify
-from sparsepeft.models import loss_scale as _loss_scale
+from sparsepeft.models import auxiliary_loss
 from sparsepeft.ops.load_balancing import load_balancing_loss
 from sparsepeft.tuners.spartan import SpartanLayer
 
@@ -192,14 +192,14 @@ def test_it_is_as_strong_as_the_main_loss_in_each_accumulated_pass(kind: str, na
 
 
 def test_the_weight_of_a_cross_entropy_is_read_off_its_gradient(monkeypatch) -> None:
-    monkeypatch.setattr(_loss_scale, "_CHUNK", 20)  # so that several chunks are read
+    monkeypatch.setattr(auxiliary_loss, "_CHUNK", 20)  # so that several chunks are read
     logits = torch.randn(2, 5, 7, requires_grad=True)
     labels = torch.randint(7, (2, 5)).masked_fill(torch.rand(2, 5) < 0.3, -100)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 40
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = labels.ne(-100).sum() / 40
-    torch.testing.assert_close(_loss_scale.cross_entropy_weight(logits, gradient), expected)
-    assert _loss_scale.cross_entropy_weight(torch.randn(3, 1), torch.randn(3, 1)) is None  # a regression
+    torch.testing.assert_close(auxiliary_loss.cross_entropy_weight(logits, gradient), expected)
+    assert auxiliary_loss.cross_entropy_weight(torch.randn(3, 1), torch.randn(3, 1)) is None  # a regression
 
 
 @KINDS

@@ -26,8 +26,8 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from sparsepeft import BottleneckConfig
 from sparsepeft.errors import RunFailed
+from sparsepeft.tuners.adapterhub import load_adapterhub
 from sparsepeft.tuners.bottleneck import BottleneckLayer
-from sparsepeft.tuners.bottleneck.adapterhub import load_adapterhub
 from sparsepeft_research.benchmarks.registry import Progress
 from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
 
@@ -90,7 +90,7 @@ def all_cases() -> list[dict[str, Any]]:
     """Every model, style and size that is compared."""
     sizes = [("odd", ODD, reduction) for reduction in (1, 2.5, 4, 16, 64)]
     sizes += [("base-width", BASE | {"vocab_size": 500}, reduction) for reduction in (12, 16)]
-    cases = []
+    cases: list[dict[str, Any]] = []
     for model_type in MODELS:
         for style in ("pfeiffer", "houlsby"):
             for size, config, reduction in sizes:
@@ -220,7 +220,8 @@ def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) 
     def note(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         seen["embeddings"] = output.requires_grad_()
 
-    handle = model.get_base_model().base_model.embeddings.register_forward_hook(note)
+    base: Any = model.get_base_model()
+    handle = base.base_model.embeddings.register_forward_hook(note)
     model.zero_grad()
     output = model(**inputs, output_hidden_states=True)
     handle.remove()

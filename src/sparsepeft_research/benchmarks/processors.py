@@ -104,7 +104,7 @@ def run(*, processor: str, repeats: int, idle_wait: float, progress: Progress) -
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         progress("measuring in a process of its own")
         report = pool.submit(measure, repeats, idle_wait, torch.get_num_threads()).result()
-    judged = [
+    judged: list[dict[str, Any]] = [
         {"figure": name, "measured": value, "aim": list(TARGETS[name]), "met": _is_met(value, *TARGETS[name])}
         for name, value in ratios(report).items()
     ]

@@ -84,8 +84,8 @@ def make_weights(case: Case, generator: torch.Generator, device: str) -> Weights
     def projection(outputs: int, inputs: int) -> Projection:
         weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
         bias = None if case.gated else 0.1 * torch.randn(outputs, generator=generator)
-        moved = [None if t is None else t.to(device, case.dtype) for t in (weight, bias)]
-        return Projection(*(None if t is None else t.requires_grad_(case.trained) for t in moved))
+        moved = [t.to(device, case.dtype).requires_grad_(case.trained) for t in (weight, bias) if t is not None]
+        return Projection(moved[0], None if case.gated else moved[1])
 
     up, down = projection(case.inner_size, case.hidden_size), projection(case.hidden_size, case.inner_size)
     gate = projection(case.inner_size, case.hidden_size) if case.gated else None
@@ -104,7 +104,7 @@ def dense(x: Tensor, weights: Weights, case: Case) -> Tensor:
 def routed(x: Tensor, weights: Weights, case: Case, num_active: int, **options: Any) -> Tensor:
     """Route and compute."""
     routing = route(x, weights.router, num_active=num_active)
-    maps = {"gate": weights.gate, "activation": case.activation}
+    maps: dict[str, Any] = {"gate": weights.gate, "activation": case.activation}
     return routed_ffn(x, weights.up, weights.down, routing, **maps, **options)
 
 

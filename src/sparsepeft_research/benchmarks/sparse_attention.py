@@ -69,7 +69,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
     """Return what is compared, by name."""
-    sparse = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
+    sparse: Any = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
     impls = IMPLS[codebooks.device.type]
     return {
         "sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True),
@@ -114,7 +114,9 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
     return {
         **common,
-        "token selection and attention over vectors of 1": lambda: compiled_forward(*narrow, codes, reach, rules),
+        "token selection and attention over vectors of 1": lambda: compiled_forward(
+            narrow[0], narrow[1], narrow[2], codes, reach, rules
+        ),
     }
 
 
@@ -139,8 +141,8 @@ def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str
     training = {name: partial(forward_backward, attend, tensors, grad_output) for name, attend in attentions.items()}
     both = timed(training)
     peaks = {name: peak_bytes(step, device) for name, step in training.items()}
-    first = [tensor[:, :, :2048] for tensor in tensors[:2]]
-    recall = selection_recall(*first, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
+    query, key = (tensor[:, :, :2048] for tensor in tensors[:2])
+    recall = selection_recall(query, key, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
     return {
         **case._asdict(),
         "device": device,
