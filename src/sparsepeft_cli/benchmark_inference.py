@@ -137,7 +137,7 @@ def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Pat
     """The figure's files; without matplotlib a warning, unless the figure was asked for."""
     from sparsepeft.errors import UserError
     from sparsepeft_cli.terminal.console import err
-    from sparsepeft_research.benchmarks.inference.figure import write_figure
+    from sparsepeft_research.benchmarks.inference.report import write_figure
 
     if path is None:
         return []

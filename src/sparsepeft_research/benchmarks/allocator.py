@@ -1,4 +1,4 @@
-"""What reusing freed memory gives: ``sparsepeft.allocator.keep_freed_memory`` against the allocator as it is.
+"""What reusing freed memory gives: ``sparsepeft.devices.keep_freed_memory`` against the allocator as it is.
 
     sparsepeft benchmark allocator --language-model FOLDER --output allocator.json
 

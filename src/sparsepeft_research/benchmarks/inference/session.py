@@ -260,7 +260,7 @@ class _Session:
         elif export_format(precision):
             command = [sys.executable, str(_PROCESSES / "exported.py")]
         else:
-            command = [sys.executable, "-m", f"{__package__}.processes.own"]
+            command = [sys.executable, "-m", f"{__package__}.processes.pytorch"]
         return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
 
     def _files(self, candidate: Candidate) -> dict[str, str | None]:
