@@ -89,6 +89,17 @@ def test_half_precision_is_as_close_to_float32_as_the_reference(form: Form, acti
                 assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), (name, impl)
 
 
+@pytest.mark.parametrize("impl", FAST)
+def test_a_bias_sums_the_gradients_of_many_tokens_without_loss(impl: str) -> None:
+    case = make_case(Form(True, True, True, False), Sizes(1030, 16, 8, 2, 1), torch.float32).to(torch.bfloat16)
+    options = {"activation": "silu", "blocks": call_blocks(case)}
+    exact = run(case.to(torch.float32), impl="reference", **options)
+    actual = run(case, impl=impl, **options)
+    for name in ("up.bias", "gate.bias", "down.bias"):
+        error = (actual[name].float() - exact[name]).abs().max()
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps * exact[name].abs().max(), name  # one rounding, and inputs'
+
+
 def make_inner_products_exact(case: Case) -> None:
     """Small integers: what enters the activation is a multiple of 1/2 below 128, which bfloat16 holds exactly."""
     for name, tensor in case.tensors.items():
@@ -432,9 +443,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
         with FakeTensorMode():
-            x, weight = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((6, 8), (64, 8)))
-            routing = route(x, weight[:4], num_active=2)
-        up, down = Projection(weight), Projection(weight.t())
+            x, weight, down_weight = (torch.empty(s, dtype=dtype, device=device) for s in ((6, 8), (64, 8), (8, 64)))
+            routing = Routing(*(torch.empty(6, n, device=device) for n in (2, 2, 4)))
+        up, down = Projection(weight), Projection(down_weight)
         explanation = explain(routed_ffn, x, up, down, routing, activation="relu")
         return explanation.impl, explanation.others.get("triton")
 
