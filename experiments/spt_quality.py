@@ -41,7 +41,7 @@ from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment, write_json
 from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
-from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model
+from sparsepeft.training import RunConfig, train
 
 RESULTS = Path(__file__).parent / "results" / "spt_quality"
 BLOCK_LENGTH, BATCH_SIZE = 512, 8
@@ -178,7 +178,8 @@ def _run_once(run: Run, options: argparse.Namespace) -> None:
 
 def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     text, held_out = _articles(options, work)
-    config = LanguageModelConfig(
+    config = RunConfig(
+        task="lm",
         text=(str(text),),
         validation_text=(str(held_out),),
         output_dir=str(work / "run"),
@@ -190,7 +191,7 @@ def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, An
         settings=LORA,
         spt=run.spt,
     )
-    return train_language_model(config)
+    return train(config)
 
 
 def _train_encoder(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:

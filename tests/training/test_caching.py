@@ -21,11 +21,11 @@ from transformers.models.bert.modeling_bert import BertAttention
 from sparsepeft import HeadConfig
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
-from sparsepeft.inference.encoding import Collator
-from sparsepeft.methods.models import extend, load_backbone, load_tokenizer
+from sparsepeft.runs.held_out import load_task_data
 from sparsepeft.training import train
 from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
-from sparsepeft.training.run import load_data, prepare_data
+from sparsepeft.training.data import prepare_data
+from sparsepeft.training.model import build_model
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WEIGHTS = "adapter_model.safetensors"
@@ -59,10 +59,8 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _prepare(backbone: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
     """The model, encoded training data and collator of a run."""
     config = run_config(backbone, folder, **changes)
-    data = load_data(config)
-    tokenizer = load_tokenizer(str(backbone))
-    model = extend(load_backbone(str(backbone), data.spec), config.method, data.spec, config.recipe_values().adapter)
-    return model, prepare_data(data, config, tokenizer, 64).train, Collator(tokenizer)
+    data = prepare_data(config)
+    return build_model(config, data).model, data.train, data.collator
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -242,7 +240,7 @@ def test_frozen_layers_run_once_per_example_and_for_evaluation(backbones: dict[s
     run = run_config(backbones["bert"], tmp_path, max_train_samples=60, cache_frozen_layers=True, **UPPER["spartan"])
     with _rows_through_layers() as rows:
         results = train(run)
-    data = load_data(run)
+    data = load_task_data(run)
     selection = 60 - results["num_train"]
     num_evaluations = 6  # 12 steps, every second
     evaluated = num_evaluations * selection + len(data.validation) + len(data.test or ())

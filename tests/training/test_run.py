@@ -20,11 +20,11 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.methods.recipes import METHODS
 from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
+from sparsepeft.runs.folder import check_output_folder
 from sparsepeft.runs.history import read_history
-from sparsepeft.runs.output_folder import check_output_folder
 from sparsepeft.training import Predictor, RunConfig, evaluate, train
-from sparsepeft.training.stopping import StopAfterStep
-from sparsepeft.training.trainer import SafeTrainer, last_checkpoint
+from sparsepeft.training.callbacks import StopAfterStep
+from sparsepeft.training.fit import SafeTrainer, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -253,12 +253,12 @@ def test_a_full_disk_at_the_end_leaves_what_was_there(
 ) -> None:
     train(run_config(tiny_backbone, tmp_path, max_steps=2))
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    import sparsepeft.runs.files as files
+    from sparsepeft.methods import saving
 
     def full(source: Any, target: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(saving.os, "replace", full)
     with pytest.raises((RunFailed, OSError), match="No space left"):
         train(run_config(tiny_backbone, tmp_path, max_steps=2, seed=1), overwrite=True)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before

@@ -9,14 +9,12 @@ import pytest
 from tests.tiny import run_config, topics_rows, write_jsonl
 
 from sparsepeft.errors import UserError
-from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.training import RunConfig, train
-from sparsepeft.training.run import PreparedData, load_data, prepare_data
+from sparsepeft.training.data import RunData, prepare_data
 
 
-def _prepare(backbone: Path, folder: Path, **changes: Any) -> PreparedData:
-    config = run_config(backbone, folder, **changes)
-    return prepare_data(load_data(config), config, load_tokenizer(str(backbone)), 64)
+def _prepare(backbone: Path, folder: Path, **changes: Any) -> RunData:
+    return prepare_data(run_config(backbone, folder, **changes))
 
 
 def _texts(dataset: Any) -> set[tuple[int, ...]]:

@@ -14,10 +14,11 @@ from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, w
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.config import read_class_weights
 from sparsepeft.runs.files import read_run
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
-from sparsepeft.training.loss import TaskLoss, check_loss, read_class_weights, task_loss
+from sparsepeft.training.loss import TaskLoss, check_loss, task_loss
 
 MAIL = TaskSpec("mail", ("text",), ("ham", "spam", "other"), ("accuracy",), "accuracy", 1)
 VALUES = TaskSpec("values", ("text",), None, ("pearson",), "pearson", 1)

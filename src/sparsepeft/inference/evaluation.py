@@ -10,16 +10,16 @@ from typing import Any
 from datasets import Dataset
 
 from sparsepeft.errors import UserError
+from sparsepeft.inference.language_models import evaluate_language_model
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.questions import TableOptions
+from sparsepeft.runs.config import LM
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.lm_config import LM
-from sparsepeft.runs.stored import held_out_data
+from sparsepeft.runs.held_out import held_out_data, scored_parts
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
 from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
 from sparsepeft.tasks.local import load_labelled
-from sparsepeft.training.language_model import evaluate_language_model
 
 _NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
 
@@ -86,13 +86,14 @@ def evaluate(
             run's, or it cannot be told any more which rows were trained on.
     """
     folder = Path(folder)
-    if read_run(folder)["task"] == LM:
+    run = read_run(folder)
+    if run["task"] == LM:
         table = table or TableOptions()
         reading = {name: getattr(table, name) for name in ("text_column", "delimiter", "encoding")}
         if test_file is None and any(reading.values()):
             raise UserError(_NO_FILE)
         metrics, notes, digests = evaluate_language_model(
-            folder, model, test_file=None if test_file is None else str(test_file), device=device, **reading
+            folder, run, model, test_file=None if test_file is None else str(test_file), device=device, **reading
         )
         return Evaluation(metrics, notes=notes, data_fingerprints=digests)
     predictor = Predictor(folder, model, batch_size, device)
@@ -101,13 +102,12 @@ def evaluate(
         table = table or TableOptions()
         file_format, digest = table.format_of(path), sha256(path)
         part = _rows(path, predictor, table, file_format)
-        notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
+        notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
         return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
     if table not in (None, TableOptions()):
         raise UserError(_NO_FILE)
-    data = held_out_data(folder, data_dir)
-    parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
-    return _evaluation(predictor, parts, data.notes, data.fingerprints)
+    data = held_out_data(folder, data_dir, run=run)
+    return _evaluation(predictor, scored_parts(data), data.notes, data.fingerprints)
 
 
 def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,9 +15,8 @@ from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Encoded, Encoder
 from sparsepeft.inference.predictions import Input, OnError, Prediction, check_on_error, listed, prediction, texts_of
 from sparsepeft.methods.models import load_tokenizer, load_trained, to_accelerator
-from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.files import columns_of, read_run, spec_of
-from sparsepeft.runs.lm_config import LM
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
 

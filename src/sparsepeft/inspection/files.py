@@ -9,7 +9,7 @@ from sparsepeft.inspection.figures import label_figure, nmi_figure, picks_figure
 from sparsepeft.inspection.page import render_page
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.provenance import environment, write_bytes, write_json
-from sparsepeft.runs.output_folder import RUN
+from sparsepeft.runs.files import RUN
 
 REPORT, PAGE = "inspection.json", "inspection.html"
 

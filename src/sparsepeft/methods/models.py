@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -130,6 +131,18 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     return backbone
 
 
+def load_model_config(model: str) -> PreTrainedConfig:
+    """A backbone's config, without its weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("model", model, error)) from error
+
+
 def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
     """What a reader of the results should know about the head that :func:`load_backbone` gives, if anything."""
     note = head_start(AutoConfig.from_pretrained(model).id2label or {}, spec.label_names).note
@@ -215,8 +228,18 @@ def load_trained(
     """
     if method == "full":
         return load_backbone(str(folder), spec).eval()
+    return load_adapter(load_backbone(model, spec), folder, is_sparse, backbone_fingerprint)
+
+
+def load_adapter(
+    backbone: PreTrainedModel, folder: Path, is_sparse: bool, backbone_fingerprint: dict[str, Any] | None
+) -> Model:
+    """A dense backbone with the adapter of a run, in eval mode; made sparse first if the run's was.
+
+    Raises:
+        UserError: files are missing, truncated or foreign, or the backbone is not the run's.
+    """
     with loading_adapter(folder):
-        backbone = load_backbone(model, spec)
         check_backbone(backbone, backbone_fingerprint)
         load = load_sparse if is_sparse else PeftModel.from_pretrained
         return load(backbone, str(folder)).eval()
