@@ -171,13 +171,6 @@ def test_where_nothing_can_be_cached_the_error_says_why(name: str, config: Any, 
         frozen_blocks(adapted(name, config=config))
 
 
-def test_layers_that_hand_on_more_than_states_are_refused(tmp_path: Path) -> None:
-    backbone = save_tiny_backbone(tmp_path / "mpnet", build=lambda **values: hf.MPNetModel(hf.MPNetConfig(**values)))
-    model, rows, collator = _prepare(backbone, tmp_path, method="head", few_shot=10)
-    with pytest.raises(UserError, match="MPNetLayer hands on more than its hidden states"):
-        FrozenLayerCache(model, tmp_path / "states.bin").fill(rows, collator)
-
-
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
@@ -210,8 +203,7 @@ class Losses(hf.TrainerCallback):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("bert", what) for what in UPPER]
-    + [("llama-left", "spartan"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")],
+    [("bert", "spartan"), ("bert", "norms"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")],
 )
 def test_training_is_the_same_with_and_without(
     backbones: dict[str, Path], tmp_path: Path, name: str, what: str
@@ -272,8 +264,6 @@ def test_an_interrupted_run_resumes(backbones: dict[str, Path], tmp_path: Path) 
     [
         ({"method": "full"}, "embeddings.* is trained"),
         ({"method": "spartan"}, "bert.embeddings.LayerNorm is trained"),
-        ({"method": "spartan", "recipe": "paper"}, "layer.0 is trained"),
-        ({"method": "pfeiffer"}, "layer.0 is trained"),
         ({"method": "lora"}, "layer.0.* is trained"),
     ],
 )

@@ -233,8 +233,7 @@ def test_a_model_without_a_known_ffn(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "spt"),
-    [(method, None) for method in ("lora", "spartan", "houlsby", "ia3", "full")]
-    + [(method, SPT) for method in ("lora", "spartan", "pfeiffer")],
+    [("lora", None), ("houlsby", None), ("ia3", None), ("full", None), ("lora", SPT), ("spartan", SPT)],
 )
 def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     method: str, spt: dict | None, tiny_language_model: Path, tmp_path: Path
@@ -291,14 +290,11 @@ def test_parameters_are_the_closed_formula(tiny_language_model: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interrupted", [7, 10])  # codebooks are due after step 6, so they wait at its checkpoint
-def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(
-    interrupted: int, tiny_language_model: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_sparse_run_ends_as_if_it_had_not_been(tiny_language_model: Path, tmp_path: Path) -> None:
     whole = train(lm_config(tiny_language_model, tmp_path / "whole", spt=SPT))
     config = lm_config(tiny_language_model, tmp_path / "cut", spt=SPT)
     with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(interrupted)])
+        train(config, callbacks=[Interrupt(7)])  # codebooks are due after step 6: they wait at its checkpoint
     checkpoint = last_checkpoint(tmp_path / "cut" / UNFINISHED / CHECKPOINTS)
     assert checkpoint is not None
     with pytest.raises(UserError, match="unfinished run with other values of seed"):
@@ -371,14 +367,13 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spt", [None, {"granularity": "token"}])
-def test_a_real_model_learns_a_real_text(data_dir: Path, tmp_path: Path, spt: dict | None) -> None:
+def test_a_real_sparse_model_learns_a_real_text(data_dir: Path, tmp_path: Path) -> None:
     model = Path(os.environ["SPARSEPEFT_DATA"]).parent / "models" / "wikitext2-llama"
     if not model.is_dir():
         pytest.skip(f"no language model found in {model.parent}: put the folder wikitext2-llama there")
     from sparsepeft.tasks.files import read_rows
 
-    texts = [row.values["text"] for row in read_rows(data_dir / "bbc-news" / "all.tsv.gz")][:120]
+    texts = [row.values["text"] for row in read_rows(data_dir / "bbc-news" / "all.tsv.gz")][:60]
     write_jsonl(tmp_path / "bbc.jsonl", [{"text": text} for text in texts])
     config = RunConfig(
         task="lm",
@@ -389,10 +384,9 @@ def test_a_real_model_learns_a_real_text(data_dir: Path, tmp_path: Path, spt: di
         max_steps=12,
         batch_size=4,
         learning_rate=3e-3,
-        spt=spt,
+        spt={"granularity": "token"},
     )
     results = train(config)
-    start = results["before"]["dense" if spt is None else "sparse"]["perplexity"]
-    assert results["score"] < 0.8 * start  # 0.57 dense and 0.59 sparse when this was written
+    assert results["score"] < 0.8 * results["before"]["sparse"]["perplexity"]  # 0.59 when this was written
     assert 500 < results["before"]["dense"]["perplexity"] < 2000  # 1,026 on other texts of the same set, longer blocks
     assert (tmp_path / "o" / RUN).is_file()

@@ -285,7 +285,11 @@ def refuse_foreign_fields(task: Any, names: Iterable[str]) -> None:
     """
     foreign = sorted(set(names).intersection(foreign_fields(task)))
     if foreign and task == LM:
-        raise UserError(f"`{'`, `'.join(foreign)}` does not go with `task={LM}`; leave it out.")
+        is_one = len(foreign) == 1
+        raise UserError(
+            f"`{'`, `'.join(foreign)}` {'does' if is_one else 'do'} not go with `task={LM}`; leave "
+            f"{'it' if is_one else 'them'} out."
+        )
     if foreign:
         raise UserError(f"`{foreign[0]}` goes with `task={LM}` only, but the task is {task!r}; pass `task={LM}`.")
 
