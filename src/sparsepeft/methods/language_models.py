@@ -20,7 +20,7 @@ from transformers import (
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.methods.models import Model, adapter_config, attach, load_adapter, not_loaded
+from sparsepeft.methods.models import Model, adapter_config, attach, attach_trained, not_loaded
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.methods.sparse import count_routers
 
@@ -92,7 +92,7 @@ def load_trained_language_model(
     if method == "full":
         return load_language_model(str(folder), dtype=dtype)[0]
     backbone, _ = load_language_model(resolve_model(model), dtype=dtype)
-    return load_adapter(backbone, folder, is_sparse, backbone_fingerprint)
+    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
 
 
 @torch.no_grad()

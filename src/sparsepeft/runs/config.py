@@ -18,8 +18,8 @@ from sparsepeft.paths import with_absolute_paths
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
-from sparsepeft.tasks.local import Options
-from sparsepeft.tasks.registry import LANGUAGE_MODEL as LM
+from sparsepeft.tasks.local import FileOptions
+from sparsepeft.tasks.spec import LANGUAGE_MODEL as LM
 
 if TYPE_CHECKING:
     from sparsepeft.spt import SptConfig
@@ -28,7 +28,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SCORE_ON = ("validation", "selection")
 BALANCED = "balanced"
 LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
-DATA_FIELDS = ("data_dir", *Options._fields)  # of labelled data, as in sparsepeft.tasks.load_task
+DATA_FIELDS = ("data_dir", *FileOptions.__annotations__)  # of labelled data, as in sparsepeft.tasks.load_task
 _SHARED_DATA_FIELDS = ("text_column", "delimiter", "encoding")
 LABELLED_FIELDS = (
     *(name for name in DATA_FIELDS if name not in _SHARED_DATA_FIELDS),

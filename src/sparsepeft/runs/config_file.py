@@ -22,7 +22,7 @@ from sparsepeft.runs.config import (
     refuse_foreign_fields,
     require_fields,
 )
-from sparsepeft.tasks.registry import CUSTOM
+from sparsepeft.tasks.spec import CUSTOM
 
 
 def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:

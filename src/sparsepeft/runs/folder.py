@@ -18,8 +18,8 @@ from sparsepeft.folders import (
     locked,
     refuse_foreign,
     remove,
+    write_json,
 )
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import CHECKPOINTS, HISTORY, LOGS, RUN, WRITTEN, describe_run, read_run_file
 

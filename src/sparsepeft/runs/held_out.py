@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_json
+from sparsepeft.extras import require
+from sparsepeft.folders import write_json
 from sparsepeft.runs.config import DATA_FIELDS, RunConfig
 from sparsepeft.runs.files import HELD_OUT, read_run, spec_of
 from sparsepeft.tasks import TaskData, TaskSpec, load_task
-from sparsepeft.tasks.registry import CUSTOM
-from sparsepeft.tasks.spec import build_dataset
+from sparsepeft.tasks.spec import CUSTOM, build_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,12 +110,10 @@ def _check_there(folder: Path, task: str, config: RunConfig, is_stored: bool) ->
 
 def _find_drawn(folder: Path, data: TaskData, stored: Digests) -> tuple[dict[str, Dataset], list[str]]:
     """Of the rows that were drawn in training those that are still in the file, by part, and notes on them."""
-    from datasets import concatenate_datasets
-
     everything = [data.train, data.validation]
     if "test" in data.drawn and data.test is not None:
         everything.append(data.test)
-    rows = concatenate_datasets(everything)
+    rows = require("datasets", "train", "Scoring a run").concatenate_datasets(everything)
     remaining, notes = {}, []
     for name in data.drawn:
         places = still_there(rows_of(rows, data.spec), stored.get(name, ()))

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sparsepeft.inference.answers import Answer, answer
     from sparsepeft.inference.evaluation import Evaluation, evaluate
     from sparsepeft.inference.generation import GenerationSettings, Generator
-    from sparsepeft.inference.predictions import Prediction
+    from sparsepeft.inference.portable import Prediction
     from sparsepeft.inference.predictor import Predictor
     from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
     from sparsepeft.runs.config import RunConfig
@@ -41,7 +41,7 @@ __getattr__, __dir__ = lazily(
         "sparsepeft.inference.answers": ("Answer", "answer"),
         "sparsepeft.inference.evaluation": ("Evaluation", "evaluate"),
         "sparsepeft.inference.generation": ("GenerationSettings", "Generator"),
-        "sparsepeft.inference.predictions": ("Prediction",),
+        "sparsepeft.inference.portable": ("Prediction",),
         "sparsepeft.inference.predictor": ("Predictor",),
         "sparsepeft.inference.questions": ("TableOptions", "read_lines", "read_questions"),
         "sparsepeft.runs.config": ("RunConfig",),

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import integration_utils
 
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.history import read_lines
 

@@ -10,12 +10,10 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import check_not_in_use
 from sparsepeft.methods.recipes import METHODS, RECIPES
-from sparsepeft.runs.config import DATA_FIELDS
 from sparsepeft.runs.config_file import read_config
 from sparsepeft.runs.folder import check_output_folder
-from sparsepeft.tasks.early import check_task
-from sparsepeft.tasks.loading import own_options
-from sparsepeft.tasks.registry import canonical_name
+from sparsepeft.tasks import FileOptions, check_task
+from sparsepeft.tasks.spec import CUSTOM, canonical_name
 
 _FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
 
@@ -43,7 +41,8 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
             if not Path(path).is_file():
                 what = "that is a folder" if Path(path).is_dir() else "there is no such file"
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
-    check_task(values.get("task"), **{name: values.get(name) for name in DATA_FIELDS})
+    files: Any = {name: values.get(name) for name in FileOptions.__annotations__}
+    check_task(values.get("task"), values.get("data_dir"), **files)
     if folder := values.get("output_dir"):
         check_output_folder(Path(folder), overwrite)
         check_not_in_use(Path(folder))
@@ -80,8 +79,8 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
         raise UserError(not_loaded("tokenizer of the model", name, error)) from error
     limit = longest_input(tokenizer, config, None)
     data = load_task(task, **options)
-    known = own_options(canonical_name(task), {key: value for key, value in options.items() if key != "data_dir"})
-    own = {} if known is None else describe_files(known)
+    files: Any = {key: value for key, value in options.items() if key != "data_dir"}
+    own = describe_files(files) if canonical_name(task) == CUSTOM else {}
     lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
     return {**describe_data(data), **own, "tokens": lengths}
 

@@ -10,9 +10,9 @@ from peft import TaskType
 from transformers import TrainerCallback
 
 from sparsepeft.backbones import describe_backbone
-from sparsepeft.folders import UNFINISHED
+from sparsepeft.extras import require
+from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.methods.models import adapter_config
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import HISTORY, LOGS, RESULTS, describe_run
@@ -55,6 +55,7 @@ def train(
         UserError: something given cannot be used (see :mod:`sparsepeft.tasks` for data).
         RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
     """
+    require("datasets", "train", "Training").disable_progress_bars()
     folder = Path(config.output_dir)
     # What can be refused is refused before data and weights are read.
     task_type = TaskType.CAUSAL_LM if config.is_language_model else TaskType.SEQ_CLS
