@@ -1,28 +1,113 @@
-"""``transformers.Trainer`` that stops at a diverged loss and never leaves a broken checkpoint."""
+"""Fitting a model by ``transformers.Trainer``, which here stops at a diverged loss and leaves no broken checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
-from sparsepeft.methods.recipes import Recipe
-from sparsepeft.training.caching import STATES, FrozenLayerCache
-from sparsepeft.training.loss import TaskLoss
+from sparsepeft.provenance import OtherLoad
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import CHECKPOINTS
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.training.caching import STATES, CachingCollator, FrozenLayerCache
+from sparsepeft.training.callbacks import EarlyStopping
+from sparsepeft.training.data import LabelledData, TextData
+from sparsepeft.training.loss import TaskLoss, task_loss
+from sparsepeft.training.model import RunModel
 
 logger = logging.getLogger(__name__)
+
+FEW_SHOT_STEPS = 1000  # appendix B of arXiv:2211.16634
+NUM_EVALUATIONS = 10
+_LM_EPOCHS = 1
 _LITTLE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting leaves, beside the model's weights.
+
+    Attributes:
+        trainer: that has done it, with the weights of the best checkpoint, or of the last step.
+        seconds: that it took.
+        others_share: of the processors' time that other processes took meanwhile.
+    """
+
+    trainer: SafeTrainer
+    seconds: float
+    others_share: float | None
+
+
+def fit(
+    config: RunConfig, data: LabelledData | TextData, built: RunModel, work: Path, callbacks: Sequence[TrainerCallback]
+) -> Fitted:
+    """Train a model in place, from its last complete checkpoint if there is one.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        built: the model.
+        work: folder for checkpoints.
+        callbacks: of the trainer.
+
+    Raises:
+        UserError: frozen layers cannot be cached in this model.
+        RunFailed: the loss diverged, or a checkpoint could not be written; the last good one is left.
+    """
+    start, others = time.perf_counter(), OtherLoad()
+    checkpoints = work / CHECKPOINTS
+    rows, collator, cache = data.train, data.collator, None
+    scoring: dict[str, Any] = {}
+    if isinstance(data, LabelledData):
+        if config.cache_frozen_layers:
+            cache = FrozenLayerCache(built.model, checkpoints / "frozen_layers.bin")
+            rows, collator = cache.fill(data.train, collator), CachingCollator(collator, cache)
+        scoring = {
+            "eval_dataset": data.selection,
+            "processing_class": data.tokenizer,
+            "compute_metrics": _scorer(data.spec),
+            "compute_loss_func": task_loss(
+                data.spec,
+                data.labels,
+                config.class_weights,
+                config.label_smoothing_factor,
+                config.gradient_accumulation_steps,
+            ),
+        }
+    else:
+        rows = [{"input_ids": block, "labels": block} for block in rows]
+    patience = config.early_stopping_patience
+    early_stopping = [] if patience is None else [EarlyStopping(early_stopping_patience=patience)]
+    trainer = SafeTrainer(
+        model=built.model,
+        args=training_arguments(config, data, checkpoints),
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[*callbacks, *early_stopping],
+        cache=cache,
+        **scoring,
+    )
+    trainer.remove_callback(PrinterCallback)
+    with cache.attached() if cache else nullcontext():
+        trainer.train(resume_from_checkpoint=resumable(checkpoints))
+    return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
 class SafeTrainer(Trainer):
@@ -104,8 +189,8 @@ class SafeTrainer(Trainer):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in ``folder``: one whose weights can be read and whose state was written."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if (path / "trainer_state.json").is_file() and _has_weights(path):
             return path
     return None
@@ -118,15 +203,6 @@ def resumable(folder: Path) -> str | None:
         return None
     logger.info("Resuming from %s.", checkpoint.name)
     return str(checkpoint)
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Early stopping that a run which is resumed after it had stopped remembers."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at what the checkpoint said."""
-        super().on_train_begin(args, state, control, **kwargs)
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def training_device(name: str | None) -> torch.device:
@@ -144,59 +220,73 @@ def training_device(name: str | None) -> torch.device:
     return device
 
 
-def training_arguments(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    total_steps: int,
-    save_steps: int,
-    seed: int,
-    precision: str,
-    device: torch.device,
-    gradient_checkpointing: bool,
-    **own: Any,
-) -> TrainingArguments:
-    """What all runs have in common.
+def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpoints: Path) -> TrainingArguments:
+    """What transformers' trainer is told.
 
     Args:
-        folder: of the checkpoints.
-        recipe: hyperparameters.
-        total_steps: of the run, for the warm-up.
-        save_steps: between two checkpoints.
-        seed: of order and dropout.
-        precision: fp32, bf16 or fp16.
-        device: where to train.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        **own: further arguments of ``transformers.TrainingArguments``.
+        config: of the run.
+        data: of the run.
+        checkpoints: their folder.
     """
-    checkpointing: dict[str, Any] = {}
-    if gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    recipe, device = config.recipe_values(), training_device(config.device)
+    steps_per_epoch = -(-len(data.train) // (recipe.batch_size * config.gradient_accumulation_steps))
+    epochs = (
+        config.epochs or recipe.epochs or (data.spec.paper_epochs if isinstance(data, LabelledData) else _LM_EPOCHS)
+    )
+    max_steps = config.max_steps or (FEW_SHOT_STEPS if config.few_shot and not config.epochs else -1)
+    total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
+    every = min(total, config.eval_steps or max(1, -(-total // NUM_EVALUATIONS)))
+    is_selecting = data.selection is not None
     return TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(checkpoints),
+        num_train_epochs=float(epochs),
+        max_steps=max_steps,
         learning_rate=recipe.learning_rate,
         per_device_train_batch_size=recipe.batch_size,
-        warmup_steps=int(recipe.warmup_ratio * total_steps),
+        per_device_eval_batch_size=32,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        train_sampling_strategy="random" if config.is_language_model else "group_by_length",  # blocks are of one length
+        warmup_steps=int(recipe.warmup_ratio * total),
         lr_scheduler_type=recipe.lr_scheduler_type,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        seed=seed,
+        seed=config.seed,
         use_cpu=device.type == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        torch_compile=config.compile,
+        eval_strategy="steps" if is_selecting else "no",
+        eval_steps=every,
+        load_best_model_at_end=is_selecting,
+        metric_for_best_model="score" if is_selecting else None,
+        greater_is_better=True if is_selecting else None,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=every,
         save_total_limit=1,
-        logging_steps=max(1, min(save_steps, 50)),
+        logging_steps=max(1, min(every, 50)),
         logging_first_step=True,
         logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=device.type == "cuda",
         restore_callback_states_from_checkpoint=True,  # for how long there has been no better score
-        **checkpointing,
-        **own,
+        remove_unused_columns=False,  # the collator takes what it knows
     )
+
+
+def logits_of(predictions: Any) -> np.ndarray:
+    """The logits, which some models return with other things."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def _scorer(spec: TaskSpec) -> Callable[[EvalPrediction], dict[str, float]]:
+    def score(output: EvalPrediction) -> dict[str, float]:
+        metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+        return {**metrics, "score": metrics[spec.main_metric]}
+
+    return score
 
 
 def _has_weights(folder: Path) -> bool:

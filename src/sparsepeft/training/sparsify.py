@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
@@ -18,7 +17,7 @@ from sparsepeft.methods.language_models import (
     load_language_model,
     perplexity,
 )
-from sparsepeft.methods.models import load_tokenizer, to_accelerator
+from sparsepeft.methods.models import load_model_config, load_tokenizer, to_accelerator
 from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import (
@@ -85,7 +84,7 @@ def sparsify_language_model(
         calibration = rest = begin = None
         if text:
             tokenizer = load_tokenizer(model_id)
-            length = longest_input(tokenizer, AutoConfig.from_pretrained(model_id), block_length, "block_length")
+            length = longest_input(tokenizer, load_model_config(model_id), block_length, "block_length")
             begin = begin_token(tokenizer, bos_token)
             blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
             calibration, rest = blocks[:CALIBRATION_BLOCKS], blocks[CALIBRATION_BLOCKS:]
@@ -93,11 +92,11 @@ def sparsify_language_model(
         to_accelerator(loaded)
         scored = evenly_spaced(rest, _SCORED_BLOCKS) if is_causal and rest is not None and len(rest) else None
         dense = _perplexity(loaded, scored)
-        done = make_sparse(loaded, config, calibration)
+        sparsification = make_sparse(loaded, config, calibration)
         results = {
             "format_version": _FORMAT_VERSION,
             "model": describe_backbone(model_id),
-            **describe(done),
+            **describe(sparsification),
             "perplexity": {"dense": dense, "sparse": _perplexity(loaded, scored)},
             "num_scored_tokens": 0 if scored is None else num_predicted(scored),
             "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
