@@ -24,6 +24,7 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.models.heads import HeadSpec, copy_with_labels
 from sparsepeft.models.partial import PartialPasses
+from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 
