@@ -7,18 +7,22 @@ tile through reused buffers: nothing grows with N * K * D, and backward gathers 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.memory.gathered import memory_read_gathered
-from sparsepeft.ops.memory.pairs import TILE_SLOTS, PairGroups, PairTile
-from sparsepeft.ops.memory.select import softmax_dtype, top_k_lowest_index
+from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
 
 # Parents are scored for so many tokens at a time that a tile of scores has at most this many entries (16 MiB).
 _SEARCH_ENTRIES = 1 << 22
+
+# Slots per tile: large enough for efficient products, small enough that a tile's vectors stay in cache.
+TILE_SLOTS = 2048
+# Parents share a tile while at most this many slots are allocated per real pair.
+_MAX_PADDING = 3
 
 
 def memory_read_selected(
@@ -26,11 +30,8 @@ def memory_read_selected(
 ) -> Tensor:
     """Read the memory by grouping tokens under their selected parents; see :func:`memory_read`.
 
-    All tensors share one dtype; ``x`` is (N, D). One opaque operator to ``torch.compile``; ``torch.export`` gets
-    :func:`memory_read_gathered`.
+    All tensors share one dtype; ``x`` is (N, D). One opaque operator to ``torch.compile``.
     """
-    if torch.compiler.is_exporting():
-        return memory_read_gathered(x, parent_keys, child_keys, child_values, top_k, temperature)
     output, _, _ = _read(x, parent_keys, child_keys, child_values, top_k, float(temperature))
     return output
 
@@ -154,10 +155,10 @@ _read.register_autograd(_autograd, setup_context=_setup_context)
 def _select(x: Tensor, parent_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the selected parents and the softmax over their scores, (N, K) each."""
     rows = max(1, _SEARCH_ENTRIES // len(parent_keys))
-    found = [
+    best = [
         top_k_lowest_index(torch.mm(tile, parent_keys.T).to(softmax_dtype(x.dtype)), top_k) for tile in x.split(rows)
     ]
-    scores, selected = (torch.cat(parts) for parts in zip(*found, strict=True))
+    scores, selected = (torch.cat(parts) for parts in zip(*best, strict=True))
     return selected, torch.softmax(scores, dim=-1)
 
 
@@ -188,3 +189,75 @@ def _gather(x: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
 def _bmm(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
     """Return ``a @ b``, (parents, S, D)."""
     return torch.bmm(a, b, out=buffer[: a.shape[0] * a.shape[1]].view(a.shape[0], a.shape[1], -1))
+
+
+# (token, parent) pairs grouped by parent, and the tiles in which they are worked through.
+
+
+class PairTile(NamedTuple):
+    """Some parents and the pairs of each, padded to a common number of slots S."""
+
+    parents: slice | Tensor  # consecutive, or an index of shape (parents,)
+    pairs: Tensor  # (parents, S), index into the flattened (N, K) selection; padding repeats some valid index
+    real: Tensor  # (parents, S), false where padded
+
+
+class TilePlan(NamedTuple):
+    """A tile in numbers: pairs ``skip`` to ``skip + slots`` of each parent."""
+
+    parents: slice | list[int]
+    skip: int
+    slots: int
+
+
+class PairGroups:
+    """The pairs of a selection, sorted by parent."""
+
+    def __init__(self, selected: Tensor, num_parents: int) -> None:
+        """Group the pairs of ``selected``, (N, K): the parents of every token."""
+        flat = selected.flatten()
+        self.order = flat.argsort(stable=True)
+        self._counts = torch.bincount(flat, minlength=num_parents)
+        self._ends = self._counts.cumsum(0)
+        self.starts = self._ends - self._counts
+
+    def tiles(self, num_children: int) -> Iterator[PairTile]:
+        """Yield tiles that cover every pair exactly once."""
+        device = self.order.device
+        for plan in plan_tiles(self._counts.tolist(), max_scattered=TILE_SLOTS // num_children):
+            parents = plan.parents if isinstance(plan.parents, slice) else torch.tensor(plan.parents, device=device)
+            slot = self.starts[parents].unsqueeze(-1) + torch.arange(plan.skip, plan.skip + plan.slots, device=device)
+            real = slot < self._ends[parents].unsqueeze(-1)
+            yield PairTile(parents, self.order[slot.clamp_(max=len(self.order) - 1)], real)
+
+
+def plan_tiles(counts: list[int], max_scattered: int) -> Iterator[TilePlan]:
+    """Yield tiles that cover ``counts[p]`` pairs of each parent p.
+
+    A parent with many pairs is cut into several tiles; parents with few share one. Such parents need not be
+    neighbours: where skipped ones between them would waste too much, their keys are gathered, for at most
+    ``max_scattered`` parents a tile.
+    """
+    touched = [parent for parent, count in enumerate(counts) if count]
+    position = 0
+    while position < len(touched):
+        first, begin = touched[position], position
+        slots = num_pairs = counts[first]
+        position += 1
+        if slots >= TILE_SLOTS:
+            for skip in range(0, num_pairs, TILE_SLOTS):
+                yield TilePlan(slice(first, first + 1), skip, min(TILE_SLOTS, num_pairs - skip))
+            continue
+        dense = True
+        while position < len(touched):
+            parent = touched[position]
+            wider, more = max(slots, counts[parent]), num_pairs + counts[parent]
+            allowed = min(TILE_SLOTS, _MAX_PADDING * more)
+            still_dense = dense and wider * (parent + 1 - first) <= allowed
+            num_parents = position + 1 - begin
+            if wider * num_parents > allowed or not (still_dense or num_parents <= max_scattered):
+                break
+            slots, num_pairs, dense = wider, more, still_dense
+            position += 1
+        parents = touched[begin:position]
+        yield TilePlan(slice(first, parents[-1] + 1) if dense else parents, 0, slots)

@@ -11,24 +11,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.sparse_attention.blocks import BlockLists
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
-from sparsepeft.ops.sparse_attention.tokens import keep_tokens
-
-# So many queries at a time that a tile of scores has about this many entries (int64 while selecting: 32 MiB).
-_TILE_ENTRIES = 1 << 22
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.selection import BlockLists, kept_tiles
 
 
-def chunked_forward(
-    query: Tensor, key: Tensor, value: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+def torch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: tuple[Tensor, Tensor] | BlockLists,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, (B, H, Tq)."""
     precise = softmax_dtype(query.dtype)
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = torch.empty(query.shape[:3], dtype=precise, device=query.device)
     values = value.to(precise).unsqueeze(2)
-    for rows, scores in _score_tiles(query, key, codes, reach, rules):  # (B, Hkv, G, rows, Tk)
+    for rows, scores in _score_tiles(query, key, codes, visibility, settings):  # (B, Hkv, G, rows, Tk)
         # A row without a kept key: every weight is exp(-inf - 0), hence zero, here and in backward.
         total = scores.logsumexp(-1, keepdim=True)
         total = total.masked_fill(total == -torch.inf, 0)
@@ -37,7 +38,7 @@ def chunked_forward(
     return output, log_sum_exp
 
 
-def chunked_backward(
+def torch_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -45,8 +46,8 @@ def chunked_backward(
     output: Tensor,
     log_sum_exp: Tensor,
     codes: tuple[Tensor, Tensor] | BlockLists,
-    reach: Reach,
-    rules: Rules,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
@@ -56,50 +57,30 @@ def chunked_backward(
     keys, values = key.to(precise).unsqueeze(2), value.to(precise).unsqueeze(2)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (torch.zeros_like(t, dtype=precise) for t in (keys, values))
-    for rows, scores in _score_tiles(query, key, codes, reach, rules):
+    for rows, scores in _score_tiles(query, key, codes, visibility, settings):
         queries, grads, outputs, total = (
             tensor[:, :, rows].to(precise).unflatten(1, (kv_heads, -1))
             for tensor in (query, grad_output, output, log_sum_exp.unsqueeze(-1))
         )
         weights = torch.exp(scores - total)
         delta = (grads * outputs).sum(-1, keepdim=True)
-        slopes = weights * (grads @ values.mT - delta) * rules.scale
-        if rules.softcap > 0:
-            slopes = slopes * (1 - (scores / rules.softcap).square()).masked_fill(weights == 0, 0)
+        slopes = weights * (grads @ values.mT - delta) * settings.scale
+        if settings.softcap > 0:
+            slopes = slopes * (1 - (scores / settings.softcap).square()).masked_fill(weights == 0, 0)
         grad_query[:, :, rows] = (slopes @ keys).flatten(1, 2).to(query.dtype)
         grad_key += (slopes.mT @ queries).sum(2, keepdim=True)
         grad_value += (weights.mT @ grads).sum(2, keepdim=True)
     return grad_query, grad_key.squeeze(2).to(key.dtype), grad_value.squeeze(2).to(value.dtype)
 
 
-def kept_tiles(
-    shape: torch.Size, codes: tuple[Tensor, Tensor] | BlockLists, num_keys: int, reach: Reach, rules: Rules
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of the queries, ``shape`` (B, H, Tq, ...), with the pairs they keep, bool, (B, H, rows, Tk)."""
-    batch, heads, num_queries = shape[:3]
-    step = max(1, _TILE_ENTRIES // (batch * heads * num_keys))
-    if rules.block_size:
-        step = -(-step // rules.block_size) * rules.block_size
-    for begin in range(0, num_queries, step):
-        rows = slice(begin, min(begin + step, num_queries))
-        part = reach.queries(rows.start, rows.stop)
-        if isinstance(codes, BlockLists):
-            blocks = slice(begin // rules.block_size, -(-rows.stop // rules.block_size))
-            lists = BlockLists(codes.indices[:, :, blocks], codes.counts[:, :, blocks])
-            kept = lists.pairs(rows.stop - rows.start, num_keys, rules.block_size) & part.pairs(num_keys)
-        else:
-            kept = keep_tokens(codes[0][:, :, rows], codes[1], part, rules)
-        yield rows, kept
-
-
 def _score_tiles(
-    query: Tensor, key: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+    query: Tensor, key: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, visibility: Visibility, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of queries with their scores, (B, Hkv, G, rows, Tk), -inf where a key is not kept."""
     kv_heads, num_keys, precise = key.shape[1], key.shape[2], softmax_dtype(query.dtype)
     keys = key.to(precise).unsqueeze(2).mT
-    for rows, kept in kept_tiles(query.shape, codes, num_keys, reach, rules):
-        scores = query[:, :, rows].to(precise).unflatten(1, (kv_heads, -1)) @ keys * rules.scale
-        if rules.softcap > 0:
-            scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    for rows, kept in kept_tiles(query.shape, codes, num_keys, visibility, settings):
+        scores = query[:, :, rows].to(precise).unflatten(1, (kv_heads, -1)) @ keys * settings.scale
+        if settings.softcap > 0:
+            scores = settings.softcap * torch.tanh(scores / settings.softcap)
         yield rows, scores.masked_fill(~kept.unflatten(1, (kv_heads, -1)), -torch.inf)

@@ -1,4 +1,4 @@
-"""The matrix products of a routed FFN, over tokens grouped by block.
+"""Portable PyTorch: the matrix products of a routed FFN, over tokens grouped by block.
 
 Every weight is seen as G blocks of (W, D), W neurons of the inner dimension each: the rows of the up and gate
 projections, the columns of the down projection. Three products are then all that forward and backward need.
@@ -6,18 +6,49 @@ projections, the columns of the down projection. Three products are then all tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.routed_ffn.groups import Groups, Tile
+from sparsepeft.ops.numerics import softmax_dtype
 
 # Rows per product: enough for a matrix product at full speed, few enough that a tile stays in a core's cache.
 _TILE_ROWS = 512
+
+
+class Tile(NamedTuple):
+    """Some pairs, sorted by block: all of one block, or of all blocks where ``block`` is None."""
+
+    block: int | None
+    rows: slice  # their places in the sorted order
+    slots: Tensor  # (n,), their places in the flattened (N, G') choice
+    tokens: Tensor  # (n,), the token of each
+
+
+class Groups:
+    """The pairs of a choice ``blocks``, (N, G'), sorted by block and within a block by token."""
+
+    def __init__(self, blocks: Tensor, num_blocks: int) -> None:
+        self.num_active = blocks.shape[1]
+        flat = blocks.flatten()
+        self.blocks, self.order = torch.sort(flat, stable=True)
+        self.counts = torch.bincount(flat, minlength=num_blocks)
+
+    def whole(self) -> Tile:
+        """Return all pairs as one tile."""
+        return Tile(None, slice(0, len(self.order)), self.order, self.order // self.num_active)
+
+    def split(self, max_rows: int) -> Iterator[Tile]:
+        """Yield tiles of one block and at most ``max_rows`` pairs each; blocks without tokens have none."""
+        tokens, end = self.order // self.num_active, 0
+        for block, count in enumerate(self.counts.tolist()):
+            start, end = end, end + count
+            for first in range(start, end, max_rows):
+                rows = slice(first, min(first + max_rows, end))
+                yield Tile(block, rows, self.order[rows], tokens[rows])
 
 
 class Products(Protocol):
@@ -46,6 +77,9 @@ class Products(Protocol):
 
     def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
         """Add the sum of each block's rows of ``h`` to ``total[block]``, (G, W)."""
+
+
+MakeProducts = Callable[[Groups], Products]
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -119,7 +153,6 @@ class GroupedProducts(_ScatteredRows):
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Products`."""
-        _require_aligned_rows(weight.shape[1], x.dtype)
         rows = _pad_rows(x.index_select(0, tile.tokens))
         return F.grouped_mm(rows, _pad_rows(weight.to(x.dtype)).mT, offs=self._ends)
 
@@ -150,9 +183,7 @@ def row_multiple(dtype: torch.dtype) -> int:
     return max(1, 16 // dtype.itemsize)
 
 
-def _require_aligned_rows(width: int, dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or width % row_multiple(dtype):
-        raise ValueError(
-            f"grouped_mm cannot take blocks of {width} neurons in {dtype}: it needs float32, bfloat16 or float16 and a "
-            f"multiple of {row_multiple(dtype)} neurons; use impl='looped'."
-        )
+def choose_torch_products(device_type: str, dtype: torch.dtype, block_size: int) -> MakeProducts:
+    """Return the faster of the two: grouped products are kernels of torch in bfloat16 on CUDA, and loops elsewhere."""
+    is_grouped = device_type == "cuda" and dtype == torch.bfloat16 and block_size % row_multiple(dtype) == 0
+    return GroupedProducts if is_grouped else LoopedProducts

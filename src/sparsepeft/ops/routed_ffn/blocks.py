@@ -1,17 +1,16 @@
-"""What the blockwise form computes with: its plan, and its tensors with the weights cut into blocks."""
+"""What computing block by block works with: a plan, tensors cut into blocks, dropout drawn again, and packed signs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.activations import Activation
-from sparsepeft.ops.routed_ffn.groups import Groups
-from sparsepeft.ops.routed_ffn.products import Products
-
-MakeProducts = Callable[[Groups], Products]
+from sparsepeft.ops.routed_ffn.projections import Activation
+from sparsepeft.ops.routed_ffn.pytorch import MakeProducts
 
 
 class Plan(NamedTuple):
@@ -71,3 +70,54 @@ def _rows(tensor: Any, plan: Plan) -> Any:
 
 def _columns(tensor: Any, plan: Plan) -> Any:
     return None if tensor is None else tensor.unflatten(1, (plan.num_blocks, -1)).permute(1, 2, 0)
+
+
+# Dropout that backward draws again instead of remembering it
+
+
+def draw_seed() -> int:
+    """Return a seed from the default CPU generator, so that ``torch.manual_seed`` settles every draw."""
+    return int(torch.randint(torch.iinfo(torch.int64).max, ()).item())
+
+
+class Draws:
+    """A sequence of dropout masks; the same seed and the same order of calls give the same masks."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def masks(self, like: Tensor, probabilities: tuple[float, ...]) -> list[Tensor | None]:
+        """Return a mask for each probability: zeros with it, else 1 / (1 - probability); None if nothing is dropped."""
+        return [self._mask(like, 1 - probability) if probability else None for probability in probabilities]
+
+    def _mask(self, like: Tensor, keep: float) -> Tensor:
+        return torch.empty_like(like).bernoulli_(keep, generator=self._generator).div_(keep)
+
+
+def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the product, or the tensor itself where there is no mask."""
+    return tensor if mask is None else tensor * mask
+
+
+# Which entries are positive, at one bit each
+
+
+def pack_signs(h: Tensor) -> Tensor:
+    """Return one bit per entry of ``h``: 0 where it is at most 0, else 1 (for NaN, too, so that gradients show it)."""
+    bits = (h <= 0).logical_not_().flatten().view(torch.uint8)
+    # Bit i of byte j is entry i * num_bytes + j: eight passes over long rows, which vectorise.
+    planes = F.pad(bits, (0, -bits.numel() % 8)).view(8, -1)
+    packed = planes[0].clone()
+    for place in range(1, 8):
+        packed.add_(planes[place], alpha=1 << place)
+    return packed
+
+
+def unpack_signs(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the bits of :func:`pack_signs` as zeros and ones (uint8) of the original shape."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    bits = (packed >> places) & 1
+    numel = 1
+    for size in shape:
+        numel *= size
+    return bits.flatten()[:numel].view(shape)

@@ -1,12 +1,127 @@
-"""Codebooks for product quantization, by k-means on calibration vectors."""
+"""Product quantization: a vector as the indices of its sub-vectors' nearest codewords, which k-means finds."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.sparse_attention.codes import MAX_CODEWORDS, check_codebooks, nearest_codewords
+from sparsepeft.ops import gpu
+from sparsepeft.ops.native import has_plain_memory
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.registry import Implementation, Operator
+from sparsepeft.ops.sparse_attention.arguments import MAX_CODEWORDS, check_codebooks
+from sparsepeft.ops.sparse_attention.choice import why_slower_here
+from sparsepeft.ops.sparse_attention.cpu import encode_cpu, why_not_built
+
+# So many tokens at a time that a tile of distances has about this many entries.
+_TILE_ENTRIES = 1 << 22
+
+
+class EncodeArguments(NamedTuple):
+    """What the choice depends on; see :func:`encode`."""
+
+    vectors: Tensor
+    codebooks: Tensor
+
+    @classmethod
+    def bind(cls, vectors: Tensor, codebooks: Tensor, **_: Any) -> EncodeArguments:
+        """Take the arguments of :func:`encode`."""
+        return cls(vectors, codebooks)
+
+
+def _why_not_cpu(arguments: EncodeArguments) -> str | None:
+    if not has_plain_memory(*arguments):
+        return f"vectors is on {arguments.vectors.device}; the compiled kernel takes plain tensors on a CPU"
+    if arguments.vectors.dtype == torch.float64:
+        return "vectors is torch.float64; the compiled kernel takes float32, bfloat16 and float16"
+    return None
+
+
+OPERATOR = Operator(
+    "encode",
+    EncodeArguments.bind,
+    [
+        Implementation("torch", 10, "runs everywhere"),
+        Implementation(
+            "cpu",
+            20,
+            "compiled, it needs no tensor of all distances",
+            why_unavailable=why_not_built,
+            why_not=_why_not_cpu,
+            why_not_automatic=lambda _: why_slower_here(),
+        ),
+        Implementation(
+            "triton",
+            30,
+            "one kernel, which stores codes alone",
+            why_unavailable=gpu.why_no_triton,
+            why_not=lambda arguments: gpu.why_not_triton(arguments.vectors),
+            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.vectors),
+        ),
+    ],
+)
+
+
+@torch.no_grad()
+def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
+    """Return the index of the nearest codeword of each sub-vector; of equally near ones the lowest.
+
+    Distances are Euclidean, taken in float32 at least. Codes have no gradient.
+
+    Args:
+        vectors: queries or keys, (B, H, T, D).
+        codebooks: (Hkv, M, C, W) with M * W = D and C <= 16; H is a multiple of Hkv, and neighbouring heads share.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``; see :func:`sparsepeft.ops.explain`. They may differ
+            where two codewords are equally near up to rounding.
+
+    Returns:
+        uint8, (B, H, T, M).
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: shapes do not fit, there are more than 16 codewords, or ``impl`` cannot take the tensor.
+        RuntimeError: this machine does not have ``impl``.
+    """
+    check_codebooks(codebooks, vectors.shape[-1] if vectors.ndim else 0)
+    if vectors.ndim != 4 or vectors.shape[1] % codebooks.shape[0]:
+        raise ValueError(
+            f"vectors has shape {tuple(vectors.shape)}, codebooks {tuple(codebooks.shape)}; expected (B, H, T, D) and "
+            "(Hkv, M, C, W) with H a multiple of Hkv."
+        )
+    if not vectors.is_floating_point():
+        raise TypeError(f"vectors has dtype {vectors.dtype}; expected a floating-point tensor: convert it first.")
+    impl = OPERATOR.choose(impl, EncodeArguments(vectors, codebooks))
+    if impl == "triton":
+        from sparsepeft.ops.sparse_attention.triton import encode_triton  # Triton is optional, and slow to import
+
+        return encode_triton(vectors, codebooks)
+    return encode_cpu(vectors, codebooks) if impl == "cpu" else _encode(vectors, codebooks)
+
+
+def nearest_codewords(subvectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared distance to the nearest codeword and its index, for (..., H, N, M, W): (..., H, N, M) each."""
+    half_norms = codebooks.square().sum(-1) / 2  # (H, M, C)
+    products = torch.einsum("...hnmw,hmcw->...hnmc", subvectors, codebooks)
+    closest = (half_norms.unsqueeze(-3) - products).min(-1)
+    return 2 * closest.values + subvectors.square().sum(-1), closest.indices
+
+
+def _encode(vectors: Tensor, codebooks: Tensor) -> Tensor:
+    precise = softmax_dtype(vectors.dtype)
+    batch, heads, num_tokens, _ = vectors.shape
+    kv_heads, num_subvectors, num_codewords, width = codebooks.shape
+    codebooks = codebooks.to(precise).repeat_interleave(heads // kv_heads, dim=0)
+    codes = torch.empty(batch, heads, num_tokens, num_subvectors, dtype=torch.uint8, device=vectors.device)
+    step = max(1, _TILE_ENTRIES // max(1, batch * heads * num_subvectors * num_codewords))
+    for begin in range(0, num_tokens, step):
+        part = vectors[:, :, begin : begin + step].to(precise).unflatten(-1, (num_subvectors, width))
+        codes[:, :, begin : begin + step] = nearest_codewords(part, codebooks)[1]
+    return codes
+
+
+# Codebooks, by k-means on calibration vectors
 
 
 @torch.no_grad()
@@ -48,8 +163,8 @@ def fit_codebooks(
         raise ValueError(f"num_codewords is {num_codewords}; expected 1 to {MAX_CODEWORDS}.")
     subvectors = _checked(vectors, num_codewords).unflatten(-1, (-1, subvector_dim))  # (H, N, M, W)
     generator = torch.Generator().manual_seed(seed)
-    fitted = [_spread(head, num_codewords, generator) for head in subvectors.split(1)]
-    return torch.cat([_lloyd(*pair, num_iterations) for pair in zip(fitted, subvectors.split(1), strict=True)])
+    seeds = [_spread(head, num_codewords, generator) for head in subvectors.split(1)]
+    return torch.cat([_lloyd(*pair, num_iterations) for pair in zip(seeds, subvectors.split(1), strict=True)])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Compiled form for CPUs, without gradients: one pass over the tokens that touches only children of kept parents."""
+"""Compiled for CPUs, without gradients: one pass over the tokens that touches only children of kept parents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Memory(ctypes.Structure):
 
 @functools.cache
 def why_not_built() -> str | None:
-    """Return why there is no compiled form on this machine, or None; builds it (a few seconds) at the first call."""
+    """Return why this machine has no compiled kernel, or None; builds it (a few seconds) at the first call."""
     try:
         _library()
     except native.BuildError as error:
@@ -41,7 +41,7 @@ def why_not_built() -> str | None:
     return None
 
 
-def memory_read_compiled(
+def memory_read_cpu(
     x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
 ) -> Tensor:
     """Read the memory; see :func:`memory_read`. No gradients.

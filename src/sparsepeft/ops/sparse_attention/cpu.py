@@ -1,4 +1,4 @@
-"""Binding of the compiled CPU kernels, both granularities.
+"""Compiled for CPUs, both granularities: the binding of the kernels in ``csrc``.
 
 They take float32, bfloat16 and float16, and sum in float32.
 """
@@ -6,17 +6,20 @@ They take float32, bfloat16 and float16, and sum in float32.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sparsepeft.ops import native
-from sparsepeft.ops.sparse_attention.blocks import BlockLists
-from sparsepeft.ops.sparse_attention.native import load_library
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.selection import BlockLists
 
-MAX_HEAD_SIZE = 256
+SOURCES = Path(__file__).parent / "csrc"
+_MAX_HEAD_SIZE = 256
 _MAX_SUBVECTORS = 250  # matches are counted in bytes
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGNMENT = 64
@@ -56,33 +59,54 @@ class _Encoding(ctypes.Structure):
     )
 
 
-def why_not_compiled(query: Tensor, value: Tensor, num_subvectors: int) -> str | None:
+@functools.cache
+def why_not_built() -> str | None:
+    """Return why this machine has no compiled kernels, or None. The first call builds them, or warns that it cannot."""
+    try:
+        _library()
+    except native.BuildError as error:
+        warnings.warn(
+            f"sparse attention's compiled kernels are not available ({error}) Plain PyTorch is used instead: the same "
+            "results in linear memory, but slower than dense attention. Install a C++ compiler (g++ or clang++, or "
+            "name one in $CXX) for speed.",
+            stacklevel=2,
+        )
+        return f"the compiled kernels are not available ({error})"
+    return None
+
+
+def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int) -> str | None:
     """Return why the kernels cannot take these tensors, or None; whether they can be built is not asked here."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}, the compiled kernels run on a CPU"
     if query.dtype not in _DTYPES:
         return f"the tensors are {query.dtype}, the compiled kernels take float32, bfloat16 and float16"
-    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_SIZE:
-        return f"the head size is {max(query.shape[-1], value.shape[-1])}, the compiled kernels take {MAX_HEAD_SIZE}"
+    if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_SIZE:
+        return f"the head size is {max(query.shape[-1], value.shape[-1])}, the compiled kernels take {_MAX_HEAD_SIZE}"
     if num_subvectors > _MAX_SUBVECTORS:
         return f"there are {num_subvectors} sub-vectors, the compiled kernels take {_MAX_SUBVECTORS}"
     return None
 
 
-def compiled_forward(
-    query: Tensor, key: Tensor, value: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+def cpu_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: tuple[Tensor, Tensor] | BlockLists,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = torch.empty(query.shape[:3])
-    problem, keep_alive = _problem(query, key, value, codes, reach, rules)
+    problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
     problem.output, problem.log_sum_exp = _view(output), log_sum_exp.data_ptr()
     _run(problem, backward=False)
     del keep_alive
     return output, log_sum_exp
 
 
-def compiled_backward(
+def cpu_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -90,11 +114,11 @@ def compiled_backward(
     output: Tensor,
     log_sum_exp: Tensor,
     codes: tuple[Tensor, Tensor] | BlockLists,
-    reach: Reach,
-    rules: Rules,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value. Token granularity selects again from the codes."""
-    problem, keep_alive = _problem(query, key, value, codes, reach, rules)
+    problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
     grad_output = _rows_contiguous(grad_output)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Threads that share a head's keys add up in float32.
@@ -109,20 +133,20 @@ def compiled_backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def compiled_keep_tokens(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+def cpu_keep_tokens(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return what :func:`keep_tokens` returns, bool, (B, H, Tq, Tk): the kernel's own selection, to be looked at."""
     batch, heads, num_queries, _ = query_codes.shape
     query = torch.empty(batch, heads, num_queries, 1)
     key = torch.empty(batch, key_codes.shape[1], key_codes.shape[2], 1)
     kept = torch.zeros(batch, heads, num_queries, key_codes.shape[2], dtype=torch.bool)
-    problem, keep_alive = _problem(query, key, key, (query_codes, key_codes), reach, rules)
+    problem, keep_alive = _problem(query, key, key, (query_codes, key_codes), visibility, settings)
     scratch = _scratch(problem, backward=False)
     _library().sparse_attention_select(ctypes.byref(problem), ctypes.c_void_p(kept.data_ptr()))
     del keep_alive, scratch
     return kept
 
 
-def encode_compiled(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
     """Return the codes; see :func:`encode`."""
     vectors = _rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
@@ -140,32 +164,41 @@ def encode_compiled(vectors: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def _problem(
-    query: Tensor, key: Tensor, value: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, reach: Reach, rules: Rules
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: tuple[Tensor, Tensor] | BlockLists,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[_Problem, list[Tensor]]:
     """Return the kernel's arguments, and the tensors that must outlive the call."""
     tensors = [_rows_contiguous(tensor) for tensor in (query, key, value)]
     (batch, heads, num_queries, head_size), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     problem = _Problem(batch, heads, kv_heads, num_queries, num_keys, head_size, value.shape[-1])
-    problem.top_l, problem.scale, problem.softcap = rules.top_l, rules.scale, rules.softcap
-    problem.keep_self, problem.keep_first, problem.block_size = rules.keep_self, rules.keep_first, rules.block_size
+    problem.top_l, problem.scale, problem.softcap = settings.top_l, settings.scale, settings.softcap
+    problem.keep_self, problem.keep_first, problem.block_size = (
+        settings.keep_self,
+        settings.keep_first,
+        settings.block_size,
+    )
     problem.query, problem.key, problem.value = map(_view, tensors)
     problem.dtype = _DTYPES[query.dtype]
     problem.threads, problem.parallel = torch.get_num_threads(), native.openmp_parallel()
     problem.parts = _num_parts(batch * kv_heads, problem.threads)
 
-    given = [tensor.contiguous() for tensor in codes]
+    selection = [tensor.contiguous() for tensor in codes]
     if isinstance(codes, BlockLists):
-        problem.lists, problem.counts = (tensor.data_ptr() for tensor in given)
+        problem.lists, problem.counts = (tensor.data_ptr() for tensor in selection)
         problem.list_stride = codes.indices.shape[-1]
     else:
-        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in given)
+        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in selection)
         problem.subvectors = codes[0].shape[-1]
-    limits = [reach.positions, reach.lower, reach.upper]
+    limits = [visibility.positions, visibility.lower, visibility.upper]
     problem.positions, problem.lower, problem.upper = (tensor.data_ptr() for tensor in limits)
-    if reach.key_mask is not None:
-        limits.append(reach.key_mask)
-        problem.key_mask = reach.key_mask.data_ptr()
-    return problem, [*tensors, *given, *limits]
+    if visibility.key_mask is not None:
+        limits.append(visibility.key_mask)
+        problem.key_mask = visibility.key_mask.data_ptr()
+    return problem, [*tensors, *selection, *limits]
 
 
 def _num_parts(groups: int, threads: int) -> int:
@@ -185,18 +218,16 @@ def _run(problem: _Problem, *, backward: bool) -> None:
 
 def _scratch(problem: _Problem, *, backward: bool) -> Tensor:
     """Give every thread its scratch memory: a head's keys and values in float32, and a block of queries."""
-    library = _library()
-    library.sparse_attention_scratch_bytes.restype = ctypes.c_int64
-    size = library.sparse_attention_scratch_bytes(ctypes.byref(problem), ctypes.c_int64(backward))
+    size = _library().sparse_attention_scratch_bytes(ctypes.byref(problem), ctypes.c_int64(backward))
     scratch = torch.empty(problem.threads * size + _ALIGNMENT, dtype=torch.uint8)
     problem.scratch, problem.scratch_bytes = scratch.data_ptr() + -scratch.data_ptr() % _ALIGNMENT, size
     return scratch
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_library()
-    if library is None:
-        raise RuntimeError("the compiled kernels are not available; see the warning, or use impl='torch'.")
+    library = native.load_library(SOURCES)
+    library.sparse_attention_scratch_bytes.restype = ctypes.c_int64
     return library
 
 

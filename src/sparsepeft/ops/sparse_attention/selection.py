@@ -1,14 +1,69 @@
-"""Block granularity: a block of queries keeps blocks of keys, chosen by histograms of their codes."""
+"""Which keys are kept, by the number of equal codes.
+
+Token granularity: every query keeps keys of its own. Block granularity: a block of queries keeps blocks of keys, chosen
+by histograms of their codes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+
+_ABOVE_ANY_DISTANCE = 1 << 34  # positions are int32
+# So many queries at a time that a tile of scores has about this many entries (int64 while selecting: 32 MiB).
+_TILE_ENTRIES = 1 << 22
+
+
+def count_matches(query_codes: Tensor, key_codes: Tensor) -> Tensor:
+    """Return the number of equal codes of every query and key, 0 to M.
+
+    Args:
+        query_codes: (B, H, Tq, M), from :func:`encode`.
+        key_codes: (B, Hkv, Tk, M); H is a multiple of Hkv.
+
+    Returns:
+        int32, (B, H, Tq, Tk).
+    """
+    batch, heads, num_queries, num_subvectors = query_codes.shape
+    _, kv_heads, num_keys, _ = key_codes.shape
+    grouped = query_codes.unflatten(1, (kv_heads, heads // kv_heads))
+    matches = torch.zeros(
+        batch, kv_heads, heads // kv_heads, num_queries, num_keys, dtype=torch.int32, device=query_codes.device
+    )
+    for m in range(num_subvectors):
+        matches += grouped[..., m].unsqueeze(-1) == key_codes[..., m][:, :, None, None]
+    return matches.flatten(1, 2)
+
+
+def keep_tokens(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+    """Return which keys each query keeps, bool, (B, H, Tq, Tk).
+
+    Kept are the query's own position and the first valid key, where asked for and valid, then the keys with the most
+    equal codes; of equally many the nearest, of equally near the earlier; ``top_l`` in all, or all that are valid.
+    """
+    matches = count_matches(query_codes, key_codes).long()
+    num_subvectors, num_keys = query_codes.shape[-1], key_codes.shape[2]
+    valid = visibility.pairs(num_keys)  # (B, 1, Tq, Tk)
+    index = torch.arange(num_keys, device=matches.device)
+    positions = visibility.positions.long()[:, None, :, None]
+
+    priority = matches  # one integer says it all: priority first, then nearness
+    if settings.keep_first:
+        first = valid & (valid.cumsum(-1) == 1)
+        priority = priority.masked_fill(first, num_subvectors + 1)
+    if settings.keep_self:
+        priority = priority.masked_fill(index == positions, num_subvectors + 2)
+    distance = 2 * (index - positions).abs() + (index > positions)
+    rank = (priority * _ABOVE_ANY_DISTANCE - distance).masked_fill(~valid, torch.iinfo(torch.int64).min)
+
+    best = rank.topk(min(settings.top_l, num_keys), dim=-1).indices
+    return torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True) & valid
 
 
 class BlockLists(NamedTuple):
@@ -34,7 +89,7 @@ class BlockLists(NamedTuple):
         return mask.scatter(-1, self.indices.long().masked_fill(~used, num_key_blocks), True)[..., :-1]
 
 
-def block_scores(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return the similarity of query blocks I and key blocks J, float32, (B, H, I, J).
 
     It is the mean number of equal codes over the pairs of real queries in I and unmasked keys in J:
@@ -45,14 +100,14 @@ def block_scores(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Ru
     """
     heads, kv_heads, num_keys = query_codes.shape[1], key_codes.shape[1], key_codes.shape[2]
     keys_real = queries_real = None
-    if reach.key_mask is not None:
-        keys_real = reach.key_mask
-        if rules.keep_self:
-            inside = (reach.positions >= 0) & (reach.positions < num_keys)
-            own = reach.key_mask.gather(1, reach.positions.clamp(0, num_keys - 1).long())
+    if visibility.key_mask is not None:
+        keys_real = visibility.key_mask
+        if settings.keep_self:
+            inside = (visibility.positions >= 0) & (visibility.positions < num_keys)
+            own = visibility.key_mask.gather(1, visibility.positions.clamp(0, num_keys - 1).long())
             queries_real = own | ~inside
-    query_counts = _histograms(query_codes, queries_real, rules.block_size)  # (B, H, I, 1 + M * 16)
-    key_counts = _histograms(key_codes, keys_real, rules.block_size)  # (B, Hkv, J, 1 + M * 16)
+    query_counts = _histograms(query_codes, queries_real, settings.block_size)  # (B, H, I, 1 + M * 16)
+    key_counts = _histograms(key_codes, keys_real, settings.block_size)  # (B, Hkv, J, 1 + M * 16)
     grouped = query_counts.unflatten(1, (kv_heads, heads // kv_heads))
     others = key_counts.unsqueeze(2).mT
     equal = (grouped[..., 1:] @ others[..., 1:, :]).flatten(1, 2)
@@ -60,23 +115,23 @@ def block_scores(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Ru
     return equal / pairs.clamp_min(1)
 
 
-def keep_blocks(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> BlockLists:
+def keep_blocks(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> BlockLists:
     """Return the key blocks each query block keeps: ceil(top_l / block_size), or all that can be chosen.
 
     A block can be chosen if it holds a valid key for a query of the block. First come the blocks that hold the queries'
     own positions (if ``keep_self``; two of them even where one is to be kept), then the first block that can be chosen
     (if ``keep_first``), then by score, of equal scores the nearest, of equally near the earlier.
     """
-    size, num_keys = rules.block_size, key_codes.shape[2]
-    scores = block_scores(query_codes, key_codes, reach, rules)  # (B, H, I, J)
+    size, num_keys = settings.block_size, key_codes.shape[2]
+    scores = block_scores(query_codes, key_codes, visibility, settings)  # (B, H, I, J)
     index = torch.arange(scores.shape[-1], device=scores.device)
-    nearest, farthest = (torch.div(p, size, rounding_mode="floor") for p in _extent(reach.positions, size))
-    lower, upper = _extent(reach.lower, size)[0], _extent(reach.upper, size)[1]  # (B, I, 1)
+    nearest, farthest = (torch.div(p, size, rounding_mode="floor") for p in _extent(visibility.positions, size))
+    lower, upper = _extent(visibility.lower, size)[0], _extent(visibility.upper, size)[1]  # (B, I, 1)
 
-    if reach.key_mask is None:
+    if visibility.key_mask is None:
         before = torch.arange(num_keys + 1, device=scores.device).expand(len(lower), -1)
     else:
-        before = F.pad(reach.key_mask.long().cumsum(-1), (1, 0))
+        before = F.pad(visibility.key_mask.long().cumsum(-1), (1, 0))
     starts = torch.maximum(index * size, lower).long()
     ends = torch.minimum(((index + 1) * size).clamp_max(num_keys), upper).long()
     possible = (starts < ends) & (
@@ -87,11 +142,11 @@ def keep_blocks(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rul
     first = possible & (possible.cumsum(-1) == 1)
     distance = torch.maximum(nearest - index, index - farthest).clamp_min(0)
     distance = 2 * distance + (index > farthest)
-    if rules.keep_first:
+    if settings.keep_first:
         scores = scores.masked_fill(first.unsqueeze(1), torch.inf)
-    num_kept = torch.full_like(lower, -(-rules.top_l // size))
+    num_kept = torch.full_like(lower, -(-settings.top_l // size))
     ahead = torch.zeros_like(possible)
-    if rules.keep_self:
+    if settings.keep_self:
         num_kept, ahead = num_kept.maximum(own.sum(-1, keepdim=True).clamp_max(2)), own
     scores = scores.masked_fill(~possible.unsqueeze(1), -torch.inf)
 
@@ -103,7 +158,7 @@ def keep_blocks(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rul
     order = order.gather(-1, ahead_in_order.sort(dim=-1, descending=True, stable=True).indices)
     rank = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
     kept = (rank < num_kept.unsqueeze(1)) & possible.unsqueeze(1)
-    shape = list_shape(query_codes.shape, num_keys, rules.top_l, size)
+    shape = list_shape(query_codes.shape, num_keys, settings.top_l, size)
     ascending = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., : shape[-1]]
     return BlockLists(ascending.to(torch.int32).contiguous(), kept.sum(-1, dtype=torch.int32))
 
@@ -113,6 +168,30 @@ def list_shape(query_shape: torch.Size, num_keys: int, top_l: int, block_size: i
     batch, heads, num_queries, _ = query_shape
     num_kept = max(2, -(-top_l // block_size))  # consecutive positions lie in two blocks at most
     return batch, heads, -(-num_queries // block_size), min(num_kept, -(-num_keys // block_size))
+
+
+def kept_tiles(
+    shape: torch.Size,
+    codes: tuple[Tensor, Tensor] | BlockLists,
+    num_keys: int,
+    visibility: Visibility,
+    settings: Settings,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the queries, ``shape`` (B, H, Tq, ...), with the pairs they keep, bool, (B, H, rows, Tk)."""
+    batch, heads, num_queries = shape[:3]
+    step = max(1, _TILE_ENTRIES // (batch * heads * num_keys))
+    if settings.block_size:
+        step = -(-step // settings.block_size) * settings.block_size
+    for begin in range(0, num_queries, step):
+        rows = slice(begin, min(begin + step, num_queries))
+        part = visibility.queries(rows.start, rows.stop)
+        if isinstance(codes, BlockLists):
+            blocks = slice(begin // settings.block_size, -(-rows.stop // settings.block_size))
+            lists = BlockLists(codes.indices[:, :, blocks], codes.counts[:, :, blocks])
+            kept = lists.pairs(rows.stop - rows.start, num_keys, settings.block_size) & part.pairs(num_keys)
+        else:
+            kept = keep_tokens(codes[0][:, :, rows], codes[1], part, settings)
+        yield rows, kept
 
 
 def _histograms(codes: Tensor, real: Tensor | None, block_size: int) -> Tensor:

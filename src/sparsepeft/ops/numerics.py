@@ -1,4 +1,4 @@
-"""Exact top-K over parents; of equal scores the lowest index wins."""
+"""What the operators share: the dtype of softmaxes, and an exact top-K that settles ties."""
 
 from __future__ import annotations
 
