@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.extras import require
 
 # Modules, each of a package with the name before the first dot.
 _MODULES = {
@@ -37,14 +37,8 @@ def check_format(format: str, int8: bool = False) -> None:
             f"`int8=True` was given with `format={format}`, which has none: {_WHY_NOT_INT8[format]}; leave it out, or "
             "pass `format=onnx`."
         )
-    try:
-        for module in _MODULES[format]:
-            importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"The format {format} needs packages that are not installed ({error}); run: pip install "
-            f'"sparsepeft[{format}]"'
-        ) from error
+    for module in _MODULES[format]:
+        require(module, f"export-{format}", f"The format {format}")
 
 
 def versions(format: str) -> dict[str, str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
 from sparsepeft.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Tokenizers without a limit report a huge number.
 _NO_LIMIT = 1_000_000

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.predictor import Predictor
@@ -20,6 +18,9 @@ from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
 from sparsepeft.tasks.local import load_labelled
 from sparsepeft.training.language_model import evaluate_language_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from sparsepeft.extras import require
 
 MIN_Z = 2.0
 COMMON_SHARE = 0.5  # a word in more than this share of the texts says nothing about any of them, in any language
@@ -13,7 +16,6 @@ _TOPICAL = {
     *("amount", "bill", "bottom", "call", "cry", "describe", "detail", "fill", "fire", "front", "full", "interest"),
     *("mill", "mine", "name", "serious", "side", "sincere", "system", "thick", "thin", "top"),
 }
-_STOP_WORDS = ENGLISH_STOP_WORDS - _TOPICAL
 _MARKS = "#Ġ▁"  # with which tokenizers mark the beginning or the middle of a word
 
 
@@ -56,4 +58,10 @@ def is_topical(word: str) -> bool:
     if not any(character.isalpha() for character in bare):
         return False
     is_letter = len(bare) == 1 and bare.upper() != bare  # scripts without capitals have words of one character
-    return not is_letter and bare not in _STOP_WORDS
+    return not is_letter and bare not in _stop_words()
+
+
+@functools.cache
+def _stop_words() -> frozenset[str]:
+    words = require("sklearn.feature_extraction.text", "train", "Ranking words").ENGLISH_STOP_WORDS
+    return frozenset(words - _TOPICAL)

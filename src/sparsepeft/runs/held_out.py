@@ -7,14 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.provenance import write_json
 from sparsepeft.runs.files import HELD_OUT
 from sparsepeft.tasks import TaskData, TaskSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Digests = dict[str, list[str]]
 _VERSION = 1

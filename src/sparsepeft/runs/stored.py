@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, concatenate_datasets
+from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
+from sparsepeft.extras import require
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import read_run, spec_of
 from sparsepeft.runs.held_out import Digests, digests_of, not_held_out_any_more, read_held_out, rows_of, still_there
@@ -22,6 +21,9 @@ from sparsepeft.tasks import TaskData, TaskSpec
 from sparsepeft.tasks.registry import CUSTOM
 from sparsepeft.tasks.spec import build_dataset
 from sparsepeft.training.run import load_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CHANGED = "changed since training"  # in the notes on data that has
 
@@ -91,7 +93,7 @@ def _find(folder: Path, data: TaskData, stored: Digests) -> tuple[dict[str, Data
     everything = [data.train, data.validation]
     if "test" in data.drawn and data.test is not None:
         everything.append(data.test)
-    rows = concatenate_datasets(everything)
+    rows = require("datasets", "train", "Scoring a run").concatenate_datasets(everything)
     found, notes = {}, []
     for name in data.drawn:
         places = still_there(rows_of(rows, data.spec), stored.get(name, ()))

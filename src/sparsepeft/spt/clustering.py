@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepeft.extras import require
+
 _ROUNDS = 20
 
 
@@ -19,10 +21,9 @@ def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
     Returns:
         (I,), int64.
     """
-    from sklearn.cluster import KMeans  # takes a second to import
-
+    clusters = require("sklearn.cluster", "train", "Cutting an FFN into clustered blocks")
     directions = torch.nn.functional.normalize(features.detach().float(), dim=1)
-    first = KMeans(num_blocks, n_init=1, random_state=seed).fit(directions.cpu().numpy()).cluster_centers_
+    first = clusters.KMeans(num_blocks, n_init=1, random_state=seed).fit(directions.cpu().numpy()).cluster_centers_
     centres = torch.from_numpy(first).to(directions)
     labels = torch.full((len(features),), -1, device=features.device)
     for _ in range(_ROUNDS):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sparsepeft.extras import require
 from sparsepeft.tasks.errors import TaskError
 
 if TYPE_CHECKING:
@@ -49,17 +50,16 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     guess, truth = _answers(spec, logits, labels)
     if spec.label_names is None:
         return {}
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
+    metrics = require("sklearn.metrics", "train", "A report by class")
     classes = list(range(spec.num_labels))
-    columns = precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
+    columns = metrics.precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
     per_class = {
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
         for name, precision, recall, f1, support in zip(spec.label_names, *columns, strict=True)
     }
     if spec.multi_label:
         return {"per_class": per_class}
-    return {"per_class": per_class, "confusion_matrix": confusion_matrix(truth, guess, labels=classes).tolist()}
+    return {"per_class": per_class, "confusion_matrix": metrics.confusion_matrix(truth, guess, labels=classes).tolist()}
 
 
 def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -108,9 +108,8 @@ def _class_f1(guess: NDArray[Any], truth: NDArray[Any], label: int) -> float:
 def _matthews(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     if _constant(guess) or _constant(truth):
         return 0.0
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(truth, guess))
+    metrics = require("sklearn.metrics", "train", "Matthews correlation")
+    return float(metrics.matthews_corrcoef(truth, guess))
 
 
 def _pearson(guess: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -129,9 +128,8 @@ def _pearson(guess: NDArray[Any], truth: NDArray[Any]) -> float:
 def _spearman(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     if not (np.isfinite(guess).all() and np.isfinite(truth).all()):
         return 0.0
-    from scipy.stats import rankdata
-
-    return _pearson(rankdata(guess), rankdata(truth))
+    stats = require("scipy.stats", "train", "Spearman correlation")
+    return _pearson(stats.rankdata(guess), stats.rankdata(truth))
 
 
 def _mae(guess: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -151,9 +149,8 @@ def _micro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
 
 
 def _macro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(truth, guess, average="macro", zero_division=0.0))
+    metrics = require("sklearn.metrics", "train", "Macro F1 of several labels")
+    return float(metrics.f1_score(truth, guess, average="macro", zero_division=0.0))
 
 
 def _subset_accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:

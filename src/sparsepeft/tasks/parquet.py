@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.extras import require
 from sparsepeft.tasks.errors import TaskError
 
 
@@ -16,9 +17,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         TaskError: no such file, or it is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa = require("pyarrow", "train", "A Parquet file")
+    pq = require("pyarrow.parquet", "train", "A Parquet file")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise TaskError(f"{path} {what}; expected a file with examples, check the path")

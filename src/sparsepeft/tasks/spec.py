@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsepeft.extras import require
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import ArrayLike
@@ -107,12 +109,11 @@ class TaskData:
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
     """Make the dataset of rows ``(text[, text_pair], label)``."""
-    from datasets import Dataset, Features, List, Value
-
+    datasets = require("datasets", "train", "Loading a task's data")
     names = (*spec.text_columns, "label")
-    label: Any = Value("float32" if spec.label_names is None else "int64")
+    label: Any = datasets.Value("float32" if spec.label_names is None else "int64")
     if spec.multi_label:
-        label = List(Value("float32"), length=spec.num_labels)
-    features = Features({**{name: Value("string") for name in spec.text_columns}, "label": label})
+        label = datasets.List(datasets.Value("float32"), length=spec.num_labels)
+    features = datasets.Features({**{name: datasets.Value("string") for name in spec.text_columns}, "label": label})
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
-    return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)
+    return datasets.Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
+from sparsepeft.extras import require
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.inference.encoding import Collator, encode, longest_input
 from sparsepeft.methods.models import (
@@ -56,6 +56,9 @@ from sparsepeft.training.plan import Announcer, RunPlan
 from sparsepeft.training.recorder import Recorder
 from sparsepeft.training.reporting import make_reporters
 from sparsepeft.training.trainer import EarlyStopping, SafeTrainer, resumable, training_arguments, training_device
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ def train(
         UserError: something given cannot be used (see :mod:`sparsepeft.tasks` for data).
         RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
     """
-    disable_progress_bars()
+    require("datasets", "train", "Training").disable_progress_bars()
     folder, recipe, spt = Path(config.output_dir), config.recipe_values(), config.spt_config()
     adapter_config(config.method, recipe.adapter)  # wrong settings are found before data and weights are read
     training_device(config.device)  # one that is not there is found before anything is loaded

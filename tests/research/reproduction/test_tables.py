@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import io
 import json
 import logging
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +235,7 @@ def test_files(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert records[1]["rte_std"] == ""
     assert (records[1]["rte_n"], records[1]["bytes_rte"]) == ("1", "1300")
 
-    original = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level(logging.WARNING, logger="sparsepeft"):
         assert [file.suffix for file in write_table(table, tmp_path / "plain")] == [".md", ".csv"]
     assert 'pip install "sparsepeft[plots]"' in caplog.text
