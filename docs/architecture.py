@@ -66,7 +66,10 @@ def _memory() -> list[str]:
         parts.append(f'<circle class="{fill}" cx="{x}" cy="250" r="12"/>')
         if kept:
             parts.append(_line((x, 170), (645, 120), kind=line))
-    parts += [_text(645, 108, "v + the children&#8217;s values, weighted"), _text(645, 76, "to the next layer", "small")]
+    parts += [
+        _text(645, 108, "v + the children&#8217;s values, weighted"),
+        _text(645, 76, "to the next layer", "small"),
+    ]
     parts += [_text(645, 336, "v: one position of the layer&#8217;s output", "small")]
     parts += [_text(800, 184, "C children of each:", "small left"), _text(800, 200, "read where kept", "small left")]
     parts += [_text(800, 250, "P parents:", "small left"), _text(800, 266, "the best K are kept", "small left")]
@@ -75,12 +78,9 @@ def _memory() -> list[str]:
 
 def draw() -> str:
     """The picture as SVG; its colours follow the reader's light or dark scheme."""
-    body = "\n  ".join(
-        [f'<rect class="ground" x="1" y="1" width="{_WIDTH - 2}" height="{_HEIGHT - 2}" rx="8"/>']
-        + _backbone()
-        + [_line((380, 222), (390, 222)), _line((455, 222), (490, 222))]
-        + _memory()
-    )
+    frame = f'<rect class="ground" x="1" y="1" width="{_WIDTH - 2}" height="{_HEIGHT - 2}" rx="8"/>'
+    pointer = [_line((380, 222), (390, 222)), _line((455, 222), (490, 222))]
+    body = "\n  ".join([frame, *_backbone(), *pointer, *_memory()])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         'aria-label="A frozen backbone with small memories of two tasks; one memory reads a few of its cells">\n'

@@ -35,11 +35,12 @@ def _sparse() -> str:
     kinds = [
         (DECODERS | ENCODERS, "tested", "tested"),
         (FEED_FORWARD_ONLY, "refused", "tested"),
-        (EXPERTS, "where it is transformers' interface", "refused"),
+        (EXPERTS, "expected", "refused in layers with experts"),
     ]
     rows: dict[str, list[str]] = {}
     for models, attention, ffn in kinds:
         for cls, _ in models.values():
+            attention = "refused" if "Switch" in cls.__name__ else attention  # as T5's
             rows.setdefault(cls.__name__, [f"`{cls.__name__}`", attention, ffn])
     return _table(["model", "sparse attention", "routed FFN"], rows.values())
 
