@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sparsepeft import SpartanConfig
-from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.devices import keep_freed_memory
 from sparsepeft.inference.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
 

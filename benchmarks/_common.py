@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.folders import write_json
+from sparsepeft.provenance import environment
 from sparsepeft_research.benchmarks import Timing, time_alternating, wait_until_idle
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What reusing freed memory gives: ``sparsepeft.allocator.keep_freed_memory`` against the allocator as it is.
+"""What reusing freed memory gives: ``sparsepeft.devices.keep_freed_memory`` against the allocator as it is.
 
     python benchmarks/bench_allocator.py --output benchmarks/results/allocator.json [--language-model FOLDER]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sparsepeft_autoload
 from sparsepeft import SpartanConfig
-from sparsepeft.tuners import registry as _registry
+from sparsepeft.tuners import config as _registry
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsepeft.folders import write_json
 from sparsepeft.paths import with_absolute_paths, without_folders
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.files import RUN, describe_run, read_run
 from sparsepeft.training import LanguageModelConfig, RunConfig
 

@@ -1,9 +1,9 @@
-"""Writing to a folder without harm: to what was there, to what others write, and whenever the process ends.
+"""Writing files and folders without harm: to what was there, to what others write, and whenever the process ends.
 
-Files are made in a part of the folder. When all are there, that part is renamed to ``.finished``, and from then on they
-are what the folder holds: the old files are removed, the part is renamed to ``.moving``, and its files are moved up.
-:func:`settle` does what a crash has left undone of that. ``.sparsepeft.json`` lists what was written, so that nothing
-else is ever removed or replaced.
+A single file is written beside its place and renamed. The files of a folder are made in a part of it. When all are
+there, that part is renamed to ``.finished``, and from then on they are what the folder holds: the old files are
+removed, the part is renamed to ``.moving``, and its files are moved up. :func:`settle` does what a crash has left
+undone of that. ``.sparsepeft.json`` lists what was written, so that nothing else is ever removed or replaced.
 
 Nothing here needs PyTorch, so that a folder can be looked at before anything is loaded.
 """
@@ -16,15 +16,39 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.provenance import write_json
 
 UNFINISHED = "unfinished"  # where a run works, to go on there after an interruption
 MANIFEST = ".sparsepeft.json"  # lists what was written
 _WORK, _FINISHED, _MOVING, _LOCK = ".unfinished", ".finished", ".moving", ".lock"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
+    with writing(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """What is to stand in ``path``, and does when all of it was written; a failure leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.extras import require
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

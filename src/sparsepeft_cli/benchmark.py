@@ -55,7 +55,7 @@ def spt(
     """
     import torch
 
-    from sparsepeft.provenance import write_json
+    from sparsepeft.folders import write_json
     from sparsepeft_cli.terminal.console import err, out, print_json
     from sparsepeft_research.benchmarks.spt import SptBenchmark, run_spt_benchmark
 

@@ -94,7 +94,7 @@ def command(
     Example: `sparsepeft benchmark inference --precisions fp32,bf16 --mixed --output inference.json`
     """
     from sparsepeft.errors import UserError
-    from sparsepeft.provenance import write_json
+    from sparsepeft.folders import write_json
     from sparsepeft_cli.terminal.console import err, out, print_json
     from sparsepeft_research.benchmarks.inference import PRECISIONS, InferenceBenchmark, run_inference_benchmark
 

@@ -154,7 +154,7 @@ def _matrix(
 
 
 def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None:
-    from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.devices import keep_freed_memory
     from sparsepeft.errors import RunFailed
     from sparsepeft_cli.terminal.console import out, print_json, table
     from sparsepeft_cli.terminal.matrix_progress import MatrixProgress

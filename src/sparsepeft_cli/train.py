@@ -284,7 +284,7 @@ def command(
     from sparsepeft.training.early import check_early
 
     check_early(flags, config, overwrite)
-    from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.devices import keep_freed_memory
     from sparsepeft.training import is_language_model, load_config, parse_settings, train
     from sparsepeft_cli.terminal.console import print_json
     from sparsepeft_cli.terminal.progress import TrainingProgress

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.folders import write_json
+from sparsepeft.provenance import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "research" / "results"

@@ -21,7 +21,7 @@ from tests.cli.test_cli import sparsepeft
 from tests.docs.code_blocks import LANGUAGES, PAGES, ROOT, Block, blocks_of
 from tests.docs.workspace import build_workspace
 
-import sparsepeft_cli
+import sparsepeft_cli.app
 from sparsepeft import backbones
 
 
@@ -82,7 +82,7 @@ def _run(block: Block, words: list[str]) -> None:
 
 def _parse(words: list[str]) -> None:
     """Read a command's options as its run would; an unknown one ends in an error."""
-    command: Any = typer.main.get_command(sparsepeft_cli.app)
+    command: Any = typer.main.get_command(sparsepeft_cli.app.app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     command.make_context(command.name, list(words))

@@ -16,7 +16,7 @@ _INSTALLED = importlib.util.find_spec("executorch") is not None
 
 @pytest.mark.skipif(_INSTALLED, reason="ExecuTorch is installed")
 def test_without_executorch_the_error_says_what_to_install(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No module named 'executorch'.*pip install \"sparsepeft\[executorch\]\""):
+    with pytest.raises(UserError, match=r"executorch, which is not.*\"sparsepeft\[export-executorch\]\""):
         export_tasks([folders["two"]], tmp_path / "out", format="executorch")
 
 

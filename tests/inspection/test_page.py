@@ -19,8 +19,7 @@ import torch
 from sparsepeft.errors import UserError
 from sparsepeft.inspection import LayerReport, MemoryReport
 from sparsepeft.inspection.figures import label_figure, nmi_figure, picks_figure, save_figure
-from sparsepeft.inspection.files import write_inspection
-from sparsepeft.inspection.page import render_page
+from sparsepeft.inspection.page import render_page, write_inspection
 from sparsepeft.inspection.picks import Picks
 from sparsepeft.inspection.report import layer_report
 from sparsepeft.layers import SparseMemory

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import topics_rows, topics_text, write_jsonl
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_json
+from sparsepeft.folders import write_json
 from sparsepeft.runs.files import HELD_OUT, RUN, describe_run
 from sparsepeft.runs.held_out import save_held_out
 from sparsepeft.runs.stored import held_out_data

@@ -13,8 +13,8 @@ from sparsepeft.export.formats import check_format, versions
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
 from sparsepeft.export.openvino_files import export_openvino
-from sparsepeft.folders import replacing
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.folders import replacing, write_json
+from sparsepeft.provenance import environment
 
 FORMAT_VERSION = 1
 

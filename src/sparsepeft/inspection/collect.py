@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,6 @@ from sparsepeft.errors import UserError
 from sparsepeft.inspection.labels import Labels
 from sparsepeft.inspection.picks import Picks
 from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report
-from sparsepeft.inspection.untrained import untrained_adapter
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
 from sparsepeft.tuners.spartan import SpartanLayer
@@ -253,3 +253,35 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def untrained_adapter(model: PeftModel, seed: int) -> Iterator[str]:
+    """Make a fresh adapter with the active one's config active; afterwards it is gone and all is as before.
+
+    Args:
+        model: the adapted model.
+        seed: of the fresh adapter's weights; the global random state is left alone.
+
+    Yields:
+        The fresh adapter's name.
+    """
+    active: Any = model.active_adapter
+    name = "untrained"
+    while name in model.peft_config:
+        name += "_"
+    config: Any = copy.deepcopy(model.peft_config[active])
+    inference_mode, config.inference_mode = config.inference_mode, False
+    config.modules_to_save = None  # noted when an adapter is attached
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(name, config)
+    try:
+        model.set_adapter(name)
+        yield name
+    finally:
+        model.set_adapter(active, inference_mode=inference_mode)
+        model.delete_adapter(name)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
+from sparsepeft.folders import write_bytes
 from sparsepeft.inspection.report import LayerReport, MemoryReport, ParentReport
 from sparsepeft.plotting import COLOURS, MARKERS, STYLE, require_matplotlib
-from sparsepeft.provenance import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

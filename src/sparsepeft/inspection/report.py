@@ -25,7 +25,7 @@ class WordReport:
         word: as the model reads it.
         count: occurrences that went to this parent.
         lift: its share among the parent's words over its share among all words.
-        z: how sure that is, see :func:`sparsepeft.inspection.ranking.log_odds_z`.
+        z: how sure that is, see :func:`sparsepeft.inspection.words.log_odds_z`.
     """
 
     word: str

@@ -173,3 +173,34 @@ def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
     if _shape(tensor) != saved["shape"]:
         return f"has shape {_shape(tensor)} instead of {saved['shape']}"
     return "has other values"
+
+
+def embedding_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that hold a transformers model's input embeddings and the scores of its tokens."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter, lambda: None)())
+        except NotImplementedError:  # models of several parts, such as CLIP
+            continue
+    return [name for name, module in model.named_modules() if any(module is layer for layer in found)]
+
+
+def resized_embeddings(model: nn.Module) -> list[str]:
+    """:func:`embedding_layers`, if the vocabulary is another than the checkpoint's; else none.
+
+    Told as PEFT tells it, by the config in the checkpoint; without one to read, nothing counts as resized.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    size = (
+        getattr(config.get_text_config(), "vocab_size", None) if name and hasattr(config, "get_text_config") else None
+    )
+    if size is None:
+        return []
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+    except OSError:
+        return []
+    changed = getattr(saved.get_text_config(), "vocab_size", size) != size
+    return embedding_layers(model) if changed else []

@@ -12,12 +12,12 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from sparsepeft.backbones import DEFAULT_NAME, hub_id, public_name
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 from sparsepeft.runs.card_tables import scores, table, title, training
 from sparsepeft.runs.files import RESULTS, RUN
 from sparsepeft.runs.lm_config import LM
 from sparsepeft.tasks import bbc, glue
-from sparsepeft.tasks.registry import GLUE_TASKS, SPECS
+from sparsepeft.tasks.spec import GLUE_TASKS, SPECS
 from sparsepeft.tuners.card import THIS_FOLDER, loadable_name, loading_section
 
 CARD = "README.md"

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.folders import UNFINISHED, check_place, finish, in_use, locked, remove, settle
+from sparsepeft.folders import UNFINISHED, check_place, finish, in_use, locked, remove, settle, write_json
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.models.quantized import cast_for_saving
 from sparsepeft.paths import with_absolute_paths, without_folders
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.config import RunConfig, current_names
 from sparsepeft.runs.lm_config import LM, LanguageModelConfig
 from sparsepeft.runs.output_folder import (

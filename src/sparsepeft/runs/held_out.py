@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_json
+from sparsepeft.folders import write_json
 from sparsepeft.runs.files import HELD_OUT
 from sparsepeft.tasks import TaskData, TaskSpec
 

@@ -18,8 +18,7 @@ from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import read_run, spec_of
 from sparsepeft.runs.held_out import Digests, digests_of, not_held_out_any_more, read_held_out, rows_of, still_there
 from sparsepeft.tasks import TaskData, TaskSpec
-from sparsepeft.tasks.registry import CUSTOM
-from sparsepeft.tasks.spec import build_dataset
+from sparsepeft.tasks.spec import CUSTOM, build_dataset
 from sparsepeft.training.run import load_data
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.models.feed_forwards import find_feed_forwards, weight_of
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
+from sparsepeft.models.sublayers import find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification

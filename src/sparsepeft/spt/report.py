@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsepeft.models.feed_forwards import FeedForward
 from sparsepeft.models.masks import dense_mask
+from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
 from sparsepeft.spt.config import SptConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 PAIRS: Final = (
     ("text", "text_pair"),

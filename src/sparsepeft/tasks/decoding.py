@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, cast
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 UTF8: Final = "utf-8-sig"  # with a byte order mark or without
 GUESS: Final = "cp1252"  # what Western European and American Windows programs write when it is not UTF-8

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
-from sparsepeft.tasks.errors import TaskError
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}

@@ -8,9 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsepeft.errors import first_line
+from sparsepeft.errors import TaskError, first_line
 from sparsepeft.extras import require
-from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.spec import TaskSpec, build_dataset
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 if TYPE_CHECKING:
     from sparsepeft.tasks.spec import TaskSpec

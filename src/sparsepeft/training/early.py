@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from sparsepeft.folders import check_not_in_use
 from sparsepeft.methods.recipes import METHODS, RECIPES
 from sparsepeft.runs.config_file import read_config
 from sparsepeft.runs.output_folder import check_output_folder
-from sparsepeft.tasks.early import check_task
+from sparsepeft.tasks import FileOptions, check_task
 
 _FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
 
@@ -40,7 +39,8 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
             if not Path(path).is_file():
                 what = "that is a folder" if Path(path).is_dir() else "there is no such file"
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
-    check_task(**{name: values.get(name) for name in inspect.signature(check_task).parameters})
+    files: Any = {name: values.get(name) for name in FileOptions.__annotations__}
+    check_task(values.get("task"), values.get("data_dir"), **files)
     if folder := values.get("output_dir"):
         check_output_folder(Path(folder), overwrite)
         check_not_in_use(Path(folder))

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.folders import UNFINISHED
+from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.methods.language_models import (
     CALIBRATION_BLOCKS,
@@ -34,7 +34,7 @@ from sparsepeft.methods.models import (
 )
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.methods.sparse import describe, make_sparse
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.corpus import (
     Corpus,

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.folders import check_output, replacing
+from sparsepeft.folders import check_output, replacing, write_json
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.methods.language_models import (
     CALIBRATION_BLOCKS,
@@ -20,7 +20,7 @@ from sparsepeft.methods.language_models import (
 )
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
 from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import (
     begin_token,
     cut,

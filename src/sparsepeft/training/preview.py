@@ -10,10 +10,9 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.tasks import load_task
-from sparsepeft.tasks.loading import own_options
 from sparsepeft.tasks.local import describe_files
 from sparsepeft.tasks.preview import describe_data, describe_lengths
-from sparsepeft.tasks.registry import canonical_name
+from sparsepeft.tasks.spec import CUSTOM, canonical_name
 
 
 def preview(task: str, model: str | None = None, **options: Any) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
         raise UserError(not_loaded("tokenizer of the model", name, error)) from error
     limit = longest_input(tokenizer, config, None)
     data = load_task(task, **options)
-    known = own_options(canonical_name(task), {key: value for key, value in options.items() if key != "data_dir"})
-    own = {} if known is None else describe_files(known)
+    own_files: Any = {key: value for key, value in options.items() if key != "data_dir"}
+    own = describe_files(own_files) if canonical_name(task) == CUSTOM else {}
     lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
     return {**describe_data(data), **own, "tokens": lengths}

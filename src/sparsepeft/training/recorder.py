@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 from sparsepeft.runs.history import read_lines
 
 _NOT_KEPT = ("runtime", "_per_second", "flos", "train_loss", "epoch")  # ends of names: timings, and sums over a run

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.extras import require
-from sparsepeft.folders import UNFINISHED
+from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.inference.encoding import Collator, encode, longest_input
 from sparsepeft.methods.models import (
     adapter_config,
@@ -34,7 +34,7 @@ from sparsepeft.methods.models import (
 )
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.methods.sparse import count_routers, describe, make_sparse
-from sparsepeft.provenance import OtherLoad, environment, write_json
+from sparsepeft.provenance import OtherLoad, environment
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import (

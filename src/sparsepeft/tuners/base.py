@@ -17,24 +17,21 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.embeddings import resized_embeddings
 from sparsepeft.models.heads import (
     HeadModule,
     HeadSpec,
-    Labels,
-    LabelState,
     LinearHead,
     copy_with_labels,
     find_head,
     move_unless_meta,
 )
-from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
+from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
 from sparsepeft.tuners.card import keep_section
 from sparsepeft.tuners.config import TaskAdapterConfig
-from sparsepeft.tuners.files import own_names
+from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
-from sparsepeft.tuners.loading import rename_for_loading
 
 
 class TaskTuner(BaseTuner):
@@ -324,7 +321,7 @@ class TaskTuner(BaseTuner):
             if isinstance(module, HeadModule):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
-        self._context.unwatch()
+        self._context.losses.unwatch()
         for context in _backbone_contexts(self.model, self._context):
             context.configs = {}
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
@@ -429,6 +426,3 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float64):
             parameter.data = parameter.data.to(dtype)
-
-
-__all__ = ["Block", "TaskTuner", "TaskTunerLayer"]

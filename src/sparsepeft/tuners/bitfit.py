@@ -13,9 +13,8 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.config import BITFIT, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
-from sparsepeft.tuners.registry import BITFIT
 
 
 @dataclass(repr=False)

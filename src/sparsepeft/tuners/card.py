@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 
 from sparsepeft.backbones import hub_id, public_name
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 
 _BEGIN, _END = "<!-- sparsepeft: how to load -->", "<!-- /sparsepeft -->"
 

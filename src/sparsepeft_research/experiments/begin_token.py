@@ -21,11 +21,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.devices import keep_freed_memory
+from sparsepeft.folders import write_json
 from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import (
     begin_token,
     cut,

@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.folders import write_json
 from sparsepeft.inspection import LayerReport, inspect_run
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.training import RunConfig, train
 from sparsepeft_research.reproduction.anneal import AnnealTopK
 

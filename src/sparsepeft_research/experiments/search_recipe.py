@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from make_tables import recipe_search
-from sparsepeft.provenance import write_json
+from sparsepeft.folders import write_json
 from sparsepeft.training import RunConfig, train
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,11 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.devices import keep_freed_memory
+from sparsepeft.folders import write_json
 from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
 from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model

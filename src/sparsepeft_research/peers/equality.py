@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from sparsepeft import BottleneckConfig
-from sparsepeft.provenance import environment, write_json
-from sparsepeft.tuners.bottleneck.adapterhub import load_adapterhub
+from sparsepeft.folders import write_json
+from sparsepeft.provenance import environment
+from sparsepeft.tuners.adapterhub import load_adapterhub
 
 LIMITS = {"float32": 1e-5, "float64": 1e-12}  # rounding in another order; float64 shows that nothing else differs
 MIN_P_VALUE = 1e-4  # two samples of one distribution fall below it once in ten thousand

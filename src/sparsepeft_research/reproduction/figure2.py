@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.figures import label_figure, save_figure
-from sparsepeft.inspection.files import check_folder, write_inspection
+from sparsepeft.inspection.page import check_folder, write_inspection
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.run import inspect_run
 from sparsepeft.plotting import require_matplotlib

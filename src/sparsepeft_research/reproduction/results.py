@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.files import RESULTS_VERSION
 from sparsepeft.training import RunConfig
 from sparsepeft_research.reproduction.matrix import Run

@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from sparsepeft.errors import UserError
+from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.provenance import environment
 from sparsepeft.runs.files import RESULTS, can_resume, read_run
 from sparsepeft.training import train
 from sparsepeft_research.reproduction.matrix import Run

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 from sparsepeft_research.reproduction.figure import write_figure
 from sparsepeft_research.reproduction.render import to_csv, to_markdown
 from sparsepeft_research.reproduction.tables import Table

@@ -88,7 +88,7 @@ def parents(results: Path) -> str:
 
 
 def _is_score(title: str) -> bool:
-    return title.startswith("mean of") or title.islower() and not set(title) & set(" /")
+    return title.startswith("mean of") or (title.islower() and not set(title) & set(" /"))
 
 
 def _spartan_scores(folder: Path) -> dict[tuple[str, int | None], float]:

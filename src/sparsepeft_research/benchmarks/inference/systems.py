@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.devices import keep_freed_memory
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.adapted import sharing_tensors
 from sparsepeft.inference.onednn import is_onednn_faster, onednn_product

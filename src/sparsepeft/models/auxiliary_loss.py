@@ -1,4 +1,6 @@
-"""How strongly the main loss of one forward pass counts in what is differentiated.
+"""Auxiliary losses (load balancing) of layers inside a model that somebody else calls and trains.
+
+They need to know which positions of a batch are padding, and how strongly the main loss of the pass counts.
 
 An auxiliary loss has to keep to the main one in each of several accumulated passes, but nothing says how strong that
 is. It may be a mean over the pass, which Trainer divides by the number of passes, or a sum divided by the number of
@@ -9,6 +11,7 @@ backward, from the gradient that arrives at the model's loss or, where the model
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -107,3 +110,110 @@ def _shifts_labels(model: nn.Module) -> bool:
     """Whether labels predict the next position, so that the first of each row is no item; as Trainer counts them."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not is_encoder_decoder
+
+
+class AuxiliaryLosses:
+    """Adds losses inside a model's layers to whatever loss its caller differentiates, at that loss's own scale.
+
+    Attributes:
+        attention_mask, decoder_attention_mask: (B, T) of the latest pass with gradients; kept after it, because
+            gradient checkpointing runs the layers again in backward.
+        scale: of the latest pass with gradients.
+    """
+
+    def __init__(self) -> None:
+        self.attention_mask: torch.Tensor | None = None
+        self.decoder_attention_mask: torch.Tensor | None = None
+        self.scale = LossScale()
+        self._handles: list[Any] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """From now on note the masks that ``model`` is called with and how strongly its loss counts."""
+        if self._handles:
+            return
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def unwatch(self) -> None:
+        """Undo :meth:`watch`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def mask_for(self, hidden_states: torch.Tensor, is_decoder: bool) -> torch.Tensor | None:
+        """The mask of states (B, T, D) or (B T, D): 1 where a position counts; None where all do or none fits."""
+        mask = self.decoder_attention_mask if is_decoder else self.attention_mask
+        if mask is None or mask.dim() != 2:
+            return None
+        if hidden_states.dim() == 2:  # some layers flatten their batch
+            mask = mask.reshape(-1)
+        return mask if mask.shape == hidden_states.shape[:-1] else None
+
+    def attach(self, hidden_states: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """``hidden_states`` unchanged, with the scalar ``loss`` added to whatever is differentiated through them.
+
+        An auxiliary loss collected in a list would be lost under reentrant gradient checkpointing, whose forward pass
+        runs without gradients; attached to the states it is part of the graph whenever the layer is (as in Megatron's
+        MoEAuxLossAutoScaler, which is told the scale that :class:`LossScale` reads).
+        """
+        attached: torch.Tensor = _AttachLoss.apply(hidden_states, loss, self.scale)
+        return attached
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
+        if not torch.is_grad_enabled():
+            return None
+        named = _by_name(model, args, kwargs)
+        self.attention_mask = named.get("attention_mask")
+        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.decoder_attention_mask = _decoder_mask(model, named) if is_encoder_decoder else self.attention_mask
+        self.scale = LossScale()
+        return args, self.scale.mark(kwargs)
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.scale.watch(model, _by_name(model, args, kwargs), output)
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name."""
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound.get("kwargs", {}), **bound}
+
+
+def _decoder_mask(model: Any, named: dict[str, Any]) -> torch.Tensor | None:
+    """Which positions of a decoder count, where the caller leaves it to transformers to derive its inputs.
+
+    A position that a label is learnt at counts; without labels one whose input is no padding (the first may start with
+    the padding token). BART's classifiers derive the decoder's inputs from the encoder's, which has its mask.
+    """
+    mask, labels, ids = (named.get(name) for name in ("decoder_attention_mask", "labels", "decoder_input_ids"))
+    if mask is not None:
+        return mask
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+        return labels.ne(-100)
+    if ids is None:
+        return named.get("attention_mask")
+    if model.config.pad_token_id is None:
+        return None
+    counts = ids.ne(model.config.pad_token_id)
+    counts[:, 0] = True
+    return counts
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Identity on ``hidden_states`` that sends the value of ``scale`` as gradient to ``loss`` in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, loss: torch.Tensor, scale: LossScale) -> torch.Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(loss)
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        one = torch.ones_like(loss)
+        return gradients[0], one if ctx.scale.value is None else one * ctx.scale.value.to(loss), None

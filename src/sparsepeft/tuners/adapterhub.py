@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsepeft.errors import UserError
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.heads import find_head
-from sparsepeft.tuners.bottleneck.config import BottleneckConfig
+from sparsepeft.tuners.bottleneck import BottleneckConfig
 
 _NAMED_CONFIGS = {"pfeiffer": "pfeiffer", "seq_bn": "pfeiffer", "houlsby": "houlsby", "double_seq_bn": "houlsby"}
 _SEQ_BN = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True}
