@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tests.models import ARCHITECTURES, CHECKPOINTED, METHODS, REFUSED
+from tests.models import ARCHITECTURES, METHODS, REFUSED
 from tests.spt.models import DECODERS, ENCODERS, EXPERTS, FEED_FORWARD_ONLY
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -24,10 +24,9 @@ def _architectures() -> str:
     def row(name: str) -> list[str]:
         model = type(ARCHITECTURES[name].build()).__name__
         cells = ["refused" if name in REFUSED.get(method, ()) else "tested" for method in METHODS]
-        return [f"`{model}`", *cells, "tested" if name in CHECKPOINTED else "not tested"]
+        return [f"`{model}`", *cells]
 
-    header = ["model", *METHODS, "gradient checkpointing"]
-    return _table(header, map(row, ARCHITECTURES))
+    return _table(["model", *METHODS], map(row, ARCHITECTURES))
 
 
 def _sparse() -> str:
