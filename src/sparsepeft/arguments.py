@@ -20,8 +20,8 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = Non
     """
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"`{name}={value!r}` was given, but it must be a whole number {wanted}.")
+        expected = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(f"`{name}={value!r}` was given, but it must be a whole number {expected}.")
     return int(value)
 
 

@@ -51,14 +51,14 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -> None:
+def check_output(folder: Path, names: Sequence[str], kind: str, overwrite: bool) -> None:
     """See that a command may write to ``folder``: it is new, empty, or holds what a command of the kind left there.
 
     Hidden files do not count.
 
     Args:
         folder: for the output.
-        own: files or folders by which the output is known; the first one stands for finished output.
+        names: files or folders by which the output is known; the first one stands for finished output.
         kind: of output, in words: ``"a finished run"``.
         overwrite: finished output may be replaced.
 
@@ -72,10 +72,10 @@ def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
         raise RunFailed(f"{folder} cannot be written to ({existing} does not allow it); pass another `output_dir`.")
     settle(folder)
-    if (folder / own[0]).exists():
+    if (folder / names[0]).exists():
         if not overwrite:
             raise UserError(f"{folder} already holds {kind}; pass another `output_dir`, or `overwrite` to replace it.")
-    elif not any((folder / name).exists() for name in own):
+    elif not any((folder / name).exists() for name in names):
         refuse_foreign(folder)
 
 
@@ -178,8 +178,8 @@ def check_place(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
     Raises:
         RunFailed: it would.
     """
-    own = _written(folder, old)
-    if others := sorted(path.name for path in work.iterdir() if (folder / path.name).exists() and path.name not in own):
+    taken = {path.name for path in work.iterdir() if (folder / path.name).exists()}
+    if others := sorted(taken - _written(folder, old)):
         raise RunFailed(
             f"{folder} holds {', '.join(others)} of another origin, where files of that name are to be written; move "
             "that elsewhere and repeat the command."

@@ -83,8 +83,8 @@ def _commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    finished = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return finished.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,28 @@ def load_trained(
         return load_backbone(str(folder), spec).eval()
     with loading_adapter(folder):
         backbone = load_backbone(model, spec)
-        check_backbone(backbone, backbone_fingerprint)
+    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
+
+
+def attach_trained(
+    backbone: PreTrainedModel,
+    folder: Path,
+    is_sparse: bool = False,
+    backbone_fingerprint: dict[str, Any] | None = None,
+    exclude: Iterable[str] = (),
+) -> Model:
+    """A run's adapter on its dense backbone, which is changed; in eval mode.
+
+    Args:
+        backbone: with as many labels as the run.
+        folder, is_sparse, backbone_fingerprint: as for :func:`load_trained`.
+        exclude: modules of the head, which need not be as they were before training.
+
+    Raises:
+        UserError: files are missing, truncated or foreign, or the backbone is another.
+    """
+    with loading_adapter(folder):
+        check_backbone(backbone, backbone_fingerprint, exclude)
         load = load_sparse if is_sparse else PeftModel.from_pretrained
         return load(backbone, str(folder)).eval()
 
@@ -230,15 +251,17 @@ def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
     return {"backbone_fingerprint": fingerprint(backbone)}
 
 
-def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None) -> None:
+def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None, exclude: Iterable[str] = ()) -> None:
     """See that a dense backbone is the one that a run was trained on, as far as the run says.
+
+    Modules named in ``exclude`` are not compared.
 
     Raises:
         UserError: it is another.
     """
     try:
         if expected is not None:
-            check_fingerprint(expected, backbone, (), "of its training", str(backbone.name_or_path))
+            check_fingerprint(expected, backbone, exclude, "of its training", str(backbone.name_or_path))
     except ValueError as error:
         raise UserError(
             f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "

@@ -104,7 +104,7 @@ class ForwardContext:
 
     @contextmanager
     def routed(self, adapter_names: list[str]) -> Iterator[None]:
-        """Within, forward passes of this thread use these adapters, one for each row."""
+        """Inside the context, forward passes of this thread use these adapters, one for each row."""
         self.call.routing = Routing(adapter_names)
         try:
             yield

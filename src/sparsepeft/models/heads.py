@@ -32,7 +32,8 @@ class HeadSpec:
     Attributes:
         modules: names of the head's modules, in the order they run.
         output: the one of them that yields the logits, or None if no layer has ``num_labels`` outputs.
-        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs ("" if it is it).
+        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs; "" if ``output`` is that
+            layer.
     """
 
     modules: tuple[str, ...]
@@ -92,7 +93,7 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
     """
     path = blocks[-1].name.split(".")
     beside_backbone = getattr(model, "base_model", model) is not model
-    found: dict[str, nn.Module] = {}
+    following: dict[str, nn.Module] = {}
     for depth in range(len(path) - 1, -1, -1):
         prefix = ".".join(path[:depth])
         parent = unwrap(model.get_submodule(prefix))
@@ -105,8 +106,8 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
             full_name = f"{prefix}.{name}" if prefix else name
             holds_block = any(block.name.startswith(f"{full_name}.") for block in blocks)
             if not holds_block and any(True for _ in module.parameters()):
-                found[full_name] = module
-    return found
+                following[full_name] = module
+    return following
 
 
 def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
@@ -197,13 +198,13 @@ class HeadModule(ModulesToSaveWrapper):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter here if it has a copy; the model's labels follow either way."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        own = [name for name in names if name in self.modules_to_save]
+        present = [name for name in names if name in self.modules_to_save]
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
-                parameter.requires_grad_(name in own and not inference_mode)
-        self._active_adapter, self._inference_mode = own, inference_mode
+                parameter.requires_grad_(name in present and not inference_mode)
+        self._active_adapter, self._inference_mode = present, inference_mode
         if self.is_output and self.context.labels is not None:
-            self.context.labels.activate(own[0] if own else None)
+            self.context.labels.activate(present[0] if present else None)
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Which of the adapters this module serves, for PEFT."""
@@ -236,8 +237,10 @@ class HeadModule(ModulesToSaveWrapper):
         self, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """An adapter's tensors as they are saved; see ``TaskTuner._get_adapter_state_dict``."""
-        own = super().adapter_state_dict(adapter_name, state_dict)
-        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if self.context.injected else own
+        tensors = super().adapter_state_dict(adapter_name, state_dict)
+        if not self.context.injected:
+            return tensors
+        return cast_for_saving(tensors, self.context.configs[adapter_name].save_dtype)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
@@ -278,12 +281,12 @@ class HeadModule(ModulesToSaveWrapper):
         module = self.modules_to_save[adapter_name]
         if isinstance(module, LinearHead):
             args, kwargs = (head_input,), {}
-        given = args[0].dtype
-        wanted = next(module.parameters()).dtype
-        if torch.is_autocast_enabled(args[0].device.type) or wanted == given:
+        input_dtype = args[0].dtype
+        module_dtype = next(module.parameters()).dtype
+        if torch.is_autocast_enabled(args[0].device.type) or module_dtype == input_dtype:
             return module(*args, **kwargs)
-        output = module(args[0].to(wanted), *args[1:], **kwargs)
-        return output.to(given) if isinstance(output, torch.Tensor) else output
+        output = module(args[0].to(module_dtype), *args[1:], **kwargs)
+        return output.to(input_dtype) if isinstance(output, torch.Tensor) else output
 
     def _mixed_batch_forward(  # type: ignore[override]
         self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any

@@ -163,8 +163,8 @@ def _sample(tensor: torch.Tensor) -> list[float]:
 def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
     saved_dtype = getattr(torch, dtype, torch.float32)
     resolution = max(torch.finfo(tensor.dtype).eps, torch.finfo(saved_dtype).eps)
-    found, saved = torch.tensor(_sample(tensor)), torch.tensor(values)
-    return torch.allclose(found, saved, rtol=2 * resolution, atol=1e-6)
+    sampled, expected = torch.tensor(_sample(tensor)), torch.tensor(values)
+    return torch.allclose(sampled, expected, rtol=2 * resolution, atol=1e-6)
 
 
 def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
@@ -177,13 +177,13 @@ def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
 
 def embedding_layers(model: nn.Module) -> list[str]:
     """Names of the modules that hold a transformers model's input embeddings and the scores of its tokens."""
-    found = []
+    layers = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found.append(getattr(model, getter, lambda: None)())
+            layers.append(getattr(model, getter, lambda: None)())
         except NotImplementedError:  # models of several parts, such as CLIP
             continue
-    return [name for name, module in model.named_modules() if any(module is layer for layer in found)]
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
 def resized_embeddings(model: nn.Module) -> list[str]:

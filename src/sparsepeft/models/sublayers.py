@@ -70,13 +70,13 @@ def find_sublayer(block: nn.Module, which: str, name: str | None = None) -> nn.M
 def _named(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """``named_modules`` through PEFT's wrappers."""
     module = unwrap(module)
-    found = [(prefix, module)]
+    named = [(prefix, module)]
     for name, child in module.named_children():
-        found += _named(child, f"{prefix}.{name}" if prefix else name)
-    return found
+        named += _named(child, f"{prefix}.{name}" if prefix else name)
+    return named
 
 
-class Names(NamedTuple):
+class PartNames(NamedTuple):
     """How the parts of an FFN are called, relative to the module that has them."""
 
     gate: str | None
@@ -89,14 +89,14 @@ class Names(NamedTuple):
 
 # A module that is nothing but an FFN, and a layer that has the FFN's parts among others.
 _MODULES = (
-    Names("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Mistral, Qwen, Gemma
-    Names("wi_0", "wi_1", "wo", "act", inner_dropout="dropout"),  # T5 v1.1
-    Names(None, "wi", "wo", "act", inner_dropout="dropout"),  # T5
-    Names(None, "c_fc", "c_proj", "act", outer_dropout="dropout"),  # GPT-2
+    PartNames("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Mistral, Qwen, Gemma
+    PartNames("wi_0", "wi_1", "wo", "act", inner_dropout="dropout"),  # T5 v1.1
+    PartNames(None, "wi", "wo", "act", inner_dropout="dropout"),  # T5
+    PartNames(None, "c_fc", "c_proj", "act", outer_dropout="dropout"),  # GPT-2
 )
 _LAYERS = (
-    Names(None, "fc1", "fc2", "activation_fn"),  # OPT
-    Names(None, "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),  # BERT, RoBERTa
+    PartNames(None, "fc1", "fc2", "activation_fn"),  # OPT
+    PartNames(None, "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),  # BERT, RoBERTa
 )
 
 
@@ -116,7 +116,7 @@ class FeedForward:
 
     owner: nn.Module
     name: str
-    names: Names
+    names: PartNames
     activation: Callable[[Tensor], Tensor]
     sizes: tuple[int, int]
     is_decoder: bool
@@ -196,13 +196,13 @@ def _in_layer(block: Block) -> FeedForward:
     return _feed_forward(modules[name], full_name, names, block, is_module=names in _MODULES)
 
 
-def _feed_forward(owner: nn.Module, name: str, names: Names, block: Block, is_module: bool) -> FeedForward:
+def _feed_forward(owner: nn.Module, name: str, names: PartNames, block: Block, is_module: bool) -> FeedForward:
     inner, hidden = weight_of(owner.get_submodule(names.up)).shape
     activation = attrgetter(names.activation)(owner)
     return FeedForward(owner, name, names, activation, (hidden, inner), block.is_decoder, is_module)
 
 
-def _has(module: nn.Module, names: Names) -> bool:
+def _has(module: nn.Module, names: PartNames) -> bool:
     return all(_exists(module, name) for name in names if name is not None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.masks import SparseMask, dense_mask, read_mask, sparse_mask
@@ -25,7 +25,7 @@ from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.state import SptState
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 NAME = "spt"  # as transformers knows it
 _REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
@@ -94,10 +94,10 @@ class SparseAttention(nn.Module):
         query, key, value = _of_one_dtype(query, key, value)
 
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
-            own = mask._replace(key_mask=key_mask)
+            row_mask = mask._replace(key_mask=key_mask)
             if self.training and codebooks.expected and self.config.codebook_interval:
-                codebooks.prepare(query, key, own)
-            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(own))
+                codebooks.prepare(query, key, row_mask)
+            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(row_mask))
 
         return self.state.by_row(attend, query, key, value, mask.key_mask)
 
@@ -123,10 +123,10 @@ def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:
     queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
     keys = key.transpose(1, 2)[mask.key_mask].transpose(0, 1)  # (Hkv, N, D)
     queries = queries.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).reshape(num_kv_heads, -1, size)
-    return torch.cat([_some(queries), _some(keys)], dim=1).detach()
+    return torch.cat([evenly_spaced(queries), evenly_spaced(keys)], dim=1).detach()
 
 
-def _some(vectors: Tensor) -> Tensor:
+def evenly_spaced(vectors: Tensor) -> Tensor:
     """Evenly spaced ones where there are too many."""
     count = vectors.shape[1]
     if count <= _REFRESH_VECTORS:
@@ -198,7 +198,7 @@ def attention_forward(
         return output
     refuse_additions(module, kwargs)
     if dropout > 0:
-        _say_once_that_dropout_is_left_out()
+        logger.warning_once("Sparse attention has no dropout of attention weights; the model's is left out.")
     attended = sparse(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -211,15 +211,6 @@ def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
                 f"{type(module).__name__} attends with {name}, which sparse attention leaves out; convert this model "
                 "with SptConfig(attention=False)."
             )
-
-
-_said: set[str] = set()
-
-
-def _say_once_that_dropout_is_left_out() -> None:
-    if "dropout" not in _said:
-        _said.add("dropout")
-        logger.warning("Sparse attention has no dropout of attention weights; the model's is left out.")
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -260,8 +251,8 @@ class CodebookRefresh:
         if model is None:
             return
         if optimizer not in self._trains:
-            own = {id(parameter) for parameter in model.parameters()}
-            self._trains[optimizer] = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+            trained = {id(parameter) for parameter in model.parameters()}
+            self._trains[optimizer] = any(id(p) in trained for group in optimizer.param_groups for p in group["params"])
         if not self._trains[optimizer]:
             return
         before = optimizer.param_groups[0].get(_STEPS, 0)

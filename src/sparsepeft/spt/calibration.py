@@ -17,7 +17,7 @@ from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.router import (
-    Start,
+    InitialRouter,
     activity,
     clustered_order,
     compensated,
@@ -126,13 +126,13 @@ def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, T
     if not config.attention:
         return {}
     names = {module: name for name, module in model.named_modules()}
-    found = {names[module]: call for module, call in calls.items() if _is_self_attention(module, names[module])}
-    if not found:
+    attended = {names[module]: call for module, call in calls.items() if _is_self_attention(module, names[module])}
+    if not attended:
         raise ValueError(
             f"{type(model).__name__} does not attend through transformers' attention interface, so its attention "
             "cannot be made sparse; convert it with SptConfig(attention=False)."
         )
-    return _chosen(model, found, config)
+    return _chosen(model, attended, config)
 
 
 def _is_self_attention(module: nn.Module, name: str) -> bool:
@@ -166,12 +166,12 @@ def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor
     )
 
 
-def router_start(
+def initial_router(
     feed_forward: FeedForward,
     config: SptConfig,
     batch: dict[str, Tensor] | None,
     seen: dict[str, tuple[Tensor, Tensor]],
-) -> Start:
+) -> InitialRouter:
     """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
     inner, num_blocks = feed_forward.sizes[1], config.num_blocks
     inputs = None if batch is None else _inputs(feed_forward, batch, seen)

@@ -59,12 +59,12 @@ def save_densely(model: PreTrainedModel, feed_forwards: FeedForwards) -> Removab
 
 def added_tensors(folder: Path) -> dict[str, Tensor]:
     """What ``save_pretrained`` of a sparse model put beside the weights, by its name in the model."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(_ADDED)]  # noqa: SIM118 - no mapping
-            found |= {name.removeprefix(_ADDED): file.get_tensor(name) for name in names}
-    return found
+            tensors |= {name.removeprefix(_ADDED): file.get_tensor(name) for name in names}
+    return tensors
 
 
 def _save(
@@ -91,14 +91,14 @@ def _dense(model: nn.Module, feed_forwards: FeedForwards, state_dict: dict[str, 
         for feed_forward, routed in feed_forwards
         for sparse, dense, dim in _weights(feed_forward, routed)
     }
-    found = {}
+    result = {}
     for key, tensor in state_dict.items():
         if key in weights:
             dense, dim, routed = weights[key]
-            found[dense] = _ordered(tensor, dim, torch.argsort(routed.spt_router.original_module.neuron_order))
+            result[dense] = _ordered(tensor, dim, torch.argsort(routed.spt_router.original_module.neuron_order))
         else:
-            found[f"{_ADDED}{key.replace(_OWN, '')}" if key.startswith(added) else key] = tensor
-    return found
+            result[f"{_ADDED}{key.replace(_OWN, '')}" if key.startswith(added) else key] = tensor
+    return result
 
 
 @torch.no_grad()
@@ -210,13 +210,13 @@ def _unmark(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args:
     settings: Any = model.get_submodule(SETTINGS)
     begin, end = f"{prefix}{SETTINGS}.modules_to_save.", ".settings"
     adapters = [key[len(begin) : -len(end)] for key in state_dict if key.startswith(begin) and key.endswith(end)]
-    own = {f"{prefix}{name}": parameter.dim() for name, parameter in model.named_parameters()}
+    dims = {f"{prefix}{name}": parameter.dim() for name, parameter in model.named_parameters()}
     for sparse, dense in settings.dense_names().items():
         for key in [key for key in state_dict if key.startswith(prefix + dense)]:
             name = prefix + sparse + key.removeprefix(prefix + dense)
             module, _, parameter = name.rpartition(".")
             # PEFT has put in the adapter's name, but not where it found no module of the dense model's name.
             for target in (name, *(f"{module}.{adapter}.{parameter}" for adapter in adapters)):
-                if state_dict[key].dim() == own.get(target, 0) + 1:
+                if state_dict[key].dim() == dims.get(target, 0) + 1:
                     state_dict[target] = state_dict.pop(key)[0]
                     break

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
-from sparsepeft.spt.calibration import attend_densely, calibration_batch, layer_codebooks, router_start
+from sparsepeft.spt.calibration import attend_densely, calibration_batch, initial_router, layer_codebooks
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward, inner_tensors
 from sparsepeft.spt.report import SptReport, report_attention, report_feed_forwards, watching
 from sparsepeft.spt.router import (
-    Start,
+    InitialRouter,
 )
 from sparsepeft.spt.state import Settings
 
@@ -92,14 +92,14 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
         _check_blocks(feed_forward, config)
     with watching(feed_forwards) as seen:
         calls = attend_densely(model, config, batch) if batch is not None else {}
-    starts = [router_start(feed_forward, config, batch, seen) for feed_forward in feed_forwards]
+    starts = [initial_router(feed_forward, config, batch, seen) for feed_forward in feed_forwards]
     codebooks = {name: layer_codebooks(name, call, config) for name, call in calls.items()}
 
-    done = install(model, config, codebooks, list(zip(feed_forwards, starts, strict=True)))
-    for name, layer in done.attention.items():
-        report_attention(done.report, name, layer, calls[name])
+    state = install(model, config, codebooks, list(zip(feed_forwards, starts, strict=True)))
+    for name, layer in state.attention.items():
+        report_attention(state.report, name, layer, calls[name])
     if batch is not None:
-        report_feed_forwards(done.report, done.feed_forwards, seen, config)
+        report_feed_forwards(state.report, state.feed_forwards, seen, config)
     return model
 
 
@@ -119,25 +119,25 @@ def install(
     model: PreTrainedModel,
     config: SptConfig,
     codebooks: dict[str, Tensor],
-    feed_forwards: list[tuple[FeedForward, Start]],
+    feed_forwards: list[tuple[FeedForward, InitialRouter]],
 ) -> Sparsification:
     """Put sparse attention and routed FFNs into a model: what is left once it is known what they are."""
-    done = Sparsification(config)
+    state = Sparsification(config)
     for name, books in codebooks.items():
         module: Any = model.get_submodule(name)
-        module.spt = done.attention[name] = SparseAttention(books, config, done.context)
+        module.spt = state.attention[name] = SparseAttention(books, config, state.context)
     if codebooks:
-        done.attention_before = model.config._attn_implementation
+        state.attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
         if config.codebook_interval:
-            done.refresh = CodebookRefresh(model, list(done.attention.values()), config.codebook_interval)
+            state.refresh = CodebookRefresh(model, list(state.attention.values()), config.codebook_interval)
     for feed_forward, start in feed_forwards:
-        done.feed_forwards.append((feed_forward, _install(model, feed_forward, start, done)))
-    done.context.losses.watch(model)
-    done.loading = save_densely(model, done.feed_forwards)
-    model.spt_settings = SparseSettings(model, done.feed_forwards, Settings(config), done.context)
-    setattr(model, _ATTRIBUTE, done)
-    return done
+        state.feed_forwards.append((feed_forward, _install(model, feed_forward, start, state)))
+    state.context.losses.watch(model)
+    state.loading = save_densely(model, state.feed_forwards)
+    model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config), state.context)
+    setattr(model, _ATTRIBUTE, state)
+    return state
 
 
 def desparsify(model: PreTrainedModel) -> PreTrainedModel:
@@ -148,22 +148,22 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     """
     if isinstance(model, PeftModel):
         raise ValueError("desparsify got a PeftModel; call its merge_and_unload or unload first.")
-    done = sparsification(model)
-    if done is None:
+    state = sparsification(model)
+    if state is None:
         raise ValueError("The model is not sparse, so there is nothing to undo.")
-    done.context.losses.unwatch()
+    state.context.losses.unwatch()
     settings: Any = model.spt_settings
     settings.detach()
     del model.save_pretrained
-    if done.loading is not None:
-        done.loading.remove()
+    if state.loading is not None:
+        state.loading.remove()
     del model.spt_settings
-    for feed_forward, routed in done.feed_forwards:
+    for feed_forward, routed in state.feed_forwards:
         _uninstall(model, feed_forward, routed)
-    for name in done.attention:
+    for name in state.attention:
         del model.get_submodule(name).spt
-    if done.attention_before is not None:
-        model.set_attn_implementation(done.attention_before)
+    if state.attention_before is not None:
+        model.set_attn_implementation(state.attention_before)
     delattr(model, _ATTRIBUTE)
     return model
 
@@ -180,8 +180,10 @@ def _check_blocks(feed_forward: FeedForward, config: SptConfig) -> None:
         )
 
 
-def _install(model: nn.Module, feed_forward: FeedForward, start: Start, done: Sparsification) -> RoutedFeedForward:
-    routed = RoutedFeedForward(feed_forward, start, done.config, done.context)
+def _install(
+    model: nn.Module, feed_forward: FeedForward, start: InitialRouter, state: Sparsification
+) -> RoutedFeedForward:
+    routed = RoutedFeedForward(feed_forward, start, state.config, state.context)
     routed.train(feed_forward.owner.training)
     if feed_forward.is_module:
         _replace(model, feed_forward.name, routed)

@@ -18,7 +18,7 @@ from sparsepeft.models.sublayers import FeedForward, weight_of
 from sparsepeft.ops.load_balancing import routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn import LowRank, Projection, route, routed_ffn
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.spt.router import Router, Start
+from sparsepeft.spt.router import InitialRouter, Router
 from sparsepeft.spt.state import SptState, in_use
 from sparsepeft.tuners.bitfit import BiasShift
 
@@ -136,7 +136,9 @@ class RoutedFeedForward(nn.Module):
         context: knows which positions are padding, and how losses are scaled.
     """
 
-    def __init__(self, feed_forward: FeedForward, start: Start, config: SptConfig, context: ForwardContext) -> None:
+    def __init__(
+        self, feed_forward: FeedForward, start: InitialRouter, config: SptConfig, context: ForwardContext
+    ) -> None:
         super().__init__()
         self.config, self.context = config, context
         self._names, self._is_decoder = feed_forward.names, feed_forward.is_decoder

@@ -51,9 +51,9 @@ def assign_evenly(distances: Tensor) -> Tensor:
     labels = torch.full((num_members,), -1, device=distances.device)
     open_distances = distances.clone()
     while (waiting := (labels < 0).nonzero()[:, 0]).numel():
-        nearest, wanted = open_distances[waiting].min(1)
-        for cluster in wanted.unique().tolist():
-            asking = wanted == cluster
+        nearest, choice = open_distances[waiting].min(1)
+        for cluster in choice.unique().tolist():
+            asking = choice == cluster
             taken = waiting[asking][torch.argsort(nearest[asking], stable=True)[: room[cluster]]]
             labels[taken] = cluster
             room[cluster] -= len(taken)
@@ -67,19 +67,25 @@ _FEATURES = 512
 COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
-class Start(NamedTuple):
-    """What a router is before training, and what stands in for the blocks that it does not choose."""
+class InitialRouter(NamedTuple):
+    """A router before training, and what stands in for the blocks that it does not choose.
+
+    Attributes:
+        neuron_order: the neurons in an order in which every I / G neighbours are a block, (I,).
+        weight, bias: of the blocks' logits, (G, D) and (G,).
+        compensation: of the blocks that are not chosen, if there is one.
+    """
 
     neuron_order: Tensor  # (I,)
     weight: Tensor  # (G, D)
     bias: Tensor  # (G,)
     compensation: Compensation | None = None
 
-    def to(self, device: torch.device) -> Start:
+    def to(self, device: torch.device) -> InitialRouter:
         """The same on a device."""
         order, weight, bias, compensation = self
         moved = None if compensation is None else Compensation(*(tensor.to(device) for tensor in compensation))
-        return Start(order.to(device), weight.to(device), bias.to(device), moved)
+        return InitialRouter(order.to(device), weight.to(device), bias.to(device), moved)
 
 
 class Router(nn.Module):
@@ -91,7 +97,7 @@ class Router(nn.Module):
     shared = ("neuron_order",)  # the weights are in it, for all adapters
     neuron_order: Tensor
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: InitialRouter) -> None:
         super().__init__()
         self.register_buffer("neuron_order", start.neuron_order)
         self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
@@ -108,17 +114,17 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int) -> Start:
+def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int) -> InitialRouter:
     """A neuron fires where its weights point, so a block does where the mean of its neurons' weights points."""
     rows = deciding_weight(feed_forward)[order]
     centres = rows.view(num_blocks, -1, rows.shape[1]).mean(1)
-    return Start(order, centres, centres.new_zeros(num_blocks))
+    return InitialRouter(order, centres, centres.new_zeros(num_blocks))
 
 
 @torch.no_grad()
 def start_from_outputs(
     feed_forward: FeedForward, order: Tensor, num_blocks: int, inputs: Tensor, inner: Tensor
-) -> Start:
+) -> InitialRouter:
     """Predict from an input how much each block adds to the output: ridge regression of the logarithm of its norm.
 
     Args:
@@ -132,16 +138,16 @@ def start_from_outputs(
     parts = inner[:, order].chunk(num_blocks, dim=1)
     columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
     norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
-    wanted = norms.clamp_min(1e-6).log()  # (N, G)
-    fitted = fit_ridge(inputs, wanted, _RIDGE)
+    targets = norms.clamp_min(1e-6).log()  # (N, G)
+    fitted = fit_ridge(inputs, targets, _RIDGE)
     weight = fitted.weight.T
-    return Start(order, weight, fitted.mean_out - weight @ fitted.mean_in)
+    return InitialRouter(order, weight, fitted.mean_out - weight @ fitted.mean_in)
 
 
 @torch.no_grad()
 def compensated(
-    feed_forward: FeedForward, start: Start, num_active: int, rank: int, inputs: Tensor, inner: Tensor
-) -> Start:
+    feed_forward: FeedForward, start: InitialRouter, num_active: int, rank: int, inputs: Tensor, inner: Tensor
+) -> InitialRouter:
     """With a linear stand-in of a rank for the blocks that the router leaves out at its start.
 
     Args:

@@ -32,13 +32,13 @@ def known_encoding(name: str) -> str:
         TaskError: it does not.
     """
     try:
-        found = codecs.lookup(name)
-        "".encode(found.name)  # "rot13" and "base64" are codecs too, but not of texts
+        codec = codecs.lookup(name)
+        "".encode(codec.name)  # "rot13" and "base64" are codecs too, but not of texts
     except (LookupError, ValueError) as error:
         raise TaskError(
             f"`encoding={name}` was given; expected the name of a text encoding, such as utf-8, cp1252 or latin-1"
         ) from error
-    return UTF8 if found.name == "utf-8" else found.name
+    return UTF8 if codec.name == "utf-8" else codec.name
 
 
 def find_encoding(path: Path) -> str:

@@ -35,9 +35,9 @@ def require_file(folder: Path, names: Sequence[str]) -> Path:
     """`find_file`, or a `TaskError` that says what was looked for."""
     path = find_file(folder, names)
     if path is None:
-        wanted = " or ".join(names)
+        expected = " or ".join(names)
         raise TaskError(
-            f"{folder} has no {wanted} (nor that with .gz); put the file there or choose another data folder"
+            f"{folder} has no {expected} (nor that with .gz); put the file there or choose another data folder"
         )
     return path
 
@@ -108,8 +108,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         TaskError: no such file, unreadable, or in another encoding.
     """
     path = Path(path)
-    found = marked_encoding(path) if encoding is None else known_encoding(encoding)
-    return "".join(line for _, line in lines(path, found))
+    known = marked_encoding(path) if encoding is None else known_encoding(encoding)
+    return "".join(line for _, line in lines(path, known))
 
 
 def check_text(where: str, text: str) -> None:
@@ -246,12 +246,12 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
-    found = {}
+    names = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature)  # a list of classes
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            found[column] = inner["names"]
-    return found
+            names[column] = inner["names"]
+    return names
 
 
 def _named(value: Any, names: list[str] | None) -> Any:

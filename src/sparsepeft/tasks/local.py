@@ -12,7 +12,7 @@ from sparsepeft.errors import TaskError
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat, find_format
-from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, read_label, some
+from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
 
@@ -183,7 +183,7 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
         if missing:
-            notes.append(f"{len(missing)} of {spec.num_labels} labels have no validation row: {some(missing, 5)}")
+            notes.append(f"{len(missing)} of {spec.num_labels} labels have no validation row: {quoted(missing, 5)}")
     notes += [
         f"the {part} part has {len(sets[part])} row(s): scores on fewer than {FEW_ROWS} mean little"
         for part in ("validation", "test")

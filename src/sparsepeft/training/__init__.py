@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sparsepeft.inference.answers import Answer, answer
     from sparsepeft.inference.evaluation import Evaluation, evaluate
     from sparsepeft.inference.generation import GenerationSettings, Generator
-    from sparsepeft.inference.predictions import Prediction
+    from sparsepeft.inference.portable import Prediction
     from sparsepeft.inference.predictor import Predictor
     from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
     from sparsepeft.runs.config import RunConfig, load_config, parse_settings
@@ -43,7 +43,7 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "sparsepeft.inference.predictions": ("Prediction",),
+        "sparsepeft.inference.portable": ("Prediction",),
         "sparsepeft.inference.answers": ("Answer", "answer"),
         "sparsepeft.runs.config": ("RunConfig", "load_config", "parse_settings"),
         "sparsepeft.inference.evaluation": ("Evaluation", "evaluate"),

@@ -12,8 +12,7 @@ from peft import TaskType
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from sparsepeft.backbones import backbone_of_run, describe_backbone, resolve_model
-from sparsepeft.errors import UserError
+from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.methods.language_models import (
@@ -21,7 +20,6 @@ from sparsepeft.methods.language_models import (
     add_adapter,
     count_trained,
     load_language_model,
-    load_trained_language_model,
     perplexity,
 )
 from sparsepeft.methods.models import (
@@ -39,13 +37,10 @@ from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.corpus import (
     Corpus,
     begin_token,
-    cut,
     evenly_spaced,
     fingerprints,
-    join,
     load_corpus,
     num_predicted,
-    read_documents,
 )
 from sparsepeft.runs.files import (
     CHECKPOINTS,
@@ -53,10 +48,9 @@ from sparsepeft.runs.files import (
     RESULTS_VERSION,
     describe_run,
     open_run,
-    read_run,
     write_weights,
 )
-from sparsepeft.runs.held_out import not_held_out_any_more, read_held_out, write_held_out
+from sparsepeft.runs.held_out import write_held_out
 from sparsepeft.runs.lm_config import LM, LanguageModelConfig
 from sparsepeft.runs.output_folder import HISTORY, LOGS
 from sparsepeft.training.outcome import hyperparameters
@@ -172,95 +166,11 @@ def train_language_model(
     return results
 
 
-def evaluate_language_model(
-    folder: str | Path,
-    model: str | None = None,
-    *,
-    test_file: str | None = None,
-    device: str | None = None,
-    text_column: str | None = None,
-    delimiter: str | None = None,
-    encoding: str | None = None,
-) -> tuple[dict[str, dict[str, float]], tuple[str, ...], dict[str, str]]:
-    """Perplexity of a run's model on its validation text, or on a file.
-
-    Args:
-        folder: the output folder of ``sparsepeft train --task lm``.
-        model: the backbone, if it has moved since.
-        test_file: measure on this text instead.
-        device: where to compute; None is the accelerator, if there is one.
-        text_column, delimiter, encoding: of ``test_file``; by default the training text's column and encoding.
-
-    Returns:
-        The metrics by name of the part, notes on the text, and SHA-256 of its files by name.
-
-    Raises:
-        UserError: the folder holds no finished training, files are damaged or missing, the backbone is another, or it
-            cannot be told any more which text was trained on.
-    """
-    folder = Path(folder)
-    run = read_run(folder)
-    config = LanguageModelConfig(**run["config"])
-    files = [*config.text, *config.validation_text] if test_file is None else [test_file]
-    held_out, notes = _held_out_text(folder, config, run) if test_file is None else (None, ())
-    documents = (
-        []
-        if test_file is None
-        else read_documents(files, text_column or config.text_column, delimiter, encoding or config.encoding)
-    )
-    home = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
-    trained = load_trained_language_model(folder, config, home, backbone_fingerprint=run.get("backbone_fingerprint"))
-    to_accelerator(trained, device)
-    tokenizer = load_tokenizer(home)
-    block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
-    # A run of an earlier version says nothing of the token that blocks begin with, and had none.
-    begin, digests = run.get("bos_token_id"), fingerprints(files)
-    if test_file is None:
-        corpus = _corpus(config, tokenizer, block_length, begin, held_out)
-        blocks, notes = corpus.validation, (*corpus.notes, *notes)
-    else:
-        blocks = cut(join(documents, tokenizer), block_length, "text of `test_file`", begin)
-        if set(digests.values()) & set(_digests_of_training(config, run)):
-            notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
-    measured = perplexity(trained, blocks, config.recipe_values().batch_size, config.precision)
-    return {"validation" if test_file is None else "test": measured}, notes, digests
-
-
-def _digests_of_training(config: LanguageModelConfig, run: dict[str, Any]) -> list[str]:
-    """SHA-256 of the files that were trained on, which come before those of validation text."""
-    return list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
-
-
-def _held_out_text(
-    folder: Path, config: LanguageModelConfig, run: dict[str, Any]
-) -> tuple[list[str] | None, tuple[str, ...]]:
-    """Digests of held-out documents where they must be looked for, and notes."""
-    files = [*config.text, *config.validation_text]
-    for file in files:
-        if not Path(file).exists():
-            raise UserError(
-                f"The run in {folder} was trained with the file {file}, which is not there any more; put it back, or "
-                "measure on other text by `test_file`."
-            )
-    before = run.get("data_fingerprints") or {}
-    changed = [name for name, digest in fingerprints(files).items() if before and digest not in before.values()]
-    if not changed:
-        return None, ()
-    names = ", ".join(changed)
-    if config.validation_text:
-        return None, (f"{names} {'has' if len(changed) == 1 else 'have'} changed since training",)
-    held_out = read_held_out(folder).get("validation")
-    if not held_out:
-        raise not_held_out_any_more(folder, names, is_known=False)
-    return held_out, ()
-
-
 def _corpus(
     config: LanguageModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     block_length: int,
     begin: int | None,
-    held_out: Sequence[str] | None = None,
 ) -> Corpus:
     return load_corpus(
         config.text,
@@ -269,7 +179,6 @@ def _corpus(
         block_length,
         config.text_column,
         begin,
-        held_out=held_out,
         delimiter=config.delimiter,
         encoding=config.encoding,
     )

@@ -98,13 +98,13 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
     labels, head = _read_head(folder, backbone, blocks)
     config = BottleneckConfig(style=style, task_type=_task_type(backbone), **settings, **labels)
     model = get_peft_model(backbone, config, adapter_name=adapter_name)
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    kept = {key: tensor for key, tensor in own.items() if ".bottleneck_" not in key}  # a head that is not in the folder
-    given = _rename(tensors, saved.get("name"), style, blocks) | head
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    loaded = _rename(tensors, saved.get("name"), style, blocks) | head
+    # Where the folder has no head, the backbone's stays.
+    state = {key: tensor for key, tensor in state.items() if ".bottleneck_" not in key}
+    state |= {f"base_model.model.{key}": value for key, value in loaded.items()}
     try:
-        set_peft_model_state_dict(
-            model, kept | {f"base_model.model.{key}": value for key, value in given.items()}, adapter_name=adapter_name
-        )
+        set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     except ValueError:
         model.unload()  # the caller's backbone is to be as before
         raise
@@ -168,11 +168,11 @@ def _read_tensors(folder: Path, safe_name: str, pickle_name: str) -> dict[str, T
 def _check_model(saved: dict[str, Any], backbone: nn.Module, folder: Path) -> None:
     config = getattr(backbone, "config", None)
     for key in ("model_type", "hidden_size"):
-        expected, found = saved.get(key), getattr(config, key, None)
-        if expected is not None and expected != found:
+        expected, actual = saved.get(key), getattr(config, key, None)
+        if expected is not None and expected != actual:
             raise UserError(
                 f"The adapter in {folder} is for a model of {key} {expected!r}, but {type(backbone).__name__} has "
-                f"{found!r}; load the backbone that it was trained on ({saved.get('model_name') or 'not named'})."
+                f"{actual!r}; load the backbone that it was trained on ({saved.get('model_name') or 'not named'})."
             )
 
 

@@ -141,12 +141,12 @@ class TaskTuner(BaseTuner):
 
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
-            found = getattr(model, "name_or_path", "") or type(model).__name__
+            name = getattr(model, "name_or_path", "") or type(model).__name__
             expected = config.base_model_name_or_path or "unnamed"
             if config.revision:
                 expected = f"{expected} (revision {config.revision})"
             exclude = [*head.modules, *resized_embeddings(model)]
-            check_fingerprint(config.backbone_fingerprint, model, exclude, expected, found)
+            check_fingerprint(config.backbone_fingerprint, model, exclude, expected, name)
         elif not config._is_from_file:
             config.backbone_fingerprint = fingerprint(model, [*head.modules, *resized_embeddings(model)])
             if config.revision is None:
@@ -358,8 +358,8 @@ class TaskTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT looks for the name just before the last part, but an adapter can have modules of its own below it.
         for container in cls.layer_class.adapter_layer_names:
-            before, found, after = key.partition(f".{container}.{adapter_name}.")
-            if found:
+            before, separator, after = key.partition(f".{container}.{adapter_name}.")
+            if separator:
                 return f"{before}.{container}.{after}"
         removed: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return removed
@@ -405,10 +405,12 @@ def _context_of(model: nn.Module) -> ForwardContext | None:
     return next((m.context for m in model.modules() if isinstance(m, (TaskTunerLayer, HeadModule))), None)
 
 
-def _backbone_contexts(model: nn.Module, own: ForwardContext) -> list[ForwardContext]:
+def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[ForwardContext]:
     """Those that a backbone brings along (one that was made sparse), of whose adapters it has to know, too."""
-    found = {id(context): context for m in model.modules() if (context := getattr(m, "context", None)) is not None}
-    return [each for each in found.values() if isinstance(each, ForwardContext) and each is not own]
+    contexts = {
+        id(other): other for m in model.modules() if isinstance(other := getattr(m, "context", None), ForwardContext)
+    }
+    return [other for other in contexts.values() if other is not context]
 
 
 def _has_labels(model: nn.Module) -> bool:

@@ -56,8 +56,8 @@ SAVE_DTYPES = DTYPES | {INT8: INT8}
 def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
     """Raise a ValueError unless ``value`` is a number (by default an integer) above zero."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not value > 0:
-        wanted = "a positive integer" if integer else "a positive number"
-        raise ValueError(f"`{name}={value!r}` was given, but it must be {wanted}.")
+        expected = "a positive integer" if integer else "a positive number"
+        raise ValueError(f"`{name}={value!r}` was given, but it must be {expected}.")
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

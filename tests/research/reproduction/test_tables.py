@@ -19,9 +19,9 @@ from sparsepeft.errors import UserError
 from sparsepeft.storage.counting import load_config
 from sparsepeft_research.benchmarks.inference import architecture
 from sparsepeft_research.reproduction import Run, Table, make_table, write_table
-from sparsepeft_research.reproduction.devices import read_devices
 from sparsepeft_research.reproduction.paper import METHODS, MISMATCHED, TASKS, paper_rows
 from sparsepeft_research.reproduction.render import cells, to_csv, to_markdown
+from sparsepeft_research.reproduction.reproduce import read_devices
 
 # By task and method: the score of each seed, then of MRPC the accuracy, of MNLI mismatched.
 SCORES = {

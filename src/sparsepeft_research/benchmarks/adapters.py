@@ -1,28 +1,23 @@
 """Are our bottleneck adapters AdapterHub's? Outputs and gradients of both on the same weights and inputs.
 
-    python benchmarks/peers/adapters_equality.py --output benchmarks/results/adapters_equality.json
+    sparsepeft benchmark adapters --output research/results/benchmarks/adapters_equality.json
 
 Makes a virtual environment with ``adapters`` 1.3.0 and its transformers in ``.peers/adapters`` (once), lets it build
 random BERT and RoBERTa models with ``seq_bn`` (Pfeiffer) and ``double_seq_bn`` (Houlsby) adapters and save what they
 answer, then answers the same with ``BottleneckConfig``: all hidden states, logits, loss, gradients of adapter, head and
 embeddings, in eval mode and in train mode (dropout off, and on with the same random numbers). A checkpoint that
-``adapters`` saved is also read by ``load_adapterhub``. Exits with 1 where an error exceeds the tolerance or a fresh
-adapter is initialised differently.
+``adapters`` saved is also read by ``load_adapterhub``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from _adapters_names import peer_names
-from _environment import DEFAULT_FOLDER, HERE, peer_python
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import ks_2samp
@@ -30,9 +25,11 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from sparsepeft import BottleneckConfig
-from sparsepeft.folders import write_json
-from sparsepeft.provenance import environment
+from sparsepeft.errors import RunFailed
 from sparsepeft.tuners.adapterhub import load_adapterhub
+from sparsepeft.tuners.bottleneck import BottleneckLayer
+from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
 
 LIMITS = {"float32": 1e-5, "float64": 1e-12}  # rounding in another order; float64 shows that nothing else differs
 MIN_P_VALUE = 1e-4  # two samples of one distribution fall below it once in ten thousand
@@ -51,43 +48,49 @@ ODD = {"hidden_size": 39, "num_hidden_layers": 3, "num_attention_heads": 3, "int
 BASE = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
-def main() -> int:
-    """Compare all cases and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--peer-folder", type=Path, default=DEFAULT_FOLDER, help="where the peer's environment is kept")
-    options = parser.parse_args()
+# Our places, and AdapterHub's modules of a BERT-like layer that hold its adapters.
+PLACES = {
+    "bottleneck_attention": "attention.output.adapters",
+    "bottleneck_ffn": "output.adapters",
+    "bottleneck_output": "output.adapters",
+}
+LINEARS = {"down": "adapter_down.0", "up": "adapter_up"}
+
+
+def run(*, peer_folder: str, progress: Progress) -> dict[str, Any]:
+    """Compare all cases.
+
+    Raises:
+        RunFailed: an error exceeds the tolerance, or a fresh adapter is initialised differently.
+    """
     torch.set_num_threads(1)
-    python = peer_python(options.peer_folder)
+    python = peer_python(Path(peer_folder) if peer_folder else DEFAULT_FOLDER)
     cases = all_cases()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "cases.json").write_text(json.dumps(cases))
-        subprocess.run([str(python), str(HERE / "_adapters_side.py"), str(folder)], check=True)
-        results = [compare(case, folder / case["name"]) for case in cases]
+        progress("AdapterHub's answers")
+        subprocess.run([str(python), str(HERE / "answers.py"), str(folder)], check=True)
+        results = []
+        for case in cases:
+            results.append(compare(case, folder / case["name"]))
+            progress(f"{case['name']}: " + ", ".join(f"{dtype} {worst(results[-1:], dtype):.1e}" for dtype in LIMITS))
         versions = json.loads((folder / "versions.json").read_text())
-    for result in results:
-        errors = ", ".join(f"{dtype} {worst([result], dtype):.1e}" for dtype in LIMITS)
-        print(f"{'ok  ' if result['passed'] else 'FAIL'} {result['name']}: {errors}")
-    passed = all(result["passed"] for result in results)
-    report = {
-        "passed": passed,
-        "tolerance": LIMITS | {"initialisation_p_value": MIN_P_VALUE},
+    failed = [result["name"] for result in results if not result["passed"]]
+    if failed:
+        raise RunFailed(f"These differ from AdapterHub's by more than the tolerance: {', '.join(failed)}.")
+    return {
+        "results": results,
+        "settings": {"tolerance": LIMITS | {"initialisation_p_value": MIN_P_VALUE}, "peer": versions},
         "largest_error": {dtype: worst(results, dtype) for dtype in LIMITS},
-        "cases": results,
-        "environment": environment(),
-        "peer": versions,
     }
-    write_json(options.output, report)
-    print(f"largest errors: {report['largest_error']}")
-    return 0 if passed else 1
 
 
 def all_cases() -> list[dict[str, Any]]:
     """Every model, style and size that is compared."""
     sizes = [("odd", ODD, reduction) for reduction in (1, 2.5, 4, 16, 64)]
     sizes += [("base-width", BASE | {"vocab_size": 500}, reduction) for reduction in (12, 16)]
-    cases = []
+    cases: list[dict[str, Any]] = []
     for model_type in MODELS:
         for style in ("pfeiffer", "houlsby"):
             for size, config, reduction in sizes:
@@ -161,6 +164,27 @@ def attach(case: dict[str, Any], checkpoint: dict[str, Tensor]) -> PeftModel:
     return get_peft_model(backbone(case, checkpoint), config)
 
 
+def peer_names(model: PeftModel, peer_adapter: str = "peer") -> dict[str, str]:
+    """Map each trained parameter of a BERT-like ``model`` to its name in AdapterHub's model."""
+    names = {}
+    for block_name, block in model.named_modules():
+        if not isinstance(block, BottleneckLayer):
+            continue
+        for place, theirs in PLACES.items():
+            for ours, linear in LINEARS.items():
+                for kind in ("weight", "bias"):
+                    own = f"{block_name}.{place}.default.{ours}.{kind}"
+                    base = block_name.removeprefix("base_model.model.")
+                    names[own] = f"{base}.{theirs}.{peer_adapter}.{linear}.{kind}"
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = {
+        name: name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        for name in trained
+        if ".modules_to_save." in name
+    }
+    return {name: names[name] for name in trained if name in names} | head
+
+
 def own_tensors(model: PeftModel, names: dict[str, str]) -> dict[str, Tensor]:
     """The adapter's tensors under the peer's names."""
     parameters = dict(model.named_parameters())
@@ -188,7 +212,7 @@ def compare_initialisation(own: dict[str, Tensor], peer: dict[str, Tensor]) -> d
 
 
 def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """What ``_adapters_side.compute`` computes, under the peer's names."""
+    """What ``answers.compute`` computes, under the peer's names."""
     inputs = dict(inputs)
     direction = inputs.pop("direction")
     seen = {}
@@ -196,7 +220,8 @@ def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) 
     def note(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         seen["embeddings"] = output.requires_grad_()
 
-    handle = model.get_base_model().base_model.embeddings.register_forward_hook(note)
+    base: Any = model.get_base_model()
+    handle = base.base_model.embeddings.register_forward_hook(note)
     model.zero_grad()
     output = model(**inputs, output_hidden_states=True)
     handle.remove()
@@ -209,7 +234,7 @@ def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) 
 
 
 def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set the hidden states' dropout, as ``_adapters_side.set_dropout`` does; attention's stays at 0."""
+    """Set the hidden states' dropout, as ``answers.set_dropout`` does; attention's stays at 0."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and not name.endswith(".self.dropout"):
             module.p = probability
@@ -241,7 +266,3 @@ def _kind(name: str) -> str:
     if name == "gradient.embeddings":
         return name
     return "gradient.adapter" if ".adapters." in name else "gradient.head"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What the compiled kernels are worth on a kind of processor, in one run, against what was aimed at.
 
-    python benchmarks/bench_processors.py --output benchmarks/results/processors_native.json
-    python benchmarks/bench_processors.py --processor avx2 --output benchmarks/results/processors_avx2.json
+    sparsepeft benchmark processors --output processors_native.json
+    sparsepeft benchmark processors --processor avx2 --output processors_avx2.json
 
 ``avx2`` keeps everything, the kernels, PyTorch, MKL and oneDNN, to what a processor without AVX-512 has. Measured are
 one memory read of several sizes, RoBERTa-base with and without memories, sparse attention against SDPA, and a step of
@@ -10,23 +10,21 @@ the OPT-like stack: the cases of the other benchmarks, whose documentation says 
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import os
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import bench_memory
-import bench_sparse_attention
-from _common import describe_environment, require_agreement, time_alternating, write_json
 from sparsepeft.ops import explain_memory_impl
-from sparsepeft_research.benchmarks.inference import InferenceBenchmark, run_inference_benchmark
-from sparsepeft_research.benchmarks.spt import BASELINE, SptBenchmark, run_spt_benchmark
+from sparsepeft_research.benchmarks import memory, sparse_attention
+from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement, time_alternating
+from sparsepeft_research.benchmarks.registry import Progress, run_benchmark
+from sparsepeft_research.benchmarks.spt import BASELINE
 
-LIMITS = {
+LIMITS: dict[str, dict[str, str]] = {
     "native": {},
     "avx2": {
         "SPARSEPEFT_CPU": "x86-64-v3",
@@ -54,14 +52,14 @@ def memory_reads(repeats: int, idle_wait_s: float) -> dict[str, Any]:
     parents, children, top_k = MEMORY
     generator, results = torch.Generator().manual_seed(0), {}
     shapes = ((parents,), (parents, children), (parents, children))
-    memory = [torch.randn(*shape, HIDDEN_SIZE, generator=generator) * 0.02 for shape in shapes]
+    tensors = [torch.randn(*shape, HIDDEN_SIZE, generator=generator) * 0.02 for shape in shapes]
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
-        readers = {name: partial(bench_memory.reader(name), x, *memory, top_k=top_k) for name in FORMS}
+        readers = {name: partial(memory.reader(name), x, *tensors, top_k=top_k) for name in FORMS}
         with torch.no_grad():
-            expected = bench_memory.reader("reference")(x[:64], *memory, top_k=top_k)
+            expected = memory.reader("reference")(x[:64], *tensors, top_k=top_k)
             errors = {
-                name: require_agreement(name, [read()[:64]], [expected], tolerance=bench_memory.TOLERANCE)
+                name: require_agreement(name, [read()[:64]], [expected], tolerance=memory.TOLERANCE)
                 for name, read in readers.items()
             }
             # A call of microseconds is repeated until milliseconds are timed.
@@ -73,7 +71,7 @@ def memory_reads(repeats: int, idle_wait_s: float) -> dict[str, Any]:
         )  # fmt: skip
         results[str(num_tokens)] = {
             "calls_per_timing": max(1, 1024 // num_tokens),
-            "timings": {name: timing._asdict() for name, timing in timings.items()},
+            "timings": as_dicts(timings),
             "largest_relative_error": errors,
             "chosen": choice.impl,
             "reason": choice.reason,
@@ -99,47 +97,43 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
     return dict(zip(TARGETS, found, strict=True))
 
 
-def main() -> None:
-    """Measure, print each target with what was measured, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--processor", choices=tuple(LIMITS), default="native", help="kind of processor to be kept to")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls of each candidate")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
-    parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine each round")
-    arguments = parser.parse_args()
-    limits = LIMITS[arguments.processor]
-    if any(os.environ.get(name) != value for name, value in limits.items()):  # they count from the start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
-    torch.set_num_threads(arguments.threads)
-
-    environment = describe_environment(seed=0)
-    repeats, idle = arguments.repeats, arguments.idle_wait
-    case = bench_sparse_attention.Case(4096, 16, 16, 64, 512, True)
-    inference = InferenceBenchmark(
-        systems=("backbone", "spartan"), precisions=("float32",), threads=arguments.threads, repeats=repeats,
-        one_process=True, idle_wait_s=idle,
-    )  # fmt: skip
-    stack = SptBenchmark(lengths=(2048,), repeats=max(5, repeats // 2), idle_wait_s=idle)
-    say = partial(print, flush=True)
-    report = {
-        "processor": arguments.processor,
-        "limits": limits,
-        "memory_read": memory_reads(repeats, idle),
-        "inference": run_inference_benchmark(inference, progress=say),
-        "sparse_attention": bench_sparse_attention.run(case, max(5, repeats // 2), 0, idle, "cpu"),
-        "spt_stack": run_spt_benchmark(stack, progress=say),
-        "environment": environment,
-    }
-    report["against_targets"] = [
-        {"figure": name, "measured": value, "aim": list(TARGETS[name]),
-         "met": value <= TARGETS[name][1] if TARGETS[name][0] == "at most" else value >= TARGETS[name][1]}
+def run(*, processor: str, repeats: int, idle_wait: float, progress: Progress) -> dict[str, Any]:
+    """Measure in a process that is kept to the processor's instructions; they count from its start."""
+    limits = LIMITS[processor]
+    os.environ |= limits
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        progress("measuring in a process of its own")
+        report = pool.submit(measure, repeats, idle_wait, torch.get_num_threads()).result()
+    judged: list[dict[str, Any]] = [
+        {"figure": name, "measured": value, "aim": list(TARGETS[name]), "met": _is_met(value, *TARGETS[name])}
         for name, value in ratios(report).items()
-    ]  # fmt: skip
-    for each in report["against_targets"]:
-        say(f"{each['figure']}: {each['measured']:.3f} (aim: {' '.join(map(str, each['aim']))})")
-    write_json(arguments.output, report)
+    ]
+    for one in judged:
+        progress(f"{one['figure']}: {one['measured']:.3f} (aim: {' '.join(map(str, one['aim']))})")
+    return {"results": {"against_targets": judged, **report}, "settings": {"limits": limits}}
 
 
-if __name__ == "__main__":
-    main()
+def measure(repeats: int, idle_wait: float, threads: int) -> dict[str, Any]:
+    """The cases of the other benchmarks, in this process."""
+    torch.set_num_threads(threads)
+    few = max(5, repeats // 2)
+    attention = sparse_attention.Case(4096, 16, 16, 64, 512, True)
+    inference = run_benchmark(
+        "inference",
+        systems=("backbone", "spartan"),
+        precisions=("float32",),
+        threads=threads,
+        repeats=repeats,
+        one_process=True,
+        idle_wait_s=idle_wait,
+    )
+    return {
+        "memory_read": memory_reads(repeats, idle_wait),
+        "inference": inference.to_dict(),
+        "sparse_attention": sparse_attention.measure(attention, few, 0, idle_wait, "cpu"),
+        "spt_stack": run_benchmark("spt", lengths=(2048,), repeats=few, idle_wait_s=idle_wait).to_dict(),
+    }
+
+
+def _is_met(value: float, bound: str, aim: float) -> bool:
+    return value <= aim if bound == "at most" else value >= aim

@@ -1,6 +1,6 @@
 """Fine-tuning throughput: every method, AdapterHub's adapters, and what each of our options gives.
 
-    python benchmarks/bench_finetuning.py --data-dir DATA --output benchmarks/results/finetuning.json
+    sparsepeft benchmark finetuning --data-dir DATA --output finetuning.json
 
 Few-shot training (200 examples, batch 16) of MiniLM, measured in three groups, each alternating its candidates epoch by
 epoch: all methods on real texts (ours in batches by length, AdapterHub's in random batches, padded to the longest or to
@@ -11,12 +11,11 @@ stopped and let go by a callback; the peer's are a bare loop in an environment o
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,23 +25,25 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from _common import describe_environment, time_alternating, write_json
-from peers._environment import DEFAULT_FOLDER, peer_python
 from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.inference.encoding import encode
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.recipes import METHODS, get_recipe
 from sparsepeft.tasks import TaskSpec, few_shot, load_task
+from sparsepeft_research.benchmarks.measuring import time_alternating
+from sparsepeft_research.benchmarks.registry import Progress
 from sparsepeft_research.benchmarks.workers import Worker
+from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
 
-HERE = Path(__file__).resolve().parent
+PEER_TRAINING = HERE / "training.py"
 BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000
-GROUPS = ("methods", f"methods, {LENGTH} tokens", "options")
+GROUPS = ("methods", "full-length", "options")
 EPOCH = -(-EXAMPLES // BATCH)
 
 
 class Candidate(NamedTuple):
-    """Something to time: fields of a RunConfig for ours, settings of ``_adapters_train.py`` for the peer's."""
+    """Something to time: fields of a RunConfig for ours, settings of ``peers/training.py`` for the peer's."""
 
     name: str
     settings: dict[str, Any]
@@ -58,56 +59,63 @@ class Data(NamedTuple):
     num_labels: int
 
 
-def main() -> None:
-    """Measure all groups and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--data-dir", default=os.environ.get("SPARSEPEFT_DATA"), help="folder with the GLUE tasks")
-    parser.add_argument("--task", default="mrpc", help="task whose examples are used")
-    parser.add_argument("--model", help="hub id or folder of the backbone; MiniLM if left out")
-    parser.add_argument("--repeats", type=int, default=7, help="timed epochs of each candidate")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
-    parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine per round")
-    parser.add_argument("--seed", type=int, default=0, help="of the examples and the runs")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="what to measure; all if left out")
-    parser.add_argument("--peer-folder", type=Path, default=DEFAULT_FOLDER, help="where the peer's environment is kept")
-    parser.add_argument("--quick", action="store_true", help="few candidates and steps, to see that it works")
-    options = parser.parse_args()
-    if (2 + 2 * options.repeats) * EPOCH > STEPS:
-        parser.error(f"--repeats {options.repeats} needs more than the {STEPS} steps that a run has; ask for fewer")
-    torch.set_num_threads(options.threads)
+@dataclass(frozen=True)
+class Settings:
+    """What every candidate is measured with."""
+
+    model: str
+    task: str
+    data_dir: str
+    peer_python: Path
+    repeats: int
+    idle_wait: float
+    seed: int
+    quick: bool
+
+
+def run(
+    *,
+    data_dir: str,
+    task: str,
+    model: str,
+    groups: str,
+    peer_folder: str,
+    repeats: int,
+    idle_wait: float,
+    seed: int,
+    quick: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the groups.
+
+    Raises:
+        UserError: a group is unknown, or more repeats were asked for than a run has steps.
+    """
+    chosen = groups.split(",") if groups else list(GROUPS)
+    for name in chosen:
+        if name not in GROUPS:
+            raise UserError(unknown_name("The group", name, GROUPS))
+    if (2 + 2 * repeats) * EPOCH > STEPS:
+        raise UserError(f"`repeats={repeats}` needs more than the {STEPS} steps that a run has; ask for fewer.")
     disable_progress_bars()
-    options.model = resolve_model(options.model)
-    options.peer_python = peer_python(options.peer_folder)
-    num_layers = AutoConfig.from_pretrained(options.model).num_hidden_layers
-    environment = describe_environment(seed=options.seed)
-    groups = {}
+    python = peer_python(Path(peer_folder) if peer_folder else DEFAULT_FOLDER)
+    settings = Settings(resolve_model(model or None), task, data_dir, python, repeats, idle_wait, seed, quick)
+    num_layers = AutoConfig.from_pretrained(settings.model).num_hidden_layers
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        real, full = real_texts(options, folder), full_length_texts(options, folder)
+        real, full = real_texts(settings, folder), full_length_texts(settings, folder)
         plan = {
-            GROUPS[0]: (real, methods(options.quick) + peers(options.quick, (None, LENGTH))),
-            GROUPS[1]: (full, methods(options.quick) + peers(options.quick, (None,))),
-            GROUPS[2]: (real, option_candidates(num_layers, options.quick) + peers(True, (None, LENGTH))),
+            "methods": (real, methods(quick) + peers(quick, (None, LENGTH))),
+            "full-length": (full, methods(quick) + peers(quick, (None,))),
+            "options": (real, option_candidates(num_layers, quick) + peers(True, (None, LENGTH))),
         }
-        for number, name in enumerate(options.groups):
-            data, candidates = plan[name]
-            print(f"-- {name}", flush=True)
-            group_folder = folder / str(number)
-            group_folder.mkdir()
-            groups[name] = measure(candidates, data, options, group_folder)
-    report = {
-        "model": describe_backbone(options.model),
-        "num_layers": num_layers,
-        "task": options.task,
-        "batch_size": BATCH,
-        "num_examples": EXAMPLES,
-        "threads": options.threads,
-        "quick": options.quick,
-        "groups": groups,
-        "environment": environment,
-    }
-    write_json(options.output, report)
+        for name in chosen:
+            progress(name)
+            (folder / name).mkdir()
+            results[name] = measure(*plan[name], settings, folder / name, progress)
+    about = {"model": describe_backbone(settings.model), "num_layers": num_layers}
+    return {"results": results, "settings": about | {"batch_size": BATCH, "num_examples": EXAMPLES}}
 
 
 def methods(quick: bool) -> list[Candidate]:
@@ -150,18 +158,18 @@ def option_candidates(num_layers: int, quick: bool) -> list[Candidate]:
     return candidates
 
 
-def real_texts(options: argparse.Namespace, folder: Path) -> Data:
+def real_texts(settings: Settings, folder: Path) -> Data:
     """A few examples of the task, as they are."""
-    task = load_task(options.task, data_dir=Path(options.data_dir) if options.data_dir else None)
-    chosen = few_shot(task.train, task.spec, EXAMPLES, options.seed)
-    config = {"task": options.task, "data_dir": options.data_dir}
-    return write_examples(chosen, task.spec, config, options, folder / "real.safetensors")
+    task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
+    chosen = few_shot(task.train, task.spec, EXAMPLES, settings.seed)
+    config = {"task": settings.task, "data_dir": settings.data_dir}
+    return write_examples(chosen, task.spec, config, settings, folder / "real.safetensors")
 
 
-def full_length_texts(options: argparse.Namespace, folder: Path) -> Data:
+def full_length_texts(settings: Settings, folder: Path) -> Data:
     """The task's texts repeated until every example fills the longest input."""
-    task = load_task(options.task, data_dir=Path(options.data_dir) if options.data_dir else None)
-    some = few_shot(task.train, task.spec, EXAMPLES + EXAMPLES // 4, options.seed)  # a tenth is held out
+    task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
+    some = few_shot(task.train, task.spec, EXAMPLES + EXAMPLES // 4, settings.seed)  # a tenth is held out
     columns = task.spec.text_columns
     rows = []
     for row in some:
@@ -170,16 +178,14 @@ def full_length_texts(options: argparse.Namespace, folder: Path) -> Data:
     path = folder / "full.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = load_task("custom", train_file=path)
-    chosen = few_shot(data.train, data.spec, EXAMPLES, options.seed)
+    chosen = few_shot(data.train, data.spec, EXAMPLES, settings.seed)
     config = {"task": "custom", "train_file": str(path)}
-    return write_examples(chosen, data.spec, config, options, folder / "full.safetensors")
+    return write_examples(chosen, data.spec, config, settings, folder / "full.safetensors")
 
 
-def write_examples(
-    dataset: Dataset, spec: TaskSpec, config: dict[str, Any], options: argparse.Namespace, path: Path
-) -> Data:
+def write_examples(dataset: Dataset, spec: TaskSpec, config: dict[str, Any], settings: Settings, path: Path) -> Data:
     """Write the examples' token ids for the peer, padded to the longest input."""
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(settings.model)
     encoded, _ = encode(dataset, spec, tokenizer, LENGTH)
     columns = [name for name in encoded.column_names if name not in ("labels", "length")]
     rows = [{name: row[name] for name in columns} for row in encoded]
@@ -190,24 +196,24 @@ def write_examples(
 
 
 def measure(
-    candidates: list[Candidate], data: Data, options: argparse.Namespace, folder: Path
+    data: Data, candidates: list[Candidate], settings: Settings, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn; one that cannot run is reported with its reason."""
-    steps, repeats = (1, 2) if options.quick else (EPOCH, options.repeats)
+    steps, repeats = (1, 2) if settings.quick else (EPOCH, settings.repeats)
     workers: dict[str, Worker] = {}
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for number, candidate in enumerate(candidates):
             try:
-                worker = stack.enter_context(start(candidate, data, options, folder / str(number)))
+                worker = stack.enter_context(start(candidate, data, settings, folder / str(number)))
                 worker.ask(2 * steps)
             except RuntimeError as error:
                 results[candidate.name] = {"failed": str(error)}
-                print(f"{candidate.name}: failed, {error}", flush=True)
+                progress(f"{candidate.name}: failed, {error}")
             else:
                 workers[candidate.name] = worker
         epochs = {name: partial(worker.ask, steps) for name, worker in workers.items()}
-        timings = time_alternating(epochs, repeats=repeats, warm_up=0, idle_wait_s=options.idle_wait)
+        timings = time_alternating(epochs, repeats=repeats, warm_up=0, idle_wait_s=settings.idle_wait)
     for name, timing in timings.items():
         step_s = timing.median_ms / 1e3 / steps
         preparation_s = workers[name].ready["preparation_s"]
@@ -225,28 +231,25 @@ def measure(
             if other != name and (other.startswith("adapters ") or other == "spartan" or name.startswith(f"{other}, "))
         }
         over = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in results[name]["speed_over"].items())
-        print(f"{name}: {results[name]['steps_per_minute']:.1f} steps/min; {over}", flush=True)
+        progress(f"{name}: {results[name]['steps_per_minute']:.1f} steps/min; {over}")
     return results
 
 
-def start(candidate: Candidate, data: Data, options: argparse.Namespace, folder: Path) -> Worker:
+def start(candidate: Candidate, data: Data, settings: Settings, folder: Path) -> Worker:
     """Start a candidate's process."""
     folder.mkdir()
-    settings: dict[str, Any] = {"threads": options.threads}
+    threads = torch.get_num_threads()
+    told: dict[str, Any] = {"threads": threads}
     if candidate.is_peer:
-        python, script = options.peer_python, HERE / "peers" / "_adapters_train.py"
-        settings |= {"model": options.model, "num_labels": data.num_labels, "examples": str(data.examples)}
-        settings |= {"seed": options.seed, "batch_size": BATCH, "learning_rate": 1e-4, "max_steps": STEPS}
-        settings |= candidate.settings
+        command = [str(settings.peer_python), str(PEER_TRAINING)]
+        told |= {"model": settings.model, "num_labels": data.num_labels, "examples": str(data.examples)}
+        told |= {"seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4, "max_steps": STEPS}
+        told |= candidate.settings
     else:
-        python, script = sys.executable, HERE / "_finetuning_worker.py"
-        config = {"model": options.model, "output_dir": str(folder / "run"), "seed": options.seed}
+        command = [sys.executable, "-m", f"{__package__}.finetuning_process"]
+        config = {"model": settings.model, "output_dir": str(folder / "run"), "seed": settings.seed}
         config |= {"few_shot": EXAMPLES, "max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH}
-        settings |= {"config": config | data.config | candidate.settings, "random_order": candidate.random_order}
+        told |= {"config": config | data.config | candidate.settings, "random_order": candidate.random_order}
     path = folder / "settings.json"
-    path.write_text(json.dumps(settings))
-    return Worker([str(python), str(script), str(path)], options.threads, folder / "log.txt")
-
-
-if __name__ == "__main__":
-    main()
+    path.write_text(json.dumps(told))
+    return Worker([*command, str(path)], threads, folder / "log.txt")

@@ -1,19 +1,38 @@
-"""Many tasks in one engine: the memory they take, and how fast one comes in another's place."""
+"""One of this package's systems, and many tasks in one engine: the memory they take, how fast one replaces another.
+
+python -m sparsepeft_research.benchmarks.inference.processes.pytorch SETTINGS.json
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsepeft_research.benchmarks.inference.systems import build_engine
+import torch
+
+from sparsepeft_research.benchmarks.devices import emulate
+from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
+from sparsepeft_research.benchmarks.inference.systems import LOADING, build_engine, prepare_system
 
 _REPEATS = 21
+
+
+def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any]]:
+    """Limit this process to the device, then build the system."""
+    torch.set_num_threads(settings["threads"])
+    about: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if settings["device"] is not None:
+        about["emulation"] = dataclasses.asdict(emulate(settings["device"]))
+    if settings["system"] == LOADING:
+        return {}, about | measure_loading(settings)
+    return prepare_system(settings), about
 
 
 def measure_loading(settings: dict[str, Any]) -> dict[str, Any]:
@@ -71,3 +90,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def _resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,7 +1,7 @@
 """Speed and memory of sparse_attention against SDPA, over the number of tokens.
 
-    python benchmarks/bench_sparse_attention.py --output benchmarks/results/sparse_attention.json
-    python benchmarks/bench_sparse_attention.py --device cuda --output benchmarks/results/sparse_attention_gpu.json
+    sparsepeft benchmark sparse_attention --output sparse_attention.json
+    sparsepeft benchmark sparse_attention --device cuda --output sparse_attention_gpu.json
 
 On a CPU the compiled kernels in float32, on a GPU Triton (tokens) and FlexAttention (blocks) in bfloat16. Every
 implementation is first compared with the reference. Times are of one call forward, and forward with backward to query,
@@ -11,23 +11,27 @@ backward pass allocates beyond its inputs, at its peak, as counted by torch's al
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from _common import describe_environment, require_agreement, time_alternating, write_json
 from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
 from sparsepeft.ops.sparse_attention.blocks import keep_blocks
 from sparsepeft.ops.sparse_attention.compiled import compiled_forward
 from sparsepeft.ops.sparse_attention.problem import Reach, Rules
-from sparsepeft_research.benchmarks import peak_bytes
+from sparsepeft_research.benchmarks.measuring import (
+    as_dicts,
+    forward_backward,
+    peak_bytes,
+    require_agreement,
+    time_alternating,
+)
+from sparsepeft_research.benchmarks.registry import Progress
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Float32 rounding; a wrongly kept key would show as 1e-2 or more.
@@ -65,20 +69,13 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
     """Return what is compared, by name."""
-    sparse = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
+    sparse: Any = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
     impls = IMPLS[codebooks.device.type]
     return {
         "sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True),
         "token": lambda *tensors: sparse(*tensors, codebooks, granularity="token", impl=impls["token"]),
         "block": lambda *tensors: sparse(*tensors, codebooks, granularity="block", impl=impls["block"]),
     }
-
-
-def train(attention: Attention, tensors: list[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """Return the output and the gradients of one forward and backward pass."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    output = attention(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
 def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Tensor) -> dict[str, float]:
@@ -92,8 +89,8 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Te
             sparse_attention, codebooks=codebooks, top_l=top_l, causal=case.causal, granularity=granularity
         )
         exact = [tensor.float() for tensor in few]
-        expected = train(partial(attend, impl="reference"), exact[:3], exact[3])
-        actual = [t.float() for t in train(partial(attend, impl=impls[granularity]), few[:3], few[3])]
+        expected = forward_backward(partial(attend, impl="reference"), exact[:3], exact[3])
+        actual = [t.float() for t in forward_backward(partial(attend, impl=impls[granularity]), few[:3], few[3])]
         tolerance = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
         errors[granularity] = require_agreement(granularity, actual, expected, tolerance=tolerance)
     return errors
@@ -117,11 +114,13 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
     return {
         **common,
-        "token selection and attention over vectors of 1": lambda: compiled_forward(*narrow, codes, reach, rules),
+        "token selection and attention over vectors of 1": lambda: compiled_forward(
+            narrow[0], narrow[1], narrow[2], codes, reach, rules
+        ),
     }
 
 
-def run(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:
+def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:
     """Verify, then time, one case."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -135,23 +134,23 @@ def run(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) ->
     errors = verify(case, tensors, grad_output, codebooks)
 
     attentions = candidates(case, codebooks)
-    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
+    timed = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
     with torch.no_grad():
-        forward = measure({name: partial(attend, *tensors) for name, attend in attentions.items()})
-        alone = measure(parts(case, tensors, codebooks))
-    training = {name: partial(train, attend, tensors, grad_output) for name, attend in attentions.items()}
-    both = measure(training)
+        forward = timed({name: partial(attend, *tensors) for name, attend in attentions.items()})
+        alone = timed(parts(case, tensors, codebooks))
+    training = {name: partial(forward_backward, attend, tensors, grad_output) for name, attend in attentions.items()}
+    both = timed(training)
     peaks = {name: peak_bytes(step, device) for name, step in training.items()}
-    first = [tensor[:, :, :2048] for tensor in tensors[:2]]
-    recall = selection_recall(*first, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
+    query, key = (tensor[:, :, :2048] for tensor in tensors[:2])
+    recall = selection_recall(query, key, codebooks, top_l=min(case.top_l, 256), causal=case.causal)
     return {
         **case._asdict(),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "largest_relative_error": errors,
-        "forward": {name: timing._asdict() for name, timing in forward.items()},
-        "forward_backward": {name: timing._asdict() for name, timing in both.items()},
-        "parts_of_forward": {name: timing._asdict() for name, timing in alone.items()},
+        "forward": as_dicts(forward),
+        "forward_backward": as_dicts(both),
+        "parts_of_forward": as_dicts(alone),
         "peak_mib": {name: size / 2**20 for name, size in peaks.items()},
         "speedup_over_sdpa": {name: both["sdpa"].median_ms / both[name].median_ms for name in ("token", "block")},
         "memory_of_sdpa": {name: peaks[name] / peaks["sdpa"] for name in ("token", "block")},
@@ -160,30 +159,15 @@ def run(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) ->
     }
 
 
-def main() -> None:
-    """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each candidate")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
-    parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine each round")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the candidates run")
-    parser.add_argument("--seed", type=int, default=0, help="of the random vectors")
-    parser.add_argument("--quick", action="store_true", help="a tiny case, to see that it works")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    environment = describe_environment(seed=arguments.seed)
-    results: list[dict[str, Any]] = []
-    for case in cases(arguments.quick, arguments.device):
-        result = run(case, arguments.repeats, arguments.seed, arguments.idle_wait, arguments.device)
-        results.append(result)
-        times = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in result["forward_backward"].items())
-        alone = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in result["parts_of_forward"].items())
-        peaks = ", ".join(f"{name} {size:.0f}" for name, size in result["peak_mib"].items())
-        print(f"{case}\n  forward + backward ms: {times}\n  ms alone: {alone}\n  peak MiB: {peaks}", flush=True)
-    write_json(arguments.output, {"environment": environment, "results": results})
-
-
-if __name__ == "__main__":
-    main()
+def run(*, repeats: int, idle_wait: float, device: str, seed: int, quick: bool, progress: Progress) -> dict[str, Any]:
+    """Measure all cases."""
+    results = []
+    for case in cases(quick, device):
+        results.append(measure(case, repeats, seed, idle_wait, device))
+        times = [
+            f"{part} ms: "
+            + ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in results[-1][part].items())
+            for part in ("forward_backward", "parts_of_forward")
+        ]
+        progress(f"{case}: {'; '.join(times)}")
+    return {"results": results}

@@ -1,6 +1,6 @@
-"""One process of ``bench_allocator.py``: a pass of one kind, over and over.
+"""One process of the benchmark ``allocator``: a pass of one kind, over and over.
 
-python _allocator_worker.py SETTINGS.json
+python -m sparsepeft_research.benchmarks.allocator_process SETTINGS.json
 """
 
 from __future__ import annotations

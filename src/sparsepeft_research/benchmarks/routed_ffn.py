@@ -1,7 +1,7 @@
 """Speed and kept memory of routed_ffn against the dense FFN, over the number of active blocks.
 
-    python benchmarks/bench_routed_ffn.py --output benchmarks/results/routed_ffn.json
-    python benchmarks/bench_routed_ffn.py --device cuda --output benchmarks/results/routed_ffn_gpu.json
+    sparsepeft benchmark routed_ffn --output routed_ffn.json
+    sparsepeft benchmark routed_ffn --device cuda --output routed_ffn_gpu.json
 
 Every implementation is first compared with the reference. Times are of one call, forward, and forward with backward to
 the hidden states and the router, with frozen FFN weights or (marked) trained ones. ``dense`` is the FFN without a
@@ -10,18 +10,17 @@ router. ``share`` is the part of the dense FFN's multiply-adds that is left: 1 /
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from _common import describe_environment, require_agreement, time_alternating, write_json
 from sparsepeft.ops import Projection, route, routed_ffn
 from sparsepeft.ops.routed_ffn.activations import resolve_activation
+from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement, time_alternating
+from sparsepeft_research.benchmarks.registry import Progress
 
 # Relative to the largest entry. Float32 rounding over sums of up to 16384 terms; a wrongly chosen block would show as
 # 1e-1. bfloat16: a few of its roundings, of 4e-3 each.
@@ -85,8 +84,8 @@ def make_weights(case: Case, generator: torch.Generator, device: str) -> Weights
     def projection(outputs: int, inputs: int) -> Projection:
         weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
         bias = None if case.gated else 0.1 * torch.randn(outputs, generator=generator)
-        moved = [None if t is None else t.to(device, case.dtype) for t in (weight, bias)]
-        return Projection(*(None if t is None else t.requires_grad_(case.trained) for t in moved))
+        moved = [t.to(device, case.dtype).requires_grad_(case.trained) for t in (weight, bias) if t is not None]
+        return Projection(moved[0], None if case.gated else moved[1])
 
     up, down = projection(case.inner_size, case.hidden_size), projection(case.hidden_size, case.inner_size)
     gate = projection(case.inner_size, case.hidden_size) if case.gated else None
@@ -105,7 +104,7 @@ def dense(x: Tensor, weights: Weights, case: Case) -> Tensor:
 def routed(x: Tensor, weights: Weights, case: Case, num_active: int, **options: Any) -> Tensor:
     """Route and compute."""
     routing = route(x, weights.router, num_active=num_active)
-    maps = {"gate": weights.gate, "activation": case.activation}
+    maps: dict[str, Any] = {"gate": weights.gate, "activation": case.activation}
     return routed_ffn(x, weights.up, weights.down, routing, **maps, **options)
 
 
@@ -135,7 +134,7 @@ def kept_bytes(function: Any, x: Tensor, weights: Weights) -> int:
     return sum(kept.values())
 
 
-def run(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:
+def measure(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:
     """Verify, then time, one case at one number of active blocks."""
     generator = torch.Generator().manual_seed(seed)
     weights = make_weights(case, generator, device)
@@ -155,10 +154,10 @@ def run(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float
         for name, function in candidates.items()
     }
     candidates = {"dense": partial(dense, case=case), **candidates}
-    measure = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
+    timed = partial(time_alternating, repeats=repeats, warm_up=1, idle_wait_s=idle_wait_s, device=device)
     with torch.no_grad():
-        forward = measure({name: partial(function, x, weights) for name, function in candidates.items()})
-    training = measure({name: partial(step, f, x, weights, grad_output) for name, f in candidates.items()})
+        forward = timed({name: partial(function, x, weights) for name, function in candidates.items()})
+    training = timed({name: partial(step, f, x, weights, grad_output) for name, f in candidates.items()})
     return {
         **case._asdict(),
         "dtype": str(case.dtype),
@@ -166,8 +165,8 @@ def run(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float
         "share": num_active / case.num_blocks,
         "largest_relative_error": errors,
         "kept_bytes": {name: kept_bytes(function, x, weights) for name, function in candidates.items()},
-        "forward": {name: timing._asdict() for name, timing in forward.items()},
-        "forward_backward": {name: timing._asdict() for name, timing in training.items()},
+        "forward": as_dicts(forward),
+        "forward_backward": as_dicts(training),
         "speedup_over_dense": {
             direction: {name: timings["dense"].median_ms / timing.median_ms for name, timing in timings.items()}
             for direction, timings in (("forward", forward), ("forward_backward", training))
@@ -175,35 +174,15 @@ def run(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: float
     }
 
 
-def main() -> None:
-    """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each candidate")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every candidate")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-    parser.add_argument("--only", help="run the cases whose name contains this")
-    parser.add_argument("--idle-wait", type=float, default=0.0, help="seconds to wait for an idle machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights and hidden states")
-    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it works")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    environment = describe_environment(seed=arguments.seed)
-    results: list[dict[str, Any]] = []
-    for case in cases(arguments.quick, arguments.device):
-        if arguments.only and arguments.only not in case.name:
-            continue
-        for num_active in case.active:
-            result = run(case, num_active, arguments.repeats, arguments.seed, arguments.idle_wait, arguments.device)
-            results.append(result)
-            print(f"{case.name}: {num_active} of {case.num_blocks} blocks", flush=True)
-            for direction in ("forward", "forward_backward"):
-                speedups = result["speedup_over_dense"][direction]
-                print(f"  {direction}, times dense: " + ", ".join(f"{n} {s:.2f}" for n, s in speedups.items()))
-            print("  kept MiB: " + ", ".join(f"{n} {b / 2**20:.2f}" for n, b in result["kept_bytes"].items()))
-    write_json(arguments.output, {"environment": environment, "results": results})
-
-
-if __name__ == "__main__":
-    main()
+def run(
+    *, repeats: int, idle_wait: float, device: str, only: str, seed: int, quick: bool, progress: Progress
+) -> dict[str, Any]:
+    """Measure all cases whose name contains ``only``."""
+    results = []
+    for case in cases(quick, device):
+        for num_active in case.active if only in case.name else ():
+            results.append(measure(case, num_active, repeats, seed, idle_wait, device))
+            speedups = results[-1]["speedup_over_dense"]["forward_backward"]
+            shown = ", ".join(f"{name} {speedup:.2f}" for name, speedup in speedups.items())
+            progress(f"{case.name}: {num_active} of {case.num_blocks} blocks, times as fast as dense: {shown}")
+    return {"results": results}

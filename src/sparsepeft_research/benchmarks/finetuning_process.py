@@ -1,6 +1,6 @@
-"""One candidate of ``bench_finetuning.py``: a training run as ``sparsepeft train`` does it, step by step on command.
+"""One candidate of the benchmark ``finetuning``: a run as ``sparsepeft train`` does it, step by step on command.
 
-    python _finetuning_worker.py SETTINGS.json
+    python -m sparsepeft_research.benchmarks.finetuning_process SETTINGS.json
 
 Says ``{"preparation_s": ...}`` before the first step; then each line with a number runs that many steps and is answered
 by ``{"steps": ...}``. The run ends when its input does.

@@ -1,13 +1,15 @@
-"""Timing candidates against each other on a machine that does other things, too."""
+"""Timing candidates against each other on a machine that does other things too, their memory, and their answers."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sparsepeft.provenance import cpu_ticks
 
@@ -93,6 +95,65 @@ def wait_until_idle(timeout_s: float, *, max_busy: float = 0.1, window_s: float 
         if total > 0 and idle >= (1 - max_busy) * total:
             return True
     return False
+
+
+def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes of tensors alive at one time that were made while ``function`` ran.
+
+    On a CPU these are the events of torch's allocator, exact and not disturbed by what the machine does besides; what a
+    kernel takes from elsewhere for its own use is not among them. On "cuda" it is the allocator's peak above what was
+    allocated before.
+
+    Args:
+        function: is run once.
+        device: "cpu" or "cuda".
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result  # after the profile: what is returned is alive to the end
+    alive = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], *, tolerance: float) -> float:
+    """Return the largest error relative to the largest expected entry of its tensor.
+
+    Raises:
+        RuntimeError: the error exceeds ``tolerance`` (or is NaN), so a speed would mean nothing.
+    """
+    worst = 0.0
+    for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"{name} differs from the reference by {error:.1e} in tensor {index}, more than {tolerance:.0e}: "
+                "no speed is reported for a wrong result."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def forward_backward(function: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """Return the output of ``function`` and its gradients with respect to all ``tensors``."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+def as_dicts(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """As result files have them."""
+    return {name: timing._asdict() for name, timing in timings.items()}
 
 
 def _cpu_latency_ms(candidate: Callable[[], object]) -> float:

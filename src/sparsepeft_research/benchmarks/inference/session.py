@@ -1,4 +1,4 @@
-"""The benchmark: which systems are timed against each other, and running them."""
+"""Running the benchmark: processes that take turns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.methods.recipes import get_recipe
-from sparsepeft.provenance import environment
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.groups import Candidate, Group, Grouping
 from sparsepeft_research.benchmarks.inference.report import Measured, describe
@@ -39,7 +38,7 @@ from sparsepeft_research.benchmarks.inference.workloads import (
     count_flops,
     prepare_model,
 )
-from sparsepeft_research.benchmarks.timing import sample_alternating, summarize
+from sparsepeft_research.benchmarks.measuring import sample_alternating, summarize
 from sparsepeft_research.benchmarks.workers import Worker
 
 NUM_LOADED = 100
@@ -51,7 +50,7 @@ _WARM_UP = 1
 Progress = Callable[[str], object]
 
 
-def run_inference_benchmark(benchmark: InferenceBenchmark, progress: Progress = lambda message: None) -> dict[str, Any]:
+def run(benchmark: InferenceBenchmark, progress: Progress = lambda message: None) -> dict[str, Any]:
     """Measure every system.
 
     Each is a process of its own with equal threads, unless they share one. All of a group are there at once and take
@@ -63,7 +62,7 @@ def run_inference_benchmark(benchmark: InferenceBenchmark, progress: Progress = 
 
     Returns:
         ``settings``, ``results`` (a plan of a group each), ``factors``, ``loading`` (None if not asked for),
-        ``left_out`` with reasons, ``processes`` (what each process said of itself), ``environment``.
+        ``left_out`` with reasons, ``processes`` (what each process said of itself).
 
     Raises:
         UserError: the model or a task cannot be had.
@@ -103,7 +102,6 @@ def run_inference_benchmark(benchmark: InferenceBenchmark, progress: Progress = 
         "loading": loading,
         "left_out": left_out,
         "processes": session.about,
-        "environment": environment() | {"threads": benchmark.num_threads},
     }
 
 
@@ -262,7 +260,7 @@ class _Session:
         elif export_format(precision):
             command = [sys.executable, str(_PROCESSES / "exported.py")]
         else:
-            command = [sys.executable, "-m", f"{__package__}.processes.own"]
+            command = [sys.executable, "-m", f"{__package__}.processes.pytorch"]
         return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
 
     def _files(self, candidate: Candidate) -> dict[str, str | None]:
