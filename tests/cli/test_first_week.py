@@ -19,8 +19,8 @@ from tests.cli.tickets import DEPARTMENTS, tickets, write_scored_pairs, write_ti
 pytestmark = pytest.mark.slow
 
 TRAINING = (
-    "train --train-file tickets.csv --model model --output-dir out/tickets --max-steps 20 --batch-size 8 --eval-steps 5 "
-    "--class-weights balanced --early-stopping-patience 3 --weight-decay 0.01 --warmup-ratio 0.1"
+    "train --train-file tickets.csv --model model --output-dir out/tickets --max-steps 20 --batch-size 8 "
+    "--eval-steps 5 --class-weights balanced --early-stopping-patience 3 --weight-decay 0.01 --warmup-ratio 0.1"
 )
 PAIRS = "train --train-file pairs.csv --model model --output-dir out/pairs --max-steps 2 --problem-type regression"
 
