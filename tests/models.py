@@ -348,25 +348,6 @@ def checkpoint(model: PeftModel, use_reentrant: bool | None) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
 
 
-# MPNet, ALBERT and XLNet do not support checkpointing in transformers.
-CHECKPOINTED = [
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "deberta-v2",
-    "gpt2",
-    "llama",
-    "mixtral",
-    "t5",
-    "bart",
-    "vit",
-    "whisper",
-    "clip-imagecls",
-]
-
-
 def save_backbone(name: str | Any, folder: Path) -> str:
     """Save a tiny model as a checkpoint and return its path."""
     model = build(name) if isinstance(name, str) else name

@@ -15,7 +15,7 @@ import resource
 import threading
 import peft  # with less than the command line has imported, the place of a freed block is a matter of chance
 import torch
-from sparsepeft.allocator import keep_freed_memory
+from sparsepeft.devices import keep_freed_memory
 {first}
 def use():
     global faults

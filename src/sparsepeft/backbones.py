@@ -50,10 +50,10 @@ def default_backbone() -> Path:
             f"with {_INSTALL} --force-reinstall, or pass another `model`."
         )
     with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != DEFAULT_SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != DEFAULT_SHA256:
         raise BackboneError(
-            f"model.safetensors of the installed package {_DISTRIBUTION} has the SHA-256 {found}, but the official "
+            f"model.safetensors of the installed package {_DISTRIBUTION} has the SHA-256 {digest}, but the official "
             f"{_TITLE} has {DEFAULT_SHA256}; reinstall it with {_INSTALL} --force-reinstall, or pass another `model`."
         )
     return folder
@@ -130,8 +130,8 @@ def hub_id(path_or_id: str) -> str | None:
     default = _default_folder()
     if path_or_id == DEFAULT_NAME or (default is not None and folder.resolve() == default.resolve()):
         return _DEFAULT_ID
-    if found := _SNAPSHOT.search(folder.as_posix()):
-        return found.group(1).replace("--", "/")
+    if snapshot := _SNAPSHOT.search(folder.as_posix()):
+        return snapshot.group(1).replace("--", "/")
     return path_or_id if not folder.exists() and _HUB_ID.fullmatch(path_or_id) else None
 
 

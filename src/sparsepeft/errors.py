@@ -1,4 +1,4 @@
-"""The two ways a run ends badly: something given was wrong, or something failed while running.
+"""How a call or a run ends badly: something given was wrong, or something failed while running.
 
 Messages mark parameters with backticks, by their names in Python: ```output_dir``` or, with what was received,
 ```seed=-1```. The command line shows its own names for them: ``--output-dir``, ``--seed -1``.
@@ -33,3 +33,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{kind} {name!r} is unknown; valid are {', '.join(names)}{hint}"
+
+
+class TaskError(UserError):
+    """A task's name, files or labels cannot be used: says what was received, what was expected and what to do."""

@@ -1,9 +1,9 @@
-"""Writing to a folder without harm: to what was there, to what others write, and whenever the process ends.
+"""Writing files and folders without harm: to what was there, to what others write, and whenever the process ends.
 
-Files are made in a part of the folder. When all are there, that part is renamed to ``.finished``, and from then on they
-are what the folder holds: the old files are removed, the part is renamed to ``.moving``, and its files are moved up.
-:func:`settle` does what a crash has left undone of that. ``.sparsepeft.json`` lists what was written, so that nothing
-else is ever removed or replaced.
+A single file is written beside its place and renamed. The files of a folder are made in a part of it. When all are
+there, that part is renamed to ``.finished``, and from then on they are what the folder holds: the old files are
+removed, the part is renamed to ``.moving``, and its files are moved up. :func:`settle` does what a crash has left
+undone of that. ``.sparsepeft.json`` lists what was written, so that nothing else is ever removed or replaced.
 
 Nothing here needs PyTorch, so that a folder can be looked at before anything is loaded.
 """
@@ -16,25 +16,49 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.provenance import write_json
 
 UNFINISHED = "unfinished"  # where a run works, to go on there after an interruption
 MANIFEST = ".sparsepeft.json"  # lists what was written
 _WORK, _FINISHED, _MOVING, _LOCK = ".unfinished", ".finished", ".moving", ".lock"
 
 
-def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
+    with writing(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """What is to stand in ``path``, and does when all of it was written; a failure leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(folder: Path, names: Sequence[str], kind: str, overwrite: bool) -> None:
     """See that a command may write to ``folder``: it is new, empty, or holds what a command of the kind left there.
 
     Hidden files do not count.
 
     Args:
         folder: for the output.
-        own: files or folders by which the output is known; the first one stands for finished output.
+        names: files or folders by which the output is known; the first one stands for finished output.
         kind: of output, in words: ``"a finished run"``.
         overwrite: finished output may be replaced.
 
@@ -48,10 +72,10 @@ def check_output(folder: Path, own: Sequence[str], kind: str, overwrite: bool) -
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
         raise RunFailed(f"{folder} cannot be written to ({existing} does not allow it); pass another `output_dir`.")
     settle(folder)
-    if (folder / own[0]).exists():
+    if (folder / names[0]).exists():
         if not overwrite:
             raise UserError(f"{folder} already holds {kind}; pass another `output_dir`, or `overwrite` to replace it.")
-    elif not any((folder / name).exists() for name in own):
+    elif not any((folder / name).exists() for name in names):
         refuse_foreign(folder)
 
 
@@ -154,8 +178,8 @@ def check_place(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
     Raises:
         RunFailed: it would.
     """
-    own = _written(folder, old)
-    if others := sorted(path.name for path in work.iterdir() if (folder / path.name).exists() and path.name not in own):
+    taken = {path.name for path in work.iterdir() if (folder / path.name).exists()}
+    if others := sorted(taken - _written(folder, old)):
         raise RunFailed(
             f"{folder} holds {', '.join(others)} of another origin, where files of that name are to be written; move "
             "that elsewhere and repeat the command."

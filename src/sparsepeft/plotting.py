@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import write_bytes
+from sparsepeft.extras import require
+from sparsepeft.folders import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,12 +27,7 @@ def require_matplotlib() -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            'Figures need matplotlib, which is not installed; run pip install "sparsepeft[plots]".'
-        ) from error
+    require("matplotlib", "plots", "A figure")
 
 
 def write_drawing(draw: Callable[[], Figure], path: Path) -> list[Path]:

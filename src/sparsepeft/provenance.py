@@ -1,18 +1,15 @@
-"""Where a result comes from, and writing it so that it is there whole or not at all."""
+"""Where a result comes from: versions, hardware, commit, and what else the machine was doing."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _PACKAGES = ("sparsepeft", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -73,30 +70,6 @@ def cpu_ticks() -> tuple[int, int] | None:
     return ticks[3] + ticks[4], sum(ticks)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` through a temporary file, so that a failure leaves what was there."""
-    with writing(path) as stream:
-        stream.write(content)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """What is to stand in ``path``, and does when all of it was written; a failure leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, with "+changes" if its tracked files differ from it."""
     here = Path(__file__).resolve().parent
@@ -110,8 +83,8 @@ def _commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    finished = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return finished.stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -45,8 +45,8 @@ def command(
 
     Example: `sparsepeft evaluate out/mine --test-file newer.csv --json`
     """
-    from sparsepeft.allocator import keep_freed_memory
-    from sparsepeft.provenance import write_json
+    from sparsepeft.devices import keep_freed_memory
+    from sparsepeft.folders import write_json
     from sparsepeft.training import TableOptions, evaluate
     from sparsepeft_cli.terminal.console import err, out, print_json
 

@@ -73,7 +73,7 @@ def command(
     Example: `sparsepeft generate out/mine --file prompts.txt --do-sample --temperature 0.7 --json`
     """
     prompts = _prompts(prompt, file)
-    from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.devices import keep_freed_memory
     from sparsepeft.training import GenerationSettings, Generator
 
     settings = GenerationSettings(

@@ -43,7 +43,7 @@ def command(
     Example: `sparsepeft inspect out/topics --output-dir out/topics/inspection`
     """
     from sparsepeft.inspection import inspect_run
-    from sparsepeft.inspection.files import PAGE, check_folder, write_inspection
+    from sparsepeft.inspection.page import PAGE, check_folder, write_inspection
     from sparsepeft.plotting import require_matplotlib
     from sparsepeft_cli.terminal.console import err, out, print_json
 

@@ -63,7 +63,7 @@ def command(
     from sparsepeft.inference.answers import answer, format_of, formatter
 
     format = format_of(output_format, output)
-    from sparsepeft.allocator import keep_freed_memory
+    from sparsepeft.devices import keep_freed_memory
     from sparsepeft.inference.questions import Question
     from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
 
@@ -125,7 +125,7 @@ def _writing(output: Path | None) -> Iterator[Callable[[str], object]]:
         yield show
         return
     from sparsepeft.errors import RunFailed
-    from sparsepeft.provenance import writing
+    from sparsepeft.folders import writing
 
     try:
         with writing(output) as stream:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import sparsepeft_cli
+import sparsepeft_cli.app
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft_cli.terminal.errors import in_options
 from sparsepeft_cli.terminal.interrupts import Stop
@@ -17,7 +17,7 @@ from sparsepeft_cli.terminal.interrupts import Stop
 
 @pytest.fixture(scope="module")
 def parameters() -> list:
-    return typer.main.get_command(sparsepeft_cli.app).commands["train"].params
+    return typer.main.get_command(sparsepeft_cli.app.app).commands["train"].params
 
 
 @pytest.mark.parametrize(

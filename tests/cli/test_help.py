@@ -11,7 +11,7 @@ import pytest
 import typer
 from tests.cli.test_cli import sparsepeft
 
-import sparsepeft_cli
+import sparsepeft_cli.app
 
 
 def _commands(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -20,7 +20,7 @@ def _commands(command: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple
         yield from _commands(below, (*names, name))
 
 
-COMMANDS = dict(_commands(typer.main.get_command(sparsepeft_cli.app)))
+COMMANDS = dict(_commands(typer.main.get_command(sparsepeft_cli.app.app)))
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
@@ -42,10 +42,10 @@ def test_help_fits_80_columns_and_cuts_nothing(names: tuple[str, ...]) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, typer, sparsepeft_cli\n"
+    code = "import sys, typer, sparsepeft_cli.app\n"
     code += f"for names in {list(COMMANDS)}:\n"
-    code += "    try: sparsepeft_cli.app([*names, '--help'], standalone_mode=False)\n    except SystemExit: pass\n"
-    code += "try: sparsepeft_cli.app(['--version'])\nexcept SystemExit: pass\n"
+    code += "    try: sparsepeft_cli.app.app([*names, '--help'], standalone_mode=False)\n    except SystemExit: pass\n"
+    code += "try: sparsepeft_cli.app.app(['--version'])\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'peft', 'transformers', 'matplotlib', 'onnx', 'numpy', 'sparsepeft'}\n"
     code += "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

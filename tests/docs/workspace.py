@@ -13,7 +13,7 @@ import transformers as hf
 from tests.tiny import save_tiny_backbone, save_tiny_language_model, topics_rows, topics_text
 
 from sparsepeft import backbones
-from sparsepeft.tasks.registry import GLUE_TASKS, SPECS
+from sparsepeft.tasks.spec import GLUE_TASKS, SPECS
 from sparsepeft.training import RunConfig, train
 
 _COLUMNS = {  # of the data folder's files: docs/data.md

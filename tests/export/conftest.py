@@ -74,7 +74,7 @@ def exported_int8(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def exported_openvino(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[openvino]"')
+    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
     folder = tmp_path_factory.mktemp("export") / "openvino"
     export_tasks(list(folders.values()), folder, format="openvino")
     return folder

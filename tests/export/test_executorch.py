@@ -16,7 +16,7 @@ _INSTALLED = importlib.util.find_spec("executorch") is not None
 
 @pytest.mark.skipif(_INSTALLED, reason="ExecuTorch is installed")
 def test_without_executorch_the_error_says_what_to_install(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No module named 'executorch'.*pip install \"sparsepeft\[executorch\]\""):
+    with pytest.raises(UserError, match=r"executorch, which is not.*\"sparsepeft\[export-executorch\]\""):
         export_tasks([folders["two"]], tmp_path / "out", format="executorch")
 
 
@@ -26,7 +26,7 @@ def test_int8_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _INSTALLED, reason='needs ExecuTorch: pip install "sparsepeft[executorch]"')
+@pytest.mark.skipif(not _INSTALLED, reason='needs ExecuTorch: pip install "sparsepeft[export-executorch]"')
 def test_one_program_answers_like_pytorch_for_all_tasks(folders: dict[str, Path], tmp_path: Path) -> None:
     export_tasks(list(folders.values()), tmp_path / "out", format="executorch", max_examples=20)
     report = json.loads((tmp_path / "out" / "export.json").read_text())

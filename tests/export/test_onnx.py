@@ -156,7 +156,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_the_last_export(
     with pytest.raises(RunFailed, match=r"deviates from PyTorch by .* but at most 1e-12 was allowed"):
         export_tasks([two], folder, overwrite=True, tolerance=1e-12, max_examples=10)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"pip install \"sparsepeft\[onnx\]\""):
+    with pytest.raises(UserError, match=r"pip install \"sparsepeft\[export-onnx\]\""):
         export_tasks([two], tmp_path / "none")
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -37,7 +37,7 @@ def test_the_report_says_what_was_compared(exported_openvino: Path, folders: dic
 
 
 def test_pfeiffer(backbone: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[openvino]"')
+    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
     from sparsepeft.export.run_openvino import Runner
 
     folder = save_task(backbone, tmp_path / "pfeiffer", METHODS["pfeiffer"](num_labels=4))
@@ -72,6 +72,6 @@ def test_what_it_cannot_do_is_refused(
     with pytest.raises(UserError, match="computes in bfloat16 instead"):
         export_tasks([folders["two"]], tmp_path / "out", format="openvino", int8=True)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(UserError, match=r"pip install \"sparsepeft\[openvino\]\""):
+    with pytest.raises(UserError, match=r"pip install \"sparsepeft\[export-openvino\]\""):
         export_tasks([folders["two"]], tmp_path / "out", format="openvino")
     assert not (tmp_path / "out").exists()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import html.parser
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import torch
 from sparsepeft.errors import UserError
 from sparsepeft.inspection import LayerReport, MemoryReport
 from sparsepeft.inspection.figures import label_figure, nmi_figure, picks_figure, save_figure
-from sparsepeft.inspection.files import write_inspection
-from sparsepeft.inspection.page import render_page
+from sparsepeft.inspection.page import render_page, write_inspection
 from sparsepeft.inspection.picks import Picks
 from sparsepeft.inspection.report import layer_report
 from sparsepeft.layers import SparseMemory
@@ -122,13 +121,6 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    original = builtins.__import__
-
-    def refuse(name: str, *args: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'pip install "sparsepeft\[plots\]"'):
         write_inspection(report(), tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from sparsepeft.inspection import reading
+from sparsepeft.inspection import picks as reading
 from sparsepeft.inspection.picks import Picks
 from sparsepeft.inspection.report import layer_report, normalized_mutual_information
 from sparsepeft.layers import SparseMemory

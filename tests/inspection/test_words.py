@@ -11,8 +11,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sparsepeft.inspection import Words, encode_with_words, token_words
-from sparsepeft.inspection.ranking import MIN_Z, log_odds_z
-from sparsepeft.inspection.words import WordCounts
+from sparsepeft.inspection.words import MIN_Z, WordCounts, log_odds_z
 
 
 def tokenizer(pieces: list[str], **parts: Any) -> hf.PreTrainedTokenizerFast:

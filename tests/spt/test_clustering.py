@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsepeft.spt.clustering import assign_evenly, clustered_order
+from sparsepeft.spt.router import assign_evenly, clustered_order
 
 
 def test_planted_clusters_are_found() -> None:

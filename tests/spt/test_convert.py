@@ -32,9 +32,11 @@ def made_sparse(name: str, **values: Any) -> Any:
     return sparsify(build(name), config(name, **values), calibration_data=inputs(name, padding=None))
 
 
-@pytest.mark.parametrize("padding", ["left", "right", None])
-@pytest.mark.parametrize("assignment", ["clustered", "contiguous"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "assignment", "padding"),
+    [(name, "clustered", "left") for name in ALL]
+    + [("mistral", "contiguous", "right"), ("bert", "contiguous", "right"), ("t5", "contiguous", None)],
+)
 def test_everything_kept_is_the_dense_model(name: str, assignment: str, padding: str | None) -> None:
     model = made_sparse(name, **DENSE, block_assignment=assignment).double()
     expected = logits(build(name).double(), name, padding=padding)
@@ -42,7 +44,7 @@ def test_everything_kept_is_the_dense_model(name: str, assignment: str, padding:
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("name", ["mistral", "opt", "bert"])
 def test_sparse_answers_differ_and_padding_is_never_seen(name: str, granularity: str) -> None:
     padding = "right" if name in ENCODERS else "left"  # encoders answer at the first position
     model = made_sparse(name, top_l=4, granularity=granularity, block_size=4)
@@ -68,7 +70,7 @@ def test_dense_again_bit_for_bit(name: str) -> None:
     assert torch.equal(logits(model, name), logits(build(name), name))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_only_some_layers(name: str) -> None:
     model = made_sparse(name, layers_to_transform=(1,))
     done = sparsification(model)
@@ -133,7 +135,7 @@ def test_gradients_reach_lora_and_router(name: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_generation_with_a_cache_is_generation_without(name: str, cache: str) -> None:
     model = made_sparse(name, top_l=4)
     given = inputs(name)

@@ -22,7 +22,7 @@ def trainer(name: str, adapter: Any, folder: Path) -> Trainer:
     set_seed(0)
     config = SptConfig(top_l=6, num_blocks=4, num_active_blocks=2, codebook_interval=INTERVAL)
     model = sparsify(build(name), config, inputs(name, padding=None))
-    model = model if adapter is None else get_peft_model(model, adapter)
+    model = get_peft_model(model, adapter)
     ids = inputs(name, padding=None, batch=12)["input_ids"]
     data = [{"input_ids": row, "labels": row if name in DECODERS else int(row[0]) % 2} for row in ids]
     arguments = TrainingArguments(
@@ -41,18 +41,18 @@ def trainer(name: str, adapter: Any, folder: Path) -> Trainer:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "adapter"),
-    [("llama", LORA), ("bert", SpartanConfig(task_type="SEQ_CLS", load_balancing_coef=0.1)), ("opt", None)],
-    ids=["lora", "spartan", "bare"],
+    [("llama", LORA), ("bert", SpartanConfig(task_type="SEQ_CLS", load_balancing_coef=0.1))],
+    ids=["lora", "spartan"],
 )
 def test_resumed_training_is_uninterrupted_training(name: str, adapter: Any, tmp_path: Path) -> None:
-    """From the checkpoint of any step: of one after which codebooks are due, of one before, and of others."""
+    """From the checkpoint of a step after which codebooks are due, and of one before."""
     whole = trainer(name, adapter, tmp_path)
     before = [layer.state.current.codebooks.clone() for layer in sparsification(whole.model).attention.values()]
     whole.train()
     after = [layer.state.current.codebooks for layer in sparsification(whole.model).attention.values()]
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
     expected = {key: tensor.clone() for key, tensor in whole.model.state_dict().items()}
-    for step in (3, 4, 5):
+    for step in (3, 4):
         resumed = trainer(name, adapter, tmp_path / "resumed")
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         found = resumed.model.state_dict()

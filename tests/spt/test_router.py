@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.spt.models import build, inputs
 
-from sparsepeft.models.feed_forwards import FeedForward, find_feed_forwards
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.spt import SptConfig, sparsification, sparsify
 from sparsepeft.spt.router import activity, inner_states, start_from_outputs, start_from_weights
 

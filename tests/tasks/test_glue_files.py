@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsepeft.tasks import TaskError, load_task
-from sparsepeft.tasks.registry import GLUE_TASKS
+from sparsepeft.tasks.spec import GLUE_TASKS
 
 PAIR = ("A first one.", 'It says "so')
 PARSES = ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse")

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sparsepeft.tasks import TaskError, load_task, task_spec
 from sparsepeft.tasks.glue import LAYOUTS
 from sparsepeft.tasks.hub import load_splits
-from sparsepeft.tasks.registry import GLUE_TASKS
+from sparsepeft.tasks.spec import GLUE_TASKS
 
 
 def glue(task: str) -> DatasetDict:

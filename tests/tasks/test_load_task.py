@@ -12,7 +12,7 @@ import pytest
 
 import sparsepeft.tasks
 from sparsepeft.tasks import TaskError, load_task, task_names, task_spec
-from sparsepeft.tasks.registry import GLUE_TASKS
+from sparsepeft.tasks.spec import GLUE_TASKS
 
 
 def test_names() -> None:

@@ -29,24 +29,43 @@ from torch import nn
 from sparsepeft import SpartanConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
 
-every_architecture = pytest.mark.parametrize(("method", "name"), SUPPORTED)
 
-
-@every_architecture
-def test_switching_it_off_or_taking_it_away_restores_every_bit(method: str, name: str) -> None:
+@pytest.mark.parametrize(("method", "name"), SUPPORTED)
+def test_attached_trained_saved_loaded_and_taken_away(method: str, name: str, tmp_path) -> None:
     inputs = ARCHITECTURES[name].inputs()
     bare = build(name)
-    expected = run(bare, inputs)
-    num_hooks = _num_hooks(bare)
+    expected, num_hooks = run(bare, inputs), _num_hooks(bare)
     model = adapted(bare, config=METHODS[method](), random=False)
     if method in ("spartan", "bitfit"):  # fresh bottleneck adapters have values, as in `adapters`
         assert torch.equal(run(model, inputs), expected)
+    layers, added = task_layers(model), adapter_parameters(model)
+    assert len(layers) == ARCHITECTURES[name].num_blocks
+    counted = sum(p.numel() for p in added.values())
+    text, value = model.base_model.parameter_formula()
+    assert value == counted == sum(_number(method, layer) for layer in layers)
+    assert f"{counted:,}" in text
+
     randomize(model)
-    changed = run(model, inputs)
+    backward_through_everything(model.train(), inputs)
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    head = {n for n, _ in model.named_parameters() if "modules_to_save.default" in n}
+    assert trained == set(added) | head
+    assert bool(head) == ARCHITECTURES[name].has_head
+    # A key's bias adds the same to all scores of a query, so its gradient is zero.
+    assert all(p.grad.any() for n, p in added.items() if method != "bitfit" or not _is_key(n))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+
+    changed = run(model.eval(), inputs)
     assert not torch.allclose(changed, expected)
     with model.disable_adapter():
         assert torch.equal(run(model, inputs), expected)
-    assert torch.equal(run(model, inputs), changed)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(name), tmp_path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    model.requires_grad_(False)  # torch.matmul's choice of kernel, and so its rounding, depends on it
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
     bare = model.unload()
     assert torch.equal(run(bare, inputs), expected)
     assert not task_layers(bare)
@@ -56,19 +75,6 @@ def test_switching_it_off_or_taking_it_away_restores_every_bit(method: str, name
 
 def _num_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-@every_architecture
-def test_every_layer_has_parameters_of_the_formulas_number(method: str, name: str) -> None:
-    model = adapted(name, config=METHODS[method](), random=False)
-    layers = task_layers(model)
-    assert len(layers) == ARCHITECTURES[name].num_blocks
-    added = adapter_parameters(model)
-    counted = sum(p.numel() for p in added.values())
-    assert counted == sum(_number(method, layer) for layer in layers)
-    text, value = model.base_model.parameter_formula()
-    assert value == counted
-    assert f"{counted:,}" in text
 
 
 def _number(method: str, layer: TaskTunerLayer) -> int:
@@ -82,65 +88,45 @@ def _number(method: str, layer: TaskTunerLayer) -> int:
     return (1 if method == "pfeiffer" else 2) * (size * width + size + width * size + width)
 
 
-@every_architecture
-def test_only_adapter_and_head_get_gradients(method: str, name: str) -> None:
-    model = adapted(name, config=METHODS[method]()).train()
-    backward_through_everything(model, ARCHITECTURES[name].inputs())
-    trained = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
-    added = adapter_parameters(model)
-    assert trained == set(added) | {n for n, _ in model.named_parameters() if "modules_to_save.default" in n}
-    # A key's bias adds the same to all scores of a query, so its gradient is zero.
-    assert all(p.grad.any() for n, p in added.items() if method != "bitfit" or not _is_key(n))
-    has_head = any("modules_to_save.default" in n for n in trained)
-    assert has_head == ARCHITECTURES[name].has_head
-
-
 def _is_key(name: str) -> bool:
     return name.rpartition("-")[2] in ("key", "k_proj", "k_lin", "k")
 
 
-@every_architecture
-def test_saved_and_loaded_it_answers_the_same(method: str, name: str, tmp_path) -> None:
-    inputs = ARCHITECTURES[name].inputs()
-    model = adapted(name, config=METHODS[method]())
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build(name), tmp_path)
-    assert not any(p.requires_grad for p in loaded.parameters())
-    model.requires_grad_(False)  # torch.matmul's choice of kernel, and so its rounding, depends on it
-    assert torch.equal(run(loaded, inputs), run(model, inputs))
+# XLNet's batch is its second dimension, Mixtral flattens it, Whisper's encoder and decoder have different lengths.
+MIXED = [(method, name) for method in METHODS for name in ("bert", "bart", "whisper")]
+MIXED += [("spartan", name) for name in ("xlnet", "mixtral", "llama-seqcls", "clip-imagecls", "albert")]
 
 
-@every_architecture
+@pytest.mark.parametrize(("method", "name"), MIXED)
 def test_a_mixed_batch_gives_what_each_adapter_gives_alone(method: str, name: str) -> None:
     inputs = ARCHITECTURES[name].inputs()
     model = adapted(name, "one", config=METHODS[method]())
-    add(model, "two", config=_other(method, name))
+    add(model, "two", config=_other(method))
     alone = answers(model, inputs, "one", "two")
-    if (method, name) == ("bitfit", "deberta-v2"):
-        with pytest.raises(ValueError, match=r"pos_key_proj.*once for all rows.*batch of their own"):
-            run(model, inputs, adapter_names=["two", "__base__", "one"])
-        return
     mixed = run(model, inputs, adapter_names=["two", "__base__", "one"])
     assert mixed.shape[0] == 3
     for row, adapter in enumerate(("two", "__base__", "one")):
-        if "clip" in name and mixed.dim() == 2 and mixed.shape[0] == mixed.shape[1] and "input_ids" in inputs:
-            continue  # text-image scores compare rows with each other: no row belongs to one adapter
         torch.testing.assert_close(mixed[row], alone[adapter][row], rtol=1e-4, atol=1e-5)
 
 
-def _other(method: str, name: str) -> PeftConfig:
+def test_a_bias_that_acts_once_for_all_rows_is_refused_in_a_mixed_batch() -> None:
+    model = adapted("deberta-v2", "one", config=METHODS["bitfit"]())
+    with pytest.raises(ValueError, match=r"pos_key_proj.*once for all rows.*batch of their own"):
+        run(model, ARCHITECTURES["deberta-v2"].inputs(), adapter_names=["one", "__base__", "one"])
+
+
+def _other(method: str) -> PeftConfig:
     """An adapter that can share a backbone with ``method``, of another size (and style)."""
     if method == "spartan":
         return METHODS[method](num_parents=4, num_children=3, top_k=2)
     if method == "bitfit":
         return METHODS[method]()
-    return METHODS["houlsby" if method == "pfeiffer" and name != "xlnet" else "pfeiffer"](reduction_factor=3)
+    return METHODS["houlsby" if method == "pfeiffer" else "pfeiffer"](reduction_factor=3)
 
 
-@every_architecture
-def test_layers_to_transform_picks_positions_of_each_stack(method: str, name: str) -> None:
-    model = adapted(name, config=METHODS[method](layers_to_transform=[0]), random=False)
+@pytest.mark.parametrize("name", ["bert", "bart", "swin"])
+def test_layers_to_transform_picks_positions_of_each_stack(name: str) -> None:
+    model = adapted(name, layers_to_transform=[0], random=False)
     names = [n for n, module in model.named_modules() if isinstance(module, TaskTunerLayer)]
     stacks = {n.rpartition(".")[0] for n in names}
     assert names

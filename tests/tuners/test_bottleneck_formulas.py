@@ -191,7 +191,7 @@ def _standardized(states: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", ["bert", "deberta-v2", "bart", "bart-seqcls", "gpt2", "llama", "t5", "whisper"])
+@pytest.mark.parametrize("name", ["bert", "bart", "llama"])
 def test_half_precision_takes_the_same_form(name: str, style: str, dtype: torch.dtype) -> None:
     """BART clamps its norm's output in float16, so that the layer returns another tensor than its norm."""
     inputs = ARCHITECTURES[name].inputs()

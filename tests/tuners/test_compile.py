@@ -1,10 +1,25 @@
-"""torch.compile and torch.export of an adapted model."""
+"""torch.compile and torch.export of an adapted model, of two layers: compiling takes its time for each."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tests.models import ARCHITECTURES, METHODS, adapted, add, assert_gradients_close, gradients, labelled_inputs, run
+from peft import PeftModel
+from tests.models import (
+    ARCHITECTURES,
+    METHODS,
+    adapted,
+    add,
+    assert_gradients_close,
+    build,
+    gradients,
+    labelled_inputs,
+    run,
+)
+
+INPUTS = ARCHITECTURES["bert"].inputs()
 
 
 @pytest.fixture(autouse=True)
@@ -12,63 +27,58 @@ def _reset() -> None:
     torch.compiler.reset()
 
 
+def small(name: str, method: str, adapter: str = "default", **values: Any) -> PeftModel:
+    config = build(name).config
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    return adapted(type(build(name))(config).eval(), adapter, config=METHODS[method](**values))
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        ("spartan", "bert"),
         ("spartan", "llama-seqcls"),
         ("pfeiffer", "bert"),
-        *(pytest.param("spartan", name, marks=pytest.mark.slow) for name in ("roberta", "modernbert", "vit")),
-        *(pytest.param("bitfit", name, marks=pytest.mark.slow) for name in ("bert", "vit")),
-        *(pytest.param("pfeiffer", name, marks=pytest.mark.slow) for name in ("llama-seqcls", "vit")),
-        *(pytest.param("houlsby", name, marks=pytest.mark.slow) for name in ("bert", "vit")),
+        pytest.param("houlsby", "vit", marks=pytest.mark.slow),
+        pytest.param("bitfit", "bert", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_answers_equal_eager_ones(method: str, name: str) -> None:
     """Compiled first: Pfeiffer's adapters look at their first pass to see how a layer ends."""
     inputs = ARCHITECTURES[name].inputs()
-    model = adapted(name, config=METHODS[method](num_labels=3))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model = small(name, method, num_labels=3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, inputs), run(model, inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["spartan", "pfeiffer"])
 def test_compiled_training_has_the_same_gradients(method: str) -> None:
     inputs = labelled_inputs("bert")
-    expected = gradients(adapted("bert", config=METHODS[method]()), inputs)
-    model = adapted("bert", config=METHODS[method]())
+    model = small("bert", method)
+    expected = gradients(model, inputs)
+    model.zero_grad()
     torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
     assert_gradients_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
 
 
 @pytest.mark.slow
 def test_a_compiled_model_follows_the_active_adapter() -> None:
-    inputs = ARCHITECTURES["bert"].inputs()
-    model = adapted("bert", "one")
+    model = small("bert", "spartan", "one")
     add(model, "two", num_labels=4)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     for name in ("one", "two", "one"):
         model.set_adapter(name)
-        torch.testing.assert_close(run(compiled, inputs), run(model, inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(compiled, INPUTS), run(model, INPUTS), rtol=1e-4, atol=1e-5)
     with model.disable_adapter():
-        torch.testing.assert_close(run(compiled, inputs), run(model, inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(compiled, INPUTS), run(model, INPUTS), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("method", "name", "head_type"),
-    [
-        ("spartan", "bert", "model"),
-        ("spartan", "bert", "linear"),
-        ("spartan", "roberta", "model"),
-        ("spartan", "roberta", "linear"),
-        ("pfeiffer", "bert", "linear"),
-        pytest.param("houlsby", "bert", "model", marks=pytest.mark.slow),
-        pytest.param("bitfit", "bert", "model", marks=pytest.mark.slow),
-    ],
+    [("spartan", "roberta", "linear"), ("pfeiffer", "bert", "model"), ("bitfit", "bert", "model")],
 )
 def test_exported_answers_equal_eager_ones(method: str, name: str, head_type: str) -> None:
-    inputs = ARCHITECTURES[name].inputs()
-    model = adapted(name, config=METHODS[method](head_type=head_type))
-    program = torch.export.export(model.get_base_model(), (), kwargs=inputs, strict=False)
-    torch.testing.assert_close(run(program.module(), inputs), run(model, inputs), rtol=1e-4, atol=1e-5)
+    model = small(name, method, head_type=head_type)
+    program = torch.export.export(model.get_base_model(), (), kwargs=INPUTS, strict=False)
+    torch.testing.assert_close(run(program.module(), INPUTS), run(model, INPUTS), rtol=1e-4, atol=1e-5)

@@ -25,7 +25,7 @@ def _many_heads(name: str = "bert") -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "llama-seqcls", "vit"])
+@pytest.mark.parametrize("name", ["roberta", "modernbert", "llama-seqcls", "vit"])
 def test_tasks_with_other_label_counts_share_a_backbone_and_are_saved_apart(name: str, tmp_path) -> None:
     inputs = ARCHITECTURES[name].inputs()
     model = _many_heads(name)
@@ -178,10 +178,9 @@ def _classifier(folder: str, seed: int, cls: type = hf.BertForSequenceClassifica
     return cls.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("load_again_with", [2, 3])
-def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path, load_again_with: int) -> None:
+def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path) -> None:
     folder = _checkpoint_without_pooler(tmp_path / "backbone")
-    first, second = _classifier(folder, 1), _classifier(folder, load_again_with)
+    first, second = _classifier(folder, 1), _classifier(folder, 2)
     assert not torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
     model = get_peft_model(first, SpartanConfig(**SMALL))
     assert model.peft_config["default"].head_modules == ["bert.pooler", "classifier"]
@@ -228,8 +227,9 @@ def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, maske
     assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
 
 
-@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
-@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("XLMRoberta", "SequenceClassification"), ("Camembert", "QuestionAnswering")]
+)
 def test_a_head_registered_before_the_backbone_is_found(family: str, kind: str, tmp_path) -> None:
     cls = getattr(hf, f"{family}For{kind}")
     config = getattr(hf, f"{family}Config")(**{k: v for k, v in build("roberta").config.to_dict().items() if k in TEXT})
@@ -346,7 +346,7 @@ def test_layer_norms_are_each_adapters_own(tmp_path) -> None:
     assert torch.equal(run(model.unload(), INPUTS), expected)
 
 
-@pytest.mark.parametrize("name", ["modernbert", "llama", "gemma", "t5", "deberta-v2", "vit", "electra", "opt"])
+@pytest.mark.parametrize("name", ["modernbert", "llama", "t5"])
 def test_layer_norms_of_other_architectures(name: str, tmp_path) -> None:
     inputs = ARCHITECTURES[name].inputs()
     expected = run(build(name), inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from sparsepeft.export.files import REPORT, WRITTEN, check_output
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
 from sparsepeft.export.openvino_files import export_openvino
-from sparsepeft.folders import replacing
-from sparsepeft.provenance import environment, write_json
+from sparsepeft.extras import require
+from sparsepeft.folders import replacing, write_json
+from sparsepeft.provenance import environment
 
 FORMAT_VERSION = 1
 # Modules, each of a package with the name before the first dot.
@@ -112,11 +112,5 @@ def check_format(format: str, int8: bool = False) -> None:
             f"`int8=True` was given with `format={format}`, which has none: {_WHY_NOT_INT8[format]}; leave it out, or "
             "pass `format=onnx`."
         )
-    try:
-        for module in _MODULES[format]:
-            importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"The format {format} needs packages that are not installed ({error}); run: pip install "
-            f'"sparsepeft[{format}]"'
-        ) from error
+    for module in _MODULES[format]:
+        require(module, f"export-{format}", f"The format {format}")

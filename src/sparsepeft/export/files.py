@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from sparsepeft import folders
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
+from sparsepeft.folders import write_json
 from sparsepeft.models.quantized import INT8, cast_for_saving
-from sparsepeft.provenance import write_json
 from sparsepeft.runs.files import RUN
 from sparsepeft.tuners.files import PEFT_PREFIX
 

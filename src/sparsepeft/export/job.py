@@ -23,12 +23,12 @@ from sparsepeft.export.checking import (
 from sparsepeft.export.files import ADAPTER, TASKS, write_onnx_adapter, write_task
 from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
+from sparsepeft.folders import write_json
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.engine import load_backbone
 from sparsepeft.inference.portable import ExportedTasks
 from sparsepeft.methods.models import load_tokenizer, set_pad_token
-from sparsepeft.provenance import write_json
 
 
 class Job:

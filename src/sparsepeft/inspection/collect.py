@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,10 +16,9 @@ from peft import PeftModel, TaskType
 from torch import nn
 
 from sparsepeft.errors import UserError
-from sparsepeft.inspection.labels import Labels
+from sparsepeft.inspection.labels import BatchLabels
 from sparsepeft.inspection.picks import Picks
 from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report
-from sparsepeft.inspection.untrained import untrained_adapter
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
 from sparsepeft.tuners.spartan import SpartanLayer
@@ -59,23 +59,23 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
             f"{type(model).__name__} is no PeftModel, so it has no SPARTAN memory to inspect; pass a model from "
             "get_peft_model or PeftModel.from_pretrained, or the folder of a run with the method spartan."
         )
-    found: list[MemoryOfLayer] = []
+    memories: list[MemoryOfLayer] = []
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, SpartanLayer) and model.active_adapter in module.spartan_memory:
             memory: Any = module.spartan_memory[model.active_adapter]
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            found.append(MemoryOfLayer(numbers[-1] if numbers else len(found), name, module, memory))
-    if not found:
+            memories.append(MemoryOfLayer(numbers[-1] if numbers else len(memories), name, module, memory))
+    if not memories:
         kind = getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown")
         raise UserError(
             f"The adapter {model.active_adapter!r} is of the method {kind} and has no SPARTAN memory to inspect; pass "
             "an adapter or a run that was trained with the method spartan."
         )
     if layer is None:
-        return found
-    chosen = [memory for memory in found if memory.index == layer]
+        return memories
+    chosen = [memory for memory in memories if memory.index == layer]
     if not chosen:
-        numbers = sorted({memory.index for memory in found})
+        numbers = sorted({memory.index for memory in memories})
         raise UserError(
             f"`layer={layer}` was given, but that layer has no memory; choose one of {', '.join(map(str, numbers))} "
             "(layers count from 0)."
@@ -135,7 +135,7 @@ def inspect_memories(
     per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS
 
     def inspect() -> MemoryReport:
-        labels = Labels(names, label_edges, per_position)
+        labels = BatchLabels(names, label_edges, per_position)
         return _Watch(model, find_memories(model, layer), labels).run(batches, listing)
 
     report = inspect()
@@ -153,7 +153,7 @@ def _names_of(model: PeftModel) -> tuple[str, ...]:
 class _Watch:
     """Counts of all memories during one run over the batches."""
 
-    def __init__(self, model: PeftModel, memories: list[MemoryOfLayer], labels: Labels) -> None:
+    def __init__(self, model: PeftModel, memories: list[MemoryOfLayer], labels: BatchLabels) -> None:
         self.model, self.memories, self.labels = model, memories, labels
         self.picks = [Picks(found.memory, len(labels.names)) for found in memories]
         self.words = WordCounts(len(memories), len(memories[0].memory.parent_keys))
@@ -181,15 +181,15 @@ class _Watch:
         )
 
     def _layer_report(self, i: int, listing: tuple[int, int, bool]) -> LayerReport:
-        found, picks = self.memories[i], self.picks[i]
+        memory, picks = self.memories[i], self.picks[i]
         words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
-        return layer_report(found.index, found.name, picks, self.labels.names, words)
+        return layer_report(memory.index, memory.name, picks, self.labels.names, words)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for i, found in enumerate(self.memories):
-                stack.callback(found.memory.register_forward_pre_hook(partial(self._look, i)).remove)
+            for i, memory in enumerate(self.memories):
+                stack.callback(memory.memory.register_forward_pre_hook(partial(self._look, i)).remove)
             yield
 
     def _run_batch(self, batch: dict[str, Any]) -> None:
@@ -253,3 +253,35 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def untrained_adapter(model: PeftModel, seed: int) -> Iterator[str]:
+    """Make a fresh adapter with the active one's config active; afterwards it is gone and all is as before.
+
+    Args:
+        model: the adapted model.
+        seed: of the fresh adapter's weights; the global random state is left alone.
+
+    Yields:
+        The fresh adapter's name.
+    """
+    active: Any = model.active_adapter
+    name = "untrained"
+    while name in model.peft_config:
+        name += "_"
+    config: Any = copy.deepcopy(model.peft_config[active])
+    inference_mode, config.inference_mode = config.inference_mode, False
+    config.modules_to_save = None  # noted when an adapter is attached
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(name, config)
+    try:
+        model.set_adapter(name)
+        yield name
+    finally:
+        model.set_adapter(active, inference_mode=inference_mode)
+        model.delete_adapter(name)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
+from sparsepeft.folders import write_bytes
 from sparsepeft.inspection.report import LayerReport, MemoryReport, ParentReport
 from sparsepeft.plotting import COLOURS, MARKERS, STYLE, require_matplotlib
-from sparsepeft.provenance import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,9 +106,9 @@ def nmi_figure(report: MemoryReport) -> Figure:
     places = range(len(report.layers))
     for number, (unit, line) in enumerate(lines.items()):
         for memories, style, name in ((report, "-", unit), (report.untrained, ":", f"{unit}, untrained")):
-            found = [line(layer) for layer in memories.layers] if memories else []
-            values = [value for value in found if value is not None]
-            if values and len(values) == len(found):
+            points = [line(layer) for layer in memories.layers] if memories else []
+            values = [value for value in points if value is not None]
+            if values and len(values) == len(points):
                 axis.plot(places, values, style, marker=MARKERS[number], color=COLOURS[number], label=name)
     axis.set_xticks(places, [_layer_name(report, layer) for layer in report.layers])
     axis.set_ylim(0, 1)

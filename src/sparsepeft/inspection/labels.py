@@ -28,7 +28,7 @@ def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
     return (f"up to {edges[0]:.4g}", *inner, f"above {edges[-1]:.4g}")
 
 
-class Labels:
+class BatchLabels:
     """Reads classes out of batches.
 
     Args:

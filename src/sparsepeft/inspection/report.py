@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
 
+from sparsepeft.extras import require
 from sparsepeft.inspection.picks import Picks
 
 FORMAT_VERSION = 2  # 1 ranked words by lift and had no z
@@ -26,7 +25,7 @@ class WordReport:
         word: as the model reads it.
         count: occurrences that went to this parent.
         lift: its share among the parent's words over its share among all words.
-        z: how sure that is, see :func:`sparsepeft.inspection.ranking.log_odds_z`.
+        z: how sure that is, see :func:`sparsepeft.inspection.words.log_odds_z`.
     """
 
     word: str
@@ -157,8 +156,12 @@ def normalized_mutual_information(counts: np.ndarray) -> float | None:
     counts = counts[counts.sum(1) > 0][:, counts.sum(0) > 0]
     if counts.shape[1] < 2:
         return None
+    entropy = require("scipy.stats", "train", "Mutual information").entropy
+    information = require("sklearn.metrics", "train", "Mutual information").mutual_info_score(
+        None, None, contingency=counts
+    )
     mean = (entropy(counts.sum(0)) + entropy(counts.sum(1))) / 2
-    return float(np.clip(mutual_info_score(None, None, contingency=counts) / mean, 0.0, 1.0))
+    return float(np.clip(information / mean, 0.0, 1.0))
 
 
 def layer_report(

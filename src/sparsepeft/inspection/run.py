@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
@@ -17,9 +16,12 @@ from sparsepeft.inspection.collect import find_memories, inspect_memories
 from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.words import encode_with_words
-from sparsepeft.runs.stored import held_out_data
+from sparsepeft.runs.held_out import held_out_data
 from sparsepeft.tasks import TaskData, subsample
 from sparsepeft.tasks.labels import SINGLE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BATCHES_SORTED = 32  # so many batches are sorted by length together
 

@@ -1,4 +1,4 @@
-"""The adapters that stand at one place of a model."""
+"""The adapters at one place in a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 class AdapterDict(nn.ModuleDict):
-    """Adapters by name, of which some may be set aside.
+    """Adapters by name, some of which may be hidden from traversals of the model.
 
-    One that is set aside is used and deleted like the others (``name in``, ``[name]``, ``del``), but whoever walks over
-    a model's modules and parameters passes it by. PEFT and PyTorch do so many times for each adapter that is added, so
-    that among hundreds of adapters they would do little else.
+    A hidden one is used and deleted like the others (``name in``, ``[name]``, ``del``), but ``modules()``,
+    ``parameters()`` and the like skip it. PEFT and PyTorch traverse the model many times for each adapter that is
+    added, which takes nearly all of the time once there are hundreds.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class AdapterDict(nn.ModuleDict):
         self._aside: dict[str, nn.Module] = {}
 
     def set_aside(self, name: str) -> None:
-        """Hide an adapter from whoever walks over the model."""
+        """Hide an adapter from traversals of the model."""
         self._aside[name] = self[name]  # first, so that a pass in another thread always finds it
         del self._modules[name]
 

@@ -80,15 +80,15 @@ def find_blocks(
     ]
     if layers_to_transform is None:
         return blocks
-    wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-    unknown = sorted(wanted - {block.index for block in blocks})
-    if unknown or not wanted:
+    positions = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+    unknown = sorted(positions - {block.index for block in blocks})
+    if unknown or not positions:
         deepest = max(block.index for block in blocks)
         raise ValueError(
-            f"layers_to_transform={sorted(wanted)} does not fit {type(model).__name__}, whose layers are numbered "
+            f"layers_to_transform={sorted(positions)} does not fit {type(model).__name__}, whose layers are numbered "
             f"0 to {deepest}; pass positions in that range."
         )
-    return [block for block in blocks if block.index in wanted]
+    return [block for block in blocks if block.index in positions]
 
 
 Stack = list[tuple[str, nn.Module]]
@@ -119,21 +119,21 @@ def _search(model: nn.Module) -> list[Stack]:
     lists = _lists(model)
     owners = {name: _owner(model, name) for name in lists}
     recorded = _recorded_classes(model)
-    found = {name for name, stack in lists.items() if all(isinstance(m, recorded) for _, m in stack)}
-    recorded_owners = {owners[name] for name in found}
+    chosen = {name for name, stack in lists.items() if all(isinstance(m, recorded) for _, m in stack)}
+    recorded_owners = {owners[name] for name in chosen}
     # A checkpointed list counts where nothing is recorded: speech models also checkpoint their convolutions.
-    found |= {name for name, stack in lists.items() if owners[name] not in recorded_owners and _is_checkpointed(stack)}
-    if not found:
+    chosen |= {name for name, stack in lists.items() if owners[name] not in recorded_owners and _is_checkpointed(stack)}
+    if not chosen:
         depths = _depths(model)
-        found = {
+        chosen = {
             name for name, stack in lists.items() if len(stack) in depths and len({type(m) for _, m in stack}) == 1
         }
     # Hierarchical vision models list stages that list layers: the layers are meant.
-    for name in sorted(found):
-        inside = {other for other in lists if other.startswith(f"{name}.") and _is_checkpointed(lists[other])}
-        if inside:
-            found = (found - {name}) | inside
-    outermost = {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
+    for name in sorted(chosen):
+        nested = {other for other in lists if other.startswith(f"{name}.") and _is_checkpointed(lists[other])}
+        if nested:
+            chosen = (chosen - {name}) | nested
+    outermost = {name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)}
     return [lists[name] for name in lists if name in outermost]
 
 

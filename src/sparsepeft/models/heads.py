@@ -8,12 +8,10 @@ model's ``config`` follows the active adapter, so that losses and pipelines use 
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import gather_params_ctx
@@ -34,7 +32,8 @@ class HeadSpec:
     Attributes:
         modules: names of the head's modules, in the order they run.
         output: the one of them that yields the logits, or None if no layer has ``num_labels`` outputs.
-        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs ("" if it is it).
+        linear: the name, inside ``output``, of the linear layer with ``num_labels`` outputs; "" if ``output`` is that
+            layer.
     """
 
     modules: tuple[str, ...]
@@ -94,7 +93,7 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
     """
     path = blocks[-1].name.split(".")
     beside_backbone = getattr(model, "base_model", model) is not model
-    found: dict[str, nn.Module] = {}
+    following: dict[str, nn.Module] = {}
     for depth in range(len(path) - 1, -1, -1):
         prefix = ".".join(path[:depth])
         parent = unwrap(model.get_submodule(prefix))
@@ -107,8 +106,8 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
             full_name = f"{prefix}.{name}" if prefix else name
             holds_block = any(block.name.startswith(f"{full_name}.") for block in blocks)
             if not holds_block and any(True for _ in module.parameters()):
-                found[full_name] = module
-    return found
+                following[full_name] = module
+    return following
 
 
 def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
@@ -134,89 +133,6 @@ def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]
             if isinstance(module, nn.Linear) and module.out_features == num_labels:
                 return name, inner
     return None, ""
-
-
-@dataclass
-class Labels:
-    """What a model's config says about one adapter's labels."""
-
-    num_labels: int
-    id2label: dict[int, str]
-    problem_type: str | None
-
-
-class LabelState:
-    """Keeps ``model.config`` (and ``model.num_labels``) at the active adapter's labels.
-
-    What is written into the config meanwhile, names of labels or the loss that transformers decides on, is the active
-    adapter's, and comes back with it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = (model,)  # in a tuple, or torch would register the model as a submodule of its own head
-        self.original = self._read()
-        self._per_adapter: dict[str, Labels] = {}
-        self._active: str | None = None
-        self._enabled = True
-
-    def add(self, adapter_name: str, labels: Labels) -> None:
-        """Note an adapter's labels, for when it is active."""
-        self._per_adapter[adapter_name] = labels
-
-    def remove(self, adapter_name: str) -> None:
-        """Forget an adapter's labels."""
-        if adapter_name == self._active:
-            self.activate(None)
-        self._per_adapter.pop(adapter_name, None)
-
-    def activate(self, adapter_name: str | None) -> None:
-        """Set the config to an adapter's labels, or back to the bare model's (None)."""
-        self._note()
-        self._active = adapter_name
-        self._write()
-
-    def enable(self, enabled: bool) -> None:
-        """Follow the active adapter, or keep to the bare model's labels."""
-        self._note()
-        self._enabled = enabled
-        self._write()
-
-    def describe(self, adapter_name: str, config: Any) -> None:
-        """Write an adapter's labels, as they are now, into its config."""
-        self._note()
-        labels = self._per_adapter.get(adapter_name)
-        if labels is not None:
-            config.id2label = {int(index): str(label) for index, label in labels.id2label.items()}
-            config.problem_type = labels.problem_type
-
-    def _shown(self) -> Labels:
-        return self._per_adapter.get(self._active or "", self.original) if self._enabled else self.original
-
-    def _read(self) -> Labels:
-        config: Any = self._model[0].config
-        return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
-
-    def _note(self) -> None:
-        labels, found = self._shown(), self._read()
-        labels.problem_type = found.problem_type
-        if found.num_labels == labels.num_labels:
-            labels.id2label = found.id2label
-        else:
-            warnings.warn(
-                f"The model's config names {found.num_labels} labels now, but the head in use has {labels.num_labels} "
-                "outputs, so the names it had come back; set num_labels in an adapter's config before it is attached.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _write(self) -> None:
-        labels = self._shown()
-        model: Any = self._model[0]
-        model.config.id2label = dict(labels.id2label)
-        model.config.label2id = {label: index for index, label in labels.id2label.items()}
-        model.config.problem_type = labels.problem_type
-        if hasattr(model, "num_labels"):
-            model.num_labels = labels.num_labels
 
 
 class LinearHead(nn.Module):
@@ -282,13 +198,13 @@ class HeadModule(ModulesToSaveWrapper):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter here if it has a copy; the model's labels follow either way."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        own = [name for name in names if name in self.modules_to_save]
+        present = [name for name in names if name in self.modules_to_save]
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
-                parameter.requires_grad_(name in own and not inference_mode)
-        self._active_adapter, self._inference_mode = own, inference_mode
+                parameter.requires_grad_(name in present and not inference_mode)
+        self._active_adapter, self._inference_mode = present, inference_mode
         if self.is_output and self.context.labels is not None:
-            self.context.labels.activate(own[0] if own else None)
+            self.context.labels.activate(present[0] if present else None)
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Which of the adapters this module serves, for PEFT."""
@@ -321,8 +237,10 @@ class HeadModule(ModulesToSaveWrapper):
         self, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """An adapter's tensors as they are saved; see ``TaskTuner._get_adapter_state_dict``."""
-        own = super().adapter_state_dict(adapter_name, state_dict)
-        return cast_for_saving(own, self.context.configs[adapter_name].save_dtype) if self.context.injected else own
+        tensors = super().adapter_state_dict(adapter_name, state_dict)
+        if not self.context.injected:
+            return tensors
+        return cast_for_saving(tensors, self.context.configs[adapter_name].save_dtype)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Names of an adapter's tensors in its file -> names in this module, for transformers' loader.
@@ -363,12 +281,12 @@ class HeadModule(ModulesToSaveWrapper):
         module = self.modules_to_save[adapter_name]
         if isinstance(module, LinearHead):
             args, kwargs = (head_input,), {}
-        given = args[0].dtype
-        wanted = next(module.parameters()).dtype
-        if torch.is_autocast_enabled(args[0].device.type) or wanted == given:
+        input_dtype = args[0].dtype
+        module_dtype = next(module.parameters()).dtype
+        if torch.is_autocast_enabled(args[0].device.type) or module_dtype == input_dtype:
             return module(*args, **kwargs)
-        output = module(args[0].to(wanted), *args[1:], **kwargs)
-        return output.to(given) if isinstance(output, torch.Tensor) else output
+        output = module(args[0].to(module_dtype), *args[1:], **kwargs)
+        return output.to(input_dtype) if isinstance(output, torch.Tensor) else output
 
     def _mixed_batch_forward(  # type: ignore[override]
         self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
@@ -418,6 +336,8 @@ def _copy_with_values(module: nn.Module) -> nn.Module:
         copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
     if not hooks:
         return copied
+    from accelerate.hooks import remove_hook_from_module
+
     remove_hook_from_module(copied, recurse=True)  # which puts in place the very tensors that the module's hook keeps
     values = dict(backbone_parameters(module))
     for name, parameter in list(copied.named_parameters()):

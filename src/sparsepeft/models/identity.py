@@ -163,8 +163,8 @@ def _sample(tensor: torch.Tensor) -> list[float]:
 def _close(tensor: torch.Tensor, values: list[float], dtype: str) -> bool:
     saved_dtype = getattr(torch, dtype, torch.float32)
     resolution = max(torch.finfo(tensor.dtype).eps, torch.finfo(saved_dtype).eps)
-    found, saved = torch.tensor(_sample(tensor)), torch.tensor(values)
-    return torch.allclose(found, saved, rtol=2 * resolution, atol=1e-6)
+    sampled, expected = torch.tensor(_sample(tensor)), torch.tensor(values)
+    return torch.allclose(sampled, expected, rtol=2 * resolution, atol=1e-6)
 
 
 def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
@@ -173,3 +173,34 @@ def _difference(tensor: torch.Tensor | None, saved: dict[str, Any]) -> str:
     if _shape(tensor) != saved["shape"]:
         return f"has shape {_shape(tensor)} instead of {saved['shape']}"
     return "has other values"
+
+
+def embedding_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that hold a transformers model's input embeddings and the scores of its tokens."""
+    layers = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layers.append(getattr(model, getter, lambda: None)())
+        except NotImplementedError:  # models of several parts, such as CLIP
+            continue
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def resized_embeddings(model: nn.Module) -> list[str]:
+    """:func:`embedding_layers`, if the vocabulary is another than the checkpoint's; else none.
+
+    Told as PEFT tells it, by the config in the checkpoint; without one to read, nothing counts as resized.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    size = (
+        getattr(config.get_text_config(), "vocab_size", None) if name and hasattr(config, "get_text_config") else None
+    )
+    if size is None:
+        return []
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+    except OSError:
+        return []
+    changed = getattr(saved.get_text_config(), "vocab_size", size) != size
+    return embedding_layers(model) if changed else []

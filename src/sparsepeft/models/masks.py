@@ -109,13 +109,13 @@ def _pattern(
         return False, None
     # A closure: compare it with the one pattern left, for a few queries of every row, which costs O(keys).
     if local_size is not None:
-        some = queries[torch.tensor([0, len(queries) // 2, len(queries) - 1], device=queries.device)]
+        sample = queries[torch.tensor([0, len(queries) // 2, len(queries) - 1], device=queries.device)]
         batch = torch.arange(batch_size, device=queries.device)[:, None, None]
         head = torch.zeros((), dtype=torch.long, device=queries.device)
         keys = torch.arange(kv_length, device=queries.device) + kv_offset
-        asked = batch, head, some[None, :, None], keys[None, None]
+        arguments = batch, head, sample[None, :, None], keys[None, None]
         if torch.equal(
-            *torch.broadcast_tensors(function(*asked), sliding_window_causal_mask_function(local_size)(*asked))
+            *torch.broadcast_tensors(function(*arguments), sliding_window_causal_mask_function(local_size)(*arguments))
         ):
             return True, local_size
     raise ValueError(

@@ -14,8 +14,8 @@ from torch import nn
 from sparsepeft.models.blocks import find_blocks
 
 
-class _Reached(Exception):
-    """Ends a pass that was only to reach a layer."""
+class _StopForward(Exception):
+    """Ends a forward pass whose remaining layers are not needed."""
 
 
 class _Plan(threading.local):
@@ -28,7 +28,7 @@ class _Plan(threading.local):
 
 
 class PartialPasses:
-    """Takes the place of each layer's ``forward`` (not of the layer, so names and hooks stay as they are).
+    """Replaces each layer's ``forward`` (not the layer itself, so names and hooks stay as they are).
 
     Each thread has its own plan. A layer that runs several times (ALBERT's) counts as one.
 
@@ -46,26 +46,26 @@ class PartialPasses:
         self._layers: list[Any] = [block.module for block in blocks[: self.num_layers]]
         self._plan = _Plan()
         # Accelerate's hooks (offloading, several devices) stand in the instance, too, and are wrapped here.
-        self._own = [vars(layer).get("forward") for layer in self._layers]
+        self._originals = [vars(layer).get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._forward, index, layer.forward)
 
     def remove(self) -> None:
-        """Give the layers their own ``forward`` back."""
-        for layer, own in zip(self._layers, self._own, strict=True):
-            if own is None:
+        """Restore the layers' own ``forward``."""
+        for layer, original in zip(self._layers, self._originals, strict=True):
+            if original is None:
                 del layer.forward
             else:
-                layer.forward = own
-        self._layers, self._own, self.num_layers = [], [], 0
+                layer.forward = original
+        self._layers, self._originals, self.num_layers = [], [], 0
 
     @contextmanager
     def ending_after(self, layer: int) -> Iterator[None]:
-        """Within, this thread's pass ends after ``layer``; :meth:`states` then has its output."""
+        """Inside the context, this thread's pass ends after ``layer``; :meth:`states` then has its output."""
         self._plan.end_after = layer
         try:
             yield
-        except _Reached:
+        except _StopForward:
             pass
         finally:
             self._plan.end_after = None
@@ -77,7 +77,7 @@ class PartialPasses:
 
     @contextmanager
     def beginning_after(self, layer: int, states: torch.Tensor) -> Iterator[None]:
-        """Within, this thread's passes take ``states`` (B, T, D) for the output of ``layer``, and run the rest."""
+        """Inside the context, this thread's passes begin after ``layer``, with ``states`` (B, T, D) as its output."""
         self._plan.begin_after, self._plan.output = layer, states
         try:
             yield
@@ -93,7 +93,7 @@ class PartialPasses:
         if plan.end_after is None:
             return forward(*args, **kwargs)
         if index > plan.end_after:
-            raise _Reached
+            raise _StopForward
         output = forward(*args, **kwargs)
         if index == plan.end_after:
             plan.output = output

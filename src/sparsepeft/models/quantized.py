@@ -84,10 +84,10 @@ def dequantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in sorted(quantized):
         scale, shape = tensors.get(name + SCALE), tensors[name].shape
         if scale is None or scale.shape != (*shape[:-1], 1):
-            found = "missing" if scale is None else f"of shape {list(scale.shape)}"
+            problem = "missing" if scale is None else f"of shape {list(scale.shape)}"
             raise ValueError(
                 f"The saved tensor {name!r} is int8 of shape {list(shape)}, but its scales ({name + SCALE}) are "
-                f"{found} instead of {[*shape[:-1], 1]}; the file is damaged: save the adapter again."
+                f"{problem} instead of {[*shape[:-1], 1]}; the file is damaged: save the adapter again."
             )
     return {
         name: tensor.float() * tensors[name + SCALE] if name in quantized else tensor

@@ -1,10 +1,17 @@
-"""Finding the places in a Transformer layer where a sublayer's output meets its residual."""
+"""Where the attention and the FFN of a Transformer layer are, whatever the architecture calls them."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from sparsepeft.models.blocks import unwrap
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsepeft.models.blocks import Block, find_blocks, unwrap
+from sparsepeft.models.identity import is_quantized
 
 # What gives a sublayer's output h, the last thing before "residual + h": a dropout where that is a module of its own,
 # else the sublayer. The first name that a layer has is taken, so longer paths come first.
@@ -63,7 +70,145 @@ def find_sublayer(block: nn.Module, which: str, name: str | None = None) -> nn.M
 def _named(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """``named_modules`` through PEFT's wrappers."""
     module = unwrap(module)
-    found = [(prefix, module)]
+    named = [(prefix, module)]
     for name, child in module.named_children():
-        found += _named(child, f"{prefix}.{name}" if prefix else name)
-    return found
+        named += _named(child, f"{prefix}.{name}" if prefix else name)
+    return named
+
+
+class PartNames(NamedTuple):
+    """How the parts of an FFN are called, relative to the module that has them."""
+
+    gate: str | None
+    up: str
+    down: str
+    activation: str
+    inner_dropout: str | None = None  # between activation and down projection
+    outer_dropout: str | None = None  # behind the down projection
+
+
+# A module that is nothing but an FFN, and a layer that has the FFN's parts among others.
+_MODULES = (
+    PartNames("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Mistral, Qwen, Gemma
+    PartNames("wi_0", "wi_1", "wo", "act", inner_dropout="dropout"),  # T5 v1.1
+    PartNames(None, "wi", "wo", "act", inner_dropout="dropout"),  # T5
+    PartNames(None, "c_fc", "c_proj", "act", outer_dropout="dropout"),  # GPT-2
+)
+_LAYERS = (
+    PartNames(None, "fc1", "fc2", "activation_fn"),  # OPT
+    PartNames(None, "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),  # BERT, RoBERTa
+)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """An FFN in a model.
+
+    Attributes:
+        owner: the module that has its parts.
+        name: of the owner.
+        names: of the parts.
+        activation: between the projections.
+        sizes: hidden and inner size.
+        is_decoder: whether the layer is one of a decoder beside an encoder.
+        is_module: whether the owner is nothing but the FFN, so that it can be replaced as a whole.
+    """
+
+    owner: nn.Module
+    name: str
+    names: PartNames
+    activation: Callable[[Tensor], Tensor]
+    sizes: tuple[int, int]
+    is_decoder: bool
+    is_module: bool
+
+    def part(self, name: str) -> nn.Module:
+        """A part by its relative name."""
+        return self.owner.get_submodule(name)
+
+    @property
+    def projection_names(self) -> tuple[str, ...]:
+        """Names of the linear maps."""
+        return tuple(name for name in (self.names.gate, self.names.up, self.names.down) if name is not None)
+
+    @property
+    def routed_name(self) -> str:
+        """The name of what takes its place: the owner's, or the activation's where the owner is more than the FFN."""
+        return self.name if self.is_module else f"{self.name}.{self.names.activation}"
+
+
+def find_feed_forwards(model: nn.Module, layers: int | Iterable[int] | None = None) -> list[FeedForward]:
+    """The FFN of every Transformer layer, or of the layers with these indices.
+
+    Raises:
+        ValueError: a layer has none that is known, or an index is out of range.
+    """
+    return [_in_layer(block) for block in find_blocks(model, layers_to_transform=layers)]
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """A projection's weight as ``nn.Linear`` has it, (out, in): a view, whatever wraps the projection.
+
+    Raises:
+        ValueError: it is no plain linear map.
+    """
+    base: Any = unwrap(projection)
+    weight = getattr(base, "weight", None)
+    if weight is not None and is_quantized(weight):
+        raise ValueError(
+            f"The FFN has a quantized weight ({type(base).__name__}), which cannot be cut into blocks; load the model "
+            "without quantization, or leave its FFNs dense with SptConfig(ffn=False)."
+        )
+    if type(base) is nn.Linear:
+        return base.weight
+    if type(base) is Conv1D:
+        return base.weight.t()
+    raise ValueError(
+        f"The FFN has a {type(base).__name__} where a plain nn.Linear is expected; leave its FFNs dense with "
+        "SptConfig(ffn=False)."
+    )
+
+
+def _in_layer(block: Block) -> FeedForward:
+    layer, what = block.module, f"{block.name} ({type(block.module).__name__})"
+    experts = [name for name, module in layer.named_modules() if "expert" in f"{name}.{type(module).__name__}".lower()]
+    if experts:
+        raise ValueError(
+            f"{what} is a mixture of experts ({experts[0]}), of which a token uses a part already; leave the FFNs "
+            "dense with SptConfig(ffn=False), or name the layers without experts by layers_to_transform."
+        )
+    modules = dict(layer.named_modules())
+    found = [
+        (name, names) for name, module in modules.items() for names in (*_LAYERS, *_MODULES) if _has(module, names)
+    ]
+    if not found:
+        known = "; ".join(", ".join(part for part in names[:4] if part) for names in (*_MODULES, *_LAYERS))
+        raise ValueError(
+            f"{what} has no FFN of a known form (one of: {known}); leave the FFNs dense with SptConfig(ffn=False)."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{what} has {len(found)} FFNs, of which only one would become sparse; leave all dense with "
+            "SptConfig(ffn=False)."
+        )
+    (name, names) = found[0]
+    full_name = f"{block.name}.{name}" if name else block.name
+    return _feed_forward(modules[name], full_name, names, block, is_module=names in _MODULES)
+
+
+def _feed_forward(owner: nn.Module, name: str, names: PartNames, block: Block, is_module: bool) -> FeedForward:
+    inner, hidden = weight_of(owner.get_submodule(names.up)).shape
+    activation = attrgetter(names.activation)(owner)
+    return FeedForward(owner, name, names, activation, (hidden, inner), block.is_decoder, is_module)
+
+
+def _has(module: nn.Module, names: PartNames) -> bool:
+    return all(_exists(module, name) for name in names if name is not None)
+
+
+def _exists(module: nn.Module, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from sparsepeft.folders import write_json
 from sparsepeft.ops.native import cache_folder, machine
-from sparsepeft.provenance import write_json
 
 _ROUNDS = 5
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.masks import SparseMask, dense_mask, read_mask, sparse_mask
@@ -21,7 +25,7 @@ from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.state import SptState
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 NAME = "spt"  # as transformers knows it
 _REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
@@ -90,10 +94,10 @@ class SparseAttention(nn.Module):
         query, key, value = _of_one_dtype(query, key, value)
 
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
-            own = mask._replace(key_mask=key_mask)
+            row_mask = mask._replace(key_mask=key_mask)
             if self.training and codebooks.expected and self.config.codebook_interval:
-                codebooks.prepare(query, key, own)
-            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(own))
+                codebooks.prepare(query, key, row_mask)
+            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(row_mask))
 
         return self.state.by_row(attend, query, key, value, mask.key_mask)
 
@@ -119,10 +123,10 @@ def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:
     queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
     keys = key.transpose(1, 2)[mask.key_mask].transpose(0, 1)  # (Hkv, N, D)
     queries = queries.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).reshape(num_kv_heads, -1, size)
-    return torch.cat([_some(queries), _some(keys)], dim=1).detach()
+    return torch.cat([evenly_spaced(queries), evenly_spaced(keys)], dim=1).detach()
 
 
-def _some(vectors: Tensor) -> Tensor:
+def evenly_spaced(vectors: Tensor) -> Tensor:
     """Evenly spaced ones where there are too many."""
     count = vectors.shape[1]
     if count <= _REFRESH_VECTORS:
@@ -194,7 +198,7 @@ def attention_forward(
         return output
     refuse_additions(module, kwargs)
     if dropout > 0:
-        _say_once_that_dropout_is_left_out()
+        logger.warning_once("Sparse attention has no dropout of attention weights; the model's is left out.")
     attended = sparse(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -209,14 +213,66 @@ def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-_said: set[str] = set()
-
-
-def _say_once_that_dropout_is_left_out() -> None:
-    if "dropout" not in _said:
-        _said.add("dropout")
-        logger.warning("Sparse attention has no dropout of attention weights; the model's is left out.")
-
-
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sparse_mask)
+
+
+_STEPS = "sparsepeft_steps"  # in an optimizer's parameter groups
+
+
+class CodebookRefresh:
+    """After every ``interval`` steps of whatever optimizer trains a model, lets codebooks follow queries and keys.
+
+    The pass after such a step computes new codebooks, and the next step puts them into use: never within a step, in
+    which gradient checkpointing may run layers twice. No callback of a trainer is needed. It acts as long as it lives.
+
+    Steps are counted in the optimizer's parameter groups, which are saved with its state: a training that is resumed
+    with that state goes on as if it had not been interrupted.
+
+    Args:
+        model: the sparse model.
+        layers: its sparse attention.
+        interval: steps between two refreshes.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[SparseAttention], interval: int) -> None:
+        self.interval = interval
+        self._model, self._layers = ref(model), layers
+        self._trains: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        _alive.add(self)
+        _watch_optimizers()
+
+    def __reduce__(self) -> tuple[type[CodebookRefresh], tuple[Any, ...]]:
+        return CodebookRefresh, (self._model(), self._layers, self.interval)  # a copied model has one of its own
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count a step, if it was one of the model's."""
+        model = self._model()
+        if model is None:
+            return
+        if optimizer not in self._trains:
+            trained = {id(parameter) for parameter in model.parameters()}
+            self._trains[optimizer] = any(id(p) in trained for group in optimizer.param_groups for p in group["params"])
+        if not self._trains[optimizer]:
+            return
+        before = optimizer.param_groups[0].get(_STEPS, 0)
+        for group in optimizer.param_groups:
+            group[_STEPS] = before + 1
+        for layer in self._layers:
+            codebooks = layer.state.current
+            codebooks.step(is_due=before > 0 and before % self.interval == 0)
+            codebooks.expected = (before + 1) % self.interval == 0
+
+
+_alive: WeakSet[CodebookRefresh] = WeakSet()
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for each in list(_alive):
+        each.after_step(optimizer)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once, and not before there is something to refresh."""
+    register_optimizer_step_post_hook(_after_any_step)

@@ -1,31 +1,48 @@
-"""A sparse model's own checkpoints: those of the dense model, with what was added to it beside the weights.
+"""What a sparse model's files hold: its own checkpoints, and those of adapters trained on it.
 
-``save_pretrained`` writes weights under their dense names and in the order from before, so that ``from_pretrained``
-loads the dense model; routers, codebooks and settings are beside them, under names that begin with ``spt.``. The sparse
-model's ``load_state_dict`` takes such weights (a resumed training does), a dense model's, and those of its own
-``state_dict()``.
+A model's ``save_pretrained`` writes weights under their dense names and in the order from before, so that
+``from_pretrained`` loads the dense model; routers, codebooks and settings are beside them, under names that begin with
+``spt.``. The sparse model's ``load_state_dict`` takes such weights (a resumed training does), a dense model's, and
+those of its own ``state_dict()``.
+
+An adapter of PEFT's own methods says in its files what it was trained on, since PEFT takes from a file what a model has
+a place for, and drops the rest without a word. So
+
+- tensors inside a routed FFN, whose neurons are in another order than the dense FFN's, are stored under the dense
+  model's names with a dimension more: PEFT refuses them there for their shape;
+- all others fit a dense model as well, and may be meant for it: ``exclude_modules`` names a module that only a sparse
+  model has, so PEFT warns where there is none, and the card says how to load them.
 """
 
 from __future__ import annotations
 
-import functools
+import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsepeft.folders import write_bytes, write_json
 from sparsepeft.models.blocks import unwrap
-from sparsepeft.models.feed_forwards import FeedForward
-from sparsepeft.spt.feed_forward import RoutedFeedForward
-from sparsepeft.spt.projections import inner_dims
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.spt.feed_forward import RoutedFeedForward, inner_dims
 from sparsepeft.spt.state import SptState
+from sparsepeft.tuners.card import write_card
+from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.files import PEFT_PREFIX
 
 FeedForwards = list[tuple[FeedForward, RoutedFeedForward]]
+SETTINGS = "spt_settings"
 _ADDED, _OWN = "spt.", "original_module."  # before an added tensor's name in a checkpoint; in SptState's
 
 
@@ -36,18 +53,18 @@ def save_densely(model: PreTrainedModel, feed_forwards: FeedForwards) -> Removab
         What undoes the loading; ``del model.save_pretrained`` undoes the saving.
     """
     # On this instance alone: transformers asks nobody what a model saves.
-    model.save_pretrained = functools.partial(_save, model, feed_forwards)  # type: ignore[method-assign]
-    return model.register_load_state_dict_pre_hook(functools.partial(_before_loading, feed_forwards))
+    model.save_pretrained = partial(_save, model, feed_forwards)  # type: ignore[method-assign]
+    return model.register_load_state_dict_pre_hook(partial(_take_dense_weights, feed_forwards))
 
 
 def added_tensors(folder: Path) -> dict[str, Tensor]:
     """What ``save_pretrained`` of a sparse model put beside the weights, by its name in the model."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(_ADDED)]  # noqa: SIM118 - no mapping
-            found |= {name.removeprefix(_ADDED): file.get_tensor(name) for name in names}
-    return found
+            tensors |= {name.removeprefix(_ADDED): file.get_tensor(name) for name in names}
+    return tensors
 
 
 def _save(
@@ -74,18 +91,18 @@ def _dense(model: nn.Module, feed_forwards: FeedForwards, state_dict: dict[str, 
         for feed_forward, routed in feed_forwards
         for sparse, dense, dim in _weights(feed_forward, routed)
     }
-    found = {}
+    result = {}
     for key, tensor in state_dict.items():
         if key in weights:
             dense, dim, routed = weights[key]
-            found[dense] = _ordered(tensor, dim, torch.argsort(routed.spt_router.original_module.neuron_order))
+            result[dense] = _ordered(tensor, dim, torch.argsort(routed.spt_router.original_module.neuron_order))
         else:
-            found[f"{_ADDED}{key.replace(_OWN, '')}" if key.startswith(added) else key] = tensor
-    return found
+            result[f"{_ADDED}{key.replace(_OWN, '')}" if key.startswith(added) else key] = tensor
+    return result
 
 
 @torch.no_grad()
-def _before_loading(
+def _take_dense_weights(
     feed_forwards: FeedForwards, model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
 ) -> None:
     """Turn a dense state dict into the sparse model's, in place."""
@@ -114,3 +131,92 @@ def _weights(feed_forward: FeedForward, routed: RoutedFeedForward) -> Iterator[t
 
 def _ordered(tensor: Tensor, dim: int | None, order: Tensor) -> Tensor:
     return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
+
+
+class SparseSettings(SptState):
+    """A sparse model's settings, which every adapter saves: the place where one learns that an adapter is saved.
+
+    Args:
+        model: the sparse model.
+        feed_forwards: its routed FFNs, and what they replaced.
+        module: the settings.
+        context: of the sparse model.
+    """
+
+    def __init__(
+        self, model: nn.Module, feed_forwards: FeedForwards, module: nn.Module, context: ForwardContext
+    ) -> None:
+        super().__init__(module, context)
+        self._model = (model,)  # in a tuple, or torch would register the model as a part of itself
+        self._feed_forwards = feed_forwards
+        self._hook = model.register_load_state_dict_pre_hook(_unmark)
+
+    def detach(self) -> None:
+        """Let the model load state dicts as they are again."""
+        self._hook.remove()
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """What is saved with an adapter. PEFT writes the adapter's config next."""
+        config = getattr(self._model[0], "peft_config", {}).get(adapter_name)
+        if isinstance(config, PeftConfig) and not isinstance(config, TaskAdapterConfig):  # these know their backbone
+            # On this object, once: only the config is told which folder it is.
+            config.save_pretrained = partial(_save_once, config, self.dense_names())  # type: ignore[method-assign]
+        return super().adapter_state_dict(adapter_name, state_dict)
+
+    def dense_names(self) -> dict[str, str]:
+        """What the names of a routed FFN's projections begin with: in the sparse model -> in the dense one."""
+        paths = {module: name for name, module in self._model[0].named_modules()}
+        return {
+            f"{paths[routed]}.{projection}.": f"{feed_forward.name}.{projection}."
+            for feed_forward, routed in self._feed_forwards
+            for projection in feed_forward.names[:3]
+            if projection is not None
+        }
+
+
+def _save_once(config: PeftConfig, dense_names: dict[str, str], save_directory: str, **kwargs: Any) -> None:
+    """``PeftConfig.save_pretrained`` of an adapter whose tensors are those of a sparse model."""
+    del config.save_pretrained
+    config.save_pretrained(save_directory, **kwargs)
+    folder = Path(save_directory)
+    write_card(folder, config, is_sparse=True)
+    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if "exclude_modules" in values:
+        excluded = values["exclude_modules"] or []
+        values["exclude_modules"] = (
+            f"({excluded})|{SETTINGS}" if isinstance(excluded, str) else sorted({*excluded, SETTINGS})
+        )
+        write_json(folder / CONFIG_NAME, values)
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if path.is_file():
+        tensors = load(path.read_bytes())
+        write_bytes(path, save(_marked(tensors, dense_names), metadata={"format": "pt"}))
+
+
+def _marked(tensors: dict[str, Tensor], dense_names: dict[str, str]) -> dict[str, Tensor]:
+    result = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        sparse = next((sparse for sparse in dense_names if name.startswith(sparse)), None)
+        if sparse is None:
+            result[key] = tensor
+        else:
+            result[PEFT_PREFIX + dense_names[sparse] + name.removeprefix(sparse)] = tensor[None]
+    return result
+
+
+def _unmark(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Undo in a state dict, in place, what :func:`_marked` did to a file."""
+    settings: Any = model.get_submodule(SETTINGS)
+    begin, end = f"{prefix}{SETTINGS}.modules_to_save.", ".settings"
+    adapters = [key[len(begin) : -len(end)] for key in state_dict if key.startswith(begin) and key.endswith(end)]
+    dims = {f"{prefix}{name}": parameter.dim() for name, parameter in model.named_parameters()}
+    for sparse, dense in settings.dense_names().items():
+        for key in [key for key in state_dict if key.startswith(prefix + dense)]:
+            name = prefix + sparse + key.removeprefix(prefix + dense)
+            module, _, parameter = name.rpartition(".")
+            # PEFT has put in the adapter's name, but not where it found no module of the dense model's name.
+            for target in (name, *(f"{module}.{adapter}.{parameter}" for adapter in adapters)):
+                if state_dict[key].dim() == dims.get(target, 0) + 1:
+                    state_dict[target] = state_dict.pop(key)[0]
+                    break

@@ -7,7 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepeft.spt.regression import fit_ridge
+
+class Ridge(NamedTuple):
+    """``(x - mean_in) @ weight + mean_out``, and what it was solved from."""
+
+    weight: Tensor  # (D, O)
+    mean_in: Tensor  # (D,)
+    mean_out: Tensor  # (O,)
+    gram: Tensor  # (D, D), of the centred inputs, with the ridge
+
+
+def fit_ridge(inputs: Tensor, targets: Tensor, ridge: float) -> Ridge:
+    """Predict ``wanted`` (N, O) from ``inputs`` (N, D); the ridge is a share of the inputs' variance."""
+    mean_in, mean_out = inputs.mean(0), targets.mean(0)
+    centred = inputs - mean_in
+    gram = centred.T @ centred
+    gram.diagonal().add_(ridge * len(inputs) * inputs.var() + 1e-6)
+    return Ridge(torch.linalg.solve(gram, centred.T @ (targets - mean_out)), mean_in, mean_out, gram)
+
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' variance
 _HELD_OUT = 4  # every so many tokens one is held out to choose among them
@@ -51,11 +68,11 @@ def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation
         left = (missing[held_out] - fitted(inputs[held_out])).square().sum()
         if left < fewest:
             best, fewest = ridge, left
-    found = _fit(inputs, missing, rank, _RIDGES[0] if best is None else best)
+    fitted = _fit(inputs, missing, rank, _RIDGES[0] if best is None else best)
     if best is None:
-        found.up.zero_()
-        found.bias.zero_()
-    return found
+        fitted.up.zero_()
+        fitted.bias.zero_()
+    return fitted
 
 
 def _fit(inputs: Tensor, missing: Tensor, rank: int, ridge: float) -> Compensation:

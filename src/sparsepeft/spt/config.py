@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sparsepeft.arguments import check_flag, check_whole
 from sparsepeft.reprs import changed_fields
 
 GRANULARITIES = ("token", "block")
@@ -76,18 +77,14 @@ class SptConfig:
 
     def __post_init__(self) -> None:
         for name in ("attention", "ffn", "keep_self", "keep_first"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} was given; expected True or False.")
+            check_flag(name, getattr(self, name))
         if not self.attention and not self.ffn:
             raise ValueError("attention and ffn are both False, so nothing would become sparse; set one of them.")
         for name, choices in (("granularity", GRANULARITIES), ("block_assignment", ASSIGNMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} was given; expected one of {', '.join(choices)}.")
         for name, (least, most) in _WHOLE.items():
-            value = getattr(self, name)
-            if not _is_whole(value) or value < least or (most is not None and value > most):
-                wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-                raise ValueError(f"{name}={value!r} was given; expected a whole number {wanted}.")
+            check_whole(name, getattr(self, name), least=least, most=most)
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
             if not _is_count(value) and not _is_fraction(value):

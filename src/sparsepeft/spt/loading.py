@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.models.feed_forwards import find_feed_forwards, weight_of
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
+from sparsepeft.models.sublayers import find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.router import COMPENSATION, Start
+from sparsepeft.spt.router import COMPENSATION, InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
 
 SPARSE_WEIGHTS = "spt.safetensors"
@@ -82,7 +82,7 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
         router = f"{feed_forward.routed_name}.spt_router."
         order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
-        start = Start(order, weight, bias)
+        start = InitialRouter(order, weight, bias)
         if any(router + part in saved for part in COMPENSATION):
             start = start._replace(
                 compensation=Compensation(*(_saved(saved, router + p, adapter) for p in COMPENSATION))

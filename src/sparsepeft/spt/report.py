@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsepeft.models.feed_forwards import FeedForward
 from sparsepeft.models.masks import dense_mask
+from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
 from sparsepeft.spt.config import SptConfig
@@ -98,8 +98,8 @@ def report_feed_forwards(
     """Add all FFNs."""
     dense = left = 0
     for feed_forward, layer in routed:
-        given, expected = seen[feed_forward.name]
-        report.feed_forward_error[feed_forward.name] = _relative(_evaluated(layer, given), expected)
+        inputs, expected = seen[feed_forward.name]
+        report.feed_forward_error[feed_forward.name] = _relative(_evaluated(layer, inputs), expected)
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         dense += products
@@ -109,15 +109,15 @@ def report_feed_forwards(
     report.feed_forward_operations = left / dense if dense else None
 
 
-def _evaluated(layer: nn.Module, given: Tensor) -> Tensor:
+def _evaluated(layer: nn.Module, inputs: Tensor) -> Tensor:
     training = layer.training
     layer.eval()
     try:
-        output: Tensor = layer(given)
+        output: Tensor = layer(inputs)
         return output
     finally:
         layer.train(training)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).float().norm() / expected.float().norm().clamp_min(1e-30))

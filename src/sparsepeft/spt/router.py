@@ -1,4 +1,4 @@
-"""Which blocks of an FFN a token uses: where the choice starts from."""
+"""Which blocks an FFN is cut into and which of them a token uses: where both start before training."""
 
 from __future__ import annotations
 
@@ -7,30 +7,84 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsepeft.models.feed_forwards import FeedForward, weight_of
-from sparsepeft.ops.routed_ffn import Projection
-from sparsepeft.ops.routed_ffn.projections import project
-from sparsepeft.spt.compensation import Compensation, fit_compensation
-from sparsepeft.spt.regression import fit_ridge
+from sparsepeft.extras import require
+from sparsepeft.models.sublayers import FeedForward, weight_of
+from sparsepeft.ops.routed_ffn import Projection, project
+from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridge
+
+_ROUNDS = 20
+
+
+def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
+    """Neurons in an order in which every I / G neighbours have features of like direction: k-means with equal sizes.
+
+    Args:
+        features: of each neuron, (I, F); G divides I.
+        num_blocks: G.
+        seed: of the first centres.
+
+    Returns:
+        (I,), int64.
+    """
+    clusters = require("sklearn.cluster", "train", "Cutting an FFN into clustered blocks")
+    directions = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    first = clusters.KMeans(num_blocks, n_init=1, random_state=seed).fit(directions.cpu().numpy()).cluster_centers_
+    centres = torch.from_numpy(first).to(directions)
+    labels = torch.full((len(features),), -1, device=features.device)
+    for _ in range(_ROUNDS):
+        before, labels = labels, assign_evenly(torch.cdist(directions, centres))
+        if torch.equal(before, labels):
+            break
+        centres = torch.stack([directions[labels == block].mean(0) for block in range(num_blocks)])
+    return torch.argsort(labels, stable=True)
+
+
+def assign_evenly(distances: Tensor) -> Tensor:
+    """Give each cluster as many members as the others: (N, G) distances -> (N,) labels; G divides N.
+
+    In rounds: whoever has no place asks the nearest cluster that has room, which takes the nearest of those that ask.
+    Each round but the last fills a cluster, so there are at most G.
+    """
+    num_members, num_clusters = distances.shape
+    room = [num_members // num_clusters] * num_clusters
+    labels = torch.full((num_members,), -1, device=distances.device)
+    open_distances = distances.clone()
+    while (waiting := (labels < 0).nonzero()[:, 0]).numel():
+        nearest, choice = open_distances[waiting].min(1)
+        for cluster in choice.unique().tolist():
+            asking = choice == cluster
+            taken = waiting[asking][torch.argsort(nearest[asking], stable=True)[: room[cluster]]]
+            labels[taken] = cluster
+            room[cluster] -= len(taken)
+            if not room[cluster]:
+                open_distances[:, cluster] = torch.inf
+    return labels
+
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512
 COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
-class Start(NamedTuple):
-    """What a router is before training, and what stands in for the blocks that it does not choose."""
+class InitialRouter(NamedTuple):
+    """A router before training, and what stands in for the blocks that it does not choose.
+
+    Attributes:
+        neuron_order: the neurons in an order in which every I / G neighbours are a block, (I,).
+        weight, bias: of the blocks' logits, (G, D) and (G,).
+        compensation: of the blocks that are not chosen, if there is one.
+    """
 
     neuron_order: Tensor  # (I,)
     weight: Tensor  # (G, D)
     bias: Tensor  # (G,)
     compensation: Compensation | None = None
 
-    def to(self, device: torch.device) -> Start:
+    def to(self, device: torch.device) -> InitialRouter:
         """The same on a device."""
         order, weight, bias, compensation = self
         moved = None if compensation is None else Compensation(*(tensor.to(device) for tensor in compensation))
-        return Start(order.to(device), weight.to(device), bias.to(device), moved)
+        return InitialRouter(order.to(device), weight.to(device), bias.to(device), moved)
 
 
 class Router(nn.Module):
@@ -42,7 +96,7 @@ class Router(nn.Module):
     shared = ("neuron_order",)  # the weights are in it, for all adapters
     neuron_order: Tensor
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: InitialRouter) -> None:
         super().__init__()
         self.register_buffer("neuron_order", start.neuron_order)
         self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
@@ -59,17 +113,17 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int) -> Start:
+def start_from_weights(feed_forward: FeedForward, order: Tensor, num_blocks: int) -> InitialRouter:
     """A neuron fires where its weights point, so a block does where the mean of its neurons' weights points."""
     rows = deciding_weight(feed_forward)[order]
     centres = rows.view(num_blocks, -1, rows.shape[1]).mean(1)
-    return Start(order, centres, centres.new_zeros(num_blocks))
+    return InitialRouter(order, centres, centres.new_zeros(num_blocks))
 
 
 @torch.no_grad()
 def start_from_outputs(
     feed_forward: FeedForward, order: Tensor, num_blocks: int, inputs: Tensor, inner: Tensor
-) -> Start:
+) -> InitialRouter:
     """Predict from an input how much each block adds to the output: ridge regression of the logarithm of its norm.
 
     Args:
@@ -83,16 +137,16 @@ def start_from_outputs(
     parts = inner[:, order].chunk(num_blocks, dim=1)
     columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
     norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
-    wanted = norms.clamp_min(1e-6).log()  # (N, G)
-    fitted = fit_ridge(inputs, wanted, _RIDGE)
+    targets = norms.clamp_min(1e-6).log()  # (N, G)
+    fitted = fit_ridge(inputs, targets, _RIDGE)
     weight = fitted.weight.T
-    return Start(order, weight, fitted.mean_out - weight @ fitted.mean_in)
+    return InitialRouter(order, weight, fitted.mean_out - weight @ fitted.mean_in)
 
 
 @torch.no_grad()
 def compensated(
-    feed_forward: FeedForward, start: Start, num_active: int, rank: int, inputs: Tensor, inner: Tensor
-) -> Start:
+    feed_forward: FeedForward, start: InitialRouter, num_active: int, rank: int, inputs: Tensor, inner: Tensor
+) -> InitialRouter:
     """With a linear stand-in of a rank for the blocks that the router leaves out at its start.
 
     Args:

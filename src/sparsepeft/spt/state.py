@@ -18,9 +18,9 @@ from sparsepeft.spt.config import SptConfig
 class SptState(ModulesToSaveWrapper):
     """Holds a module of which every PEFT adapter gets a copy of its own.
 
-    PEFT freezes what is not its own, and saves nothing else. What it does train and save with an adapter of any method
-    are its auxiliary wrappers, which it looks for in the whole model: so this is one, that adds a copy for an adapter
-    as soon as it hears of it, without being named in ``modules_to_save``.
+    PEFT trains and saves only what is its own. That includes, with adapters of every method, its auxiliary wrappers,
+    which it finds anywhere in the model. So this is one: it adds a copy for an adapter as soon as PEFT mentions that
+    adapter, without being named in ``modules_to_save``.
 
     Args:
         module: what all adapters start from; in use itself where there is no adapter. The tensors that its attribute
@@ -40,7 +40,7 @@ class SptState(ModulesToSaveWrapper):
         self.modules_to_save = AdapterDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
-        if id(self.context) not in memo:  # copied without the model
+        if id(self.context.losses) not in memo:  # copied without the model, whose hooks lead there first
             raise ValueError(
                 "A part of a sparse model was to be copied by itself, as modules_to_save does; name linear layers in "
                 "modules_to_save, since routers and codebooks are trained and saved with every adapter anyway."
@@ -81,7 +81,7 @@ class SptState(ModulesToSaveWrapper):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not names:
             return None
-        self._know(names[0])
+        self._ensure_copy(names[0])
         return names[0]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
@@ -93,7 +93,7 @@ class SptState(ModulesToSaveWrapper):
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Where what was saved is loaded to; empty where ``TaskTuner`` renames it (see ``HeadModule``)."""
-        self._know(adapter_name)
+        self._ensure_copy(adapter_name)
         if adapter_name in self.context.configs and not self.context.injected:
             return {}
         names: dict[str, str] = super().adapter_state_dict_load_map(adapter_name)
@@ -110,28 +110,28 @@ class SptState(ModulesToSaveWrapper):
         self._active_adapter = []
         return self
 
-    def _know(self, adapter_name: str) -> None:
+    def _ensure_copy(self, adapter_name: str) -> None:
         if adapter_name not in self._adapters:
             self.update(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter_name in self.modules_to_save:
             for name in getattr(self.original_module, "shared", ()):
-                own = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
-                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), own, name)
+                expected = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
+                check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), expected, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None) -> Any:
     """Of a PEFT wrapper's module and its adapters' copies, the one that acts for the active adapter, or for a named."""
     names = wrapper.active_adapters if adapter_names is None else adapter_names
-    own = [name for name in names if name in wrapper.modules_to_save]
-    return wrapper.original_module if wrapper.disable_adapters or not own else wrapper.modules_to_save[own[0]]
+    present = [name for name in names if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not present else wrapper.modules_to_save[present[0]]
 
 
-def check_same(loaded: Tensor | None, own: Tensor, name: str) -> None:
+def check_same(loaded: Tensor | None, expected: Tensor, name: str) -> None:
     """Raise where a file has another value of what belongs to the model's structure."""
-    if loaded is not None and not torch.equal(loaded.to(own.device), own):
+    if loaded is not None and not torch.equal(loaded.to(expected.device), expected):
         raise ValueError(
             f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
             "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."

@@ -1,13 +1,13 @@
 """Data for training protocols: GLUE, BBC News, local files and a built-in sample."""
 
-from sparsepeft.tasks.early import check_task
-from sparsepeft.tasks.errors import TaskError
-from sparsepeft.tasks.loading import load_task
-from sparsepeft.tasks.registry import task_names, task_spec
-from sparsepeft.tasks.spec import TaskData, TaskSpec
+from sparsepeft.errors import TaskError
+from sparsepeft.tasks.loading import check_task, load_task
+from sparsepeft.tasks.local import FileOptions
+from sparsepeft.tasks.spec import TaskData, TaskSpec, task_names, task_spec
 from sparsepeft.tasks.splits import few_shot, split_train, subsample
 
 __all__ = [
+    "FileOptions",
     "TaskData",
     "TaskError",
     "TaskSpec",

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Final
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.files import read_rows, require_file, sha256
 from sparsepeft.tasks.formats import RAW_TSV
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 PAIRS: Final = (
     ("text", "text_pair"),
@@ -35,7 +35,7 @@ class Columns(NamedTuple):
 
 
 def choose_columns(
-    path: Path, found: Sequence[str], text: str | None, text_pair: str | None, label: str | None
+    path: Path, columns: Sequence[str], text: str | None, text_pair: str | None, label: str | None
 ) -> Columns:
     """Take the columns named by the caller; detect those that were not, where only one reading is possible.
 
@@ -43,15 +43,15 @@ def choose_columns(
         TaskError: a named column is not there, or the columns can be read in more than one way or in none.
     """
     for parameter, name in (("text_column", text), ("text_pair_column", text_pair), ("label_column", label)):
-        if name is not None and name not in found:
+        if name is not None and name not in columns:
             raise TaskError(
-                f"{path}: `{parameter}={name}` was given, but the columns are {_listed(found)}; name one of these"
+                f"{path}: `{parameter}={name}` was given, but the columns are {_listed(columns)}; name one of these"
             )
     if text_pair is not None and text is None:
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given without `text_column`; name both")
     texts = tuple(name for name in (text, text_pair) if name is not None)
-    label = label or _detect_label(path, found, texts)
-    texts = texts or _detect_texts(path, [name for name in found if name != label])
+    label = label or _detect_label(path, columns, texts)
+    texts = texts or _detect_texts(path, [name for name in columns if name != label])
     if len({*texts, label}) != len(texts) + 1:
         raise TaskError(f"{path}: the columns {_listed((*texts, label))} must be different; name another one")
     return Columns(texts, label)
@@ -59,7 +59,7 @@ def choose_columns(
 
 def choose_text_columns(
     path: Path,
-    found: Sequence[str],
+    columns: Sequence[str],
     num_texts: int,
     text: str | None = None,
     text_pair: str | None = None,
@@ -71,7 +71,7 @@ def choose_text_columns(
 
     Args:
         path: of the file, for messages.
-        found: its columns.
+        columns: those that it has.
         num_texts: texts of an input, 1 or 2.
         text, text_pair: named by the caller.
         trained: what the columns were called in the training file; taken where the caller names none.
@@ -82,68 +82,68 @@ def choose_text_columns(
     """
     named = tuple(name for name in (text, text_pair) if name is not None)
     for name in named:
-        if name not in found:
-            raise TaskError(f"{path}: the column {name!r} is not among {_listed(found)}; name one of these")
-    if not named and trained and set(trained) <= set(found):
+        if name not in columns:
+            raise TaskError(f"{path}: the column {name!r} is not among {_listed(columns)}; name one of these")
+    if not named and trained and set(trained) <= set(columns):
         named = tuple(trained)
-    texts = named or _detect_texts(path, found, num_texts, any_name)
+    texts = named or _detect_texts(path, columns, num_texts, any_name)
     if len(texts) != num_texts:
-        wanted = "one text, `text_column`" if num_texts == 1 else "two texts, `text_column` and `text_pair_column`"
-        raise TaskError(f"{path}: the columns {_listed(texts)} were named, but an input of this task has {wanted}")
+        expected = "one text, `text_column`" if num_texts == 1 else "two texts, `text_column` and `text_pair_column`"
+        raise TaskError(f"{path}: the columns {_listed(texts)} were named, but an input of this task has {expected}")
     return texts
 
 
-def choose_label_column(path: Path, found: Sequence[str], label: str | None = None, trained: str = "") -> str:
+def choose_label_column(path: Path, columns: Sequence[str], label: str | None = None, trained: str = "") -> str:
     """The label column of a file for a task that was trained before.
 
     Args:
         path: of the file, for messages.
-        found: its columns.
+        columns: those that it has.
         label: named by the caller.
         trained: what it was called in the training file; taken where the caller names none.
 
     Raises:
         TaskError: the named column is not there, or it cannot be told which one it is.
     """
-    if label is not None and label not in found:
-        raise TaskError(f"{path}: the column {label!r} is not among {_listed(found)}; name one of these")
-    return label or (trained if trained in found else _detect_label(path, found))
+    if label is not None and label not in columns:
+        raise TaskError(f"{path}: the column {label!r} is not among {_listed(columns)}; name one of these")
+    return label or (trained if trained in columns else _detect_label(path, columns))
 
 
-def _detect_label(path: Path, found: Sequence[str], texts: Sequence[str] = ()) -> str:
-    matches = [name for name in found if name.lower() in LABELS and name not in texts]
+def _detect_label(path: Path, columns: Sequence[str], texts: Sequence[str] = ()) -> str:
+    matches = [name for name in columns if name.lower() in LABELS and name not in texts]
     if not matches:  # the only column that is left
         with contextlib.suppress(TaskError):
-            texts = texts or _detect_texts(path, found)
-            matches = [name for name in found if name not in texts and name.lower() not in _COUNTERS]
+            texts = texts or _detect_texts(path, columns)
+            matches = [name for name in columns if name not in texts and name.lower() not in _COUNTERS]
             matches = matches if len(matches) == 1 else []
     if len(matches) == 1:
         return matches[0]
     state = f"more than one could be ({_listed(matches)})" if matches else "none is called like one"
     raise TaskError(
-        f"{path}: which column is the label? {state}; the columns are {_listed(found)}; pass `label_column`"
+        f"{path}: which column is the label? {state}; the columns are {_listed(columns)}; pass `label_column`"
     )
 
 
 def _detect_texts(
-    path: Path, found: Sequence[str], num_texts: int | None = None, any_name: bool = True
+    path: Path, columns: Sequence[str], num_texts: int | None = None, any_name: bool = True
 ) -> tuple[str, ...]:
-    lower = {name.lower(): name for name in found}
+    lower = {name.lower(): name for name in columns}
     pairs = [(lower[a], lower[b]) for a, b in PAIRS if a in lower and b in lower]
     paired = {name for pair in pairs for name in pair}
     matches: list[tuple[str, ...]] = [*pairs]
-    found = [name for name in found if name]  # pandas writes its index as a column without a name
+    columns = [name for name in columns if name]  # pandas writes its index as a column without a name
     matches += [(lower[name],) for name in SINGLES if name in lower and (num_texts == 1 or lower[name] not in paired)]
     matches = [match for match in matches if num_texts in (None, len(match))]
-    if not matches and len(found) == 1 and num_texts != 2 and any_name:
-        return (found[0],)
+    if not matches and len(columns) == 1 and num_texts != 2 and any_name:
+        return (columns[0],)
     if len(matches) == 1:
         return matches[0]
     state = (
         f"more than one could be ({', '.join(' + '.join(match) for match in matches)})" if matches else "none is known"
     )
     raise TaskError(
-        f"{path}: which column is the text? {state}; the columns besides the label are {_listed(found)}; "
+        f"{path}: which column is the text? {state}; the columns besides the label are {_listed(columns)}; "
         "pass `text_column` (and `text_pair_column` for pairs)"
     )
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, cast
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 
 UTF8: Final = "utf-8-sig"  # with a byte order mark or without
 GUESS: Final = "cp1252"  # what Western European and American Windows programs write when it is not UTF-8
@@ -32,13 +32,13 @@ def known_encoding(name: str) -> str:
         TaskError: it does not.
     """
     try:
-        found = codecs.lookup(name)
-        "".encode(found.name)  # "rot13" and "base64" are codecs too, but not of texts
+        codec = codecs.lookup(name)
+        "".encode(codec.name)  # "rot13" and "base64" are codecs too, but not of texts
     except (LookupError, ValueError) as error:
         raise TaskError(
             f"`encoding={name}` was given; expected the name of a text encoding, such as utf-8, cp1252 or latin-1"
         ) from error
-    return UTF8 if found.name == "utf-8" else found.name
+    return UTF8 if codec.name == "utf-8" else codec.name
 
 
 def find_encoding(path: Path) -> str:

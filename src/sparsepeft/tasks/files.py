@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsepeft.errors import TaskError
+from sparsepeft.extras import require
 from sparsepeft.tasks.decoding import known_encoding, lines, marked_encoding
-from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.formats import DELIMITERS, FileFormat, find_format, records, split_raw
-from sparsepeft.tasks.parquet import parquet_rows
 
 
 class Row(NamedTuple):
@@ -35,9 +35,9 @@ def require_file(folder: Path, names: Sequence[str]) -> Path:
     """`find_file`, or a `TaskError` that says what was looked for."""
     path = find_file(folder, names)
     if path is None:
-        wanted = " or ".join(names)
+        expected = " or ".join(names)
         raise TaskError(
-            f"{folder} has no {wanted} (nor that with .gz); put the file there or choose another data folder"
+            f"{folder} has no {expected} (nor that with .gz); put the file there or choose another data folder"
         )
     return path
 
@@ -108,8 +108,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         TaskError: no such file, unreadable, or in another encoding.
     """
     path = Path(path)
-    found = marked_encoding(path) if encoding is None else known_encoding(encoding)
-    return "".join(line for _, line in lines(path, found))
+    known = marked_encoding(path) if encoding is None else known_encoding(encoding)
+    return "".join(line for _, line in lines(path, known))
 
 
 def check_text(where: str, text: str) -> None:
@@ -217,3 +217,46 @@ def _check_width(path: Path, number: int, fields: list[str], columns: list[str],
     raise TaskError(
         f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the row"
     )
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a class of `datasets` (``ClassLabel``) is its name rather than its number.
+
+    Raises:
+        TaskError: no such file, or it is damaged.
+    """
+    pa = require("pyarrow", "train", "A Parquet file")
+    pq = require("pyarrow.parquet", "train", "A Parquet file")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise TaskError(f"{path} {what}; expected a file with examples, check the path")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = _class_names(file.schema_arrow.metadata or {})
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield {key: _named(value, names.get(key)) for key, value in row.items()}
+    except (pa.ArrowException, OSError) as error:
+        raise TaskError(f"{path} cannot be read as parquet ({error}); write it again") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of classes by column, from what `datasets` says of its features."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    names = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature)  # a list of classes
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            names[column] = inner["names"]
+    return names
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

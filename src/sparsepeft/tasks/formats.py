@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
-from sparsepeft.tasks.errors import TaskError
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
@@ -83,36 +83,36 @@ def find_format(
         return FileFormat(kind)
     notes = []
     if encoding is None:
-        found = find_encoding(path)
-        if found == GUESS and not may_guess:
+        known = find_encoding(path)
+        if known == GUESS and not may_guess:
             raise TaskError(f"{path} is not in UTF-8; save it as UTF-8")
-        if found == GUESS:
+        if known == GUESS:
             notes.append(f"{path.name} is not UTF-8 and was read as {GUESS}; pass `encoding` if that is wrong")
     else:
-        found = known_encoding(encoding)
+        known = known_encoding(encoding)
     if kind == "json":
-        return FileFormat(_json_kind(path, found), encoding=found, notes=tuple(notes))
+        return FileFormat(_json_kind(path, known), encoding=known, notes=tuple(notes))
     if kind == "jsonl":
-        return FileFormat(kind, encoding=found, notes=tuple(notes))
-    chosen = _delimiter(path, kind, found, None if delimiter is None else read_delimiter(delimiter))
+        return FileFormat(kind, encoding=known, notes=tuple(notes))
+    chosen = _delimiter(path, kind, known, None if delimiter is None else read_delimiter(delimiter))
     is_quoted = True
     if kind == "tsv" and chosen == "\t":
-        is_quoted, note = _has_quoting(path, found)
+        is_quoted, note = _has_quoting(path, known)
         notes += [note] if note else []
-    return FileFormat(kind, chosen, found, is_quoted, tuple(notes))
+    return FileFormat(kind, chosen, known, is_quoted, tuple(notes))
 
 
-def read_delimiter(given: str) -> str:
+def read_delimiter(value: str) -> str:
     r"""The character that ``"tab"``, ``"\\t"``, ``";"`` or any other single character stands for.
 
     Raises:
         TaskError: it is something else.
     """
     names = {name: char for char, name in DELIMITERS.items()} | {"\\t": "\t"}
-    char = names.get(given.lower(), given)
+    char = names.get(value.lower(), value)
     if len(char) != 1 or char in '\r\n"':
         raise TaskError(
-            f"`delimiter={given}` was given; expected one character, or its name: {', '.join(DELIMITERS.values())}"
+            f"`delimiter={value}` was given; expected one character, or its name: {', '.join(DELIMITERS.values())}"
         )
     return char
 
@@ -151,20 +151,20 @@ def _json_kind(path: Path, encoding: str) -> str:
     return "json" if first.startswith("[") else "jsonl"
 
 
-def _delimiter(path: Path, kind: str, encoding: str, given: str | None) -> str:
+def _delimiter(path: Path, kind: str, encoding: str, chosen: str | None) -> str:
     sample = [line for _, line in islice(lines(path, encoding), _SAMPLE)]
     widths = {char: _widths(sample, char, kind) for char in DELIMITERS}
     splits = [char for char, found in widths.items() if found and found[0] > 1]
     fits = [char for char in splits if len(set(widths[char])) == 1]
-    if given is not None:
+    if chosen is not None:
         header = next((line.rstrip("\r\n") for line in sample if line.strip()), "")
-        if given not in header and splits:
+        if chosen not in header and splits:
             others = " or ".join(f"`delimiter={DELIMITERS[char]}`" for char in fits or splits)
             raise TaskError(
-                f"{path}: `delimiter={DELIMITERS.get(given, given)}` was given, but the header {header[:60]!r} has "
+                f"{path}: `delimiter={DELIMITERS.get(chosen, chosen)}` was given, but the header {header[:60]!r} has "
                 f"none; pass {others}"
             )
-        return given
+        return chosen
     usual = "\t" if kind == "tsv" else ","
     if len(fits) == 1 or (len(splits) == 1 and not fits):
         return (fits or splits)[0]
@@ -185,15 +185,15 @@ def _widths(sample: list[str], delimiter: str, kind: str) -> list[int]:
 
 
 def _quoted_widths(sample: list[str], delimiter: str) -> list[int]:
-    reader, found = records(sample, delimiter), []
+    reader, widths = records(sample, delimiter), []
     try:
         for record in reader:
             if record:
-                found.append(len(record))
+                widths.append(len(record))
     except csv.Error:
         if len(sample) < _SAMPLE or reader.line_num < _SAMPLE:  # else the sample ends within a record
-            return [*found, 0] if found else []  # no row has 0 fields, so this never fits
-    return found
+            return [*widths, 0] if widths else []  # no row has 0 fields, so this never fits
+    return widths
 
 
 def _has_quoting(path: Path, encoding: str) -> tuple[bool, str | None]:

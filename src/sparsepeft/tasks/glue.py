@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.files import Row, find_file, read_rows, require_file, sha256
 from sparsepeft.tasks.formats import RAW_TSV
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsepeft.errors import first_line
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError, first_line
+from sparsepeft.extras import require
 from sparsepeft.tasks.spec import TaskSpec, build_dataset
 
 if TYPE_CHECKING:
@@ -22,13 +22,11 @@ def load_splits(repository: str, config: str | None, names: Sequence[str]) -> di
     Raises:
         TaskError: not reachable and not cached, or a split is missing.
     """
-    import datasets
-    from datasets.exceptions import DatasetsError
-
+    datasets = require("datasets", "train", "Loading a dataset from the hub")
     tried = f"datasets.load_dataset({', '.join(repr(part) for part in (repository, config) if part)})"
     try:
         loaded = datasets.load_dataset(repository, config)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in _TRUE else ""
         raise TaskError(
             f"tried {tried}{offline}, which failed: {first_line(error)}; connect to the network, or pass "

@@ -13,7 +13,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
+from sparsepeft.reprs import first_of
 
 if TYPE_CHECKING:
     from sparsepeft.tasks.spec import TaskSpec
@@ -31,16 +32,16 @@ Label = str | tuple[str, ...]
 Lines = Sequence[tuple[int, Label]]
 
 
-def problem_type_of(given: str | None) -> str | None:
+def problem_type_of(value: str | None) -> str | None:
     """The name that transformers has for a kind of problem; None stays None.
 
     Raises:
         TaskError: it is none.
     """
-    name = given if given is None else _SHORT.get(given, given)
+    name = value if value is None else _SHORT.get(value, value)
     if name not in (None, REGRESSION, SINGLE, MULTI):
         raise TaskError(
-            f"`problem_type={given}` was given; expected regression, single_label or multi_label, or leave it out"
+            f"`problem_type={value}` was given; expected regression, single_label or multi_label, or leave it out"
         )
     return name
 
@@ -110,12 +111,12 @@ class LabelReader:
         if kind == MULTI or (kind is None and _are_lists(labels)):
             return cls._of_several(path, labels)
         texts = [_single(path, line, label) for line, label in labels]
-        found = set(texts)
-        integers = all(_INTEGER.fullmatch(text) for text in found)
-        numbers = all(_NUMBER.fullmatch(text) for text in found)
+        distinct = set(texts)
+        integers = all(_INTEGER.fullmatch(text) for text in distinct)
+        numbers = all(_NUMBER.fullmatch(text) for text in distinct)
         if kind == REGRESSION or (kind is None and numbers and not integers):
             return cls(None)
-        names = _sorted(found, integers)
+        names = _sorted(distinct, integers)
         _require_two(path, names)
         note = _note_on_classes(names, integers, len(texts)) if kind is None else None
         return cls(names, integers, notes=(note,) if note else ())
@@ -125,7 +126,7 @@ class LabelReader:
         separator, others = _separators(labels)
         notes: tuple[str, ...] = ()
         if others:
-            notes = (f"labels were separated at {separator!r}; {some(others)} was taken for a part of their names",)
+            notes = (f"labels were separated at {separator!r}; {quoted(others)} was taken for a part of their names",)
         parts = {part for line, label in labels for part in _parts(path, line, label, separator)}
         integers = bool(parts) and all(_INTEGER.fullmatch(part) for part in parts)
         names = _sorted(parts, integers)
@@ -147,12 +148,12 @@ class LabelReader:
         if unseen:
             line = next(line for line, names in rows if not index.keys() >= set(names))
             raise TaskError(
-                f"{path}:{line}: {some(unseen)} is no label of this task; expected {some(self.names)} "
+                f"{path}:{line}: {quoted(unseen)} is no label of this task; expected {quoted(self.names)} "
                 "(the labels of the training set); correct the labels or add training examples"
             )
         if not self.multi_label:
             return [index[name] for _, (name,) in rows]
-        return [[float(name in names) for name in self.names] for names in (set(found) for _, found in rows)]
+        return [[float(name in names) for name in self.names] for names in (set(row) for _, row in rows)]
 
     def _parts(self, path: Path, line: int, label: Label) -> tuple[str, ...]:
         return _parts(path, line, label, self.separator) if self.multi_label else (_single(path, line, label),)
@@ -164,8 +165,8 @@ class LabelReader:
 def _separators(labels: Lines) -> tuple[str | None, list[str]]:
     """What stands between several labels in one text, and what else could."""
     texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
-    found = [char for char in _SEPARATORS if any(char in text for text in texts)]
-    return (found[0] if found else None), found[1:]
+    present = [char for char in _SEPARATORS if any(char in text for text in texts)]
+    return (present[0] if present else None), present[1:]
 
 
 def _single(path: Path, line: int, label: Label) -> str:
@@ -212,9 +213,9 @@ def _sorted(texts: set[str], integers: bool) -> tuple[str, ...]:
 
 def _require_two(path: Path, names: Sequence[str]) -> None:
     if len(names) < 2:
-        found = f"every label is {names[0]!r}" if names else "no row has a label"
+        problem = f"every label is {names[0]!r}" if names else "no row has a label"
         raise TaskError(
-            f"{path}: {found}; expected at least two classes, add examples or name another column with `label_column`"
+            f"{path}: {problem}; expected at least two classes, add examples or name another column with `label_column`"
         )
 
 
@@ -258,7 +259,6 @@ def _finite(path: Path, line: int, text: str) -> float:
     return value
 
 
-def some(names: Sequence[str], limit: int = 10) -> str:
-    """The first names, for a sentence."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+def quoted(names: Sequence[str], limit: int = 10) -> str:
+    """Names in quotation marks, of many only the first."""
+    return first_of([repr(name) for name in names], limit)

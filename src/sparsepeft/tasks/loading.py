@@ -1,20 +1,30 @@
-"""`load_task`: a task by name from its files, from the hub, or from what the package brings."""
+"""`load_task` and `check_task`: a task by name from its files, from the hub, or from what the package brings."""
 
 from __future__ import annotations
 
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal, Unpack
 
-from sparsepeft.tasks.errors import TaskError
-from sparsepeft.tasks.local import Options, load_fixed, load_local
-from sparsepeft.tasks.registry import CUSTOM, SPECS, canonical_name
-from sparsepeft.tasks.spec import TaskData
+from sparsepeft.errors import TaskError
+from sparsepeft.tasks.bbc import find_bbc_file, load_bbc_files, load_bbc_hub
+from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
+from sparsepeft.tasks.local import (
+    FileOptions,
+    PathLike,
+    files_by_part,
+    find_columns,
+    find_formats,
+    load_fixed,
+    load_local,
+    read_local,
+)
+from sparsepeft.tasks.spec import CUSTOM, LANGUAGE_MODEL, SPECS, TaskData, canonical_name
 
 DATA_VARIABLE: Final = "SPARSEPEFT_DATA"
 SOURCES: Final = ("auto", "files", "hub")
-PathLike = str | os.PathLike[str]
+CHECKED_WHOLE: Final = 16 << 20  # bytes: so much is read twice in less than the time that torch takes to load
 
 
 def load_task(
@@ -22,16 +32,8 @@ def load_task(
     *,
     data_dir: PathLike | None = None,
     seed: int = 42,
-    train_file: PathLike | None = None,
-    validation_file: PathLike | None = None,
-    test_file: PathLike | None = None,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    label_column: str | None = None,
-    problem_type: str | None = None,
-    delimiter: str | None = None,
-    encoding: str | None = None,
     source: Literal["auto", "files", "hub"] = "auto",
+    **files: Unpack[FileOptions],
 ) -> TaskData:
     """Load a task's training, validation and (where labels are public) test sets.
 
@@ -45,16 +47,8 @@ def load_task(
         name: one of `task_names`, or another spelling of it such as ``"SST-2"``.
         data_dir: folder with the files of GLUE and BBC News; default: the variable ``SPARSEPEFT_DATA``.
         seed: decides the split of BBC News and the validation part of own files without a validation file.
-        train_file, validation_file, test_file: own files (.csv, .tsv, .jsonl, .json, also with .gz, or .parquet), for
-            ``"custom"``.
-        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
-        problem_type: what own labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
-            longer names; by default lists mean several labels, numbers that are not whole regression, all else classes.
-        delimiter: between the fields of own CSV or TSV files: a character, or ``"tab"``, ``"semicolon"``, ...; looked
-            for by default.
-        encoding: of own files, as Python names it; by default UTF-8, or what a byte order mark says, else cp1252 with a
-            note.
         source: ``"files"``, ``"hub"``, or ``"auto"``: files if there is a data folder, else the hub.
+        files: own files and how to read them, for ``"custom"``: the keys of :class:`FileOptions`.
 
     Raises:
         TaskError: unknown task, missing or malformed files, labels that do not fit, or an unreachable hub.
@@ -62,62 +56,72 @@ def load_task(
     task = canonical_name(name)
     if source not in SOURCES:
         raise TaskError(f"`source={source}` was given; expected one of {', '.join(SOURCES)}")
-    own = {
-        "train_file": train_file,
-        "validation_file": validation_file,
-        "test_file": test_file,
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-        "problem_type": problem_type,
-        "delimiter": delimiter,
-        "encoding": encoding,
-    }
-    options = own_options(task, own)
+    options = own_files(task, files)
     if options is not None:
         if source == "hub":
             raise TaskError(f"the task {CUSTOM!r} reads your own files; leave `source` at 'auto' or 'files'")
         return load_local(CUSTOM, options, seed)
     if task == "topics":
         return _load_topics(source)
-    return _load_public(task, data_folder(data_dir, source), seed)
+    spec, folder = SPECS[task], data_folder(data_dir, source)
+    if task == "bbc-news":
+        return load_bbc_hub(spec, seed) if folder is None else load_bbc_files(spec, folder, seed)
+    return load_glue_hub(spec) if folder is None else load_glue_files(spec, folder)
 
 
-def own_options(task: str, own: dict[str, Any]) -> Options | None:
-    """What was said about own files; None for a task that has its own.
+def check_task(task: str | None, data_dir: PathLike | None = None, **files: Unpack[FileOptions]) -> None:
+    """Raise what `load_task` would raise about names, files, columns and, unless files are large, rows.
+
+    For this, neither torch nor transformers nor `datasets` is loaded.
+
+    Args:
+        task: its name; None is ``"custom"`` where there is a training file, and else nothing to check; a language
+            model has no task data.
+        data_dir, files: see `load_task`.
+
+    Raises:
+        TaskError: something given cannot be used.
+    """
+    if task == LANGUAGE_MODEL or (task is None and files.get("train_file") is None):
+        return
+    name = canonical_name(task or CUSTOM)
+    options = own_files(name, files)
+    if options is not None:
+        formats = find_formats(options)
+        find_columns(options, formats)
+        if sum(path.stat().st_size for path in files_by_part(options).values()) <= CHECKED_WHOLE:
+            read_local(CUSTOM, options)
+        return
+    folder = data_folder(data_dir) if name in LAYOUTS or name == "bbc-news" else None
+    if folder is not None and name in LAYOUTS:
+        find_glue_files(name, folder)
+    elif folder is not None:
+        find_bbc_file(name, folder)
+
+
+def own_files(task: str, files: FileOptions) -> FileOptions | None:
+    """What was said about own files; None for a task that brings its own.
 
     Raises:
         TaskError: they are for such a task, or there is no training file.
+        TypeError: an option has no such name.
     """
+    if unknown := files.keys() - FileOptions.__annotations__.keys():
+        raise TypeError(f"load_task knows no option {', '.join(sorted(unknown))}; see sparsepeft.tasks.FileOptions.")
     if task == CUSTOM:
-        if own["train_file"] is None:
+        if files.get("train_file") is None:
             raise TaskError(f"the task {CUSTOM!r} reads your own files; pass `train_file`")
-        paths = {
-            key: None if own[key] is None else Path(own[key]).expanduser()
-            for key in ("train_file", "validation_file", "test_file")
-        }
-        return Options(**(own | paths))
-    given = [f"`{key}`" for key, value in own.items() if value is not None]
-    if given:
+        return files
+    named = [f"`{key}`" for key, value in files.items() if value is not None]
+    if named:
         raise TaskError(
-            f"{', '.join(given)} came with the task {task!r}, which has its own files; use the task {CUSTOM!r}"
+            f"{', '.join(named)} came with the task {task!r}, which has its own files; use the task {CUSTOM!r}"
         )
     return None
 
 
-def _load_public(task: str, folder: Path | None, seed: int) -> TaskData:
-    spec = SPECS[task]
-    if task == "bbc-news":
-        from sparsepeft.tasks.bbc import load_bbc_files, load_bbc_hub
-
-        return load_bbc_hub(spec, seed) if folder is None else load_bbc_files(spec, folder, seed)
-    from sparsepeft.tasks.glue import load_glue_files, load_glue_hub
-
-    return load_glue_hub(spec) if folder is None else load_glue_files(spec, folder)
-
-
 def data_folder(data_dir: PathLike | None, source: str = "auto") -> Path | None:
-    """Give the data folder, or ``None`` for the hub.
+    """The data folder, or ``None`` for the hub.
 
     Raises:
         TaskError: files are asked for, but no folder is given.

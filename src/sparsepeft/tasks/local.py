@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.columns import Columns, choose_columns
-from sparsepeft.tasks.errors import TaskError
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat, find_format
-from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, read_label, some
+from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
 
@@ -24,24 +25,41 @@ FEW_ROWS: Final = 50  # with so many, half of them right, one standard error of 
 LEAST_ROWS: Final = 3  # without a validation file: one to train on, one to choose a checkpoint by, one to score
 
 
-class Options(NamedTuple):
-    """What the caller said about their files."""
+PathLike = str | os.PathLike[str]
 
-    train_file: Path
-    validation_file: Path | None = None
-    test_file: Path | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    problem_type: str | None = None
-    delimiter: str | None = None
-    encoding: str | None = None
 
-    @property
-    def files(self) -> dict[str, Path]:
-        """The files by part."""
-        parts = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return {part: path for part, path in parts.items() if path is not None}
+class FileOptions(TypedDict, total=False):
+    """Own files, and how to read them.
+
+    Attributes:
+        train_file, validation_file, test_file: .csv, .tsv, .jsonl or .json, also with .gz, or .parquet.
+        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
+        problem_type: what the labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
+            longer names; by default lists mean several labels, numbers that are not whole regression, all else classes.
+        delimiter: between the fields of CSV or TSV files: a character, or ``"tab"``, ``"semicolon"``, ...; looked for
+            by default.
+        encoding: as Python names it; by default UTF-8, or what a byte order mark says, else cp1252 with a note.
+    """
+
+    train_file: PathLike | None
+    validation_file: PathLike | None
+    test_file: PathLike | None
+    text_column: str | None
+    text_pair_column: str | None
+    label_column: str | None
+    problem_type: str | None
+    delimiter: str | None
+    encoding: str | None
+
+
+def files_by_part(options: FileOptions) -> dict[str, Path]:
+    """The files by part: train, validation, test."""
+    parts = {
+        "train": options.get("train_file"),
+        "validation": options.get("validation_file"),
+        "test": options.get("test_file"),
+    }
+    return {part: Path(path).expanduser() for part, path in parts.items() if path is not None}
 
 
 class Example(NamedTuple):
@@ -71,35 +89,38 @@ class LocalFiles:
     notes: tuple[str, ...]
 
 
-def find_formats(options: Options) -> dict[str, FileFormat]:
+def find_formats(options: FileOptions) -> dict[str, FileFormat]:
     """How the files are written, by part.
 
     Raises:
         TaskError: one is missing or cannot be read, or a delimiter was given for files that have none.
     """
-    problem_type_of(options.problem_type)
-    formats = {part: find_format(path, options.delimiter, options.encoding) for part, path in options.files.items()}
-    for name, given in (("delimiter", options.delimiter), ("encoding", options.encoding)):
-        if given is not None and not any(getattr(found, name) for found in formats.values()):
-            raise TaskError(f"`{name}={given}` was given, but {options.train_file} has none; leave it out")
+    problem_type_of(options.get("problem_type"))
+    delimiter, encoding = options.get("delimiter"), options.get("encoding")
+    files = files_by_part(options)
+    formats = {part: find_format(path, delimiter, encoding) for part, path in files.items()}
+    for name, value in (("delimiter", delimiter), ("encoding", encoding)):
+        if value is not None and not any(getattr(file_format, name) for file_format in formats.values()):
+            raise TaskError(f"`{name}={value}` was given, but {files['train']} has none; leave it out")
     return formats
 
 
-def find_columns(options: Options, formats: dict[str, FileFormat]) -> Columns:
+def find_columns(options: FileOptions, formats: dict[str, FileFormat]) -> Columns:
     """Which columns hold what, by the first row of the training file; the other files must have them too.
 
     Raises:
         TaskError: one cannot be told or is missing.
     """
-    first = next(iter(read_rows(options.train_file, formats["train"])))
-    names = options.text_column, options.text_pair_column, options.label_column
-    columns = choose_columns(options.train_file, list(first.values), *names)
-    for part, path in options.files.items():
+    files = files_by_part(options)
+    first = next(iter(read_rows(files["train"], formats["train"])))
+    names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
+    columns = choose_columns(files["train"], list(first.values), *names)
+    for part, path in files.items():
         next(iter(read_rows(path, formats[part], required=columns.all)))
     return columns
 
 
-def read_local(name: str, options: Options) -> LocalFiles:
+def read_local(name: str, options: FileOptions) -> LocalFiles:
     """Read local files; the training file decides columns, kind of problem and label names.
 
     Raises:
@@ -107,33 +128,35 @@ def read_local(name: str, options: Options) -> LocalFiles:
     """
     formats = find_formats(options)
     columns = find_columns(options, formats)
-    examples = {part: list(_read(path, formats[part], columns)) for part, path in options.files.items()}
-    reader = LabelReader.from_training(options.train_file, _labels(examples["train"]), options.problem_type)
-    rows = {part: _rows(path, examples[part], reader) for part, path in options.files.items()}
+    files = files_by_part(options)
+    examples = {part: list(_read(path, formats[part], columns)) for part, path in files.items()}
+    reader = LabelReader.from_training(files["train"], _labels(examples["train"]), options.get("problem_type"))
+    rows = {part: _rows(path, examples[part], reader) for part, path in files.items()}
     if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
         raise TaskError(
-            f"{options.train_file} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
+            f"{files['train']} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
             "one to choose a checkpoint by, one to score), add examples"
         )
-    notes = [note for found in formats.values() for note in found.notes]
+    notes = [note for file_format in formats.values() for note in file_format.notes]
     return LocalFiles(_spec(name, columns, reader), columns, formats, rows, (*notes, *reader.notes))
 
 
-def describe_files(options: Options) -> dict[str, Any]:
+def describe_files(options: FileOptions) -> dict[str, Any]:
     """How own files are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
     formats = find_formats(options)
     columns = find_columns(options, formats)
-    first = next(iter(read_rows(options.train_file, formats["train"])))
+    files = files_by_part(options)
+    first = next(iter(read_rows(files["train"], formats["train"])))
     return {
-        "files": {part: {"name": path.name, **formats[part].describe()} for part, path in options.files.items()},
+        "files": {part: {"name": path.name, **formats[part].describe()} for part, path in files.items()},
         "columns": {"text": list(columns.texts), "label": columns.label, "found": list(first.values)},
     }
 
 
-def load_local(name: str, options: Options, seed: int) -> TaskData:
+def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
     """Load a task from local files."""
     local = read_local(name, options)
-    spec, paths, notes = local.spec, options.files, list(local.notes)
+    spec, paths, notes = local.spec, files_by_part(options), list(local.notes)
     sets = {part: build_dataset(spec, rows) for part, rows in local.rows.items()}
     sums = {part: sha256(path) for part, path in paths.items()}
     notes += [
@@ -160,7 +183,7 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
         if missing:
-            notes.append(f"{len(missing)} of {spec.num_labels} labels have no validation row: {some(missing, 5)}")
+            notes.append(f"{len(missing)} of {spec.num_labels} labels have no validation row: {quoted(missing, 5)}")
     notes += [
         f"the {part} part has {len(sets[part])} row(s): scores on fewer than {FEW_ROWS} mean little"
         for part in ("validation", "test")
@@ -174,7 +197,7 @@ def load_local(name: str, options: Options, seed: int) -> TaskData:
         notes=tuple(f"{name}: {note}" for note in notes),
         source=paths["train"].name,
         fingerprints=dict(zip(distinct_names([*paths.values()]), sums.values(), strict=True)),
-        drawn=() if options.validation_file else ("validation",),
+        drawn=() if "validation" in paths else ("validation",),
         columns=local.columns,
     )
 

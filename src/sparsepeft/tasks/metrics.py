@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
+from sparsepeft.extras import require
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from sparsepeft.tasks.spec import TaskSpec
+
+Metric = Callable[[Any, Any], float]  # of answers and truths, NumPy arrays
 
 
 _MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearson", "spearman")}
@@ -49,17 +55,16 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     guess, truth = _answers(spec, logits, labels)
     if spec.label_names is None:
         return {}
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
+    metrics = require("sklearn.metrics", "train", "A report by class")
     classes = list(range(spec.num_labels))
-    columns = precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
+    columns = metrics.precision_recall_fscore_support(truth, guess, labels=classes, zero_division=0.0)
     per_class = {
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
         for name, precision, recall, f1, support in zip(spec.label_names, *columns, strict=True)
     }
     if spec.multi_label:
         return {"per_class": per_class}
-    return {"per_class": per_class, "confusion_matrix": confusion_matrix(truth, guess, labels=classes).tolist()}
+    return {"per_class": per_class, "confusion_matrix": metrics.confusion_matrix(truth, guess, labels=classes).tolist()}
 
 
 def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -90,48 +95,36 @@ def _accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     return float((guess == truth).mean())
 
 
-def _f1(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return _class_f1(guess, truth, 1)
+def _f1(
+    guess: NDArray[Any], truth: NDArray[Any], average: str = "macro", classes: Sequence[int] | None = (1,)
+) -> float:
+    metrics = require("sklearn.metrics", "train", "F1")
+    return float(metrics.f1_score(truth, guess, labels=classes, average=average, zero_division=0.0))
 
 
 def _macro_f1(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    present = [label for label in np.union1d(guess, truth) if label >= 0]
-    return float(np.mean([_class_f1(guess, truth, label) for label in present]))
-
-
-def _class_f1(guess: NDArray[Any], truth: NDArray[Any], label: int) -> float:
-    hits = int(((guess == label) & (truth == label)).sum())
-    total = int((guess == label).sum() + (truth == label).sum())
-    return 2 * hits / total if total else 0.0
+    return _f1(guess, truth, classes=[label for label in np.union1d(guess, truth) if label >= 0])
 
 
 def _matthews(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    if _constant(guess) or _constant(truth):
+    if (guess == guess[0]).all() or (truth == truth[0]).all():  # scikit-learn would warn
         return 0.0
-    from sklearn.metrics import matthews_corrcoef
+    metrics = require("sklearn.metrics", "train", "Matthews correlation")
+    return float(metrics.matthews_corrcoef(truth, guess))
 
-    return float(matthews_corrcoef(truth, guess))
 
-
-def _pearson(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    truth = truth.astype(np.float64)
-    if not (np.isfinite(guess).all() and np.isfinite(truth).all()) or _constant(guess) or _constant(truth):
+def _correlation(name: str, guess: NDArray[Any], truth: NDArray[Any]) -> float:
+    stats = require("scipy.stats", "train", "A correlation")
+    if len(truth) < 2 or not (np.isfinite(guess).all() and np.isfinite(truth).all()):
         return 0.0
-    # Scale by the largest deviation first: very large or very small outputs neither overflow nor vanish when squared.
-    x, y = (values - values.mean() for values in (guess / np.abs(guess).max(), truth / np.abs(truth).max()))
-    x_max, y_max = np.abs(x).max(), np.abs(y).max()
-    if x_max < 1e-12 or y_max < 1e-12:  # constant but for rounding
-        return 0.0
-    x, y = x / x_max, y / y_max
-    return float(np.clip((x @ y) / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
-
-
-def _spearman(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    if not (np.isfinite(guess).all() and np.isfinite(truth).all()):
-        return 0.0
-    from scipy.stats import rankdata
-
-    return _pearson(rankdata(guess), rankdata(truth))
+    constant = (stats.ConstantInputWarning, stats.NearConstantInputWarning)
+    with warnings.catch_warnings():
+        for category in constant:
+            warnings.simplefilter("error", category)
+        try:
+            return float(getattr(stats, name)(guess, truth.astype(np.float64)).statistic)
+        except constant:
+            return 0.0
 
 
 def _mae(guess: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -146,32 +139,22 @@ def _finite(values: NDArray[Any]) -> NDArray[Any]:
     return np.clip(np.nan_to_num(values, nan=_WORST, posinf=_WORST, neginf=-_WORST), -_WORST, _WORST)
 
 
-def _micro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return _class_f1(guess.ravel(), truth.ravel(), 1)
-
-
-def _macro_f1_multi(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(truth, guess, average="macro", zero_division=0.0))
-
-
 def _subset_accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
     return float((guess == truth).all(axis=1).mean())
 
 
-def _constant(values: NDArray[Any]) -> bool:
-    return bool((values == values[0]).all())
-
-
-_METRICS = {
+_METRICS: Final[dict[str, Metric]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "macro_f1": _macro_f1,
     "matthews_correlation": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "pearson": partial(_correlation, "pearsonr"),
+    "spearman": partial(_correlation, "spearmanr"),
     "mae": _mae,
     "rmse": _rmse,
 }
-_MULTI_LABEL = {"micro_f1": _micro_f1_multi, "macro_f1": _macro_f1_multi, "subset_accuracy": _subset_accuracy}
+_MULTI_LABEL: Final[dict[str, Metric]] = {
+    "micro_f1": partial(_f1, average="micro", classes=None),
+    "macro_f1": partial(_f1, classes=None),
+    "subset_accuracy": _subset_accuracy,
+}

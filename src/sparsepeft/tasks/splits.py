@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsepeft.tasks.errors import TaskError
+from sparsepeft.errors import TaskError
 from sparsepeft.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:

@@ -11,16 +11,18 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.partial import PartialPasses
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STATES, INDEX = "cached_states", "cache_index"
 

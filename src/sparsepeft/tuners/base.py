@@ -17,24 +17,21 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.embeddings import resized_embeddings
 from sparsepeft.models.heads import (
     HeadModule,
     HeadSpec,
-    Labels,
-    LabelState,
     LinearHead,
     copy_with_labels,
     find_head,
     move_unless_meta,
 )
-from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
+from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
 from sparsepeft.tuners.card import keep_section
 from sparsepeft.tuners.config import TaskAdapterConfig
-from sparsepeft.tuners.files import own_names
+from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
-from sparsepeft.tuners.loading import rename_for_loading
 
 
 class TaskTuner(BaseTuner):
@@ -144,12 +141,12 @@ class TaskTuner(BaseTuner):
 
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
-            found = getattr(model, "name_or_path", "") or type(model).__name__
+            name = getattr(model, "name_or_path", "") or type(model).__name__
             expected = config.base_model_name_or_path or "unnamed"
             if config.revision:
                 expected = f"{expected} (revision {config.revision})"
             exclude = [*head.modules, *resized_embeddings(model)]
-            check_fingerprint(config.backbone_fingerprint, model, exclude, expected, found)
+            check_fingerprint(config.backbone_fingerprint, model, exclude, expected, name)
         elif not config._is_from_file:
             config.backbone_fingerprint = fingerprint(model, [*head.modules, *resized_embeddings(model)])
             if config.revision is None:
@@ -324,7 +321,7 @@ class TaskTuner(BaseTuner):
             if isinstance(module, HeadModule):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
-        self._context.unwatch()
+        self._context.losses.unwatch()
         for context in _backbone_contexts(self.model, self._context):
             context.configs = {}
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
@@ -361,8 +358,8 @@ class TaskTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT looks for the name just before the last part, but an adapter can have modules of its own below it.
         for container in cls.layer_class.adapter_layer_names:
-            before, found, after = key.partition(f".{container}.{adapter_name}.")
-            if found:
+            before, separator, after = key.partition(f".{container}.{adapter_name}.")
+            if separator:
                 return f"{before}.{container}.{after}"
         removed: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return removed
@@ -408,10 +405,12 @@ def _context_of(model: nn.Module) -> ForwardContext | None:
     return next((m.context for m in model.modules() if isinstance(m, (TaskTunerLayer, HeadModule))), None)
 
 
-def _backbone_contexts(model: nn.Module, own: ForwardContext) -> list[ForwardContext]:
+def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[ForwardContext]:
     """Those that a backbone brings along (one that was made sparse), of whose adapters it has to know, too."""
-    found = {id(context): context for m in model.modules() if (context := getattr(m, "context", None)) is not None}
-    return [each for each in found.values() if isinstance(each, ForwardContext) and each is not own]
+    contexts = {
+        id(other): other for m in model.modules() if isinstance(other := getattr(m, "context", None), ForwardContext)
+    }
+    return [other for other in contexts.values() if other is not context]
 
 
 def _has_labels(model: nn.Module) -> bool:
@@ -429,6 +428,3 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float64):
             parameter.data = parameter.data.to(dtype)
-
-
-__all__ = ["Block", "TaskTuner", "TaskTunerLayer"]

@@ -13,9 +13,8 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.config import BITFIT, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
-from sparsepeft.tuners.registry import BITFIT
 
 
 @dataclass(repr=False)
@@ -70,8 +69,8 @@ class BitFitLayer(TaskTunerLayer):
         if self.disable_adapters or adapter_name not in self.bitfit_bias:
             return None
         shifts: Any = self.bitfit_bias[adapter_name]
-        found: torch.Tensor = shifts[key]
-        return found
+        tensor: torch.Tensor = shifts[key]
+        return tensor
 
 
 class BiasShift:
@@ -113,9 +112,9 @@ class BitFitModel(TaskTuner):
     def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
         """The number of bias values in the layers; there is no closed formula across architectures."""
         layers = [m.bitfit_bias for m in self.model.modules() if isinstance(m, BitFitLayer)]
-        own = [[p.numel() for p in layer[adapter_name].parameters()] for layer in layers if adapter_name in layer]
-        count = sum(map(sum, own))
-        return f"biases of {len(own)} layers = {count:,}", count
+        counts = [[p.numel() for p in layer[adapter_name].parameters()] for layer in layers if adapter_name in layer]
+        count = sum(map(sum, counts))
+        return f"biases of {len(counts)} layers = {count:,}", count
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 
 from sparsepeft.backbones import hub_id, public_name
-from sparsepeft.provenance import write_bytes
+from sparsepeft.folders import write_bytes
 
 _BEGIN, _END = "<!-- sparsepeft: how to load -->", "<!-- /sparsepeft -->"
 
@@ -70,7 +70,8 @@ leaves the rest out.
 def write_card(folder: Path, config: PeftConfig, is_sparse: bool = False) -> None:
     """Add or renew the loading section of ``README.md`` in ``folder``, leaving the rest of the card as it is.
 
-    But for the backbone's path, which PEFT writes into the card: others can do nothing with it, so it becomes its name.
+    Except for the backbone's path, which PEFT writes into the card and which is of no use to others: it becomes the
+    backbone's public name.
 
     Args:
         folder: the adapter's.

@@ -1,4 +1,4 @@
-"""What every adapter method of this package has in common in its config: layers, head, identity."""
+"""What every adapter method of this package has in common in its config (layers, head, identity), and its PEFT name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 - before a part of it: threads that import both at once must take their locks in one order
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from sparsepeft.models.quantized import INT8
 from sparsepeft.reprs import changed_fields
 from sparsepeft.tuners.card import write_card
 from sparsepeft.tuners.files import convert_saved
+
+
+class MethodName(str):
+    """The name of a PEFT method outside PEFT's enum, which behaves like a member of it."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain string."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        """As members are printed; ``get_model_status`` reads the name from it."""
+        return f"PeftType.{self.value}"
+
+
+SPARTAN = MethodName("SPARTAN")
+HEAD = MethodName("HEAD")
+BOTTLENECK = MethodName("BOTTLENECK")
+BITFIT = MethodName("BITFIT")
+
+
+def register(name: MethodName, config_class: type, tuner_class: Any) -> None:
+    """Let ``get_peft_model``, ``PeftModel.from_pretrained`` and transformers find a method by its config's type."""
+    key: Any = name  # PEFT's annotations say PeftType
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_class
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner_class
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = tuner_class.prefix
+
 
 FORMAT_VERSION = 1
 _IN_EVERY_FILE = ("peft_type", "auto_mapping", "peft_version", "backbone_fingerprint", "format_version")
@@ -24,8 +56,8 @@ SAVE_DTYPES = DTYPES | {INT8: INT8}
 def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
     """Raise a ValueError unless ``value`` is a number (by default an integer) above zero."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not value > 0:
-        wanted = "a positive integer" if integer else "a positive number"
-        raise ValueError(f"`{name}={value!r}` was given, but it must be {wanted}.")
+        expected = "a positive integer" if integer else "a positive number"
+        raise ValueError(f"`{name}={value!r}` was given, but it must be {expected}.")
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

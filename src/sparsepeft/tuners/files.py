@@ -1,11 +1,13 @@
-"""An adapter's file: which tensors it holds, in which dtype, and what is said when they do not fit."""
+"""An adapter's file: which tensors it holds and in which dtype, and loading them into a model."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,9 +17,11 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sparsepeft.folders import write_bytes
 from sparsepeft.models.heads import HeadModule
+from sparsepeft.models.identity import embedding_layers
 from sparsepeft.models.quantized import cast_for_saving, dequantize
-from sparsepeft.provenance import write_bytes
+from sparsepeft.reprs import first_of
 from sparsepeft.tuners.layer import TaskTunerLayer
 
 PEFT_PREFIX = "base_model.model."
@@ -30,24 +34,24 @@ def fit_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, to
         ValueError: tensors are missing, unexpected, or of another shape; int8 ones lack their scales.
     """
     expected = saved_names(model, adapter_name)
-    found = {plain_name(key): tensor for key, tensor in dequantize(state_dict).items()}
+    tensors = {plain_name(key): tensor for key, tensor in dequantize(state_dict).items()}
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
         "of another shape": [
-            f"{key} {list(found[key].shape)} instead of {list(expected[key][1])}"
-            for key in sorted(expected.keys() & found.keys())
-            if found[key].shape != expected[key][1]
+            f"{key} {list(tensors[key].shape)} instead of {list(expected[key][1])}"
+            for key in sorted(expected.keys() & tensors.keys())
+            if tensors[key].shape != expected[key][1]
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {_shorten(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{what}: {first_of(names, 4)}" for what, names in problems.items() if names)
         raise ValueError(
             f"The saved tensors do not fit the adapter {adapter_name!r}, which its config describes: {listed}. The "
             "file is damaged or belongs to another config or model class; save the adapter again, or load the "
             "right folder."
         )
-    return {expected[key][0]: tensor for key, tensor in found.items()}
+    return {expected[key][0]: tensor for key, tensor in tensors.items()}
 
 
 def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) -> None:
@@ -67,8 +71,8 @@ def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) 
         is_pickled = path.name == WEIGHTS_NAME
         content = path.read_bytes()
         tensors = torch.load(io.BytesIO(content), weights_only=True) if is_pickled else load(content)
-        own = {name: tensor for name, tensor in tensors.items() if plain_name(name) in names}
-        tensors |= cast_for_saving(own, save_dtype)
+        adapter = {name: tensor for name, tensor in tensors.items() if plain_name(name) in names}
+        tensors |= cast_for_saving(adapter, save_dtype)
         if is_pickled:
             torch.save(tensors, buffer := io.BytesIO())
         write_bytes(path, buffer.getvalue() if is_pickled else save(tensors, metadata={"format": "pt"}))
@@ -95,11 +99,11 @@ def saved_names(
         if not isinstance(module, kinds):
             continue
         for container in module.adapter_layer_names:
-            own = getattr(module, container)
-            if adapter_name not in own:
+            adapters = getattr(module, container)
+            if adapter_name not in adapters:
                 continue
             saved = name if isinstance(module, AuxiliaryTrainingWrapper) else f"{name}.{container}"
-            for key, tensor in own[adapter_name].state_dict().items():
+            for key, tensor in adapters[adapter_name].state_dict().items():
                 target = f"{name}.{container}.{adapter_name}.{key}"
                 expected[plain_name(f"{saved}.{key}")] = (target, tensor.shape)
     return expected
@@ -110,6 +114,65 @@ def plain_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
-def _shorten(names: list[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def rename_for_loading(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A file's tensors under this model's names: the adapter's, and embeddings if PEFT has saved them with it.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of another shape. Where only shapes are wrong it is raised when
+            they are loaded: with ``ignore_mismatched_sizes=True`` PEFT leaves these tensors out before.
+    """
+    expected = saved_names(model, adapter_name)
+    # PEFT has renamed already what `adapter_state_dict_load_map` lists.
+    names = {plain_name(target): name for name, (target, _) in expected.items()}
+    plain = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    loaded = dequantize({names.get(key, key): tensor for key, tensor in plain.items()})
+    embeddings = _embedding_names(model)
+    tensors = {key: tensor for key, tensor in loaded.items() if key not in embeddings}
+    of_another_shape = {
+        expected[key][0] for key in tensors.keys() & expected.keys() if tensors[key].shape != expected[key][1]
+    }
+    refusals: dict[str, Callable[[], Any]] = {}
+    if of_another_shape and tensors.keys() == expected.keys():
+        refusals = dict.fromkeys(of_another_shape, partial(fit_state_dict, model, adapter_name, tensors))
+        fitting = {expected[key][0]: tensor for key, tensor in tensors.items()}
+    else:
+        fitting = fit_state_dict(model, adapter_name, tensors)
+    for key, (name, shape) in embeddings.items():
+        if key in loaded:
+            fitting[name] = loaded[key]
+            if loaded[key].shape != shape:
+                refusals[name] = partial(_refuse_embeddings, key, loaded[key].shape, shape)
+    if refusals:
+        _refuse_when_loaded(model, refusals)
+    return fitting
+
+
+def _embedding_names(model: nn.Module) -> dict[str, tuple[str, torch.Size]]:
+    """Name in a file (PEFT's prefix aside) -> name in the model and shape, of the embeddings' tensors."""
+    shapes = {
+        f"{layer}.{key}": tensor.shape
+        for layer in embedding_layers(model)
+        for key, tensor in model.get_submodule(layer).state_dict().items()
+    }
+    return {plain_name(name): (name, shape) for name, shape in shapes.items()}
+
+
+def _refuse_embeddings(name: str, shape: torch.Size, expected: torch.Size) -> None:
+    raise ValueError(
+        f"The adapter's file brings the embeddings {name!r} {list(shape)}, but the model's are {list(expected)}; its "
+        f"vocabulary was changed before training: call model.resize_token_embeddings({shape[0]}) before loading it."
+    )
+
+
+def _refuse_when_loaded(model: nn.Module, refusals: dict[str, Callable[[], Any]]) -> None:
+    """Once, call the refusal of each of these tensors that ``model.load_state_dict`` is given."""
+
+    def check(module: nn.Module, state_dict: dict[str, torch.Tensor], *args: Any) -> None:
+        handle.remove()
+        for name, refuse in refusals.items():
+            if name in state_dict:
+                refuse()
+
+    handle = model.register_load_state_dict_pre_hook(check)

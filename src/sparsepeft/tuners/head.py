@@ -11,8 +11,7 @@ from torch import nn
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.heads import HeadSpec
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import TaskAdapterConfig
-from sparsepeft.tuners.registry import HEAD
+from sparsepeft.tuners.config import HEAD, TaskAdapterConfig
 
 
 @dataclass(repr=False)

@@ -82,8 +82,8 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         by_row = [tensor.transpose(0, self.batch_dim) for tensor in (hidden_states, *others)]
         for name, rows in groups.items():
             if name in container:
-                own = (tensor[rows].transpose(0, self.batch_dim) for tensor in by_row)
-                result_by_row[rows] = apply(name, *own).transpose(0, self.batch_dim)
+                parts = (tensor[rows].transpose(0, self.batch_dim) for tensor in by_row)
+                result_by_row[rows] = apply(name, *parts).transpose(0, self.batch_dim)
         return result
 
     def change_states(self, module: nn.Module, output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

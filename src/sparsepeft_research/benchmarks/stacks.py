@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, OPTConfig, Pretrain
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import num_positions
-from sparsepeft.models.feed_forwards import FeedForward, find_feed_forwards
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.spt import SptConfig, sparsification, sparsify
 from sparsepeft_research.benchmarks.split import Span, measuring
 

@@ -1,0 +1,196 @@
+"""What a calibration batch says of a dense model: where codebooks, blocks and routers of the sparse one start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsepeft.errors import first_line
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.ops.sparse_attention import fit_codebooks
+from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.router import (
+    InitialRouter,
+    activity,
+    clustered_order,
+    compensated,
+    deciding_weight,
+    inner_states,
+    start_from_outputs,
+    start_from_weights,
+)
+
+
+def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
+    """The calibration data as keyword arguments on the model's device: (B, T, ...) each, without labels.
+
+    Raises:
+        ValueError: it is no batch that the model could take.
+    """
+    if not isinstance(data, (Mapping, Tensor, str, list, tuple, np.ndarray)):
+        raise ValueError(
+            f"calibration_data is {data!r:.80} ({type(data).__name__}); expected token ids (B, T), as a tensor or "
+            "lists, or the mapping that the model takes."
+        )
+    batch = data if isinstance(data, Mapping) else {"input_ids": data}
+    batch = {
+        name: _ids(value) if isinstance(value, (str, list, tuple, np.ndarray)) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if all(value.dim() == 1 for value in tensors.values()):  # one sequence
+        tensors = {name: value[None] for name, value in tensors.items()}
+    if not tensors or any(value.numel() == 0 for value in tensors.values()):
+        raise ValueError("calibration_data is empty; pass at least one sequence, for example input ids (B, T).")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"calibration_data has NaN or infinite values in {name}; pass clean data.")
+        if value.dim() < 2:
+            raise ValueError(f"calibration_data has {name} of shape {tuple(value.shape)}; expected (B, T, ...).")
+        if name.endswith("input_ids"):
+            _check_ids(name, value, model)
+        if name.endswith("attention_mask") and value.dim() == 2 and not value.any():
+            raise ValueError(
+                f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
+            )
+    return {name: value.to(model.device) for name, value in tensors.items()}
+
+
+def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
+    """Refuse what the model has no embeddings for; on an accelerator that would end the process's use of it."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"calibration_data has {name} of shape {tuple(ids.shape)} and {ids.dtype}; expected whole numbers (B, T)."
+        )
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if name == "input_ids" and size is not None and not 0 <= (worst := _farthest(ids)) < size:
+        raise ValueError(
+            f"calibration_data has the token id {worst}, but {type(model).__name__} knows 0 to {size - 1}; pass what "
+            "its own tokenizer gives."
+        )
+
+
+def _farthest(ids: Tensor) -> int:
+    """The id that is below 0, or else the largest."""
+    least, most = (int(bound) for bound in ids.aminmax())
+    return least if least < 0 else most
+
+
+def _ids(data: Any) -> Tensor:
+    """Lists of token ids as a tensor (B, T), or (T,) from a single list."""
+    if isinstance(data, str) or (len(data) and isinstance(data[0], str)):
+        raise ValueError(
+            "calibration_data holds texts, but a model is run on token ids; pass "
+            "tokenizer(texts, padding=True, return_tensors='pt')."
+        )
+    rows = [row for row in data if isinstance(row, (list, tuple, np.ndarray, Tensor))]
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"calibration_data has sequences of {lengths[0]} to {lengths[-1]} token ids; pad or cut them to one length."
+        )
+    try:
+        return torch.stack([torch.as_tensor(row) for row in data]) if rows else torch.as_tensor(data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"calibration_data is {data!r:.80}; expected token ids (B, T).") from error
+
+
+@torch.no_grad()
+def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, Tensor]) -> dict[str, AttentionCall]:
+    """A pass of the dense model; what each self-attention that is to become sparse attended with, by its name."""
+    before, training = model.config._attn_implementation, model.training
+    if config.attention:
+        model.set_attn_implementation(NAME)
+    model.eval()
+    try:
+        with recording() as calls:
+            model(**batch)
+    except (IndexError, TypeError, RuntimeError) as error:  # such as more positions than the model has
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on calibration_data ({first_line(error)}); pass a batch as in "
+            "training."
+        ) from error
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    if not config.attention:
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    attended = {names[module]: call for module, call in calls.items() if _is_self_attention(module, names[module])}
+    if not attended:
+        raise ValueError(
+            f"{type(model).__name__} does not attend through transformers' attention interface, so its attention "
+            "cannot be made sparse; convert it with SptConfig(attention=False)."
+        )
+    return _chosen(model, attended, config)
+
+
+def _is_self_attention(module: nn.Module, name: str) -> bool:
+    words = f"{type(module).__name__}.{name}".lower()
+    return not (getattr(module, "is_cross_attention", False) or "cross" in words or "encoder_attn" in words)
+
+
+def _chosen(model: PreTrainedModel, calls: dict[str, AttentionCall], config: SptConfig) -> dict[str, AttentionCall]:
+    """Those in the layers that are to be transformed."""
+    if config.layers_to_transform is None:
+        return calls
+    layers = tuple(f"{block.name}." for block in find_blocks(model, layers_to_transform=config.layers_to_transform))
+    return {name: call for name, call in calls.items() if name.startswith(layers)}
+
+
+def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
+    """Codebooks (Hkv, M, C, W) for what the attention module ``name`` attended with."""
+    size = call.query.shape[-1]
+    if size % config.subvector_dim:
+        raise ValueError(
+            f"{name} has heads of {size} channels, which subvector_dim={config.subvector_dim} does not divide; choose "
+            "a divisor."
+        )
+    vectors = vectors_of(call.query, call.key, call.mask)
+    if not vectors.isfinite().all():
+        raise ValueError(
+            f"Queries or keys of {name} are NaN or infinite on the calibration data; check data, weights and dtype."
+        )
+    return fit_codebooks(
+        vectors, subvector_dim=config.subvector_dim, num_codewords=config.num_codewords, seed=config.seed
+    )
+
+
+def initial_router(
+    feed_forward: FeedForward,
+    config: SptConfig,
+    batch: dict[str, Tensor] | None,
+    seen: dict[str, tuple[Tensor, Tensor]],
+) -> InitialRouter:
+    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
+    inner, num_blocks = feed_forward.sizes[1], config.num_blocks
+    inputs = None if batch is None else _inputs(feed_forward, batch, seen)
+    states = None if inputs is None else inner_states(feed_forward, inputs)
+    if config.block_assignment == "contiguous":
+        order = torch.arange(inner, device=deciding_weight(feed_forward).device)
+    else:
+        features = deciding_weight(feed_forward) if states is None else activity(feed_forward, states, config.seed)
+        order = clustered_order(features, num_blocks, config.seed)
+    if inputs is None or states is None:
+        return start_from_weights(feed_forward, order, num_blocks)
+    start = start_from_outputs(feed_forward, order, num_blocks, inputs, states)
+    if not config.compensation_rank or config.num_active_blocks == num_blocks:
+        return start
+    return compensated(feed_forward, start, int(config.num_active_blocks), config.compensation_rank, inputs, states)
+
+
+def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """What went into an FFN, without padding: (N, D)."""
+    inputs = seen[feed_forward.name][0].flatten(0, -2)
+    mask = batch.get("decoder_attention_mask" if feed_forward.is_decoder else "attention_mask")
+    return inputs[mask.flatten().bool()] if mask is not None and mask.numel() == len(inputs) else inputs

@@ -1,0 +1,60 @@
+"""A virtual environment for AdapterHub's library, which needs an older transformers than this project's.
+
+python -m sparsepeft_research.peers.environment      # makes it, and prints its Python, for --peers-python
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from sparsepeft.errors import RunFailed
+from sparsepeft_research.results import ROOT
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_FOLDER = ROOT / ".peers" / "adapters"
+REQUIREMENTS = HERE / "requirements-adapters.txt"
+
+
+def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS) -> Path:
+    """Return the Python of the environment that ``requirements`` describes, made in ``folder`` if it is not there yet.
+
+    An environment that was not finished, or was made from other requirements, is made anew. pip's own configuration
+    says where packages come from.
+
+    Raises:
+        RunFailed: ``folder`` holds something else, or pip could not install the requirements.
+    """
+    python = folder / "bin" / "python"
+    marker = folder / "complete.sha256"
+    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if python.exists() and marker.exists() and marker.read_text() == wanted:
+        return python
+    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+        raise RunFailed(f"{folder} is no virtual environment and is not empty; name another folder, or empty it.")
+    print(f"making the environment {folder} ...", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    _run([sys.executable, "-m", "venv", str(folder)])
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # torch first and alone, by its exact version: resolved with others it may pull gigabytes of CUDA packages.
+    torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
+    _run([*pip, torch])
+    _run([*pip, "--requirement", str(requirements)])
+    marker.write_text(wanted)
+    return python
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed(
+            f"{' '.join(command)} failed; make the packages it names reachable (a network or a package index) and "
+            f"start again:\n{done.stderr.strip()}"
+        )
+
+
+if __name__ == "__main__":
+    print(peer_python())

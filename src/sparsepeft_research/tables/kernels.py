@@ -1,0 +1,112 @@
+"""Tables of ops by themselves, of processors and of the allocator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsepeft_research.results import read_folder, read_result
+from sparsepeft_research.tables.markdown import paragraphs, ratio, table
+
+_MATCHING = "token selection and attention over vectors of 1"
+
+
+def memory(results: Path) -> str:
+    """``memory_read``, forward."""
+    report = read_result(results / "benchmarks" / "memory.json")
+    rows = []
+    for one in report.results:
+        shape = [f"{one[key]:,}" for key in ("num_tokens", "num_parents", "num_children", "top_k")]
+        times = [
+            f"{one['forward'][form]['median_ms']:.1f}" if form in one["forward"] else ""
+            for form in ("gather", "masked", "selected", "auto")
+        ]
+        rows.append([*shape, *times, one["chosen"]])
+    return paragraphs(
+        f"Forward, milliseconds, D=768, float32, {report.machine}; medians of alternating calls, each form checked "
+        "against the reference first. `gather` is what one writes first in plain PyTorch. By `sparsepeft benchmark "
+        "memory`.",
+        table(["tokens", "P", "C", "K", "gather", "masked", "selected", "auto", "auto is"], rows),
+        *report.others.get("notes", []),
+    )
+
+
+def attention(results: Path) -> str:
+    """Time and memory of sparse attention."""
+    report = read_result(results / "benchmarks" / "sparse_attention.json")
+    rows = []
+    for one in sorted(report.results, key=lambda one: (one["num_tokens"], one["top_l"], one["causal"])):
+        heads = f"{one['num_heads']} of {one['head_size']}"
+        if one["num_kv_heads"] != one["num_heads"]:
+            heads += f", {one['num_kv_heads']} of keys"
+        shape = [f"{one['num_tokens']:,}", f"{one['top_l']:,}", heads, "causal" if one["causal"] else "all"]
+        times = [f"{one['forward_backward'][name]['median_ms']:.0f}" for name in ("sdpa", "token", "block")]
+        ratios = [ratio(one[of][name]) for of in ("speedup_over_sdpa", "memory_of_sdpa") for name in ("token", "block")]
+        rows.append([*shape, *times, *ratios, f"{one['parts_of_forward'][_MATCHING]['median_ms']:.0f}"])
+    header = ["n", "L", "heads", "keys", "SDPA", "token", "block"]
+    header += ["token speed-up", "block speed-up", "token memory", "block memory", "matching"]
+    return paragraphs(
+        f"Milliseconds forward and backward, encoding and selection included, {report.results[0]['dtype']}; "
+        f"{report.machine}. Speed-up over SDPA, memory as a share of SDPA's. `matching` is the token form forward over "
+        "vectors of one number: comparing codes and choosing keys, the part that grows with the square of n; backward "
+        "does it again. By `sparsepeft benchmark sparse_attention`.",
+        table(header, rows),
+    )
+
+
+def feed_forward(results: Path) -> str:
+    """Time and memory of the routed FFN."""
+    report = read_result(results / "benchmarks" / "routed_ffn.json")
+    rows = []
+    for one in report.results:
+        speedups, kept = one["speedup_over_dense"], one["kept_bytes"]
+        best = max((name for name in kept if name != "dense"), key=speedups["forward_backward"].__getitem__)
+        rows.append(
+            [
+                one["name"],
+                f"{one['num_tokens']:,}",
+                f"{one['hidden_size']:,} x {one['inner_size']:,}",
+                f"{one['active']} of {one['num_blocks']}",
+                f"{one['forward_backward']['dense']['median_ms']:.1f}",
+                best,
+                *(ratio(speedups[direction][best]) for direction in ("forward", "forward_backward")),
+                ratio(kept[best] / kept["dense"]),
+            ]
+        )
+    header = ["FFN", "tokens", "sizes", "blocks", "dense, ms", "fastest", "forward", "with backward", "kept memory"]
+    return paragraphs(
+        f"{report.machine}; frozen weights where not said, medians of alternating calls, each kernel checked against "
+        "the reference first. The dense FFN's time forward and backward; of the fastest kernel, speed-ups over it and "
+        "what it keeps for backward as a share of what the dense one keeps. By `sparsepeft benchmark routed_ffn`.",
+        table(header, rows),
+    )
+
+
+def processors(results: Path) -> str:
+    """What the kernels give on each kind of processor, beside what was aimed at."""
+    reports = read_folder(results / "benchmarks", "processors_*.json").values()
+    kinds = [f"{report.environment['vectors']} ({report.settings['processor']})" for report in reports]
+    judged = zip(*(report.results["against_targets"] for report in reports), strict=True)
+    rows = [[e[0]["figure"], " ".join(map(str, e[0]["aim"])), *(f"{x['measured']:.2f}" for x in e)] for e in judged]
+    machines = "; ".join(f"{kind}: {report.machine}" for kind, report in zip(kinds, reports, strict=True))
+    return paragraphs(
+        "Float32; medians, one run each. avx2 keeps the kernels, PyTorch, MKL and oneDNN to what a processor without "
+        f"AVX-512 has. {machines}. By `sparsepeft benchmark processors`.",
+        table(["figure", "aim", *kinds], rows),
+    )
+
+
+def allocator(results: Path) -> str:
+    """What reusing freed memory gives."""
+    report = read_result(results / "benchmarks" / "allocator.json")
+    rows = []
+    for one in report.results:
+        timings = [f"{one['timings'][form]['median_ms']:.0f}" for form in ("as it is", "kept")]
+        model = " ".join(filter(None, (one["model"], one["method"])))
+        ratios = [ratio(one[name]) for name in ("speedup", "peak_ratio")]
+        rows.append([one["kind"], model, one["precision"], " x ".join(map(str, one["shape"])), *timings, *ratios])
+    return paragraphs(
+        "`sparsepeft.devices.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass "
+        f"(training: forward and backward), medians over passes of two processes that take turns; {report.machine}. By "
+        "`sparsepeft benchmark allocator`.",
+        table(["kind", "model", "precision", "shape", "as it is", "kept", "speed", "peak memory"], rows),
+    )

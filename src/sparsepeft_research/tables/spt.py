@@ -1,0 +1,159 @@
+"""Tables of SPT: what sparsity costs in quality, what it saves of a fine-tuning step, and the begin-of-text token."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from sparsepeft_research.results import Result, read_folder, read_result
+from sparsepeft_research.tables.markdown import paragraphs, ratio, spread, table
+
+Runs = dict[str, dict[int | None, Result]]  # by setting, then seed
+_FIRST = ("dense", "both", "attention", "ffn")
+
+
+def step(results: Path) -> str:
+    """Time and memory of a fine-tuning step, lengths in files of their own."""
+    reports = [read_result(results / "benchmarks" / name) for name in ("spt_stack.json", "spt_stack_8192.json")]
+    settings = reports[0].settings
+    parts = [
+        f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
+        f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
+        f"length by {settings['granularity']}; {reports[0].machine}; medians of alternating steps. Peak is what a step "
+        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`.",
+    ]
+    for one in (one for report in reports for one in report.results):
+        rows = [
+            [
+                name,
+                f"{candidate['step']['median_ms']:.0f}",
+                ratio(candidate["speedup_over"].get("sdpa")),
+                f"{candidate['peak_bytes'] / 2**20:.0f}",
+                ratio(candidate["peak_of"].get("sdpa")),
+                ratio(candidate["peak_of"].get("eager")),
+            ]
+            for name, candidate in one["candidates"].items()
+        ]
+        parts.append(table([f"{one['length']} tokens", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], rows))
+        parts += [f"{name} was left out: {reason}." for name, reason in one["left_out"].items()]
+    return paragraphs(*parts)
+
+
+def language_model(results: Path) -> str:
+    """Perplexity of a small Llama, fine-tuned dense and sparse."""
+    runs = _runs(results, "lm")
+    rows = []
+    for setting, by_seed in _in_order(runs):
+        found = list(by_seed.values())
+        before = [run.results["before"] for run in found]
+        spt = found[0].results["spt"]
+        rows.append(
+            [
+                setting,
+                str(spt["config"]["top_l"]) if spt and spt["config"]["attention"] else "",
+                str(len(found)),
+                spread([each["dense"]["perplexity"] for each in before]),
+                spread([each["sparse"]["perplexity"] for each in before if "sparse" in each]),
+                spread([run.settings["score"] for run in found]),
+                _change(by_seed, runs["dense"]),
+            ]
+        )
+    first = next(iter(runs["dense"].values()))
+    return paragraphs(
+        f"A Llama ({first.results['model']}) fine-tuned on BBC News with LoRA, {_steps(runs)} steps, blocks of "
+        f"{first.settings['block_length']} tokens: perplexity on {first.settings['num_validation_tokens']:,} tokens of "
+        "held-out articles, mean and standard deviation over seeds. `both` is L = n/8 by token and half of 8 clustered "
+        "blocks; the others differ in what their names say. The change is against LoRA on the dense model, seed by "
+        "seed. By `python -m sparsepeft_research.experiments.spt_quality --data-dir DATA --model LLAMA`.",
+        table(["setting", "L", "seeds", "dense, before", "sparse, before", "fine-tuned", "change"], rows),
+    )
+
+
+def encoders(results: Path) -> str:
+    """Scores of MiniLM, fine-tuned dense and sparse."""
+    rows = []
+    by_task = {task: _runs(results, "encoder", task) for task in ("mrpc", "sst2")}
+    for task, runs in by_task.items():
+        for setting, by_seed in _in_order(runs):
+            configs = [run.results["spt"]["config"] for run in by_seed.values() if "spt" in run.results]
+            lengths = sorted({config["top_l"] for config in configs if config["attention"]})
+            scores = spread([100 * run.settings["score"] for run in by_seed.values()])
+            about = [f"{task}, {setting}", ", ".join(map(str, lengths)), str(len(by_seed))]
+            rows.append([*about, scores, _change(by_seed, runs["dense"])])
+    first = next(iter(by_task["mrpc"]["dense"].values()))
+    return paragraphs(
+        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps: the "
+        "task's main metric x 100 on the validation set. L is a quarter of the longest text of the calibration batch, "
+        "so it differs by seed.",
+        table(["task, setting", "L", "seeds", "score", "change"], rows),
+    )
+
+
+def conversion(results: Path) -> str:
+    """Perplexity right after conversion."""
+    rows = []
+    for run in read_folder(results / "spt_quality", "conversion-*.json").values():
+        dense, sparse = (run.results["before"][kind]["perplexity"] for kind in ("dense", "sparse"))
+        report = run.results["spt"]["report"]
+        errors = list(report["feed_forward_error"].values()) or list(report["attention_error"].values())
+        rows.append(
+            [
+                run.results["experiment"]["setting"],
+                f"{sparse:.1f}",
+                f"{100 * (sparse / dense - 1):+.1f} %",
+                f"{statistics.mean(errors):.3f}" if errors else "",
+                f"{statistics.mean(report['recall'].values()):.3f}" if report["recall"] else "",
+            ]
+        )
+    return paragraphs(
+        f"Right after conversion, nothing trained: perplexity on {run.settings['num_validation_tokens']:,} tokens of "
+        f"WikiText-2's test part, where the dense model's is {dense:.1f}. Names of FFNs: what blocks and routers are "
+        "made from (`activity` of a calibration batch or the `weights`; `contiguous` blocks or clusters; `compensated` "
+        "with a linear map of rank 32 in the place of the blocks that are not used), and blocks in use of 8. Of "
+        "attention: granularity, and L over n.",
+        table(["setting", "perplexity", "change", "mean error of a layer", "recall"], rows),
+    )
+
+
+def begin_token(results: Path) -> str:
+    """Perplexity with and without the begin-of-text token."""
+    runs = read_folder(results / "begin_token")
+    rows = []
+    for length in sorted({run.settings["block_length"] for run in runs.values()}):
+        for kind in ("dense", "sparse"):
+            values = [runs[f"{length}-{which}"].results[kind] for which in ("without", "with")]
+            rows.append([f"blocks of {length}, {kind}", *(f"{value:,.1f}" for value in values)])
+    first = runs["64-with"]
+    return paragraphs(
+        f"{first.settings['model']}, whose tokenizer puts `{first.settings['bos_token']}` before every text: "
+        f"perplexity on about {round(max(run.settings['num_scored_tokens'] for run in runs.values()), -3):,} tokens of "
+        "WikiText-2's test part, cut into blocks that begin with the token or do not; sparse by `SptConfig`'s "
+        "defaults (L = n/8 by token, half of 8 blocks), before any fine-tuning. By `python -m "
+        "sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA`.",
+        table(["", "without", "with"], rows),
+    )
+
+
+def _runs(results: Path, kind: str, task: str = "") -> Runs:
+    runs: Runs = {}
+    for run in read_folder(results / "spt_quality", f"{kind}-{task}*.json").values():
+        runs.setdefault(run.results["experiment"]["setting"], {})[run.seed] = run
+    return runs
+
+
+def _in_order(runs: Runs) -> list[tuple[str, dict[int | None, Result]]]:
+    return sorted(runs.items(), key=lambda run: (_FIRST.index(run[0]) if run[0] in _FIRST else len(_FIRST), run[0]))
+
+
+def _change(by_seed: dict[int | None, Result], dense: dict[int | None, Result]) -> str:
+    """Of the score, in per cent of the dense model's with the same seed."""
+    shared = by_seed.keys() & dense.keys()
+    if not shared or by_seed is dense:
+        return ""
+    changes: list[Any] = [100 * (by_seed[s].settings["score"] / dense[s].settings["score"] - 1) for s in shared]
+    return spread(changes, sign="+") + " %"
+
+
+def _steps(runs: Runs) -> str:
+    return " or ".join(str(n) for n in sorted({run.settings["steps"] for by in runs.values() for run in by.values()}))

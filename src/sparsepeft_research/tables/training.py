@@ -1,0 +1,54 @@
+"""Tables of fine-tuning: its throughput, and how near our adapters are to AdapterHub's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsepeft_research.results import read_result
+from sparsepeft_research.tables.markdown import paragraphs, table
+
+_BASELINES = ("spartan", "adapters pfeiffer", "adapters pfeiffer, padded to 128")
+
+
+def throughput(results: Path) -> str:
+    """Steps per minute of every method and option."""
+    report = read_result(results / "benchmarks" / "finetuning.json")
+    settings = report.settings
+    parts = [
+        f"{settings['model']}, {settings['num_examples']} examples of {settings['task']}, batches of "
+        f"{settings['batch_size']}, float32 where nothing else is said; {report.machine}; medians of alternating "
+        "epochs in one run. Ours are whole training runs with batches by length, `adapters` a bare loop with batches "
+        "in random order. By `sparsepeft benchmark finetuning --data-dir DATA`.",
+    ]
+    for group, candidates in report.results.items():
+        speeds = {name: one["steps_per_minute"] for name, one in candidates.items() if "steps_per_minute" in one}
+        baselines = [name for name in _BASELINES if name in speeds]
+        rows = [
+            [
+                name,
+                f"{speed:.0f}",
+                f"{candidates[name]['preparation_s']:.1f}",
+                *(f"{speed / speeds[baseline]:.2f}" for baseline in baselines),
+            ]
+            for name, speed in speeds.items()
+        ]
+        parts.append(table([group, "steps per minute", "preparation (s)", *(f"over {b}" for b in baselines)], rows))
+        parts += [f"{name}: {one['failed']}" for name, one in candidates.items() if "failed" in one]
+    return paragraphs(*parts)
+
+
+def adapterhub(results: Path) -> str:
+    """How far our bottleneck adapters are from AdapterHub's."""
+    cases = read_result(results / "benchmarks" / "adapters_equality.json").results
+    errors: dict[tuple[str, str, str], float] = {}
+    for case in cases:
+        for mode, by_kind in case["largest_errors"].items():
+            key = (case["model_type"], case["style"], mode.partition("_")[0])
+            errors[key] = max(errors.get(key, 0.0), *by_kind.values())
+    rows = [[f"{model}, {style}", dtype, f"{error:.1e}"] for (model, style, dtype), error in sorted(errors.items())]
+    return paragraphs(
+        f"Largest difference of hidden states, logits and all gradients over {len(cases)} configurations with the same "
+        "random weights, in eval and training mode, also with the adapter imported from a checkpoint that AdapterHub's "
+        "library wrote. By `sparsepeft benchmark adapters`.",
+        table(["backbone and style", "dtype", "largest error"], rows),
+    )
