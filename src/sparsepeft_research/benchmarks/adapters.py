@@ -29,6 +29,7 @@ from sparsepeft.errors import RunFailed
 from sparsepeft.tuners.adapterhub import load_adapterhub
 from sparsepeft.tuners.bottleneck import BottleneckLayer
 from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.peers import answers
 from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
 
 LIMITS = {"float32": 1e-5, "float64": 1e-12}  # rounding in another order; float64 shows that nothing else differs
@@ -131,9 +132,11 @@ def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         expected = load_file(folder / f"{mode['name']}.safetensors")
         for label, candidate in ((mode["name"], model), (f"{mode['name']}_imported", imported)):
             candidate.to(dtype).train(mode["train"])
-            set_dropout(candidate, mode["dropout"])
+            answers.set_dropout(candidate, mode["dropout"])
             torch.manual_seed(case["seed"])
-            errors[label] = largest_errors(compute(candidate, inputs, names), expected)
+            errors[label] = largest_errors(
+                answers.compute(candidate, candidate.get_base_model().base_model, inputs, names), expected
+            )
     result: dict[str, Any] = {
         **{key: case[key] for key in ("name", "model_type", "style", "reduction_factor", "config", "batch", "length")},
         "largest_errors": errors,
@@ -209,35 +212,6 @@ def compare_initialisation(own: dict[str, Tensor], peer: dict[str, Tensor]) -> d
     biases_are_zero = result["ours"]["largest_bias"] == result["peer"]["largest_bias"] == 0
     result["passed"] = shapes_agree and biases_are_zero and p_value > MIN_P_VALUE
     return result
-
-
-def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """What ``answers.compute`` computes, under the peer's names."""
-    inputs = dict(inputs)
-    direction = inputs.pop("direction")
-    seen = {}
-
-    def note(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        seen["embeddings"] = output.requires_grad_()
-
-    base: Any = model.get_base_model()
-    handle = base.base_model.embeddings.register_forward_hook(note)
-    model.zero_grad()
-    output = model(**inputs, output_hidden_states=True)
-    handle.remove()
-    (output.loss + (output.hidden_states[-1] * direction.to(output.logits)).mean(1).sum()).backward()
-    results = {f"hidden_states.{index}": states.detach() for index, states in enumerate(output.hidden_states)}
-    results |= {"logits": output.logits.detach(), "loss": output.loss.detach()}
-    results |= {f"gradient.{names[name]}": p.grad for name, p in model.named_parameters() if p.requires_grad}
-    results["gradient.embeddings"] = seen["embeddings"].grad
-    return results
-
-
-def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set the hidden states' dropout, as ``answers.set_dropout`` does; attention's stays at 0."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and not name.endswith(".self.dropout"):
-            module.p = probability
 
 
 def largest_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
