@@ -124,8 +124,8 @@ def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trained = torch.load(folder / "checkpoint" / "pytorch_adapter.bin", weights_only=True)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for own, peer in names.items():
-            parameters[own].copy_(trained[peer] if peer in trained else checkpoint[peer])
+        for ours, peer in names.items():
+            parameters[ours].copy_(trained[peer] if peer in trained else checkpoint[peer])
     errors = {}
     for mode in case["modes"]:
         dtype = getattr(torch, mode["dtype"])
@@ -176,9 +176,9 @@ def peer_names(model: PeftModel, peer_adapter: str = "peer") -> dict[str, str]:
         for place, theirs in PLACES.items():
             for ours, linear in LINEARS.items():
                 for kind in ("weight", "bias"):
-                    own = f"{block_name}.{place}.default.{ours}.{kind}"
+                    ours_name = f"{block_name}.{place}.default.{ours}.{kind}"
                     base = block_name.removeprefix("base_model.model.")
-                    names[own] = f"{base}.{theirs}.{peer_adapter}.{linear}.{kind}"
+                    names[ours_name] = f"{base}.{theirs}.{peer_adapter}.{linear}.{kind}"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = {
         name: name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
@@ -191,19 +191,19 @@ def peer_names(model: PeftModel, peer_adapter: str = "peer") -> dict[str, str]:
 def own_tensors(model: PeftModel, names: dict[str, str]) -> dict[str, Tensor]:
     """The adapter's tensors under the peer's names."""
     parameters = dict(model.named_parameters())
-    return {peer: parameters[own].detach() for own, peer in names.items() if ".adapters." in peer}
+    return {peer: parameters[name].detach() for name, peer in names.items() if ".adapters." in peer}
 
 
-def compare_initialisation(own: dict[str, Tensor], peer: dict[str, Tensor]) -> dict[str, Any]:
+def compare_initialisation(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> dict[str, Any]:
     """Parameter counts, spread of weights and biases of two fresh adapters."""
 
     def values(tensors: dict[str, Tensor], kind: str) -> Tensor:
         return torch.cat([tensor.flatten() for name, tensor in sorted(tensors.items()) if name.endswith(kind)])
 
-    p_value = float(ks_2samp(values(own, "weight").numpy(), values(peer, "weight").numpy()).pvalue)
-    shapes_agree = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in peer.items()}
+    p_value = float(ks_2samp(values(ours, "weight").numpy(), values(peer, "weight").numpy()).pvalue)
+    shapes_agree = {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in peer.items()}
     result: dict[str, Any] = {"same_distribution_p_value": p_value, "shapes_agree": shapes_agree}
-    for side, tensors in (("ours", own), ("peer", peer)):
+    for side, tensors in (("ours", ours), ("peer", peer)):
         result[side] = {
             "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "weight_std": values(tensors, "weight").std().item(),

@@ -75,8 +75,8 @@ def measure(name: str, settings: dict[str, Any], repeats: int, idle_wait: float)
             return Worker(command, threads, path.with_suffix(".log"))
 
         with start(False) as plain, start(True) as kept:
-            asked = {"as it is": partial(plain.ask, "pass pass"), "kept": partial(kept.ask, "pass pass")}
-            timings = time_alternating(asked, repeats=repeats, idle_wait_s=idle_wait)
+            passes = {"as it is": partial(plain.ask, "pass pass"), "kept": partial(kept.ask, "pass pass")}
+            timings = time_alternating(passes, repeats=repeats, idle_wait_s=idle_wait)
             peaks = {"as it is": plain.ask("peak")["peak_bytes"], "kept": kept.ask("peak")["peak_bytes"]}
     speedup = timings["as it is"].median_ms / timings["kept"].median_ms
     return {
