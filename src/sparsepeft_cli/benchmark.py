@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from sparsepeft_cli import benchmark_inference
 from sparsepeft_cli.terminal import options
 from sparsepeft_cli.terminal.errors import Command
 from sparsepeft_cli.terminal.help import PlainGroup
+from sparsepeft_research.benchmarks.registry import BENCHMARKS, Benchmark
 
 app = typer.Typer(cls=PlainGroup, no_args_is_help=True, help="Measure speed and memory on this machine.")
 
@@ -55,13 +57,14 @@ def spt(
     """
     import torch
 
-    from sparsepeft.folders import write_json
-    from sparsepeft_cli.terminal.console import err, out, print_json
-    from sparsepeft_research.benchmarks.spt import SptBenchmark, run_spt_benchmark
+    from sparsepeft_cli.terminal.console import out
 
     if threads is not None:
         torch.set_num_threads(threads)
-    benchmark = SptBenchmark(
+    results = measured(
+        "spt",
+        output,
+        json,
         model=model,
         layers=layers,
         lengths=tuple(options.whole_numbers("--lengths", lengths)) or (2048,),
@@ -76,12 +79,7 @@ def spt(
         idle_wait_s=idle_wait,
         compile=compile,
     )
-    with err.status("measuring") as status:
-        results = run_spt_benchmark(benchmark, progress=status.update)
-    if output is not None:
-        write_json(output, results)
     if json:
-        print_json(results)
         return
     for result in results["results"]:
         for part in _tables(result, results["settings"]):
@@ -90,7 +88,61 @@ def spt(
             out.print(f"{name} was left out: {reason}", highlight=False)
 
 
+def measured(name: str, output: Path | None, json: bool, **values: Any) -> dict[str, Any]:
+    """Run a benchmark with a status line, write its result file and print its JSON, as asked."""
+    from sparsepeft_cli.terminal.console import err, print_json
+    from sparsepeft_research.benchmarks.registry import run_benchmark
+    from sparsepeft_research.results import write_result
+
+    with err.status("measuring") as status:
+        result = run_benchmark(name, progress=status.update, **values)
+    if output is not None:
+        write_result(output, result)
+    if json:
+        print_json(result.to_dict())
+    return result.to_dict()
+
+
+def _add(benchmark: Benchmark) -> None:
+    """A command whose options are the benchmark's parameters."""
+
+    def command(output: Path | None, json: bool, **values: Any) -> None:
+        from sparsepeft_cli.terminal.console import say
+
+        report = measured(benchmark.name, output, json, **values)
+        if not json and output is None:
+            say(f"{len(report['results'])} results; --output FILE keeps them, --json prints them")
+
+    annotations: dict[str, Any] = {
+        one.name: Annotated[
+            type(one.default),
+            typer.Option(
+                f"--{one.name.replace('_', '-')}",
+                help=one.help + (f" One of {', '.join(one.choices)}." if one.choices else ""),
+            ),
+        ]
+        for one in benchmark.parameters
+    }
+    defaults = {one.name: one.default for one in benchmark.parameters} | {"output": None, "json": False}
+    annotations |= {"output": Annotated[Path | None, options.output("JSON file to write.")], "json": options.Json}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+            for name, annotation in annotations.items()
+        ]
+    )
+    command.__annotations__ = annotations
+    command.__doc__ = (
+        f"Measure {benchmark.measures}.\n\n"
+        f"Example: `sparsepeft benchmark {benchmark.name} --output {benchmark.name}.json`"
+    )
+    app.command(benchmark.name, cls=Command)(command)
+
+
 app.command("inference", cls=Command)(benchmark_inference.command)
+for _benchmark in BENCHMARKS.values():
+    if _benchmark.settings is None:
+        _add(_benchmark)
 
 
 def _number(text: str) -> int | float:

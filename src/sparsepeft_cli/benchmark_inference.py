@@ -94,15 +94,18 @@ def command(
     Example: `sparsepeft benchmark inference --precisions fp32,bf16 --mixed --output inference.json`
     """
     from sparsepeft.errors import UserError
-    from sparsepeft.folders import write_json
-    from sparsepeft_cli.terminal.console import err, out, print_json
-    from sparsepeft_research.benchmarks.inference import PRECISIONS, InferenceBenchmark, run_inference_benchmark
+    from sparsepeft_cli.benchmark import measured
+    from sparsepeft_cli.terminal.console import out
+    from sparsepeft_research.benchmarks.inference import PRECISIONS
 
     if device != "cpu":
         raise UserError(
             f"--device {device} was given, but this benchmark compares processors; leave it out, or pass cpu."
         )
-    benchmark = InferenceBenchmark(
+    report = measured(
+        "inference",
+        output,
+        json,
         model=model,
         systems=tuple(options.several(systems)) or None,
         precisions=_precisions(precisions) or PRECISIONS,
@@ -121,13 +124,8 @@ def command(
         idle_wait_s=idle_wait,
         seed=seed,
     )
-    with err.status("measuring") as status:
-        report = run_inference_benchmark(benchmark, progress=status.update)
-    if output is not None:
-        write_json(output, report)
     written = _draw(report, figure or (output and output.with_suffix("")), is_asked=figure is not None)
     if json:
-        print_json(report)
         return
     for part in _parts(report):
         out.print(part, highlight=False, markup=False)
@@ -139,7 +137,7 @@ def _draw(report: dict[str, Any], path: Path | None, is_asked: bool) -> list[Pat
     """The figure's files; without matplotlib a warning, unless the figure was asked for."""
     from sparsepeft.errors import UserError
     from sparsepeft_cli.terminal.console import err
-    from sparsepeft_research.benchmarks.inference.figure import write_figure
+    from sparsepeft_research.benchmarks.inference.report import write_figure
 
     if path is None:
         return []

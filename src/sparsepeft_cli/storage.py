@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +42,12 @@ def command(
 
     Example: `sparsepeft storage --model roberta-base --num-tasks 9`
     """
+    import dataclasses
+
     from sparsepeft.storage import storage_report
+    from sparsepeft.storage.counting import Sizes
     from sparsepeft_cli.terminal.console import out, print_json
+    from sparsepeft_research.reproduction.paper import paper_storage
 
     report = storage_report(
         model,
@@ -58,14 +63,17 @@ def command(
         train_layer_norms=train_layer_norms,
         save_dtype=save_dtype,
     )
+    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms)
+    figures, notes = paper_storage(model, num_tasks, report.backbone_parameters, sizes)
+    report = dataclasses.replace(report, notes=report.notes + notes)
     if json:
-        print_json(report.to_dict())
+        print_json(report.to_dict() | {"paper": [dataclasses.asdict(figure) for figure in figures]})
         return
-    for part in _tables(report):
+    for part in _tables(report, figures):
         out.print(part, highlight=False)
 
 
-def _tables(report: Any) -> list[Any]:
+def _tables(report: Any, figures: Sequence[Any]) -> list[Any]:
     from sparsepeft_cli.terminal.console import megabytes, millions, table
 
     title = (
@@ -87,7 +95,7 @@ def _tables(report: Any) -> list[Any]:
     ]
     parts: list[Any] = [table(title, columns, rows)]
     parts += [f"{row.method:<9}{row.formula}" for row in report.methods]
-    if report.paper:
+    if figures:
         paper = [
             [
                 figure.method,
@@ -97,7 +105,7 @@ def _tables(report: Any) -> list[Any]:
                 megabytes(figure.total_bytes),
                 figure.ratio_text,
             ]
-            for figure in report.paper
+            for figure in figures
         ]
         columns = ["method", "formula", "per task", "all tasks", "bytes", "ratio"]
         parts += ["", table("The paper's figures (9 tasks, heads left out)", columns, paper)]

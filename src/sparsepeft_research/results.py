@@ -1,9 +1,10 @@
 """Result files: one schema, one reader that checks it, one way to write it.
 
-A file is a JSON object. ``measured`` names what was measured, ``seed`` is that of data and weights, ``settings`` what it
-was measured with, ``results`` the figures, and ``environment`` (:func:`sparsepeft.provenance.environment`) has commit,
-date, versions and hardware. Other keys (``notes``, ``left_out``, ...) belong to the kind of measurement. Files made
-before there was a schema, and those that ``sparsepeft train`` writes, are read as what they are.
+A file is a JSON object. ``measured`` names what was measured, ``seed`` is that of data and weights, ``settings`` what
+it was measured with, ``results`` the figures, and ``environment`` has commit, date, versions and hardware
+(:func:`sparsepeft.provenance.environment`). Other keys (``notes``, ``left_out``, ...) belong to the kind of
+measurement. Files made before there was a schema, and those that ``sparsepeft train`` writes, are read as what they
+are.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Result:
         return own | self.others | {"environment": self.environment}
 
 
-def describe_machine(seed: int) -> dict[str, Any]:
+def describe_machine(seed: int | None) -> dict[str, Any]:
     """The environment of a benchmark, with how busy the machine was before it began; call it first."""
     return environment() | {"load_average": os.getloadavg()[0], "seed": seed}
 

@@ -9,6 +9,8 @@ import pytest
 from tests.cli.test_cli import sparsepeft
 
 from sparsepeft_research.benchmarks.inference import device_throughput
+from sparsepeft_research.benchmarks.registry import BENCHMARKS
+from sparsepeft_research.results import read_result
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.slow
 def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) -> None:
     output = tmp_path / "pi.json"
     command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,adapters-pfeiffer"]
-    command += ["--precisions", "fp32", "--shapes", "32x8,1x8", "--repeats", "2", "--starts", "2", "--threads", "1"]
+    command += ["--precisions", "fp32", "--shapes", "32x8,1x8", "--repeats", "2", "--threads", "1"]
     done = sparsepeft(*command, "--emulate", "raspberry-pi-4", "--output", output)
     assert done.returncode == 0, done.stderr
     for words in (
@@ -30,7 +32,7 @@ def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) ->
     report = json.loads(output.read_text())
     throughput, latency = report["results"]
     assert (throughput["plan"], latency["plan"]) == ("32 x 8", "1 x 8")
-    assert latency["candidates"]["spartan float32"]["timing"]["repeats"] == 40
+    assert latency["candidates"]["spartan float32"]["timing"]["repeats"] == 20
     for found in throughput["candidates"].values():
         assert found["peak_bytes"] > 2**20
         assert 0 < found["share_of_peak"] < 1
@@ -38,20 +40,6 @@ def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) ->
     assert report["processes"]["spartan float32"]["emulation"]["device"] == "raspberry-pi-4"
     device, sizes, rates = device_throughput(report)
     assert (device, sizes["hidden_size"], set(rates)) == ("raspberry-pi-4", 32, {"full", "spartan"})
-
-
-def test_inference_in_one_process(tiny_backbone: Path, tmp_path: Path) -> None:
-    output = tmp_path / "shared.json"
-    command = ["benchmark", "inference", "--model", tiny_backbone, "--systems", "backbone,spartan,engine"]
-    command += ["--precisions", "fp32", "--shapes", "4x8", "--repeats", "2", "--one-process", "--output", output]
-    done = sparsepeft(*command)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(output.read_text())
-    (result,) = report["results"]
-    peaks = {name: one["peak_bytes"] for name, one in result["candidates"].items()}
-    assert peaks["engine float32"] > 2**20
-    assert peaks["backbone float32"] is peaks["spartan float32"] is None
-    assert report["settings"]["one_process"]
 
 
 @pytest.mark.parametrize(
@@ -97,4 +85,40 @@ def test_bad_input(arguments: list[str], words: str) -> None:
     done = sparsepeft("benchmark", "spt", *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Error: ")
+    assert words in done.stderr
+
+
+def test_every_benchmark_is_listed_and_says_what_it_measures() -> None:
+    listed = " ".join(sparsepeft("benchmark", "--help").stdout.split())
+    for name, benchmark in BENCHMARKS.items():
+        assert name in listed
+        shown = sparsepeft("benchmark", name, "--help").stdout
+        for parameter in benchmark.parameters:
+            assert f"--{parameter.name.replace('_', '-')}" in shown
+            assert parameter.help.split()[0] in shown
+
+
+@pytest.mark.parametrize("name", ["memory", "sparse_attention", "routed_ffn"])
+def test_an_op_is_verified_and_timed(name: str, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    done = sparsepeft("benchmark", name, "--quick", "--repeats", 2, "--threads", 1, "--output", output, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(output.read_text())
+    result = read_result(output)
+    assert (result.measured, result.seed, result.settings["repeats"]) == (name, 0, 2)
+    assert all(one["largest_relative_error"] for one in result.results)
+    assert "load_average" in result.environment
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["memory", "--dtype", "int8"], "valid are bfloat16, float16, float32"),
+        (["memory", "--repeats", "1"], "--repeats 1"),
+        (["finetuning", "--groups", "method"], "did you mean 'methods'"),
+    ],
+)
+def test_bad_input_of_the_others(arguments: list[str], words: str) -> None:
+    done = sparsepeft("benchmark", *arguments)
+    assert done.returncode == 2
     assert words in done.stderr

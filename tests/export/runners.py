@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.tiny import topics_rows
 
-from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.portable import Prediction
 
 TEXTS = [" ".join(row["text"].split()[: 3 + 5 * (i % 6)]) for i, row in enumerate(topics_rows("test")[:20])]
 PAIRS = list(zip(TEXTS, reversed(TEXTS), strict=True))

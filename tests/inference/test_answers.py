@@ -16,7 +16,7 @@ import pytest
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.answers import Answer, arriving, format_of, formatter
-from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns

@@ -74,7 +74,7 @@ def test_all_tasks_of_each_text_equal_the_tasks_alone(
 
 def test_lower_layers_run_once_for_all_tasks(engine: MultiTaskEngine) -> None:
     layers = {name: [] for name in (0, 1)}
-    model = engine._models["SPARTAN"].model
+    model = engine._views["SPARTAN"].model
     for index, rows in layers.items():
         layer = model.get_submodule(f"bert.encoder.layer.{index}")
         layer.base_layer.attention.register_forward_hook(lambda m, a, o, rows=rows: rows.append(len(o[0])))
@@ -213,7 +213,7 @@ def test_pairs_go_to_the_tasks_that_take_them(backbone: Path, tmp_path: Path, fo
 
 def test_memory_is_bounded_by_the_budget(engine: MultiTaskEngine) -> None:
     largest = []
-    for model in engine._models.values():
+    for model in engine._views.values():
         model.model.bert.embeddings.register_forward_hook(lambda m, a, o: largest.append(o.shape[0] * o.shape[1]))
     texts = [TEXTS[i % len(TEXTS)] for i in range(9000)]
     answers = engine.predict(("head" if i % 2 else "two", text) for i, text in enumerate(texts))
@@ -299,8 +299,8 @@ def test_the_hundredth_task_costs_what_the_first_does(engine: MultiTaskEngine, f
 
 
 def test_the_backbone_is_there_once(engine: MultiTaskEngine) -> None:
-    words = {m.model.get_input_embeddings().weight.data_ptr() for m in engine._models.values()}
-    assert len(engine._models) >= 4
+    words = {m.model.get_input_embeddings().weight.data_ptr() for m in engine._views.values()}
+    assert len(engine._views) >= 4
     assert len(words) == 1
 
 
@@ -421,7 +421,7 @@ def test_a_bad_task_is_refused_and_the_engine_goes_on(
     engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path, make, message: str
 ) -> None:
     before = engine.predict([(name, TEXTS[0]) for name in TASKS])
-    loaded = [sorted(model._places) for model in engine._models.values()]
+    loaded = [sorted(model._sites) for model in engine._views.values()]
     folder = make(backbone, folders, tmp_path / "bad")
     with pytest.raises(UserError, match=message):
         engine.add("bad", folder)
@@ -431,7 +431,7 @@ def test_a_bad_task_is_refused_and_the_engine_goes_on(
         MultiTaskEngine(backbone, {"bad": folder})
     assert list(engine.tasks) == list(TASKS)
     assert engine.predict([(name, TEXTS[0]) for name in TASKS]) == before
-    assert [sorted(model._places) for model in engine._models.values()] == loaded
+    assert [sorted(model._sites) for model in engine._views.values()] == loaded
 
 
 def test_a_run_that_disagrees_with_its_head_is_refused(backbone: Path, tmp_path: Path) -> None:

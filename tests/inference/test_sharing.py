@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsepeft import MultiTaskEngine, SptConfig, sparsify
 from sparsepeft.errors import UserError
-from sparsepeft.inference.adapted import _offloaded_weights
+from sparsepeft.inference.views import _offloaded_weights
 
 TEXTS = [row["text"] for row in topics_rows("test")[:3]]
 
@@ -126,7 +126,7 @@ def test_offloaded_weights_stay_where_they_are(
     OFFLOADED[how](model, tmp_path / "offloaded")
     before, kept = [(id(p), p.device) for p in model.parameters()], set(map(id, _offloaded_weights(model)))
     engine = MultiTaskEngine(model, folders)
-    for adapted in engine._models.values():
+    for adapted in engine._views.values():
         assert set(map(id, _offloaded_weights(adapted.model))) == kept != set()
     torch.testing.assert_close(answers(engine), expected, rtol=1e-5, atol=1e-6)
     assert [(id(p), p.device) for p in model.parameters()] == before
@@ -141,7 +141,7 @@ def test_a_quantized_model_is_shared(backbone: Path, folders: dict[str, Path]) -
     weight = model.bert.encoder.layer[0].intermediate.dense.weight
     with pytest.warns(UserWarning, match="quantized"):
         engine = MultiTaskEngine(model, folders, onednn=True)
-    for adapted in engine._models.values():
+    for adapted in engine._views.values():
         shared = next(p for n, p in adapted.model.named_parameters() if n.endswith("intermediate.dense.weight"))
         assert type(shared) is type(weight)
         assert shared.qdata.data_ptr() == weight.qdata.data_ptr()
@@ -151,7 +151,7 @@ def test_a_quantized_model_is_shared(backbone: Path, folders: dict[str, Path]) -
 def test_a_sparse_model_is_left_and_tasks_leave_it(backbone: Path, tmp_path: Path) -> None:
     def num_tensors(engine: MultiTaskEngine) -> tuple[int, int]:
         gc.collect()
-        (adapted,) = engine._models.values()
+        (adapted,) = engine._views.values()
         return len(list(adapted.model.state_dict())), sum(type(one) is nn.Parameter for one in gc.get_objects())
 
     ids, tokenizer = torch.randint(4, 40, (4, 12)), AutoTokenizer.from_pretrained(backbone)

@@ -14,7 +14,7 @@ from tests.real.models import MPNET, Rows, Trained, find_model
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.export import export_tasks
-from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.portable import Prediction
 from sparsepeft.training import Predictor
 
 pytestmark = pytest.mark.real

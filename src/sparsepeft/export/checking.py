@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.export.tasks import ExportTask
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft.inference.predictions import Text
+from sparsepeft.inference.portable import ExportedTasks, Text
 from sparsepeft.runs.files import RUN
-from sparsepeft.runs.stored import CHANGED, held_out_data
+from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
-
-
-class Runs(Protocol):
-    """Something that answers texts as the exported runner does."""
-
-    def answer(self, name: str, texts: list[Text]) -> Iterable[dict[str, Any]]:
-        """For each text a dictionary with ``label``, ``score`` and ``scores``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,35 +68,43 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
 
 def eager_answers(engine: MultiTaskEngine, name: str, examples: Examples) -> tuple[Examples, Answers]:
     """PyTorch's answers, and the examples that it takes (none with an empty text)."""
-    found = engine.predict([(name, text) for text in examples.texts])
-    good = [index for index, one in enumerate(found) if one.error is None]
+    predictions = engine.predict([(name, text) for text in examples.texts])
+    answered = [index for index, one in enumerate(predictions) if one.error is None]
     kept = Examples(
         examples.source,
-        [examples.texts[index] for index in good],
-        None if examples.labels is None else [examples.labels[index] for index in good],
+        [examples.texts[index] for index in answered],
+        None if examples.labels is None else [examples.labels[index] for index in answered],
         examples.spec,
     )
-    answers = [found[index] for index in good]
-    scores = [list(one.scores.values()) or [one.score] for one in answers]
-    return kept, Answers([one.label for one in answers], np.array(scores))
+    return kept, _answers([predictions[index].to_dict() for index in answered])
 
 
-def exported_answers(runner: Runs, name: str, examples: Examples) -> Answers:
-    """The exported task's answers; texts of similar length share a batch."""
+def exported_answers(runner: ExportedTasks, name: str, examples: Examples) -> Answers:
+    """The exported task's answers; texts of similar length share a batch.
+
+    Raises:
+        RunFailed: it has none for one of them.
+    """
     order = sorted(range(len(examples.texts)), key=lambda index: len("".join(examples.texts[index])))
-    found: list[Any] = [None] * len(order)
-    for index, one in zip(order, runner.answer(name, [examples.texts[i] for i in order]), strict=True):
-        found[index] = one
+    rows: list[Any] = [None] * len(order)
+    for index, row in zip(order, runner.answer(name, [examples.texts[i] for i in order]), strict=True):
+        if "error" in row:
+            raise RunFailed(f"The exported task {name} does not answer a text that PyTorch answers: {row['error']}")
+        rows[index] = row
+    return _answers(rows)
+
+
+def _answers(rows: list[dict[str, Any]]) -> Answers:
     return Answers(
-        [one["label"] for one in found], np.array([list(one["scores"].values()) or [one["score"]] for one in found])
+        [row["label"] for row in rows], np.array([list(row["scores"].values()) or [row["score"]] for row in rows])
     )
 
 
-def differences(expected: Answers, found: Answers) -> dict[str, Any]:
+def differences(expected: Answers, exported: Answers) -> dict[str, Any]:
     """How far two sets of answers are apart: ``max_deviation`` of scores, ``num_other_labels``, ``num_texts``."""
-    different = sum(one != other for one, other in zip(expected.labels, found.labels, strict=True))
-    deviation = float(np.abs(expected.scores - found.scores).max(initial=0.0))
-    return {"num_texts": len(found.labels), "max_deviation": deviation, "num_other_labels": different}
+    different = sum(one != other for one, other in zip(expected.labels, exported.labels, strict=True))
+    deviation = float(np.abs(expected.scores - exported.scores).max(initial=0.0))
+    return {"num_texts": len(exported.labels), "max_deviation": deviation, "num_other_labels": different}
 
 
 def score(examples: Examples, answers: Answers) -> float | None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from sparsepeft.errors import RunFailed
-from sparsepeft.export.files import TASKS, TOKENIZER, file_sizes, write_description, write_task, write_tokenizer
-from sparsepeft.export.job import Job, check
-from sparsepeft.inference.predictions import Text, prediction
+from sparsepeft.export.files import TASKS, TOKENIZER, WEIGHTS, file_sizes, write_tokenizer
+from sparsepeft.export.job import Job, check, write_tasks
+from sparsepeft.inference.portable import ExportedTasks, Input
+from sparsepeft.tuners.files import PEFT_PREFIX
 
 PROGRAM = "backbone.pte"
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, Any]:
@@ -42,13 +44,12 @@ def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, 
     longest = max(job.max_lengths)
     program = job.graph.trace(job.inputs, job.shapes, batch_size=1, max_length=longest)
     job.progress("lowering it to ExecuTorch")
-    (folder / PROGRAM).write_bytes(_lower(program))
+    buffer = _lower(program)
+    (folder / PROGRAM).write_bytes(buffer)
+    name = hashlib.sha256(buffer).hexdigest()
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
-    for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
-        own = folder / TASKS / task.name
-        write_task(task, tensors, own, int8=False)
-        write_description(task, own, max_length=max_length, backbone=job.backbone_name)
-    tasks = check(job, _Runner(job, folder), tolerance)
+    write_tasks(job, folder, name, WEIGHTS)
+    tasks = check(job, _Runner(job, folder, name), tolerance)
     for name, report in tasks.items():
         report["bytes"] = file_sizes(folder / TASKS / name)
     graph = {"dtype": "float32", "max_length": longest, "inputs": [*job.inputs, *job.shapes]}
@@ -81,26 +82,30 @@ def _lower(program: torch.export.ExportedProgram) -> bytes:
     return buffer
 
 
-class _Runner:
-    """Answers like an exported ``run.py``, from the program."""
+class _Runner(ExportedTasks):
+    """Answers from the program, one text at a time."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    weights = WEIGHTS
+
+    def __init__(self, job: Job, folder: Path, graph: str) -> None:
         from executorch.runtime import Runtime
 
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        tokenizer.no_padding()
+        super().__init__(folder, tokenizer, graph)
         self._job = job
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._tokenizer.no_padding()
-        self._program = Runtime.get().load_program(folder / PROGRAM)
-        self._method = self._program.load_method("forward")
+        self._method = Runtime.get().load_program(folder / PROGRAM).load_method("forward")
 
-    def answer(self, name: str, texts: list[Text]) -> Iterator[dict[str, Any]]:
-        index = [task.name for task in self._job.tasks].index(name)
-        info = self._job.tasks[index].info
-        tensors = [self._job.tensors[index][key].detach().contiguous() for key in self._job.shapes]
-        self._tokenizer.enable_truncation(self._job.max_lengths[index])
-        for encoded in self._tokenizer.encode_batch(texts):
-            values = (encoded.ids, encoded.attention_mask, encoded.type_ids)
-            feed = {key: torch.tensor([value]) for key, value in zip(_INPUTS, values, strict=True)}
-            (logits,) = self._method.execute([*(feed[key] for key in self._job.inputs), *tensors])
-            found = prediction(np.array(logits[0]), info.label_names, multi_label=info.multi_label)
-            yield {"label": found.label, "score": found.score, "scores": found.scores}
+    def answer(self, name: str, texts: Iterable[Input], batch_size: int = 1) -> Iterator[dict[str, Any]]:
+        """As any runner does."""
+        return super().answer(name, texts, batch_size)
+
+    def load(self, file: Path) -> list[torch.Tensor]:
+        """A task's tensors in the program's order."""
+        tensors = load_file(file)
+        return [tensors[PEFT_PREFIX + key] for key in self._job.shapes]
+
+    def logits(self, adapter: list[torch.Tensor], inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """(1, number of labels)."""
+        (logits,) = self._method.execute([*(torch.from_numpy(inputs[key]) for key in self._job.inputs), *adapter])
+        return np.array(logits)

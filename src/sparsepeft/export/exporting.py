@@ -1,22 +1,38 @@
-"""Exporting tasks: the whole of it."""
+"""Exporting tasks: the formats, what each needs, and the whole of it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.export.executorch_files import export_executorch
 from sparsepeft.export.files import REPORT, WRITTEN, check_output
-from sparsepeft.export.formats import check_format, versions
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
 from sparsepeft.export.openvino_files import export_openvino
+from sparsepeft.extras import require
 from sparsepeft.folders import replacing, write_json
 from sparsepeft.provenance import environment
 
 FORMAT_VERSION = 1
+# Modules, each of a package with the name before the first dot.
+_MODULES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "executorch": (
+        "executorch.exir",
+        "executorch.runtime",
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner",
+    ),
+}
+_WHY_NOT_INT8 = {
+    "openvino": "it computes in bfloat16 instead, where the processor has it",
+    "executorch": "quantizing for it needs example texts for its calibration, which is not built in",
+}
+FORMATS = tuple(_MODULES)
 
 
 def export_tasks(
@@ -64,19 +80,37 @@ def export_tasks(
     with replacing(folder, WRITTEN) as staged:
         job = Job(folders, model, data_dir, max_examples, progress)
         if format == "executorch":
-            found = export_executorch(job, staged, tolerance=tolerance)
+            checked = export_executorch(job, staged, tolerance=tolerance)
         elif format == "openvino":
-            found = export_openvino(job, staged, tolerance=tolerance)
+            checked = export_openvino(job, staged, tolerance=tolerance)
         else:
-            found = export_onnx(job, staged, int8=int8, tolerance=tolerance)
+            checked = export_onnx(job, staged, int8=int8, tolerance=tolerance)
         report = {
             "format_version": FORMAT_VERSION,
             "format": format,
             "backbone": job.backbone_name,
             "tolerance": tolerance,
-            **found,
+            **checked,
             "environment": environment(),
         }
-        report["environment"]["versions"] |= versions(format)
+        packages = (module.split(".")[0] for module in _MODULES[format])
+        report["environment"]["versions"] |= {name: importlib.metadata.version(name) for name in packages}
         write_json(staged / REPORT, report)
     return report
+
+
+def check_format(format: str, int8: bool = False) -> None:
+    """See that a format can be written here.
+
+    Raises:
+        UserError: there is none of that name, its packages are not installed, or it has no int8.
+    """
+    if format not in FORMATS:
+        raise UserError(unknown_name("The format", format, FORMATS))
+    if int8 and format in _WHY_NOT_INT8:
+        raise UserError(
+            f"`int8=True` was given with `format={format}`, which has none: {_WHY_NOT_INT8[format]}; leave it out, or "
+            "pass `format=onnx`."
+        )
+    for module in _MODULES[format]:
+        require(module, f"export-{format}", f"The format {format}")

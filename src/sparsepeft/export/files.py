@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -21,9 +20,11 @@ from sparsepeft.runs.files import RUN
 from sparsepeft.tuners.files import PEFT_PREFIX
 
 REPORT, RUNNER, TOKENIZER, TASKS = "export.json", "run.py", "tokenizer.json", "tasks"
-WRITTEN = (REPORT, RUNNER, TOKENIZER, TASKS, "backbone.*")
+PORTABLE = "portable.py"  # of sparsepeft.inference
+WRITTEN = (REPORT, RUNNER, PORTABLE, TOKENIZER, TASKS, "backbone.*")
 OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py
-WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, ADAPTER = "adapter_model.safetensors", "adapter.onnx_adapter"  # of a task, for PEFT and for ONNX Runtime
+_CONFIG = "adapter_config.json"
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -78,20 +79,6 @@ def write_task(task: ExportTask, tensors: Tensors, folder: Path, int8: bool) -> 
     return stored
 
 
-def write_description(
-    task: ExportTask, folder: Path, *, max_length: int, backbone: str, more: Mapping[str, str] | None = None
-) -> None:
-    """Write ``task.json``, from which a runner knows the task; ``more`` is the format's own."""
-    about = {
-        "labels": task.info.label_names,
-        "multi_label": task.info.multi_label,
-        "num_texts": task.info.num_texts,
-        "max_length": max_length,
-        "backbone": backbone,
-    }
-    write_json(folder / "task.json", about | dict(more or {}))
-
-
 def write_onnx_adapter(tensors: Tensors, path: Path) -> None:
     """Write tensors as ONNX Runtime swaps them into a graph."""
     import onnxruntime
@@ -105,9 +92,13 @@ def write_onnx_adapter(tensors: Tensors, path: Path) -> None:
 
 
 def write_runner(folder: Path, source_name: str) -> None:
-    """Write ``run.py`` from a module of this package."""
-    source = resources.files("sparsepeft.export").joinpath(source_name).read_bytes()
-    (folder / RUNNER).write_bytes(source)
+    """Write ``run.py`` from a module of this package, and the file that it answers by beside it."""
+    source = resources.files("sparsepeft.export").joinpath(source_name).read_text(encoding="utf-8")
+    portable = resources.files("sparsepeft.inference").joinpath(PORTABLE).read_bytes()
+    (folder / RUNNER).write_text(
+        source.replace("from sparsepeft.inference.portable", "from portable"), encoding="utf-8"
+    )
+    (folder / PORTABLE).write_bytes(portable)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

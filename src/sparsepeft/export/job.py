@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ from sparsepeft.errors import RunFailed
 from sparsepeft.export.checking import (
     Answers,
     Examples,
-    Runs,
     differences,
     eager_answers,
     examples_of,
     exported_answers,
     score,
 )
+from sparsepeft.export.files import ADAPTER, TASKS, write_onnx_adapter, write_task
 from sparsepeft.export.graph import TaskGraph
 from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
+from sparsepeft.folders import write_json
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.engine import load_backbone
+from sparsepeft.inference.portable import ExportedTasks
 from sparsepeft.methods.models import load_tokenizer, set_pad_token
 
 
@@ -85,7 +88,7 @@ class Job:
         return self._expected[task.name]
 
 
-def check(job: Job, runner: Runs, tolerance: float) -> dict[str, dict[str, Any]]:
+def check(job: Job, runner: ExportedTasks, tolerance: float) -> dict[str, dict[str, Any]]:
     """Compare each exported task's answers with PyTorch's; what was found, by task.
 
     Raises:
@@ -95,28 +98,55 @@ def check(job: Job, runner: Runs, tolerance: float) -> dict[str, dict[str, Any]]
     for index, task in enumerate(job.tasks):
         examples, expected = job.expected(index)
         job.progress(f"comparing {task.name} on {len(examples.texts)} texts")
-        found = differences(expected, exported_answers(runner, task.name, examples))
-        if not found["max_deviation"] <= tolerance:  # NaN, too
+        compared = differences(expected, exported_answers(runner, task.name, examples))
+        if not compared["max_deviation"] <= tolerance:  # NaN, too
             raise RunFailed(
-                f"The exported task {task.name} deviates from PyTorch by {found['max_deviation']:.2g} in its scores, "
-                f"but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger `tolerance` if that is "
-                "good enough."
+                f"The exported task {task.name} deviates from PyTorch by {compared['max_deviation']:.2g} in its "
+                f"scores, but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger `tolerance` if "
+                "that is good enough."
             )
-        reports[task.name] = {"checked_on": examples.source, **found}
+        reports[task.name] = {"checked_on": examples.source, **compared}
     return reports
 
 
-def add_changes(job: Job, runner: Runs, reports: dict[str, dict[str, Any]], key: str) -> None:
+def add_changes(job: Job, runner: ExportedTasks, reports: dict[str, dict[str, Any]], key: str) -> None:
     """Add to each task's report, under ``key``, what a lower precision changes."""
     for index, task in enumerate(job.tasks):
         examples, expected = job.expected(index)
         job.progress(f"answering {len(examples.texts)} texts of {task.name} ({key})")
-        found = exported_answers(runner, task.name, examples)
-        changed = {name: value for name, value in differences(expected, found).items() if name != "num_texts"}
+        answers = exported_answers(runner, task.name, examples)
+        changed = {name: value for name, value in differences(expected, answers).items() if name != "num_texts"}
         if examples.spec is not None:
             changed |= {
                 "metric": examples.spec.main_metric,
                 "before": score(examples, expected),
-                "after": score(examples, found),
+                "after": score(examples, answers),
             }
         reports[task.name][key] = changed
+
+
+def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool = False) -> None:
+    """Write each task's folder, with the ``task.json`` that a runner knows it from.
+
+    Args:
+        job: what is exported.
+        folder: of the export.
+        graph: name of the backbone's graph.
+        weights: file of a task that the runner reads: :data:`~sparsepeft.export.files.WEIGHTS` or ``ADAPTER``.
+        int8: weights in int8.
+    """
+    for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
+        task_folder = folder / TASKS / task.name
+        stored = write_task(task, tensors, task_folder, int8)
+        if weights == ADAPTER:
+            write_onnx_adapter(stored, task_folder / ADAPTER)
+        description = {
+            "labels": task.info.label_names,
+            "multi_label": task.info.multi_label,
+            "num_texts": task.info.num_texts,
+            "max_length": max_length,
+            "backbone": job.backbone_name,
+            "graph": graph,
+            "sha256": hashlib.sha256((task_folder / weights).read_bytes()).hexdigest(),
+        }
+        write_json(task_folder / "task.json", description)

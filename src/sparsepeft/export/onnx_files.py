@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsepeft.export.files import (
-    RUNNER,
-    TASKS,
-    TOKENIZER,
-    file_sizes,
-    write_description,
-    write_onnx_adapter,
-    write_runner,
-    write_task,
-    write_tokenizer,
-)
-from sparsepeft.export.job import Job, add_changes, check
+from sparsepeft.export.files import ADAPTER, RUNNER, TASKS, TOKENIZER, file_sizes, write_runner, write_tokenizer
+from sparsepeft.export.job import Job, add_changes, check, write_tasks
 from sparsepeft.export.onnx_graph import IR_VERSION, OPSET, graph_of, open_adapter, quantize
 from sparsepeft.models.quantized import INT8
 
 if TYPE_CHECKING:
     import onnx
 
-GRAPH, ADAPTER = "backbone.onnx", "adapter.onnx_adapter"
+GRAPH = "backbone.onnx"
 INT8_TASKS = "int8_tasks"  # in the report: the tasks alone in int8, on a float32 backbone
 
 
@@ -83,9 +72,4 @@ def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> Non
     onnx.save(graph, str(folder / GRAPH))
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
     write_runner(folder, RUNNER)
-    for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
-        own = folder / TASKS / task.name
-        stored = write_task(task, tensors, own, int8)
-        write_onnx_adapter(stored, own / ADAPTER)
-        more = {"graph": graph.graph.name, "sha256": hashlib.sha256((own / ADAPTER).read_bytes()).hexdigest()}
-        write_description(task, own, max_length=max_length, backbone=job.backbone_name, more=more)
+    write_tasks(job, folder, graph.graph.name, ADAPTER, int8=int8)

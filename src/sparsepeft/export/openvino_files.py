@@ -14,12 +14,10 @@ from sparsepeft.export.files import (
     TOKENIZER,
     WEIGHTS,
     file_sizes,
-    write_description,
     write_runner,
-    write_task,
     write_tokenizer,
 )
-from sparsepeft.export.job import Job, add_changes, check
+from sparsepeft.export.job import Job, add_changes, check, write_tasks
 from sparsepeft.export.onnx_graph import graph_of
 
 MODEL = "backbone.xml"
@@ -64,11 +62,7 @@ def export_openvino(job: Job, folder: Path, *, tolerance: float) -> dict[str, An
     openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
     write_runner(folder, OPENVINO_RUNNER)
-    for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
-        own = folder / TASKS / task.name
-        write_task(task, tensors, own, int8=False)
-        more = {"graph": model.friendly_name, "sha256": hashlib.sha256((own / WEIGHTS).read_bytes()).hexdigest()}
-        write_description(task, own, max_length=max_length, backbone=job.backbone_name, more=more)
+    write_tasks(job, folder, model.friendly_name, WEIGHTS)
 
     def runner(precision: str) -> Runner:
         return Runner(folder, torch.get_num_threads(), _PRECISIONS[precision])

@@ -11,7 +11,7 @@ import torch
 
 from sparsepeft.backbones import backbone_of_run, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.inference.task import TaskInfo, read_task
+from sparsepeft.inference.tasks import TaskInfo, read_task
 from sparsepeft.runs.files import RUN, read_run
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -80,18 +80,18 @@ def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> di
     Raises:
         UserError: the tasks have different tensors, or memories of which only some keep all their parents.
     """
-    for task, own in zip(tasks[1:], tensors[1:], strict=True):
-        missing, more = sorted(tensors[0].keys() - own.keys()), sorted(own.keys() - tensors[0].keys())
+    for task, named in zip(tasks[1:], tensors[1:], strict=True):
+        missing, more = sorted(tensors[0].keys() - named.keys()), sorted(named.keys() - tensors[0].keys())
         if missing or more:
             what = f"has no {missing[0]}" if missing else f"also has {more[0]}"
             raise _cannot_share(tasks[0], task, f"{task.name} {what}")
     shapes: dict[str, Shape] = {}
     for name in tensors[0]:
-        found = [tuple(own[name].shape) for own in tensors]
-        for task, shape in zip(tasks, found, strict=True):
-            if len(shape) != len(found[0]):
-                raise _cannot_share(tasks[0], task, f"{name} has shapes {list(found[0])} and {list(shape)}")
-        shapes[name] = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*found, strict=True))
+        of_tasks = [tuple(named[name].shape) for named in tensors]
+        for task, shape in zip(tasks, of_tasks, strict=True):
+            if len(shape) != len(of_tasks[0]):
+                raise _cannot_share(tasks[0], task, f"{name} has shapes {list(of_tasks[0])} and {list(shape)}")
+        shapes[name] = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*of_tasks, strict=True))
     keeps_all = [getattr(task.config, "num_parents", 0) == getattr(task.config, "top_k", None) for task in tasks]
     if len(set(keeps_all)) > 1:
         other = tasks[keeps_all.index(not keeps_all[0])]

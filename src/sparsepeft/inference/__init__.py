@@ -1,7 +1,45 @@
-"""One backbone, many tasks: batches in which every row uses its own task's adapter."""
+"""From texts to answers: one backbone and many tasks, one run, or a language model; loaded when first asked for."""
 
-from sparsepeft.inference.engine import MultiTaskEngine
-from sparsepeft.inference.predictions import Prediction
-from sparsepeft.inference.task import TaskInfo
+from typing import TYPE_CHECKING
 
-__all__ = ["MultiTaskEngine", "Prediction", "TaskInfo"]
+from sparsepeft.lazy import lazily
+
+if TYPE_CHECKING:
+    from sparsepeft.inference.answers import Answer, answer
+    from sparsepeft.inference.engine import MultiTaskEngine
+    from sparsepeft.inference.evaluation import Evaluation, evaluate
+    from sparsepeft.inference.generation import GenerationSettings, Generator
+    from sparsepeft.inference.portable import Prediction
+    from sparsepeft.inference.predictor import Predictor
+    from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
+    from sparsepeft.inference.tasks import TaskInfo
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "GenerationSettings",
+    "Generator",
+    "MultiTaskEngine",
+    "Prediction",
+    "Predictor",
+    "TableOptions",
+    "TaskInfo",
+    "answer",
+    "evaluate",
+    "read_lines",
+    "read_questions",
+]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "sparsepeft.inference.answers": ("Answer", "answer"),
+        "sparsepeft.inference.engine": ("MultiTaskEngine",),
+        "sparsepeft.inference.evaluation": ("Evaluation", "evaluate"),
+        "sparsepeft.inference.generation": ("GenerationSettings", "Generator"),
+        "sparsepeft.inference.portable": ("Prediction",),
+        "sparsepeft.inference.predictor": ("Predictor",),
+        "sparsepeft.inference.questions": ("TableOptions", "read_lines", "read_questions"),
+        "sparsepeft.inference.tasks": ("TaskInfo",),
+    },
+)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsepeft.errors import UserError
-from sparsepeft.inference.predictions import Prediction
+from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.questions import Question
 from sparsepeft.tasks import TaskSpec
 
 FORMATS = ("jsonl", "csv")
-_OURS = "predicted_"  # before names that the row has already
+_PREFIX = "predicted_"  # before names that the row has already
 _BATCHES = 8  # that are sorted by length together
 Item = TypeVar("Item")
 
@@ -41,24 +41,25 @@ class Answer:
         Scores are rounded to four digits, predicted values to six. A name that is a column already (often the truth)
         stays the column's; ours is then called ``predicted_label``.
         """
-        return self._named(self._found())
+        return self._named(self._cells())
 
     def flat_row(self, spec: TaskSpec) -> dict[str, Any]:
         """Like :meth:`row`, for formats without nesting: a column for each label's score, and ``error`` in all rows."""
-        found = self._found()
-        error, scores = found.pop("error", None), found.pop("scores", {})
-        found.pop("truncated", None)
+        cells = self._cells()
+        error, scores = cells.pop("error", None), cells.pop("scores", {})
+        cells.pop("truncated", None)
         if spec.label_names is None:
-            cells: dict[str, Any] = {"score": None}
+            columns: dict[str, Any] = {"score": None}
         else:
             first: dict[str, Any] = {"labels": None} if spec.multi_label else {"label": None, "score": None}
-            cells = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
-        cells |= found | {"error": error}
-        if cells.get("labels") is not None:
-            cells["labels"] = "|".join(cells["labels"])
-        return self._named(cells)
+            columns = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
+        columns |= cells | {"error": error}
+        if columns.get("labels") is not None:
+            columns["labels"] = "|".join(columns["labels"])
+        return self._named(columns)
 
-    def _found(self) -> dict[str, Any]:
+    def _cells(self) -> dict[str, Any]:
+        """What the prediction adds to the row, by name."""
         one = self.prediction
         cut = {"truncated": True} if one.truncated else {}
         if one.error is not None:
@@ -70,11 +71,11 @@ class Answer:
             return {"labels": list(one.labels), "scores": scores, **cut}
         return {"label": one.label, "score": scores[one.label], "scores": scores, **cut}
 
-    def _named(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _named(self, cells: dict[str, Any]) -> dict[str, Any]:
         row = dict(self.columns)
-        for name, value in found.items():
+        for name, value in cells.items():
             while name in self.columns:
-                name = _OURS + name
+                name = _PREFIX + name
             row[name] = value
         return row
 
@@ -90,12 +91,12 @@ def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list
         Answers to at most eight batches of questions.
     """
     size = _BATCHES * predictor.batch_size if predictor.batch_size > 1 else 1
-    for asked in arriving(questions, size):
-        good = [question for question in asked if question.error is None]
-        found = iter(predictor.predict([question.texts for question in good], on_error="return"))
+    for batch in arriving(questions, size):
+        readable = [question.texts for question in batch if question.error is None]
+        predictions = iter(predictor.predict(readable, on_error="return"))
         yield [
-            Answer(question.columns, next(found) if question.error is None else Prediction.failed(question.error))
-            for question in asked
+            Answer(question.columns, next(predictions) if question.error is None else Prediction.failed(question.error))
+            for question in batch
         ]
 
 
@@ -124,18 +125,18 @@ def arriving(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
     end: BaseException | bool = False
     try:
         while end is False:
-            came: list[Item] = []
-            while len(came) < most:
+            batch: list[Item] = []
+            while len(batch) < most:
                 try:
-                    got = waiting.get(block=not came)
+                    received = waiting.get(block=not batch)
                 except queue.Empty:
                     break
-                if not isinstance(got, tuple):
-                    end = got or True
+                if not isinstance(received, tuple):
+                    end = received or True
                     break
-                came.append(got[0])
-            if came:
-                yield came
+                batch.append(received[0])
+            if batch:
+                yield batch
         if isinstance(end, BaseException):
             raise end
     finally:
@@ -151,8 +152,8 @@ def format_of(format: str | None, output: Path | None) -> str:
     chosen = format or (output.suffix.lstrip(".") if output is not None and output.suffix else FORMATS[0])
     chosen = "jsonl" if chosen == "json" else chosen
     if chosen not in FORMATS:
-        given = f"`output_format={format}`" if format is not None else f"`output={output}`"
-        raise UserError(f"{given} was given, but answers are written as {' or '.join(FORMATS)}; pass one of these.")
+        option = f"`output_format={format}`" if format is not None else f"`output={output}`"
+        raise UserError(f"{option} was given, but answers are written as {' or '.join(FORMATS)}; pass one of these.")
     return chosen
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
-from sparsepeft.tasks import TaskSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from sparsepeft.tasks import TaskSpec
+
 # Tokenizers without a limit report a huge number.
 _NO_LIMIT = 1_000_000
+Item = TypeVar("Item")
 
 
 def longest_input(
@@ -153,3 +157,31 @@ class Encoder:
         """Pad to the longest: tensors (B, T)."""
         features = [encoded.features for encoded in inputs]
         return dict(self.tokenizer.pad(features, return_tensors="pt").to(device))
+
+
+def batches_by_length(
+    lengths: Sequence[int], max_tokens: int | None = None, max_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Yield indices of inputs of similar length.
+
+    Args:
+        lengths: of the inputs, in tokens.
+        max_tokens: of a batch with its padding; a longer input makes a batch by itself.
+        max_rows: of a batch.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        is_full = max_rows is not None and len(batch) == max_rows
+        if batch and (is_full or (max_tokens is not None and (len(batch) + 1) * lengths[index] > max_tokens)):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of up to ``size`` items, so that memory stays bounded however many there are."""
+    iterator = iter(items)
+    while window := list(islice(iterator, size)):
+        yield window

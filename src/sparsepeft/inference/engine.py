@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,50 @@ from sparsepeft.arguments import check_flag, check_whole
 from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.inference.adapted import AdaptedBackbone, sharing_tensors
-from sparsepeft.inference.batches import batches_by_tokens, windows
-from sparsepeft.inference.encoding import Encoded, Encoder
-from sparsepeft.inference.onednn import is_onednn_faster
-from sparsepeft.inference.predictions import (
+from sparsepeft.inference.answering import WINDOW, Engine, Row, batch_logits, collate, grouped, user_errors
+from sparsepeft.inference.encoding import Encoder, batches_by_length, windows
+from sparsepeft.inference.onednn import is_onednn_faster, use_onednn
+from sparsepeft.inference.portable import (
     Input,
+    InputError,
     OnError,
     Prediction,
+    as_list,
     check_on_error,
-    listed,
-    prediction,
+    find_task,
     read_input,
-    texts_of,
 )
-from sparsepeft.inference.registry import TaskRegistry, find
-from sparsepeft.inference.task import LoadedTask, TaskInfo, read_task
-from sparsepeft.methods.models import load_tokenizer, not_loaded, set_pad_token, with_pad_token
+from sparsepeft.inference.tasks import LoadedTask, info_of_run, read_task
+from sparsepeft.inference.views import (
+    OwnView,
+    SharedView,
+    serving_copy,
+    sharing_tensors,
+    with_own_feed_forwards,
+    with_own_head,
+)
+from sparsepeft.methods.models import (
+    attach_trained,
+    load_tokenizer,
+    load_trained,
+    not_loaded,
+    set_pad_token,
+    with_pad_token,
+)
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.heads import find_head
+from sparsepeft.models.identity import is_sparse
 from sparsepeft.reprs import first_of
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import RUN, read_run, spec_of
 from sparsepeft.tuners.config import DTYPES
 from sparsepeft.tuners.layer import execution_device
 
-Request = tuple[str, Input]
-
-_WINDOW = 4096  # inputs that are encoded and sorted by length at a time
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One input of one task: where its answer goes, and its tokens."""
-
-    place: int
-    task: LoadedTask
-    encoded: Encoded
-
-    def __len__(self) -> int:
-        return len(self.encoded)
+# Whose adapters a batch may mix. The others' tasks are answered one after the other, by models of their own.
+_ROUTED_METHODS = ("spartan", "pfeiffer", "houlsby", "bitfit", "head")
 
 
-class MultiTaskEngine:
+class MultiTaskEngine(Engine):
     """Answers many tasks from one copy of a backbone.
 
     A call takes inputs of any tasks. They are sorted by length and batched by a budget of tokens; each batch is one
@@ -67,8 +71,10 @@ class MultiTaskEngine:
     Args:
         backbone: a hub id, a local folder, or a loaded model with a classification head (it is not changed, and its
             weights are shared); None is the bundled MiniLM.
-        tasks: folder of each task by its name, as written by ``sparsepeft train`` or ``save_pretrained``. SPARTAN,
-            bottleneck, BitFit and head-only tasks may be mixed; those of different PEFT methods do not share a batch.
+        tasks: folder of each task by its name, as written by ``sparsepeft train``, with any method; or by
+            ``save_pretrained``, with SPARTAN, bottleneck, BitFit or head-only adapters. Tasks of one of these methods
+            share batches. The others (LoRA, IA3, sparse and fully tuned ones) are batched by themselves, in a model
+            that shares the backbone's weights; a fully tuned task brings a model of its own.
         tokenizer: None takes the backbone's.
         dtype: of the backbone where it is loaded here, as PyTorch's or by name (``"bf16"``). In bfloat16 a pass takes
             about a third of the time on processors that multiply it; adapters and heads stay in float32.
@@ -92,7 +98,7 @@ class MultiTaskEngine:
         token_budget: int = 4096,
         onednn: bool | None = None,
     ) -> None:
-        self.token_budget = token_budget
+        super().__init__(check_whole("token_budget", token_budget))
         if onednn is not None:
             check_flag("onednn", onednn)
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -121,8 +127,7 @@ class MultiTaskEngine:
         self._backbone, self._device = model, execution_device(model) or model.device
         self._encoder = Encoder(tokenizer, model.config)
         self._onednn = onednn
-        self._models: dict[str, AdaptedBackbone] = {}  # by PEFT method
-        self._tasks = TaskRegistry()
+        self._views: dict[str, SharedView] = {}  # by PEFT method
         self._numbers = itertools.count()
         for task, folder in (tasks or {}).items():
             self.add(task, folder)
@@ -136,6 +141,7 @@ class MultiTaskEngine:
     @property
     def token_budget(self) -> int:
         """Tokens of a batch, padding included."""
+        assert self._token_budget is not None
         return self._token_budget
 
     @token_budget.setter
@@ -144,11 +150,7 @@ class MultiTaskEngine:
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
-    @property
-    def tasks(self) -> dict[str, TaskInfo]:
-        """The loaded tasks."""
-        return {name: task.info for name, task in self._tasks.now().items()}
-
+    @user_errors()
     def add(self, name: str, folder: str | Path) -> None:
         """Load a task under a new name.
 
@@ -158,6 +160,7 @@ class MultiTaskEngine:
         path = _path(folder)
         self._tasks.add(name, lambda: self._load(path))
 
+    @user_errors()
     def replace(self, name: str, folder: str | Path) -> None:
         """Put another version of a task in its place; calls that run finish with the former one.
 
@@ -167,6 +170,7 @@ class MultiTaskEngine:
         path = _path(folder)
         self._tasks.replace(name, lambda: self._load(path))
 
+    @user_errors()
     def remove(self, name: str) -> None:
         """Forget a task; calls that run finish with it.
 
@@ -176,59 +180,67 @@ class MultiTaskEngine:
         self._tasks.remove(name)
 
     def _load(self, folder: Path) -> LoadedTask:
+        run = read_run(folder) if (folder / RUN).is_file() else None
+        if run is not None:
+            info_of_run(folder, run)  # a language model is refused by name
+        if run is None or self._is_routed(run):
+            return self._load_shared(folder)
+        return self._load_alone(folder, run)
+
+    def _is_routed(self, run: dict[str, Any]) -> bool:
+        """Whether the run's rows can share a batch with others: routers can if the backbone itself is sparse."""
+        config = RunConfig(**run["config"])
+        return config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
+
+    def _load_shared(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
-        method = config.method
-        onednn = is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
-        model = self._models.get(method) or AdaptedBackbone(self._backbone, onednn=onednn)
-        adapter_name, longest = f"task{next(self._numbers)}", self._encoder.longest(info.max_length)
-        task = LoadedTask(info, model, adapter_name, longest, model.load(folder, adapter_name))
+        view = self._views.get(config.method) or SharedView(self._backbone, onednn=self._uses_onednn())
+        adapter_name = self._next_name()
+        task = LoadedTask(info, view, adapter_name, self._encoder, view.load(folder, adapter_name))
         try:
-            self._try_out(task, config.num_labels)
+            _try_out(task)
         except BaseException:
-            model.delete(adapter_name)
+            view.delete(adapter_name)
             raise
-        self._models[method] = model
+        self._views[config.method] = view
         return task
 
-    def _try_out(self, task: LoadedTask, num_labels: int | None) -> None:
-        """A first pass by itself: weights that are not finite are found, and bottlenecks see how a layer ends."""
-        (probe,) = self._encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
-        if not np.isfinite(self._logits([_Row(0, task, probe)])[0, :num_labels]).all():
-            raise UserError(
-                f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
+    def _load_alone(self, folder: Path, run: dict[str, Any]) -> LoadedTask:
+        config, spec, info = RunConfig(**run["config"]), spec_of(run), info_of_run(folder, run)
+        if config.method == "full":
+            model: Any = load_trained(folder, config.method, str(folder), spec)
+            model.to(device=self._device, dtype=self._backbone.dtype)
+            model.config.use_cache = False
+            encoder = Encoder(load_tokenizer(str(folder)), model.config)
+        else:
+            backbone, encoder, spt = serving_copy(self._backbone), self._encoder, config.spt_config()
+            head, was_sparse = find_head(backbone, find_blocks(backbone)), is_sparse(backbone)
+            if config.method not in _ROUTED_METHODS:  # the others bring a head of their size
+                with_own_head(backbone, head, spec.num_labels)
+            if spt is not None and not was_sparse:
+                with_own_feed_forwards(backbone, spt)
+            model = attach_trained(
+                backbone,
+                folder,
+                is_sparse=spt is not None and not was_sparse,
+                backbone_fingerprint=None if was_sparse else run.get("backbone_fingerprint"),
+                exclude=head.modules,
             )
+        if self._uses_onednn():
+            use_onednn(model)
+        task = LoadedTask(info, OwnView(model, self._device), self._next_name(), encoder)
+        _try_out(task)
+        return task
+
+    def _uses_onednn(self) -> bool:
+        return is_onednn_faster(self._backbone.dtype) if self._onednn is None else self._onednn
+
+    def _next_name(self) -> str:
+        return f"task{next(self._numbers)}"
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
-    def predict(
-        self, requests: Iterable[Request], *, truncation: bool = True, on_error: OnError = "return"
-    ) -> list[Prediction]:
-        """Answer a list of (task, text) or (task, (text, text)), in the order asked.
-
-        Args:
-            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``. Memory beside the
-                answers does not grow with it.
-            truncation: cut what is longer than its task takes, as in training; else such a row is an error.
-            on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
-                answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
-        """
-        check_on_error(on_error)
-        check_flag("truncation", truncation)
-        _check_several(requests)
-        answers: list[Prediction] = []
-        with self._tasks.in_use() as tasks:
-            for window in windows(listed(requests), _WINDOW):
-                found: dict[int, Prediction] = {}
-                rows = self._encode(enumerate(window), tasks, truncation, on_error, found)
-                for same in _grouped(rows, lambda row: row.task.model):
-                    for batch in batches_by_tokens([len(row) for row in same], self.token_budget):
-                        # Rows of a task side by side, so that its adapter reads a slice.
-                        together = sorted((same[i] for i in batch), key=lambda row: row.task.adapter_name)
-                        for row, logits in zip(together, self._logits(together), strict=True):
-                            found[row.place] = _answer(row, logits)
-                answers += [found[place] for place in range(len(window))]
-        return answers
-
+    @user_errors()
     def predict_all(
         self,
         texts: Iterable[Input],
@@ -257,88 +269,64 @@ class MultiTaskEngine:
         check_flag("truncation", truncation)
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
-            names = loaded if tasks is None else listed(tasks)
-            chosen = {name: find(loaded, name) for name in names}
-            for window in windows(listed(texts), _WINDOW):
-                found: dict[tuple[str, int], Prediction] = {}
-                for group in _grouped(chosen.items(), lambda named: _shareable(named[1])):
+            names = loaded if tasks is None else as_list(tasks)
+            chosen = {name: find_task(name, loaded) for name in names}
+            for window in windows(as_list(texts), WINDOW):
+                predictions: dict[tuple[str, int], Prediction] = {}
+                for group in grouped(chosen.items(), lambda named: _shareable(named[1])):
                     first, task = group[0]
-                    fitting = [
+                    requests = [
                         (place, (first, text))
                         for place, text in enumerate(window)
-                        if tasks is not None or _fits(text, task)
+                        if tasks is not None or _takes(task, text)
                     ]
                     failed: dict[int, Prediction] = {}
-                    rows = self._encode(fitting, chosen, truncation, on_error, failed)
-                    found |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
-                    for batch in batches_by_tokens([len(row) for row in rows], self.token_budget):
-                        found |= self._fan_out([rows[i] for i in batch], group)
+                    rows = self._encode(requests, chosen, truncation, on_error, failed)
+                    predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
+                    for batch in batches_by_length([len(row) for row in rows], self.token_budget):
+                        predictions |= self._fan_out([rows[i] for i in batch], group)
                 answers += [
-                    {name: found[name, place] for name in chosen if (name, place) in found}
+                    {name: predictions[name, place] for name in chosen if (name, place) in predictions}
                     for place in range(len(window))
                 ]
         return answers
 
-    def _encode(
-        self,
-        requests: Iterable[tuple[int, Request]],
-        tasks: Mapping[str, LoadedTask],
-        truncation: bool,
-        on_error: OnError,
-        failed: dict[int, Prediction],
-    ) -> list[_Row]:
-        """Rows for the requests that can be answered; ``failed`` takes up the others, by their places."""
-        good: list[tuple[int, str, tuple[str, ...]]] = []
-
-        def refuse(place: int, error: UserError) -> None:
-            if on_error == "raise":
-                raise error
-            failed[place] = Prediction.failed(str(error))
-
-        for place, request in requests:
-            try:
-                name, text = _request(request)
-                good.append((place, name, texts_of(text, find(tasks, name).info.num_texts)))
-            except UserError as error:
-                refuse(place, error)
-        rows: list[_Row] = []
-        for same in _grouped(good, lambda one: (len(one[2]), tasks[one[1]].max_length)):
-            longest = tasks[same[0][1]].max_length
-            encoded = self._encoder([texts for _, _, texts in same], longest)
-            for (place, name, _), one in zip(same, encoded, strict=True):
-                if one.truncated and not truncation:
-                    refuse(place, UserError(f"An input is longer than the {longest} tokens of its task; shorten it."))
-                elif not len(one):
-                    refuse(place, UserError("An input has no character that the tokenizer knows; pass some words."))
-                else:
-                    rows.append(_Row(place, tasks[name], one))
-        return rows
-
     @torch.inference_mode()
-    def _fan_out(self, rows: list[_Row], tasks: list[tuple[str, LoadedTask]]) -> dict[tuple[str, int], Prediction]:
+    def _fan_out(self, rows: list[Row], tasks: list[tuple[str, LoadedTask]]) -> dict[tuple[str, int], Prediction]:
         """Answer all ``tasks`` for each of the rows, the lower layers once; by task and place."""
-        model = tasks[0][1].model
-        shared = min(model.num_shareable_layers, *(task.lowest_layer for _, task in tasks))
-        states = model.lower_states(self._collate(rows), shared) if shared else None
-        found: dict[tuple[str, int], Prediction] = {}
+        view = tasks[0][1].view
+        num_shared = min(view.num_shareable_layers, *(task.lowest_layer for _, task in tasks))
+        states = view.lower_states(collate(rows), num_shared) if num_shared else None
+        predictions: dict[tuple[str, int], Prediction] = {}
         for part in windows(tasks, max(1, self.token_budget // (len(rows) * max(map(len, rows))))):
             repeated = [replace(row, task=task) for _, task in part for row in rows]
-            logits = self._logits(repeated, shared, None if states is None else states.repeat(len(part), 1, 1))
+            logits = batch_logits(repeated, num_shared, None if states is None else states.repeat(len(part), 1, 1))
             names = [name for name, _ in part for _ in rows]
             for name, row, values in zip(names, repeated, logits, strict=True):
-                found[name, row.place] = _answer(row, values)
-        return found
+                predictions[name, row.place] = row.answer(values)
+        return predictions
 
-    @torch.inference_mode()
-    def _logits(self, rows: list[_Row], begin: int = 0, states: torch.Tensor | None = None) -> np.ndarray:
-        """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
-        names = [row.task.adapter_name for row in rows]
-        logits = rows[0].task.model.logits(self._collate(rows), names, begin, states)
-        result: np.ndarray = logits.float().cpu().numpy()
-        return result
 
-    def _collate(self, rows: list[_Row]) -> dict[str, torch.Tensor]:
-        return self._encoder.collate([row.encoded for row in rows], self._device)
+def _try_out(task: LoadedTask) -> None:
+    """A first pass by itself: weights that are not finite are found, and bottlenecks see how a layer ends."""
+    (probe,) = task.encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
+    if not np.isfinite(batch_logits([Row(0, task, probe)])[0, : task.info.num_outputs]).all():
+        raise UserError(
+            f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
+        )
+
+
+def _shareable(task: LoadedTask) -> tuple[Any, ...]:
+    """What tasks must have in common to be answered for one text together."""
+    return task.view, task.info.num_texts, task.max_length, task.lowest_layer > 0
+
+
+def _takes(task: LoadedTask, text: Any) -> bool:
+    """Whether a task takes as many texts as an input has; if it is none, that is every task's answer."""
+    try:
+        return task.info.num_texts in (None, len(read_input(text)))
+    except InputError:
+        return True
 
 
 def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -380,47 +368,3 @@ def _move(model: torch.nn.Module, device: torch.device) -> None:
         model.to(device)
     except (RuntimeError, ValueError) as error:  # such as too little memory, or quantized weights that stay
         raise UserError(f"The model cannot be moved to `device={device}` ({first_line(error)}).") from error
-
-
-def _check_several(requests: Any) -> None:
-    """Refuse one request, or a part of one, where a list of them is expected."""
-    if isinstance(requests, (str, Mapping)) or (
-        isinstance(requests, tuple) and requests and isinstance(requests[0], str)
-    ):
-        raise UserError(
-            f"One request, {requests!r:.80}, was given; pass a list of them, such as [(task, text)], or ask all tasks "
-            "by predict_all([text])."
-        )
-
-
-def _request(request: Any) -> Request:
-    if not isinstance(request, (tuple, list)) or len(request) != 2 or not isinstance(request[0], str):
-        raise UserError(
-            f"A request is {request!r:.80}; expected (task, text) or (task, (text, text)), with the task's name."
-        )
-    return request[0], request[1]
-
-
-def _grouped(items: Iterable[Any], key: Any) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return list(groups.values())
-
-
-def _shareable(task: LoadedTask) -> tuple[Any, ...]:
-    """What tasks must have in common to be answered for one text together."""
-    return task.model, task.info.num_texts, task.max_length, task.lowest_layer > 0
-
-
-def _fits(text: Any, task: LoadedTask) -> bool:
-    try:
-        return task.info.num_texts in (None, len(read_input(text)))
-    except UserError:
-        return True  # what is wrong with it is every task's answer
-
-
-def _answer(row: _Row, logits: np.ndarray) -> Prediction:
-    names = row.task.info.label_names
-    own = logits[: len(names) if names else 1]
-    return prediction(own, names, multi_label=row.task.info.multi_label, truncated=row.encoded.truncated)

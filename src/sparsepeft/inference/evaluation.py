@@ -7,17 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
+from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.questions import TableOptions
+from sparsepeft.methods.language_models import load_trained_language_model, perplexity
+from sparsepeft.methods.models import load_tokenizer, to_accelerator
+from sparsepeft.runs.config import LM, RunConfig
+from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.lm_config import LM
-from sparsepeft.runs.stored import held_out_data
+from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out, scored_parts
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
 from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
-from sparsepeft.tasks.local import load_labelled
-from sparsepeft.training.language_model import evaluate_language_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,29 +89,21 @@ def evaluate(
         UserError: the folder holds no finished training, data or backbone are gone or damaged, a label is none of the
             run's, or it cannot be told any more which rows were trained on.
     """
-    folder = Path(folder)
-    if read_run(folder)["task"] == LM:
-        table = table or TableOptions()
-        reading = {name: getattr(table, name) for name in ("text_column", "delimiter", "encoding")}
-        if test_file is None and any(reading.values()):
-            raise UserError(_NO_FILE)
-        metrics, notes, digests = evaluate_language_model(
-            folder, model, test_file=None if test_file is None else str(test_file), device=device, **reading
-        )
-        return Evaluation(metrics, notes=notes, data_fingerprints=digests)
+    folder, table = Path(folder), table or TableOptions()
+    run = read_run(folder)
+    if test_file is None and table != TableOptions():
+        raise UserError(_NO_FILE)
+    if run["task"] == LM:
+        return _evaluate_language_model(folder, run, model, test_file, table, device)
     predictor = Predictor(folder, model, batch_size, device)
     if test_file is not None:
         path = Path(test_file)
-        table = table or TableOptions()
         file_format, digest = table.format_of(path), sha256(path)
         part = _rows(path, predictor, table, file_format)
-        notes = _notes_on_file(path.name, digest, read_run(folder).get("data_fingerprints") or {})
+        notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
         return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
-    if table not in (None, TableOptions()):
-        raise UserError(_NO_FILE)
-    data = held_out_data(folder, data_dir)
-    parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
-    return _evaluation(predictor, parts, data.notes, data.fingerprints)
+    data = held_out_data(folder, data_dir, run=run)
+    return _evaluation(predictor, scored_parts(data), data.notes, data.fingerprints)
 
 
 def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
@@ -119,12 +114,14 @@ def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:
+    from sparsepeft.tasks.local import load_labelled
+
     trained = predictor.columns or Columns((), "")
-    found = list(next(iter(read_rows(path, file_format))).values)
-    label = choose_label_column(path, found, table.label_column, trained.label)
+    header = list(next(iter(read_rows(path, file_format))).values)
+    label = choose_label_column(path, header, table.label_column, trained.label)
     texts = choose_text_columns(
         path,
-        [name for name in found if name != label],
+        [name for name in header if name != label],
         len(predictor.spec.text_columns),
         table.text_column,
         table.text_pair_column,
@@ -145,6 +142,74 @@ def _evaluation(
         logits = predictor.logits(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
         labels = part["label"][:]
         metrics[name] = spec.compute_metrics(logits, labels)
-        if found := report(spec, logits, labels):
-            reports[name] = found
+        if of_classes := report(spec, logits, labels):
+            reports[name] = of_classes
     return Evaluation(metrics, {name: len(part) for name, part in parts.items()}, reports, notes, dict(fingerprints))
+
+
+def _evaluate_language_model(
+    folder: Path,
+    run: dict[str, Any],
+    model: str | None,
+    test_file: str | Path | None,
+    table: TableOptions,
+    device: str | None,
+) -> Evaluation:
+    """Perplexity of a run's model on its validation text, or on a file."""
+    config = RunConfig(**run["config"])
+    files = [*config.text, *config.validation_text] if test_file is None else [str(test_file)]
+    held_out, notes = _held_out_text(folder, config, run) if test_file is None else (None, ())
+    documents = (
+        []
+        if test_file is None
+        else read_documents(
+            files, table.text_column or config.text_column or "text", table.delimiter, table.encoding or config.encoding
+        )
+    )
+    backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
+    trained = load_trained_language_model(
+        folder,
+        config.method,
+        backbone,
+        is_sparse=config.spt is not None,
+        backbone_fingerprint=run.get("backbone_fingerprint"),
+    )
+    to_accelerator(trained, device)
+    tokenizer = load_tokenizer(backbone)
+    block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
+    # A run of an earlier version says nothing of the token that blocks begin with, and had none.
+    begin, digests = run.get("bos_token_id"), fingerprints(files)
+    if test_file is None:
+        corpus = load_corpus(config, tokenizer, block_length, begin, held_out=held_out)
+        blocks, notes = corpus.validation, (*corpus.notes, *notes)
+    else:
+        blocks = cut(join(documents, tokenizer), block_length, "text of `test_file`", begin)
+        # The files that were trained on come before those of validation text.
+        trained_on = list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
+        if set(digests.values()) & set(trained_on):
+            notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
+    measured = perplexity(trained, blocks, config.recipe_values().batch_size, config.precision)
+    part = "validation" if test_file is None else "test"
+    return Evaluation({part: measured}, notes=notes, data_fingerprints=digests)
+
+
+def _held_out_text(folder: Path, config: RunConfig, run: dict[str, Any]) -> tuple[list[str] | None, tuple[str, ...]]:
+    """Digests of held-out documents where they must be looked for, and notes."""
+    files = [*config.text, *config.validation_text]
+    for file in files:
+        if not Path(file).exists():
+            raise UserError(
+                f"The run in {folder} was trained with the file {file}, which is not there any more; put it back, or "
+                "measure on other text by `test_file`."
+            )
+    before = run.get("data_fingerprints") or {}
+    changed = [name for name, digest in fingerprints(files).items() if before and digest not in before.values()]
+    if not changed:
+        return None, ()
+    names = ", ".join(changed)
+    if config.validation_text:
+        return None, (f"{names} {'has' if len(changed) == 1 else 'have'} changed since training",)
+    held_out = read_held_out(folder).get("validation")
+    if not held_out:
+        raise not_held_out_any_more(folder, names, is_known=False)
+    return held_out, ()

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from sparsepeft.arguments import check_flag, check_positive, check_whole
+from sparsepeft.arguments import check_flag, check_number, check_whole
 from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.inference.encoding import num_positions
-from sparsepeft.inference.predictions import listed
+from sparsepeft.inference.answering import user_errors
+from sparsepeft.inference.encoding import num_positions, windows
+from sparsepeft.inference.portable import as_list
 from sparsepeft.methods.language_models import load_trained_language_model
 from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import end_token
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.lm_config import LM, LanguageModelConfig
 from sparsepeft.tasks.files import check_text
 from sparsepeft.tuners.config import dtype_name
 
@@ -71,7 +72,7 @@ class GenerationSettings:
                 object.__setattr__(self, name, check_whole(name, getattr(self, name), least=least, most=most))
         for name in ("temperature", "top_p"):
             if not self._is_left_out(name):
-                object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+                object.__setattr__(self, name, check_number(name, getattr(self, name), above=0))
         check_flag("do_sample", self.do_sample)
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"`top_p={self.top_p}` was given, but a probability is at most 1.")
@@ -143,12 +144,17 @@ class Generator:
         except ValueError as error:
             raise UserError(f"`dtype={dtype}` was given; expected fp32, bf16 or fp16.") from error
         self.device = find_device(device)
-        config = LanguageModelConfig(**run["config"])
+        config = RunConfig(**run["config"])
         self.method = config.method
         home = str(self.folder) if config.method == "full" else backbone_of_run(self.folder, model, config.model)
         self.tokenizer = load_tokenizer(home)
         trained: Any = load_trained_language_model(
-            self.folder, config, home, torch_dtype, run.get("backbone_fingerprint")
+            self.folder,
+            config.method,
+            home,
+            is_sparse=config.spt is not None,
+            dtype=torch_dtype,
+            backbone_fingerprint=run.get("backbone_fingerprint"),
         )
         self.model: Any = trained.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on
@@ -158,6 +164,7 @@ class Generator:
         dtype = str(self.model.dtype).removeprefix("torch.")
         return f"Generator({str(self.folder)!r}: {self.method}, {dtype} on {self.device})"
 
+    @user_errors()
     def generate(
         self,
         prompts: Sequence[str],
@@ -181,12 +188,12 @@ class Generator:
         settings = GenerationSettings() if settings is None else settings
         if not isinstance(settings, GenerationSettings):
             raise UserError(f"`settings={settings!r:.80}` was given; expected GenerationSettings.")
-        given, encoded = list(listed(prompts)), []
-        for number, prompt in enumerate(given, 1):
+        texts, encoded = list(as_list(prompts)), []
+        for number, prompt in enumerate(texts, 1):
             try:
                 encoded.append(self._encode(prompt, settings.max_new_tokens, chat))
             except UserError as error:
-                raise UserError(f"Prompt {number}: {error}" if len(given) > 1 else str(error)) from error
+                raise UserError(f"Prompt {number}: {error}" if len(texts) > 1 else str(error)) from error
         if on_text is not None and (len(encoded) > 1 or settings.num_return_sequences > 1):
             raise UserError("`on_text` goes with one continuation of one prompt; leave it out, or pass one prompt.")
         return self._continue(encoded, settings, on_text)
@@ -196,9 +203,8 @@ class Generator:
     ) -> Iterator[list[str]]:
         size = 1 if settings.do_sample else self.batch_size  # a draw must not depend on the rows beside it
         for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.room):
-            alike = list(group)
-            for start in range(0, len(alike), size):
-                texts = self._texts(alike[start : start + size], settings, on_text)
+            for batch in windows(group, size):
+                texts = self._texts(batch, settings, on_text)
                 for first in range(0, len(texts), settings.num_return_sequences):
                     yield texts[first : first + settings.num_return_sequences]
 

@@ -1,29 +1,30 @@
-"""Labels for texts from a trained run."""
+"""Labels for texts from one trained run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
-from sparsepeft.inference.encoding import Encoded, Encoder
-from sparsepeft.inference.predictions import Input, OnError, Prediction, check_on_error, listed, prediction, texts_of
+from sparsepeft.inference.answering import Engine, user_errors
+from sparsepeft.inference.encoding import Encoder
+from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
+from sparsepeft.inference.tasks import LoadedTask, info_of_run
+from sparsepeft.inference.views import OwnView
 from sparsepeft.methods.models import load_tokenizer, load_trained, to_accelerator
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import columns_of, read_run, spec_of
-from sparsepeft.runs.lm_config import LM
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
 
 
 class Predictor:
-    """A run's model, ready for texts.
+    """A run's model, ready for texts: an engine with one task.
 
     Args:
         folder: the output folder of ``sparsepeft train``.
@@ -35,6 +36,9 @@ class Predictor:
         spec: the task.
         config: what the run was made with.
         columns: what texts and label were called in the training file; None where that was none of the user's own.
+        model: the trained model, in eval mode.
+        tokenizer: the backbone's.
+        max_length: tokens an input may have.
 
     Raises:
         UserError: the folder holds no finished training, its files are damaged, the backbone is gone or another, or
@@ -46,11 +50,7 @@ class Predictor:
     ) -> None:
         self.folder = Path(folder)
         run = read_run(self.folder)
-        if run["task"] == LM:
-            raise UserError(
-                f"{self.folder} holds a language model, which has no labels to predict; `sparsepeft generate` "
-                "continues texts with it, and `sparsepeft evaluate` gives its perplexity."
-            )
+        info = info_of_run(self.folder, run)
         if batch_size < 1:
             raise UserError(f"`batch_size={batch_size}` was given; pass the number of inputs of a pass, at least 1.")
         find_device(device)  # before anything is loaded
@@ -61,14 +61,17 @@ class Predictor:
         if not list(self.folder.glob("*.safetensors")):
             raise UserError(f"{self.folder} holds no trained weights yet; finish its training by the same command.")
         method = self.config.method
-        home = str(self.folder) if method == "full" else backbone_of_run(self.folder, model, self.config.model)
-        self.model = load_trained(
-            self.folder, method, home, self.spec, self.config.spt is not None, run.get("backbone_fingerprint")
+        backbone = str(self.folder) if method == "full" else backbone_of_run(self.folder, model, self.config.model)
+        self.model: Any = load_trained(
+            self.folder, method, backbone, self.spec, self.config.spt is not None, run.get("backbone_fingerprint")
         )
         to_accelerator(self.model, device)
-        self.tokenizer = load_tokenizer(home)
-        self._encoder = Encoder(self.tokenizer, self.model.config)
-        self.max_length = self._encoder.longest(self.config.max_length)
+        self.tokenizer = load_tokenizer(backbone)
+        task = LoadedTask(info, OwnView(self.model), method, Encoder(self.tokenizer, self.model.config))
+        self.max_length = task.max_length
+        self._name = self.spec.name
+        self._engine = Engine(batch_size=batch_size)
+        self._engine.add_loaded(self._name, task)
 
     def __repr__(self) -> str:
         labels = "a value" if self.spec.label_names is None else f"{self.spec.num_labels} labels"
@@ -84,9 +87,9 @@ class Predictor:
         Raises:
             UserError: one is none of these, or has another number of texts than the task takes.
         """
-        num_texts = len(self.spec.text_columns)
-        return self._logits(self._encode([texts_of(text, num_texts, may_be_empty=True) for text in listed(texts)]))
+        return self._engine.logits(self._name, texts)
 
+    @user_errors()
     def check(self, text: Input) -> None:
         """See that the task can take an input.
 
@@ -95,6 +98,7 @@ class Predictor:
         """
         texts_of(text, len(self.spec.text_columns))
 
+    @user_errors()
     def predict(self, texts: Sequence[Input], on_error: OnError = "raise") -> list[Prediction]:
         """A prediction for each input, in order.
 
@@ -103,39 +107,4 @@ class Predictor:
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of an input that cannot
                 be answered; ``"raise"`` raises a ``UserError``.
         """
-        check_on_error(on_error)
-        answers: dict[int, Prediction] = {}
-        good: dict[int, tuple[str, ...]] = {}
-        for place, text in enumerate(listed(texts)):
-            try:
-                good[place] = texts_of(text, len(self.spec.text_columns))
-            except UserError as error:
-                if on_error == "raise":
-                    raise
-                answers[place] = Prediction.failed(str(error))
-        encoded = self._encode([*good.values()])
-        for place, one, row in zip(good, encoded, self._logits(encoded), strict=True):
-            answers[place] = prediction(
-                row, self.spec.label_names, multi_label=self.spec.multi_label, truncated=one.truncated
-            )
-        return [answers[place] for place in range(len(answers))]
-
-    def predict_stream(self, texts: Iterable[Input]) -> Iterator[Prediction]:
-        """Like :meth:`predict` for inputs that arrive one by one, a few batches at a time."""
-        iterator = iter(listed(texts))
-        size = 8 * self.batch_size if self.batch_size > 1 else 1  # batch size 1 answers line by line
-        while chunk := list(islice(iterator, size)):
-            yield from self.predict(chunk)
-
-    def _encode(self, inputs: list[tuple[str, ...]]) -> list[Encoded]:
-        return self._encoder(inputs, self.max_length)
-
-    @torch.inference_mode()
-    def _logits(self, inputs: list[Encoded]) -> np.ndarray:
-        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
-        result = np.zeros((len(inputs), self.spec.num_labels), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self._encoder.collate([inputs[row] for row in rows], self.model.device)
-            result[rows] = self.model(**batch).logits.float().cpu().numpy()
-        return result
+        return self._engine.predict([(self._name, text) for text in as_list(texts)], on_error=on_error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -130,6 +131,18 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     return backbone
 
 
+def load_model_config(model: str) -> PreTrainedConfig:
+    """A backbone's config, without its weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("model", model, error)) from error
+
+
 def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
     """What a reader of the results should know about the head that :func:`load_backbone` gives, if anything."""
     note = head_start(AutoConfig.from_pretrained(model).id2label or {}, spec.label_names).note
@@ -217,7 +230,28 @@ def load_trained(
         return load_backbone(str(folder), spec).eval()
     with loading_adapter(folder):
         backbone = load_backbone(model, spec)
-        check_backbone(backbone, backbone_fingerprint)
+    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
+
+
+def attach_trained(
+    backbone: PreTrainedModel,
+    folder: Path,
+    is_sparse: bool = False,
+    backbone_fingerprint: dict[str, Any] | None = None,
+    exclude: Iterable[str] = (),
+) -> Model:
+    """A run's adapter on its dense backbone, which is changed; in eval mode.
+
+    Args:
+        backbone: with as many labels as the run.
+        folder, is_sparse, backbone_fingerprint: as for :func:`load_trained`.
+        exclude: modules of the head, which need not be as they were before training.
+
+    Raises:
+        UserError: files are missing, truncated or foreign, or the backbone is another.
+    """
+    with loading_adapter(folder):
+        check_backbone(backbone, backbone_fingerprint, exclude)
         load = load_sparse if is_sparse else PeftModel.from_pretrained
         return load(backbone, str(folder)).eval()
 
@@ -230,15 +264,17 @@ def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
     return {"backbone_fingerprint": fingerprint(backbone)}
 
 
-def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None) -> None:
+def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None, exclude: Iterable[str] = ()) -> None:
     """See that a dense backbone is the one that a run was trained on, as far as the run says.
+
+    Modules named in ``exclude`` are not compared.
 
     Raises:
         UserError: it is another.
     """
     try:
         if expected is not None:
-            check_fingerprint(expected, backbone, (), "of its training", str(backbone.name_or_path))
+            check_fingerprint(expected, backbone, exclude, "of its training", str(backbone.name_or_path))
     except ValueError as error:
         raise UserError(
             f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "

@@ -5,6 +5,5 @@ Models are built on the meta device: parameters are counted, none is allocated a
 
 from sparsepeft.storage.counting import METHODS
 from sparsepeft.storage.report import MethodStorage, StorageReport, storage_report
-from sparsepeft_research.reproduction.paper_storage import PaperFigure
 
-__all__ = ["METHODS", "MethodStorage", "PaperFigure", "StorageReport", "storage_report"]
+__all__ = ["METHODS", "MethodStorage", "StorageReport", "storage_report"]

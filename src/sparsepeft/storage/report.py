@@ -14,7 +14,6 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.models.quantized import INT8
 from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
 from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name, require_choice, require_positive
-from sparsepeft_research.reproduction.paper_storage import PaperFigure, is_roberta_base, paper_figures, paper_notes
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class MethodStorage:
 
 @dataclass(frozen=True)
 class StorageReport:
-    """What :func:`storage_report` found; ``paper`` is empty unless the backbone has RoBERTa-base's sizes."""
+    """What a device stores, method by method; ``notes`` say which methods were left out, and why."""
 
     model: str
     num_tasks: int
@@ -65,7 +64,6 @@ class StorageReport:
     backbone_parameters: int
     backbone_bytes: int
     methods: tuple[MethodStorage, ...]
-    paper: tuple[PaperFigure, ...]
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -142,7 +140,6 @@ def storage_report(
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    is_paper = is_roberta_base(config)
     return StorageReport(
         model=describe_backbone(resolved),
         num_tasks=num_tasks,
@@ -151,8 +148,7 @@ def storage_report(
         backbone_parameters=backbone,
         backbone_bytes=backbone * torch_dtype.itemsize,
         methods=tuple(rows),
-        paper=paper_figures() if is_paper else (),
-        notes=notes + (paper_notes(counter, backbone, num_tasks) if is_paper else ()),
+        notes=notes,
     )
 
 

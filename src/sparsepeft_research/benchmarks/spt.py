@@ -13,12 +13,10 @@ import torch
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
-from sparsepeft.provenance import environment
 from sparsepeft.spt import SptConfig, sparsification
 from sparsepeft.tuners.config import dtype_name
-from sparsepeft_research.benchmarks.memory import peak_bytes
+from sparsepeft_research.benchmarks.measuring import peak_bytes, time_alternating
 from sparsepeft_research.benchmarks.stacks import Stack, stack_config
-from sparsepeft_research.benchmarks.timing import time_alternating
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
 _EAGER_SHARE = 1 / 3  # of the machine's memory that attention matrices may take
@@ -113,22 +111,19 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     return found
 
 
-def run_spt_benchmark(
-    benchmark: SptBenchmark, progress: Callable[[str], object] = lambda message: None
-) -> dict[str, Any]:
+def run(benchmark: SptBenchmark, progress: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
     """Measure a fine-tuning step of every candidate at every length.
 
     Times are of whole steps (forward, backward, AdamW), in turn, after warm-up. The split by module and the step with
     which codebooks are refreshed are separate runs of one step each. Peak bytes are what a step allocates above
-    weights and optimizer state, see :func:`sparsepeft_research.benchmarks.peak_bytes`.
+    weights and optimizer state, see :func:`sparsepeft_research.benchmarks.measuring.peak_bytes`.
 
     Args:
         benchmark: what to measure.
         progress: told what is being done.
 
     Returns:
-        ``environment``, ``settings`` and ``results``, of which each has a length's ``candidates`` and what was
-        ``left_out``, and why.
+        ``settings`` and ``results``, of which each has a length's ``candidates`` and what was ``left_out``, and why.
 
     Raises:
         UserError: the model cannot be measured.
@@ -136,7 +131,7 @@ def run_spt_benchmark(
     config = stack_config(benchmark.model, benchmark.layers, max(benchmark.lengths))
     results = [_at_length(benchmark, config, length, progress) for length in benchmark.lengths]
     settings = {**asdict(benchmark), "hidden_size": config.hidden_size, "model_type": config.model_type}
-    return {"environment": environment(), "settings": settings, "results": results}
+    return {"settings": settings, "results": results}
 
 
 def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Callable[[str], object]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """What the begin-of-text token at the head of each block is worth: perplexity with and without it.
 
-    python experiments/begin_token.py --data-dir DATA --model GEMMA [--lengths 64 512] [--num-tokens 8192]
+    python -m sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA
 
 The model's perplexity on the first tokens of WikiText-2's test part, cut into blocks of each length: dense, and sparse
 by ``SptConfig``'s defaults, calibrated on blocks of the validation part that begin in the same way. Then, in blocks of
 the shortest length, after LoRA has been trained for a few steps on the validation part. With the token a block holds
 one token of the text less, so that all of the text's tokens are predicted; without it the first of each block is not.
 
-Results go to ``experiments/results/begin_token/``, one file for each length and way to begin. What is there is not
+Results go to ``research/results/begin_token/``, one file for each length and way to begin. What is there is not
 repeated.
 """
 
@@ -37,9 +37,9 @@ from sparsepeft.runs.corpus import (
     read_documents,
 )
 from sparsepeft.spt import SptConfig
-from sparsepeft.training import LanguageModelConfig, train_language_model
+from sparsepeft.training import RunConfig, train
+from sparsepeft_research.results import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "begin_token"
 BATCH_TOKENS = 512
 SEED = 42
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 512], help="of the blocks, with the token")
     parser.add_argument("--num-tokens", type=int, default=8192, help="of the text that perplexity is measured on")
     parser.add_argument("--steps", type=int, default=20, help="of LoRA; 0 trains nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS / "begin_token", help="folder of the results")
     options = parser.parse_args()
     keep_freed_memory()
     options.results.mkdir(parents=True, exist_ok=True)
@@ -111,10 +111,11 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
     with tempfile.TemporaryDirectory() as work:
         held_out = Path(work) / "held_out.txt"
         ids = join(read_documents([str(texts / "test.txt")]), tokenizer)[: options.num_tokens]
-        held_out.write_text(tokenizer.decode(ids), encoding="utf-8")
-        config = LanguageModelConfig(
-            text=str(texts / "valid.txt"),
-            validation_text=str(held_out),
+        held_out.write_text(str(tokenizer.decode(ids)), encoding="utf-8")
+        config = RunConfig(
+            task="lm",
+            text=(str(texts / "valid.txt"),),
+            validation_text=(str(held_out),),
             output_dir=str(Path(work) / "run"),
             model=options.model,
             block_length=length,
@@ -123,7 +124,7 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
             max_steps=options.steps,
             seed=SEED,
         )
-        results = train_language_model(config)
+        results = train(config)
     results["perplexity"] = {"dense": results["before"]["dense"]["perplexity"], "trained": results["score"]}
     return results
 

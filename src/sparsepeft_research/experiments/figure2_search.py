@@ -1,9 +1,9 @@
 """Which settings make the parents of the last memory specialise: BBC News, 5 parents, 1 child, MiniLM.
 
-    python experiments/figure2_search.py --data-dir DATA [--trials top_k_2 ...] [--epochs 2] [--seed 42]
+    python -m sparsepeft_research.experiments.figure2_search --data-dir DATA [--trials top_k_2 ...]
 
 Every trial is trained with the test part left alone and looked at on the validation part. A result goes to
-``experiments/results/figure2_search/``; one that is there is not repeated.
+``research/results/figure2_search/``; one that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from sparsepeft.folders import write_json
 from sparsepeft.inspection import LayerReport, inspect_run
 from sparsepeft.provenance import environment
 from sparsepeft.training import RunConfig, train
-from sparsepeft_research.reproduction.anneal import AnnealTopK
+from sparsepeft_research.reproduction.figure2 import AnnealTopK
+from sparsepeft_research.results import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "figure2_search"
 # What differs from the first. `learning_rate` and `recipe` are the run's, `anneal` lets K fall from P while training;
 # the rest are settings of the memory.
 TRIALS: dict[str, dict[str, Any]] = {
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     for trial in options.trials:
-        file = RESULTS / f"{trial}-{options.epochs:g}ep-{options.max_length}-seed{options.seed}.json"
+        file = RESULTS / "figure2_search" / f"{trial}-{options.epochs:g}ep-{options.max_length}-seed{options.seed}.json"
         if not file.exists():
             write_json(file, _run(options, TRIALS[trial]))
         result = json.loads(file.read_text())

@@ -1,10 +1,10 @@
 """Search for each method's best recipe, on training data alone, with as many trials for every method.
 
-    python experiments/search_recipe.py --data-dir DATA [--methods spartan pfeiffer ...] [--trials lr3e-3 lr1e-3 ...]
+    python -m sparsepeft_research.experiments.search_recipe --data-dir DATA [--methods spartan ...]
 
 A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of each task and scored on a tenth of the
 training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
-``experiments/results/search_STEPS/``, one file a run; a run whose result is there is not repeated, and several
+``research/results/search_STEPS/``, one file a run; a run whose result is there is not repeated, and several
 processes may share the work. With ``--epochs`` a trial is trained on all training data (at most 10,000 examples) less
 that tenth, and its result is in ``search_full_data/``.
 """
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from make_tables import recipe_search
 from sparsepeft.folders import write_json
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.results import RESULTS
+from sparsepeft_research.tables.scores import recipe_search
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("cola", "sst2", "stsb")
 
 # MiniLM's pooler is in its checkpoint and so stays frozen, but it was not trained with it.
@@ -134,7 +134,7 @@ def main() -> None:
                     folder = "search_full_data" if options.epochs else f"search_{options.max_steps}"
                     file = RESULTS / folder / f"{method}-{trial}-{task}-{seed}.json"
                     _run_once(file, options, task, method, seed, settings)
-    print(recipe_search())
+    print(recipe_search(RESULTS))
 
 
 def _run_once(

@@ -1,6 +1,6 @@
 """What sparsity (SPT) costs in quality: LoRA on a sparse model against LoRA on the dense one.
 
-    python experiments/spt_quality.py --data-dir DATA --model LLAMA [--kinds lm conversion encoder] [--dry-run]
+    python -m sparsepeft_research.experiments.spt_quality --data-dir DATA --model LLAMA [--dry-run]
 
 Three kinds of runs, all with LoRA:
 
@@ -16,7 +16,7 @@ Three kinds of runs, all with LoRA:
   length.
 
 The held-out articles are the task's test part; nothing is chosen on it. Results go to
-``experiments/results/spt_quality/``, one file a run. What is there is not repeated, and processes may share the work;
+``research/results/spt_quality/``, one file a run. What is there is not repeated, and processes may share the work;
 seed by seed, what matters most first.
 """
 
@@ -42,9 +42,9 @@ from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
-from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model
+from sparsepeft.training import RunConfig, train
+from sparsepeft_research.results import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "spt_quality"
 BLOCK_LENGTH, BATCH_SIZE = 512, 8
 SCORED_BLOCKS = 64  # of conversions
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -90,7 +90,7 @@ class Run(NamedTuple):
     setting: str
     spt: dict[str, Any] | None
     seed: int
-    task: str | None = None  # of an encoder
+    task: str = ""  # of an encoder
     is_calibrated: bool = True
 
     def file(self, folder: Path) -> Path:
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=60, help="articles that perplexity is measured on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dry-run", action="store_true", help="list what is left, and how long it may take")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS / "spt_quality", help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -179,7 +179,8 @@ def _run_once(run: Run, options: argparse.Namespace) -> None:
 
 def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     text, held_out = _articles(options, work)
-    config = LanguageModelConfig(
+    config = RunConfig(
+        task="lm",
         text=(str(text),),
         validation_text=(str(held_out),),
         output_dir=str(work / "run"),
@@ -191,7 +192,7 @@ def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, An
         settings=LORA,
         spt=run.spt,
     )
-    return train_language_model(config)
+    return train(config)
 
 
 def _train_encoder(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def _convert(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any
 
 def _articles(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
     """Files with the training articles, and some of the test part; articles that occur twice are in neither twice."""
-    data = load_task("bbc-news", data_dir=options.data_dir)
+    data: Any = load_task("bbc-news", data_dir=options.data_dir)
     files = []
     for name, texts in (("train", data.train["text"][:]), ("test", data.test["text"][: options.held_out])):
         file = work / f"{name}.jsonl"

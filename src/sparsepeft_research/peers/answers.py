@@ -1,6 +1,6 @@
-"""AdapterHub's side of ``adapters_equality.py``: runs in the peer's environment, never in the project's own.
+"""AdapterHub's side of ``equality.py``: runs in the peer's environment, never in the project's own.
 
-    python _adapters_side.py FOLDER
+    python answers.py FOLDER
 
 For each case in ``FOLDER/cases.json`` builds a random model with an adapter and writes into ``FOLDER/NAME``:
 ``fresh.safetensors`` (the adapter as initialised), ``backbone.safetensors``, ``inputs.safetensors``, the trained-like
@@ -16,6 +16,7 @@ import logging
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import adapters
 import torch
@@ -77,7 +78,7 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * scale)
 
 
-def random_inputs(config: transformers.PretrainedConfig, case: dict) -> dict[str, torch.Tensor]:
+def random_inputs(config: Any, case: dict) -> dict[str, torch.Tensor]:
     """Token ids with padding on the right, labels, and a direction for the hidden states' gradient."""
     batch, length = case["batch"], case["length"]
     ids = torch.randint(5, config.vocab_size, (batch, length))
@@ -99,7 +100,7 @@ def set_dropout(model: torch.nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def compute(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def compute(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """All hidden states, logits, loss, and the gradients of adapter, head and embeddings' output."""
     inputs = dict(inputs)
     direction = inputs.pop("direction")

@@ -1,4 +1,7 @@
-"""A virtual environment for a peer library that cannot live in this project's own."""
+"""A virtual environment for AdapterHub's library, which needs an older transformers than this project's.
+
+python -m sparsepeft_research.peers.environment      # makes it, and prints its Python, for --peers-python
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparsepeft.errors import RunFailed
+from sparsepeft_research.results import ROOT
+
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent.parent
-DEFAULT_FOLDER = REPOSITORY / ".peers" / "adapters"
+DEFAULT_FOLDER = ROOT / ".peers" / "adapters"
 REQUIREMENTS = HERE / "requirements-adapters.txt"
 
 
@@ -21,7 +26,7 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     says where packages come from.
 
     Raises:
-        RuntimeError: ``folder`` holds something else, or pip could not install the requirements.
+        RunFailed: ``folder`` holds something else, or pip could not install the requirements.
     """
     python = folder / "bin" / "python"
     marker = folder / "complete.sha256"
@@ -29,7 +34,7 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     if python.exists() and marker.exists() and marker.read_text() == wanted:
         return python
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
-        raise RuntimeError(f"{folder} is no virtual environment and is not empty; name another folder, or empty it.")
+        raise RunFailed(f"{folder} is no virtual environment and is not empty; name another folder, or empty it.")
     print(f"making the environment {folder} ...", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(folder)])
@@ -45,7 +50,11 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
+        raise RunFailed(
             f"{' '.join(command)} failed; make the packages it names reachable (a network or a package index) and "
             f"start again:\n{done.stderr.strip()}"
         )
+
+
+if __name__ == "__main__":
+    print(peer_python())

@@ -1,6 +1,6 @@
-"""AdapterHub's side of ``bench_finetuning.py``: trains an adapter step by step, on command, in the peer's environment.
+"""AdapterHub's side of the benchmark ``finetuning``: trains step by step, on command, in the peer's environment.
 
-    python _adapters_train.py SETTINGS.json
+    python training.py SETTINGS.json
 
 Says ``{"preparation_s": ...}`` when it is ready; then each line with a number runs that many steps and is answered by
 ``{"steps": ..., "loss": ...}``. A bare loop (forward, backward, clipping, optimizer, scheduler) without the work that a

@@ -3,10 +3,10 @@
 from sparsepeft_research.reproduction.grid import GridSearch
 from sparsepeft_research.reproduction.matrix import Matrix, Run
 from sparsepeft_research.reproduction.planning import Planned, plan
+from sparsepeft_research.reproduction.render import write_table
 from sparsepeft_research.reproduction.reproduce import Outcome, plan_of, reproduce
 from sparsepeft_research.reproduction.runner import Watcher, run_all
 from sparsepeft_research.reproduction.tables import Table, make_table
-from sparsepeft_research.reproduction.writing import write_table
 
 __all__ = [
     "GridSearch",

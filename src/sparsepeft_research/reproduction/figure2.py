@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsepeft.errors import UserError
+from sparsepeft.inspection.collect import find_memories
 from sparsepeft.inspection.figures import label_figure, save_figure
 from sparsepeft.inspection.page import check_folder, write_inspection
 from sparsepeft.inspection.report import MemoryReport
@@ -17,11 +18,29 @@ from sparsepeft.inspection.run import inspect_run
 from sparsepeft.plotting import require_matplotlib
 from sparsepeft.runs.files import RESULTS, read_run
 from sparsepeft.training import RunConfig, train
-from sparsepeft.training.plan import RunPlan
-from sparsepeft_research.reproduction.anneal import AnnealTopK
+from sparsepeft.training.callbacks import RunPlan
 
 TITLE = "What the parent cells have learned: BBC News, 5 parents with 1 child each"
 _NOT_COMPARED = ("output_dir", "data_dir")  # may differ between machines
+
+
+class AnnealTopK(TrainerCallback):
+    """Lets K fall from P to the config's ``top_k``, in equal steps over the first half of the training.
+
+    A parent that never comes among the first few gets no gradient and stays where it was drawn; with K = P at first all
+    of them find their place. It depends on the step alone, so an interrupted training goes on as it would have.
+    """
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the K of every memory of the model in ``kwargs``."""
+        model = kwargs["model"]
+        least = model.peft_config[model.active_adapter].top_k
+        for layer in find_memories(model):
+            most = len(layer.memory.parent_keys)
+            fallen = int(2 * state.global_step / state.max_steps * (most - least + 1))
+            layer.memory.top_k = max(least, most - fallen)
 
 
 def reproduce_figure2(

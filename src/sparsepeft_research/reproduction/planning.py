@@ -1,14 +1,28 @@
-"""What is left of a matrix, and how long it may take."""
+"""What is left of a matrix, and how long it may take: from finished runs, else from a few steps on this machine."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
+import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from sparsepeft.backbones import resolve_model
+from sparsepeft.errors import RunFailed
+from sparsepeft.provenance import OtherLoad
+from sparsepeft.training import RunConfig, train
 from sparsepeft_research.reproduction.matrix import Run
-from sparsepeft_research.reproduction.measuring import StepTimes
 from sparsepeft_research.reproduction.results import ABOUT, find_result, read_error
 from sparsepeft_research.reproduction.runner import claim
 
@@ -16,9 +30,14 @@ SAME = "results of the same task and method"
 METHOD = "results of the method on other tasks"
 MEASURED = "steps measured here"
 ANY = "results of other methods"
+WARM_UP, STEPS = 2, 4  # of which the median counts
+FORWARD_SHARE = 1 / 3  # of a training step's time: a backward pass takes about twice as long as a forward pass
+_EXAMPLES = 2000  # enough for batches as long as the task's
+_CHARS_PER_TOKEN = 5
+_SAME_LENGTH = 1.3  # tasks whose mean lengths differ by less are not both measured
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Planned:
     """One run and how it stands.
 
@@ -103,3 +122,150 @@ class _Estimate:
         if rates := [rate for rates in self._rates.values() for rate in rates]:
             return statistics.mean(rates) * run.work, ANY
         return None, ""
+
+
+class StepTimes:
+    """Estimates from measured steps of each method, on the tasks with the shortest and the longest texts.
+
+    Between these the time of a step grows linearly with the texts' mean length. Nothing is downloaded, and nothing is
+    left on the disk.
+
+    Args:
+        runs: the matrix.
+        progress: told what is being measured.
+    """
+
+    def __init__(self, runs: Sequence[Run], progress: Callable[[str], object] = lambda message: None) -> None:
+        self._runs, self._progress = runs, progress
+        self._measured: dict[str, list[_Measured]] = {}
+        self._others: list[float] = []
+
+    def seconds(self, run: Run) -> float | None:
+        """How long a run may take in all; None where the model is not on this machine, or its steps fail."""
+        method = run.config.method
+        if method not in self._measured:
+            self._measured[method] = [found for one in self._ends(method) if (found := self._measure(one))]
+        measured = self._measured[method]
+        if not measured:
+            return None
+        step = _between(measured, _chars(run))
+        batch = run.config.recipe_values().batch_size
+        return measured[0].setup + step * (run.steps + FORWARD_SHARE * run.num_scored / batch)
+
+    @property
+    def others_cpu_share(self) -> float:
+        """The largest share of the processors' time that other programs had during a measurement, 0 to 1."""
+        return max(self._others, default=0.0)
+
+    def _ends(self, method: str) -> list[Run]:
+        """The runs of a method with the shortest and the longest texts."""
+        runs = sorted((run for run in self._runs if run.config.method == method), key=_chars)
+        is_one = _chars(runs[-1]) < _SAME_LENGTH * _chars(runs[0])
+        return runs[:1] if is_one else [runs[0], runs[-1]]
+
+    def _measure(self, run: Run) -> _Measured | None:
+        if not _is_here(run.config.model):
+            return None
+        self._progress(f"measuring {run.config.method} on {run.config.task}: {WARM_UP + STEPS} steps")
+        load = OtherLoad()
+        try:
+            return _measure(run.config, _chars(run))
+        except RunFailed:
+            return None
+        finally:
+            self._others += [share] if (share := load.share()) is not None else []
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What a run took: ``setup`` and ``step`` in seconds, with texts of ``chars`` characters."""
+
+    chars: float
+    setup: float
+    step: float
+
+
+class _EnoughError(Exception):
+    """The steps wanted have been timed."""
+
+
+class _Clock(TrainerCallback):
+    """Times a run's steps and ends it after so many."""
+
+    def __init__(self) -> None:
+        self.began: float | None = None
+        self.steps: list[float] = []
+        self._step_began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_began = time.perf_counter()
+        self.began = self.began or self._step_began
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(time.perf_counter() - self._step_began)
+        if len(self.steps) == WARM_UP + STEPS:
+            raise _EnoughError
+
+
+def _measure(config: RunConfig, chars: float) -> _Measured:
+    """The first steps of a run, on a part of its data and in a folder that goes.
+
+    Raises:
+        RunFailed: its steps do.
+    """
+    clock, start = _Clock(), time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.suppress(_EnoughError):
+            train(_beginning(config, folder), [clock])
+    finally:
+        gc.collect()  # a Trainer and its model hold each other
+        torch.compiler.reset()
+    assert clock.began is not None
+    return _Measured(chars, clock.began - start, statistics.median(clock.steps[WARM_UP:]))
+
+
+def _beginning(config: RunConfig, folder: str) -> RunConfig:
+    examples = None if config.few_shot else min(_EXAMPLES, config.max_train_samples or _EXAMPLES)
+    return dataclasses.replace(
+        config,
+        output_dir=str(Path(folder) / "run"),
+        epochs=None,
+        max_steps=WARM_UP + STEPS,
+        max_train_samples=examples,
+        score_on="selection",  # which leaves the parts alone that are not trained on
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _chars(run: Run) -> float:
+    """Mean characters of a text that the model reads."""
+    longest = run.config.max_length
+    return min(run.facts.mean_chars, _CHARS_PER_TOKEN * longest if longest else run.facts.mean_chars)
+
+
+def _between(measured: Sequence[_Measured], chars: float) -> float:
+    """The time of a step, linear between the shortest and the longest texts, and proportional from a single one."""
+    first, last = measured[0], measured[-1]
+    if first is last:
+        return first.step
+    share = (chars - first.chars) / (last.chars - first.chars)
+    return first.step + share * (last.step - first.step)
+
+
+def _is_here(model: str | None) -> bool:
+    """Whether the weights are on this machine."""
+    resolved = resolve_model(model)
+    if Path(resolved).exists():
+        return True
+    return any(
+        isinstance(try_to_load_from_cache(resolved, name), str) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )

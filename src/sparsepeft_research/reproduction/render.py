@@ -1,16 +1,26 @@
-"""A table as text for people (Markdown, terminal) and for programs (CSV)."""
+"""A table as text for people (Markdown, terminal) and for programs (CSV), as a figure, and as files."""
 
 from __future__ import annotations
 
 import csv
 import io
+import logging
 import statistics
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sparsepeft.errors import UserError
+from sparsepeft.folders import write_bytes
+from sparsepeft.plotting import COLOURS, MARKERS, require_matplotlib, write_drawing
 from sparsepeft_research.benchmarks.devices import DEVICES
 from sparsepeft_research.reproduction import paper
 from sparsepeft_research.reproduction.paper import MISMATCHED, PaperRow
 from sparsepeft_research.reproduction.tables import MRPC_ACCURACY, Row, Score, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 NOT_MEASURED = "not measured"
 
@@ -96,6 +106,58 @@ def to_csv(table: Table) -> str:
     writer.writeheader()
     writer.writerows(records)
     return out.getvalue()
+
+
+def score_figure(table: Table) -> Figure:
+    """Mean score against bytes written per task, a point for each method, with its standard deviation over seeds.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for index, row in enumerate(table.rows):
+        if row.average is None:
+            continue
+        size = statistics.mean(row.saved_bytes[task] for task in table.common_tasks)
+        axes.errorbar(
+            size,
+            row.average.mean,
+            yerr=row.average.std,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=8,
+            capsize=3,
+        )
+        axes.annotate(row.method, (size, row.average.mean), xytext=(8, 4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.15)
+    axes.set_xlabel("bytes written per task (mean, logarithmic)")
+    axes.set_ylabel(f"mean score of {len(table.common_tasks)} tasks x 100")
+    axes.set_title(f"{table.title.partition(':')[0]}, {table.model}", loc="left", fontsize=9)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def write_table(table: Table, folder: Path) -> list[Path]:
+    """Write ``table2.md``, ``table2.csv``, ``table2.png`` and ``table2.svg``; without matplotlib, the first two.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for suffix, text in ((".md", to_markdown(table)), (".csv", to_csv(table))):
+        path = folder / f"{table.name}{suffix}"
+        write_bytes(path, text.encode())
+        written.append(path)
+    try:
+        written += write_drawing(lambda: score_figure(table), folder / table.name)
+    except UserError as error:
+        logger.warning("%s", error)
+    return written
 
 
 def _device_text(table: Table, device: str, method: str) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsepeft_research.reproduction.devices import read_devices
+from sparsepeft.backbones import resolve_model
+from sparsepeft.errors import UserError
+from sparsepeft.storage.counting import load_config
+from sparsepeft_research.benchmarks.devices import DEVICES
+from sparsepeft_research.benchmarks.inference import architecture, device_throughput
 from sparsepeft_research.reproduction.grid import GridSearch, has_diverged
 from sparsepeft_research.reproduction.matrix import Matrix
-from sparsepeft_research.reproduction.measuring import StepTimes
-from sparsepeft_research.reproduction.planning import Planned, plan
+from sparsepeft_research.reproduction.planning import Planned, StepTimes, plan
+from sparsepeft_research.reproduction.render import write_table
 from sparsepeft_research.reproduction.results import MAX_OTHERS
 from sparsepeft_research.reproduction.runner import Watcher, run_all
 from sparsepeft_research.reproduction.tables import Table, make_table
-from sparsepeft_research.reproduction.writing import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def reproduce(
         grid: choose each task's and method's hyperparameters by the paper's grid search first.
         run: False computes the table of the results that are there.
         keep_weights: leave the trained weights in each run's work folder.
-        device_files: of ``sparsepeft benchmark inference --device``, for table 1.
+        device_files: of ``sparsepeft benchmark inference --emulate``, for table 1.
         watcher: told about each run.
 
     Raises:
@@ -108,3 +112,32 @@ def plan_of(
             100 * times.others_cpu_share,
         )
     return planned
+
+
+def read_devices(files: Sequence[Path], model: str | None) -> dict[str, dict[str, float]]:
+    """Read table 1's inputs per minute by device, then by method.
+
+    Args:
+        files: of ``sparsepeft benchmark inference --emulate``.
+        model: the backbone of the table; its weights do not matter for speed, its sizes do.
+
+    Raises:
+        UserError: a file cannot be read, is not of an emulated device, or of a backbone of other sizes.
+    """
+    by_device: dict[str, dict[str, float]] = {}
+    wanted = architecture(load_config(resolve_model(model))) if files else {}
+    for path in files:
+        try:
+            device, measured, rates = device_throughput(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} holds no throughput of a device ({error}); write it with `sparsepeft benchmark inference "
+                f"--emulate {next(iter(DEVICES))} --output {path}`."
+            ) from error
+        if measured != wanted:
+            raise UserError(
+                f"{path} was measured with a backbone of other sizes ({measured}) than the table's ({wanted}); measure "
+                "the table's own `model`."
+            )
+        by_device[device] = rates
+    return by_device

@@ -41,7 +41,7 @@ MAX_OTHERS = 0.1
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredResult:
     """What a run's result file holds.
 
     Attributes:
@@ -53,23 +53,23 @@ class Found:
     problem: str | None = None
 
 
-def find_result(run: Run) -> Found:
+def find_result(run: Run) -> StoredResult:
     """Read a run's result file and compare it with what the run would do now."""
     return read_result(run, run.result_file, {})
 
 
-def read_result(run: Run, path: Path, added: dict[str, Any]) -> Found:
+def read_result(run: Run, path: Path, added: dict[str, Any]) -> StoredResult:
     """The same for a file elsewhere, with something added to its content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return Found()
+        return StoredResult()
     except (OSError, ValueError) as error:
-        return Found(problem=f"it is damaged ({error})")
+        return StoredResult(problem=f"it is damaged ({error})")
     if isinstance(content, dict):
         content |= added
     problem = _damage(content) or _difference(content, run)
-    return Found(problem=problem) if problem else Found(result=content)
+    return StoredResult(problem=problem) if problem else StoredResult(result=content)
 
 
 def about(run: Run, seconds: float | None, resumed: bool) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from sparsepeft.storage.counting import load_config
 from sparsepeft_research.reproduction import paper
 from sparsepeft_research.reproduction.matrix import Run
 from sparsepeft_research.reproduction.notes import notes_on
-from sparsepeft_research.reproduction.paper import MISMATCHED, PaperRow, paper_rows
-from sparsepeft_research.reproduction.paper_storage import is_roberta_base
+from sparsepeft_research.reproduction.paper import MISMATCHED, PaperRow, is_roberta_base, paper_rows
 from sparsepeft_research.reproduction.results import find_result, is_timed
 
 PROTOCOLS = {"table1": "full-data", "table2": "few-shot", "table3": "few-shot"}
@@ -106,7 +105,7 @@ def make_table(
         name: ``"table1"``, ``"table2"`` or ``"table3"``.
         runs: the matrix; those without a result that counts are named in a note.
         chosen: what a grid search chose for each task and method, None where it is not decided; None without a search.
-        devices: what :func:`sparsepeft_research.reproduction.devices.read_devices` read; None if nothing was measured.
+        devices: inputs per minute by device, then by method; None if nothing was measured.
 
     Raises:
         UserError: there is no such table.

@@ -105,8 +105,8 @@ def allocator(results: Path) -> str:
         ratios = [ratio(one[name]) for name in ("speedup", "peak_ratio")]
         rows.append([one["kind"], model, one["precision"], " x ".join(map(str, one["shape"])), *timings, *ratios])
     return paragraphs(
-        "`sparsepeft.devices.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass (training: "
-        f"forward and backward), medians over passes of two processes that take turns; {report.machine}. By "
+        "`sparsepeft.devices.keep_freed_memory` against glibc's allocator as it is: milliseconds of a pass "
+        f"(training: forward and backward), medians over passes of two processes that take turns; {report.machine}. By "
         "`sparsepeft benchmark allocator`.",
         table(["kind", "model", "precision", "shape", "as it is", "kept", "speed", "peak memory"], rows),
     )

@@ -83,9 +83,9 @@ def encoders(results: Path) -> str:
             rows.append([*about, scores, _change(by_seed, runs["dense"])])
     first = next(iter(by_task["mrpc"]["dense"].values()))
     return paragraphs(
-        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps: the task's main metric "
-        "x 100 on the validation set. L is a quarter of the longest text of the calibration batch, so it differs by "
-        "seed.",
+        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps: the "
+        "task's main metric x 100 on the validation set. L is a quarter of the longest text of the calibration batch, "
+        "so it differs by seed.",
         table(["task, setting", "L", "seeds", "score", "change"], rows),
     )
 
@@ -93,7 +93,7 @@ def encoders(results: Path) -> str:
 def conversion(results: Path) -> str:
     """Perplexity right after conversion."""
     rows = []
-    for name, run in read_folder(results / "spt_quality", "conversion-*.json").items():
+    for run in read_folder(results / "spt_quality", "conversion-*.json").values():
         dense, sparse = (run.results["before"][kind]["perplexity"] for kind in ("dense", "sparse"))
         report = run.results["spt"]["report"]
         errors = list(report["feed_forward_error"].values()) or list(report["attention_error"].values())
@@ -126,10 +126,10 @@ def begin_token(results: Path) -> str:
             rows.append([f"blocks of {length}, {kind}", *(f"{value:,.1f}" for value in values)])
     first = runs["64-with"]
     return paragraphs(
-        f"{first.settings['model']}, whose tokenizer puts `{first.settings['bos_token']}` before every text: perplexity "
-        f"on about {round(max(run.settings['num_scored_tokens'] for run in runs.values()), -3):,} tokens of "
-        "WikiText-2's test part, cut into blocks that begin with the token or do not; sparse by `SptConfig`'s defaults "
-        "(L = n/8 by token, half of 8 blocks), before any fine-tuning. By `python -m "
+        f"{first.settings['model']}, whose tokenizer puts `{first.settings['bos_token']}` before every text: "
+        f"perplexity on about {round(max(run.settings['num_scored_tokens'] for run in runs.values()), -3):,} tokens of "
+        "WikiText-2's test part, cut into blocks that begin with the token or do not; sparse by `SptConfig`'s "
+        "defaults (L = n/8 by token, half of 8 blocks), before any fine-tuning. By `python -m "
         "sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA`.",
         table(["", "without", "with"], rows),
     )

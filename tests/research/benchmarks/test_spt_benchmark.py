@@ -11,7 +11,7 @@ import torch
 from sparsepeft.errors import UserError
 from sparsepeft.spt import sparsification
 from sparsepeft_research.benchmarks import spt
-from sparsepeft_research.benchmarks.spt import SptBenchmark, candidates, run_spt_benchmark
+from sparsepeft_research.benchmarks.spt import SptBenchmark, candidates, run
 from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
 
 
@@ -61,7 +61,7 @@ def test_a_step_trains_lora_and_routers_and_leaves_no_gradients(tiny_language_mo
 @pytest.mark.slow
 def test_figures_fit_together(tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    report = run_spt_benchmark(small(tiny_language_model, lengths=(32, 48)), progress=told.append)
+    report = run(small(tiny_language_model, lengths=(32, 48)), told.append)
     assert [result["length"] for result in report["results"]] == [32, 48]
     assert any("48 tokens: timing" in message for message in told)
     for result in report["results"]:
@@ -77,7 +77,7 @@ def test_figures_fit_together(tiny_language_model: Path, monkeypatch: pytest.Mon
                 assert all(milliseconds > 0 for milliseconds in each["split_ms"].values())
         assert found["sdpa, checkpointing"]["peak_bytes"] < found["sdpa"]["peak_bytes"]
     monkeypatch.setattr(spt, "_memory_bytes", lambda device: 10)
-    (result,) = run_spt_benchmark(small(tiny_language_model))["results"]
+    (result,) = run(small(tiny_language_model))["results"]
     assert "eager" not in result["candidates"]
     assert "attention matrices" in result["left_out"]["eager"]
 
@@ -118,4 +118,4 @@ def test_models_that_cannot_be_measured(tiny_language_model: Path, tmp_path: Pat
         stack_config(str(tmp_path / "none"), 1, 32)
     benchmark = small(tiny_language_model, num_blocks=7)
     with pytest.raises(UserError, match="num_blocks=7"):
-        run_spt_benchmark(benchmark)
+        run(benchmark)

@@ -10,8 +10,7 @@ from tests.matrices import hand_made_run, small_matrix
 
 from sparsepeft_research.reproduction import plan_of
 from sparsepeft_research.reproduction.matrix import Run
-from sparsepeft_research.reproduction.measuring import StepTimes, _Measured
-from sparsepeft_research.reproduction.planning import MEASURED, plan
+from sparsepeft_research.reproduction.planning import MEASURED, StepTimes, _Measured, plan
 
 
 @pytest.mark.slow

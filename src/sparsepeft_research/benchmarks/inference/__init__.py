@@ -1,7 +1,7 @@
 """What inference costs: each method and its peers, as processes that take turns."""
 
 from sparsepeft_research.benchmarks.inference.report import device_throughput, factors
-from sparsepeft_research.benchmarks.inference.run import run_inference_benchmark
+from sparsepeft_research.benchmarks.inference.session import run
 from sparsepeft_research.benchmarks.inference.settings import WORKLOADS, InferenceBenchmark
 from sparsepeft_research.benchmarks.inference.systems import PRECISIONS, SYSTEMS
 from sparsepeft_research.benchmarks.inference.workloads import architecture
@@ -14,5 +14,5 @@ __all__ = [
     "architecture",
     "device_throughput",
     "factors",
-    "run_inference_benchmark",
+    "run",
 ]

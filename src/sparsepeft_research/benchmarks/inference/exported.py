@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from sparsepeft.export import export_tasks
-from sparsepeft.export.files import TASKS, WEIGHTS
-from sparsepeft.export.formats import check_format
+from sparsepeft.export.exporting import check_format
+from sparsepeft.export.files import ADAPTER, TASKS, WEIGHTS
 from sparsepeft.export.graph import trace_alone
-from sparsepeft.export.onnx_files import ADAPTER, GRAPH
+from sparsepeft.export.onnx_files import GRAPH
 from sparsepeft.export.onnx_graph import ATTENTION, quantize, to_onnx
 from sparsepeft.export.openvino_files import MODEL
 from sparsepeft.methods.models import load_tokenizer

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sparsepeft.devices import keep_freed_memory
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft.inference.adapted import sharing_tensors
 from sparsepeft.inference.onednn import is_onednn_faster, onednn_product
+from sparsepeft.inference.views import sharing_tensors
 from sparsepeft.methods.models import adapter_config, attach, load_tokenizer
 from sparsepeft.methods.recipes import get_recipe
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, load_batches
@@ -106,7 +106,7 @@ class _Adapted:
         self.model: Any = backbone
         if system != BACKBONE:
             method = "spartan" if system == UNFUSED else system
-            values = dict(get_recipe("paper", method).adapter) | ({"impl": "masked"} if system == UNFUSED else {})
+            values = dict(get_recipe("paper", method).adapter) | ({"impl": "torch"} if system == UNFUSED else {})
             self.model = _attach(self.model, method, values, self.num_tasks)
         if precision == "int8":
             self.model = _quantized(self.model)

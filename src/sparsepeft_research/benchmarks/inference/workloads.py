@@ -21,8 +21,7 @@ from transformers import (
 
 from sparsepeft.backbones import default_backbone, describe_backbone, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.inference.batches import batches_by_tokens
-from sparsepeft.inference.encoding import longest_input
+from sparsepeft.inference.encoding import batches_by_length, longest_input
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.storage.counting import load_config
 from sparsepeft.tasks import load_task
@@ -158,7 +157,7 @@ class Planner:
             order = range(len(texts))
             batches = [list(order[i : i + PADDED_BATCH]) for i in range(0, len(texts), PADDED_BATCH)]
             return self._plan(f"{task}, {batching}", texts, encoded, batches, longest, "single")
-        batches = list(batches_by_tokens([len(ids) for ids in encoded["input_ids"]], TOKEN_BUDGET))
+        batches = list(batches_by_length([len(ids) for ids in encoded["input_ids"]], TOKEN_BUDGET))
         return self._plan(f"{task}, {batching}", texts, encoded, batches, None, "single")
 
     def _plan(

@@ -1,0 +1,214 @@
+"""From requests to predictions: encode, batch, route each row to its task's model, decode."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from sparsepeft.arguments import check_flag
+from sparsepeft.errors import UserError
+from sparsepeft.inference.encoding import Encoded, batches_by_length, windows
+from sparsepeft.inference.portable import (
+    NO_TOKENS,
+    Input,
+    InputError,
+    OnError,
+    Prediction,
+    as_list,
+    check_on_error,
+    find_task,
+    prediction,
+    texts_of,
+)
+from sparsepeft.inference.tasks import LoadedTask, TaskInfo, TaskRegistry
+
+Request = tuple[str, Input]
+Item = TypeVar("Item")
+
+WINDOW = 4096  # inputs that are encoded and sorted by length at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input of one task: where its answer goes, and its tokens."""
+
+    place: int
+    task: LoadedTask
+    encoded: Encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def answer(self, logits: np.ndarray) -> Prediction:
+        """The prediction that logits (most labels,) of a batch's row stand for."""
+        info = self.task.info
+        return prediction(
+            logits[: info.num_outputs],
+            info.label_names,
+            multi_label=info.multi_label,
+            truncated=self.encoded.truncated,
+        )
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an :class:`InputError`, which exported runners raise as well, into a ``UserError``."""
+    try:
+        yield
+    except InputError as error:
+        raise UserError(str(error)) from None
+
+
+class Engine:
+    """Answers requests with the tasks that are loaded.
+
+    Args:
+        token_budget: tokens of a batch, padding included; None for no limit.
+        batch_size: rows of a batch; None for no limit.
+    """
+
+    def __init__(self, token_budget: int | None = None, batch_size: int | None = None) -> None:
+        self._token_budget, self._batch_size = token_budget, batch_size
+        self._tasks = TaskRegistry()
+
+    def add_loaded(self, name: str, task: LoadedTask) -> None:
+        """Take in a task whose model is in memory."""
+        self._tasks.add(name, lambda: task)
+
+    @property
+    def tasks(self) -> dict[str, TaskInfo]:
+        """The loaded tasks."""
+        return {name: task.info for name, task in self._tasks.now().items()}
+
+    @user_errors()
+    def predict(
+        self, requests: Iterable[Request], *, truncation: bool = True, on_error: OnError = "return"
+    ) -> list[Prediction]:
+        """Answer a list of (task, text) or (task, (text, text)), in the order asked.
+
+        Args:
+            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``. Memory beside the
+                answers does not grow with it.
+            truncation: cut what is longer than its task takes, as in training; else such a row is an error.
+            on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
+                answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
+        """
+        check_on_error(on_error)
+        check_flag("truncation", truncation)
+        _check_several(requests)
+        answers: list[Prediction] = []
+        with self._tasks.in_use() as tasks:
+            for window in windows(as_list(requests), WINDOW):
+                predictions: dict[int, Prediction] = {}
+                rows = self._encode(enumerate(window), tasks, truncation, on_error, predictions)
+                for row, logits in self._run(rows):
+                    predictions[row.place] = row.answer(logits)
+                answers += [predictions[place] for place in range(len(window))]
+        return answers
+
+    @user_errors()
+    def logits(self, name: str, texts: Iterable[Input]) -> np.ndarray:
+        """(N, number of labels) of a task for texts, which may be empty.
+
+        Raises:
+            UserError: the task is unknown, or an input is none of the task's.
+        """
+        with self._tasks.in_use() as tasks:
+            task = find_task(name, tasks)
+            inputs = [texts_of(text, task.info.num_texts, may_be_empty=True) for text in as_list(texts)]
+            rows = [Row(place, task, one) for place, one in enumerate(task.encoder(inputs, task.max_length))]
+            result = np.zeros((len(rows), task.info.num_outputs), dtype=np.float32)
+            for row, logits in self._run(rows):
+                result[row.place] = logits[: result.shape[1]]
+        return result
+
+    def _encode(
+        self,
+        requests: Iterable[tuple[int, Request]],
+        tasks: Mapping[str, LoadedTask],
+        truncation: bool,
+        on_error: OnError,
+        failed: dict[int, Prediction],
+    ) -> list[Row]:
+        """Rows for the requests that can be answered; ``failed`` takes up the others, by their places."""
+        readable: list[tuple[int, LoadedTask, tuple[str, ...]]] = []
+
+        def refuse(place: int, error: InputError) -> None:
+            if on_error == "raise":
+                raise error
+            failed[place] = Prediction.failed(str(error))
+
+        for place, request in requests:
+            try:
+                name, text = _request(request)
+                task = find_task(name, tasks)
+                readable.append((place, task, texts_of(text, task.info.num_texts)))
+            except InputError as error:
+                refuse(place, error)
+        rows: list[Row] = []
+        for alike in grouped(readable, lambda one: (one[1].encoder, len(one[2]), one[1].max_length)):
+            encoder, longest = alike[0][1].encoder, alike[0][1].max_length
+            encoded = encoder([texts for _, _, texts in alike], longest)
+            for (place, task, _), one in zip(alike, encoded, strict=True):
+                if one.truncated and not truncation:
+                    refuse(place, InputError(f"An input is longer than the {longest} tokens of its task; shorten it."))
+                elif not len(one):
+                    refuse(place, InputError(NO_TOKENS))
+                else:
+                    rows.append(Row(place, task, one))
+        return rows
+
+    def _run(self, rows: list[Row]) -> Iterator[tuple[Row, np.ndarray]]:
+        """Each row with its logits, (most labels,), in any order."""
+        for alike in grouped(rows, lambda row: row.task.view):
+            for batch in batches_by_length([len(row) for row in alike], self._token_budget, self._batch_size):
+                # Rows of a task side by side, so that its adapter reads a slice.
+                together = sorted((alike[i] for i in batch), key=lambda row: row.task.adapter_name)
+                yield from zip(together, batch_logits(together), strict=True)
+
+
+@torch.inference_mode()
+def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = None) -> np.ndarray:
+    """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
+    names = [row.task.adapter_name for row in rows]
+    logits = rows[0].task.view.logits(collate(rows), names, begin, states)
+    result: np.ndarray = logits.float().cpu().numpy()
+    return result
+
+
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Rows of one model as tensors (B, T) on its device."""
+    return rows[0].task.encoder.collate([row.encoded for row in rows], rows[0].task.view.device)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Item]]:
+    """Items with the same key together, in the order of first appearance."""
+    groups: dict[Any, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return list(groups.values())
+
+
+def _check_several(requests: Any) -> None:
+    """Refuse one request, or a part of one, where a list of them is expected."""
+    if isinstance(requests, (str, Mapping)) or (
+        isinstance(requests, tuple) and requests and isinstance(requests[0], str)
+    ):
+        raise InputError(
+            f"One request, {requests!r:.80}, was given; pass a list of them, such as [(task, text)], or ask all tasks "
+            "by predict_all([text])."
+        )
+
+
+def _request(request: Any) -> Request:
+    if not isinstance(request, (tuple, list)) or len(request) != 2 or not isinstance(request[0], str):
+        raise InputError(
+            f"A request is {request!r:.80}; expected (task, text) or (task, (text, text)), with the task's name."
+        )
+    return request[0], request[1]

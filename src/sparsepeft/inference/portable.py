@@ -1,0 +1,298 @@
+"""From an input to its texts and from logits to a prediction, without PyTorch.
+
+An export copies this file next to its ``run.py``, so that a text is answered there as it is here: it imports nothing
+but NumPy and the standard library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+
+Text = str | tuple[str, str]
+OnError = Literal["return", "raise"]
+Input = Text | Sequence[str] | Mapping[str, str]
+Task = TypeVar("Task")
+
+_KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
+NO_TOKENS = "An input has no character that the tokenizer knows; pass some words."
+_NOT_FINITE = "The model's output for this input is not a finite number; train it again."
+
+
+class InputError(ValueError):
+    """What was asked cannot be answered; the message says what was received, what was expected and what to do."""
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def read_input(given: Any) -> tuple[str, ...]:
+    """The text, or the two texts, of one input.
+
+    Args:
+        given: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``.
+
+    Raises:
+        InputError: it is none of these, or a text is not valid Unicode.
+    """
+    texts: tuple[Any, ...] = ()
+    if isinstance(given, str):
+        texts = (given,)
+    elif isinstance(given, Mapping) and "text" in given and given.keys() <= set(_KEYS):
+        texts = tuple(given[key] for key in _KEYS if given.get(key) is not None)
+    elif isinstance(given, (tuple, list)):
+        texts = tuple(given)
+    if len(texts) not in (1, 2) or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"An input is {given!r:.80} ({type(given).__name__}); expected a text, a pair of texts, or a dictionary "
+            "with text and text_pair."
+        )
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if "\udc80" <= text[error.start] <= "\udcff":  # as Python's "surrogateescape" has them
+                raise InputError(
+                    f"An input has a byte at position {error.start} that is not UTF-8; read it in its own encoding."
+                ) from None
+            raise InputError(
+                f"An input has {text[error.start]!a} at position {error.start}, half of a surrogate pair, which is no "
+                "character; decode the text again, or replace it."
+            ) from None
+    return texts
+
+
+def texts_of(given: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
+    """The text, or the two texts, of an input of a task.
+
+    Args:
+        given: as for :func:`read_input`.
+        num_texts: how many texts an input of the task has; None takes one or two.
+        may_be_empty: accept empty texts, which some data sets have.
+
+    Raises:
+        InputError: it is no input, has an empty text, or another number of texts than the task takes.
+    """
+    texts = read_input(given)
+    if num_texts not in (None, len(texts)):
+        raise InputError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
+    if not may_be_empty and not all(text.strip() for text in texts):
+        raise InputError("An input has an empty text; pass some words.")
+    return texts
+
+
+def as_list(inputs: Iterable[Any]) -> Iterable[Any]:
+    """The inputs of a call, of which a single text or dictionary is a list of one, as in transformers' pipelines.
+
+    Raises:
+        InputError: it is no list.
+    """
+    if isinstance(inputs, (str, Mapping)):
+        return [inputs]
+    if isinstance(inputs, bytes) or not isinstance(inputs, Iterable):
+        raise InputError(f"{inputs!r:.80} ({type(inputs).__name__}) was given; expected a list of inputs.")
+    return inputs
+
+
+def find_task(name: Any, tasks: Mapping[str, Task]) -> Task:
+    """The task of this name.
+
+    Raises:
+        InputError: there is none, or the name is no text.
+    """
+    check_task_name(name)
+    if name in tasks:
+        return tasks[name]
+    if not tasks:
+        raise InputError(f"The task {name!r} is unknown, as no task is loaded; add() one first.")
+    near = difflib.get_close_matches(name, tasks, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise InputError(f"The task {name!r} is unknown; valid are {', '.join(sorted(tasks))}{hint}")
+
+
+def check_task_name(name: Any) -> None:
+    """See that a task's name is a text.
+
+    Raises:
+        InputError: it is none, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"The task {name!r:.80} ({type(name).__name__}) was given; a task's name is a text that is not empty."
+        )
+
+
+def check_on_error(value: Any) -> None:
+    """See that ``on_error`` is one of its values.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value not in get_args(OnError):
+        raise InputError(f"`on_error={value!r}` was given; pass {' or '.join(map(repr, get_args(OnError)))}.")
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one input.
+
+    Attributes:
+        label: the most probable label; None for regression, and where there is an error.
+        score: its probability, or the predicted value; NaN where there is an error.
+        scores: probability of every label; empty for regression.
+        truncated: whether the input was longer than the task takes and was cut, as in training.
+        error: why there is no answer; None where there is one.
+        labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
+    """
+
+    label: str | None
+    score: float
+    scores: dict[str, float] = field(default_factory=dict)
+    truncated: bool = False
+    error: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    @classmethod
+    def failed(cls, error: str) -> Prediction:
+        """The place of an answer that could not be given."""
+        return cls(None, float("nan"), error=error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: ``label``, ``score``, ``scores``, and the others where they say something; or ``error`` alone."""
+        if self.error is not None:
+            return {"error": self.error}
+        more = {"labels": list(self.labels)} if self.labels is not None else {}
+        cut = {"truncated": True} if self.truncated else {}
+        return {"label": self.label, "score": self.score, "scores": self.scores, **more, **cut}
+
+
+def prediction(
+    logits: np.ndarray, label_names: Sequence[str] | None, *, multi_label: bool = False, truncated: bool = False
+) -> Prediction:
+    """The prediction that logits stand for.
+
+    Args:
+        logits: (num_labels,).
+        label_names: one for each; None for regression.
+        multi_label: labels do not exclude each other, so that each has a probability of its own.
+        truncated: see :class:`Prediction`.
+
+    Returns:
+        One with an error where a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        return Prediction.failed(_NOT_FINITE)
+    if label_names is None:
+        return Prediction(None, float(logits[0]), truncated=truncated)
+    if multi_label:
+        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    else:
+        shifted = np.exp(logits - logits.max())
+        probabilities = shifted / shifted.sum()
+    scores = dict(zip(label_names, probabilities.tolist(), strict=True))
+    best = max(scores, key=lambda label: scores[label])
+    several = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
+    return Prediction(best, scores[best], scores, truncated, labels=several)
+
+
+# -- exported folders --------------------------------------------------------------------------------------------------
+
+
+class ExportedTasks:
+    """The tasks of an exported folder. A subclass, ``Runner`` in ``run.py``, computes by one runtime.
+
+    Args:
+        folder: the exported one.
+        tokenizer: of the library tokenizers, with padding enabled.
+        graph: the backbone's name, which every task's ``task.json`` repeats.
+
+    Attributes:
+        tasks: each ``task.json`` by the task's name.
+    """
+
+    weights: str  # name of the file that a task's adapter is read from
+
+    def __init__(self, folder: str | Path, tokenizer: Any, graph: str) -> None:
+        self.folder, self.tokenizer, self.graph = Path(folder), tokenizer, graph
+        self.tasks: dict[str, dict[str, Any]] = {
+            file.parent.name: json.loads(file.read_bytes()) for file in self.folder.glob("tasks/*/task.json")
+        }
+        self._adapters: dict[str, Any] = {}
+
+    def load(self, file: Path) -> Any:
+        """A task's adapter, from its file."""
+        raise NotImplementedError
+
+    def logits(self, adapter: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """(B, num_labels), from integers (B, T) by name: ``input_ids``, ``attention_mask``, ``token_type_ids``."""
+        raise NotImplementedError
+
+    def answer(self, name: str, texts: Iterable[Input], batch_size: int = 8) -> Iterator[dict[str, Any]]:
+        """Yield a dictionary with ``label``, ``score`` and ``scores`` for each input, see :meth:`Prediction.to_dict`.
+
+        Args:
+            name: of the task.
+            texts: each a text, a pair, or a dictionary with ``text`` and ``text_pair``.
+            batch_size: inputs of a pass.
+
+        Raises:
+            InputError: the task is unknown, or an input cannot be answered.
+            ValueError: the task's files are damaged, or belong to another backbone.
+        """
+        task = find_task(name, self.tasks)
+        inputs = [texts_of(given, task["num_texts"]) for given in as_list(texts)]
+        adapter = self._adapter(name)
+        for start in range(0, len(inputs), batch_size):
+            batch = [pair if pair[1:] else pair[0] for pair in inputs[start : start + batch_size]]
+            self.tokenizer.enable_truncation(task["max_length"])  # each time: another task may have answered meanwhile
+            encoded = self.tokenizer.encode_batch(batch)
+            if not all(any(one.attention_mask) for one in encoded):
+                raise InputError(NO_TOKENS)
+            rows = np.array([(one.ids, one.attention_mask, one.type_ids) for one in encoded], "int64")
+            keys = ("input_ids", "attention_mask", "token_type_ids")
+            logits = self.logits(adapter, {key: rows[:, i] for i, key in enumerate(keys)})
+            for one, row in zip(encoded, logits.astype(float), strict=True):
+                options = {"multi_label": task["multi_label"], "truncated": bool(one.overflowing)}
+                yield prediction(row, task["labels"], **options).to_dict()
+
+    def _adapter(self, name: str) -> Any:
+        if name not in self._adapters:
+            task, file = self.tasks[name], self.folder / "tasks" / name / self.weights
+            if [task["graph"], task["sha256"]] != [self.graph, hashlib.sha256(file.read_bytes()).hexdigest()]:
+                raise ValueError(f"{file} is damaged, or belongs to another backbone; export the task again.")
+            self._adapters[name] = self.load(file)
+        return self._adapters[name]
+
+
+def main(runner: type[Any], folder: Path, usage: str) -> None:
+    """The command line of ``run.py``: a task, and a text or a pair; else each line of standard input is an input."""
+    if not sys.argv[1:]:
+        sys.exit(usage)
+    name, *texts = sys.argv[1:]
+    num_failed = 0
+    try:
+        tasks = runner(folder)
+        find_task(name, tasks.tasks)
+        for line in ["\t".join(texts)] if texts else sys.stdin:
+            try:
+                (answer,) = tasks.answer(name, [line.rstrip("\r\n").split("\t")])
+            except InputError as error:
+                if texts:
+                    raise
+                answer, num_failed = Prediction.failed(str(error)).to_dict(), num_failed + 1
+            print(json.dumps(answer), flush=True)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    if num_failed:
+        sys.exit(f"Error: {num_failed} inputs could not be answered; the error in their lines says why.")

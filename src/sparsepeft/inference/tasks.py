@@ -1,0 +1,239 @@
+"""Loaded tasks: what each is, and which of them calls still use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, TaskType
+
+from sparsepeft.errors import UserError
+from sparsepeft.inference.portable import check_task_name, find_task
+from sparsepeft.reprs import first_of
+from sparsepeft.runs.files import RUN, read_run, spec_of
+from sparsepeft.tuners.config import TaskAdapterConfig
+
+if TYPE_CHECKING:
+    from sparsepeft.inference.encoding import Encoder
+    from sparsepeft.inference.views import View
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as its folder describes it.
+
+    Attributes:
+        folder: where its files are.
+        label_names: by class index; None for regression.
+        multi_label: whether several labels may hold at once.
+        num_texts: texts per input, 1 or 2; None where the folder does not say, and both are taken.
+        max_length: tokens an input was cut to in training; None for as many as the backbone takes.
+    """
+
+    folder: Path
+    label_names: tuple[str, ...] | None
+    multi_label: bool
+    num_texts: int | None
+    max_length: int | None
+
+    def __repr__(self) -> str:
+        labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
+        return f"TaskInfo({str(self.folder)!r}, {labels})"
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits of an input."""
+        return len(self.label_names) if self.label_names else 1
+
+
+class LoadedTask:
+    """A task in memory.
+
+    Args:
+        info: what the task is.
+        view: the model that answers it.
+        adapter_name: of its adapter in that model.
+        encoder: the tokenizer of its backbone.
+        lowest_layer: how many layers at the bottom compute the same as without the task's adapter.
+
+    Attributes:
+        max_length: tokens an input may have.
+        num_users: calls that are using it.
+    """
+
+    def __init__(self, info: TaskInfo, view: View, adapter_name: str, encoder: Encoder, lowest_layer: int = 0) -> None:
+        self.info, self.view, self.adapter_name, self.encoder = info, view, adapter_name, encoder
+        self.max_length, self.lowest_layer = encoder.longest(info.max_length), lowest_layer
+        self.num_users = 0
+
+
+class TaskRegistry:
+    """Tasks by name. A call works on the tasks as they were when it began; a change is one assignment.
+
+    A task that was taken away is deleted from its model when the last call that uses it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, LoadedTask] = {}
+        self._retired: list[LoadedTask] = []
+        self._changing = threading.Lock()  # held while a task is loaded, or retired ones are deleted
+        self._counting = threading.Lock()  # held for moments only, so that no call waits for a task to be loaded
+
+    def now(self) -> dict[str, LoadedTask]:
+        """The tasks at this moment."""
+        with self._counting:
+            return dict(self._tasks)
+
+    @contextmanager
+    def in_use(self) -> Iterator[dict[str, LoadedTask]]:
+        """The tasks at this moment; none of them is deleted while this lasts."""
+        with self._counting:
+            tasks = dict(self._tasks)
+            for task in tasks.values():
+                task.num_users += 1
+        try:
+            yield tasks
+        finally:
+            with self._counting:
+                for task in tasks.values():
+                    task.num_users -= 1
+            # Whoever is changing the tasks deletes what can be deleted at the end of the change.
+            if self._retired and self._changing.acquire(blocking=False):
+                try:
+                    self._delete_retired()
+                finally:
+                    self._changing.release()
+
+    def add(self, name: str, load: Callable[[], LoadedTask]) -> None:
+        """Load a task under a name that is free.
+
+        Raises:
+            UserError: the name is taken.
+            InputError: the name is no text.
+        """
+        check_task_name(name)
+        with self._changing:
+            if name in self._tasks:
+                raise UserError(f"The task {name!r} is loaded already; call replace() to put another in its place.")
+            self._put(name, load())
+
+    def replace(self, name: str, load: Callable[[], LoadedTask]) -> None:
+        """Load a task in place of one that is there.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._changing:
+            find_task(name, self._tasks)
+            self._put(name, load())
+
+    def remove(self, name: str) -> None:
+        """Forget a task.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._changing:
+            find_task(name, self._tasks)
+            self._put(name, None)
+
+    def _put(self, name: str, task: LoadedTask | None) -> None:
+        with self._counting:
+            if name in self._tasks:
+                self._retired.append(self._tasks[name])
+            if task is None:
+                del self._tasks[name]
+            else:
+                self._tasks[name] = task
+        self._delete_retired()
+
+    def _delete_retired(self) -> None:
+        with self._counting:
+            unused = [task for task in self._retired if task.num_users == 0]
+            self._retired = [task for task in self._retired if task.num_users > 0]
+        for task in unused:
+            task.view.delete(task.adapter_name)
+
+
+def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
+    """The task of a run, from its ``run.json``.
+
+    Raises:
+        UserError: it is a language model.
+    """
+    check_classifies(folder, run)
+    spec = spec_of(run)
+    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
+
+
+def check_classifies(folder: Path, run: dict[str, Any]) -> None:
+    """See that a run's model gives labels or values.
+
+    Raises:
+        UserError: it is a language model.
+    """
+    if not isinstance(run["task"], dict):
+        raise UserError(
+            f"{folder} holds a language model, which has no labels to predict; `sparsepeft generate` continues texts "
+            "with it, and `sparsepeft evaluate` gives its perplexity."
+        )
+
+
+def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
+    """Describe the task whose adapter is in a folder that ``sparsepeft train`` or ``save_pretrained`` wrote.
+
+    Raises:
+        UserError: the folder holds no adapter, one of a method that cannot share a batch, or its files disagree.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds no adapter (adapter_config.json is missing); pass the output folder of a finished "
+            "`sparsepeft train` with an adapter method, or one written by save_pretrained."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"adapter_config.json in {folder} is damaged ({error}); save the adapter again.") from error
+    if config.task_type not in (None, TaskType.SEQ_CLS):
+        raise UserError(
+            f"{folder} holds an adapter for {_plain(config.task_type)}, but what is answered together are whole texts "
+            f"({TaskType.SEQ_CLS.value}); use this one through PeftModel.from_pretrained."
+        )
+    if not isinstance(config, TaskAdapterConfig):
+        raise UserError(
+            f"{folder} holds an adapter of the method {_plain(config.peft_type).lower()}, whose tasks cannot share a "
+            "batch or a graph as those of spartan, pfeiffer, houlsby, bitfit and head can; "
+            + (
+                "an engine answers it beside them, as does `sparsepeft predict`."
+                if (folder / RUN).is_file()
+                else "use this one, which says nothing of its labels, through PeftModel.from_pretrained."
+            )
+        )
+    names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
+    if not names:
+        raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
+    is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    if is_regression and len(names) > 1:
+        raise UserError(
+            f"{folder} holds an adapter that predicts {len(names)} values at once, but an answer has labels or one "
+            "value; take the logits of PeftModel.from_pretrained."
+        )
+    if not (folder / RUN).is_file():
+        multi_label = config.problem_type == "multi_label_classification"
+        return TaskInfo(folder, None if is_regression else names, multi_label, None, None), config
+    info = info_of_run(folder, read_run(folder))
+    if info.num_outputs != config.num_labels:
+        raise UserError(
+            f"{folder} disagrees with itself: {RUN} names {info.num_outputs} label(s), but the head has "
+            f"{config.num_labels} output(s); train the task again, or copy the folder whole."
+        )
+    return info, config
+
+
+def _plain(name: Any) -> str:
+    """A member of one of PEFT's enums, or a name outside it, as its files have it."""
+    return str(getattr(name, "value", name))

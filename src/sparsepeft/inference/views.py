@@ -1,0 +1,281 @@
+"""Views of the backbone: models that share its weights, each for the tasks that can be batched together.
+
+A :class:`SharedView` answers the tasks of one PEFT method, row by row; an :class:`OwnView` answers one task alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from sparsepeft.inference.onednn import use_onednn
+from sparsepeft.methods.models import loading_adapter
+from sparsepeft.models.adapters import AdapterDict
+from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.sublayers import find_feed_forwards
+from sparsepeft.models.heads import HeadSpec, copy_with_labels
+from sparsepeft.models.partial import PartialPasses
+from sparsepeft.models.sublayers import find_feed_forwards
+from sparsepeft.spt.config import SptConfig
+from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
+
+AdapterSite = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router
+
+
+class View(Protocol):
+    """A model that answers one task, or several together."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are expected."""
+        ...
+
+    @property
+    def num_shareable_layers(self) -> int:
+        """Layers that can be run once for several tasks; 0 where the model has no single stack of them."""
+        ...
+
+    def logits(
+        self,
+        inputs: dict[str, torch.Tensor],
+        adapter_names: list[str],
+        begin: int = 0,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the rows of a batch, each with its adapter: (B, most labels), -inf where a row's task has fewer.
+
+        With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
+        """
+        ...
+
+    def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
+        """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
+        ...
+
+    def delete(self, adapter_name: str) -> None:
+        """Forget an adapter that no pass uses."""
+        ...
+
+
+class OwnView:
+    """A model that answers one task alone: its adapter cannot be routed row by row, or all of it was trained.
+
+    Args:
+        model: dense or sparse, with its adapter if it has one.
+        device: where its inputs are expected; None is where the model is when it is asked.
+    """
+
+    num_shareable_layers = 0
+
+    def __init__(self, model: torch.nn.Module, device: torch.device | None = None) -> None:
+        self.model: Any = model.eval()
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are expected."""
+        device: torch.device = self._device or self.model.device
+        return device
+
+    def logits(
+        self,
+        inputs: dict[str, torch.Tensor],
+        adapter_names: list[str],
+        begin: int = 0,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, num_labels)."""
+        logits: torch.Tensor = self.model(**inputs).logits
+        return logits
+
+    def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
+        """None: no other task uses them."""
+        return None
+
+    def delete(self, adapter_name: str) -> None:
+        """Nothing is left of the task when nobody holds the view any more."""
+
+
+class SharedView:
+    """The backbone with the adapters of one PEFT method.
+
+    PEFT keeps adapters of one method in one model. Methods must not nest in one tree of modules (a bottleneck adapter
+    acts inside a norm that a SPARTAN task may replace), so each method gets a tree; the backbone's tensors exist once.
+    An adapter that is loaded is set aside from PEFT, which walks over all it knows of whenever one is added.
+
+    Args:
+        backbone: whose parameters and buffers are shared. It is not changed.
+        onednn: compute its linear layers by oneDNN.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
+        self.model = serving_copy(backbone)
+        self.device = execution_device(backbone) or backbone.device
+        if onednn:
+            use_onednn(self.model)
+        self._partial = PartialPasses(self.model)
+        self._peft: PeftModel | None = None
+        self._context = ForwardContext()
+        self._sites: dict[str, list[AdapterSite]] = {}  # of each adapter
+
+    def load(self, folder: Path, adapter_name: str) -> int:
+        """Read an adapter. Passes that run meanwhile are not disturbed, as none of them uses it.
+
+        Returns:
+            How many layers at the bottom compute the same with this adapter as without it.
+
+        Raises:
+            UserError: the files are damaged, or belong to another backbone; nothing is left of them.
+        """
+        try:
+            with loading_adapter(folder):
+                self._attach(folder, adapter_name)
+            lowest = self._lowest_layer(adapter_name)
+        except BaseException:
+            self._set_aside(adapter_name)
+            self.delete(adapter_name)
+            raise
+        self._set_aside(adapter_name)
+        return lowest
+
+    def delete(self, adapter_name: str) -> None:
+        """Forget an adapter that no pass uses."""
+        for site in self._sites.pop(adapter_name):
+            if isinstance(site, TaskTunerLayer):
+                site.delete_adapter(adapter_name)
+            else:
+                site.delete_adapter(adapter_name, None)
+
+    def logits(
+        self,
+        inputs: dict[str, torch.Tensor],
+        adapter_names: list[str],
+        begin: int = 0,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the rows of a batch, each with its adapter: (B, most labels), -inf where a row's task has fewer.
+
+        With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
+        """
+        skipping = self._partial.beginning_after(begin - 1, states) if states is not None else nullcontext()
+        model: Any = self.model
+        with self._context.routed(adapter_names), skipping:
+            logits: torch.Tensor = model(**inputs).logits
+        return logits
+
+    @property
+    def num_shareable_layers(self) -> int:
+        """Layers that can be run once for several tasks; 0 where the model has no single stack of them."""
+        return self._partial.num_layers
+
+    def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
+        """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
+        model: Any = self.model
+        with self._partial.ending_after(num_layers - 1):
+            model(**inputs)
+        return self._partial.states()
+
+    def _attach(self, folder: Path, adapter_name: str) -> None:
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter_name)
+            self._context = _context_of(self._peft)
+        else:
+            self._peft.load_adapter(str(folder), adapter_name=adapter_name)
+        self._peft.eval()
+        tuner: Any = self._peft.base_model
+        tuner.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
+
+    def _lowest_layer(self, adapter_name: str) -> int:
+        blocks = find_blocks(self.model)
+        assert self._peft is not None
+        config: Any = self._peft.peft_config[adapter_name]
+        head = tuple(f"{name}." for name in config.head_modules or ())
+        lowest = len(blocks)
+        for name, _ in self._sites_of(adapter_name):
+            if f"{name}.".startswith(head):
+                continue
+            inside = (i for i, block in enumerate(blocks) if f"{name}.".startswith(f"{block.name}."))
+            lowest = min(lowest, next(inside, 0))  # below the layers, such as the embeddings' norm: none is shared
+        return lowest
+
+    def _set_aside(self, adapter_name: str) -> None:
+        """Hide an adapter from PEFT."""
+        self._sites[adapter_name] = [site for _, site in self._sites_of(adapter_name)]
+        for site in self._sites[adapter_name]:
+            for container in site.adapter_layer_names:
+                adapters: AdapterDict = getattr(site, container)
+                if adapter_name in adapters:
+                    adapters.set_aside(adapter_name)
+        if self._peft is not None:
+            self._peft.peft_config.pop(adapter_name, None)
+
+    def _sites_of(self, adapter_name: str) -> list[tuple[str, AdapterSite]]:
+        """The modules that hold a part of an adapter, by name."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, AdapterSite)
+            and any(adapter_name in getattr(module, container) for container in module.adapter_layer_names)
+        ]
+
+
+def serving_copy(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the backbone's modules that shares its tensors, set up to answer."""
+    copied = sharing_tensors(backbone)
+    copied.eval().config.use_cache = False
+    # Accelerate's hooks stay as they are; where the model says that it has some, PEFT would set up its own.
+    vars(copied).pop("hf_device_map", None)
+    return copied
+
+
+def with_own_head(model: PreTrainedModel, head: HeadSpec, num_labels: int) -> None:
+    """Give a model from :func:`serving_copy` an output layer of ``num_labels``, for an adapter to fill."""
+    if head.output is not None:
+        output = copy_with_labels(model.get_submodule(head.output), head.linear, num_labels, initializer_range=0.02)
+        model.set_submodule(head.output, output)
+
+
+def with_own_feed_forwards(model: PreTrainedModel, spt: SptConfig) -> None:
+    """Give a model from :func:`serving_copy` weights of its own where routing puts neurons into another order."""
+    for feed_forward in find_feed_forwards(model, spt.layers_to_transform) if spt.ffn else []:
+        for name in feed_forward.projection_names:
+            for parameter in feed_forward.part(name).parameters():
+                parameter.data = parameter.data.clone()
+
+
+def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules whose parameters and buffers lie in the same memory.
+
+    What is done to the copy (its mode, device, hooks, which parameters want gradients) leaves ``model`` alone. Values
+    that are changed in place, as optimizers change them, change in both.
+    """
+    # A shallow copy of a tensor shares its memory, whatever its class, and keeps what was noted on it.
+    memo: dict[int, Any] = {id(tensor): copy.copy(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for offloaded in _offloaded_weights(model):
+        memo[id(offloaded)] = offloaded
+    return copy.deepcopy(model, memo)
+
+
+def _offloaded_weights(model: PreTrainedModel) -> Iterator[Any]:
+    """Where accelerate's hooks keep weights that are not on the device they compute on."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            for name in ("weights_map", "tied_params_map"):
+                if getattr(each, name, None) is not None:
+                    yield getattr(each, name)
+
+
+def _context_of(peft: PeftModel) -> ForwardContext:
+    tuner: Any = peft.base_model
+    context: ForwardContext = tuner._context
+    return context

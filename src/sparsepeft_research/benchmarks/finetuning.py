@@ -1,0 +1,255 @@
+"""Fine-tuning throughput: every method, AdapterHub's adapters, and what each of our options gives.
+
+    sparsepeft benchmark finetuning --data-dir DATA --output finetuning.json
+
+Few-shot training (200 examples, batch 16) of MiniLM, measured in three groups, each alternating its candidates epoch by
+epoch: all methods on real texts (ours in batches by length, AdapterHub's in random batches, padded to the longest or to
+128 tokens as ``run_glue.py`` does); the same on texts of 128 tokens; SPARTAN with each option by itself and together.
+Every candidate is a process of its own with the same threads. Ours are whole runs of ``sparsepeft.training.train``,
+stopped and let go by a callback; the peer's are a bare loop in an environment of its own (see ``peers/``).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from sparsepeft.backbones import describe_backbone, resolve_model
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.inference.encoding import encode
+from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.methods.recipes import METHODS, get_recipe
+from sparsepeft.tasks import TaskSpec, few_shot, load_task
+from sparsepeft_research.benchmarks.measuring import time_alternating
+from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.benchmarks.workers import Worker
+from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
+
+PEER_TRAINING = HERE / "training.py"
+BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000
+GROUPS = ("methods", "full-length", "options")
+EPOCH = -(-EXAMPLES // BATCH)
+
+
+class Candidate(NamedTuple):
+    """Something to time: fields of a RunConfig for ours, settings of ``peers/training.py`` for the peer's."""
+
+    name: str
+    settings: dict[str, Any]
+    is_peer: bool = False
+    random_order: bool = False
+
+
+class Data(NamedTuple):
+    """The same examples for both sides: fields of a RunConfig, and token ids in a file."""
+
+    config: dict[str, Any]
+    examples: Path
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every candidate is measured with."""
+
+    model: str
+    task: str
+    data_dir: str
+    peer_python: Path
+    repeats: int
+    idle_wait: float
+    seed: int
+    quick: bool
+
+
+def run(
+    *,
+    data_dir: str,
+    task: str,
+    model: str,
+    groups: str,
+    peer_folder: str,
+    repeats: int,
+    idle_wait: float,
+    seed: int,
+    quick: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the groups.
+
+    Raises:
+        UserError: a group is unknown, or more repeats were asked for than a run has steps.
+    """
+    chosen = groups.split(",") if groups else list(GROUPS)
+    for name in chosen:
+        if name not in GROUPS:
+            raise UserError(unknown_name("The group", name, GROUPS))
+    if (2 + 2 * repeats) * EPOCH > STEPS:
+        raise UserError(f"`repeats={repeats}` needs more than the {STEPS} steps that a run has; ask for fewer.")
+    disable_progress_bars()
+    python = peer_python(Path(peer_folder) if peer_folder else DEFAULT_FOLDER)
+    settings = Settings(resolve_model(model or None), task, data_dir, python, repeats, idle_wait, seed, quick)
+    num_layers = AutoConfig.from_pretrained(settings.model).num_hidden_layers
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        real, full = real_texts(settings, folder), full_length_texts(settings, folder)
+        plan = {
+            "methods": (real, methods(quick) + peers(quick, (None, LENGTH))),
+            "full-length": (full, methods(quick) + peers(quick, (None,))),
+            "options": (real, option_candidates(num_layers, quick) + peers(True, (None, LENGTH))),
+        }
+        for name in chosen:
+            progress(name)
+            (folder / name).mkdir()
+            results[name] = measure(*plan[name], settings, folder / name, progress)
+    about = {"model": describe_backbone(settings.model), "num_layers": num_layers}
+    return {"results": results, "settings": about | {"batch_size": BATCH, "num_examples": EXAMPLES}}
+
+
+def methods(quick: bool) -> list[Candidate]:
+    """Each of our methods with its recipe."""
+    return [Candidate(name, {"method": name}) for name in (("spartan", "pfeiffer") if quick else METHODS)]
+
+
+def peers(only_pfeiffer: bool, paddings: tuple[int | None, ...]) -> list[Candidate]:
+    """AdapterHub's adapters of our sizes; padding None is to the longest example of a batch."""
+    candidates = []
+    for style in ("pfeiffer",) if only_pfeiffer else ("pfeiffer", "houlsby"):
+        for length in paddings:
+            name = f"adapters {style}" + (f", padded to {length}" if length else "")
+            reduction = get_recipe("best", style).adapter["reduction_factor"]
+            settings = {"style": style, "reduction_factor": reduction, "pad_to": length}
+            candidates.append(Candidate(name, settings, is_peer=True))
+    return candidates
+
+
+def option_candidates(num_layers: int, quick: bool) -> list[Candidate]:
+    """SPARTAN as it is, with each option by itself, and with all that go together."""
+
+    def top(k: int) -> dict[str, Any]:
+        return {"settings": {"layers_to_transform": list(range(num_layers - k, num_layers))}}
+
+    cached, bf16, compiled = {"cache_frozen_layers": True}, {"precision": "bf16"}, {"compile": True}
+    candidates = [
+        Candidate("spartan", {}),
+        Candidate("spartan, batches in random order", {}, random_order=True),
+        Candidate("spartan, bf16", bf16),
+    ]
+    if not quick:
+        candidates.append(Candidate("spartan, compiled", compiled))
+    for k in (1,) if quick else range(1, min(4, num_layers)):
+        candidates.append(Candidate(f"spartan, top {k}", top(k)))
+        candidates.append(Candidate(f"spartan, top {k}, cached", top(k) | cached))
+        candidates.append(Candidate(f"spartan, top {k}, cached, bf16", top(k) | cached | bf16))
+        if not quick:
+            candidates.append(Candidate(f"spartan, top {k}, cached, bf16, compiled", top(k) | cached | bf16 | compiled))
+    return candidates
+
+
+def real_texts(settings: Settings, folder: Path) -> Data:
+    """A few examples of the task, as they are."""
+    task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
+    chosen = few_shot(task.train, task.spec, EXAMPLES, settings.seed)
+    config = {"task": settings.task, "data_dir": settings.data_dir}
+    return write_examples(chosen, task.spec, config, settings, folder / "real.safetensors")
+
+
+def full_length_texts(settings: Settings, folder: Path) -> Data:
+    """The task's texts repeated until every example fills the longest input."""
+    task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
+    some = few_shot(task.train, task.spec, EXAMPLES + EXAMPLES // 4, settings.seed)  # a tenth is held out
+    columns = task.spec.text_columns
+    rows = []
+    for row in some:
+        label = task.spec.label_names[row["label"]] if task.spec.label_names else row["label"]
+        rows.append({"text": " ".join(row[column] for column in columns * LENGTH), "label": label})
+    path = folder / "full.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = load_task("custom", train_file=path)
+    chosen = few_shot(data.train, data.spec, EXAMPLES, settings.seed)
+    config = {"task": "custom", "train_file": str(path)}
+    return write_examples(chosen, data.spec, config, settings, folder / "full.safetensors")
+
+
+def write_examples(dataset: Dataset, spec: TaskSpec, config: dict[str, Any], settings: Settings, path: Path) -> Data:
+    """Write the examples' token ids for the peer, padded to the longest input."""
+    tokenizer = load_tokenizer(settings.model)
+    encoded, _ = encode(dataset, spec, tokenizer, LENGTH)
+    columns = [name for name in encoded.column_names if name not in ("labels", "length")]
+    rows = [{name: row[name] for name in columns} for row in encoded]
+    tensors = dict(tokenizer.pad(rows, padding="max_length", max_length=LENGTH, return_tensors="pt"))
+    tensors["labels"] = torch.tensor(encoded["labels"][:], dtype=torch.long if spec.label_names else torch.float)
+    save_file(tensors, path)
+    return Data(config, path, spec.num_labels)
+
+
+def measure(
+    data: Data, candidates: list[Candidate], settings: Settings, folder: Path, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Time the candidates in turn; one that cannot run is reported with its reason."""
+    steps, repeats = (1, 2) if settings.quick else (EPOCH, settings.repeats)
+    workers: dict[str, Worker] = {}
+    results: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        for number, candidate in enumerate(candidates):
+            try:
+                worker = stack.enter_context(start(candidate, data, settings, folder / str(number)))
+                worker.ask(2 * steps)
+            except RuntimeError as error:
+                results[candidate.name] = {"failed": str(error)}
+                progress(f"{candidate.name}: failed, {error}")
+            else:
+                workers[candidate.name] = worker
+        epochs = {name: partial(worker.ask, steps) for name, worker in workers.items()}
+        timings = time_alternating(epochs, repeats=repeats, warm_up=0, idle_wait_s=settings.idle_wait)
+    for name, timing in timings.items():
+        step_s = timing.median_ms / 1e3 / steps
+        preparation_s = workers[name].ready["preparation_s"]
+        results[name] = {
+            "steps_per_minute": 60 / step_s,
+            "preparation_s": preparation_s,
+            f"steps_per_minute_of_{STEPS}_with_preparation": 60 * STEPS / (preparation_s + STEPS * step_s),
+            "timing_of_steps": steps,
+            "timing": timing._asdict(),
+        }
+    for name in timings:
+        results[name]["speed_over"] = {
+            other: results[name]["steps_per_minute"] / results[other]["steps_per_minute"]
+            for other in timings
+            if other != name and (other.startswith("adapters ") or other == "spartan" or name.startswith(f"{other}, "))
+        }
+        over = ", ".join(f"{ratio:.2f} x {other}" for other, ratio in results[name]["speed_over"].items())
+        progress(f"{name}: {results[name]['steps_per_minute']:.1f} steps/min; {over}")
+    return results
+
+
+def start(candidate: Candidate, data: Data, settings: Settings, folder: Path) -> Worker:
+    """Start a candidate's process."""
+    folder.mkdir()
+    threads = torch.get_num_threads()
+    told: dict[str, Any] = {"threads": threads}
+    if candidate.is_peer:
+        command = [str(settings.peer_python), str(PEER_TRAINING)]
+        told |= {"model": settings.model, "num_labels": data.num_labels, "examples": str(data.examples)}
+        told |= {"seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4, "max_steps": STEPS}
+        told |= candidate.settings
+    else:
+        command = [sys.executable, "-m", f"{__package__}.finetuning_process"]
+        config = {"model": settings.model, "output_dir": str(folder / "run"), "seed": settings.seed}
+        config |= {"few_shot": EXAMPLES, "max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH}
+        told |= {"config": config | data.config | candidate.settings, "random_order": candidate.random_order}
+    path = folder / "settings.json"
+    path.write_text(json.dumps(told))
+    return Worker([*command, str(path)], threads, folder / "log.txt")

@@ -1,0 +1,177 @@
+"""The benchmarks by name: what each measures, its parameters, and running it. Loads nothing of what it lists."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparsepeft.errors import UserError, unknown_name
+from sparsepeft_research.results import Result, describe_machine
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A setting of a benchmark.
+
+    Attributes:
+        name: as its function has it.
+        default: taken where nothing is said.
+        help: a sentence.
+        choices: the values there are; empty for any of the type of ``default``.
+    """
+
+    name: str
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Something to measure.
+
+    Attributes:
+        name: of the benchmark, and of its module here.
+        measures: what, in a sentence.
+        parameters: of its ``run``, beside ``progress``; ``threads`` is set before.
+        settings: instead of ``parameters``, the class in its module that checks them and documents them.
+    """
+
+    name: str
+    measures: str
+    parameters: tuple[Parameter, ...] = ()
+    settings: str | None = None
+
+
+def _common(repeats: int, *others: Parameter, seed: bool = True) -> tuple[Parameter, ...]:
+    return (
+        *others,
+        Parameter("repeats", repeats, "Timed calls of each candidate."),
+        Parameter("threads", 2, "Threads of every candidate."),
+        Parameter("idle_wait", 0.0, "Seconds to wait for an idle machine before each round."),
+        *((Parameter("seed", 0, "Of weights and inputs."),) if seed else ()),
+    )
+
+
+_PLACES = ("data_dir", "peer_folder")  # on one machine, so no settings of a result
+_DEVICE = Parameter("device", "cpu", "Where the candidates run.", ("cpu", "cuda"))
+_QUICK = Parameter("quick", False, "Tiny cases, to see that it works.")
+
+BENCHMARKS = {
+    one.name: one
+    for one in (
+        Benchmark(
+            "inference",
+            "throughput, latency and memory of a backbone with and without adapters, of peers, of many tasks",
+            settings="InferenceBenchmark",
+        ),
+        Benchmark("spt", "a LoRA fine-tuning step, dense against sparse: time and memory", settings="SptBenchmark"),
+        Benchmark(
+            "memory",
+            "memory_read in each implementation and as a plain gather, over the number of parents",
+            _common(
+                15,
+                _DEVICE,
+                Parameter("dtype", "float32", "Of all tensors.", ("float32", "bfloat16", "float16")),
+                _QUICK,
+            ),
+        ),
+        Benchmark(
+            "sparse_attention",
+            "sparse_attention against SDPA in time and memory, over the number of tokens",
+            _common(7, _DEVICE, _QUICK),
+        ),
+        Benchmark(
+            "routed_ffn",
+            "routed_ffn against the dense FFN, over the number of active blocks",
+            _common(9, _DEVICE, Parameter("only", "", "Cases whose name contains this."), _QUICK),
+        ),
+        Benchmark(
+            "allocator",
+            "what reusing freed memory gives: keep_freed_memory against the allocator as it is",
+            _common(9, Parameter("language_model", "", "A causal model, for its case: hub id or folder.")),
+        ),
+        Benchmark(
+            "finetuning",
+            "steps per minute of every method and option, and of AdapterHub's adapters",
+            _common(
+                7,
+                Parameter("data_dir", os.environ.get("SPARSEPEFT_DATA", ""), "Folder with the GLUE tasks."),
+                Parameter("task", "mrpc", "Whose examples are used."),
+                Parameter("model", "", "Hub id or folder of the backbone; MiniLM if left out."),
+                Parameter("groups", "", "Some of methods, full-length, options (a,b); all if left out."),
+                Parameter("peer_folder", "", "Where the peer's environment is kept; .peers/adapters if left out."),
+                _QUICK,
+            ),
+        ),
+        Benchmark(
+            "processors",
+            "what the compiled kernels give on a kind of processor, against what was aimed at",
+            _common(
+                15, Parameter("processor", "native", "Kind of processor to be kept to.", ("native", "avx2")), seed=False
+            ),
+        ),
+        Benchmark(
+            "runtimes",
+            "a bare encoder in PyTorch, torchao, ONNX Runtime and OpenVINO",
+            _common(
+                7,
+                Parameter("model", "roberta-base", "As in `sparsepeft benchmark inference`."),
+                Parameter("shapes", "32x128,1x32", "Batch size x tokens (a,b)."),
+            ),
+        ),
+        Benchmark(
+            "adapters",
+            "how far our bottleneck adapters are from AdapterHub's on the same weights and inputs",
+            (Parameter("peer_folder", "", "Where the peer's environment is kept; .peers/adapters if left out."),),
+        ),
+    )
+}
+
+
+def run_benchmark(name: str, *, progress: Progress = lambda message: None, **values: Any) -> Result:
+    """Run a benchmark.
+
+    Args:
+        name: one of :data:`BENCHMARKS`.
+        progress: told what is being done.
+        values: its parameters; those left out have their defaults.
+
+    Raises:
+        UserError: the benchmark or a parameter is unknown, or a value cannot be used.
+        RunFailed: nothing could be measured.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(unknown_name("The benchmark", name, BENCHMARKS))
+    benchmark = BENCHMARKS[name]
+    module = importlib.import_module(f"sparsepeft_research.benchmarks.{name}")
+    if benchmark.settings is not None:
+        settings = getattr(module, benchmark.settings)(**values)
+        environment = describe_machine(settings.seed)
+        report = module.run(settings, progress)
+        environment["threads"] = report["settings"].get("threads", environment["threads"])
+        return Result(name, report.pop("settings"), report.pop("results"), environment, settings.seed, report)
+    known = {parameter.name: parameter for parameter in benchmark.parameters}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(unknown_name("The parameter", key, known))
+        if known[key].choices and value not in known[key].choices:
+            raise UserError(unknown_name(f"`{key}`", str(value), known[key].choices))
+    chosen = {key: parameter.default for key, parameter in known.items()} | values
+    if "repeats" in chosen and chosen["repeats"] < 2:
+        raise UserError(f"`repeats={chosen['repeats']}` was given; quartiles need at least 2.")
+    settings = {key: value for key, value in chosen.items() if key not in _PLACES}
+    if "threads" in chosen:
+        import torch
+
+        torch.set_num_threads(chosen.pop("threads"))
+    seed = chosen.get("seed")
+    environment = describe_machine(seed)  # before: the load is that of others
+    report = module.run(**chosen, progress=progress)
+    environment["versions"] |= report.pop("versions", {})
+    return Result(name, settings | report.pop("settings", {}), report.pop("results"), environment, seed, report)

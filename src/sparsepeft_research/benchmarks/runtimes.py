@@ -1,0 +1,158 @@
+"""Which library computes a bare encoder fastest on this machine's CPU, and how far its answer is from PyTorch's.
+
+    sparsepeft benchmark runtimes --output runtimes.json
+
+RoBERTa-base with random weights in PyTorch (as is, its products by oneDNN, in bfloat16, quantized by torchao), and
+exported in ONNX Runtime and OpenVINO; int8 everywhere with activations quantized as they come. torchao and OpenVINO are
+left out, and named, where they are not installed. All take turns in one process with equal threads. ``deviation`` is
+the largest error of the logits over their largest entry, against PyTorch in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from sparsepeft.inference.onednn import use_onednn
+from sparsepeft_research.benchmarks.inference.exported import export_system
+from sparsepeft_research.benchmarks.inference.systems import BACKBONE, ONNX, load_model
+from sparsepeft_research.benchmarks.inference.workloads import prepare_model
+from sparsepeft_research.benchmarks.measuring import as_dicts, time_alternating
+from sparsepeft_research.benchmarks.registry import Progress
+
+LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
+EXPORTED = ("float32", "int8")
+
+Inputs = dict[str, np.ndarray]
+
+
+def run(*, model: str, shapes: str, repeats: int, idle_wait: float, seed: int, progress: Progress) -> dict[str, Any]:
+    """Measure all shapes."""
+    installed = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        backbone = prepare_model(model, folder / "model", seed)
+        progress("exporting")
+        candidates = _pytorch(backbone.folder, "torchao" in installed, seed)
+        files = {precision: _export(backbone.folder, folder, precision, seed) for precision in EXPORTED}
+        candidates |= {f"onnxruntime {name}": _onnxruntime(file) for name, file in files.items()}
+        if "openvino" in installed:
+            candidates |= {
+                f"openvino {precision}": _openvino(files[file], precision)
+                for precision, file in (("float32", "float32"), ("bfloat16", "float32"), ("int8", "int8"))
+            }
+        names = [one.name for one in onnx.load(str(files["float32"])).graph.input]
+        for shape in shapes.split(","):
+            progress(shape)
+            inputs = _inputs(shape, names, backbone.architecture["vocab_size"], seed)
+            results.append(_measure(shape, inputs, candidates, repeats, idle_wait))
+    return {
+        "results": results,
+        "settings": {"model": backbone.name},
+        "versions": {name: importlib.metadata.version(name) for name in installed},
+        "left_out": [name for name in LIBRARIES if name not in installed],
+    }
+
+
+def _measure(
+    shape: str, inputs: Inputs, candidates: dict[str, Callable[[Inputs], np.ndarray]], repeats: int, idle_wait: float
+) -> dict[str, Any]:
+    passes = {name: lambda run=run: run(inputs) for name, run in candidates.items()}
+    expected = passes["torch float32"]()
+    deviations = {
+        name: float(np.abs(answer() - expected).max() / np.abs(expected).max()) for name, answer in passes.items()
+    }
+    timings = time_alternating(passes, repeats=repeats, idle_wait_s=idle_wait)
+    base = timings["torch float32"].median_ms
+    return {
+        "shape": shape,
+        "timings": as_dicts(timings),
+        "speedup_over_torch_float32": {name: base / timing.median_ms for name, timing in timings.items()},
+        "deviation": deviations,
+    }
+
+
+def _inputs(shape: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
+    size = tuple(int(number) for number in shape.split("x"))
+    generator = np.random.default_rng(seed)
+    values = {
+        "input_ids": generator.integers(10, vocab_size // 2, size),
+        "attention_mask": np.ones(size, dtype=np.int64),
+    }
+    return {name: values.get(name, np.zeros(size, dtype=np.int64)) for name in names}
+
+
+def _export(model: str, folder: Path, precision: str, seed: int) -> str | None:
+    torch.manual_seed(seed)  # of a head that the model does not have
+    return export_system(BACKBONE, model, folder / precision, f"{ONNX}{precision}")["graph"]
+
+
+def _pytorch(model: str, with_torchao: bool, seed: int) -> dict[str, Callable[[Inputs], np.ndarray]]:
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return load_model(model, dtype)
+
+    loaded = {
+        "torch float32": load(torch.float32),
+        "torch float32, oneDNN": load(torch.float32),
+        "torch bfloat16": load(torch.bfloat16),
+    }
+    use_onednn(loaded["torch float32, oneDNN"])
+    if with_torchao:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        loaded["torchao int8"] = load(torch.float32)
+        quantize_(loaded["torchao int8"], Int8DynamicActivationInt8WeightConfig())
+
+    def passes(module: torch.nn.Module) -> Callable[[Inputs], np.ndarray]:
+        def run(inputs: Inputs) -> np.ndarray:
+            with torch.inference_mode():
+                logits: torch.Tensor = module(
+                    **{name: torch.from_numpy(value) for name, value in inputs.items()}
+                ).logits
+            return logits.float().numpy()
+
+        return run
+
+    return {name: passes(module) for name, module in loaded.items()}
+
+
+def _onnxruntime(file: str | None) -> Callable[[Inputs], np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Inputs) -> np.ndarray:
+        logits: np.ndarray = session.run(None, inputs)[0]
+        return logits
+
+    return run
+
+
+def _openvino(file: str | None, precision: str) -> Callable[[Inputs], np.ndarray]:
+    import openvino
+
+    # Without a hint it takes bfloat16 wherever the processor has it.
+    hints = {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(file, "CPU", hints)
+
+    def run(inputs: Inputs) -> np.ndarray:
+        logits: np.ndarray = compiled(inputs)[0]
+        return logits
+
+    return run

@@ -1,0 +1,1 @@
+"""Experiments behind the documentation: ``python -m sparsepeft_research.experiments.NAME --help``."""
