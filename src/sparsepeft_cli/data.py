@@ -52,7 +52,7 @@ def command(
     if (train_file is None) == (task is None):
         raise UserError("Pass either a file or --task with a task's name: one of the two.")
     check_task(task, data_dir, **own)
-    from sparsepeft.training.preview import preview
+    from sparsepeft.training.early import preview
     from sparsepeft_cli.terminal.console import out, print_json
     from sparsepeft_cli.terminal.errors import in_options
 

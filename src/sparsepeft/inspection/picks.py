@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.layers import SparseMemory
-from sparsepeft.ops.memory.select import softmax_dtype, top_k_lowest_index
+from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
 
 
 class Picks:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -128,6 +129,18 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     if lacks_pad_token(backbone):
         set_pad_token(backbone, load_tokenizer(model))
     return backbone
+
+
+def load_model_config(model: str) -> PreTrainedConfig:
+    """A backbone's config, without its weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(not_loaded("model", model, error)) from error
 
 
 def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:

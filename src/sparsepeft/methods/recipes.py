@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsepeft.arguments import check_choice, check_number
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.runs.checks import check_choice, check_number
 
 METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "full")
 RECIPES = ("best", "paper")

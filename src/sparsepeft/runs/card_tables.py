@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sparsepeft.runs.history import by_step
+
 _MOST_LABELS = 30  # of which a table of confusions can be read
 _WORDS = {"f1": "F1", "mae": "mean absolute error", "rmse": "root mean square error"}
 _MEANS = {"accuracy_f1": "mean of accuracy and F1", "pearson_spearman": "mean of both"}
@@ -81,10 +83,8 @@ def training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
     said = [f"{results['steps']:,} steps in {results['train_seconds']:,.0f} s."]
     if results.get("best_step"):
         said.append(f"The weights are those of step {results['best_step']:,}, which scored best on the selection part.")
-    steps: dict[int, dict[str, Any]] = {}
-    for line in history:
-        steps.setdefault(line["step"], {}).update(line)
-    kept = [row for row in steps.values() if "eval_score" in row] or list(steps.values())[-1:]
+    steps = by_step(history)
+    kept = [row for row in steps if "eval_score" in row] or steps[-1:]
     columns = [key for key in ("step", "epoch", "loss", "eval_loss", "eval_score") if any(key in row for row in kept)]
     lines = ([_number(row[key]) if key in row else "" for key in columns] for row in kept)
     course = table(columns, lines) if kept else ""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from sparsepeft.extras import require
 from sparsepeft.models.sublayers import FeedForward, weight_of
-from sparsepeft.ops.routed_ffn import Projection
-from sparsepeft.ops.routed_ffn.projections import project
+from sparsepeft.ops.routed_ffn import Projection, project
 from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridge
 
 _ROUNDS = 20

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sparsepeft.ops import explain_memory_impl
+from sparsepeft.ops import explain, memory_read
 from sparsepeft_research.benchmarks import memory, sparse_attention
 from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress, run_benchmark
@@ -65,10 +65,7 @@ def memory_reads(repeats: int, idle_wait_s: float) -> dict[str, Any]:
             # A call of microseconds is repeated until milliseconds are timed.
             calls = {name: partial(_often, read, max(1, 1024 // num_tokens)) for name, read in readers.items()}
             timings = time_alternating(calls, repeats=repeats, warm_up=2, idle_wait_s=idle_wait_s)
-        choice = explain_memory_impl(
-            num_parents=parents, num_children=children, top_k=top_k, inference=True,
-            num_tokens=num_tokens, hidden_size=HIDDEN_SIZE,
-        )  # fmt: skip
+        choice = explain(memory_read, x, *tensors, top_k=top_k)
         results[str(num_tokens)] = {
             "calls_per_timing": max(1, 1024 // num_tokens),
             "timings": as_dicts(timings),

@@ -37,7 +37,7 @@ from sparsepeft.runs.corpus import (
     read_documents,
 )
 from sparsepeft.spt import SptConfig
-from sparsepeft.training import LanguageModelConfig, train_language_model
+from sparsepeft.training import RunConfig, train
 from sparsepeft_research.results import RESULTS
 
 BATCH_TOKENS = 512
@@ -112,7 +112,8 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
         held_out = Path(work) / "held_out.txt"
         ids = join(read_documents([str(texts / "test.txt")]), tokenizer)[: options.num_tokens]
         held_out.write_text(str(tokenizer.decode(ids)), encoding="utf-8")
-        config = LanguageModelConfig(
+        config = RunConfig(
+            task="lm",
             text=(str(texts / "valid.txt"),),
             validation_text=(str(held_out),),
             output_dir=str(Path(work) / "run"),
@@ -123,7 +124,7 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
             max_steps=options.steps,
             seed=SEED,
         )
-        results = train_language_model(config)
+        results = train(config)
     results["perplexity"] = {"dense": results["before"]["dense"]["perplexity"], "trained": results["score"]}
     return results
 

@@ -12,9 +12,11 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.methods.recipes import METHODS
+from sparsepeft.runs.held_out import load_task_data
 from sparsepeft.tasks import task_spec
 from sparsepeft.training import RunConfig
-from sparsepeft.training.run import FEW_SHOT_STEPS, MAX_SELECTION, NUM_EVALUATIONS, load_data
+from sparsepeft.training.data import MAX_SELECTION
+from sparsepeft.training.fit import FEW_SHOT_STEPS, NUM_EVALUATIONS
 from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES, few_shot, full_data
 
 SEEDS = (42, 43, 44)
@@ -201,7 +203,7 @@ class Matrix:
 
 
 def _facts(config: RunConfig) -> TaskFacts:
-    data = load_data(config)
+    data = load_task_data(config)
     first = data.train[:_SAMPLED_TEXTS]
     texts = [text for column in data.spec.text_columns for text in first[column]]
     num_texts = min(_SAMPLED_TEXTS, len(data.train))

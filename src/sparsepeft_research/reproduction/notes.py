@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sparsepeft.tasks import task_spec
 from sparsepeft.training import RunConfig
-from sparsepeft.training.run import FEW_SHOT_STEPS
+from sparsepeft.training.fit import FEW_SHOT_STEPS
 from sparsepeft_research.reproduction import paper
 from sparsepeft_research.reproduction.matrix import SEEDS, Run
 from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES, SEARCHED

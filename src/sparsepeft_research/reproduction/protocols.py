@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def full_data(
     config = RunConfig(task=task, method=method, seed=seed, output_dir=str(output_dir), **values)
     epochs = config.epochs or config.recipe_values().epochs or task_spec(task).paper_epochs
     # Always written out, so that a cap above a task's own epochs changes nothing about its run.
-    config.epochs = min(epochs, max_epochs or epochs)
-    return config
+    return dataclasses.replace(config, epochs=min(epochs, max_epochs or epochs))
 
 
 def few_shot(

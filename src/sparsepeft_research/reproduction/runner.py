@@ -21,7 +21,8 @@ from sparsepeft.errors import UserError
 from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.provenance import environment
-from sparsepeft.runs.files import RESULTS, can_resume, read_run
+from sparsepeft.runs.files import RESULTS, read_run
+from sparsepeft.runs.folder import can_resume
 from sparsepeft.training import train
 from sparsepeft_research.reproduction.matrix import Run
 from sparsepeft_research.reproduction.results import (

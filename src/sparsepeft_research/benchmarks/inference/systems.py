@@ -106,7 +106,7 @@ class _Adapted:
         self.model: Any = backbone
         if system != BACKBONE:
             method = "spartan" if system == UNFUSED else system
-            values = dict(get_recipe("paper", method).adapter) | ({"impl": "masked"} if system == UNFUSED else {})
+            values = dict(get_recipe("paper", method).adapter) | ({"impl": "torch"} if system == UNFUSED else {})
             self.model = _attach(self.model, method, values, self.num_tasks)
         if precision == "int8":
             self.model = _quantized(self.model)
