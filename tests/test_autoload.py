@@ -6,16 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
-from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sparsepeft_autoload
-from sparsepeft import SpartanConfig
 from sparsepeft.tuners import config as _registry
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +26,6 @@ def run(*command: str | Path, **environment: str) -> str:
     assert done.returncode == 0, done.stderr[-1500:]
     return done.stdout.strip()
 
-
-# -- the hook by itself ----------------------------------------------------------------------------------------------
 
 INSTALL = "import sys, sparsepeft_autoload; sparsepeft_autoload.install()\n"
 MAPPING = "PEFT_TYPE_TO_CONFIG_MAPPING = {'HEAD': 'its own'}\n"
@@ -99,89 +92,10 @@ def load():
     from peft import PeftConfig
     found.append(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)
 def name():
-    from sparsepeft import SpartanConfig
-    found.append(SpartanConfig.__name__)
+        found.append(SpartanConfig.__name__)
 found, threads = [], [threading.Thread(target=each) for each in 4 * (load, name)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(len(found), *set(found))
 """
     assert run("-c", code, PYTHONPATH=str(ROOT / "src")) == "8 SpartanConfig"
-
-
-# -- installed -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that this package was installed into as its users do."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = folder / "source"
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run("-m", "venv", "--without-pip", folder / "env")
-    python = folder / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    # What this environment has, without what its own .pth files do.
-    (site_packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    editable = ["--editable"] if request.param == "editable" else []
-    run("-m", "pip", "--python", python, "install", *options, *editable, source)
-    return python
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    """The folder of a SPARTAN adapter, with a tokenizer, as a pipeline takes it."""
-    torch.manual_seed(0)
-    backbone = AutoModelForSequenceClassification.from_pretrained(tiny_backbone)
-    folder = tmp_path_factory.mktemp("adapter")
-    get_peft_model(backbone, SpartanConfig(task_type="SEQ_CLS", id2label={0: "no", 1: "yes"})).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_backbone).save_pretrained(folder)
-    return folder
-
-
-WAYS = {
-    "PeftModel": """
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-backbone = AutoModelForSequenceClassification.from_pretrained({backbone!r})
-print(PeftModel.from_pretrained(backbone, {adapter!r}).peft_type.value)
-""",
-    "AutoPeftModel": """
-from peft import AutoPeftModelForSequenceClassification
-print(AutoPeftModelForSequenceClassification.from_pretrained({adapter!r}).peft_type.value)
-""",
-    "pipeline": """
-from transformers import pipeline
-answer = pipeline("text-classification", model={adapter!r})("a text")
-print("SPARTAN" if answer[0]["label"] in ("no", "yes") else answer)
-""",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("installed", "way"),
-    [("wheel", "PeftModel"), ("wheel", "pipeline"), ("editable", "AutoPeftModel")],
-    indirect=["installed"],
-)
-def test_an_adapter_is_loaded_without_importing_the_package(installed, adapter, tiny_backbone, way: str) -> None:
-    code = WAYS[way].format(adapter=str(adapter), backbone=str(tiny_backbone))
-    assert run(installed, "-c", code) == "SPARTAN"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("installed", ["wheel", "editable"], indirect=True)
-def test_it_can_be_switched_off_is_uninstalled_and_does_not_mind_a_lost_source(installed, adapter) -> None:
-    hook = "import sys; print('sparsepeft_autoload' in sys.modules)"
-    assert run(installed, "-c", hook) == "True"
-    assert run(installed, "-c", hook, SPARSEPEFT_AUTOLOAD="0") == "False"
-    where = Path(run(installed, "-c", "import sparsepeft_autoload; print(sparsepeft_autoload.__file__)"))
-    where.rename(where.with_suffix(".gone"))
-    assert run(installed, "-c", hook) == "False"
-    where.with_suffix(".gone").rename(where)
-    run("-m", "pip", "--python", installed, "uninstall", "--quiet", "--yes", "sparsepeft")
-    assert run(installed, "-c", hook) == "False"
-    assert not list(Path(sysconfig.get_path("purelib", vars={"base": str(installed.parent.parent)})).glob("sparse*"))

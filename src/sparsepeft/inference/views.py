@@ -21,9 +21,9 @@ from sparsepeft.methods.models import loading_adapter
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.feed_forwards import find_feed_forwards
 from sparsepeft.models.heads import HeadSpec, copy_with_labels
 from sparsepeft.models.partial import PartialPasses
+from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 
