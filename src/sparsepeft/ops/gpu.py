@@ -28,7 +28,9 @@ def why_not_triton(*tensors: Tensor, dtype: torch.dtype | None = None) -> str | 
     """Return why Triton kernels cannot take these tensors (in their own dtype or as ``dtype``), or None."""
     for tensor in tensors:
         if not (tensor.is_cuda or _INTERPRETED):
-            return f"the tensors are on {tensor.device}, Triton kernels run on CUDA devices"
+            return (
+                "the tensors are on no CUDA device, where Triton kernels run"  # no name: a read of one token feels it
+            )
         if (dtype or tensor.dtype) not in DTYPES:
             return f"the tensors are {dtype or tensor.dtype}, the Triton kernels take float32, bfloat16 and float16"
     return None
