@@ -121,9 +121,5 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
     for name in NAMES:
         scale = max(1.0, expected[name].abs().max().item())
         torch.testing.assert_close(
-            actual[name],
-            expected[name],
-            rtol=0,
-            atol=tolerance * scale,
-            msg=lambda text, name=name: f"{name}: {text}",
+            actual[name], expected[name], rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -503,11 +503,7 @@ BAD_ARGUMENTS = [
     ),
     ({"down": Projection(torch.ones(12, 5))}, ValueError, r"down.weight has shape \(12, 5\); expected \(12, 12\)"),
     ({"gate": Projection(torch.ones(11, 5))}, ValueError, r"gate.weight has shape \(11, 5\); expected \(12, 5\)"),
-    (
-        {"up": Projection(torch.ones(12, 5), torch.ones(5))},
-        ValueError,
-        r"up.bias has shape \(5,\); expected \(12,\)",
-    ),
+    ({"up": Projection(torch.ones(12, 5), torch.ones(5))}, ValueError, r"up.bias has shape \(5,\); expected \(12,\)"),
     (
         {"up": Projection(torch.ones(12, 5, dtype=torch.int8))},
         TypeError,

@@ -361,11 +361,7 @@ BAD_ARGUMENTS = [
     ({"query": torch.randn(2, 4, 5)}, ValueError, r"query has shape \(2, 4, 5\); expected \(B, H, T, D\)"),
     ({"query": torch.randn(2, 4, 0, 8)}, ValueError, "none of them 0"),
     ({"query": torch.randn(2, 3, 5, 8)}, ValueError, "H a multiple of Hkv"),
-    (
-        {"query": torch.randn(2, 4, 5, 16)},
-        ValueError,
-        "2 sub-vectors of width 4, 8 numbers, but the vectors have 16",
-    ),
+    ({"query": torch.randn(2, 4, 5, 16)}, ValueError, "2 sub-vectors of width 4, 8 numbers, but the vectors have 16"),
     ({"query": torch.ones(2, 4, 5, 8, dtype=torch.long)}, TypeError, "query has dtype torch.int64"),
     ({"key": torch.randn(2, 2, 6, 8).half()}, TypeError, "expected one for all"),
     ({"value": torch.randn(2, 2, 7, 8)}, ValueError, "the same batch, heads and tokens"),

@@ -22,10 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _SHARED = Path(__file__).parent / "csrc"  # headers
-_FLAGS = (
-    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fPIC", "-shared", "-Wno-psabi"),
-)
+_FLAGS = (*("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"), *("-fPIC", "-shared", "-Wno-psabi"))
 # For this very CPU, tried in this order: not every compiler and CPU knows all of them. GCC prefers vectors of 256 bits
 # on some CPUs that have 512.
 _WIDE = "-mprefer-vector-width=512"

@@ -8,10 +8,7 @@ from tests.ops import memory_triton_cases as cases
 
 from sparsepeft.ops import memory_read, memory_read_mixed
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 HALF = [torch.bfloat16, torch.float16]
 LARGE = [(4097, 768, 16, 3, 8), (1000, 4096, 64, 2, 8), (513, 1000, 33, 5, 8), (70_001, 64, 16, 3, 4)]

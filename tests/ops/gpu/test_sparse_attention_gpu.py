@@ -11,10 +11,7 @@ from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_clos
 
 from sparsepeft.ops import explain, sparse_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 HALF = [torch.bfloat16, torch.float16]
 LARGE = Case(2, 4, 2, 1500, 1500, 64, 64, 8, 190, "left", {"causal": True})

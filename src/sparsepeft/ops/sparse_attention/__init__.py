@@ -12,14 +12,7 @@ from sparsepeft.ops.sparse_attention.quantization import encode, fit_codebooks, 
 from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
 from sparsepeft.ops.sparse_attention.selection import count_matches, keep_blocks, kept_tiles
 
-__all__ = [
-    "count_matches",
-    "encode",
-    "fit_codebooks",
-    "refresh_codebooks",
-    "selection_recall",
-    "sparse_attention",
-]
+__all__ = ["count_matches", "encode", "fit_codebooks", "refresh_codebooks", "selection_recall", "sparse_attention"]
 
 
 def sparse_attention(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsepeft.ops import native
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
-from sparsepeft.ops.sparse_attention.selection import BlockLists
+from sparsepeft.ops.sparse_attention.selection import BlockLists, Codes
 
 SOURCES = Path(__file__).parent / "csrc"
 _MAX_HEAD_SIZE = 256
@@ -89,12 +89,7 @@ def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int) -> str | None
 
 
 def cpu_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codes: tuple[Tensor, Tensor] | BlockLists,
-    visibility: Visibility,
-    settings: Settings,
+    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
     output = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -113,7 +108,7 @@ def cpu_backward(
     value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    codes: tuple[Tensor, Tensor] | BlockLists,
+    codes: Codes,
     visibility: Visibility,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,12 +159,7 @@ def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codes: tuple[Tensor, Tensor] | BlockLists,
-    visibility: Visibility,
-    settings: Settings,
+    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[_Problem, list[Tensor]]:
     """Return the kernel's arguments, and the tensors that must outlive the call."""
     tensors = [_rows_contiguous(tensor) for tensor in (query, key, value)]

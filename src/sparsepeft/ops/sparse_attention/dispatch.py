@@ -27,13 +27,7 @@ _BACKWARD = {"cpu": cpu_backward, "torch": torch_backward}
 
 
 def dispatch_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codebooks: Tensor,
-    visibility: Visibility,
-    settings: Settings,
-    impl: str,
+    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings, impl: str
 ) -> Tensor:
     """Attend by the implementation ``impl``, which is not the reference; see :func:`sparse_attention`."""
     packed = settings.pack()

@@ -13,16 +13,11 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
-from sparsepeft.ops.sparse_attention.selection import BlockLists, kept_tiles
+from sparsepeft.ops.sparse_attention.selection import Codes, kept_tiles
 
 
 def torch_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codes: tuple[Tensor, Tensor] | BlockLists,
-    visibility: Visibility,
-    settings: Settings,
+    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, (B, H, Tq)."""
     precise = softmax_dtype(query.dtype)
@@ -45,7 +40,7 @@ def torch_backward(
     value: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
-    codes: tuple[Tensor, Tensor] | BlockLists,
+    codes: Codes,
     visibility: Visibility,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +69,7 @@ def torch_backward(
 
 
 def _score_tiles(
-    query: Tensor, key: Tensor, codes: tuple[Tensor, Tensor] | BlockLists, visibility: Visibility, settings: Settings
+    query: Tensor, key: Tensor, codes: Codes, visibility: Visibility, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of queries with their scores, (B, Hkv, G, rows, Tk), -inf where a key is not kept."""
     kv_heads, num_keys, precise = key.shape[1], key.shape[2], softmax_dtype(query.dtype)

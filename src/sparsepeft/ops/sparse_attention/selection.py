@@ -89,6 +89,10 @@ class BlockLists(NamedTuple):
         return mask.scatter(-1, self.indices.long().masked_fill(~used, num_key_blocks), True)[..., :-1]
 
 
+# What was selected: codes of queries and keys, from which each query selects its keys again, or lists of blocks.
+Codes = tuple[Tensor, Tensor] | BlockLists
+
+
 def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return the similarity of query blocks I and key blocks J, float32, (B, H, I, J).
 
@@ -171,11 +175,7 @@ def list_shape(query_shape: torch.Size, num_keys: int, top_l: int, block_size: i
 
 
 def kept_tiles(
-    shape: torch.Size,
-    codes: tuple[Tensor, Tensor] | BlockLists,
-    num_keys: int,
-    visibility: Visibility,
-    settings: Settings,
+    shape: torch.Size, codes: Codes, num_keys: int, visibility: Visibility, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the queries, ``shape`` (B, H, Tq, ...), with the pairs they keep, bool, (B, H, rows, Tk)."""
     batch, heads, num_queries = shape[:3]

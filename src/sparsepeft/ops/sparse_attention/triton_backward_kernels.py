@@ -9,13 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsepeft.ops.sparse_attention.triton_forward_kernel import (
-    LOG2_E,
-    kept_pairs,
-    load_rows,
-    scores_of,
-    store_rows,
-)
+from sparsepeft.ops.sparse_attention.triton_forward_kernel import LOG2_E, kept_pairs, load_rows, scores_of, store_rows
 from sparsepeft.ops.sparse_attention.triton_selection_kernels import load_limits
 
 
@@ -189,12 +183,7 @@ def _attention_bwd_key_value_kernel(
             scores, slope = scores_of(tl.dot(key, tl.trans(query), input_precision="ieee"), scale, softcap, SOFTCAP)
             weights = tl.where(kept, tl.exp2((scores - log_sum_exp[None, :]) * LOG2_E), 0.0)
             grad = load_rows(
-                grad_output_ptr + batch * stride_gb + head * stride_gh,
-                queries,
-                num_queries,
-                stride_gt,
-                DV,
-                PADDED_DV,
+                grad_output_ptr + batch * stride_gb + head * stride_gh, queries, num_queries, stride_gt, DV, PADDED_DV
             )
             grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
             agreement = tl.dot(value, tl.trans(grad), input_precision="ieee")
