@@ -134,9 +134,8 @@ def check_compiles_and_is_registered(device: str = "cpu") -> None:
     case = CASES["seven tokens"]
     tensors, options = _to(device, *make_inputs(case))
     grad_output = grad_like(case).to(device)
-    limits = {"causal": True, "window": None, "query_positions": None, "key_mask": None, "device": tensors[0].device}
     packed = Settings(3, 0.25, 0.0, True, True, 0).pack()
-    arguments = (options["codebooks"], *Visibility.of(2, 7, 7, **limits), packed, "triton")
+    arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, "triton")
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
@@ -160,8 +159,7 @@ def launch(
     key, value = (torch.zeros(1, kv_heads, num_keys, head_size, dtype=dtype) for _ in range(2))
     codebooks = torch.zeros(kv_heads, num_subvectors, 16, head_size // num_subvectors)
     mask = torch.ones(1, num_keys, dtype=torch.bool)
-    limits = {"causal": True, "window": None, "query_positions": None, "key_mask": mask, "device": query.device}
-    visibility = Visibility.of(1, num_queries, num_keys, **limits)
+    visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
     settings = Settings(max(1, num_keys // 8), 0.125, softcap, True, True, 0)
     encode_triton(query, codebooks)
     selection = select_triton(query, key, codebooks, visibility, settings)

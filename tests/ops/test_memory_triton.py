@@ -165,13 +165,13 @@ def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_on_which_nobody_ran_the_kernels_gets_none_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Graphics 9")
     for capability, is_proven in (((9, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         gpu._ask_current_gpu.cache_clear()
-        with FakeTensorMode():
-            x = torch.empty(1, device="cuda")
         if is_proven:
             assert gpu.why_not_triton_by_itself(x) is None
             continue

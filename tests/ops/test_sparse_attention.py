@@ -264,16 +264,7 @@ def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatc
     sizes = []
     for num_tokens in (512, 1024):
         tensors, options = make_inputs(Case(1, 1, 1, num_tokens, num_tokens, 16, 16, 8, 16))
-        visibility = Visibility.of(
-            *(1, num_tokens, num_tokens),
-            **{
-                "causal": True,
-                "window": None,
-                "query_positions": None,
-                "key_mask": None,
-                "device": torch.device("cpu"),
-            },
-        )
+        visibility = Visibility.of(1, num_tokens, num_tokens)
         settings = Settings(16, 0.25, 0.0, True, True, 64 if granularity == "block" else 0)
         with _Largest() as largest:
             codes = tuple(encode(tensor, options["codebooks"]) for tensor in tensors[:2])
@@ -308,10 +299,7 @@ def test_compiles_to_one_graph(impl: str, granularity: str) -> None:
 
 def test_operator_is_registered_soundly() -> None:
     tensors, options = make_inputs(CASES["seven tokens"])
-    visibility = Visibility.of(
-        *(2, 7, 7),
-        **{"causal": True, "window": None, "query_positions": None, "key_mask": None, "device": torch.device("cpu")},
-    )
+    visibility = Visibility.of(2, 7, 7, causal=True)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for block_size in (0, 4):
         packed = Settings(3, 0.25, 0.0, True, True, block_size).pack()

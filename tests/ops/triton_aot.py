@@ -141,12 +141,6 @@ def _mend_bfloat16() -> None:
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
-def _become_assembler() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # no log comes with a kernel from Triton's cache
-
-
 def _seeded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     return function(*args, **kwargs)

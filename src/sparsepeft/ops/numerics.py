@@ -1,4 +1,4 @@
-"""What the operators share: the dtype of softmaxes, and an exact top-K that settles ties."""
+"""What the operators share: the dtype of softmaxes, contiguous rows, and an exact top-K that settles ties."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _SORT_MAX_COLUMNS = 32
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which softmaxes are taken: float32 for half precision, else ``dtype`` itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied where its last dimension is strided."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def top_k_lowest_index(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.checks import are_valid, check_index, check_stack, raise_invalid
-from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, memory_read_torch
+from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, common_dtype, memory_read_torch
 from sparsepeft.ops.memory.cpu import memory_read_cpu
 from sparsepeft.ops.memory.reference import memory_read_reference, read_memory_by_memory
 
@@ -99,8 +99,7 @@ def memory_read_unchecked(
     read = _READ[impl]
     tokens, dtype = x.reshape(-1, x.shape[-1]), x.dtype
     if not dtype == parent_keys.dtype == child_keys.dtype == child_values.dtype:
-        for parameter in (parent_keys, child_keys, child_values):
-            dtype = torch.promote_types(dtype, parameter.dtype)
+        dtype = common_dtype(x, parent_keys, child_keys, child_values)
         parent_keys, child_keys, child_values = (t.to(dtype) for t in (parent_keys, child_keys, child_values))
         converts = impl == "triton" or (impl == "cpu" and x.dtype == torch.bfloat16)  # as it reads
         if not converts:
@@ -162,8 +161,6 @@ def memory_read_mixed(
         return read_memory_by_memory(x, memory_index, parent_keys, child_keys, child_values, read)
     from sparsepeft.ops.memory.triton import memory_read_mixed_triton
 
-    dtype = x.dtype
-    for parameter in (parent_keys, child_keys, child_values):
-        dtype = torch.promote_types(dtype, parameter.dtype)
+    dtype = common_dtype(x, parent_keys, child_keys, child_values)
     parent_keys, child_keys, child_values = (t.to(dtype) for t in (parent_keys, child_keys, child_values))
     return memory_read_mixed_triton(x, memory_index, parent_keys, child_keys, child_values, top_k, temperature)

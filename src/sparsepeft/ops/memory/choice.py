@@ -134,13 +134,14 @@ def _is_inference(arguments: MemoryArguments) -> bool:
         not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and has_plain_memory(*tensors)
-        and _common_dtype(tensors) == torch.float32
+        and common_dtype(*tensors) == torch.float32
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and torch.autograd.forward_ad._current_level < 0  # no_grad does not end forward-mode differentiation
     )
 
 
-def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype in which products of these tensors are taken."""
     first, *others = {tensor.dtype for tensor in tensors}
     return functools.reduce(torch.promote_types, others, first)
 

@@ -120,19 +120,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_output: Tensor,
-    x: Tensor,
-    parent_keys: Tensor,
-    child_keys: Tensor,
-    child_values: Tensor,
-    selected: Tensor,
-    gate: Tensor,
-    temperature: float,
-    need_x: bool,
-    need_memory: bool,
-) -> list[Tensor]:
-    memory = [torch.empty_like(t if need_memory else t[:0]) for t in (parent_keys, child_keys, child_values)]
+def _(_grad_output: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+    need_x, need_memory = others[-2:]
+    memory = [torch.empty_like(t if need_memory else t[:0]) for t in others[:3]]
     return [torch.empty_like(x) if need_x else x.new_empty(0), *memory]
 
 

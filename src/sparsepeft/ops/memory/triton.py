@@ -101,16 +101,9 @@ def _read(
 
 @_read.register_fake
 def _(
-    x: Tensor,
-    memory_index: Tensor | None,
-    parent_keys: Tensor,
-    child_keys: Tensor,
-    child_values: Tensor,
-    top_k: int,
-    temperature: float,
-    save: bool,
+    x: Tensor, _index: Tensor | None, _parent_keys: Tensor, child_keys: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(x, child_keys, save)
+    return _allocate(x, child_keys, others[-1])
 
 
 @torch.library.custom_op("sparsepeft::memory_read_triton_backward", mutates_args=())
@@ -162,18 +155,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_output: Tensor,
-    memory_index: Tensor | None,
-    parent_keys: Tensor,
-    child_keys: Tensor,
-    child_values: Tensor,
-    gate: Tensor,
-    attention: Tensor,
-    temperature: float,
-    need_x: bool,
-    need_memory: bool,
+    grad_output: Tensor, _index: Tensor | None, _parent_keys: Tensor, child_keys: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_backward(grad_output, child_keys, need_x, need_memory)
+    return _allocate_backward(grad_output, child_keys, *others[-2:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -135,12 +135,8 @@ class LoopedProducts(_ScatteredRows):
         total[tile.block].add_(h.sum(0))
 
 
-class GroupedProducts(_ScatteredRows):
-    """All blocks in one ``torch.nn.functional.grouped_mm``; the host never waits for the counts.
-
-    That function takes float32, bfloat16 and float16 (on CUDA bfloat16), and rows of a multiple of 16 bytes: D and the
-    ranks of updates are padded to it, W has to fit.
-    """
+class OneTile:
+    """All blocks at once; the host never waits for the counts."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -150,6 +146,22 @@ class GroupedProducts(_ScatteredRows):
         """Yield one tile of all blocks."""
         if len(self._groups.order):
             yield self._groups.whole()
+
+    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return bias.index_select(0, self._groups.blocks)
+
+    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
+        """See :class:`Products`."""
+        total.index_add_(0, self._groups.blocks, h.to(total.dtype))
+
+
+class GroupedProducts(OneTile, _ScatteredRows):
+    """All blocks in one ``torch.nn.functional.grouped_mm``.
+
+    That function takes float32, bfloat16 and float16 (on CUDA bfloat16), and rows of a multiple of 16 bytes: D and the
+    ranks of updates are padded to it, W has to fit.
+    """
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Products`."""
@@ -164,14 +176,6 @@ class GroupedProducts(_ScatteredRows):
         """See :class:`Products`."""
         rows = _pad_rows(x.index_select(0, tile.tokens))
         total.add_(F.grouped_mm(h.t(), rows, offs=self._ends)[..., : total.shape[2]])
-
-    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        """See :class:`Products`."""
-        return bias.index_select(0, self._groups.blocks)
-
-    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
-        """See :class:`Products`."""
-        total.index_add_(0, self._groups.blocks, h.to(total.dtype))
 
 
 def _pad_rows(tensor: Tensor) -> Tensor:

@@ -6,31 +6,21 @@ dimension: no atomics, and the same bits each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.pytorch import Groups, Tile, row_dot
+from sparsepeft.ops.numerics import rows_contiguous
+from sparsepeft.ops.routed_ffn.pytorch import OneTile, Tile, row_dot
 from sparsepeft.ops.routed_ffn.triton_kernels import _grouped_bwd_kernel, _grouped_fwd_kernel
 
 
-class TritonProducts:
+class TritonProducts(OneTile):
     """All blocks in one launch a product; float32, bfloat16 or float16, any sizes."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-        self._ends = groups.counts.cumsum(0).to(torch.int32)
-
-    def tiles(self) -> Iterator[Tile]:
-        """Yield one tile of all blocks."""
-        if len(self._groups.order):
-            yield self._groups.whole()
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Products`."""
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = rows_contiguous(x)
         return self._product(x, weight, x_rows=tile.tokens, y_rows=None)
 
     def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +37,7 @@ class TritonProducts:
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
         """See :class:`Products`."""
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = rows_contiguous(x)
         num_blocks, width, size = total.shape
         sizes = {"BLOCK_W": _tile_size(width, x.dtype), "BLOCK_D": _tile_size(size, x.dtype), "BLOCK_M": 32}
         grid = (num_blocks, triton.cdiv(width, sizes["BLOCK_W"]), triton.cdiv(size, sizes["BLOCK_D"]))
@@ -65,14 +55,6 @@ class TritonProducts:
                 num_warps=8,
                 **sizes,
             )
-
-    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        """See :class:`Products`."""
-        return bias.index_select(0, self._groups.blocks)
-
-    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
-        """See :class:`Products`."""
-        total.index_add_(0, self._groups.blocks, h.to(total.dtype))
 
     def _product(self, x: Tensor, weight: Tensor, *, x_rows: Tensor | None, y_rows: Tensor | None) -> Tensor:
         """Return ``x @ weight[block]^T`` for ``weight`` (G, N, K), rows of x gathered or of the result scattered."""

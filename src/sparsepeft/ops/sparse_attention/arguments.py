@@ -52,11 +52,11 @@ class Visibility(NamedTuple):
         num_queries: int,
         num_keys: int,
         *,
-        causal: bool,
-        window: int | None,
-        query_positions: Tensor | None,
-        key_mask: Tensor | None,
-        device: torch.device,
+        causal: bool = False,
+        window: int | None = None,
+        query_positions: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> Visibility:
         """Work out the limits from the arguments of :func:`sparse_attention`."""
         if query_positions is None:

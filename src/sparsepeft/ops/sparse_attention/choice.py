@@ -104,8 +104,7 @@ def why_slower_here() -> str | None:
     query, key, value = torch.randn(3, 1, 2, 256, 64, generator=generator)
     codebooks = torch.randn(2, 8, 16, 8, generator=generator)
     settings = Settings(32, 0.125, 0.0, True, True, 0)
-    sizes = {"causal": True, "window": None, "query_positions": None, "key_mask": None, "device": query.device}
-    visibility = Visibility.of(1, 256, 256, **sizes)
+    visibility = Visibility.of(1, 256, 256, causal=True)
     codes = encode_cpu(query, codebooks), encode_cpu(key, codebooks)
     forms = {
         name: functools.partial(form, query, key, value, codes, visibility, settings)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops import native
+from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import BlockLists, Codes
 
@@ -114,7 +115,7 @@ def cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value. Token granularity selects again from the codes."""
     problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
-    grad_output = _rows_contiguous(grad_output)
+    grad_output = rows_contiguous(grad_output)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Threads that share a head's keys add up in float32.
     dtype = torch.float32 if problem.parts > 1 else key.dtype
@@ -143,7 +144,7 @@ def cpu_keep_tokens(query_codes: Tensor, key_codes: Tensor, visibility: Visibili
 
 def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
     """Return the codes; see :func:`encode`."""
-    vectors = _rows_contiguous(vectors)
+    vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
     codebooks = codebooks.float().contiguous()
@@ -162,7 +163,7 @@ def _problem(
     query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[_Problem, list[Tensor]]:
     """Return the kernel's arguments, and the tensors that must outlive the call."""
-    tensors = [_rows_contiguous(tensor) for tensor in (query, key, value)]
+    tensors = [rows_contiguous(tensor) for tensor in (query, key, value)]
     (batch, heads, num_queries, head_size), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     problem = _Problem(batch, heads, kv_heads, num_queries, num_keys, head_size, value.shape[-1])
     problem.top_l, problem.scale, problem.softcap = settings.top_l, settings.scale, settings.softcap
@@ -223,8 +224,3 @@ def _library() -> ctypes.CDLL:
 
 def _view(tensor: Tensor) -> _View:
     return _View(tensor.data_ptr(), *tensor.stride()[:3])
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied where its last dimension is strided."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

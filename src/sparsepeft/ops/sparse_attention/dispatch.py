@@ -63,17 +63,8 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    codebooks: Tensor,
-    positions: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    key_mask: Tensor | None,
-    packed_settings: list[float],
-) -> tuple[Tensor, Tensor]:
-    return _empty_lists(query, key, Settings.unpack(packed_settings, key.shape[2]))
+def _(query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _empty_lists(query, key, Settings.unpack(others[-1], key.shape[2]))
 
 
 def _empty_lists(query: Tensor, key: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -112,17 +103,9 @@ def _attend(
 
 @_attend.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codebooks: Tensor,
-    positions: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    key_mask: Tensor | None,
-    packed_settings: list[float],
-    impl: str,
+    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    packed_settings, impl = others[-2:]
     settings, num_subvectors = Settings.unpack(packed_settings, key.shape[2]), codebooks.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=softmax_dtype(query.dtype))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, words_shape
 from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
     _attention_bwd_key_value_kernel,
@@ -102,7 +103,7 @@ def triton_forward(
     query: Tensor, key: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
-    query, key, value = (_rows_contiguous(tensor) for tensor in (query, key, value))
+    query, key, value = (rows_contiguous(tensor) for tensor in (query, key, value))
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     tile = _tile("forward", query, value)
@@ -137,7 +138,7 @@ def triton_backward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
-    grad_output, query, key, value = (_rows_contiguous(tensor) for tensor in (grad_output, query, key, value))
+    grad_output, query, key, value = (rows_contiguous(tensor) for tensor in (grad_output, query, key, value))
     grad_query, grad_key, grad_value = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
     )
@@ -175,7 +176,7 @@ def _words_like(vectors: Tensor, codebooks: Tensor) -> Tensor:
 
 def _launch_encode(vectors: Tensor, codebooks: Tensor, codes: Tensor, filler: int | None) -> Tensor:
     """Write ``codes``: packed, the last word filled up with this one, or a byte each where it is None."""
-    vectors = _rows_contiguous(vectors)
+    vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
     block = 128
@@ -251,8 +252,3 @@ def _padded(size: int) -> int:
 
 def _as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied where its last dimension is strided."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
