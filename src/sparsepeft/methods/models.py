@@ -123,7 +123,7 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(not_loaded("model", model, error)) from error
     start_head(backbone, start, names)
     if lacks_pad_token(backbone):
