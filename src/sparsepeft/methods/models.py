@@ -111,9 +111,9 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     """
     names = id2label(spec)
     try:
-        own = AutoConfig.from_pretrained(model).id2label or {}
-        start = head_start(own, spec.label_names)
-        loaded = names if start.rows is None else own
+        checkpoint_names = AutoConfig.from_pretrained(model).id2label or {}
+        start = head_start(checkpoint_names, spec.label_names)
+        loaded = names if start.rows is None else checkpoint_names
         backbone = AutoModelForSequenceClassification.from_pretrained(
             model,
             num_labels=len(loaded),
