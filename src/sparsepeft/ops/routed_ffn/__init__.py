@@ -50,8 +50,8 @@ def _why_not_exported(_: FFNArguments) -> str | None:
     )
 
 
-def _why_not_triton(arguments: FFNArguments) -> str | None:
-    return _why_not_exported(arguments) or gpu.why_not_triton(arguments.x, dtype=arguments.dtype)
+def _why_not_triton_by_itself(arguments: FFNArguments) -> str | None:
+    return _why_not_exported(arguments) or gpu.why_not_triton_by_itself(arguments.x)
 
 
 OPERATOR = Operator(
@@ -59,14 +59,16 @@ OPERATOR = Operator(
     FFNArguments.bind,
     [
         Implementation("reference", 0, "the definition, which alone can be exported"),
-        Implementation("torch", 10, "tokens are batched by block, on every device", why_not=_why_not_exported),
+        Implementation(
+            "torch", 10, "tokens are batched by block, on every device", why_not_automatic=_why_not_exported
+        ),
         Implementation(
             "triton",
             30,
             "gathering and scattering of tokens is part of the products",
             why_unavailable=gpu.why_no_triton,
-            why_not=_why_not_triton,
-            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.x),
+            why_not=lambda arguments: gpu.why_not_triton(arguments.x, dtype=arguments.dtype),
+            why_not_automatic=_why_not_triton_by_itself,
         ),
     ],
 )
@@ -126,6 +128,15 @@ def routed_ffn(
         ValueError: shapes do not fit, G does not divide I, the activation or ``impl`` is unknown, or the chosen
             implementation does not take these dtypes.
         RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import Projection, route
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> up, down = Projection(torch.randn(64, 32)), Projection(torch.randn(32, 64))
+        >>> routing = route(x, torch.randn(8, 32), num_active=4)  # 4 of 8 blocks
+        >>> routed_ffn(x, up, down, routing, activation="relu").shape
+        torch.Size([2, 7, 32])
     """
     function = resolve_activation(activation)
     _check(x, up, down, gate, routing, dropout)
