@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test and every figure that needs a GPU, in under eight minutes:
 #
-#   benchmarks/gpu.sh                 # results in benchmarks/results
-#   OUT=/some/folder benchmarks/gpu.sh
+#   research/gpu.sh                   # results in research/results/benchmarks
+#   OUT=/some/folder research/gpu.sh
 #
 # A part that fails or takes too long does not stop the others; the last lines name those that did, and the exit code is
 # then 1. PYTHON (default: python) is the interpreter: sparsepeft with its extra "dev" must be installed in it, or
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
-out=${OUT:-benchmarks/results}
+out=${OUT:-research/results/benchmarks}
 mkdir -p "$out"
 failed=()
 
@@ -37,8 +37,6 @@ if [ -n "${QUICK:-}" ]; then
     tests=(--collect-only)
     stack=(--model opt-1024 --layers 1 --lengths 128 --repeats 2 --threads 1)
 fi
-sparse=()
-[ "$device" = cuda ] && sparse=(--device cuda)
 
 "$python" - "$device" <<'PYTHON' || exit 1
 import sys, torch
@@ -48,13 +46,14 @@ print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_
 PYTHON
 
 part tests_gpu 195 "$python" -m pytest -q -m gpu "${tests[@]}" tests
-part memory_gpu 60 "$python" benchmarks/bench_memory.py --device "$device" --dtype bfloat16 "${quick[@]}" \
+benchmark=("$python" -m sparsepeft_cli benchmark)
+part memory_gpu 60 "${benchmark[@]}" memory --device "$device" --dtype bfloat16 "${quick[@]}" \
     --output "$out/memory_gpu.json"
-part sparse_attention_gpu 75 "$python" benchmarks/bench_sparse_attention.py "${sparse[@]}" "${quick[@]}" \
+part sparse_attention_gpu 75 "${benchmark[@]}" sparse_attention --device "$device" "${quick[@]}" \
     --output "$out/sparse_attention_gpu.json"
-part routed_ffn_gpu 60 "$python" benchmarks/bench_routed_ffn.py --device "$device" "${quick[@]}" \
+part routed_ffn_gpu 60 "${benchmark[@]}" routed_ffn --device "$device" "${quick[@]}" \
     --output "$out/routed_ffn_gpu.json"
-part spt_stack_gpu 80 "$python" -m sparsepeft_cli benchmark spt --device "$device" "${stack[@]}" \
+part spt_stack_gpu 80 "${benchmark[@]}" spt --device "$device" "${stack[@]}" \
     --output "$out/spt_stack_gpu.json"
 
 if [ ${#failed[@]} -gt 0 ]; then

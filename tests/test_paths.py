@@ -9,7 +9,7 @@ import pytest
 from sparsepeft.folders import write_json
 from sparsepeft.paths import with_absolute_paths, without_folders
 from sparsepeft.runs.files import RUN, describe_run, read_run
-from sparsepeft.training import LanguageModelConfig, RunConfig
+from sparsepeft.training import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_paths_are_made_absolute_and_names_are_not(tmp_path: Path) -> None:
     assert config.model == str(tmp_path / "home" / "model")
     for name in (None, "minilm", "FacebookAI/roberta-base"):  # the folder of that name is not the default backbone
         assert with_absolute_paths({"model": name}) == {"model": name}
-    texts = LanguageModelConfig("a.txt", "out", "home/model", validation_text=("b.txt",))  # type: ignore[arg-type]
+    texts = RunConfig("lm", "out", model="home/model", text="a.txt", validation_text=("b.txt",))  # type: ignore[arg-type]
     assert (texts.text, texts.validation_text) == ((str(tmp_path / "a.txt"),), (str(tmp_path / "b.txt"),))
     assert without_folders(config.to_dict())["train_file"] == "mine.csv"
 
@@ -40,6 +40,6 @@ def test_a_link_keeps_its_name_which_says_the_format(tmp_path: Path) -> None:
 
 def test_runs_with_relative_paths_are_read_from_where_they_were_made(tmp_path: Path) -> None:
     config = RunConfig("custom", "out", train_file="mine.csv")
-    run = describe_run(config, config.recipe_values()) | {"task": {"name": "custom"}}
+    run = describe_run(config) | {"task": {"name": "custom"}}
     write_json(tmp_path / "out" / RUN, run | {"config": run["config"] | {"train_file": "mine.csv"}})
     assert read_run(tmp_path / "out")["config"] == config.to_dict()  # as it is compared when it is resumed

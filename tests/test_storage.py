@@ -199,30 +199,8 @@ def test_roberta_base(roberta_base: StorageReport) -> None:
     assert roberta_base.backbone_parameters == backbone.num_parameters() == 124_055_040
 
 
-def test_paper_s_figures_follow_from_its_formulas(roberta_base: StorageReport) -> None:
-    paper = {figure.method: figure for figure in roberta_base.paper}
-    assert paper["spartan"].parameters_per_task == 1_179_648 == 2 * (16 + 16 * 3) * 768 * 12
-    n = 123_000_000  # the only backbone, to the nearest 10,000, that gives all three printed totals
-    assert paper["full"].total_parameters == 9 * n
-    for method in ("houlsby", "pfeiffer", "spartan"):
-        figure = paper[method]
-        assert round((n + 9 * figure.parameters_per_task) / 1e6, 2) == figure.total_parameters / 1e6
-        assert round(4 * figure.total_parameters / 1e9, 2) == figure.total_bytes / 1e9  # float32, GB of 10^9
-        assert f"{figure.total_parameters / n:.1f}x" == figure.ratio_text
-    assert any("1,179,648" in note and "1,032,192" in note for note in roberta_base.notes)
-
-
-def test_paper_s_figures_are_shown_for_its_backbone_only(bert: str, tmp_path: Path) -> None:
-    assert storage_report(bert, 2).paper == ()
-    hf.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1).save_pretrained(tmp_path / "x")
-    report = storage_report(str(tmp_path / "x"), 2, methods=["spartan"])
-    assert report.paper
-    assert "do not compare" in report.notes[-1]
-    assert report.backbone_parameters == 124_055_040
-
-
 def test_both_names_of_roberta_base_are_built_in(roberta_base: StorageReport) -> None:
-    assert storage_report("FacebookAI/roberta-base").methods == roberta_base.methods
+    assert storage_report("FacebookAI/roberta-base", methods=["spartan"]).methods == roberta_base.methods[-1:]
 
 
 def test_default_backbone_and_json(roberta_base: StorageReport) -> None:
@@ -288,11 +266,11 @@ def test_lora_is_left_out_where_peft_has_no_default(tmp_path: Path) -> None:
         storage_report(str(tmp_path), methods=["lora"])
 
 
-@pytest.mark.parametrize("model", ["roberta-base", "minilm"])
-def test_documented_table_is_current(model: str) -> None:
+def test_documented_table_is_current(roberta_base: StorageReport) -> None:
     page = (Path(__file__).parents[1] / "docs" / "storage.md").read_text(encoding="utf-8")
-    for row in storage_report(model, 9).methods:
-        assert documented(row) in page
+    for report in (roberta_base, storage_report("minilm", 9)):
+        for row in report.methods:
+            assert documented(row) in page
 
 
 def documented(row: MethodStorage) -> str:

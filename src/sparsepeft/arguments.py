@@ -1,15 +1,16 @@
-"""Refusing values that a call was given, in one sentence that names the parameter and what it was.
+"""Refusing a value in one sentence that names the parameter, what it was and what is expected.
 
-Nothing heavy is imported here.
+Used by configs and by calls alike. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import UserError, unknown_name
 
 
 def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -25,16 +26,29 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = Non
     return int(value)
 
 
-def check_positive(name: str, value: Any) -> float:
-    """The value as a float.
+def check_number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> float:
+    """The value as a float, NumPy's as well.
+
+    Args:
+        name, value: of the parameter.
+        above: the value must be greater.
+        least, most: the value must be in this range.
 
     Raises:
-        UserError: it is no number, not finite, or not above 0.
+        UserError: it is no number, not finite, or out of its range.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        raise UserError(f"`{name}={value!r}` was given, but it must be a number above 0.")
-    return float(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and (
+        (above is None or value > above) and (least is None or value >= least) and (most is None or value <= most)
+    ):
+        return float(value)
+    if above is not None:
+        wanted = f"above {above:g}"
+    else:
+        wanted = f"of at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+    raise UserError(f"`{name}={value!r}` was given, but it must be a number {wanted}.")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -45,3 +59,13 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise UserError(f"`{name}={value!r}` was given, but it must be True or False.")
+
+
+def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    """See that a value is one of some names.
+
+    Raises:
+        UserError: it is not; the sentence has the nearest of them.
+    """
+    if value not in valid:
+        raise UserError(unknown_name(f"`{name}`:", str(value), valid))

@@ -219,8 +219,6 @@ def _plan_parts(planned: list[Any]) -> list[Any]:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    from sparsepeft_cli.terminal.summary import duration
+
+    return "unknown" if seconds is None else duration(seconds)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsepeft_cli._train_lm import train_lm
 from sparsepeft_cli.terminal import options
+
+if TYPE_CHECKING:
+    from sparsepeft.training import RunConfig
 
 _DATA, _METHOD, _TRAINING = "Data", "Model and method", "Training"
 _OUTPUT, _LM, _SPT = "Output", "Language models (--task lm)", "Sparse models (SPT)"
@@ -285,7 +287,7 @@ def command(
 
     check_early(flags, config, overwrite)
     from sparsepeft.devices import keep_freed_memory
-    from sparsepeft.training import is_language_model, load_config, parse_settings, train
+    from sparsepeft.training import load_config, parse_settings, train
     from sparsepeft_cli.terminal.console import print_json
     from sparsepeft_cli.terminal.progress import TrainingProgress
     from sparsepeft_cli.terminal.summary import print_summary
@@ -298,40 +300,33 @@ def command(
 
         check_repo_id(push_to_hub)
     keep_freed_memory()
-    is_lm = is_language_model(flags, config)
+    run = load_config(flags, config)
     if dry_run:
-        _dry_run(flags, config, overwrite, json, is_lm)
+        _dry_run(run, overwrite, json)
         return
-    if is_lm:
-        folder = train_lm(flags, config, overwrite, json)
+    with TrainingProgress() as progress:
+        results = train(run, callbacks=progress.callbacks, overwrite=overwrite, announce=progress.announce)
+    if json:
+        print_json(results)
     else:
-        run = load_config(flags, config)
-        folder = run.output_dir
-        with TrainingProgress() as progress:
-            results = train(run, callbacks=progress.callbacks, overwrite=overwrite, announce=progress.announce)
-        if json:
-            print_json(results)
-        else:
-            print_summary(results, folder)
+        print_summary(results, run.output_dir)
     if push_to_hub is not None:
         from sparsepeft_cli import push
 
-        push.command(Path(folder), push_to_hub, private)
+        push.command(Path(run.output_dir), push_to_hub, private)
 
 
-def _dry_run(flags: dict[str, Any], file: Path | None, overwrite: bool, json: bool, is_lm: bool) -> None:
-    from sparsepeft.training import load_config, load_language_model_config
+def _dry_run(config: RunConfig, overwrite: bool, json: bool) -> None:
     from sparsepeft.training.dry_run import dry_run
     from sparsepeft_cli.terminal.console import err, print_json
     from sparsepeft_cli.terminal.summary import print_plan
 
-    run = load_language_model_config(flags, file) if is_lm else load_config(flags, file)
     with err.status("measuring a few steps"):
-        found = dry_run(run, overwrite)
+        plan = dry_run(config, overwrite)
     if json:
-        print_json(found)
+        print_json(plan)
     else:
-        print_plan(found)
+        print_plan(plan)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.cli.test_cli import sparsepeft
 
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.runs.history import read_history, read_lines
@@ -39,9 +40,9 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
         process = _start(*command)
         _wait_for_a_step(process, folder, steps)
         if number == signal.SIGINT:
-            second = _start(*command)
-            assert second.wait(timeout=60) == 2
-            assert "Another process is writing to" in second.stderr.read()
+            second = sparsepeft(*command)
+            assert second.returncode == 2
+            assert "Another process is writing to" in second.stderr
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (code, "")
@@ -52,21 +53,16 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
         assert (f"going on from step {steps}" in err) == (steps > 0)
         steps = stopped
 
-    process = _start(*command)
-    _wait_for_a_step(process, folder, steps)
-    process.kill()
-    process.communicate()
-    process = _start(*command, "--json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == 400
+    finished = sparsepeft(*command, "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["steps"] == 400
     for part in (
         "topics: spartan on",
         "rows: training 270, selection 30, validation 60, test 120",
         "step 400/400",
         "ETA",
     ):
-        assert part in err
+        assert part in finished.stderr
     lines = [(line["step"], "loss" in line) for line in read_history(folder)]
     assert lines == sorted(set(lines), key=lambda line: (line[0], not line[1]))
     assert not (folder / UNFINISHED).exists()

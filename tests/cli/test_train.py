@@ -125,7 +125,7 @@ def test_a_dry_run_says_what_would_be_done(
         (("--task", "topics"), "No --output-dir was given"),
         (
             ("--task", "topics", "--output-dir", "o", "--batch-size", "0"),
-            "--batch-size 0 was given, but it must be a positive",
+            "--batch-size 0 was given, but it must be a whole number of at least 1",
         ),
         (("--task", "topics", "--output-dir", "o", "--learning-rate", "nan"), "--learning-rate nan was given"),
         (("--task", "topics", "--output-dir", "o", "--class-weights", "spam"), "expected --class-weights balanced, or"),

@@ -12,7 +12,7 @@ from tests.stories import OPENING, save_stories_model
 from tests.tiny import run_config, save_tiny_language_model, topics_text
 
 from sparsepeft.errors import UserError
-from sparsepeft.training import GenerationSettings, Generator, LanguageModelConfig, train, train_language_model
+from sparsepeft.training import GenerationSettings, Generator, RunConfig, train
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["the team won", "the striker", "the bank said the"]
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model, text = save_tiny_language_model(folder / "model"), topics_text(folder)
     for name, values in RUNS.items():
         settings = {"learning_rate": 0.01, "max_steps": 8, "block_length": 32, "batch_size": 8} | values
-        train_language_model(LanguageModelConfig(str(text), str(folder / name), str(model), **settings))
+        train(RunConfig("lm", str(folder / name), text=(str(text),), model=str(model), **settings))
     return {name: folder / name for name in RUNS}
 
 
@@ -151,10 +151,9 @@ def test_bad_calls(runs: dict[str, Path], tiny_backbone: Path, tmp_path: Path) -
 def test_a_real_model_goes_on_with_its_story(tmp_path: Path) -> None:
     model, text = save_stories_model(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(f"{OPENING} " * 40, encoding="utf-8")
-    config = LanguageModelConfig(
-        str(text), str(tmp_path / "o"), str(model), method="full", learning_rate=1e-9, max_steps=1, block_length=32
-    )
-    assert train_language_model(config)["bos_token"] == "<s>"
+    short = {"learning_rate": 1e-9, "max_steps": 1, "block_length": 32}
+    config = RunConfig("lm", str(tmp_path / "o"), "full", str(model), text=(str(text),), **short)
+    assert train(config)["bos_token"] == "<s>"
     generator = Generator(tmp_path / "o")
     opening = OPENING[: OPENING.index(" She")]
     # The space that begins a text goes when it is decoded by itself; an empty prompt begins a story.

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from sparsepeft.ops import LowRank, Projection, Routing, route, routed_ffn
+from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, LoopedProducts
 
 LORA_RANKS = (2, 3)
+# The two ways of ``impl="torch"``, of which it chooses one by device and dtype.
+PRODUCTS = {"looped": LoopedProducts, "grouped": GroupedProducts}
+_PACKAGE = importlib.import_module("sparsepeft.ops.routed_ffn")  # in ``ops`` its name means the function
+
+
+@contextlib.contextmanager
+def products(impl: str):
+    """Yield the implementation to ask for, with that of :data:`PRODUCTS` chosen where one of them is named."""
+    if impl not in PRODUCTS:
+        yield impl
+        return
+    with mock.patch.object(_PACKAGE, "choose_torch_products", return_value=PRODUCTS[impl]):
+        yield "torch"
 
 
 class Form(NamedTuple):
@@ -103,14 +120,16 @@ def call(case: Case, tensors: dict[str, Tensor], *, blocks: Tensor | None = None
     routing = route(x, tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
     if blocks is not None:
         routing = Routing(blocks, torch.log_softmax(routing.logits, -1).gather(-1, blocks), routing.logits)
-    return routed_ffn(
-        x,
-        case.projection("up", tensors, lora_dropout),
-        case.projection("down", tensors, lora_dropout),
-        routing,
-        gate=case.projection("gate", tensors, lora_dropout) if case.form.gated else None,
-        **options,
-    )
+    with products(options.pop("impl", "auto")) as impl:
+        return routed_ffn(
+            x,
+            case.projection("up", tensors, lora_dropout),
+            case.projection("down", tensors, lora_dropout),
+            routing,
+            gate=case.projection("gate", tensors, lora_dropout) if case.form.gated else None,
+            impl=impl,
+            **options,
+        )
 
 
 def run(case: Case, **options) -> dict[str, Tensor]:

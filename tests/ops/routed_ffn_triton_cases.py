@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tests.ops.routed_ffn_cases import Form, Sizes, assert_all_close, make_case, run
 
-from sparsepeft.ops.routed_ffn.groups import Groups
+from sparsepeft.ops.routed_ffn.pytorch import Groups
 from sparsepeft.ops.routed_ffn.triton import TritonProducts
 
 

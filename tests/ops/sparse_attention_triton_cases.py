@@ -12,8 +12,8 @@ from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_clos
 from torch import Tensor
 
 from sparsepeft.ops.sparse_attention import count_matches, encode, sparse_attention
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
-from sparsepeft.ops.sparse_attention.tokens import keep_tokens
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.selection import keep_tokens
 
 # Of 3, 2 and 1 codewords nearly all keys tie. Batch, heads, key heads, queries, keys, M, C, L, mask, options.
 SELECTIONS = [
@@ -49,14 +49,16 @@ def check_selection(index: int, device: str = "cpu") -> None:
     """The same keys, whatever ties: no rounding is involved."""
     from sparsepeft.ops.sparse_attention.triton import select_triton, selection_limits
 
-    batch, heads, kv_heads, num_queries, num_keys, num_subvectors, num_codewords, top_l, mask, given = SELECTIONS[index]
+    batch, heads, kv_heads, num_queries, num_keys, num_subvectors, num_codewords, top_l, mask, changes = SELECTIONS[
+        index
+    ]
     width = 2
-    case = Case(batch, heads, kv_heads, num_queries, num_keys, num_subvectors * width, 4, width, top_l, mask, given)
+    case = Case(batch, heads, kv_heads, num_queries, num_keys, num_subvectors * width, 4, width, top_l, mask, changes)
     tensors, options = make_inputs(case)
     (query, key, _), options = _to(device, tensors, options)
     codebooks = options["codebooks"][:, :, :num_codewords]
-    rules = Rules(top_l, 1.0, 0.0, options.get("keep_self", True), options.get("keep_first", True), 0)
-    reach = Reach.of(
+    settings = Settings(top_l, 1.0, 0.0, options.get("keep_self", True), options.get("keep_first", True), 0)
+    visibility = Visibility.of(
         *(batch, num_queries, num_keys),
         causal=options.get("causal", False),
         window=options.get("window"),
@@ -65,16 +67,16 @@ def check_selection(index: int, device: str = "cpu") -> None:
         device=query.device,
     )
     codes = encode(query, codebooks, impl="triton"), encode(key, codebooks, impl="triton")
-    expected = keep_tokens(*codes, reach, rules)
+    expected = keep_tokens(*codes, visibility, settings)
 
-    thresholds = select_triton(query, key, codebooks, reach, rules).thresholds.long().unsqueeze(-1)
+    thresholds = select_triton(query, key, codebooks, visibility, settings).thresholds.long().unsqueeze(-1)
     keys = torch.arange(num_keys, device=device)
-    position, _, _, first, own, _ = selection_limits(reach, rules, num_keys).unsqueeze(-1).unbind(1)
+    position, _, _, first, own, _ = selection_limits(visibility, settings, num_keys).unsqueeze(-1).unbind(1)
     offset = keys - position
     distance = torch.where(offset > 0, 2 * offset, -2 * offset - 1).where(offset != 0, 0)
     above = (count_matches(*codes).long() << 24) - distance.unsqueeze(1) >= thresholds
     forced = ((keys == own) | (keys == first)).unsqueeze(1)
-    assert torch.equal((above | forced) & reach.pairs(num_keys), expected)
+    assert torch.equal((above | forced) & visibility.pairs(num_keys), expected)
 
 
 def check_encoding(
@@ -133,7 +135,8 @@ def check_compiles_and_is_registered(device: str = "cpu") -> None:
     tensors, options = _to(device, *make_inputs(case))
     grad_output = grad_like(case).to(device)
     limits = {"causal": True, "window": None, "query_positions": None, "key_mask": None, "device": tensors[0].device}
-    arguments = (options["codebooks"], *Reach.of(2, 7, 7, **limits), 3, 0.25, 0.0, True, True, 0, "triton")
+    packed = Settings(3, 0.25, 0.0, True, True, 0).pack()
+    arguments = (options["codebooks"], *Visibility.of(2, 7, 7, **limits), packed, "triton")
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
@@ -158,12 +161,12 @@ def launch(
     codebooks = torch.zeros(kv_heads, num_subvectors, 16, head_size // num_subvectors)
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     limits = {"causal": True, "window": None, "query_positions": None, "key_mask": mask, "device": query.device}
-    reach = Reach.of(1, num_queries, num_keys, **limits)
-    rules = Rules(max(1, num_keys // 8), 0.125, softcap, True, True, 0)
+    visibility = Visibility.of(1, num_queries, num_keys, **limits)
+    settings = Settings(max(1, num_keys // 8), 0.125, softcap, True, True, 0)
     encode_triton(query, codebooks)
-    selection = select_triton(query, key, codebooks, reach, rules)
-    output, log_sum_exp = triton_forward(query, key, value, selection, reach, rules)
-    triton_backward(grad_output, query, key, value, output, log_sum_exp, selection, reach, rules)
+    selection = select_triton(query, key, codebooks, visibility, settings)
+    output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
+    triton_backward(grad_output, query, key, value, output, log_sum_exp, selection, visibility, settings)
 
 
 def saved_bytes(num_tokens: int, device: str = "cpu") -> int:

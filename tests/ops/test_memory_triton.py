@@ -7,8 +7,9 @@ import torch
 from tests.ops import memory_triton_cases as cases
 from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from sparsepeft.ops import explain_memory_impl, memory_read, memory_read_mixed
+from sparsepeft.ops import explain, gpu, memory_read, memory_read_mixed, registry
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -21,22 +22,17 @@ def test_matches_reference(shape: tuple[int, ...]) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", [(33, 100, 16, 3, 16), (5, 48, 5, 5, 5)], ids=str)
-def test_half_precision_is_as_close_to_float32_as_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    interpreted(cases.check_half, shape, dtype)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", HALF)
 def test_half_precision(dtype: torch.dtype) -> None:
+    for shape in ((33, 100, 16, 3, 16), (5, 48, 5, 5, 5)):
+        interpreted(cases.check_half, shape, dtype)
     interpreted(cases.check_half_selects_among_the_best, dtype)
     interpreted(cases.check_float32_memory_on_half_input, dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("num_parents", [7, 16, 33])
-def test_ties_keep_the_lowest_parent(num_parents: int) -> None:
-    interpreted(cases.check_ties, num_parents)
+def test_ties_keep_the_lowest_parent() -> None:
+    for num_parents in (7, 16, 33):
+        interpreted(cases.check_ties, num_parents)
 
 
 @needs_triton
@@ -45,9 +41,9 @@ def test_nan_in_nan_out() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_zero_values_leave_the_input_exactly(dtype: torch.dtype) -> None:
-    interpreted(cases.check_zero_values, dtype)
+def test_zero_values_leave_the_input_exactly() -> None:
+    for dtype in (torch.float32, *HALF):
+        interpreted(cases.check_zero_values, dtype)
 
 
 @needs_triton
@@ -70,14 +66,13 @@ def test_compiles_to_one_graph() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("shape", [(19, 48, 16, 3, 16), (3, 16, 5, 2, 5)], ids=str)
-def test_mixed_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    interpreted(cases.check_mixed, shape, dtype)
+def test_mixed_matches_reference(dtype: torch.dtype) -> None:
+    interpreted(cases.check_mixed, (19, 48, 16, 3, 16), dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(0, 16, 5, 2, 3), (21, 20, 16, 3, 8)], ids=str)
-def test_mixed_matches_reference_where_few_are_kept(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(3, 16, 5, 2, 5), (0, 16, 5, 2, 3), (21, 20, 16, 3, 8)], ids=str)
+def test_mixed_matches_reference_at_other_sizes(shape: tuple[int, ...]) -> None:
     interpreted(cases.check_mixed, shape, torch.float32)
 
 
@@ -86,7 +81,7 @@ def test_mixed_rows_stay_apart() -> None:
     interpreted(cases.check_mixed_rows_stay_apart)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "masked", "selected"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
 def test_mixed_loop_gives_each_row_its_own(impl: str) -> None:
     inputs = cases.make_inputs((4, 12, 6, 3, 2), torch.float64, "cpu", memories=3)
     index = torch.tensor([1, 2, -1, 1, 0], dtype=torch.int32)
@@ -98,8 +93,8 @@ def test_mixed_loop_gives_each_row_its_own(impl: str) -> None:
             assert torch.equal(actual["output"][row], inputs[0][row])
             assert torch.equal(actual["x"][row], grad_output[row])
             continue
-        own = [inputs[0][row], *(tensor[memory] for tensor in inputs[1:])]
-        alone = cases.run(memory_read, own, grad_output[row], top_k=2, temperature=1.6, impl="reference")
+        row_inputs = [inputs[0][row], *(tensor[memory] for tensor in inputs[1:])]
+        alone = cases.run(memory_read, row_inputs, grad_output[row], top_k=2, temperature=1.6, impl="reference")
         for name in ("output", "x"):
             torch.testing.assert_close(actual[name][row], alone[name], rtol=1e-11, atol=1e-12)
         for name, total in memory_grads.items():
@@ -148,24 +143,46 @@ def test_assembles_without_spills_at_other_sizes(
 # The choice, and errors
 
 
-def test_choice_on_a_gpu() -> None:
-    pytest.importorskip("triton")
-    small = explain_memory_impl(num_parents=16, num_children=3, top_k=8, on_gpu=True)
-    assert small.impl == "triton"
-    assert "not been measured" in small.reason
-    assert explain_memory_impl(num_parents=16, num_children=3, top_k=8, on_gpu=True, exporting=True).impl == "masked"
-    assert explain_memory_impl(num_parents=4096, num_children=3, top_k=8, on_gpu=True).impl == "selected"
+@needs_triton
+def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(parents: int, **options: object) -> str:
+        with FakeTensorMode():
+            x, keys, cells = (torch.empty(*shape, 8, device="cuda") for shape in ((4,), (parents,), (parents, 3)))
+        return explain(memory_read, x, keys, cells, cells, top_k=4, **options).impl
+
+    assert chosen(16) == "triton"
+    assert chosen(4096) == "torch"
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert chosen(16) == "torch"
+
+
+def test_a_gpu_on_which_nobody_ran_the_kernels_gets_none_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Graphics 9")
+    for capability, is_proven in (((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        with FakeTensorMode():
+            x = torch.empty(1, device="cuda")
+        if is_proven:
+            assert gpu.why_not_triton_by_itself(x) is None
+            continue
+        with pytest.warns(UserWarning, match="not been run on a GPU like Graphics 9 yet.*set SPARSEPEFT_ENABLE=triton"):
+            assert "not been run" in str(gpu.why_not_triton_by_itself(x))
+        monkeypatch.setattr(registry, "ENABLED", frozenset({"triton"}))
+        assert gpu.why_not_triton_by_itself(x) is None
 
 
 @needs_triton
 def test_triton_refuses_what_it_cannot_run() -> None:
     inputs = cases.make_inputs((4, 12, 6, 3, 2), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="impl is 'triton', but x is on cpu, expected a CUDA device"):
+    with pytest.raises(
+        ValueError, match="impl is 'triton', but the tensors are on cpu, Triton kernels run on CUDA devices"
+    ):
         memory_read(*inputs, top_k=2, impl="triton")
-    with pytest.raises(ValueError, match="impl is 'triton', but a tensor is float64"):
+    with pytest.raises(ValueError, match=r"impl is 'triton', but the tensors are torch\.float64"):
         interpreted(memory_read, *(tensor.double() for tensor in inputs), top_k=2, impl="triton")
     inputs = cases.make_inputs((4, 12, 33, 9, 2), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="impl is 'triton', but P=33 and C=9 are too many"):
+    with pytest.raises(ValueError, match="impl is 'triton', but P and C, padded to powers of two, are too many"):
         interpreted(memory_read, *inputs, top_k=2, impl="triton")
 
 
@@ -200,9 +217,7 @@ def test_mixed_errors_say_what_to_do(arguments: tuple[Tensor, ...], error: type[
 
 
 def test_mixed_impl_and_top_k_are_checked() -> None:
-    with pytest.raises(
-        ValueError, match="impl is 'fused'; expected one of auto, reference, masked, selected, cpu, triton"
-    ):
+    with pytest.raises(ValueError, match="impl is 'fused'; expected one of auto, triton, cpu, torch, reference"):
         memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=2, impl="fused")
     with pytest.raises(ValueError, match="top_k is 5, but the memory has 4 parents"):
         memory_read_mixed(X, INDEX, PARENTS, CHILDREN, CHILDREN, top_k=5)

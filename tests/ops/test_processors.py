@@ -14,7 +14,7 @@ import torch
 
 from sparsepeft.ops import sparse_attention
 from sparsepeft.ops.measured import fastest
-from sparsepeft.ops.sparse_attention import compiled
+from sparsepeft.ops.sparse_attention import cpu
 
 TESTS = Path(__file__).parent
 
@@ -28,7 +28,7 @@ def test_kernels_for_narrower_vectors_match_the_reference(processor: str, tmp_pa
         pytest.skip("this processor has no AVX2")
     files = [str(TESTS / f"test_{name}.py") for name in ("memory", "sparse_attention", "sparse_attention_selection")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "compiled or cpu", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "cpu", *files],
         env={**os.environ, "SPARSEPEFT_CPU": processor, "SPARSEPEFT_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -43,7 +43,7 @@ def test_gradients_do_not_depend_on_how_many_threads_share_a_head(monkeypatch: p
     codebooks, grad = torch.randn(1, 2, 4, 8), torch.randn(1, 3, 300, 16)
 
     def gradients(num_parts: int, dtype: torch.dtype, granularity: str) -> tuple[torch.Tensor, ...]:
-        monkeypatch.setattr(compiled, "_num_parts", lambda *_: num_parts)
+        monkeypatch.setattr(cpu, "_num_parts", lambda *_: num_parts)
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
         options = {"top_l": 50, "causal": True, "granularity": granularity, "block_size": 16, "impl": "cpu"}
         output = sparse_attention(*leaves, codebooks, **options)
@@ -61,7 +61,7 @@ def test_gradients_do_not_depend_on_how_many_threads_share_a_head(monkeypatch: p
 def test_parts_keep_all_threads_at_work_and_are_few() -> None:
     for groups in range(1, 40):
         for threads in range(1, 70):
-            num_parts = compiled._num_parts(groups, threads)
+            num_parts = cpu._num_parts(groups, threads)
             items = groups * num_parts
             assert items % threads == 0 or items >= 4 * threads
             assert num_parts == 1 or groups * (num_parts - 1) < 4 * threads

@@ -7,15 +7,21 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.routed_ffn_cases import FORMS, Case, Form, Sizes, assert_all_close, call, make_case, run
+from tests.ops.routed_ffn_cases import FORMS, Case, Form, Sizes, assert_all_close, call, make_case, products, run
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from sparsepeft.ops import LowRank, Projection, Routing, explain_routed_ffn_impl, route, routed_ffn
-from sparsepeft.ops.routed_ffn.activations import ACTIVATIONS, resolve_activation
+from sparsepeft.ops import LowRank, Projection, Routing, explain, gpu, route, routed_ffn
+from sparsepeft.ops.routed_ffn.projections import ACTIVATIONS, resolve_activation
+from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, LoopedProducts, choose_torch_products
 
-ALL = ("reference", "looped", "grouped_mm")
+FAST = ("looped", "grouped")
+ALL = ("reference", *FAST)
+HALF = (torch.bfloat16, torch.float16)
 PLAIN = Form(gated=False, bias=True, trained=True, lora=True)
 GATED = Form(gated=True, bias=True, trained=True, lora=True)
+SIGNS = Form(gated=False, bias=True, trained=False, lora=True)  # ReLU keeps signs where its weights are frozen
+FEW_FORMS = (PLAIN, GATED, SIGNS, Form(gated=True, bias=False, trained=False, lora=False))
 
 SIZES = {
     "no token": Sizes(0, 5, 3, 4, 2),
@@ -27,7 +33,7 @@ SIZES = {
     "one block": Sizes(7, 5, 16, 1, 1),
     "several tiles": Sizes(1100, 5, 3, 2, 1),
 }
-# grouped_mm: W a multiple of 16 bytes; D (5) and the ranks (2 + 3) are none.
+# Grouped products: W a multiple of 16 bytes; D (5) and the ranks (2 + 3) are none.
 ALIGNED = {
     "no token": Sizes(0, 5, 8, 4, 2),
     "one token": Sizes(1, 5, 8, 4, 1),
@@ -37,60 +43,50 @@ ALIGNED = {
 }
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_looped_matches_reference(sizes: str, form: Form, activation: str) -> None:
-    case = make_case(form, SIZES[sizes])
-    expected = run(case, activation=activation, impl="reference")
-    for recompute in (False, True):
-        actual = run(case, activation=activation, recompute=recompute, impl="looped")
-        assert_all_close(actual, expected, tolerance=1e-12)  # float64: only the order of summation differs
+def test_looped_matches_reference(sizes: str) -> None:
+    forms = FORMS if sizes == "odd" else FEW_FORMS
+    for form, activation in itertools.product(forms, ("relu", "silu")):
+        case = make_case(form, SIZES[sizes])
+        expected = run(case, activation=activation, impl="reference")
+        for recompute in (False, True):
+            actual = run(case, activation=activation, recompute=recompute, impl="looped")
+            assert_all_close(actual, expected, tolerance=1e-12)  # float64: only the order of summation differs
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("sizes", ALIGNED)
-def test_grouped_mm_matches_reference(sizes: str, form: Form, activation: str) -> None:
-    case = make_case(form, ALIGNED[sizes], torch.float32)
-    expected = run(case.to(torch.float64), activation=activation, impl="reference")
-    for recompute in (False, True):
-        actual = run(case, activation=activation, recompute=recompute, impl="grouped_mm")
-        # Some tens of float32 roundings (6e-8) in sums of at most 130 terms of unit size.
-        assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=3e-6)
+def test_both_match_reference_in_float32(sizes: str) -> None:
+    forms = FORMS if sizes == "odd" else FEW_FORMS
+    for form, activation in itertools.product(forms, ("relu", "silu")):
+        case = make_case(form, ALIGNED[sizes], torch.float32)
+        expected = run(case.to(torch.float64), activation=activation, impl="reference")
+        for impl, recompute in (("looped", False), ("grouped", False), ("grouped", True)):
+            actual = run(case, activation=activation, recompute=recompute, impl=impl)
+            # Some tens of float32 roundings (6e-8) in sums of at most 130 terms of unit size.
+            assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=3e-6)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_looped_in_float32(form: Form) -> None:
-    case = make_case(form, SIZES["several of many"], torch.float32)
-    expected = run(case.to(torch.float64), activation="gelu", impl="reference")
-    actual = run(case, activation="gelu", impl="looped")
-    assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=3e-6)  # as above
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", ["looped", "grouped_mm"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_half_precision_is_as_close_to_float32_as_the_reference(
-    form: Form, activation: str, impl: str, dtype: torch.dtype
-) -> None:
-    case = make_case(form, SIZES["several of many"], torch.float32)
-    if activation == "relu":
-        make_inner_products_exact(case)  # a rounding to the other side of ReLU's kink is no error
-    case = case.to(dtype)
-    tensors = case.tensors
-    routing = route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
-    options = {"activation": activation, "blocks": routing.blocks}  # a rounded logit must not change the choice
-    exact = run(case.to(torch.float32), impl="reference", **options)
-    reference = run(case, impl="reference", **options)
-    actual = run(case, impl=impl, **options)
-    for name, value in exact.items():
-        assert actual[name].dtype == dtype
-        error, allowed = ((r[name].float() - value).abs().max() for r in (actual, reference))
-        # Twice the plain code's error, or, where the plain code is lucky, four roundings of the largest entry: of what
-        # enters the activation, of the activation, and of their gradients.
-        assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), name
+@pytest.mark.parametrize("form", FEW_FORMS, ids=str)
+def test_half_precision_is_as_close_to_float32_as_the_reference(form: Form, activation: str) -> None:
+    for dtype in HALF:
+        case = make_case(form, SIZES["several of many"], torch.float32)
+        if activation == "relu":
+            make_inner_products_exact(case)  # a rounding to the other side of ReLU's kink is no error
+        case = case.to(dtype)
+        tensors = case.tensors
+        routing = route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
+        options = {"activation": activation, "blocks": routing.blocks}  # a rounded logit must not change the choice
+        exact = run(case.to(torch.float32), impl="reference", **options)
+        reference = run(case, impl="reference", **options)
+        for impl in FAST:
+            actual = run(case, impl=impl, **options)
+            for name, value in exact.items():
+                assert actual[name].dtype == dtype
+                error, allowed = ((r[name].float() - value).abs().max() for r in (actual, reference))
+                # Twice the plain code's error, or, where the plain code is lucky, four roundings of the largest entry:
+                # of what enters the activation, of the activation, and of their gradients.
+                assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), (name, impl)
 
 
 def make_inner_products_exact(case: Case) -> None:
@@ -100,18 +96,16 @@ def make_inner_products_exact(case: Case) -> None:
             tensor.copy_(torch.randint(-1, 2, tensor.shape))
 
 
-@pytest.mark.parametrize("impl", ["reference", "looped"])
-@pytest.mark.parametrize("activation", ["gelu_new", "silu"])
-@pytest.mark.parametrize("form", [PLAIN, GATED], ids=str)
-def test_gradcheck(form: Form, activation: str, impl: str) -> None:
+@pytest.mark.parametrize(("form", "activation"), [(PLAIN, "gelu_new"), (GATED, "silu")], ids=str)
+def test_gradcheck_of_the_reference(form: Form, activation: str) -> None:
     case = make_case(form, Sizes(3, 4, 2, 3, 2))
     scores = case.tensors["x"] @ case.tensors["router.weight"].T + case.tensors["router.bias"]
     scores = scores.sort(-1, descending=True).values
     assert (scores[:, 1] - scores[:, 2]).min() > 1e-3  # away from ties: no choice flips
-    check_gradients(case, fast=impl != "reference", activation=activation, impl=impl)
+    check_gradients(case, activation=activation, impl="reference")
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.lora], ids=str)
+@pytest.mark.parametrize("form", FEW_FORMS[:3], ids=str)
 def test_gradcheck_with_dropout_drawn_again(form: Form) -> None:
     case = make_case(form, Sizes(3, 2, 2, 3, 2))
     # ReLU's kink is far from every drawn value, at this seed.
@@ -137,15 +131,20 @@ def check_gradients(case: Case, fast: bool = False, **options: object) -> None:
         dropout = options.get("lora_dropout", 0.0)
         maps = {name: case.projection(name, tensors, dropout) for name in ("up", "down", *("gate",) * case.form.gated)}
         rest = {name: value for name, value in options.items() if name != "lora_dropout"}
-        return routed_ffn(tensors["x"], maps["up"], maps["down"], routing, gate=maps.get("gate"), **rest)
+        with products(str(rest.pop("impl"))) as impl:
+            return routed_ffn(tensors["x"], maps["up"], maps["down"], routing, gate=maps.get("gate"), impl=impl, **rest)
 
     assert torch.autograd.gradcheck(function, [leaves[name] for name in names], fast_mode=fast)
 
 
-@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: bool, impl: str) -> None:
+def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: bool) -> None:
+    for impl in ALL:
+        check_router_gradient(gated, frozen, impl)
+
+
+def check_router_gradient(gated: bool, frozen: bool, impl: str) -> None:
     hidden, block, num_blocks, active, tokens = 6, 4, 5, 3, 9
     inner = block * num_blocks
     x, grad_output = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
@@ -153,16 +152,10 @@ def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: b
     down = torch.randn(hidden, inner).requires_grad_(not frozen)
     router = torch.randn(num_blocks, hidden).requires_grad_()
     routing = route(x, router, num_active=active)
-    output = routed_ffn(
-        x,
-        Projection(up, bias),
-        Projection(down),
-        routing,
-        gate=Projection(gate) if gated else None,
-        activation="relu",
-        impl=impl,
-    )
-    output.backward(grad_output)
+    gate_map = Projection(gate) if gated else None
+    with products(impl) as name:
+        maps = Projection(up, bias), Projection(down)
+        routed_ffn(x, *maps, routing, gate=gate_map, activation="relu", impl=name).backward(grad_output)
     # d loss / d w_g = <grad, block's output> / w_g, then through the softmax over all blocks.
     with torch.no_grad():
         weights = torch.softmax(x @ router.T, -1)
@@ -182,22 +175,21 @@ def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: b
 # All blocks chosen: the dense FFN
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize("gated", [False, True])
-def test_all_blocks_are_the_dense_ffn(gated: bool, activation: str, dtype: torch.dtype) -> None:
+def test_all_blocks_are_the_dense_ffn(gated: bool, dtype: torch.dtype) -> None:
     case = make_case(Form(gated, True, True, False), SIZES["all blocks"]).to(dtype)
-    tensors, function = case.tensors, resolve_activation(activation)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    maps = {n: (leaves[f"{n}.weight"], leaves[f"{n}.bias"]) for n in ("up", "down", *(("gate",) if gated else ()))}
-    entering = F.linear(leaves["x"], *maps["up"])
-    active = function(F.linear(leaves["x"], *maps["gate"])) * entering if gated else function(entering)
-    dense = F.linear(active, *maps["down"])
-    assert torch.equal(call(case, tensors, activation=activation, impl="reference"), dense)
-    looped = call(case, tensors, activation=activation, impl="looped")
-    # Products over four blocks, each rounded to the dtype; their sum is taken in float32 at least.
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(looped, dense, rtol=0, atol=8 * eps * dense.abs().max().item())
+    tensors = case.tensors
+    maps = {n: (tensors[f"{n}.weight"], tensors[f"{n}.bias"]) for n in ("up", "down", *(("gate",) if gated else ()))}
+    entering = F.linear(tensors["x"], *maps["up"])
+    for activation, function in ACTIVATIONS.items():
+        active = function(F.linear(tensors["x"], *maps["gate"])) * entering if gated else function(entering)
+        dense = F.linear(active, *maps["down"])
+        assert torch.equal(call(case, tensors, activation=activation, impl="reference"), dense)
+        looped = call(case, tensors, activation=activation, impl="looped")
+        # Products over four blocks, each rounded to the dtype; their sum is taken in float32 at least.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(looped, dense, rtol=0, atol=8 * eps * dense.abs().max().item())
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -280,9 +272,10 @@ def test_any_layout_of_x(impl: str) -> None:
         torch.testing.assert_close(leaf.grad.reshape(24, 8), reference.grad, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("impl", ALL)
-@pytest.mark.parametrize("trained", [False, True])
-def test_autocast_computes_in_its_dtype(trained: bool, impl: str) -> None:
+@pytest.mark.parametrize(
+    ("impl", "trained"), [("reference", True), ("looped", True), ("looped", False), ("grouped", True)]
+)
+def test_autocast_computes_in_its_dtype(impl: str, trained: bool) -> None:
     case = make_case(Form(True, True, trained, True), Sizes(20, 8, 8, 4, 2), torch.float32)
     blocks = call_blocks(case)
     half = run(case.to(torch.bfloat16), activation="silu", impl=impl, blocks=blocks)
@@ -341,15 +334,16 @@ def test_dropout_zeroes_a_share_and_scales_the_rest(impl: str) -> None:
     routing = route(x, torch.zeros(blocks, size), num_active=blocks)
     through = Projection(identity)
     only_update = Projection(zero, lora=(LowRank(identity, identity, 1.0, 0.25),))
-    cases = {
-        "activation": routed_ffn(x, through, through, routing, activation="relu", dropout=0.25, impl=impl),
-        "down": routed_ffn(x, through, only_update, routing, activation="relu", impl=impl),
-        "up": routed_ffn(x, only_update, through, routing, activation="relu", impl=impl),
-    }
-    for name, output in cases.items():
+    with products(impl) as name:
+        cases = {
+            "activation": routed_ffn(x, through, through, routing, activation="relu", dropout=0.25, impl=name),
+            "down": routed_ffn(x, through, only_update, routing, activation="relu", impl=name),
+            "up": routed_ffn(x, only_update, through, routing, activation="relu", impl=name),
+        }
+    for place, output in cases.items():
         kept = output != 0
         torch.testing.assert_close(output[kept], torch.full_like(output[kept], 4 / 3))
-        assert abs(kept.float().mean().item() - 0.75) < 0.03, name  # 5 standard deviations of 6400 draws
+        assert abs(kept.float().mean().item() - 0.75) < 0.03, place  # 5 standard deviations of 6400 draws
 
 
 def test_dropout_follows_the_seed() -> None:
@@ -362,17 +356,17 @@ def test_dropout_follows_the_seed() -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("impl", ["looped", "grouped_mm"])
-@pytest.mark.parametrize("wanted", ["x", "router.weight", "up.weight", "down.weight", "gate.bias", "down.lora1.down"])
-def test_gradients_only_where_required(wanted: str, impl: str) -> None:
+@pytest.mark.parametrize("impl", FAST)
+def test_gradients_only_where_required(impl: str) -> None:
     case = make_case(GATED, Sizes(20, 8, 8, 4, 2), torch.float32)
     expected = run(case, activation="silu", impl="reference")
-    leaves = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in case.tensors.items()}
-    output = call(case, leaves, activation="silu", impl=impl)
-    generator = torch.Generator().manual_seed(1)
-    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).float())
-    assert_all_close({wanted: leaves[wanted].grad}, {wanted: expected[wanted]}, tolerance=3e-6)
-    assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+    for wanted in ("x", "router.weight", "up.weight", "down.weight", "gate.bias", "down.lora1.down"):
+        leaves = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in case.tensors.items()}
+        output = call(case, leaves, activation="silu", impl=impl)
+        generator = torch.Generator().manual_seed(1)
+        output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).float())
+        assert_all_close({wanted: leaves[wanted].grad}, {wanted: expected[wanted]}, tolerance=3e-6)
+        assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
 
 
 def test_a_callable_activation() -> None:
@@ -436,19 +430,32 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert explain_routed_ffn_impl("cpu", torch.float32, 512).impl == "looped"
-    assert explain_routed_ffn_impl("cpu", torch.float32, 512, exporting=True).impl == "reference"
-    assert explain_routed_ffn_impl("cuda", torch.float64, 512).impl == "looped"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert explain_routed_ffn_impl("cuda", torch.bfloat16, 512).impl == "triton"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert explain_routed_ffn_impl("cuda", torch.bfloat16, 512).impl == "grouped_mm"
-    odd = explain_routed_ffn_impl("cuda", torch.bfloat16, 100)
-    assert odd.impl == "looped"
-    assert "blocks of 100" in odd.reason
-    assert explain_routed_ffn_impl("cuda", torch.float32, 512).impl == "looped"
-    with pytest.raises(ImportError, match="impl='triton' needs Triton: pip install triton"):
-        routed_ffn(**arguments(impl="triton"))
+    def chosen(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+        with FakeTensorMode():
+            x, weight = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((6, 8), (64, 8)))
+            routing = route(x, weight[:4], num_active=2)
+        up, down = Projection(weight), Projection(weight.t())
+        explanation = explain(routed_ffn, x, up, down, routing, activation="relu")
+        return explanation.impl, explanation.others.get("triton")
+
+    assert chosen("cpu", torch.float32)[0] == "torch"
+    assert "torch.float64" in str(chosen("cuda", torch.float64)[1])
+    monkeypatch.setattr(gpu, "HAS_TRITON", True)
+    assert chosen("cuda", torch.bfloat16) == ("triton", None)
+    monkeypatch.setattr(gpu, "HAS_TRITON", False)
+    assert "pip install triton" in str(chosen("cuda", torch.bfloat16)[1])
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert chosen("cuda", torch.bfloat16)[0] == "reference"
+
+
+def test_torch_takes_grouped_products_where_it_has_kernels_for_them() -> None:
+    assert choose_torch_products("cuda", torch.bfloat16, 512) is GroupedProducts
+    for device, dtype, block_size in (
+        ("cuda", torch.bfloat16, 100),  # rows of no multiple of 16 bytes
+        ("cuda", torch.float32, 512),
+        ("cpu", torch.bfloat16, 512),
+    ):
+        assert choose_torch_products(device, dtype, block_size) is LoopedProducts
 
 
 # Errors
@@ -456,77 +463,76 @@ def test_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(**changes: object) -> dict[str, object]:
     x = torch.randn(6, 5)
-    given: dict[str, object] = {
+    valid: dict[str, object] = {
         "x": x,
         "up": Projection(torch.randn(12, 5)),
         "down": Projection(torch.randn(5, 12)),
         "routing": route(x, torch.randn(4, 5), num_active=2),
         "activation": "relu",
     }
-    return given | changes
+    return valid | changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"activation": "swiglu"}, ValueError, "activation is 'swiglu'; expected one of relu, "),
-        ({"impl": "dense"}, ValueError, "impl is 'dense'; expected one of auto, reference, looped, grouped_mm, triton"),
-        ({"impl": "grouped_mm"}, ValueError, "grouped_mm cannot take blocks of 3 neurons in torch.float32"),
-        ({"dropout": 1.0}, ValueError, "dropout is 1.0; expected a probability"),
-        ({"x": torch.ones(6, 5, dtype=torch.long)}, TypeError, "x has dtype torch.int64; expected a floating"),
-        ({"x": torch.ones(())}, ValueError, "x is a scalar"),
-        ({"x": torch.ones(7, 5)}, ValueError, r"routing.blocks has shape \(6, 2\), but x has 7 tokens"),
-        ({"x": torch.ones(6, 4)}, ValueError, r"up.weight has shape \(12, 5\); expected \(12, 4\)"),
-        ({"up": Projection(torch.ones(12))}, ValueError, r"up.weight has shape \(12,\); expected \(out, in\)"),
-        (
-            {"up": Projection(torch.ones(10, 5)), "down": Projection(torch.ones(5, 10))},
-            ValueError,
-            "the inner size 10 cannot be cut into 4 equal blocks: choose a divisor, one of 1, 2, 5, 10",
-        ),
-        ({"down": Projection(torch.ones(12, 5))}, ValueError, r"down.weight has shape \(12, 5\); expected \(12, 12\)"),
-        ({"gate": Projection(torch.ones(11, 5))}, ValueError, r"gate.weight has shape \(11, 5\); expected \(12, 5\)"),
-        (
-            {"up": Projection(torch.ones(12, 5), torch.ones(5))},
-            ValueError,
-            r"up.bias has shape \(5,\); expected \(12,\)",
-        ),
-        (
-            {"up": Projection(torch.ones(12, 5, dtype=torch.int8))},
-            TypeError,
-            "up.weight has dtype torch.int8; expected a floating-point tensor",
-        ),
-        (
-            {"up": Projection(torch.ones(12, 5), lora=(LowRank(torch.ones(5, 2), torch.ones(12, 2)),))},
-            ValueError,
-            r"up.lora\[0\].up has shape \(12, 2\); expected \(12, 5\)|up.lora\[0\].down has shape",
-        ),
-        (
-            {"up": Projection(torch.ones(12, 5), lora=(LowRank(torch.ones(2, 5), torch.ones(12, 2), 1.0, 1.5),))},
-            ValueError,
-            r"up.lora\[0\].dropout is 1.5",
-        ),
-    ],
-)
-def test_bad_arguments(changes: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        routed_ffn(**arguments(**changes))
+BAD_ARGUMENTS = [
+    ({"activation": "swiglu"}, ValueError, "activation is 'swiglu'; expected one of relu, "),
+    ({"impl": "dense"}, ValueError, "impl is 'dense'; expected one of auto, triton, torch, reference"),
+    ({"impl": "looped"}, ValueError, "impl is 'looped'; it is called 'torch' now"),
+    ({"dropout": 1.0}, ValueError, "dropout is 1.0; expected a probability"),
+    ({"x": torch.ones(6, 5, dtype=torch.long)}, TypeError, "x has dtype torch.int64; expected a floating"),
+    ({"x": torch.ones(())}, ValueError, "x is a scalar"),
+    ({"x": torch.ones(7, 5)}, ValueError, r"routing.blocks has shape \(6, 2\), but x has 7 tokens"),
+    ({"x": torch.ones(6, 4)}, ValueError, r"up.weight has shape \(12, 5\); expected \(12, 4\)"),
+    ({"up": Projection(torch.ones(12))}, ValueError, r"up.weight has shape \(12,\); expected \(out, in\)"),
+    (
+        {"up": Projection(torch.ones(10, 5)), "down": Projection(torch.ones(5, 10))},
+        ValueError,
+        "the inner size 10 cannot be cut into 4 equal blocks: choose a divisor, one of 1, 2, 5, 10",
+    ),
+    ({"down": Projection(torch.ones(12, 5))}, ValueError, r"down.weight has shape \(12, 5\); expected \(12, 12\)"),
+    ({"gate": Projection(torch.ones(11, 5))}, ValueError, r"gate.weight has shape \(11, 5\); expected \(12, 5\)"),
+    (
+        {"up": Projection(torch.ones(12, 5), torch.ones(5))},
+        ValueError,
+        r"up.bias has shape \(5,\); expected \(12,\)",
+    ),
+    (
+        {"up": Projection(torch.ones(12, 5, dtype=torch.int8))},
+        TypeError,
+        "up.weight has dtype torch.int8; expected a floating-point tensor",
+    ),
+    (
+        {"up": Projection(torch.ones(12, 5), lora=(LowRank(torch.ones(5, 2), torch.ones(12, 2)),))},
+        ValueError,
+        r"up.lora\[0\].up has shape \(12, 2\); expected \(12, 5\)|up.lora\[0\].down has shape",
+    ),
+    (
+        {"up": Projection(torch.ones(12, 5), lora=(LowRank(torch.ones(2, 5), torch.ones(12, 2), 1.0, 1.5),))},
+        ValueError,
+        r"up.lora\[0\].dropout is 1.5",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"num_active": 5}, ValueError, "num_active is 5, but the router has 4 blocks: choose 1 <= num_active <= 4"),
-        ({"num_active": 0}, ValueError, "num_active is 0"),
-        ({"num_active": 2.0}, TypeError, "num_active is 2.0; expected an int between 1 and 4"),
-        ({"num_active": True}, TypeError, "num_active is True"),
-        ({"router_weight": torch.ones(4, 6)}, ValueError, r"router_weight has shape \(4, 6\); expected \(G, 5\)"),
-        ({"router_weight": torch.ones(5)}, ValueError, r"router_weight has shape \(5,\)"),
-        ({"router_bias": torch.ones(5)}, ValueError, r"router_bias has shape \(5,\); expected \(4,\)"),
-        ({"x": torch.ones(6, 5, dtype=torch.long)}, TypeError, "x has dtype torch.int64"),
-        ({"x": torch.ones(())}, ValueError, "x is a scalar"),
-    ],
-)
-def test_bad_routes(changes: dict[str, object], error: type[Exception], message: str) -> None:
-    given: dict[str, object] = {"x": torch.ones(6, 5), "router_weight": torch.ones(4, 5), "num_active": 2} | changes
-    with pytest.raises(error, match=message):
-        route(**given)
+def test_bad_arguments() -> None:
+    for changes, error, message in BAD_ARGUMENTS:
+        with pytest.raises(error, match=message):
+            routed_ffn(**arguments(**changes))
+
+
+BAD_ROUTES = [
+    ({"num_active": 5}, ValueError, "num_active is 5, but the router has 4 blocks: choose 1 <= num_active <= 4"),
+    ({"num_active": 0}, ValueError, "num_active is 0"),
+    ({"num_active": 2.0}, TypeError, "num_active is 2.0; expected an int between 1 and 4"),
+    ({"num_active": True}, TypeError, "num_active is True"),
+    ({"router_weight": torch.ones(4, 6)}, ValueError, r"router_weight has shape \(4, 6\); expected \(G, 5\)"),
+    ({"router_weight": torch.ones(5)}, ValueError, r"router_weight has shape \(5,\)"),
+    ({"router_bias": torch.ones(5)}, ValueError, r"router_bias has shape \(5,\); expected \(4,\)"),
+    ({"x": torch.ones(6, 5, dtype=torch.long)}, TypeError, "x has dtype torch.int64"),
+    ({"x": torch.ones(())}, ValueError, "x is a scalar"),
+]
+
+
+def test_bad_routes() -> None:
+    for changes, error, message in BAD_ROUTES:
+        with pytest.raises(error, match=message):
+            route(**{"x": torch.ones(6, 5), "router_weight": torch.ones(4, 5), "num_active": 2, **changes})

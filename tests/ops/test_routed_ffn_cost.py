@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsepeft.ops import load_balancing_loss, route, routing_load_balancing_loss
-from sparsepeft.ops.routed_ffn.signs import pack_signs, unpack_signs
+from sparsepeft.ops.routed_ffn.blocks import pack_signs, unpack_signs
 
 SIZES = Sizes(tokens=640, hidden=32, block=24, blocks=8, active=3)
 PAIRS = SIZES.tokens * SIZES.active
 FROZEN = Form(gated=False, bias=True, trained=False, lora=False)
-FAST = ("looped", "grouped_mm")
+FAST = ("looped", "grouped")
 
 
 def leaves_of(case: Case) -> dict[str, Tensor]:

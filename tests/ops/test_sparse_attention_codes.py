@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,27 @@ from tests.ops.sparse_attention_cases import CASES, make_inputs
 
 from sparsepeft.ops import fit_codebooks, native, refresh_codebooks, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
-from sparsepeft.ops.sparse_attention.native import SOURCES, load_library
+from sparsepeft.ops.sparse_attention.cpu import SOURCES, _library, why_not_built
+
+HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("impl", ["compiled", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "num_codewords", "width"), [(1, 16, 6), (37, 16, 4), (50, 5, 3), (33, 1, 12)])
-def test_encode_finds_the_nearest(
-    num_tokens: int, num_codewords: int, width: int, dtype: torch.dtype, impl: str
-) -> None:
-    vectors = torch.randn(2, 4, num_tokens, 12).to(dtype)
-    codebooks = torch.randn(2, 12 // width, num_codewords, width)
-    codes = encode(vectors.transpose(1, 2).contiguous().transpose(1, 2), codebooks, impl=impl)
-    assert codes.dtype == torch.uint8
-    assert codes.shape == (2, 4, num_tokens, 12 // width)
-    subvectors = vectors.double().unflatten(-1, (-1, width)).movedim(2, 3)  # (B, H, M, T, W)
-    distances = torch.cdist(subvectors, codebooks.double().repeat_interleave(2, 0)).movedim(2, 3)
-    chosen = distances.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
-    assert (chosen - distances.amin(-1)).max() < 1e-5  # float32 rounding of a near tie
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_encode_finds_the_nearest(impl: str) -> None:
+    sizes = [(1, 16, 6), (37, 16, 4), (50, 5, 3), (33, 1, 12)]
+    for (num_tokens, num_codewords, width), dtype in itertools.product(sizes, (torch.float32, *HALF)):
+        vectors = torch.randn(2, 4, num_tokens, 12).to(dtype)
+        codebooks = torch.randn(2, 12 // width, num_codewords, width)
+        codes = encode(vectors.transpose(1, 2).contiguous().transpose(1, 2), codebooks, impl=impl)
+        assert codes.dtype == torch.uint8
+        assert codes.shape == (2, 4, num_tokens, 12 // width)
+        subvectors = vectors.double().unflatten(-1, (-1, width)).movedim(2, 3)  # (B, H, M, T, W)
+        distances = torch.cdist(subvectors, codebooks.double().repeat_interleave(2, 0)).movedim(2, 3)
+        chosen = distances.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+        assert (chosen - distances.amin(-1)).max() < 1e-5  # float32 rounding of a near tie
 
 
-@pytest.mark.parametrize("impl", ["compiled", "torch"])
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
 def test_encode_gives_ties_to_the_lowest_codeword(impl: str) -> None:
     codebooks = torch.tensor([[[[3.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]]])
     vectors = torch.tensor([[[[0.0, 1.0], [1.0, 1.0], [3.0, 0.0]]]])
@@ -45,7 +46,7 @@ def test_encode_refuses() -> None:
         encode(torch.randn(1, 3, 3, 8), codebooks)
     with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
         encode(vectors.long(), codebooks)
-    with pytest.raises(ValueError, match="expected one of auto, compiled, triton, torch"):
+    with pytest.raises(ValueError, match="impl is 'fast'; expected one of auto, triton, cpu, torch"):
         encode(vectors, codebooks, impl="fast")
 
 
@@ -121,26 +122,24 @@ def test_few_vectors_move_their_own_codewords_only(num_vectors: int) -> None:
     nearest = encode(vectors.unsqueeze(0), codebooks)[0].long()  # (H, N, M)
     for head in range(2):
         for part in range(3):
-            near, own = nearest[head, :, part], vectors[head, :, 4 * part : 4 * part + 4]
+            near, subvectors = nearest[head, :, part], vectors[head, :, 4 * part : 4 * part + 4]
             for code in range(16):
-                expected = own[near == code].mean(0) if (near == code).any() else codebooks[head, part, code]
+                expected = subvectors[near == code].mean(0) if (near == code).any() else codebooks[head, part, code]
                 torch.testing.assert_close(refreshed[head, part, code], expected)
 
 
-@pytest.mark.parametrize(
-    ("vectors", "options", "message"),
-    [
+def test_fit_refuses() -> None:
+    cases: list[tuple[torch.Tensor, dict[str, Any], str]] = [
         (torch.randn(2, 50, 12), {"subvector_dim": 5}, "subvector_dim is 5, the head size 12"),
         (torch.randn(50, 12), {}, r"vectors has shape \(50, 12\); expected \(H, N, D\)"),
         (torch.randn(2, 15, 8), {}, "15 vectors per head for 16 codewords"),
         (torch.randn(2, 50, 8), {"num_codewords": 17}, "num_codewords is 17; expected 1 to 16"),
         (torch.full((2, 50, 8), torch.nan), {}, "NaN or infinity"),
         (torch.full((2, 50, 8), torch.inf), {}, "NaN or infinity"),
-    ],
-)
-def test_fit_refuses(vectors: torch.Tensor, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit_codebooks(vectors, **options)
+    ]
+    for vectors, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fit_codebooks(vectors, **options)
 
 
 def test_refresh_refuses() -> None:
@@ -158,9 +157,11 @@ def test_refresh_refuses() -> None:
 
 @pytest.fixture
 def _fresh_library() -> Iterator[None]:
-    load_library.cache_clear()
+    for cached in (_library, why_not_built):
+        cached.cache_clear()
     yield
-    load_library.cache_clear()
+    for cached in (_library, why_not_built):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh_library")
@@ -168,16 +169,17 @@ def test_without_a_compiler_plain_pytorch_is_used_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     tensors, options = make_inputs(CASES["causal"])
-    expected = sparse_attention(*tensors, **options, impl="reference")
-    load_library.cache_clear()
     monkeypatch.setattr(native, "find_compiler", lambda: None)
+    expected = sparse_attention(*tensors, **options, impl="reference")
     for _ in range(2):
         output = sparse_attention(*tensors, **options)
         torch.testing.assert_close(output, expected, rtol=0, atol=4e-6)  # float32 rounding
-    told = [str(w.message) for w in recwarn if "compiled kernels are not available" in str(w.message)]
-    assert len(told) == 1
-    assert "no C++ compiler was found" in told[0]
-    with pytest.raises(RuntimeError, match="use impl='torch'"):
+    warnings = [str(w.message) for w in recwarn if "compiled kernels are not available" in str(w.message)]
+    assert len(warnings) == 1
+    assert "no C++ compiler was found" in warnings[0]
+    with pytest.raises(
+        RuntimeError, match=r"impl is 'cpu', but the compiled kernels are not available.*use impl='auto'"
+    ):
         sparse_attention(*tensors, **options, impl="cpu")
 
 

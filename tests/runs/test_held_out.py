@@ -14,10 +14,8 @@ from tests.tiny import topics_rows, topics_text, write_jsonl
 from sparsepeft.errors import UserError
 from sparsepeft.folders import write_json
 from sparsepeft.runs.files import HELD_OUT, RUN, describe_run
-from sparsepeft.runs.held_out import save_held_out
-from sparsepeft.runs.stored import held_out_data
-from sparsepeft.training import LanguageModelConfig, RunConfig, evaluate, train_language_model
-from sparsepeft.training.run import load_data
+from sparsepeft.runs.held_out import digests_of_drawn, held_out_data, load_task_data, write_held_out
+from sparsepeft.training import RunConfig, evaluate, train
 
 Rows = list[tuple[str, str]]
 ROWS: Rows = [(f"text number {index}", "ab"[index % 2]) for index in range(60)]
@@ -32,10 +30,10 @@ def write(path: Path, rows: Rows) -> str:
 def leave_run(folder: Path, **values: Any) -> Path:
     """What a training run leaves of its data; a model is not needed here."""
     config = RunConfig(output_dir=str(folder), **values)
-    data = load_data(config)
-    run = describe_run(config, config.recipe_values())
+    data = load_task_data(config)
+    run = describe_run(config)
     write_json(folder / RUN, run | {"task": vars(data.spec), "data_fingerprints": data.fingerprints})
-    save_held_out(folder, data)
+    write_held_out(folder, digests_of_drawn(data))
     return folder
 
 
@@ -153,7 +151,7 @@ def test_documents_of_a_language_model_are_found_again(tiny_language_model: Path
     write_jsonl(file, documents)
     values: dict[str, Any] = {"model": str(tiny_language_model), "max_steps": 1, "block_length": 16}
     run = tmp_path / "run"
-    results = train_language_model(LanguageModelConfig((str(file),), str(run), **values))
+    results = train(RunConfig("lm", str(run), text=(str(file),), **values))
     assert evaluate(run).metrics == {"validation": pytest.approx(results["metrics"]["validation"])}
     write_jsonl(file, [{"text": f"new document {index}"} for index in range(30)] + documents)
     found = evaluate(run)
@@ -169,13 +167,11 @@ def test_documents_of_a_language_model_are_found_again(tiny_language_model: Path
     assert evaluate(run, test_file=file).metrics.keys() == {"test"}
 
     plain = topics_text(tmp_path)  # one document, whose end is held out
-    config = LanguageModelConfig((str(plain),), str(tmp_path / "tail"), **values)
-    train_language_model(config)
+    train(RunConfig("lm", str(tmp_path / "tail"), text=(str(plain),), **values))
     plain.write_text("a new beginning " + plain.read_text())
     with pytest.raises(UserError, match=r"topics.txt has changed .* does not say what of it was held out"):
         evaluate(tmp_path / "tail")
-    own = LanguageModelConfig((str(plain),), str(tmp_path / "own"), validation_text=(str(file),), **values)
-    train_language_model(own)
+    train(RunConfig("lm", str(tmp_path / "own"), text=(str(plain),), validation_text=(str(file),), **values))
     write_jsonl(file, documents)
     assert evaluate(tmp_path / "own").notes == ("text.jsonl has changed since training",)
     file.unlink()

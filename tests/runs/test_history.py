@@ -11,9 +11,9 @@ import pytest
 from transformers.integrations import integration_utils
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.config import read_trackers
 from sparsepeft.runs.history import by_step, plot_history, read_history, score_names
-from sparsepeft.training.recorder import Recorder
-from sparsepeft.training.reporting import make_reporters, read_trackers
+from sparsepeft.training.callbacks import Recorder, make_reporters
 
 
 def _record(path: Path, begin: int, *logs: tuple[int, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparsepeft.methods.sparse import read_spt_settings
-from sparsepeft.runs.config import parse_settings
+from sparsepeft.runs.config_file import parse_settings
 from sparsepeft.spt import SptConfig
 
 

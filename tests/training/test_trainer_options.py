@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, w
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from sparsepeft.errors import UserError
-from sparsepeft.runs.files import read_run
+from sparsepeft.runs.config import read_class_weights
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
-from sparsepeft.training.loss import TaskLoss, check_loss, read_class_weights, task_loss
+from sparsepeft.training.loss import TaskLoss, check_loss, task_loss
 
 MAIL = TaskSpec("mail", ("text",), ("ham", "spam", "other"), ("accuracy",), "accuracy", 1)
 VALUES = TaskSpec("values", ("text",), None, ("pearson",), "pearson", 1)
@@ -88,8 +87,7 @@ def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spartan", "lora"])
-def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path, method: str) -> None:
+def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path) -> None:
     """Whatever the model makes of ``num_items_in_batch``: the reported norm is that of the gradient."""
     backbone = save_tiny_backbone(tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     seen = {}
@@ -104,7 +102,6 @@ def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path, method: str) 
             run_config(
                 backbone,
                 tmp_path / str(steps),
-                method=method,
                 few_shot=32,
                 max_steps=1,
                 seed=1,
@@ -123,16 +120,16 @@ def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_b
     options = {
         "learning_rate": 1e-9,  # never better than at first
         "max_steps": 40,
-        "eval_steps": 3,
-        "early_stopping_patience": 3,
+        "eval_steps": 2,
+        "early_stopping_patience": 2,
         "class_weights": "balanced",
         "label_smoothing_factor": 0.1,
         "gradient_accumulation_steps": 2,
     }
     whole = train(run_config(tiny_backbone, tmp_path / "whole", **options))
-    assert (whole["steps"], whole["best_step"]) == (12, 3)
+    assert (whole["steps"], whole["best_step"]) == (6, 2)
     with pytest.raises(KeyboardInterrupt):
-        train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Interrupt(7)])
+        train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Interrupt(5)])
     resumed = train(run_config(tiny_backbone, tmp_path / "cut", **options, device="cpu"))
     assert (resumed["steps"], resumed["metrics"]) == (whole["steps"], whole["metrics"])
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
@@ -173,15 +170,3 @@ def test_class_weights_help_the_rare_class(tiny_backbone: Path, tmp_path: Path) 
     assert recall[0] < recall[1]
     assert plain["baseline"] == {"answer": "sport", "metrics": pytest.approx({"accuracy": 0.5, "macro_f1": 1 / 3})}
     assert weighted["hyperparameters"]["class_weights"] == {"sport": 1.0, "travel": 100.0}
-
-
-@pytest.mark.slow
-def test_files_of_former_versions_are_read(tiny_backbone: Path, tmp_path: Path) -> None:
-    train(run_config(tiny_backbone, tmp_path, max_steps=1))
-    run = json.loads((tmp_path / "run.json").read_text())
-    for name in ("class_weights", "gradient_checkpointing", "gradient_accumulation_steps"):
-        del run["config"][name]
-    run["config"]["gradient_accumulation"] = 2
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    config = RunConfig(**read_run(tmp_path)["config"])
-    assert (config.gradient_accumulation_steps, config.gradient_checkpointing) == (2, False)

@@ -13,7 +13,7 @@ from sparsepeft.export.tasks import ExportTask
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.portable import ExportedTasks, Text
 from sparsepeft.runs.files import RUN
-from sparsepeft.runs.stored import CHANGED, held_out_data
+from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
 
 

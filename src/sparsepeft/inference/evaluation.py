@@ -14,17 +14,13 @@ from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.questions import TableOptions
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
+from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.held_out import not_held_out_any_more, read_held_out
-from sparsepeft.runs.lm_config import LM, LanguageModelConfig
-from sparsepeft.runs.stored import held_out_data
+from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out, scored_parts
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
 from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,6 +88,13 @@ def evaluate(
     Raises:
         UserError: the folder holds no finished training, data or backbone are gone or damaged, a label is none of the
             run's, or it cannot be told any more which rows were trained on.
+
+    Example:
+        >>> scores = evaluate("out/topics")
+        >>> sorted(scores)
+        ['test', 'validation']
+        >>> sorted(scores["test"])
+        ['accuracy', 'macro_f1']
     """
     folder, table = Path(folder), table or TableOptions()
     run = read_run(folder)
@@ -106,9 +109,8 @@ def evaluate(
         part = _rows(path, predictor, table, file_format)
         notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
         return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
-    data = held_out_data(folder, data_dir)
-    parts = {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
-    return _evaluation(predictor, parts, data.notes, data.fingerprints)
+    data = held_out_data(folder, data_dir, run=run)
+    return _evaluation(predictor, scored_parts(data), data.notes, data.fingerprints)
 
 
 def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
@@ -161,19 +163,23 @@ def _evaluate_language_model(
     device: str | None,
 ) -> Evaluation:
     """Perplexity of a run's model on its validation text, or on a file."""
-    config = LanguageModelConfig(**run["config"])
+    config = RunConfig(**run["config"])
     files = [*config.text, *config.validation_text] if test_file is None else [str(test_file)]
     held_out, notes = _held_out_text(folder, config, run) if test_file is None else (None, ())
     documents = (
         []
         if test_file is None
         else read_documents(
-            files, table.text_column or config.text_column, table.delimiter, table.encoding or config.encoding
+            files, table.text_column or config.text_column or "text", table.delimiter, table.encoding or config.encoding
         )
     )
     backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
     trained = load_trained_language_model(
-        folder, config, backbone, backbone_fingerprint=run.get("backbone_fingerprint")
+        folder,
+        config.method,
+        backbone,
+        is_sparse=config.spt is not None,
+        backbone_fingerprint=run.get("backbone_fingerprint"),
     )
     to_accelerator(trained, device)
     tokenizer = load_tokenizer(backbone)
@@ -181,17 +187,7 @@ def _evaluate_language_model(
     # A run of an earlier version says nothing of the token that blocks begin with, and had none.
     begin, digests = run.get("bos_token_id"), fingerprints(files)
     if test_file is None:
-        corpus = load_corpus(
-            config.text,
-            config.validation_text,
-            tokenizer,
-            block_length,
-            config.text_column,
-            begin,
-            held_out=held_out,
-            delimiter=config.delimiter,
-            encoding=config.encoding,
-        )
+        corpus = load_corpus(config, tokenizer, block_length, begin, held_out=held_out)
         blocks, notes = corpus.validation, (*corpus.notes, *notes)
     else:
         blocks = cut(join(documents, tokenizer), block_length, "text of `test_file`", begin)
@@ -204,9 +200,7 @@ def _evaluate_language_model(
     return Evaluation({part: measured}, notes=notes, data_fingerprints=digests)
 
 
-def _held_out_text(
-    folder: Path, config: LanguageModelConfig, run: dict[str, Any]
-) -> tuple[list[str] | None, tuple[str, ...]]:
+def _held_out_text(folder: Path, config: RunConfig, run: dict[str, Any]) -> tuple[list[str] | None, tuple[str, ...]]:
     """Digests of held-out documents where they must be looked for, and notes."""
     files = [*config.text, *config.validation_text]
     for file in files:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from sparsepeft.arguments import check_flag, check_positive, check_whole
+from sparsepeft.arguments import check_flag, check_number, check_whole
 from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
@@ -22,9 +22,9 @@ from sparsepeft.inference.encoding import num_positions, windows
 from sparsepeft.inference.portable import as_list
 from sparsepeft.methods.language_models import load_trained_language_model
 from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import end_token
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.lm_config import LM, LanguageModelConfig
 from sparsepeft.tasks.files import check_text
 from sparsepeft.tuners.config import dtype_name
 
@@ -72,7 +72,7 @@ class GenerationSettings:
                 object.__setattr__(self, name, check_whole(name, getattr(self, name), least=least, most=most))
         for name in ("temperature", "top_p"):
             if not self._is_left_out(name):
-                object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+                object.__setattr__(self, name, check_number(name, getattr(self, name), above=0))
         check_flag("do_sample", self.do_sample)
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"`top_p={self.top_p}` was given, but a probability is at most 1.")
@@ -144,12 +144,17 @@ class Generator:
         except ValueError as error:
             raise UserError(f"`dtype={dtype}` was given; expected fp32, bf16 or fp16.") from error
         self.device = find_device(device)
-        config = LanguageModelConfig(**run["config"])
+        config = RunConfig(**run["config"])
         self.method = config.method
         home = str(self.folder) if config.method == "full" else backbone_of_run(self.folder, model, config.model)
         self.tokenizer = load_tokenizer(home)
         trained: Any = load_trained_language_model(
-            self.folder, config, home, torch_dtype, run.get("backbone_fingerprint")
+            self.folder,
+            config.method,
+            home,
+            is_sparse=config.spt is not None,
+            dtype=torch_dtype,
+            backbone_fingerprint=run.get("backbone_fingerprint"),
         )
         self.model: Any = trained.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on

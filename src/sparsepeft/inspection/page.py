@@ -13,7 +13,9 @@ from sparsepeft.folders import check_output, write_bytes, write_json
 from sparsepeft.inspection.figures import inline_svg, label_figure, most_used, nmi_figure, picks_figure, save_figure
 from sparsepeft.inspection.report import LayerReport, MemoryReport
 from sparsepeft.provenance import environment
-from sparsepeft.runs.output_folder import RUN
+from sparsepeft.runs.files import RUN
+
+REPORT, PAGE = "inspection.json", "inspection.html"
 
 
 def render_page(report: MemoryReport, title: str = "What the parent cells have learned") -> str:
@@ -74,9 +76,6 @@ def _number(value: Any) -> str:
 
 def _percent(value: Any) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-REPORT, PAGE = "inspection.json", "inspection.html"
 
 
 def check_folder(folder: Path, *also: str) -> None:

@@ -16,7 +16,7 @@ from sparsepeft.inspection.collect import find_memories, inspect_memories
 from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.words import encode_with_words
-from sparsepeft.runs.stored import held_out_data
+from sparsepeft.runs.held_out import held_out_data
 from sparsepeft.tasks import TaskData, subsample
 from sparsepeft.tasks.labels import SINGLE
 

@@ -1,4 +1,4 @@
-"""Language models: loading, making sparse, extending by an adapter, perplexity."""
+"""Language models: loading, extending by an adapter, reading back from a run's folder, perplexity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType
+from peft import TaskType
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,11 +20,9 @@ from transformers import (
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.methods.models import Model, adapter_config, attach, check_backbone, loading_adapter, not_loaded
+from sparsepeft.methods.models import Model, adapter_config, attach, attach_trained, not_loaded
 from sparsepeft.methods.recipes import Recipe
 from sparsepeft.methods.sparse import count_routers
-from sparsepeft.runs.lm_config import LanguageModelConfig
-from sparsepeft.spt import load_sparse
 
 CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,9 +47,9 @@ def load_language_model(
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and is_decoder and not config.is_encoder_decoder
         is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal and not config.is_encoder_decoder
         if not is_causal and not (masked and is_masked):
-            wanted = "a causal or masked language model" if masked else "a causal language model"
+            expected = "a causal or masked language model" if masked else "a causal language model"
             raise UserError(
-                f"The model {model!r} is of type {config.model_type}, but {wanted} is needed; pass another."
+                f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another."
             )
         loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
         return loader.from_pretrained(model, dtype=dtype).eval(), is_causal
@@ -69,8 +67,10 @@ def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
 
 def load_trained_language_model(
     folder: Path,
-    config: LanguageModelConfig,
-    model: str | None = None,
+    method: str,
+    model: str,
+    *,
+    is_sparse: bool = False,
     dtype: torch.dtype = torch.float32,
     backbone_fingerprint: dict[str, Any] | None = None,
 ) -> Model:
@@ -78,24 +78,21 @@ def load_trained_language_model(
 
     Args:
         folder: of the run.
-        config: the run's.
-        model: the backbone, if it has moved since.
+        method: of the run.
+        model: the backbone.
+        is_sparse: it was trained on a sparse model.
         dtype: of the backbone's weights.
-        backbone_fingerprint: of the backbone that the run was trained on, as its ``run.json`` has it.
+        backbone_fingerprint: of the backbone that it was trained on, as its ``run.json`` has it.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
-    if config.method == "full":
+    if method == "full":
         return load_language_model(str(folder), dtype=dtype)[0]
-    backbone, _ = load_language_model(resolve_model(model or config.model), dtype=dtype)
-    with loading_adapter(folder):
-        check_backbone(backbone, backbone_fingerprint)
-        if config.spt is not None:
-            return load_sparse(backbone, folder).eval()
-        return PeftModel.from_pretrained(backbone, str(folder)).eval()
+    backbone, _ = load_language_model(resolve_model(model), dtype=dtype)
+    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
 
 
 @torch.no_grad()

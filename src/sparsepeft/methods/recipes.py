@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsepeft.arguments import check_choice, check_number
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.runs.checks import check_choice, check_number
 
 METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "full")
 RECIPES = ("best", "paper")
@@ -67,9 +67,9 @@ class Recipe:
         Raises:
             UserError: a key is neither.
         """
-        own = {f.name for f in dataclasses.fields(self)} - {"adapter", "learning_rate", "batch_size", "epochs"}
-        recipe = {key: value for key, value in settings.items() if key in own}
-        adapter = {key: value for key, value in settings.items() if key not in own}
+        of_recipe = {f.name for f in dataclasses.fields(self)} - {"adapter", "learning_rate", "batch_size", "epochs"}
+        recipe = {key: value for key, value in settings.items() if key in of_recipe}
+        adapter = {key: value for key, value in settings.items() if key not in of_recipe}
         return dataclasses.replace(self, **recipe, adapter={**self.adapter, **adapter})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,14 +35,12 @@ def read_spt_settings(values: Any) -> SptConfig:
         raise UserError(f"The SPT settings cannot be used: {error}") from error
 
 
-def check_spt(method: str, values: Any) -> SptConfig | None:
-    """How a run's model is made sparse; None if it stays dense (``values`` is None).
+def check_spt(method: str, values: Any) -> SptConfig:
+    """How a run's model is made sparse.
 
     Raises:
         UserError: settings that cannot be used, or a method that has no adapter to save the routers with.
     """
-    if values is None:
-        return None
     if method == "full":
         raise UserError(
             "`method=full` was given with `spt`, but a sparse model is saved with its adapter and full fine-tuning has "
@@ -52,25 +49,8 @@ def check_spt(method: str, values: Any) -> SptConfig | None:
     return read_spt_settings(values)
 
 
-def join_spt_flags(flags: Mapping[str, Any], in_file: Any) -> dict[str, Any]:
-    """Command-line flags with ``spt`` (whether it was asked for) and ``spt_set`` as one mapping of settings, ``spt``.
-
-    Args:
-        flags: of which None means not given.
-        in_file: the config file's ``spt``.
-
-    Raises:
-        UserError: there are settings, but nothing asks for a sparse model.
-    """
-    given = {key: value for key, value in flags.items() if value is not None}
-    is_sparse, settings = given.pop("spt", False), given.pop("spt_set", {})
-    if settings and not is_sparse and in_file is None:
-        raise UserError("`spt_set` was given without `spt`; pass `spt` as well to make the model sparse.")
-    return {**given, "spt": settings} if is_sparse or settings else given
-
-
 def make_sparse(model: PreTrainedModel, config: SptConfig, calibration_data: Any) -> Sparsification:
-    """:func:`sparsepeft.spt.sparsify`; what was done.
+    """:func:`sparsepeft.spt.sparsify`, with what was converted and how far from the dense model it is.
 
     Raises:
         UserError: the model lacks a structure that is needed, or sizes do not fit.
@@ -79,13 +59,13 @@ def make_sparse(model: PreTrainedModel, config: SptConfig, calibration_data: Any
         sparse: Any = sparsify(model, config, calibration_data)
     except ValueError as error:
         raise UserError(f"The model cannot be made sparse: {error}") from error
-    done: Sparsification = sparse.sparsification
-    return done
+    sparsification: Sparsification = sparse.sparsification
+    return sparsification
 
 
-def describe(done: Sparsification) -> dict[str, Any]:
+def describe(sparsification: Sparsification) -> dict[str, Any]:
     """A conversion's settings and report, for a result file."""
-    return {"config": dataclasses.asdict(done.config), "report": done.report.to_dict()}
+    return {"config": dataclasses.asdict(sparsification.config), "report": sparsification.report.to_dict()}
 
 
 def count_routers(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 _SHARED = Path(__file__).parent / "csrc"  # headers
 _FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fPIC", "-shared", "-pthread", "-Wno-psabi"),
+    *("-fPIC", "-shared", "-Wno-psabi"),
 )
 # For this very CPU, tried in this order: not every compiler and CPU knows all of them. GCC prefers vectors of 256 bits
 # on some CPUs that have 512.
@@ -32,11 +32,21 @@ _WIDE = "-mprefer-vector-width=512"
 _TUNINGS = (("-march=native", _WIDE), ("-march=native",), ())
 
 
+# Kinds of processors on which the kernels' tests have passed, with AVX-512, AVX2 and SSE. On others they have run
+# emulated (Cortex-A72: ``make test-arm``), or not at all.
+_PROVEN = ("x86_64", "AMD64")
+
+
+def is_proven() -> bool:
+    """Return whether the kernels have been run on a processor of this kind."""
+    return platform.machine() in _PROVEN
+
+
 class BuildError(RuntimeError):
     """The kernels could not be built or loaded; the message says why."""
 
 
-def readable(*tensors: Tensor) -> bool:
+def has_plain_memory(*tensors: Tensor) -> bool:
     """Whether compiled code may read these tensors: plain ones in the CPU's memory.
 
     Subclasses (fake, distributed, quantized tensors) and those that a transform of ``torch.func`` wraps may have none.
@@ -58,19 +68,38 @@ def load_library(sources: Path) -> ctypes.CDLL:
         raise BuildError(f"they cannot be loaded: {error}.") from error
 
 
-@functools.cache
 def openmp_parallel() -> int | None:
-    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch computes with, or None.
+    """Return the address of ``GOMP_parallel``, with which kernels run on torch's own threads, or None.
 
-    A kernel that runs for microseconds cannot start threads of its own, and a second OpenMP runtime would spin on the
-    cores of torch's; so it is handed the entry point of that one.
+    It is the one that libtorch_cpu itself is linked to, so a kernel joins the team of threads that torch's operators
+    use, as many of them as ``torch.get_num_threads`` says, and starts none beside it. GNU's runtime has the function,
+    and so have LLVM's and Intel's. Where torch has none of these, a kernel runs on the calling thread. So it does in a
+    forked process whose parent ran kernels: there the team is gone, and whoever asks for it waits for ever, as torch's
+    own operators do.
     """
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        try:
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
+    return None if _lost_threads else _find_openmp_parallel()
+
+
+_lost_threads = False
+
+
+def _after_fork() -> None:
+    global _lost_threads
+    _lost_threads = _find_openmp_parallel.cache_info().currsize > 0
+
+
+@functools.cache
+def _find_openmp_parallel() -> int | None:
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value  # looked up in what it depends on, too
+    except (OSError, AttributeError):
+        return None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def build_library(sources: Path) -> Path:

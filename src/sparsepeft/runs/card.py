@@ -14,8 +14,9 @@ from peft.utils import CONFIG_NAME
 from sparsepeft.backbones import DEFAULT_NAME, hub_id, public_name
 from sparsepeft.folders import write_bytes
 from sparsepeft.runs.card_tables import scores, table, title, training
-from sparsepeft.runs.files import RESULTS, RUN
-from sparsepeft.runs.lm_config import LM
+from sparsepeft.runs.config import LM
+from sparsepeft.runs.files import HISTORY, RESULTS, RUN
+from sparsepeft.runs.history import read_lines
 from sparsepeft.tasks import bbc, glue
 from sparsepeft.tasks.spec import GLUE_TASKS, SPECS
 from sparsepeft.tuners.card import THIS_FOLDER, loadable_name, loading_section
@@ -69,7 +70,7 @@ def model_card(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any])
         _use(run, source),
         _data(results),
         scores(results),
-        training(results, _history(folder)),
+        training(results, read_lines(folder / HISTORY)),
         _size(results),
         _environment(results),
     ]
@@ -84,7 +85,7 @@ def _metadata(run: Mapping[str, Any], results: Mapping[str, Any], backbone: str)
     tags = ["sparsepeft", method, *(["sparse"] if results.get("spt") else [])]
     if method != "full":
         tags += ["peft", f"base_model:adapter:{backbone}"]
-    found = [
+    eval_results = [
         EvalResult(
             task_type=task_type,
             dataset_type=dataset or "custom",
@@ -105,10 +106,10 @@ def _metadata(run: Mapping[str, Any], results: Mapping[str, Any], backbone: str)
         pipeline_tag=task_type,
         language="en" if results["task"] in SPECS else None,
         datasets=[dataset] if dataset else None,
-        metrics=list(dict.fromkeys(each.metric_type for each in found)),
+        metrics=list(dict.fromkeys(each.metric_type for each in eval_results)),
         tags=tags,
         model_name=_name(results, backbone),
-        eval_results=found or None,
+        eval_results=eval_results or None,
     )
 
 
@@ -221,8 +222,3 @@ def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
 
 def _name(results: Mapping[str, Any], backbone: str) -> str:
     return f"{backbone.rpartition('/')[2]}-{results['task']}-{results['method']}"
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "history.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,32 +1,50 @@
-"""What a run is made of: flags over a file over the recipe."""
+"""What a run is made of: the values of a config over those of a recipe."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-import yaml
-
-from sparsepeft.errors import UserError, first_line, unknown_name
+from sparsepeft.arguments import check_choice, check_number, check_whole
+from sparsepeft.errors import UserError
 from sparsepeft.methods.recipes import METHODS, RECIPES, Recipe, get_recipe
-from sparsepeft.methods.sparse import check_spt, join_spt_flags
 from sparsepeft.paths import with_absolute_paths
-from sparsepeft.runs.checks import check_number, check_values, plain_fields
-from sparsepeft.runs.config_file import read_config
-from sparsepeft.spt import SptConfig
 from sparsepeft.tasks.decoding import known_encoding
 from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
-from sparsepeft.training.loss import read_class_weights
-from sparsepeft.training.reporting import read_trackers
-from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name
+from sparsepeft.tasks.local import FileOptions
+from sparsepeft.tasks.spec import LANGUAGE_MODEL as LM
+
+if TYPE_CHECKING:
+    from sparsepeft.spt import SptConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORE_ON = ("validation", "selection")
+BALANCED = "balanced"
+LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
+DATA_FIELDS = ("data_dir", *FileOptions.__annotations__)  # of labelled data, as in sparsepeft.tasks.load_task
+_SHARED_DATA_FIELDS = ("text_column", "delimiter", "encoding")
+LABELLED_FIELDS = (
+    *(name for name in DATA_FIELDS if name not in _SHARED_DATA_FIELDS),
+    "max_train_samples",
+    "few_shot",
+    "score_on",
+    "label_smoothing_factor",
+    "class_weights",
+    "eval_steps",
+    "early_stopping_patience",
+    "max_length",
+    "save_dtype",
+    "cache_frozen_layers",
+    "compile",
+)
+TEXT_FIELDS = ("text", "validation_text", "block_length", "bos_token")
 _WHOLE = (
     "max_steps",
     "max_train_samples",
@@ -37,27 +55,42 @@ _WHOLE = (
     "early_stopping_patience",
     "gradient_accumulation_steps",
 )
-_RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
 _OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr_scheduler_type")
+_RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+_WEIGHTS_FORM = f"expected `class_weights={BALANCED}`, or a positive number for each label, such as spam=3,ham=1"
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the outcome of a training run.
+    """Everything that decides the outcome of a training run, on labelled texts or, with ``task="lm"``, on plain text.
+
+    Fields of the one kind of task are refused by the other. Those for labelled texts are :data:`LABELLED_FIELDS`, those
+    for language models :data:`TEXT_FIELDS`; the rest belongs to both.
 
     Args:
-        task: a task's name, see :func:`sparsepeft.tasks.task_names`, or ``"custom"`` with ``train_file``.
+        task: a task's name, see :func:`sparsepeft.tasks.task_names`; ``"custom"`` with ``train_file``; or ``"lm"``,
+            which fine-tunes the causal language model ``model`` on ``text``.
         output_dir: folder for weights, results and checkpoints.
-        method: one of :data:`sparsepeft.methods.recipes.METHODS`.
-        model: hub id or local folder; None is the bundled MiniLM.
+        method: one of :data:`sparsepeft.methods.recipes.METHODS`; spartan if not given, for language models lora.
+        model: hub id or local folder; None is the bundled MiniLM, which is no language model.
         data_dir, train_file, validation_file, test_file: where data is; like ``model``'s, relative paths are made
             absolute, so that the run can be used from any folder.
+        text: files with the training text of a language model: .txt is one document, .jsonl, .csv and .tsv have one in
+            each row; all of them also with .gz.
+        validation_text: files with the text that perplexity is measured on; without them a tenth of ``text``.
         recipe: where unset hyperparameters come from: ``"best"`` or ``"paper"``.
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
         problem_type: what the labels of own files are, see :func:`sparsepeft.tasks.load_task`; None looks at them.
-        delimiter, encoding: of own files, see :func:`sparsepeft.tasks.load_task`; None looks at them.
+        text_column: of own files and of a language model's text; None looks for it, or takes ``text``.
+        delimiter, encoding: of own files, see :func:`sparsepeft.tasks.load_task`; None looks at them. A language
+            model's text is UTF-8 if no encoding is given.
+        block_length: tokens of a language model's training example; None is what the model takes, at most 512.
+        bos_token: begin each block with the begin-of-text token; None does if the tokenizer puts it before every text
+            by itself, see :func:`sparsepeft.runs.corpus.begin_token`.
         weight_decay, warmup_ratio, lr_scheduler_type, label_smoothing_factor, gradient_accumulation_steps,
             gradient_checkpointing: as in ``transformers.TrainingArguments``; ``batch_size`` examples are in each of the
             accumulated batches.
@@ -74,23 +107,36 @@ class RunConfig:
         settings: keys of the method's config (``num_parents``, ...) or of the optimisation (``weight_decay``, ...).
         spt: keys of :class:`sparsepeft.spt.SptConfig` to make the model sparse first; None leaves it dense.
         (the rest as their names say; None takes the recipe's or the task's value)
+
+    Raises:
+        UserError: a value cannot be used, or belongs to the other kind of task.
+
+    Example:
+        >>> RunConfig("topics", "out/topics", method="lora", learning_rate=3e-4, epochs=5).learning_rate
+        0.0003
+        >>> RunConfig("lm", "out/lm", model="MODEL", text="mine.txt", spt={"num_active_blocks": 6}).task
+        'lm'
     """
 
     task: str
     output_dir: str
-    method: str = "spartan"
+    method: str = ""
     model: str | None = None
     recipe: str = "best"
     data_dir: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
+    text: tuple[str, ...] = ()
+    validation_text: tuple[str, ...] = ()
     text_column: str | None = None
     text_pair_column: str | None = None
     label_column: str | None = None
     problem_type: str | None = None
     delimiter: str | None = None
     encoding: str | None = None
+    block_length: int | None = None
+    bos_token: bool | None = None
     epochs: float | None = None
     max_steps: int | None = None
     max_train_samples: int | None = None
@@ -114,41 +160,62 @@ class RunConfig:
     cache_frozen_layers: bool = False
     compile: bool = False
     device: str | None = None
-    report_to: list[str] = field(default_factory=list)
+    report_to: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     spt: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        vars(self).update(with_absolute_paths(plain_fields(self)))
-        self.precision = short_precision(self.precision)
-        self.report_to = list(read_trackers(self.report_to))
-        named = {"method": METHODS, "recipe": RECIPES, "precision": PRECISIONS, "score_on": SCORE_ON}
-        check_values(self, named, positive=("epochs",), whole=_WHOLE)
+        values, defaults = with_absolute_paths(_plain_fields(self)), defaults_of(RunConfig)
+        values |= {name: tuple(values[name]) for name in ("text", "validation_text")}
+        refuse_foreign_fields(self.task, (name for name, value in values.items() if value != defaults[name]))
+        usual = {"method": "lora", "text_column": "text"} if self.is_language_model else {"method": "spartan"}
+        values |= {name: value for name, value in usual.items() if not values[name]}
+        values |= {
+            "precision": short_precision(self.precision),
+            "report_to": read_trackers(self.report_to),
+            "class_weights": read_class_weights(self.class_weights),
+            "save_dtype": _read_save_dtype(self.save_dtype),
+        }
+        vars(self).update(values)
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        check_choice("method", self.method, LM_METHODS if self.is_language_model else METHODS)
+        for name, valid in (("recipe", RECIPES), ("precision", PRECISIONS), ("score_on", SCORE_ON)):
+            check_choice(name, getattr(self, name), valid)
+        for name in _WHOLE:
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        if self.block_length is not None:
+            check_whole("block_length", self.block_length, least=2)  # one token to predict another
+        if self.epochs is not None:
+            check_number("epochs", self.epochs, above=0)
         if self.label_smoothing_factor is not None:
             check_number("label_smoothing_factor", self.label_smoothing_factor, least=0, most=1)
-        self.class_weights = read_class_weights(self.class_weights)
+        check_whole("seed", self.seed, least=0, most=2**32 - 1)
         problem_type_of(self.problem_type)
-        for check, given in ((read_delimiter, self.delimiter), (known_encoding, self.encoding)):
-            if given is not None:
-                check(given)
-        if self.save_dtype is not None:
-            try:
-                self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            if self.save_dtype == "int8" and self.method in ("full", "lora", "ia3"):
-                raise UserError(
-                    f"`save_dtype=int8` was given with `method={self.method}`, whose files PEFT or transformers read "
-                    "without our scales; pass bf16."
-                )
+        if self.delimiter is not None:
+            read_delimiter(self.delimiter)
+        if self.encoding is not None:
+            known_encoding(self.encoding)
         self.recipe_values()  # unknown settings are found before anything is loaded
+
+    def _check_combinations(self) -> None:
+        is_sparse = self.spt_config() is not None
+        require_fields(vars(self))
+        if self.save_dtype == "int8" and self.method in ("full", "lora", "ia3"):
+            raise UserError(
+                f"`save_dtype=int8` was given with `method={self.method}`, whose files PEFT or transformers read "
+                "without our scales; pass bf16."
+            )
         for name in ("eval_steps", "early_stopping_patience"):
             if self.few_shot is not None and getattr(self, name) is not None:
                 raise UserError(
                     f"`{name}` was given with `few_shot`, which trains on all examples and chooses no checkpoint; "
                     "leave one of them out."
                 )
-        if self.spt_config() is not None and self.cache_frozen_layers:
+        if is_sparse and self.cache_frozen_layers:
             raise UserError(
                 "`cache_frozen_layers` was given with `spt`, but a sparse model trains routers or refreshes codebooks "
                 "in every layer; leave one of them out."
@@ -159,17 +226,89 @@ class RunConfig:
                 "that are not run; leave one of them out."
             )
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the run fine-tunes a language model on plain text."""
+        return self.task == LM
+
     def spt_config(self) -> SptConfig | None:
         """How the model is made sparse; None if it stays dense."""
+        if self.spt is None:
+            return None
+        from sparsepeft.methods.sparse import check_spt  # which loads torch
+
         return check_spt(self.method, self.spt)
 
     def recipe_values(self) -> Recipe:
-        """The recipe for this method and task with this config's own values put in."""
-        return recipe_of(self)
+        """The recipe for this method with this config's own values put in.
+
+        Raises:
+            UserError: a value cannot be used, or is given both by the config's field and in its settings.
+        """
+        values = {name: getattr(self, name) for name in _OF_RECIPE if getattr(self, name) is not None}
+        for name in values:
+            if name in self.settings:
+                raise UserError(f"`{name}` was given both as a setting and as an option; give it once.")
+        recipe = get_recipe(self.recipe, self.method).with_settings(self.settings)
+        recipe = dataclasses.replace(recipe, **values)
+        if recipe.lr_scheduler_type == "constant" and recipe.warmup_ratio:
+            if values.get("warmup_ratio") or self.settings.get("warmup_ratio"):
+                raise UserError(
+                    f"`warmup_ratio={recipe.warmup_ratio}` was given with `lr_scheduler_type=constant`, which has no "
+                    "warm-up; pass constant_with_warmup."
+                )
+            recipe = dataclasses.replace(recipe, warmup_ratio=0.0)
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy."""
-        return dataclasses.asdict(self)
+        """A JSON-able copy, without the fields that this kind of task does not have."""
+        foreign = foreign_fields(self.task)
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in foreign}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def defaults_of(values_class: Any) -> dict[str, Any]:
+    """The fields of a dataclass with what they are where nothing is given; None for those that must be given."""
+    defaults = {}
+    for each in dataclasses.fields(values_class):
+        if each.default_factory is not dataclasses.MISSING:
+            defaults[each.name] = each.default_factory()
+        else:
+            defaults[each.name] = None if each.default is dataclasses.MISSING else each.default
+    return defaults
+
+
+def foreign_fields(task: Any) -> tuple[str, ...]:
+    """The fields that a task of this name does not have."""
+    return LABELLED_FIELDS if task == LM else TEXT_FIELDS
+
+
+def refuse_foreign_fields(task: Any, names: Iterable[str]) -> None:
+    """See that a task has all the fields that were given.
+
+    Raises:
+        UserError: it does not have one.
+    """
+    foreign = sorted(set(names).intersection(foreign_fields(task)))
+    if foreign and task == LM:
+        is_one = len(foreign) == 1
+        raise UserError(
+            f"`{'`, `'.join(foreign)}` {'does' if is_one else 'do'} not go with `task={LM}`; leave "
+            f"{'it' if is_one else 'them'} out."
+        )
+    if foreign:
+        raise UserError(f"`{foreign[0]}` goes with `task={LM}` only, but the task is {task!r}; pass `task={LM}`.")
+
+
+def require_fields(values: Mapping[str, Any]) -> None:
+    """See that a config's values have what every task, or its kind of task, needs.
+
+    Raises:
+        UserError: some are missing.
+    """
+    names = ("task", "output_dir", *(("text", "model") if values.get("task") == LM else ()))
+    if missing := [f"`{name}`" for name in names if not values.get(name)]:
+        raise UserError(f"No {' and no '.join(missing)} was given; pass it, or set it in the config file.")
 
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,93 +318,83 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def short_precision(name: str) -> str:
     """``fp32`` for PyTorch's ``float32``, and so on; anything else as it is."""
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
+    return _SHORT_DTYPES.get(name, name)
 
 
-def recipe_of(config: Any) -> Recipe:
-    """The recipe that a config names, with the config's own values put in.
+def read_trackers(values: Any) -> tuple[str, ...]:
+    """Names of trackers: from ``"a,b"``, a list of such, ``"none"`` or None.
 
     Raises:
-        UserError: a value cannot be used, or is given both by the config's field and in its settings.
+        UserError: it is something else.
     """
-    own = {key: getattr(config, key) for key in _OF_RECIPE if getattr(config, key, None) is not None}
-    for key in own:
-        if key in config.settings:
-            raise UserError(f"`{key}` was given both as a setting and as an option; give it once.")
-    recipe = dataclasses.replace(get_recipe(config.recipe, config.method).with_settings(config.settings), **own)
-    if recipe.lr_scheduler_type == "constant" and recipe.warmup_ratio:
-        if own.get("warmup_ratio") or config.settings.get("warmup_ratio"):
-            raise UserError(
-                f"`warmup_ratio={recipe.warmup_ratio}` was given with `lr_scheduler_type=constant`, which has no "
-                "warm-up; pass constant_with_warmup."
-            )
-        recipe = dataclasses.replace(recipe, warmup_ratio=0.0)
-    return recipe
+    parts = [values] if isinstance(values, str) else values or ()
+    if not isinstance(parts, Iterable) or not all(isinstance(part, str) for part in parts):
+        raise UserError(f"`report_to={values!r}` was given; expected names such as tensorboard, or none.")
+    names = dict.fromkeys(name.strip() for part in parts for name in part.split(","))
+    return tuple(name for name in names if name not in ("", "none"))
 
 
-def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
-    """Combine command-line flags (None means not given) with a YAML or JSON file.
+def read_class_weights(value: Any) -> str | dict[str, float] | None:
+    """Class weights as a config keeps them: ``"balanced"``, or a weight by label.
 
     Args:
-        flags: fields of :class:`RunConfig`, but ``spt`` as whether it was asked for, and ``spt_set`` with its settings.
-        file: in which ``spt`` is a mapping of settings.
+        value: these, or a string such as ``"spam=3,ham=1"``; None for none.
 
     Raises:
-        UserError: the file cannot be read, has unknown keys, or task or output folder are missing.
+        UserError: it is something else.
     """
-    values = merge_config(join_spt_flags(flags, read_config(file).get("spt")), file, RunConfig)
-    if values.get("train_file") and not values.get("task"):
-        values["task"] = "custom"
-    missing = [f"`{key}`" for key in ("task", "output_dir") if not values.get(key)]
-    if missing:
-        raise UserError(f"No {' and no '.join(missing)} was given; pass it, or set it in the config file.")
-    return RunConfig(**values)
-
-
-def merge_config(flags: dict[str, Any], file: Path | None, config_class: Any) -> dict[str, Any]:
-    """Values for a config class from flags (None means not given) over a file; mappings in both are joined.
-
-    A setting that is called like a field of the config is that field: ``--set epochs=3`` is ``--epochs 3``.
-
-    Raises:
-        UserError: the file cannot be read or has unknown keys, or a value is given twice.
-    """
-    values = {key: value for key, value in current_names(read_config(file)).items() if value is not None}
-    valid = {f.name for f in dataclasses.fields(config_class)}
-    for key in values:
-        if key not in valid:
-            raise UserError(f"{file}: " + unknown_name("config key", str(key), valid))
-    given = {key: value for key, value in flags.items() if value is not None}
-    for key, value in given.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = {**values[key], **value} if both else value
-    settings = values.get("settings")
-    if isinstance(settings, dict):
-        fields = {key: settings[key] for key in sorted(valid.intersection(settings))}
-        for key in fields:
-            if key in values:
-                raise UserError(f"`{key}` was given both as a setting and as an option; give it once.")
-        values |= fields | {"settings": {key: value for key, value in settings.items() if key not in fields}}
-    return values
-
-
-def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_k=4") -> dict[str, Any]:
-    """``["top_k=4", "temperature=1.6"]`` -> ``{"top_k": 4, "temperature": 1.6}``; values are read as YAML."""
-    settings = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key.strip():
-            raise UserError(
-                f"{option} {pair!r} was given, but settings have the form key=value, for example {option} {example}."
-            )
+    if value is None or value == BALANCED:
+        return value
+    pairs: list[Any] = []
+    if isinstance(value, str):
+        pairs = [part.rpartition("=")[::2] for part in value.split(",")]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    weights = {}
+    for label, weight in pairs:
         try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
-            raise UserError(
-                f"{option} {pair!r} was given, but {value!r} cannot be read as a value ({first_line(error)}); quote "
-                f"it as YAML does, for example {option} {example}."
-            ) from error
-        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
-            parsed = float(parsed) if isinstance(parsed, str) else parsed
-        settings[key.strip()] = parsed
-    return settings
+            weights[str(label).strip()] = float(weight)
+        except (TypeError, ValueError):
+            weights[str(label)] = math.nan
+    is_valid = all(label and 0 < weight < math.inf for label, weight in weights.items())
+    if not weights or not is_valid or len(weights) < len(pairs):
+        raise UserError(f"`class_weights={value}` was given; {_WEIGHTS_FORM}.")
+    return weights
+
+
+def _read_save_dtype(value: str | None) -> str | None:
+    if value is None:
+        return None
+    from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
+
+    try:
+        return dtype_name("save_dtype", value, SAVE_DTYPES)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _plain_fields(config: RunConfig) -> dict[str, Any]:
+    """A config's values as plain Python has them: paths as texts, NumPy's numbers as numbers.
+
+    Fields that may hold lists, or texts as well as mappings, are left to what reads them.
+
+    Raises:
+        UserError: a value is of none of its field's types.
+    """
+    values = {}
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+        elif isinstance(value, numbers.Integral) and not isinstance(value, bool) and kinds & {int, float}:
+            value = int(value)
+        elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int)) and kinds & {int, float}:
+            value = float(value)  # whether it is whole is looked at later
+        words = [word for kind, word in _WORDS.items() if kind in kinds]
+        allowed = tuple(kinds | ({int, float} if kinds & {int, float} else set()))
+        is_read_elsewhere = bool(kinds & {list, tuple}) or kinds >= {str, dict}
+        if not is_read_elsewhere and (not isinstance(value, allowed) or (value is True and bool not in kinds)):
+            raise UserError(f"`{name}={value}` was given, but it must be {' or '.join(words)}.")
+        values[name] = value
+    return values

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.held_out import digests_of, still_there
 from sparsepeft.tasks.decoding import marked_encoding
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, read_text, sha256
@@ -49,38 +50,42 @@ class Corpus:
 
 
 def load_corpus(
-    text: Sequence[str],
-    validation_text: Sequence[str],
+    config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     block_length: int,
-    text_column: str = "text",
     begin: int | None = None,
     *,
     held_out: Sequence[str] | None = None,
-    delimiter: str | None = None,
-    encoding: str | None = None,
 ) -> Corpus:
-    """Read, split and cut text; each block begins with the token ``begin`` if there is one.
+    """Read, split and cut the text that a language model's config names.
 
     Without ``validation_text`` a tenth is held out: whole documents, drawn by a fixed seed, where there are at least
-    ten; else the last tenth of each. With ``held_out``, digests of documents, it is those that are still there.
+    ten; else the last tenth of each.
+
+    Args:
+        config: of the run.
+        tokenizer: the model's.
+        block_length: tokens of a block.
+        begin: the token that each block begins with, if any.
+        held_out: digests of the documents to hold out, of which those that are still there are.
 
     Raises:
         UserError: a file cannot be read, has no text, or there is less than a block of training or validation text.
     """
     notes: tuple[str, ...] = ()
     drawn: list[str] = []
-    training = read_documents(text, text_column, delimiter, encoding)
-    if validation_text:
-        validation = read_documents(validation_text, text_column, delimiter, encoding)
-        if set(fingerprints(text).values()) & set(fingerprints(validation_text).values()):
+    column = config.text_column or "text"
+    training = read_documents(config.text, column, config.delimiter, config.encoding)
+    if config.validation_text:
+        validation = read_documents(config.validation_text, column, config.delimiter, config.encoding)
+        if set(fingerprints(config.text).values()) & set(fingerprints(config.validation_text).values()):
             notes = ("the validation text is trained on, too: its perplexity says nothing about new text",)
     elif held_out is not None:
         places = still_there(((document,) for document in training), held_out)
         if not places:
             raise UserError(
-                f"{', '.join(text)} has changed since training, and none of the documents that were held out is in it "
-                "any more; measure on other text by `test_file`, or train again."
+                f"{', '.join(config.text)} has changed since training, and none of the documents that were held out is "
+                "in it any more; measure on other text by `test_file`, or train again."
             )
         validation, notes = [training[place] for place in places], (_kept_note(len(held_out), len(places)),)
     else:
@@ -110,11 +115,11 @@ def read_documents(
     for name in files:
         path = Path(name)
         is_plain = path.name.removesuffix(".gz").endswith(".txt")
-        found = [read_text(path, encoding)] if is_plain else _rows(path, text_column, delimiter, encoding)
-        found = [document for document in found if document.strip()]
-        if not found:
+        texts = [read_text(path, encoding)] if is_plain else _rows(path, text_column, delimiter, encoding)
+        texts = [text for text in texts if text.strip()]
+        if not texts:
             raise UserError(f"{path} has no text in it; pass a file with text.")
-        documents += found
+        documents += texts
     return documents
 
 
@@ -129,25 +134,25 @@ def join(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor
     return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
 
 
-def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+def begin_token(tokenizer: PreTrainedTokenizerBase, required: bool | None = None) -> int | None:
     """Id of the token that each block begins with: the tokenizer's begin-of-text token, or else its [CLS]; or None.
 
     Args:
         tokenizer: the model's.
-        wanted: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
+        required: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
             model was trained with it; GPT-2's and Qwen's put none, though they may name one.
 
     Raises:
-        UserError: the token is wanted, and the tokenizer has none.
+        UserError: the token is required, and the tokenizer has none.
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-    if wanted is None:
-        wanted = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    if wanted and begin is None:
+    if required is None:
+        required = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    if required and begin is None:
         raise UserError(
             "`bos_token=True` was given, but the model's tokenizer has no begin-of-text token; leave it out."
         )
-    return begin if wanted else None
+    return begin if required else None
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -214,7 +219,7 @@ def _rows(path: Path, column: str, delimiter: str | None, encoding: str | None) 
     for row in read_rows(path, form, required=(column,)):
         text = row.values[column]
         if not isinstance(text, str):
-            raise UserError(f"{path}:{row.line}: {column!r} is no text but {text!r}; correct the row.")
+            raise UserError(f"{path}:{row.line}: {column!r} is {text!r}, not a text; correct the row.")
         check_text(f"{path}:{row.line}: {column!r}", text)
         texts.append(text)
     return texts

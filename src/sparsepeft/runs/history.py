@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED, settle
 from sparsepeft.plotting import COLOURS, write_figure
-from sparsepeft.runs.output_folder import HISTORY
+from sparsepeft.runs.files import HISTORY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from sparsepeft.extras import require
 from sparsepeft.models.sublayers import FeedForward, weight_of
-from sparsepeft.ops.routed_ffn import Projection
-from sparsepeft.ops.routed_ffn.projections import project
+from sparsepeft.ops.routed_ffn import Projection, project
 from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridge
 
 _ROUNDS = 20
+
+_RIDGE = 1e-2  # of the inputs' variance
+_FEATURES = 512
+COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
 def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
@@ -60,11 +63,6 @@ def assign_evenly(distances: Tensor) -> Tensor:
             if not room[cluster]:
                 open_distances[:, cluster] = torch.inf
     return labels
-
-
-_RIDGE = 1e-2  # of the inputs' variance
-_FEATURES = 512
-COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
 class InitialRouter(NamedTuple):

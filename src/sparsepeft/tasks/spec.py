@@ -172,7 +172,7 @@ def canonical_name(name: str) -> str:
     if squashed == LANGUAGE_MODEL:
         raise TaskError(
             f"the task {name!r} is a language model's, which has no labelled data; train it with `sparsepeft train` or "
-            "sparsepeft.training.train_language_model"
+            "sparsepeft.training.train"
         )
     near = difflib.get_close_matches(squashed, known, n=1, cutoff=0.5)
     hint = f"did you mean {known[near[0]]!r}? " if near else ""

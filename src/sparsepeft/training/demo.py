@@ -18,8 +18,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import read_run
-from sparsepeft.runs.output_folder import RUN
+from sparsepeft.runs.files import RUN, read_run
 from sparsepeft.tasks import load_task
 from sparsepeft.training.run import train
 

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from sparsepeft.methods.saving import write_weights
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import check_folder, describe_run, write_weights
-from sparsepeft.runs.lm_config import LanguageModelConfig
-from sparsepeft.training.language_model import train_language_model
-from sparsepeft.training.plan import RunPlan
+from sparsepeft.runs.files import describe_run
+from sparsepeft.runs.folder import check_folder
+from sparsepeft.training.callbacks import RunPlan
 from sparsepeft.training.run import train
 
 _NUM_STEPS = 4  # measured, after a first that is slower
@@ -65,7 +65,7 @@ class _Measure(TrainerCallback):
         return sum(sizes)
 
 
-def dry_run(config: RunConfig | LanguageModelConfig, overwrite: bool = False) -> dict[str, Any]:
+def dry_run(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     """Load and prepare all that a run needs, measure a few steps in a folder that is removed, and add up.
 
     Args:
@@ -73,22 +73,22 @@ def dry_run(config: RunConfig | LanguageModelConfig, overwrite: bool = False) ->
         overwrite: as for the run.
 
     Returns:
-        ``plan`` (a :class:`sparsepeft.training.plan.RunPlan` as a dictionary), ``trained_parameters``, ``saved_bytes``
-        of the weights, ``seconds_per_step`` (median), ``estimated_seconds`` of training and scoring, without loading.
+        ``plan`` (a :class:`sparsepeft.training.callbacks.RunPlan` as a dictionary), ``trained_parameters``,
+        ``saved_bytes`` of the weights, ``seconds_per_step`` (median), ``estimated_seconds`` of training and scoring,
+        without loading.
 
     Raises:
         UserError, RunFailed: as the run would.
     """
-    check_folder(Path(config.output_dir), describe_run(config, config.recipe_values()), overwrite)
+    check_folder(Path(config.output_dir), describe_run(config), overwrite)
     plans: list[RunPlan] = []
     with tempfile.TemporaryDirectory() as temporary:
         weights = Path(temporary) / "weights"
         weights.mkdir()
-        measure = _Measure(weights, getattr(config, "save_dtype", None))
-        elsewhere: Any = dataclasses.replace(config, output_dir=str(Path(temporary) / "run"))
-        run: Any = train if isinstance(config, RunConfig) else train_language_model
+        measure = _Measure(weights, config.save_dtype)
+        elsewhere = dataclasses.replace(config, output_dir=str(Path(temporary) / "run"))
         with contextlib.suppress(_Enough):
-            run(elsewhere, callbacks=[measure], announce=plans.append)
+            train(elsewhere, callbacks=[measure], announce=plans.append)
     plan = dataclasses.replace(plans[0], folder=Path(config.output_dir))
     step = statistics.median(measure.seconds[1:] or measure.seconds)
     chosen_on = plan.sizes.get("selection", 0) * measure.evaluations

@@ -1,4 +1,4 @@
-"""What can be found wrong with a training before PyTorch is loaded, which takes seconds."""
+"""Looking at options and data as a training would read them, before there is one and before PyTorch is loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import check_not_in_use
 from sparsepeft.methods.recipes import METHODS, RECIPES
 from sparsepeft.runs.config_file import read_config
-from sparsepeft.runs.output_folder import check_output_folder
+from sparsepeft.runs.folder import check_output_folder
 from sparsepeft.tasks import FileOptions, check_task
+from sparsepeft.tasks.spec import CUSTOM, canonical_name
 
 _FILES = ("train_file", "validation_file", "test_file", "text", "validation_text")
 
@@ -35,7 +37,7 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
     for name in _FILES:
-        for path in _several(values.get(name)):
+        for path in _paths(values.get(name)):
             if not Path(path).is_file():
                 what = "that is a folder" if Path(path).is_dir() else "there is no such file"
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
@@ -46,5 +48,42 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         check_not_in_use(Path(folder))
 
 
-def _several(value: Any) -> list[Any]:
+def preview(task: str, model: str | None = None, **options: Any) -> dict[str, Any]:
+    """Describe a task's data and how long its texts are for a model, of which only the tokenizer is loaded.
+
+    Args:
+        task: its name; ``"custom"`` takes own files.
+        model: hub id or local folder; None is the bundled MiniLM.
+        **options: of :func:`sparsepeft.tasks.load_task`.
+
+    Returns:
+        What JSON can hold: see :func:`sparsepeft.tasks.preview.describe_data`; ``tokens`` as
+        :func:`sparsepeft.tasks.preview.describe_lengths` has them; for own files also ``files`` and ``columns``.
+
+    Raises:
+        UserError: the data or the model cannot be used.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from sparsepeft.inference.encoding import longest_input
+    from sparsepeft.tasks import load_task
+    from sparsepeft.tasks.local import describe_files
+    from sparsepeft.tasks.preview import describe_data, describe_lengths
+
+    name = resolve_model(model)
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        from sparsepeft.methods.models import not_loaded  # PEFT takes a second
+
+        raise UserError(not_loaded("tokenizer of the model", name, error)) from error
+    limit = longest_input(tokenizer, config, None)
+    data = load_task(task, **options)
+    files: Any = {key: value for key, value in options.items() if key != "data_dir"}
+    described_files = describe_files(files) if canonical_name(task) == CUSTOM else {}
+    lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
+    return {**describe_data(data), **described_files, "tokens": lengths}
+
+
+def _paths(value: Any) -> list[Any]:
     return [value] if isinstance(value, (str, Path)) else list(value or ())

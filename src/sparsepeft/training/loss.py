@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,37 +14,7 @@ from torch.nn import functional as F
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.tasks import TaskSpec
 
-BALANCED = "balanced"
 _MULTI_LABEL = "multi_label_classification"
-_FORM = f"expected `class_weights={BALANCED}`, or a positive number for each label, such as spam=3,ham=1"
-
-
-def read_class_weights(value: Any) -> str | dict[str, float] | None:
-    """Class weights as a config keeps them: ``"balanced"``, or a weight by label.
-
-    Args:
-        value: these, or a string such as ``"spam=3,ham=1"``; None for none.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if value is None or value == BALANCED:
-        return value
-    pairs: list[Any] = []
-    if isinstance(value, str):
-        pairs = [part.rpartition("=")[::2] for part in value.split(",")]
-    elif isinstance(value, Mapping):
-        pairs = list(value.items())
-    weights = {}
-    for label, weight in pairs:
-        try:
-            weights[str(label).strip()] = float(weight)
-        except (TypeError, ValueError):
-            weights[str(label)] = math.nan
-    is_valid = all(label and 0 < weight < math.inf for label, weight in weights.items())
-    if not weights or not is_valid or len(weights) < len(pairs):
-        raise UserError(f"`class_weights={value}` was given; {_FORM}.")
-    return weights
 
 
 @dataclass(frozen=True)
@@ -100,8 +69,8 @@ def check_loss(
     Raises:
         UserError: the task has no classes to weight or to smooth, or not the labels named.
     """
-    given = {"class_weights": class_weights, "label_smoothing_factor": label_smoothing_factor or None}
-    for name, value in given.items():
+    values = {"class_weights": class_weights, "label_smoothing_factor": label_smoothing_factor or None}
+    for name, value in values.items():
         if value is not None and spec.label_names is None:
             raise UserError(
                 f"`{name}` was given, but the task {spec.name} is a regression, without classes; leave it out."
@@ -118,7 +87,7 @@ def check_loss(
 
 def task_loss(
     spec: TaskSpec,
-    labels: Sequence[Any],
+    labels: Sequence[Any] | np.ndarray,
     class_weights: str | Mapping[str, float] | None,
     label_smoothing_factor: float | None,
     gradient_accumulation_steps: int,
@@ -128,7 +97,7 @@ def task_loss(
     Args:
         spec: the task.
         labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
-        class_weights: see :func:`read_class_weights`; labels that are not named have weight 1.
+        class_weights: as in :class:`sparsepeft.runs.config.RunConfig`; labels that are not named have weight 1.
         label_smoothing_factor: share of the target that is spread over all classes.
         gradient_accumulation_steps: batches in a step. Models differ in whether their loss is a mean over one batch or
             over all of them; this one always is the latter.
@@ -139,12 +108,12 @@ def task_loss(
     return TaskLoss(spec.problem_type, weights, label_smoothing_factor or 0.0)
 
 
-def _weights(spec: TaskSpec, labels: np.ndarray, given: str | Mapping[str, float]) -> list[float]:
+def _weights(spec: TaskSpec, labels: np.ndarray, class_weights: str | Mapping[str, float]) -> list[float]:
     names = spec.label_names or ()
-    if isinstance(given, str):
+    if isinstance(class_weights, str):
         if labels.ndim == 2:  # as many positives as negatives
             positive = labels.sum(axis=0)
             return ((len(labels) - positive) / np.maximum(positive, 1)).clip(min=1 / len(labels)).tolist()
         counts = np.bincount(labels.astype(int), minlength=len(names))
         return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
-    return [float(given.get(name, 1.0)) for name in names]
+    return [float(class_weights.get(name, 1.0)) for name in names]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsepeft.arguments import check_choice, check_number, check_whole
 from sparsepeft.layers import SparseMemory
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block
@@ -16,11 +17,12 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.load_balancing import load_balancing_loss
+from sparsepeft.ops.registry import RENAMED
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig, require_choice, require_positive
+from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
 
-IMPLS = ("auto", "reference", "masked", "selected", "triton")
+IMPLS = ("auto", "reference", "torch", "triton")
 
 
 @dataclass(repr=False)
@@ -46,7 +48,12 @@ class SpartanConfig(TaskAdapterConfig):
         ValueError: a size is not positive, top_k exceeds num_parents, or a name is unknown.
 
     Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> backbone = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
         >>> config = SpartanConfig(num_parents=16, num_children=3, top_k=8, task_type="SEQ_CLS")
+        >>> model = get_peft_model(backbone, config)
+        >>> model.save_pretrained("out/memory")  # the memory and the head
     """
 
     num_parents: int = field(default=16, metadata={"help": "P: parent cells."})
@@ -63,13 +70,13 @@ class SpartanConfig(TaskAdapterConfig):
         super().__post_init__()
         self.peft_type = SPARTAN
         for name in ("num_parents", "num_children", "top_k"):
-            require_positive(name, getattr(self, name))
-        require_positive("temperature", self.temperature, integer=False)
-        require_choice("impl", self.impl, IMPLS)
+            check_whole(name, getattr(self, name))
+        check_number("temperature", self.temperature, above=0)
+        if self._is_from_file:
+            self.impl = RENAMED.get(self.impl, self.impl)
+        check_choice("impl", self.impl, IMPLS)
         for name in ("initializer_range", "value_initializer_range", "load_balancing_coef"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"{name}={value!r} was given, but {name} must be zero or a positive number.")
+            check_number(name, getattr(self, name), least=0)
         if self.top_k > self.num_parents:
             raise ValueError(
                 f"top_k={self.top_k} was given with num_parents={self.num_parents}, but a position can keep at most "

@@ -58,7 +58,7 @@ class MatrixProgress(Watcher):
         """Callbacks that show the run's step. Made late, because transformers is slow to import."""
         from transformers import TrainerCallback
 
-        from sparsepeft.training.stopping import StopAfterStep
+        from sparsepeft.training.callbacks import StopAfterStep
 
         show, stopper = self._show, StopAfterStep()
         show(run.name, now=True)

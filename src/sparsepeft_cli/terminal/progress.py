@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparsepeft_cli.terminal.console import err, say
 from sparsepeft_cli.terminal.errors import in_options
 from sparsepeft_cli.terminal.interrupts import Stop, handling, stop_after_step
+from sparsepeft_cli.terminal.summary import duration
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -45,7 +46,7 @@ class TrainingProgress:
         """Callbacks for the trainer. Made late, because transformers is slow to import."""
         from transformers import TrainerCallback
 
-        from sparsepeft.training.stopping import StopAfterStep
+        from sparsepeft.training.callbacks import StopAfterStep
 
         progress, stopper = self, StopAfterStep()
 
@@ -179,9 +180,3 @@ def banner(plan: Any) -> list[str]:
 def shown(values: dict[str, float]) -> str:
     """Logged values for people."""
     return "  ".join(form.format(values[key]) for key, form in _SHOWN.items() if key in values)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -13,17 +13,22 @@ _PARTS = {"training": "to train on", "selection": "to choose the checkpoint"}
 
 
 def print_summary(results: Mapping[str, Any], folder: str) -> None:
-    """Print what came out of a classification or regression run, and what to do next."""
+    """Print what came out of a run, and what to do next."""
+    from sparsepeft_cli.sparsify import report_parts
     from sparsepeft_cli.terminal.console import out
 
-    first, *rest = summary(results, folder)
+    is_text = results["task"] == "lm"
+    if is_text and results["spt"]:
+        for part in report_parts(results["spt"]["config"], results["spt"]["report"], "before fine-tuning"):
+            out.print(part, highlight=False)
+    first, *rest = text_summary(results, folder) if is_text else summary(results, folder)
     out.print(first, style="bold", highlight=False, markup=False, soft_wrap=True)
     for line in rest:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(results: Mapping[str, Any], folder: str) -> list[str]:
-    """The lines; only the last, a command to copy, may be longer than 80 characters."""
+    """The lines on labelled texts; only the last, a command to copy, may be longer than 80 characters."""
     from sparsepeft_cli.sparsify import sparse_line
 
     part, main = results["score_split"], results["main_metric"]
@@ -40,26 +45,43 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     lines.append(f"{results['steps']:,} steps in {duration(results['train_seconds'])}{best}")
     lines += _classes(results["report"].get("per_class"))
     lines += _size(results)
-    for note in results["notes"]:
-        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
-    return [*lines, _next(results, folder)]
+    return [*lines, *_notes(results["notes"]), _next(results, folder)]
 
 
-def print_plan(found: Mapping[str, Any]) -> None:
-    """Print what a dry run has found."""
+def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
+    """The same on a language model."""
+    from sparsepeft_cli.terminal.console import megabytes, program
+
+    first = f" that begin with {results['bos_token']}" if results["bos_token"] else ""
+    before = ", ".join(f"{kind} {values['perplexity']:.2f}" for kind, values in results["before"].items())
+    parameters = results["parameters"]
+    routers = f", of them {parameters['routers']:,} in the routers" if parameters["routers"] else ""
+    return [
+        f"lm, {results['method']}: perplexity {results['score']:.2f} on {results['num_validation_tokens']:,} held-out "
+        f"tokens (before: {before})",
+        f"{results['num_train_tokens']:,} training tokens in blocks of {results['block_length']}{first}",
+        f"{results['steps']:,} steps in {duration(results['train_seconds'])}",
+        f"trained: {parameters['trained']:,} parameters{routers}",
+        f"saved: {megabytes(results['saved_bytes'])}; a copy of the model would be {megabytes(results['model_bytes'])}",
+        *_notes(results["notes"]),
+        f'next: {program()} generate {folder} "some text"',
+    ]
+
+
+def print_plan(measured: Mapping[str, Any]) -> None:
+    """Print what a dry run has measured."""
     from sparsepeft_cli.terminal.console import megabytes, out
 
-    plan = found["plan"]
+    plan = measured["plan"]
     sizes = plan["sizes"]
     lines = [
         f"{plan['task']}, {plan['method']} on {plan['model']}, {plan['device']}, {plan['precision']}",
         *_wrapped([f"rows: {sizes['training']:,} to train on", *_counts(sizes)], ", ", 80),
         f"{plan['steps']:,} steps of {plan['batch_size']} examples, {plan['epochs']:.3g} epochs",
-        f"trained: {found['trained_parameters']:,} parameters; saved: {megabytes(found['saved_bytes'])}",
-        f"about {duration(found['estimated_seconds'])}, at {found['seconds_per_step']:.2g} s a step here and now",
+        f"trained: {measured['trained_parameters']:,} parameters; saved: {megabytes(measured['saved_bytes'])}",
+        f"about {duration(measured['estimated_seconds'])}, at {measured['seconds_per_step']:.2g} s a step here and now",
     ]
-    for note in plan["notes"]:
-        lines += _wrapped(f"note: {in_options(note)}".split(), " ", 80)
+    lines += _notes(plan["notes"])
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -69,6 +91,10 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [line for note in notes for line in _wrapped(f"note: {in_options(note)}".split(), " ", 80)]
 
 
 def _counts(rows: Mapping[str, int]) -> list[str]:

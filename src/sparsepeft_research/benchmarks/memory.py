@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepeft.ops import explain_memory_impl, memory_read
+from sparsepeft.ops import explain, memory_read
+from sparsepeft.ops.memory.pytorch import memory_read_dense
+from sparsepeft.ops.memory.pytorch_selected import memory_read_selected
 from sparsepeft_research.benchmarks.measuring import as_dicts, forward_backward, require_agreement, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
 
 Read = Callable[..., Tensor]
+# The two forms between which impl="torch" chooses; result files call the dense one masked.
+FORMS: dict[str, Read] = {"masked": memory_read_dense, "selected": memory_read_selected}
 # Float32 rounding over sums of up to 4096 terms; a wrongly selected parent would show as 1e-2 or more.
 TOLERANCE = 1e-4
 # A few roundings of bfloat16 (4e-3) in sums of 64 tokens.
@@ -66,6 +70,8 @@ def reader(name: str) -> Read:
     """Return the candidate of this name."""
     if name == "gather":
         return gather_read
+    if name in FORMS:
+        return partial(FORMS[name], temperature=1.0)
     return partial(memory_read, impl=name)
 
 
@@ -100,11 +106,6 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, dtype: torch.
 
 def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Verify, then time, one case."""
-    choice = explain_memory_impl(
-        num_parents=case.num_parents, num_children=case.num_children, top_k=case.top_k, on_gpu=device == "cuda"
-    )
-    if choice.impl == "triton":
-        case = case._replace(candidates=(*case.candidates, "triton"))
     generator = torch.Generator().manual_seed(seed)
     parents, children, hidden = case.num_parents, case.num_children, case.hidden_size
 
@@ -114,6 +115,10 @@ def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str
     x, grad_output = normal(case.num_tokens, hidden), normal(case.num_tokens, hidden)
     memory = [normal(*shape, hidden, scale=0.02) for shape in ((parents,), (parents, children), (parents, children))]
     tensors = [x, *memory]
+    choice = explain(memory_read, x.requires_grad_(), *memory, top_k=case.top_k)
+    if choice.impl == "triton":
+        case = case._replace(candidates=(*case.candidates, "triton"))
+    x.requires_grad_(False)
     errors = verify(case, tensors, grad_output, dtype)
     tensors, grad_output = [tensor.to(dtype) for tensor in tensors], grad_output.to(dtype)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sparsepeft.ops import explain_memory_impl
+from sparsepeft.ops import explain, memory_read
 from sparsepeft_research.benchmarks import memory, sparse_attention
 from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress, run_benchmark
@@ -65,10 +65,7 @@ def memory_reads(repeats: int, idle_wait_s: float) -> dict[str, Any]:
             # A call of microseconds is repeated until milliseconds are timed.
             calls = {name: partial(_often, read, max(1, 1024 // num_tokens)) for name, read in readers.items()}
             timings = time_alternating(calls, repeats=repeats, warm_up=2, idle_wait_s=idle_wait_s)
-        choice = explain_memory_impl(
-            num_parents=parents, num_children=children, top_k=top_k, inference=True,
-            num_tokens=num_tokens, hidden_size=HIDDEN_SIZE,
-        )  # fmt: skip
+        choice = explain(memory_read, x, *tensors, top_k=top_k)
         results[str(num_tokens)] = {
             "calls_per_timing": max(1, 1024 // num_tokens),
             "timings": as_dicts(timings),
@@ -87,14 +84,14 @@ def _often(call: Any, times: int) -> None:
 def ratios(report: dict[str, Any]) -> dict[str, float]:
     """What ``TARGETS`` judges, by the same names."""
     times = {n: report["memory_read"][str(n)]["timings"] for n in NUM_TOKENS}
-    found = [times[n]["auto"]["median_ms"] / times[n]["masked"]["median_ms"] for n in NUM_TOKENS]
+    measured = [times[n]["auto"]["median_ms"] / times[n]["masked"]["median_ms"] for n in NUM_TOKENS]
     plans = {each["plan"]: each["candidates"]["spartan float32"] for each in report["inference"]["results"]}
     speeds = [plan["speed_over"]["backbone float32"] for plan in plans.values()]
-    found += [speeds[0], 1 / speeds[1]]
-    found += [report["sparse_attention"]["speedup_over_sdpa"][name] for name in ("token", "block")]
+    measured += [speeds[0], 1 / speeds[1]]
+    measured += [report["sparse_attention"]["speedup_over_sdpa"][name] for name in ("token", "block")]
     stack = report["spt_stack"]["results"][0]["candidates"]
-    found += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8", "both 2/8")]
-    return dict(zip(TARGETS, found, strict=True))
+    measured += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8", "both 2/8")]
+    return dict(zip(TARGETS, measured, strict=True))
 
 
 def run(*, processor: str, repeats: int, idle_wait: float, progress: Progress) -> dict[str, Any]:

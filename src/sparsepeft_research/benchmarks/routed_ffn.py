@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsepeft.ops import Projection, route, routed_ffn
-from sparsepeft.ops.routed_ffn.activations import resolve_activation
+from sparsepeft.ops.routed_ffn.projections import resolve_activation
 from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
 
@@ -141,7 +141,7 @@ def measure(case: Case, num_active: int, repeats: int, seed: int, idle_wait_s: f
     x, grad_output = (
         torch.randn(case.num_tokens, case.hidden_size, generator=generator).to(device, case.dtype) for _ in range(2)
     )
-    kernels = ("triton", "grouped_mm") if device == "cuda" else ("looped", "grouped_mm")
+    kernels = ("triton", "torch") if device == "cuda" else ("torch",)
     candidates = {name: partial(routed, case=case, num_active=num_active, impl=name) for name in kernels}
     candidates[f"{kernels[0]}, recompute"] = partial(candidates[kernels[0]], recompute=True)
     reference = partial(routed, case=case, num_active=num_active, impl="reference")

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
-from sparsepeft.ops.sparse_attention.blocks import keep_blocks
-from sparsepeft.ops.sparse_attention.compiled import compiled_forward
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.cpu import cpu_forward
+from sparsepeft.ops.sparse_attention.selection import keep_blocks
 from sparsepeft_research.benchmarks.measuring import (
     as_dicts,
     forward_backward,
@@ -100,22 +100,25 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     """Return what can be timed by itself: codes, the block lists, and selection with almost no attention."""
     query, key, _ = tensors
     none = {"window": None, "query_positions": None, "key_mask": None}
-    reach = Reach.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
-    rules = Rules(case.top_l, 1.0, 0.0, True, True, 0)
+    visibility = Visibility.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
+    settings = Settings(case.top_l, 1.0, 0.0, True, True, 0)
     codes = encode(query, codebooks), encode(key, codebooks)
     common = {
         "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
-        "block lists": lambda: keep_blocks(*codes, reach, rules._replace(block_size=64)),
+        "block lists": lambda: keep_blocks(*codes, visibility, settings._replace(block_size=64)),
     }
     if query.is_cuda:
         from sparsepeft.ops.sparse_attention.triton import select_triton
 
-        return {**common, "encode and token selection": lambda: select_triton(query, key, codebooks, reach, rules)}
+        return {
+            **common,
+            "encode and token selection": lambda: select_triton(query, key, codebooks, visibility, settings),
+        }
     narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
     return {
         **common,
-        "token selection and attention over vectors of 1": lambda: compiled_forward(
-            narrow[0], narrow[1], narrow[2], codes, reach, rules
+        "token selection and attention over vectors of 1": lambda: cpu_forward(
+            narrow[0], narrow[1], narrow[2], codes, visibility, settings
         ),
     }
 

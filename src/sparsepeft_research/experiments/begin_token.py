@@ -37,7 +37,7 @@ from sparsepeft.runs.corpus import (
     read_documents,
 )
 from sparsepeft.spt import SptConfig
-from sparsepeft.training import LanguageModelConfig, train_language_model
+from sparsepeft.training import RunConfig, train
 from sparsepeft_research.results import RESULTS
 
 BATCH_TOKENS = 512
@@ -90,7 +90,7 @@ def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[
     model, _ = load_language_model(options.model)
     batch_size = max(1, BATCH_TOKENS // length)
     dense = perplexity(model, scored, batch_size)["perplexity"]
-    done = make_sparse(model, SptConfig(), calibration)
+    sparse = make_sparse(model, SptConfig(), calibration)
     return {
         "model": Path(options.model).name,
         "seed": SptConfig().seed,
@@ -98,7 +98,7 @@ def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[
         "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
         "num_scored_tokens": num_predicted(scored),
         "perplexity": {"dense": dense, "sparse": perplexity(model, scored, batch_size)["perplexity"]},
-        "spt": describe(done),
+        "spt": describe(sparse),
         "data_fingerprints": fingerprints(files),
         "environment": environment(),
     }
@@ -112,7 +112,8 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
         held_out = Path(work) / "held_out.txt"
         ids = join(read_documents([str(texts / "test.txt")]), tokenizer)[: options.num_tokens]
         held_out.write_text(str(tokenizer.decode(ids)), encoding="utf-8")
-        config = LanguageModelConfig(
+        config = RunConfig(
+            task="lm",
             text=(str(texts / "valid.txt"),),
             validation_text=(str(held_out),),
             output_dir=str(Path(work) / "run"),
@@ -123,7 +124,7 @@ def _train(options: argparse.Namespace, length: int, has_token: bool) -> dict[st
             max_steps=options.steps,
             seed=SEED,
         )
-        results = train_language_model(config)
+        results = train(config)
     results["perplexity"] = {"dense": results["before"]["dense"]["perplexity"], "trained": results["score"]}
     return results
 

@@ -42,7 +42,7 @@ from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
-from sparsepeft.training import LanguageModelConfig, RunConfig, train, train_language_model
+from sparsepeft.training import RunConfig, train
 from sparsepeft_research.results import RESULTS
 
 BLOCK_LENGTH, BATCH_SIZE = 512, 8
@@ -179,7 +179,8 @@ def _run_once(run: Run, options: argparse.Namespace) -> None:
 
 def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     text, held_out = _articles(options, work)
-    config = LanguageModelConfig(
+    config = RunConfig(
+        task="lm",
         text=(str(text),),
         validation_text=(str(held_out),),
         output_dir=str(work / "run"),
@@ -191,7 +192,7 @@ def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, An
         settings=LORA,
         spt=run.spt,
     )
-    return train_language_model(config)
+    return train(config)
 
 
 def _train_encoder(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _convert(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any
     model, _ = load_language_model(options.model)
     before = {"dense": perplexity(model, scored, BATCH_SIZE)}
     calibration = evenly_spaced(first, CALIBRATION_BLOCKS) if run.is_calibrated else None
-    done = make_sparse(model, read_spt_settings(run.spt), calibration)
+    sparse = make_sparse(model, read_spt_settings(run.spt), calibration)
     before["sparse"] = perplexity(model, scored, BATCH_SIZE)
     return {
         "task": "lm",
@@ -228,7 +229,7 @@ def _convert(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any
         "score": before["sparse"]["perplexity"],
         "main_metric": "perplexity",
         "before": before,
-        "spt": describe(done),
+        "spt": describe(sparse),
         "is_calibrated": run.is_calibrated,
         "block_length": BLOCK_LENGTH,
         "num_validation_tokens": scored.numel(),

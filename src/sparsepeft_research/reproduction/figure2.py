@@ -18,7 +18,7 @@ from sparsepeft.inspection.run import inspect_run
 from sparsepeft.plotting import require_matplotlib
 from sparsepeft.runs.files import RESULTS, read_run
 from sparsepeft.training import RunConfig, train
-from sparsepeft.training.plan import RunPlan
+from sparsepeft.training.callbacks import RunPlan
 
 TITLE = "What the parent cells have learned: BBC News, 5 parents with 1 child each"
 _NOT_COMPARED = ("output_dir", "data_dir")  # may differ between machines

@@ -12,9 +12,11 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.methods.recipes import METHODS
+from sparsepeft.runs.held_out import load_task_data
 from sparsepeft.tasks import task_spec
 from sparsepeft.training import RunConfig
-from sparsepeft.training.run import FEW_SHOT_STEPS, MAX_SELECTION, NUM_EVALUATIONS, load_data
+from sparsepeft.training.data import MAX_SELECTION
+from sparsepeft.training.fit import FEW_SHOT_STEPS, NUM_EVALUATIONS
 from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES, few_shot, full_data
 
 SEEDS = (42, 43, 44)
@@ -141,7 +143,11 @@ class Matrix:
     def runs_with(self, values: Mapping[tuple[str, str], dict[str, Any]]) -> list[Run]:
         """The same for the tasks and methods in ``values`` alone, each with its own values."""
         _, _, seeds = self.names()
-        configs = [self.config(task, method, seed, own) for (task, method), own in values.items() for seed in seeds]
+        configs = [
+            self.config(task, method, seed, pair_values)
+            for (task, method), pair_values in values.items()
+            for seed in seeds
+        ]
         return self.as_runs({Path(config.output_dir).name: config for config in configs}, self.output_dir)
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -201,7 +207,7 @@ class Matrix:
 
 
 def _facts(config: RunConfig) -> TaskFacts:
-    data = load_data(config)
+    data = load_task_data(config)
     first = data.train[:_SAMPLED_TEXTS]
     texts = [text for column in data.spec.text_columns for text in first[column]]
     num_texts = min(_SAMPLED_TEXTS, len(data.train))

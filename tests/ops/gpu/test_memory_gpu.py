@@ -67,7 +67,7 @@ def test_mixed_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> 
 def test_mixed_takes_its_index_from_either_side() -> None:
     inputs = cases.make_inputs((21, 20, 16, 3, 8), torch.float32, "cuda", memories=3)
     index = torch.tensor([2, -1, 0, 1, 2])
-    for impl in ("triton", "masked"):
+    for impl in ("triton", "torch"):
         on_cpu, on_gpu = (
             memory_read_mixed(inputs[0], i, *inputs[1:], top_k=8, impl=impl) for i in (index, index.cuda())
         )
@@ -79,7 +79,7 @@ def test_mixed_takes_its_index_from_either_side() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_auto_runs_what_it_should(dtype: torch.dtype) -> None:
     inputs = cases.make_inputs((40, 96, 16, 3, 8), dtype, "cuda")
-    impl = "triton" if dtype == torch.float32 else "masked"
+    impl = "triton" if dtype == torch.float32 else "torch"
     assert torch.equal(memory_read(*inputs, top_k=8), memory_read(*inputs, top_k=8, impl=impl))
 
 

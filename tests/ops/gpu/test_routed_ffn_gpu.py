@@ -7,7 +7,7 @@ import torch
 from tests.ops.routed_ffn_cases import FORMS, TILE_SIZES, Form, Sizes
 from tests.ops.triton_aot import needs_triton
 
-from sparsepeft.ops import explain_routed_ffn_impl
+from sparsepeft.ops import Projection, explain, route, routed_ffn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,4 +40,6 @@ def test_half_precision(sizes: Sizes, form: Form, dtype: torch.dtype) -> None:
 
 
 def test_auto_is_triton() -> None:
-    assert explain_routed_ffn_impl("cuda", torch.bfloat16, 16).impl == "triton"
+    x, weight = torch.randn(6, 8, device="cuda"), torch.randn(64, 8, device="cuda")
+    up, down, routing = Projection(weight), Projection(weight.t()), route(x, weight[:4], num_active=2)
+    assert explain(routed_ffn, x, up, down, routing, activation="relu").impl == "triton"

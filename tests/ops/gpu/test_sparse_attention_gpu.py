@@ -9,7 +9,7 @@ import torch
 from tests.ops import sparse_attention_triton_cases as cases
 from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_close, grad_like, make_inputs, run
 
-from sparsepeft.ops import explain_sparse_attention_impl, sparse_attention
+from sparsepeft.ops import explain, sparse_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,7 +76,7 @@ def test_auto_runs_what_it_should() -> None:
     tensors, _, options = on_gpu(LARGE, torch.bfloat16)
     for granularity, impl in (("token", "triton"), ("block", "flex")):
         options["granularity"] = granularity
-        assert explain_sparse_attention_impl(tensors[0], tensors[2], 8, granularity=granularity).impl == impl
+        assert explain(sparse_attention, *tensors, **options).impl == impl
         assert torch.equal(sparse_attention(*tensors, **options), sparse_attention(*tensors, **options, impl=impl))
 
 

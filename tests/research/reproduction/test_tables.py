@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 from tests.matrices import hand_made_result, hand_made_run
+from transformers import RobertaConfig
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.storage.counting import load_config
+from sparsepeft.storage.counting import Sizes, load_config
 from sparsepeft_research.benchmarks.inference import architecture
 from sparsepeft_research.reproduction import Run, Table, make_table, write_table
-from sparsepeft_research.reproduction.paper import METHODS, MISMATCHED, TASKS, paper_rows
+from sparsepeft_research.reproduction.paper import METHODS, MISMATCHED, TASKS, paper_figures, paper_rows, paper_storage
 from sparsepeft_research.reproduction.render import cells, to_csv, to_markdown
 from sparsepeft_research.reproduction.reproduce import read_devices
 
@@ -239,3 +240,24 @@ def test_files(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     with caplog.at_level(logging.WARNING, logger="sparsepeft"):
         assert [file.suffix for file in write_table(table, tmp_path / "plain")] == [".md", ".csv"]
     assert 'pip install "sparsepeft[plots]"' in caplog.text
+
+
+def test_the_papers_storage_follows_from_its_formulas() -> None:
+    printed = {figure.method: figure for figure in paper_figures()}
+    assert printed["spartan"].parameters_per_task == 1_179_648 == 2 * (16 + 16 * 3) * 768 * 12
+    n = 123_000_000  # the only backbone, to the nearest 10,000, that gives all three printed totals
+    assert printed["full"].total_parameters == 9 * n
+    for method in ("houlsby", "pfeiffer", "spartan"):
+        figure = printed[method]
+        assert round((n + 9 * figure.parameters_per_task) / 1e6, 2) == figure.total_parameters / 1e6
+        assert round(4 * figure.total_parameters / 1e9, 2) == figure.total_bytes / 1e9  # float32, GB of 10^9
+        assert f"{figure.total_parameters / n:.1f}x" == figure.ratio_text
+
+
+def test_the_papers_storage_is_shown_for_its_backbone_only(tmp_path: Path) -> None:
+    assert paper_storage("minilm", 9, 22_713_216, Sizes(12, 8, 16, 3, "model")) == ((), ())
+    RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1).save_pretrained(tmp_path)
+    figures, notes = paper_storage(str(tmp_path), 2, 124_055_040, Sizes(12, 8, 16, 3, "model"))
+    assert figures == paper_figures()
+    assert any("1,179,648" in note and "1,032,192" in note for note in notes)
+    assert "do not compare" in notes[-1]

@@ -1,5 +1,4 @@
-// The threads of an operator: those of the OpenMP runtime that torch computes with, since a second team would compete
-// with it for the cores; threads of our own where there is none.
+// The threads of an operator: those that torch computes with, since a second team would compete with it for the cores.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-// GOMP_parallel of that runtime, or null.
+// GOMP_parallel of torch's OpenMP runtime, or null: then the calling thread works alone.
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
 // Run `worker(next, thread)` on up to `threads` threads; a worker draws its items from `next`. The runtime may give
@@ -23,14 +22,6 @@ void run_threads(Parallel parallel, int64_t threads, const Worker& worker) {
             t.worker(t.next, t.threads++);
         }
     } team{worker};
-    if (threads <= 1) {
-        Team::join(&team);
-    } else if (parallel) {
-        parallel(Team::join, &team, static_cast<unsigned>(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        for (int64_t i = 1; i < threads; i++) others.emplace_back(Team::join, &team);
-        Team::join(&team);
-        for (std::thread& other : others) other.join();
-    }
+    if (parallel && threads > 1) parallel(Team::join, &team, static_cast<unsigned>(threads), 0);
+    else Team::join(&team);
 }

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.checks import check_index, check_stack, memory_fits, raise_misfit
-from sparsepeft.ops.memory.choice import (
-    MemoryChoice,
-    can_fuse,
-    choose_inference_impl,
-    choose_memory_impl,
-    explain_memory_impl,
-    is_inference,
-    require_compiled,
-    require_triton,
-)
-from sparsepeft.ops.memory.compiled import memory_read_compiled
-from sparsepeft.ops.memory.masked import memory_read_masked
-from sparsepeft.ops.memory.mixed import read_memory_by_memory
-from sparsepeft.ops.memory.reference import memory_read_reference
-from sparsepeft.ops.memory.selected import memory_read_selected
+from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, memory_read_torch
+from sparsepeft.ops.memory.cpu import memory_read_cpu
+from sparsepeft.ops.memory.reference import memory_read_reference, read_memory_by_memory
 
-__all__ = ["MemoryChoice", "explain_memory_impl", "memory_read", "memory_read_mixed", "memory_read_unchecked"]
-
-_Implementation = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+__all__ = ["memory_read", "memory_read_mixed", "memory_read_unchecked"]
 
 
 def _read_triton(
@@ -38,11 +24,10 @@ def _read_triton(
     return memory_read_triton(x, parent_keys, child_keys, child_values, top_k, temperature)
 
 
-_IMPLEMENTATIONS: dict[str, _Implementation] = {
+_READ: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]] = {
     "reference": memory_read_reference,
-    "masked": memory_read_masked,
-    "selected": memory_read_selected,
-    "cpu": memory_read_compiled,
+    "torch": memory_read_torch,
+    "cpu": memory_read_cpu,
     "triton": _read_triton,
 }
 
@@ -76,8 +61,8 @@ def memory_read(
         child_values: (P, C, D).
         top_k: parents kept per token, 1 <= top_k <= P.
         temperature: divides the children's scores, not the parents'; positive.
-        impl: ``"auto"``, ``"reference"``, ``"masked"``, ``"selected"``, without gradients on a CPU ``"cpu"``
-            (compiled), or on a GPU ``"triton"``; see :func:`explain_memory_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"``, without gradients on a CPU ``"cpu"``, or on a GPU ``"triton"``;
+            see :func:`sparsepeft.ops.explain`.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -86,6 +71,14 @@ def memory_read(
         TypeError: a tensor is not floating point, or ``top_k`` is not an int.
         ValueError: shapes do not fit, ``top_k`` or ``temperature`` is out of range, ``impl`` is unknown or cannot run
             on these tensors.
+        RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> parent_keys, child_keys, child_values = torch.randn(16, 32), torch.randn(16, 3, 32), torch.zeros(16, 3, 32)
+        >>> torch.equal(memory_read(x, parent_keys, child_keys, child_values, top_k=8), x)  # as the values are zero
+        True
     """
     if not memory_fits(x, parent_keys, child_keys, child_values, top_k, temperature):
         raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
@@ -102,8 +95,8 @@ def memory_read_unchecked(
     impl: str = "auto",
 ) -> Tensor:
     """:func:`memory_read` for a module that made the memory itself: at batch size 1 the checks are felt."""
-    impl = _resolve(impl, x, parent_keys, child_keys, child_values, top_k)
-    read = _IMPLEMENTATIONS[impl]
+    impl = OPERATOR.choose(impl, MemoryArguments(x, parent_keys, child_keys, child_values, top_k))
+    read = _READ[impl]
     tokens, dtype = x.reshape(-1, x.shape[-1]), x.dtype
     if not dtype == parent_keys.dtype == child_keys.dtype == child_values.dtype:
         for parameter in (parent_keys, child_keys, child_values):
@@ -120,29 +113,6 @@ def memory_read_unchecked(
     else:
         output = read(tokens, parent_keys, child_keys, child_values, top_k, temperature)
     return output.view(x.shape).to(x.dtype)
-
-
-def _resolve(impl: str, x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int) -> str:
-    """Return the implementation that ``impl`` means, for one memory or a stack of them."""
-    tensors = x, parent_keys, child_keys, child_values
-    if impl == "auto":
-        if is_inference(*tensors):
-            return choose_inference_impl(x, child_keys, top_k)
-        num_parents, num_children = child_keys.shape[-3:-1]
-        return choose_memory_impl(
-            num_parents,
-            num_children,
-            top_k,
-            exporting=torch.compiler.is_exporting(),
-            on_gpu=can_fuse(*tensors),
-        )
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *_IMPLEMENTATIONS])}.")
-    if impl == "triton":
-        require_triton(*tensors)
-    elif impl == "cpu":
-        require_compiled(*tensors)
-    return impl
 
 
 def memory_read_mixed(
@@ -183,7 +153,7 @@ def memory_read_mixed(
     check_stack(x, memory_index, parent_keys, child_keys, child_values)
     if not memory_fits(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature):
         raise_misfit(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature)
-    fused = _resolve(impl, x, parent_keys, child_keys, child_values, top_k) == "triton"
+    fused = OPERATOR.means("triton", impl, MemoryArguments(x, parent_keys, child_keys, child_values, top_k))
     if memory_index.device.type == "cpu" or not fused:
         check_index(memory_index, len(parent_keys))
     memory_index = memory_index.to(x.device, torch.long)

@@ -1,31 +1,34 @@
-"""Which implementation of the memory ``impl="auto"`` means.
+"""Which implementation reads a memory, and which of PyTorch's two forms.
 
-Without gradients, on a CPU, it is the form that was measured to be the fastest on this machine
-(:mod:`sparsepeft.ops.memory.inference`). Else the rule compares the work per token of two forms, in products with a
-vector of size D. Scoring the parents is common to both and left out.
-``benchmarks/results/memory.json`` (2-core x86, float32, D=768, K=8) shows the crossover at P between 64 and 128 for
-C=3 and between 16 and 32 for C=32; the constants reproduce it, and were checked at K=1, 2 and 16 with C=1 to 32.
-Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule leaves them out,
-so that a traced graph is chosen as the eager call is.
+The dense form multiplies with the whole memory, the selected form only with the children of a token's K parents. With
+gradients, or on a GPU, a rule compares the work per token of both, in products with a vector of size D; scoring the
+parents is common to both and left out. The constants reproduce the crossover measured on a 2-core x86 in float32 at
+D=768, K=8: P between 64 and 128 for C=3, between 16 and 32 for C=32; they were checked at K=1, 2 and 16 with C=1 to
+32. Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule leaves them
+out, so that a traced graph is chosen as the eager call is.
+
+Without gradients, on a CPU, both forms and the compiled one are measured on the machine itself, once.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.compiled import why_not_built
-from sparsepeft.ops.memory.inference import inference_times
-from sparsepeft.ops.native import readable
+from sparsepeft.ops import gpu
+from sparsepeft.ops.measured import fastest
+from sparsepeft.ops.memory.cpu import memory_read_cpu, why_not_built
+from sparsepeft.ops.memory.pytorch import memory_read_dense, memory_read_gathered
+from sparsepeft.ops.memory.pytorch_selected import memory_read_selected
+from sparsepeft.ops.native import has_plain_memory
+from sparsepeft.ops.registry import DISABLED, Implementation, Operator
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Columns of a tile of scores, both sizes padded: up to here the fused form's registers are known not to spill.
-_MAX_FUSED_COLUMNS = 512
+# Columns of a Triton tile of scores, both sizes padded: up to here its registers are known not to spill.
+_MAX_TILE_COLUMNS = 512
 # A child's key and value read through the grouped, smaller products of the selected form: dense work is 2.
 _SELECTED_CHILD_WORK = 3
 # Gathering a token's vector for one parent and adding back what that parent read.
@@ -33,91 +36,60 @@ _SELECTED_PAIR_WORK = 80
 # torch.export: keys and values of each selected child are gathered, nothing is shared between tokens. Measured with
 # 256 tokens and K=8: even at about 350 parents, for C=3 and for C=32.
 _GATHERED_CHILD_WORK = 100
+# Numbers of tokens are measured by class, at its largest member: time per token settles from hundreds on.
+_TOKEN_CLASSES = (1, 4, 16, 64, 256, 1024)
+# Products of a vector with the memory, tokens times cells, that a measurement may take: some milliseconds a call.
+_MEASURED_PRODUCTS = 1 << 18
+_FORMS: dict[str, Callable[..., Tensor]] = {
+    "cpu": memory_read_cpu,
+    "dense": memory_read_dense,
+    "selected": memory_read_selected,
+}
 
 
-class MemoryChoice(NamedTuple):
-    """An implementation of :func:`memory_read` and, in a sentence, why it was chosen."""
+class MemoryArguments(NamedTuple):
+    """What the choice depends on: hidden states and one memory, or a stack of them; see :func:`memory_read`."""
 
-    impl: str
-    reason: str
+    x: Tensor
+    parent_keys: Tensor
+    child_keys: Tensor  # (..., P, C, D)
+    child_values: Tensor
+    top_k: int
 
-
-def choose_memory_impl(
-    num_parents: int,
-    num_children: int,
-    top_k: int,
-    *,
-    exporting: bool = False,
-    on_gpu: bool = False,
-) -> str:
-    """Return the name alone: the sizes may be symbolic while ``torch.compile`` traces, and then have no text."""
-    if on_gpu and _HAS_TRITON and not exporting and _fits_tile(num_parents, num_children):
-        return "triton"
-    masked, selected = _work(num_parents, num_children, top_k, exporting)
-    return "selected" if selected < masked else "masked"
+    @classmethod
+    def bind(
+        cls, x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, *, top_k: int, **_: Any
+    ) -> MemoryArguments:
+        """Take the arguments of :func:`memory_read`."""
+        return cls(x, parent_keys, child_keys, child_values, top_k)
 
 
-def choose_inference_impl(x: Tensor, child_keys: Tensor, top_k: int) -> str:
-    """Return the fastest form for tensors that :func:`is_inference` holds for, ``child_keys`` (..., P, C, D)."""
-    num_parents, num_children, hidden = child_keys.shape[-3:]
-    num_tokens = x.numel() // hidden
-    return next(iter(inference_times(num_tokens, hidden, num_parents, num_children, top_k, x.dtype)))
+def memory_read_torch(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Read the memory by the form of plain PyTorch that is the fastest; see :func:`memory_read`."""
+    form = _choose_form(MemoryArguments(x, parent_keys, child_keys, child_values, top_k))
+    return form(x, parent_keys, child_keys, child_values, top_k, temperature)
 
 
-def explain_memory_impl(
-    *,
-    num_parents: int,
-    num_children: int,
-    top_k: int,
-    exporting: bool = False,
-    on_gpu: bool = False,
-    inference: bool = False,
-    num_tokens: int = 4096,
-    hidden_size: int = 768,
-    dtype: torch.dtype = torch.float32,
-) -> MemoryChoice:
-    """Return the implementation ``impl="auto"`` picks for a memory of this shape, with the reason.
+def _choose_form(arguments: MemoryArguments) -> Callable[..., Tensor]:
+    exporting = torch.compiler.is_exporting()
+    if _is_inference(arguments):
+        return _FORMS[next(name for name in _measured_times(arguments) if name != "cpu")]
+    num_parents, num_children = arguments.child_keys.shape[-3:-1]
+    dense = 2 * num_parents * num_children
+    if exporting:
+        gathered = _GATHERED_CHILD_WORK * arguments.top_k * num_children
+        return memory_read_gathered if gathered < dense else memory_read_dense
+    selected = arguments.top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)
+    return memory_read_selected if selected < dense else memory_read_dense
 
-    Args:
-        num_parents: P.
-        num_children: children per parent, C.
-        top_k: parents kept per token, K.
-        exporting: whether ``torch.export`` is tracing; the selected form then has to gather.
-        on_gpu: whether the tensors are on a CUDA device, in float32 or narrower; the fused form can run then.
-        inference: whether no gradient is needed, products are taken in float32 on a CPU, and nothing is traced: the
-            forms are then measured on this machine, which takes milliseconds where it has not been done before.
-        num_tokens: tokens read at once; counts in inference alone, as the two below.
-        hidden_size: D.
-        dtype: of the hidden states.
-    """
-    shape = f"P={num_parents}, C={num_children}, K={top_k}{', exported' if exporting else ''}"
-    if inference:
-        times = inference_times(num_tokens, hidden_size, num_parents, num_children, top_k, dtype)
-        measured = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items())
-        missing = why_not_built()
-        return MemoryChoice(
-            next(iter(times)),
-            f"Without gradients, for about {num_tokens} tokens at {shape}, the fastest of what was measured on this "
-            f"machine with {torch.get_num_threads()} threads: {measured}"
-            f"{'.' if missing is None else f'; there is no compiled form: {missing}'}",
-        )
-    impl = choose_memory_impl(num_parents, num_children, top_k, exporting=exporting, on_gpu=on_gpu)
-    if impl == "triton":
-        return MemoryChoice(
-            impl,
-            f"On a GPU, at {shape}, one kernel reads the hidden states once and writes them once; its speed has not "
-            "been measured yet.",
-        )
-    masked, selected = _work(num_parents, num_children, top_k, exporting)
-    return MemoryChoice(
-        impl,
-        f"At {shape}, reading only the selected children costs as much as {selected} products with a vector per token, "
-        f"{'less' if selected < masked else 'no less'} than the {masked} of the masked dense form.",
-    )
+
+# Triton
 
 
 def padded_sizes(num_parents: int, num_children: int) -> tuple[int, int]:
-    """Return the parents and children that the fused form's tiles have: powers of two, and 16 parents at least.
+    """Return the parents and children of a Triton tile: powers of two, and 16 parents at least.
 
     16 is the least that a matrix unit takes. No bit tricks: the sizes may be symbolic.
     """
@@ -129,44 +101,29 @@ def padded_sizes(num_parents: int, num_children: int) -> tuple[int, int]:
     return parents, children
 
 
-def can_fuse(*tensors: Tensor) -> bool:
-    """Whether hidden states and a memory are where the fused form runs, and no wider than it computes."""
-    return all(tensor.is_cuda and tensor.element_size() <= 4 for tensor in tensors)
+def _why_not_triton(arguments: MemoryArguments) -> str | None:
+    if torch.compiler.is_exporting():
+        return "an exported graph has no operators of our own"
+    reason = gpu.why_not_triton(*arguments[:4])
+    if reason is not None:
+        return reason
+    num_parents, num_children = arguments.child_keys.shape[-3:-1]
+    parents, children = padded_sizes(num_parents, num_children)
+    if parents * children > _MAX_TILE_COLUMNS:
+        return f"P and C, padded to powers of two, are too many for a tile: P * C may be {_MAX_TILE_COLUMNS}"
+    return None
 
 
-def require_triton(x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor) -> None:
-    """Raise where the fused form cannot run on these tensors, ``child_keys`` (..., P, C, D).
-
-    Raises:
-        ValueError: no Triton, no GPU, float64, or too large a memory.
-    """
-    num_parents, num_children = child_keys.shape[-3:-1]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
-    if not _HAS_TRITON:
-        problem = "the package triton is not installed: install it, or leave impl at 'auto'"
-    elif not x.is_cuda and not interpreted:
-        problem = f"x is on {x.device}, expected a CUDA device: move it there, or leave impl at 'auto'"
-    elif torch.float64 in (x.dtype, parent_keys.dtype, child_keys.dtype, child_values.dtype):
-        problem = "a tensor is float64; expected float32 or narrower: convert it, or leave impl at 'auto'"
-    elif not _fits_tile(num_parents, num_children):
-        problem = (
-            f"P={num_parents} and C={num_children} are too many for a tile (padded to powers of two, P * C may be "
-            f"{_MAX_FUSED_COLUMNS}): leave impl at 'auto'"
-        )
-    else:
-        return
-    raise ValueError(f"impl is 'triton', but {problem}.")
+# Compiled kernels
 
 
-def is_inference(*tensors: Tensor) -> bool:
-    """Whether hidden states and a memory (three tensors) are read in float32 on a CPU, without gradient or graph.
-
-    Then the compiled form may read them; whether it can be built is not asked here.
-    """
+def _is_inference(arguments: MemoryArguments) -> bool:
+    """Whether products are taken in float32 on a CPU, without gradient or graph."""
+    tensors = arguments[:4]
     return (
         not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
-        and readable(*tensors)
+        and has_plain_memory(*tensors)
         and _common_dtype(tensors) == torch.float32
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and torch.autograd.forward_ad._current_level < 0  # no_grad does not end forward-mode differentiation
@@ -178,31 +135,79 @@ def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
     return functools.reduce(torch.promote_types, others, first)
 
 
-def require_compiled(*tensors: Tensor) -> None:
-    """Raise where the compiled form cannot run on hidden states and a memory (three tensors).
+def _why_not_cpu(arguments: MemoryArguments) -> str | None:
+    if _is_inference(arguments):
+        return None
+    return "the compiled kernel reads plain float32 tensors on a CPU under torch.no_grad(), outside of traced graphs"
 
-    Raises:
-        ValueError: they are not plain float32 tensors on a CPU, need a gradient, or are traced.
-        RuntimeError: it cannot be built.
-    """
-    if not is_inference(*tensors):
-        kinds = ", ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors}))
-        raise ValueError(
-            f"impl is 'cpu', but hidden states and memory are {kinds}, or a gradient or a traced graph is wanted; the "
-            "compiled form reads float32 on a CPU under torch.no_grad(): leave impl at 'auto'."
+
+def _why_slower(arguments: MemoryArguments) -> str | None:
+    times = _measured_times(arguments)
+    if next(iter(times)) == "cpu":
+        return None
+    listed = ", ".join(f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items())
+    return f"it was measured to be slower on this machine with {torch.get_num_threads()} threads ({listed})"
+
+
+def _measured_times(arguments: MemoryArguments) -> dict[str, float]:
+    """Return the milliseconds of each form, the fastest first, for about so many tokens; see :func:`fastest`."""
+    num_parents, num_children, hidden = arguments.child_keys.shape[-3:]
+    num_tokens = arguments.x.numel() // hidden
+    token_class = next((size for size in _TOKEN_CLASSES if num_tokens <= size), _TOKEN_CLASSES[-1])
+    sizes = token_class, hidden, num_parents, num_children, arguments.top_k
+    return _times(*sizes, arguments.x.dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)
+def _times(
+    num_tokens: int, hidden: int, num_parents: int, num_children: int, top_k: int, dtype: torch.dtype, threads: int
+) -> dict[str, float]:
+    forms = (
+        ["dense"] if num_parents == top_k else ["dense", "selected"]
+    )  # with all parents there is nothing to leave out
+    if "cpu" not in DISABLED and why_not_built() is None:
+        forms.append("cpu")
+    key = num_tokens, hidden, num_parents, num_children, top_k, str(dtype)
+    measured_tokens = max(1, min(num_tokens, _MEASURED_PRODUCTS // (num_parents * (1 + 2 * num_children))))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        shapes = (measured_tokens,), (num_parents,), (num_parents, num_children), (num_parents, num_children)
+        x, *memory = (
+            torch.randn(*shape, hidden, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes
         )
-    reason = why_not_built()
-    if reason is not None:
-        raise RuntimeError(f"impl is 'cpu', but the compiled form cannot be had ({reason}) Leave impl at 'auto'.")
+        calls = {name: functools.partial(_read, name, x.to(dtype), memory, top_k) for name in forms}
+        return fastest("memory_read", key, calls)
 
 
-def _fits_tile(num_parents: int, num_children: int) -> bool:
-    parents, children = padded_sizes(num_parents, num_children)
-    return parents * children <= _MAX_FUSED_COLUMNS
+def _read(name: str, x: Tensor, memory: list[Tensor], top_k: int) -> Tensor:
+    """Read as :func:`memory_read` does: only the compiled kernel takes bfloat16 as it is."""
+    tokens = x if name == "cpu" and x.dtype == torch.bfloat16 else x.to(torch.float32)
+    return _FORMS[name](tokens, *memory, top_k, 1.0).to(x.dtype)
 
 
-def _work(num_parents: int, num_children: int, top_k: int, exporting: bool) -> tuple[int, int]:
-    masked = 2 * num_parents * num_children
-    if exporting:
-        return masked, _GATHERED_CHILD_WORK * top_k * num_children
-    return masked, top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)
+OPERATOR = Operator(
+    "memory_read",
+    MemoryArguments.bind,
+    [
+        Implementation("reference", 0, "the definition"),
+        Implementation(
+            "torch", 10, "runs everywhere, with gradients: densely, or by the selected parents where that is less"
+        ),
+        Implementation(
+            "cpu",
+            20,
+            "without gradients it was measured to be the fastest on this machine",
+            why_unavailable=why_not_built,
+            why_not=_why_not_cpu,
+            why_not_automatic=_why_slower,
+        ),
+        Implementation(
+            "triton",
+            30,
+            "one kernel reads the hidden states once and writes them once",
+            why_unavailable=gpu.why_no_triton,
+            why_not=_why_not_triton,
+            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.x),
+        ),
+    ],
+)

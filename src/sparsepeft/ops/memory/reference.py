@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
+from sparsepeft.ops.numerics import softmax_dtype
 
 
 def memory_read_reference(
@@ -32,3 +34,24 @@ def memory_read_reference(
     # Eq. (3): the gated sum of what the parents read, added to the input.
     weights = (gate.unsqueeze(-1) * attention).to(x.dtype)
     return x + torch.einsum("nkc,nkcd->nd", weights, values)
+
+
+def read_memory_by_memory(
+    x: Tensor,
+    memory_index: Tensor,
+    parent_keys: Tensor,
+    child_keys: Tensor,
+    child_values: Tensor,
+    read: Callable[..., Tensor],
+) -> Tensor:
+    """Mixed batches as a loop: the rows of each memory call ``read(rows, parent_keys, child_keys, child_values)``.
+
+    Shapes as for :func:`memory_read_mixed`. It looks which memories occur, and so waits for a GPU.
+    """
+    output = x.clone()
+    for memory in memory_index.unique().tolist():
+        if memory >= 0:
+            rows = (memory_index == memory).nonzero()[:, 0]
+            rows_read = read(x[rows], parent_keys[memory], child_keys[memory], child_values[memory])
+            output = output.index_copy(0, rows, rows_read)
+    return output

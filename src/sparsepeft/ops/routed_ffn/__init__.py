@@ -2,25 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.activations import Activation, resolve_activation
+from sparsepeft.ops import gpu
+from sparsepeft.ops.registry import Implementation, Operator
 from sparsepeft.ops.routed_ffn.blockwise import routed_ffn_blockwise
-from sparsepeft.ops.routed_ffn.choice import IMPLEMENTATIONS, RoutedFFNChoice, explain_routed_ffn_impl, products_of
-from sparsepeft.ops.routed_ffn.projections import LowRank, Projection, check_projection
+from sparsepeft.ops.routed_ffn.projections import (
+    Activation,
+    LowRank,
+    Projection,
+    check_projection,
+    project,
+    resolve_activation,
+)
+from sparsepeft.ops.routed_ffn.pytorch import MakeProducts, choose_torch_products
 from sparsepeft.ops.routed_ffn.reference import routed_ffn_reference
 from sparsepeft.ops.routed_ffn.routing import Routing, compute_dtype, route
 
-__all__ = [
-    "LowRank",
-    "Projection",
-    "RoutedFFNChoice",
-    "Routing",
-    "explain_routed_ffn_impl",
-    "route",
+__all__ = ["LowRank", "Projection", "Routing", "project", "route", "routed_ffn"]
+
+
+class FFNArguments(NamedTuple):
+    """What the choice depends on; see :func:`routed_ffn`."""
+
+    x: Tensor
+    dtype: torch.dtype  # of the products
+    block_size: int  # neurons in a block, I / G
+
+    @classmethod
+    def bind(cls, x: Tensor, up: Projection, down: Projection, routing: Routing, **_: Any) -> FFNArguments:
+        """Take the arguments of :func:`routed_ffn`."""
+        return cls(x, _product_dtype(x, up), up.weight.shape[0] // routing.logits.shape[-1])
+
+
+def _product_dtype(x: Tensor, up: Projection) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return compute_dtype(x)
+    return torch.promote_types(x.dtype, up.weight.dtype)
+
+
+def _why_not_exported(_: FFNArguments) -> str | None:
+    return (
+        "an exported graph cannot have products whose sizes depend on data" if torch.compiler.is_exporting() else None
+    )
+
+
+def _why_not_triton(arguments: FFNArguments) -> str | None:
+    return _why_not_exported(arguments) or gpu.why_not_triton(arguments.x, dtype=arguments.dtype)
+
+
+OPERATOR = Operator(
     "routed_ffn",
-]
+    FFNArguments.bind,
+    [
+        Implementation("reference", 0, "the definition, which alone can be exported"),
+        Implementation("torch", 10, "tokens are batched by block, on every device", why_not=_why_not_exported),
+        Implementation(
+            "triton",
+            30,
+            "gathering and scattering of tokens is part of the products",
+            why_unavailable=gpu.why_no_triton,
+            why_not=_why_not_triton,
+            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.x),
+        ),
+    ],
+)
 
 
 def routed_ffn(
@@ -67,8 +116,7 @@ def routed_ffn(
             called again in backward, so it must not depend on a random generator.
         dropout: probability of zeroing an activation, as T5 does; drawn anew in each call.
         recompute: whether backward takes the first products again instead of keeping what enters the activation.
-        impl: ``"auto"``, ``"reference"``, ``"looped"``, ``"grouped_mm"`` or ``"triton"``; see
-            :func:`explain_routed_ffn_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or, on a GPU, ``"triton"``; see :func:`sparsepeft.ops.explain`.
 
     Returns:
         Tensor (..., D'), in the dtype of ``x``, or autocast's where it is on.
@@ -76,29 +124,41 @@ def routed_ffn(
     Raises:
         TypeError: a tensor is not floating point.
         ValueError: shapes do not fit, G does not divide I, the activation or ``impl`` is unknown, or the chosen
-            implementation does not take these dtypes and sizes.
-        ImportError: ``impl="triton"`` without Triton.
+            implementation does not take these dtypes.
+        RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import Projection, route
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> up, down = Projection(torch.randn(64, 32)), Projection(torch.randn(32, 64))
+        >>> routing = route(x, torch.randn(8, 32), num_active=4)  # 4 of 8 blocks
+        >>> routed_ffn(x, up, down, routing, activation="relu").shape
+        torch.Size([2, 7, 32])
     """
     function = resolve_activation(activation)
     _check(x, up, down, gate, routing, dropout)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = compute_dtype(x) if autocast else torch.promote_types(x.dtype, up.weight.dtype)
-    if impl == "auto":
-        block_size = up.weight.shape[0] // routing.logits.shape[-1]
-        exporting = torch.compiler.is_exporting()
-        impl = explain_routed_ffn_impl(x.device.type, dtype, block_size, exporting=exporting).impl
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(['auto', *IMPLEMENTATIONS])}.")
-    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    arguments = FFNArguments.bind(x, up, down, routing)
+    impl = OPERATOR.choose(impl, arguments)
+    tokens = x.reshape(-1, x.shape[-1]).to(arguments.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if impl == "reference":
             output = routed_ffn_reference(tokens, up, down, gate, function, routing, dropout)
         else:
-            make_products = products_of(impl)
+            make_products = _products(impl, arguments)
             output = routed_ffn_blockwise(
                 tokens, up, down, gate, function, routing, dropout, make_products=make_products, recompute=recompute
             )
-    return output.view(*x.shape[:-1], down.weight.shape[0]).to(dtype if autocast else x.dtype)
+    output_dtype = arguments.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return output.view(*x.shape[:-1], down.weight.shape[0]).to(output_dtype)
+
+
+def _products(impl: str, arguments: FFNArguments) -> MakeProducts:
+    if impl == "triton":
+        from sparsepeft.ops.routed_ffn.triton import TritonProducts  # Triton is optional, and slow to import
+
+        return TritonProducts
+    return choose_torch_products(arguments.x.device.type, arguments.dtype, arguments.block_size)
 
 
 def _check(

@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.arguments import Arguments, Inlet
-from sparsepeft.ops.routed_ffn.draws import masked
-from sparsepeft.ops.routed_ffn.groups import Tile
-from sparsepeft.ops.routed_ffn.products import Products, row_dot
+from sparsepeft.ops.routed_ffn.blocks import Arguments, Inlet, masked
+from sparsepeft.ops.routed_ffn.pytorch import Products, Tile, row_dot
 
 
 class TileBackward(NamedTuple):

@@ -9,16 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.routed_ffn.activations import Activation
-from sparsepeft.ops.routed_ffn.arguments import Arguments, Inlet, MakeProducts, Plan, sums_over_blocks
+from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.routed_ffn.backward import TileBackward
-from sparsepeft.ops.routed_ffn.draws import Draws, draw_seed, masked
-from sparsepeft.ops.routed_ffn.groups import Groups, Tile
-from sparsepeft.ops.routed_ffn.products import Products
-from sparsepeft.ops.routed_ffn.projections import Projection, read_low_rank
+from sparsepeft.ops.routed_ffn.blocks import (
+    Arguments,
+    Draws,
+    Inlet,
+    Plan,
+    draw_seed,
+    masked,
+    pack_signs,
+    sums_over_blocks,
+    unpack_signs,
+)
+from sparsepeft.ops.routed_ffn.projections import Activation, Projection, read_low_rank
+from sparsepeft.ops.routed_ffn.pytorch import Groups, MakeProducts, Products, Tile
 from sparsepeft.ops.routed_ffn.routing import Routing
-from sparsepeft.ops.routed_ffn.signs import pack_signs, unpack_signs
 
 
 @torch.compiler.disable  # the sizes of the products depend on data

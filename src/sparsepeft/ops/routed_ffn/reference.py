@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.activations import Activation
-from sparsepeft.ops.routed_ffn.projections import Projection, project
+from sparsepeft.ops.routed_ffn.projections import Activation, Projection, project
 from sparsepeft.ops.routed_ffn.routing import Routing
 
 

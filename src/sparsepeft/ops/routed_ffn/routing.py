@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype, top_k_lowest_index
+from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
 
 
 class Routing(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.groups import Groups, Tile
-from sparsepeft.ops.routed_ffn.products import row_dot
+from sparsepeft.ops.routed_ffn.pytorch import Groups, Tile, row_dot
 from sparsepeft.ops.routed_ffn.triton_kernels import _grouped_bwd_kernel, _grouped_fwd_kernel
 
 
@@ -49,7 +48,6 @@ class TritonProducts:
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
         """See :class:`Products`."""
         x = x if x.stride(-1) == 1 else x.contiguous()
-        _require_dtype(x.dtype)
         num_blocks, width, size = total.shape
         sizes = {"BLOCK_W": _tile_size(width, x.dtype), "BLOCK_D": _tile_size(size, x.dtype), "BLOCK_M": 32}
         grid = (num_blocks, triton.cdiv(width, sizes["BLOCK_W"]), triton.cdiv(size, sizes["BLOCK_D"]))
@@ -78,7 +76,6 @@ class TritonProducts:
 
     def _product(self, x: Tensor, weight: Tensor, *, x_rows: Tensor | None, y_rows: Tensor | None) -> Tensor:
         """Return ``x @ weight[block]^T`` for ``weight`` (G, N, K), rows of x gathered or of the result scattered."""
-        _require_dtype(x.dtype)
         num_rows, (num_blocks, size, _) = len(self._groups.order), weight.shape
         output = x.new_empty(num_rows, size)
         sizes = {"BLOCK_M": _largest_tile(x.dtype), "BLOCK_N": _tile_size(size, x.dtype), "BLOCK_K": 32}
@@ -112,8 +109,3 @@ def _tile_size(size: int, dtype: torch.dtype) -> int:
 
 def _largest_tile(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 128
-
-
-def _require_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the Triton form got {dtype}; it takes float32, bfloat16 or float16: use impl='looped'.")

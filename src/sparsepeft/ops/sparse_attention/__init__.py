@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.sparse_attention.checks import check_arguments
-from sparsepeft.ops.sparse_attention.choice import SparseAttentionChoice, check_impl, explain_sparse_attention_impl
-from sparsepeft.ops.sparse_attention.codebooks import fit_codebooks, refresh_codebooks
-from sparsepeft.ops.sparse_attention.codes import encode
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, check_arguments
 from sparsepeft.ops.sparse_attention.dispatch import dispatch_sparse_attention
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
-from sparsepeft.ops.sparse_attention.recall import selection_recall
+from sparsepeft.ops.sparse_attention.quantization import encode, fit_codebooks, refresh_codebooks
 from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
-from sparsepeft.ops.sparse_attention.tokens import count_matches
+from sparsepeft.ops.sparse_attention.selection import count_matches, keep_blocks, kept_tiles
 
 __all__ = [
-    "SparseAttentionChoice",
     "count_matches",
     "encode",
-    "explain_sparse_attention_impl",
     "fit_codebooks",
     "refresh_codebooks",
     "selection_recall",
@@ -83,8 +78,8 @@ def sparse_attention(
         keep_first: always keep the first valid key (or its block); with ``top_l`` 1, ``keep_self`` comes first.
         granularity: ``"token"`` or ``"block"``.
         block_size: tokens of a query block and of a key block.
-        impl: ``"auto"``, ``"reference"``, ``"cpu"`` (compiled), ``"torch"``, on a GPU ``"triton"`` for tokens and
-            ``"flex"`` (FlexAttention) for blocks; see `explain_sparse_attention_impl`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, on a GPU ``"triton"`` for tokens and ``"flex"``
+            (FlexAttention) for blocks; see :func:`sparsepeft.ops.explain`.
 
     Returns:
         (B, H, Tq, Dv), dtype of ``query``.
@@ -92,22 +87,30 @@ def sparse_attention(
     Raises:
         TypeError: a dtype or the type of an argument is wrong.
         ValueError: shapes do not fit, a number is out of range, or ``impl`` is unknown or cannot take these tensors.
+        RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import fit_codebooks
+        >>> query, key, value = torch.randn(3, 1, 4, 64, 16).unbind()  # (B, H, T, D) each
+        >>> codebooks = fit_codebooks(torch.cat([query, key], dim=2)[0])  # of 4 heads, each with 2 sub-vectors
+        >>> sparse_attention(query, key, value, codebooks, top_l=8, causal=True).shape
+        torch.Size([1, 4, 64, 16])
     """
     check_arguments(
         *(query, key, value, codebooks, top_l, causal, key_mask, query_positions, window, scale, softcap),
         granularity=granularity,
         block_size=block_size,
     )
-    check_impl(impl)
-    rules = Rules(
-        top_l=min(top_l, key.shape[2]),
+    settings = Settings(
+        top_l=top_l,
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         softcap=float(softcap or 0.0),
         keep_self=bool(keep_self),
         keep_first=bool(keep_first),
         block_size=block_size if granularity == "block" else 0,
     )
-    reach = Reach.of(
+    visibility = Visibility.of(
         query.shape[0],
         query.shape[2],
         key.shape[2],
@@ -119,5 +122,59 @@ def sparse_attention(
     )
     if impl == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            return sparse_attention_reference(query, key, value, codebooks, reach, rules)
-    return dispatch_sparse_attention(query, key, value, codebooks, reach, rules, impl)
+            return sparse_attention_reference(query, key, value, codebooks, visibility, settings)
+    return dispatch_sparse_attention(query, key, value, codebooks, visibility, settings, impl)
+
+
+@torch.no_grad()
+def selection_recall(
+    query: Tensor,
+    key: Tensor,
+    codebooks: Tensor,
+    *,
+    top_l: int,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    window: int | None = None,
+    keep_self: bool = True,
+    keep_first: bool = True,
+    granularity: str = "token",
+    block_size: int = 64,
+) -> float:
+    """Return the share of the true top-L keys, by exact score q . k, that the selection keeps.
+
+    Queries with no more than ``top_l`` valid keys keep them all and say nothing: they are left out, and if all queries
+    are such, the recall is 1. Arguments and errors as for :func:`sparse_attention`.
+    """
+    check_arguments(
+        *(query, key, key, codebooks, top_l, causal, key_mask, query_positions, window, None, None),
+        granularity=granularity,
+        block_size=block_size,
+    )
+    num_keys, precise = key.shape[2], softmax_dtype(query.dtype)
+    settings = Settings(top_l, 1.0, 0.0, keep_self, keep_first, block_size if granularity == "block" else 0)
+    visibility = Visibility.of(
+        query.shape[0],
+        query.shape[2],
+        num_keys,
+        causal=causal,
+        window=window,
+        query_positions=query_positions,
+        key_mask=key_mask,
+        device=query.device,
+    )
+    query_codes, key_codes = encode(query, codebooks), encode(key, codebooks)
+    codes = (
+        keep_blocks(query_codes, key_codes, visibility, settings) if settings.block_size else (query_codes, key_codes)
+    )
+    num_kept = total = 0
+    keys = key.to(precise).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    for rows, kept in kept_tiles(query.shape, codes, num_keys, visibility, settings):
+        valid = visibility.queries(rows.start, rows.stop).pairs(num_keys)
+        scores = (query[:, :, rows].to(precise) @ keys.mT).masked_fill(~valid, -torch.inf)
+        best = scores.topk(min(top_l, num_keys), dim=-1).indices
+        counted = (valid.sum(-1) > top_l).expand(kept.shape[:-1])
+        num_kept += int(kept.gather(-1, best)[counted].sum())
+        total += int(counted.sum()) * top_l
+    return num_kept / total if total else 1.0

@@ -1,149 +1,162 @@
-"""Which implementation of sparse attention ``impl="auto"`` means, and which can take what."""
+"""Which implementation of sparse attention runs, and which can take what."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from typing import NamedTuple
+import functools
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.sparse_attention.compiled import why_not_compiled
-from sparsepeft.ops.sparse_attention.native import load_library
+from sparsepeft.ops import gpu, native
+from sparsepeft.ops.measured import fastest
+from sparsepeft.ops.registry import Implementation, Operator
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.cpu import cpu_forward, encode_cpu, why_not_built, why_not_cpu
+from sparsepeft.ops.sparse_attention.pytorch import torch_forward
 
-_IMPLEMENTATIONS = ("auto", "reference", "cpu", "torch", "triton", "flex")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_SIZE = 256
 _MAX_SUBVECTORS = 64  # ranks are 32 bits: 7 for matches, 24 for distances, which are up to twice the number of keys
 _MAX_KEYS = 1 << 22
-_FLEX_HEAD_SIZE = 16  # the least
+_MIN_FLEX_HEAD_SIZE = 16
 # FlexAttention's tuned kernels have tiles of 64, those that an outer torch.compile takes of 128 (backward on an H100).
 _FLEX_TILE, _FLEX_UNTUNED_TILE = 64, 128
 
 
-class SparseAttentionChoice(NamedTuple):
-    """An implementation of :func:`sparse_attention` and, in a sentence, why it was chosen."""
+class AttentionArguments(NamedTuple):
+    """What the choice depends on; see :func:`sparse_attention`. A ``block_size`` of 0 means token granularity."""
 
-    impl: str
-    reason: str
+    query: Tensor
+    value: Tensor
+    num_subvectors: int
+    block_size: int
 
+    @classmethod
+    def bind(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        codebooks: Tensor,
+        *,
+        granularity: str = "token",
+        block_size: int = 64,
+        **_: Any,
+    ) -> AttentionArguments:
+        """Take the arguments of :func:`sparse_attention`."""
+        return cls(query, value, codebooks.shape[1], block_size if granularity == "block" else 0)
 
-def explain_sparse_attention_impl(
-    query: Tensor, value: Tensor, num_subvectors: int, *, granularity: str = "token", block_size: int = 64
-) -> SparseAttentionChoice:
-    """Return the implementation ``impl="auto"`` picks for these tensors, with the reason.
-
-    Args:
-        query: (B, H, Tq, D).
-        value: (B, Hkv, Tk, Dv).
-        num_subvectors: M.
-        granularity: ``"token"`` or ``"block"``.
-        block_size: of block granularity.
-    """
-    size = block_size if granularity == "block" else 0
-    if not query.is_cuda:
-        reason = why_not_compiled(query, value, num_subvectors)
-        if reason is None and load_library() is None:
-            reason = "the compiled kernels could not be built"
-        if reason is None:
-            return SparseAttentionChoice("cpu", "The compiled kernels take these tensors.")
-    elif size:
-        reason = _why_not_flex(query, value, size)
-        if reason is None:
-            return SparseAttentionChoice(
-                "flex", "On CUDA, FlexAttention computes kept blocks alone; its speed has not been measured yet."
-            )
-    else:
-        reason = _why_not_triton(query, value, num_subvectors, size)
-        if reason is None:
-            return SparseAttentionChoice(
-                "triton",
-                "On CUDA, Triton kernels select keys and attend without storing pairs; their speed has not been "
-                "measured yet.",
-            )
-    return SparseAttentionChoice("torch", f"Plain PyTorch in linear memory is used because {reason}.")
+    @property
+    def largest_head(self) -> int:
+        """The head size of queries or of values, whichever is larger."""
+        return max(self.query.shape[-1], self.value.shape[-1])
 
 
-def check_impl(impl: str) -> None:
-    """Raise ``ValueError`` where ``impl`` is not the name of an implementation."""
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(_IMPLEMENTATIONS)}.")
-
-
-def choose_impl(impl: str, query: Tensor, value: Tensor, num_subvectors: int, block_size: int) -> str:
-    """Return the implementation to use; a ``block_size`` of 0 means token granularity.
-
-    Raises:
-        ValueError: ``impl`` names kernels that cannot take the tensors.
-    """
-    if impl == "auto":
-        granularity = "block" if block_size else "token"
-        choice = explain_sparse_attention_impl(
-            query, value, num_subvectors, granularity=granularity, block_size=block_size
-        )
-        return choice.impl
-    reason = None
-    if impl == "cpu":
-        reason = why_not_compiled(query, value, num_subvectors)
-    elif impl == "triton":
-        reason = _why_not_triton(query, value, num_subvectors, block_size)
-    elif impl == "flex":
-        reason = _why_not_flex(query, value, block_size)
-    if reason is not None:
-        raise ValueError(f"impl is {impl!r}, but {reason}: use impl='auto'.")
-    return impl
-
-
-def means_flex(impl: str, query: Tensor, value: Tensor, block_size: int) -> bool:
-    """Return whether FlexAttention is to be used; nothing that ``torch.compile`` could not trace is asked."""
-    return impl == "flex" or (
-        impl == "auto" and query.is_cuda and block_size > 0 and _why_not_flex(query, value, block_size) is None
-    )
-
-
-def why_no_triton(tensor: Tensor) -> str | None:
-    """Return why Triton kernels cannot run on this tensor, or None."""
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    # Triton's own switch: kernels run on the CPU, slowly.
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {tensor.device}, the Triton kernels run on CUDA devices"
-    if tensor.dtype not in _GPU_DTYPES:
-        return f"the tensors are {tensor.dtype}, the Triton kernels take float32, bfloat16 and float16"
-    return None
-
-
-def _why_not_triton(query: Tensor, value: Tensor, num_subvectors: int, block_size: int) -> str | None:
-    reason = why_no_triton(query)
+def _why_not_triton(arguments: AttentionArguments) -> str | None:
+    if arguments.block_size:
+        return "granularity is 'block', the Triton kernels keep single tokens"
+    reason = gpu.why_not_triton(arguments.query)
     if reason is not None:
         return reason
-    if block_size:
-        return "granularity is 'block', the Triton kernels keep single tokens"
-    if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_SIZE:
-        return f"the head size is {max(query.shape[-1], value.shape[-1])}, the Triton kernels take {_MAX_HEAD_SIZE}"
-    if num_subvectors > _MAX_SUBVECTORS:
-        return f"there are {num_subvectors} sub-vectors, the Triton kernels take {_MAX_SUBVECTORS}"
-    if value.shape[2] > _MAX_KEYS:
-        return f"there are {value.shape[2]} keys, the Triton kernels take {_MAX_KEYS}"
+    if arguments.largest_head > _MAX_HEAD_SIZE:
+        return f"the head size is {arguments.largest_head}, the Triton kernels take {_MAX_HEAD_SIZE}"
+    if arguments.num_subvectors > _MAX_SUBVECTORS:
+        return f"there are {arguments.num_subvectors} sub-vectors, the Triton kernels take {_MAX_SUBVECTORS}"
+    if arguments.value.shape[2] > _MAX_KEYS:
+        return f"there are {arguments.value.shape[2]} keys, the Triton kernels take {_MAX_KEYS}"
     return None
 
 
-def _why_not_flex(query: Tensor, value: Tensor, block_size: int) -> str | None:
+def _why_not_flex(arguments: AttentionArguments) -> str | None:
+    query, value, _, block_size = arguments
     if not block_size:
         return "granularity is 'token', FlexAttention takes lists of blocks"
     if not query.is_cuda:
         return None  # eager, forward alone: its own error says so
-    if not _HAS_TRITON:
+    if not gpu.HAS_TRITON:
         return "the package triton is not installed, which FlexAttention needs on a GPU"
-    if query.dtype not in _GPU_DTYPES:
+    if query.dtype not in gpu.DTYPES:
         return f"the tensors are {query.dtype}, FlexAttention takes float32, bfloat16 and float16"
-    smallest, largest = (f(query.shape[-1], value.shape[-1]) for f in (min, max))
-    if smallest < _FLEX_HEAD_SIZE or largest > _MAX_HEAD_SIZE:
-        return f"the head sizes are {smallest} to {largest}, FlexAttention takes {_FLEX_HEAD_SIZE} to {_MAX_HEAD_SIZE}"
+    smallest = min(query.shape[-1], value.shape[-1])
+    if smallest < _MIN_FLEX_HEAD_SIZE or arguments.largest_head > _MAX_HEAD_SIZE:
+        return (
+            f"the head sizes are {smallest} to {arguments.largest_head}, FlexAttention takes {_MIN_FLEX_HEAD_SIZE} to "
+            f"{_MAX_HEAD_SIZE}"
+        )
     tile = _FLEX_UNTUNED_TILE if torch.compiler.is_compiling() else _FLEX_TILE
     if block_size % tile:
         where = "inside torch.compile " if tile == _FLEX_UNTUNED_TILE else ""
         return f"block_size is {block_size}, FlexAttention's kernels {where}take multiples of {tile}"
     return None
+
+
+@functools.cache
+def why_slower_here() -> str | None:
+    """Return why "auto" leaves the compiled kernels alone on this processor, or None.
+
+    On a kind of processor on which nobody has run them they are tried once: a small problem shows whether they are
+    right and faster than plain PyTorch, and a warning says so.
+    """
+    if native.is_proven():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 256, 64, generator=generator)
+    codebooks = torch.randn(2, 8, 16, 8, generator=generator)
+    settings = Settings(32, 0.125, 0.0, True, True, 0)
+    sizes = {"causal": True, "window": None, "query_positions": None, "key_mask": None, "device": query.device}
+    visibility = Visibility.of(1, 256, 256, **sizes)
+    codes = encode_cpu(query, codebooks), encode_cpu(key, codebooks)
+    forms = {
+        name: functools.partial(form, query, key, value, codes, visibility, settings)
+        for name, form in (("cpu", cpu_forward), ("torch", torch_forward))
+    }
+    times = fastest("sparse_attention", (), forms)
+    is_right = torch.allclose(forms["cpu"]()[0], forms["torch"]()[0], atol=1e-5)
+    reason = (
+        "they are not right here" if not is_right else "they are slower here" if times["cpu"] > times["torch"] else None
+    )
+    warnings.warn(
+        "sparse attention's compiled kernels have not been run on a processor like this one yet. They were tried: "
+        f"{reason or 'they are right and faster than plain PyTorch, so they are used'} ({times['cpu']:.2g} ms against "
+        f"{times['torch']:.2g} ms).",
+        stacklevel=2,
+    )
+    return reason
+
+
+def _why_not_flex_by_itself(arguments: AttentionArguments) -> str | None:
+    return None if arguments.query.is_cuda else "on a CPU FlexAttention is slow and has no gradients"
+
+
+OPERATOR = Operator(
+    "sparse_attention",
+    AttentionArguments.bind,
+    [
+        Implementation("reference", 0, "the definition"),
+        Implementation("torch", 10, "plain PyTorch in linear memory, on every device and in every dtype"),
+        Implementation(
+            "cpu",
+            20,
+            "the compiled kernels compute kept pairs alone",
+            why_unavailable=why_not_built,
+            why_not=lambda arguments: why_not_cpu(arguments.query, arguments.value, arguments.num_subvectors),
+            why_not_automatic=lambda _: why_slower_here(),
+        ),
+        Implementation(
+            "triton",
+            30,
+            "the kernels select keys and attend without storing pairs",
+            why_unavailable=gpu.why_no_triton,
+            why_not=_why_not_triton,
+            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.query),
+        ),
+        Implementation(
+            "flex",
+            30,
+            "FlexAttention computes kept blocks alone",
+            why_not=_why_not_flex,
+            why_not_automatic=_why_not_flex_by_itself,
+        ),
+    ],
+)

@@ -14,32 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.sparse_attention.blocks import BlockLists, keep_blocks, list_shape
-from sparsepeft.ops.sparse_attention.choice import choose_impl, means_flex
-from sparsepeft.ops.sparse_attention.chunked import chunked_backward, chunked_forward
-from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.compiled import compiled_backward, compiled_forward
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, words_shape
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, words_shape
+from sparsepeft.ops.sparse_attention.choice import OPERATOR, AttentionArguments
+from sparsepeft.ops.sparse_attention.cpu import cpu_backward, cpu_forward
+from sparsepeft.ops.sparse_attention.pytorch import torch_backward, torch_forward
+from sparsepeft.ops.sparse_attention.quantization import encode
+from sparsepeft.ops.sparse_attention.selection import BlockLists, keep_blocks, list_shape
 
-_FORWARD = {"cpu": compiled_forward, "torch": chunked_forward}
-_BACKWARD = {"cpu": compiled_backward, "torch": chunked_backward}
+_FORWARD = {"cpu": cpu_forward, "torch": torch_forward}
+_BACKWARD = {"cpu": cpu_backward, "torch": torch_backward}
 
 
 def dispatch_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, reach: Reach, rules: Rules, impl: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebooks: Tensor,
+    visibility: Visibility,
+    settings: Settings,
+    impl: str,
 ) -> Tensor:
-    """Attend by the implementation ``impl``; see :func:`sparse_attention`."""
-    if means_flex(impl, query, value, rules.block_size):
+    """Attend by the implementation ``impl``, which is not the reference; see :func:`sparse_attention`."""
+    packed = settings.pack()
+    if OPERATOR.means("flex", impl, AttentionArguments(query, value, codebooks.shape[1], settings.block_size)):
         from sparsepeft.ops.sparse_attention.flex import flex_block_attention  # slow to import
 
-        choose_impl("flex", query, value, codebooks.shape[1], rules.block_size)
-        lists = BlockLists(*_select_blocks(query.detach(), key.detach(), codebooks.detach(), *reach, *rules))
+        lists = BlockLists(*_select_blocks(query.detach(), key.detach(), codebooks.detach(), *visibility, packed))
         with torch.autocast(query.device.type, enabled=False):
-            return flex_block_attention(query, key, value, lists, reach, rules)
-    if impl == "auto" and rules.block_size and query.is_cuda:
+            return flex_block_attention(query, key, value, lists, visibility, settings)
+    if impl == "auto" and settings.block_size and query.is_cuda:
         impl = "torch"  # settled here: while it runs, the operator does not know that a graph was traced
-    output, *_ = _attend(query, key, value, codebooks, *reach, *rules, impl)
+    output, *_ = _attend(query, key, value, codebooks, *visibility, packed, impl)
     return output
 
 
@@ -52,18 +58,13 @@ def _select_blocks(
     lower: Tensor,
     upper: Tensor,
     key_mask: Tensor | None,
-    top_l: int,
-    scale: float,
-    softcap: float,
-    keep_self: bool,
-    keep_first: bool,
-    block_size: int,
+    packed_settings: list[float],
 ) -> tuple[Tensor, Tensor]:
     """Return the block lists and their counts."""
-    rules = Rules(top_l, scale, softcap, keep_self, keep_first, block_size)
+    settings = Settings.unpack(packed_settings, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         codes = encode(query, codebooks), encode(key, codebooks)
-        lists = keep_blocks(*codes, Reach(positions, lower, upper, key_mask), rules)
+        lists = keep_blocks(*codes, Visibility(positions, lower, upper, key_mask), settings)
     return lists.indices, lists.counts
 
 
@@ -76,14 +77,13 @@ def _(
     lower: Tensor,
     upper: Tensor,
     key_mask: Tensor | None,
-    top_l: int,
-    scale: float,
-    softcap: float,
-    keep_self: bool,
-    keep_first: bool,
-    block_size: int,
+    packed_settings: list[float],
 ) -> tuple[Tensor, Tensor]:
-    shape = list_shape(query.shape, key.shape[2], top_l, block_size)
+    return _empty_lists(query, key, Settings.unpack(packed_settings, key.shape[2]))
+
+
+def _empty_lists(query: Tensor, key: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    shape = list_shape(query.shape, key.shape[2], settings.top_l, settings.block_size)
     return query.new_empty(shape, dtype=torch.int32), query.new_empty(shape[:3], dtype=torch.int32)
 
 
@@ -97,28 +97,23 @@ def _attend(
     lower: Tensor,
     upper: Tensor,
     key_mask: Tensor | None,
-    top_l: int,
-    scale: float,
-    softcap: float,
-    keep_self: bool,
-    keep_first: bool,
-    block_size: int,
+    packed_settings: list[float],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, the log-sum-exp and what was selected."""
-    rules = Rules(top_l, scale, softcap, keep_self, keep_first, block_size)
-    reach = Reach(positions, lower, upper, key_mask)
-    impl = choose_impl(impl, query, value, codebooks.shape[1], block_size)
+    settings = Settings.unpack(packed_settings, key.shape[2])
+    visibility = Visibility(positions, lower, upper, key_mask)
+    impl = OPERATOR.choose(impl, AttentionArguments(query, value, codebooks.shape[1], settings.block_size))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
-            packed = select_triton(query, key, codebooks, reach, rules)
-            return *triton_forward(query, key, value, packed, reach, rules), *packed
+            selected = select_triton(query, key, codebooks, visibility, settings)
+            return *triton_forward(query, key, value, selected, visibility, settings), *selected
         codes = encode(query, codebooks), encode(key, codebooks)
-        selection = keep_blocks(*codes, reach, rules) if block_size else codes
+        selection = keep_blocks(*codes, visibility, settings) if settings.block_size else codes
         nothing = query.new_empty(0, dtype=torch.int32)
-        return *_FORWARD[impl](query, key, value, selection, reach, rules), *selection, nothing
+        return *_FORWARD[impl](query, key, value, selection, visibility, settings), *selection, nothing
 
 
 @_attend.register_fake
@@ -131,26 +126,20 @@ def _(
     lower: Tensor,
     upper: Tensor,
     key_mask: Tensor | None,
-    top_l: int,
-    scale: float,
-    softcap: float,
-    keep_self: bool,
-    keep_first: bool,
-    block_size: int,
+    packed_settings: list[float],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings, num_subvectors = Settings.unpack(packed_settings, key.shape[2]), codebooks.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=softmax_dtype(query.dtype))
-    if choose_impl(impl, query, value, codebooks.shape[1], block_size) == "triton":
-        shapes = *(words_shape(t.shape, codebooks.shape[1]) for t in (query, key)), query.shape[:3]
+    if OPERATOR.means("triton", impl, AttentionArguments(query, value, num_subvectors, settings.block_size)):
+        shapes = *(words_shape(t.shape, num_subvectors) for t in (query, key)), query.shape[:3]
         a, b, c = (query.new_empty(shape, dtype=torch.int32) for shape in shapes)
         return output, log_sum_exp, a, b, c
     nothing = query.new_empty(0, dtype=torch.int32)
-    if block_size:
-        shape = list_shape(query.shape, key.shape[2], top_l, block_size)
-        lists = query.new_empty(shape, dtype=torch.int32)
-        return output, log_sum_exp, lists, query.new_empty(shape[:3], dtype=torch.int32), nothing
-    codes = [t.new_empty((*t.shape[:3], codebooks.shape[1]), dtype=torch.uint8) for t in (query, key)]
+    if settings.block_size:
+        return output, log_sum_exp, *_empty_lists(query, key, settings), nothing
+    codes = [t.new_empty((*t.shape[:3], num_subvectors), dtype=torch.uint8) for t in (query, key)]
     return output, log_sum_exp, codes[0], codes[1], nothing
 
 
@@ -170,25 +159,20 @@ def _attend_backward(
     upper: Tensor,
     key_mask: Tensor | None,
     num_subvectors: int,
-    top_l: int,
-    scale: float,
-    softcap: float,
-    keep_self: bool,
-    keep_first: bool,
-    block_size: int,
+    packed_settings: list[float],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rules = Rules(top_l, scale, softcap, keep_self, keep_first, block_size)
-    reach = Reach(positions, lower, upper, key_mask)
-    impl = choose_impl(impl, query, value, num_subvectors, block_size)
-    given = grad_output, query, key, value, output, log_sum_exp
+    settings = Settings.unpack(packed_settings, key.shape[2])
+    visibility = Visibility(positions, lower, upper, key_mask)
+    impl = OPERATOR.choose(impl, AttentionArguments(query, value, num_subvectors, settings.block_size))
+    tensors = grad_output, query, key, value, output, log_sum_exp
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from sparsepeft.ops.sparse_attention.triton import Selection, triton_backward
 
-            return triton_backward(*given, Selection(selection_a, selection_b, selection_c), reach, rules)
-        selection = BlockLists(selection_a, selection_b) if block_size else (selection_a, selection_b)
-        return _BACKWARD[impl](*given, selection, reach, rules)
+            return triton_backward(*tensors, Selection(selection_a, selection_b, selection_c), visibility, settings)
+        selection = BlockLists(selection_a, selection_b) if settings.block_size else (selection_a, selection_b)
+        return _BACKWARD[impl](*tensors, selection, visibility, settings)
 
 
 @_attend_backward.register_fake
@@ -197,8 +181,8 @@ def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, codebooks, *reach = inputs[:8]
-    ctx.save_for_backward(query, key, value, *output, *reach)
+    query, key, value, codebooks, *visibility = inputs[:8]
+    ctx.save_for_backward(query, key, value, *output, *visibility)
     ctx.settings = codebooks.shape[1], *inputs[8:]
 
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from sparsepeft.ops.sparse_attention.blocks import BlockLists
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.selection import BlockLists
 
 
 def flex_block_attention(
-    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, reach: Reach, rules: Rules
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, visibility: Visibility, settings: Settings
 ) -> Tensor:
     """Attend to the valid pairs of the listed blocks; (B, H, Tq, Dv).
 
@@ -35,15 +35,17 @@ def flex_block_attention(
     attend: Any = _tuned() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
 
     def softcap(score: Tensor, *_: Tensor) -> Tensor:
-        return rules.softcap * torch.tanh(score / rules.softcap)
+        return settings.softcap * torch.tanh(score / settings.softcap)
 
     return attend(
         query,
         key,
         value,
-        score_mod=softcap if rules.softcap > 0 else None,
-        block_mask=_block_mask(lists, query.shape[2], key.shape[2], reach, rules.block_size, eager=not query.is_cuda),
-        scale=rules.scale,
+        score_mod=softcap if settings.softcap > 0 else None,
+        block_mask=_block_mask(
+            lists, query.shape[2], key.shape[2], visibility, settings.block_size, eager=not query.is_cuda
+        ),
+        scale=settings.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # the kernel for few queries has other tiles
     )
@@ -55,10 +57,10 @@ def _tuned() -> Any:
 
 
 def _block_mask(
-    lists: BlockLists, num_queries: int, num_keys: int, reach: Reach, block_size: int, *, eager: bool
+    lists: BlockLists, num_queries: int, num_keys: int, visibility: Visibility, block_size: int, *, eager: bool
 ) -> BlockMask:
     num_key_blocks = -(-num_keys // block_size)
-    _, lower, upper, key_mask = reach
+    _, lower, upper, key_mask = visibility
     kept = lists.to_mask(num_key_blocks) if eager else None
 
     def valid(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

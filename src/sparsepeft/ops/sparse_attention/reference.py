@@ -5,24 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.select import softmax_dtype
-from sparsepeft.ops.sparse_attention.blocks import keep_blocks
-from sparsepeft.ops.sparse_attention.codes import encode
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules
-from sparsepeft.ops.sparse_attention.tokens import keep_tokens
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.quantization import encode
+from sparsepeft.ops.sparse_attention.selection import keep_blocks, keep_tokens
 
 
 def sparse_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, reach: Reach, rules: Rules
+    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
 ) -> Tensor:
     """Attend to the kept keys alone; see :func:`sparse_attention`. It holds several (B, H, Tq, Tk) tensors."""
-    kept = kept_pairs(encode(query, codebooks), encode(key, codebooks), reach, rules)  # (B, H, Tq, Tk)
+    kept = kept_pairs(encode(query, codebooks), encode(key, codebooks), visibility, settings)  # (B, H, Tq, Tk)
     group, precise = query.shape[1] // key.shape[1], softmax_dtype(query.dtype)
     keys, values = (tensor.repeat_interleave(group, dim=1).to(precise) for tensor in (key, value))
 
-    scores = query.to(precise) @ keys.mT * rules.scale
-    if rules.softcap > 0:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = query.to(precise) @ keys.mT * settings.scale
+    if settings.softcap > 0:
+        scores = settings.softcap * torch.tanh(scores / settings.softcap)
     scores = scores.masked_fill(~kept, -torch.inf)
     # A row without a kept key would be NaN in the softmax and in its gradient: it gets a score, and weight zero.
     scores = scores.masked_fill(~kept.any(-1, keepdim=True), 0)
@@ -30,10 +29,10 @@ def sparse_attention_reference(
     return (weights @ values).to(query.dtype)
 
 
-def kept_pairs(query_codes: Tensor, key_codes: Tensor, reach: Reach, rules: Rules) -> Tensor:
+def kept_pairs(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return which pairs of query and key take part in the attention, bool, (B, H, Tq, Tk)."""
-    if rules.block_size == 0:
-        return keep_tokens(query_codes, key_codes, reach, rules)
+    if settings.block_size == 0:
+        return keep_tokens(query_codes, key_codes, visibility, settings)
     num_queries, num_keys = query_codes.shape[2], key_codes.shape[2]
-    lists = keep_blocks(query_codes, key_codes, reach, rules)
-    return lists.pairs(num_queries, num_keys, rules.block_size) & reach.pairs(num_keys)
+    lists = keep_blocks(query_codes, key_codes, visibility, settings)
+    return lists.pairs(num_queries, num_keys, settings.block_size) & visibility.pairs(num_keys)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from sparsepeft.ops.sparse_attention.problem import Reach, Rules, words_shape
+from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, words_shape
 from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
     _attention_bwd_key_value_kernel,
     _attention_bwd_query_kernel,
@@ -39,7 +39,9 @@ def encode_triton(vectors: Tensor, codebooks: Tensor) -> Tensor:
     return _launch_encode(vectors, codebooks, codes, filler=None)
 
 
-def select_triton(query: Tensor, key: Tensor, codebooks: Tensor, reach: Reach, rules: Rules) -> Selection:
+def select_triton(
+    query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
+) -> Selection:
     """Encode queries and keys and find, for each query, what it keeps."""
     query_words = _launch_encode(query, codebooks, _words_like(query, codebooks), _QUERY_FILLER)
     key_words = _launch_encode(key, codebooks, _words_like(key, codebooks), _KEY_FILLER)
@@ -52,18 +54,18 @@ def select_triton(query: Tensor, key: Tensor, codebooks: Tensor, reach: Reach, r
         _select_kernel[(num_tiles * query.shape[0] * heads,)](
             query_words,
             key_words,
-            selection_limits(reach, rules, num_keys),
-            _as_bytes(reach.key_mask),
+            selection_limits(visibility, settings, num_keys),
+            _as_bytes(visibility.key_mask),
             thresholds,
             num_queries,
             num_keys,
             heads,
             heads // key.shape[1],
             num_tiles,
-            rules.top_l,
+            settings.top_l,
             WORDS=query_words.shape[2],
             LEVELS=levels,
-            HAS_MASK=reach.key_mask is not None,
+            HAS_MASK=visibility.key_mask is not None,
             BLOCK_Q=block,
             BLOCK_K=64,
             num_warps=8,
@@ -71,14 +73,14 @@ def select_triton(query: Tensor, key: Tensor, codebooks: Tensor, reach: Reach, r
     return Selection(query_words, key_words, thresholds)
 
 
-def selection_limits(reach: Reach, rules: Rules, num_keys: int) -> Tensor:
+def selection_limits(visibility: Visibility, settings: Settings, num_keys: int) -> Tensor:
     """Return what the kernels must know of each query: int32, (B, 6, Tq).
 
     These are its position (one place outside the keys at most, which leaves the order of its keys as it is), the first
     key it may attend to, the one after the last, the first valid key and its own where these are always kept, else -1,
     and the number of valid keys.
     """
-    positions, lower, upper, key_mask = reach
+    positions, lower, upper, key_mask = visibility
     own = torch.where((positions >= lower) & (positions < upper), positions, -1)
     if key_mask is None:
         num_valid, first = upper - lower, lower
@@ -88,16 +90,16 @@ def selection_limits(reach: Reach, rules: Rules, num_keys: int) -> Tensor:
         num_valid = before.gather(1, upper.long()) - below
         first = torch.searchsorted(before, below + 1, out_int32=True) - 1
         own = torch.where(key_mask.gather(1, own.clamp_min(0).long()), own, -1)
-    if not rules.keep_self:
+    if not settings.keep_self:
         own = torch.full_like(own, -1)
-    first = torch.where(num_valid > 0, first, -1) if rules.keep_first else torch.full_like(own, -1)
-    if rules.top_l == 1:
+    first = torch.where(num_valid > 0, first, -1) if settings.keep_first else torch.full_like(own, -1)
+    if settings.top_l == 1:
         first = torch.where(own >= 0, -1, first)
     return torch.stack([positions.clamp(-1, num_keys), lower, upper, first, own, num_valid], dim=1).to(torch.int32)
 
 
 def triton_forward(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, reach: Reach, rules: Rules
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
     query, key, value = (_rows_contiguous(tensor) for tensor in (query, key, value))
@@ -112,12 +114,12 @@ def triton_forward(
             value,
             output,
             log_sum_exp,
-            *_selected(selection, reach, rules, key),
+            *_selected(selection, visibility, settings, key),
             *_sizes(query, key, num_tiles),
             *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
-            rules.scale,
-            rules.softcap,
-            **_constants(query, value, selection, reach, rules),
+            settings.scale,
+            settings.softcap,
+            **_constants(query, value, selection, visibility, settings),
             **tile,
         )
     return output, log_sum_exp
@@ -131,8 +133,8 @@ def triton_backward(
     output: Tensor,
     log_sum_exp: Tensor,
     selection: Selection,
-    reach: Reach,
-    rules: Rules,
+    visibility: Visibility,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     grad_output, query, key, value = (_rows_contiguous(tensor) for tensor in (grad_output, query, key, value))
@@ -143,10 +145,10 @@ def triton_backward(
     tile = {kernel: _tile(kernel, query, value) for kernel in ("query", "key_value")}
     query_tiles = triton.cdiv(query.shape[2], tile["query"]["BLOCK_Q"])
     key_tiles = triton.cdiv(key.shape[2], tile["key_value"]["BLOCK_K"])
-    selected = _selected(selection, reach, rules, key)
+    selected = _selected(selection, visibility, settings, key)
     strides = [stride for tensor in (grad_output, query, key, value) for stride in tensor.stride()[:3]]
-    numbers = (*strides, rules.scale, rules.softcap)
-    constants = _constants(query, value, selection, reach, rules)
+    numbers = (*strides, settings.scale, settings.softcap)
+    constants = _constants(query, value, selection, visibility, settings)
     with torch.cuda.device_of(query):
         _attention_bwd_query_kernel[(query_tiles * query.shape[0] * query.shape[1],)](
             *(grad_output, query, key, value, output, log_sum_exp, delta, grad_query),
@@ -200,15 +202,17 @@ def _launch_encode(vectors: Tensor, codebooks: Tensor, codes: Tensor, filler: in
     return codes
 
 
-def _selected(selection: Selection, reach: Reach, rules: Rules, key: Tensor) -> tuple[Any, ...]:
-    return *selection, selection_limits(reach, rules, key.shape[2]), _as_bytes(reach.key_mask)
+def _selected(selection: Selection, visibility: Visibility, settings: Settings, key: Tensor) -> tuple[Any, ...]:
+    return *selection, selection_limits(visibility, settings, key.shape[2]), _as_bytes(visibility.key_mask)
 
 
 def _sizes(query: Tensor, key: Tensor, num_tiles: int) -> tuple[int, ...]:
     return query.shape[2], key.shape[2], query.shape[1], query.shape[1] // key.shape[1], num_tiles
 
 
-def _constants(query: Tensor, value: Tensor, selection: Selection, reach: Reach, rules: Rules) -> dict[str, Any]:
+def _constants(
+    query: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
+) -> dict[str, Any]:
     size, value_size = query.shape[-1], value.shape[-1]
     return {
         "D": size,
@@ -216,9 +220,9 @@ def _constants(query: Tensor, value: Tensor, selection: Selection, reach: Reach,
         "PADDED_D": _padded(size),
         "PADDED_DV": _padded(value_size),
         "WORDS": selection.query_words.shape[2],
-        "HAS_MASK": reach.key_mask is not None,
-        "KEEP_SELF": rules.keep_self,
-        "SOFTCAP": rules.softcap > 0,
+        "HAS_MASK": visibility.key_mask is not None,
+        "KEEP_SELF": settings.keep_self,
+        "SOFTCAP": settings.softcap > 0,
     }
 
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-// The arguments; `compiled.py` mirrors this struct. All tensors are contiguous.
+// The arguments; `cpu.py` mirrors this struct. All tensors are contiguous.
 struct Memory {
     int64_t tokens, hidden, parents, children, top_k, threads;
     int64_t is_bfloat16;  // x and output
@@ -21,7 +21,6 @@ struct Memory {
 };
 
 constexpr int TOGETHER = REGISTERS == 32 ? 4 : 2;  // tokens read at once
-constexpr int64_t MANY_TOKENS = 256;              // worth threads that have to be started first
 
 // Products of R rows with T vectors, total[t][r] = rows[r] . x[t]. What is loaded serves R or T of them.
 template <int T, int R>
@@ -238,9 +237,7 @@ extern "C" {
 void memory_read(const Memory* memory, Parallel parallel) {
     const Memory& m = *memory;
     const int64_t step = std::max<int64_t>(1, (m.tokens + 4 * m.threads - 1) / (4 * m.threads));
-    // To start threads takes longer than to read a few tokens; the runtime's threads are waiting already.
-    const int64_t threads = parallel || m.tokens >= MANY_TOKENS ? std::min(m.threads, m.tokens) : 1;
-    run_threads(parallel, threads, [&](std::atomic<int64_t>& next, int64_t) {
+    run_threads(parallel, std::min(m.threads, m.tokens), [&](std::atomic<int64_t>& next, int64_t) {
         for (int64_t begin; (begin = next.fetch_add(step)) < m.tokens;)
             if (m.is_shared) read<TOGETHER>(m, begin, std::min(begin + step, m.tokens));
             else read<1>(m, begin, std::min(begin + step, m.tokens));

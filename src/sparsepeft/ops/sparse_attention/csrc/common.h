@@ -38,7 +38,7 @@ INLINE vec score_slope(vec s, float scale, float softcap) {
     return (1.0f - x * x) * scale;
 }
 
-// The arguments; `compiled.py` mirrors these two structs. Strides count elements, the last dimension is contiguous.
+// The arguments; `cpu.py` mirrors these two structs. Strides count elements, the last dimension is contiguous.
 struct View {
     char* data;
     int64_t batch, head, token;

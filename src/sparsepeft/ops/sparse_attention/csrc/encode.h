@@ -3,7 +3,7 @@
 
 #include "common.h"
 
-// `compiled.py` mirrors this struct.
+// `cpu.py` mirrors this struct.
 struct Encoding {
     int64_t batch, heads, kv_heads, tokens, subvectors, codewords, width, dtype, threads;
     View vectors;

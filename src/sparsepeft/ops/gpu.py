@@ -1,0 +1,56 @@
+"""Where Triton kernels can run, and where they have been run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from sparsepeft.ops import registry
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Compute capabilities of the NVIDIA GPUs on which the tests of tests/ops/gpu have passed: H100 and H200.
+_PROVEN_CAPABILITIES = ((9, 0),)
+
+
+def why_no_triton() -> str | None:
+    """Return why Triton cannot be used on this machine, or None."""
+    return None if HAS_TRITON else "the package triton is not installed: pip install triton"
+
+
+def why_not_triton(*tensors: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why Triton kernels cannot take these tensors (in their own dtype or as ``dtype``), or None."""
+    for tensor in tensors:
+        if not (tensor.is_cuda or _INTERPRETED):
+            return f"the tensors are on {tensor.device}, Triton kernels run on CUDA devices"
+        if (dtype or tensor.dtype) not in DTYPES:
+            return f"the tensors are {dtype or tensor.dtype}, the Triton kernels take float32, bfloat16 and float16"
+    return None
+
+
+def why_not_triton_by_itself(tensor: Tensor) -> str | None:
+    """Return why "auto" takes no Triton kernel for tensors on this device, or None."""
+    if not tensor.is_cuda:
+        return f"the tensors are on {tensor.device}, where Triton kernels are interpreted"
+    return None if "triton" in registry.ENABLED else _why_unproven()
+
+
+@torch.compiler.assume_constant_result
+def _why_unproven() -> str | None:
+    """Return why kernels are not taken by themselves on the current GPU, and warn the first time; None where proven."""
+    if not torch.cuda.is_available():
+        return None  # a tensor without memory: nothing will run
+    if torch.version.hip is None and torch.cuda.get_device_capability() in _PROVEN_CAPABILITIES:
+        return None
+    reason = f"the Triton kernels have not been run on a GPU like {torch.cuda.get_device_name()} yet"
+    warnings.warn(
+        f"{reason}, so PyTorch's own are used. To have them, set SPARSEPEFT_ENABLE=triton or give impl='triton'; "
+        "pytest -m gpu tests/ops/gpu shows whether they are right here.",
+        stacklevel=2,  # one place, so Python shows it once
+    )
+    return reason

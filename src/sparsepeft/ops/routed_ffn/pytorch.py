@@ -1,0 +1,189 @@
+"""Portable PyTorch: the matrix products of a routed FFN, over tokens grouped by block.
+
+Every weight is seen as G blocks of (W, D), W neurons of the inner dimension each: the rows of the up and gate
+projections, the columns of the down projection. Three products are then all that forward and backward need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsepeft.ops.numerics import softmax_dtype
+
+# Rows per product: enough for a matrix product at full speed, few enough that a tile stays in a core's cache.
+_TILE_ROWS = 512
+
+
+class Tile(NamedTuple):
+    """Some pairs, sorted by block: all of one block, or of all blocks where ``block`` is None."""
+
+    block: int | None
+    rows: slice  # their places in the sorted order
+    slots: Tensor  # (n,), their places in the flattened (N, G') choice
+    tokens: Tensor  # (n,), the token of each
+
+
+class Groups:
+    """The pairs of a choice ``blocks``, (N, G'), sorted by block and within a block by token."""
+
+    def __init__(self, blocks: Tensor, num_blocks: int) -> None:
+        self.num_active = blocks.shape[1]
+        flat = blocks.flatten()
+        self.blocks, self.order = torch.sort(flat, stable=True)
+        self.counts = torch.bincount(flat, minlength=num_blocks)
+
+    def whole(self) -> Tile:
+        """Return all pairs as one tile."""
+        return Tile(None, slice(0, len(self.order)), self.order, self.order // self.num_active)
+
+    def split(self, max_rows: int) -> Iterator[Tile]:
+        """Yield tiles of one block and at most ``max_rows`` pairs each; blocks without tokens have none."""
+        tokens, end = self.order // self.num_active, 0
+        for block, count in enumerate(self.counts.tolist()):
+            start, end = end, end + count
+            for first in range(start, end, max_rows):
+                rows = slice(first, min(first + max_rows, end))
+                yield Tile(block, rows, self.order[rows], tokens[rows])
+
+
+class Products(Protocol):
+    """The products of one choice of blocks."""
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield tiles that cover every (token, block) pair once, in the same order each time."""
+
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+        """Return ``x[token] @ weight[block]^T``, (n, W), for ``x`` (N, D) and ``weight`` (G, W, D)."""
+
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
+        """Return ``h @ weight[block]``, (n, D), for ``h`` (n, W); in an order for the next two alone."""
+
+    def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
+        """Add what :meth:`outer` gave to ``total[token]``, (N, D)."""
+
+    def agreement(self, tile: Tile, rows: Tensor, x: Tensor) -> Tensor:
+        """Return the inner product of each row that :meth:`outer` gave and ``x[token]``, (n,)."""
+
+    def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
+        """Add ``h^T x[token]`` to ``total[block]``, (G, W, D)."""
+
+    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
+        """Return ``bias[block]``, for ``bias`` (G, W), in a shape that adds to (n, W)."""
+
+    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
+        """Add the sum of each block's rows of ``h`` to ``total[block]``, (G, W)."""
+
+
+MakeProducts = Callable[[Groups], Products]
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of each row, in float32 at least."""
+    precise = softmax_dtype(a.dtype)
+    return (a.to(precise) * b.to(precise)).sum(-1)
+
+
+class _ScatteredRows:
+    """Rows of :meth:`Products.outer` in the tile's order."""
+
+    def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
+        """See :class:`Products`."""
+        total.index_add_(0, tile.tokens, rows.to(total.dtype))
+
+    def agreement(self, tile: Tile, rows: Tensor, x: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return row_dot(rows, x.index_select(0, tile.tokens))
+
+
+class LoopedProducts(_ScatteredRows):
+    """Block after block, tile after tile: a plain matrix product each. For CPUs, and for any dtype."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield tiles of one block each."""
+        return self._groups.split(_TILE_ROWS)
+
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return torch.mm(x.index_select(0, tile.tokens), weight[tile.block].to(x.dtype).t())
+
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return torch.mm(h, weight[tile.block].to(h.dtype))
+
+    def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
+        """See :class:`Products`."""
+        rows = x.index_select(0, tile.tokens)
+        if total.dtype == h.dtype:
+            total[tile.block].addmm_(h.t(), rows)
+        else:
+            total[tile.block].add_(torch.mm(h.t(), rows))
+
+    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return bias[tile.block]
+
+    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
+        """See :class:`Products`."""
+        total[tile.block].add_(h.sum(0))
+
+
+class GroupedProducts(_ScatteredRows):
+    """All blocks in one ``torch.nn.functional.grouped_mm``; the host never waits for the counts.
+
+    That function takes float32, bfloat16 and float16 (on CUDA bfloat16), and rows of a multiple of 16 bytes: D and the
+    ranks of updates are padded to it, W has to fit.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._ends = groups.counts.cumsum(0).to(torch.int32)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield one tile of all blocks."""
+        if len(self._groups.order):
+            yield self._groups.whole()
+
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        rows = _pad_rows(x.index_select(0, tile.tokens))
+        return F.grouped_mm(rows, _pad_rows(weight.to(x.dtype)).mT, offs=self._ends)
+
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return F.grouped_mm(h, _pad_rows(weight.to(h.dtype)), offs=self._ends)[:, : weight.shape[2]]
+
+    def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
+        """See :class:`Products`."""
+        rows = _pad_rows(x.index_select(0, tile.tokens))
+        total.add_(F.grouped_mm(h.t(), rows, offs=self._ends)[..., : total.shape[2]])
+
+    def bias(self, tile: Tile, bias: Tensor) -> Tensor:
+        """See :class:`Products`."""
+        return bias.index_select(0, self._groups.blocks)
+
+    def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
+        """See :class:`Products`."""
+        total.index_add_(0, self._groups.blocks, h.to(total.dtype))
+
+
+def _pad_rows(tensor: Tensor) -> Tensor:
+    return F.pad(tensor, (0, -tensor.shape[-1] % row_multiple(tensor.dtype)))
+
+
+def row_multiple(dtype: torch.dtype) -> int:
+    """Return the number of entries of which ``grouped_mm`` wants a row to be a multiple."""
+    return max(1, 16 // dtype.itemsize)
+
+
+def choose_torch_products(device_type: str, dtype: torch.dtype, block_size: int) -> MakeProducts:
+    """Return the faster of the two: grouped products are kernels of torch in bfloat16 on CUDA, and loops elsewhere."""
+    is_grouped = device_type == "cuda" and dtype == torch.bfloat16 and block_size % row_multiple(dtype) == 0
+    return GroupedProducts if is_grouped else LoopedProducts

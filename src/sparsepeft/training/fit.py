@@ -1,0 +1,300 @@
+"""Fitting a model by ``transformers.Trainer``, which here stops at a diverged loss and leaves no broken checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from sparsepeft.devices import find_device
+from sparsepeft.errors import Diverged, RunFailed, UserError
+from sparsepeft.provenance import OtherLoad
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import CHECKPOINTS
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.training.caching import STATES, CachingCollator, FrozenLayerCache
+from sparsepeft.training.callbacks import EarlyStopping
+from sparsepeft.training.data import LabelledData, TextData
+from sparsepeft.training.loss import TaskLoss, task_loss
+from sparsepeft.training.model import RunModel
+
+logger = logging.getLogger(__name__)
+
+FEW_SHOT_STEPS = 1000  # appendix B of arXiv:2211.16634
+NUM_EVALUATIONS = 10
+_LM_EPOCHS = 1
+_LITTLE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting leaves, beside the model's weights.
+
+    Attributes:
+        trainer: whose model has the weights of the best checkpoint, or of the last step.
+        seconds: that it took.
+        others_share: of the processors' time that other processes took meanwhile.
+    """
+
+    trainer: SafeTrainer
+    seconds: float
+    others_share: float | None
+
+
+def fit(
+    config: RunConfig, data: LabelledData | TextData, built: RunModel, work: Path, callbacks: Sequence[TrainerCallback]
+) -> Fitted:
+    """Train a model in place, from its last complete checkpoint if there is one.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        built: the model.
+        work: folder for checkpoints.
+        callbacks: of the trainer.
+
+    Raises:
+        UserError: frozen layers cannot be cached in this model.
+        RunFailed: the loss diverged, or a checkpoint could not be written; the last good one is left.
+    """
+    start, others = time.perf_counter(), OtherLoad()
+    checkpoints = work / CHECKPOINTS
+    rows, collator, cache = data.train, data.collator, None
+    scoring: dict[str, Any] = {}
+    if isinstance(data, LabelledData):
+        if config.cache_frozen_layers:
+            cache = FrozenLayerCache(built.model, checkpoints / "frozen_layers.bin")
+            rows, collator = cache.fill(data.train, collator), CachingCollator(collator, cache)
+        scoring = {
+            "eval_dataset": data.selection,
+            "processing_class": data.tokenizer,
+            "compute_metrics": _scorer(data.spec),
+            "compute_loss_func": task_loss(
+                data.spec,
+                data.labels,
+                config.class_weights,
+                config.label_smoothing_factor,
+                config.gradient_accumulation_steps,
+            ),
+        }
+    else:
+        rows = [{"input_ids": block, "labels": block} for block in rows]
+    patience = config.early_stopping_patience
+    early_stopping = [] if patience is None else [EarlyStopping(early_stopping_patience=patience)]
+    trainer = SafeTrainer(
+        model=built.model,
+        args=training_arguments(config, data, checkpoints),
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[*callbacks, *early_stopping],
+        cache=cache,
+        **scoring,
+    )
+    trainer.remove_callback(PrinterCallback)
+    with cache.attached() if cache else nullcontext():
+        trainer.train(resume_from_checkpoint=resumable(checkpoints))
+    return Fitted(trainer, time.perf_counter() - start, others.share())
+
+
+class SafeTrainer(Trainer):
+    """A Trainer whose last good checkpoint survives a NaN loss and a full disk.
+
+    Args:
+        cache: outputs of the frozen layers, which the batches of a :class:`CachingCollator` start from.
+        *args, **kwargs: of ``transformers.Trainer``.
+    """
+
+    def __init__(self, *args: Any, cache: FrozenLayerCache | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache = cache
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, from the cached states where a batch has them."""
+        if self.cache is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.cache.using(inputs.pop(STATES, None)):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; the checkpoint of a last step is taken as it is, where Trainer would do a step more."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:
+                self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
+                else:
+                    self._load_from_checkpoint(resume_from_checkpoint)
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The batches of a step, and what the sum of their losses is divided by; a TaskLoss counts by its weights."""
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.compute_loss_func, TaskLoss):
+            count = self.compute_loss_func.count([batch["labels"] for batch in samples]).to(device)
+            if self.args.world_size > 1:  # as Trainer does with its own count
+                count = self.accelerator.gather(count).sum()
+        return samples, count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step; raises Diverged where the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(loss.item()):
+            raise Diverged(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, so training was "
+                f"stopped; {self._what_is_left()} Try a lower learning rate."
+            )
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if broken:
+            raise Diverged(
+                f"{broken[0]} holds values that are not finite at step {self.state.global_step}, so training was "
+                f"stopped; {self._what_is_left()} Try a lower learning rate."
+            )
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            is_full = shutil.disk_usage(folder.parent).free < _LITTLE  # which PyTorch's writer does not say
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = "no space is left on the disk" if is_full else error
+            raise RunFailed(
+                f"The checkpoint of step {self.state.global_step} could not be written ({reason}); "
+                f"{self._what_is_left()} Free space and repeat the command."
+            ) from error
+
+    def _what_is_left(self) -> str:
+        last = last_checkpoint(Path(str(self.args.output_dir)))
+        return f"the last good checkpoint is {last.name}." if last else "no checkpoint had been written yet."
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``: one whose weights can be read and whose state was written."""
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (path / "trainer_state.json").is_file() and _has_weights(path):
+            return path
+    return None
+
+
+def resumable(folder: Path) -> str | None:
+    """The newest complete checkpoint in ``folder``, for a trainer to go on from; None if there is none."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    logger.info("Resuming from %s.", checkpoint.name)
+    return str(checkpoint)
+
+
+def training_device(name: str | None) -> torch.device:
+    """Where to train: the device of a name, or for None the accelerator if there is one.
+
+    Raises:
+        UserError: there is no such device, or it is not the one that ``transformers.Trainer`` takes.
+    """
+    device = find_device(name)
+    if device.index:
+        raise UserError(
+            f"`device={name}` was given, but training takes the first that it sees; set CUDA_VISIBLE_DEVICES="
+            f"{device.index} and pass `device={device.type}`."
+        )
+    return device
+
+
+def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpoints: Path) -> TrainingArguments:
+    """What transformers' trainer is told.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        checkpoints: their folder.
+    """
+    recipe, device = config.recipe_values(), training_device(config.device)
+    steps_per_epoch = -(-len(data.train) // (recipe.batch_size * config.gradient_accumulation_steps))
+    epochs = (
+        config.epochs or recipe.epochs or (data.spec.paper_epochs if isinstance(data, LabelledData) else _LM_EPOCHS)
+    )
+    max_steps = config.max_steps or (FEW_SHOT_STEPS if config.few_shot and not config.epochs else -1)
+    total = max_steps if max_steps > 0 else max(1, int(steps_per_epoch * epochs))
+    every = min(total, config.eval_steps or max(1, -(-total // NUM_EVALUATIONS)))
+    is_selecting = data.selection is not None
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=float(epochs),
+        max_steps=max_steps,
+        learning_rate=recipe.learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=32,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        train_sampling_strategy="random" if config.is_language_model else "group_by_length",  # blocks are of one length
+        warmup_steps=int(recipe.warmup_ratio * total),
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=config.seed,
+        use_cpu=device.type == "cpu",
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        torch_compile=config.compile,
+        eval_strategy="steps" if is_selecting else "no",
+        eval_steps=every,
+        load_best_model_at_end=is_selecting,
+        metric_for_best_model="score" if is_selecting else None,
+        greater_is_better=True if is_selecting else None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=max(1, min(every, 50)),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # SafeTrainer looks at every loss itself
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=device.type == "cuda",
+        restore_callback_states_from_checkpoint=True,  # for how long there has been no better score
+        remove_unused_columns=False,  # the collator takes what it knows
+    )
+
+
+def logits_of(predictions: Any) -> np.ndarray:
+    """The logits, which some models return with other things."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def _scorer(spec: TaskSpec) -> Callable[[EvalPrediction], dict[str, float]]:
+    def score(output: EvalPrediction) -> dict[str, float]:
+        metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+        return {**metrics, "score": metrics[spec.main_metric]}
+
+    return score
+
+
+def _has_weights(folder: Path) -> bool:
+    files = list(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+    except (OSError, SafetensorError):
+        return False
+    return bool(files)

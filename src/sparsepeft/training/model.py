@@ -1,0 +1,71 @@
+"""The model of a run: the backbone, made sparse if that is asked for, with the method's adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from sparsepeft.methods.language_models import add_adapter, load_language_model, perplexity
+from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
+from sparsepeft.methods.sparse import make_sparse
+from sparsepeft.runs.config import RunConfig
+from sparsepeft.spt import Sparsification
+from sparsepeft.training.data import LabelledData, RunData, TextData
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """A model that is ready for training.
+
+    Attributes:
+        model: the backbone with an adapter, or as it is for full fine-tuning.
+        run_values: what ``run.json`` says of the backbone.
+        sparsification: what was made sparse; None if the model is dense.
+        before: scores of a language model before training: of the dense model, and of the sparse one if it is.
+    """
+
+    model: Model
+    run_values: dict[str, Any]
+    sparsification: Sparsification | None
+    before: dict[str, Scores]
+
+
+def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
+    """Load the backbone, make it sparse, put the adapter on.
+
+    A language model's perplexity is measured before and after it is made sparse, so that what that alone does can be
+    seen.
+
+    Raises:
+        UserError: the model cannot be loaded, or method and settings do not fit it.
+    """
+    spt, recipe, before = config.spt_config(), config.recipe_values(), {}
+    set_seed(config.seed)
+    if isinstance(data, LabelledData):
+        backbone = load_backbone(data.model, data.spec)
+    else:
+        backbone, _ = load_language_model(data.model)
+        to_accelerator(backbone, config.device)
+        before["dense"] = text_scores(config, backbone, data)
+    run_values = fingerprint_of(backbone, config.method)
+    sparsification = None
+    if spt is not None:
+        to_accelerator(backbone, config.device)
+        sparsification = make_sparse(backbone, spt, data.calibration_batch())
+        if isinstance(data, TextData):
+            before["sparse"] = text_scores(config, backbone, data)
+    if isinstance(data, LabelledData):
+        model = extend(backbone, config.method, data.spec, recipe.adapter)
+    else:
+        model = add_adapter(backbone, config.method, recipe)
+    return RunModel(model, run_values, sparsification, before)
+
+
+def text_scores(config: RunConfig, model: torch.nn.Module, data: RunData) -> Scores:
+    """Perplexity on the validation text."""
+    return perplexity(model, data.reported["validation"], config.recipe_values().batch_size, config.precision)

@@ -1,0 +1,200 @@
+"""What a run has come to: scores, what they are to be compared with, sizes, and how it was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import Trainer
+
+from sparsepeft.backbones import describe_backbone
+from sparsepeft.methods.language_models import count_trained
+from sparsepeft.methods.models import backbone_bytes, count_parameters
+from sparsepeft.methods.saving import write_weights
+from sparsepeft.methods.sparse import count_routers, describe
+from sparsepeft.paths import without_folders
+from sparsepeft.provenance import environment
+from sparsepeft.runs.config import LM, RunConfig
+from sparsepeft.runs.corpus import num_predicted
+from sparsepeft.runs.files import RESULTS_VERSION
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.metrics import report
+from sparsepeft.training.data import LabelledData, TextData
+from sparsepeft.training.fit import Fitted, logits_of
+from sparsepeft.training.loss import TaskLoss
+from sparsepeft.training.model import RunModel, text_scores
+
+_ERRORS = ("mae", "rmse")
+_NOT_SHARED = ("output_dir", "data_dir", "model", "text", "validation_text", "device", "report_to")  # of a config
+
+
+def save_and_score(
+    config: RunConfig, data: LabelledData | TextData, built: RunModel, fitted: Fitted, work: Path
+) -> dict[str, Any]:
+    """Save the weights and score them as they were saved: the content of ``results.json``.
+
+    ``score`` is the main metric on the test part if there is one, or else on what was scored (the validation set, or
+    the part of the training data that ``score_on`` asked for).
+
+    Args:
+        config: of the run.
+        data: of the run.
+        built: the model, which is trained now.
+        fitted: how it was trained.
+        work: folder for the weights.
+
+    Raises:
+        RunFailed: the weights could not be written.
+    """
+    trainer, sparse = fitted.trainer, built.sparsification
+    saved_bytes = write_weights(work, built.model, data.tokenizer, config.save_dtype)
+    if isinstance(data, LabelledData):
+        scored = _score_labelled(data, built, fitted)
+    else:
+        scored = _score_text(config, data, built)
+    metrics = scored["metrics"]
+    split = scored_part(metrics)
+    results = {
+        "format_version": RESULTS_VERSION,
+        "task": data.spec.name if isinstance(data, LabelledData) else LM,
+        "method": config.method,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "score": metrics[split][scored["main_metric"]],
+        "score_split": split,
+        **scored,
+        "saved_bytes": saved_bytes,
+        "model_bytes": backbone_bytes(built.model),
+        "model": describe_backbone(data.model),
+        "train_seconds": round(fitted.seconds, 1),
+        "others_cpu_share": fitted.others_share,
+        "steps": int(trainer.state.global_step),
+        "hyperparameters": hyperparameters(config, data, trainer),
+        "environment": environment(),
+        "notes": list(data.notes),
+        "data_fingerprints": dict(data.fingerprints),
+        "config": {key: value for key, value in without_folders(config.to_dict()).items() if key not in _NOT_SHARED},
+    }
+    if sparse is not None:
+        results["spt"] = describe(sparse)
+    return results
+
+
+def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict[str, Any]:
+    trainer, spec = fitted.trainer, data.spec
+    outputs = {name: trainer.predict(part) for name, part in data.reported.items()}
+    answers = {name: (logits_of(each.predictions), np.asarray(each.label_ids)) for name, each in outputs.items()}
+    parameters = count_parameters(built.model)
+    if built.sparsification is not None:
+        parameters["routers"] = count_routers(built.model)
+    adapter = built.model.peft_config["default"] if isinstance(built.model, PeftModel) else None
+    formula = getattr(adapter, "formula", None)
+    return {
+        "main_metric": spec.main_metric,
+        "metrics": {name: spec.compute_metrics(*answer) for name, answer in answers.items()},
+        **describe_scores(spec, *answers[scored_part(answers)], data.labels),
+        "problem_type": spec.problem_type,
+        "num_texts": len(spec.text_columns),
+        "num_rows": data.sizes,
+        "num_train": len(data.train),
+        "num_cut": data.num_cut,
+        "parameters": parameters,
+        "best_step": trainer.state.best_global_step,
+        "selection_score": trainer.state.best_metric,
+        "data_source": data.source,
+        **({} if formula is None else {"formula": formula}),
+    }
+
+
+def _score_text(config: RunConfig, data: TextData, built: RunModel) -> dict[str, Any]:
+    return {
+        "main_metric": "perplexity",
+        "metrics": {"validation": text_scores(config, built.model, data)},
+        "before": built.before,
+        "spt": None,
+        "parameters": count_trained(built.model),
+        "block_length": data.max_length,
+        "bos_token": None if data.begin is None else data.tokenizer.convert_ids_to_tokens(data.begin),
+        "num_train_tokens": num_predicted(data.train),
+        "num_validation_tokens": num_predicted(data.reported["validation"]),
+    }
+
+
+def scored_part(parts: Container[str]) -> str:
+    """The part that a run's one score is about: the test part where there is one."""
+    return next(name for name in ("test", "validation", "selection") if name in parts)
+
+
+def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trained_on: np.ndarray) -> dict[str, Any]:
+    """What to compare a part's scores with.
+
+    Args:
+        spec: the task.
+        logits, labels: of the part that is scored, (N, C) and (N,) or (N, C).
+        trained_on: the labels of the training examples.
+
+    Returns:
+        ``report``: :func:`sparsepeft.tasks.metrics.report`, or mean absolute and root mean square error of a
+        regression. ``baseline``: the ``answer`` that is most frequent in training, or the mean for a regression, and
+        the ``metrics`` of giving it always.
+    """
+    answer: Any
+    if spec.label_names is None:
+        answer = float(trained_on.mean())
+        constant = np.full((len(labels), 1), answer)
+        errors = dataclasses.replace(spec, metrics=_ERRORS, main_metric="mae")
+        described = errors.compute_metrics(logits, labels)
+        scores = errors.compute_metrics(constant, labels)
+    else:
+        if trained_on.ndim == 2:
+            row = np.where(trained_on.mean(axis=0) > 0.5, 1.0, -1.0)
+            answer = [name for name, value in zip(spec.label_names, row, strict=True) if value > 0]
+        else:
+            row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
+            answer = spec.label_names[int(row.argmax())]
+        described = report(spec, logits, labels)
+        scores = spec.compute_metrics(np.tile(row, (len(labels), 1)), labels)
+    return {"report": described, "baseline": {"answer": answer, "metrics": scores}}
+
+
+def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: Trainer) -> dict[str, Any]:
+    """What a run was trained with, by the names of ``transformers.TrainingArguments``: nothing is left to defaults.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        trainer: that trained.
+    """
+    recipe, arguments, loss = config.recipe_values(), trainer.args, trainer.compute_loss_func
+    values = {
+        "learning_rate": recipe.learning_rate,
+        "batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "max_steps": trainer.state.max_steps,
+        "warmup_steps": int(arguments.warmup_steps),
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "precision": config.precision,
+        "seed": config.seed,
+    }
+    if isinstance(data, LabelledData):
+        values |= {
+            "max_length": data.max_length,
+            "eval_steps": arguments.eval_steps,
+            "early_stopping_patience": config.early_stopping_patience,
+        }
+    else:
+        values |= {"block_length": data.max_length}
+    if isinstance(loss, TaskLoss):
+        values |= {"label_smoothing_factor": loss.label_smoothing_factor}
+        if loss.weights is not None and isinstance(data, LabelledData):
+            weights = [round(float(weight), 6) for weight in loss.weights]
+            values |= {"class_weights": dict(zip(data.spec.label_names or (), weights, strict=True))}
+    return values | ({"adapter": dict(recipe.adapter)} if recipe.adapter else {})
