@@ -7,14 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sparsepeft_research.reproduction.anneal import AnnealTopK
 from tests.models import adapted
 from tests.tiny import topics_rows
 
 from sparsepeft.errors import UserError
 from sparsepeft.inspection import inspect_run
 from sparsepeft.training import RunConfig, train
-from sparsepeft_research.reproduction.figure2 import reproduce_figure2
+from sparsepeft_research.reproduction.figure2 import AnnealTopK, reproduce_figure2
 
 pytestmark = pytest.mark.slow
 
