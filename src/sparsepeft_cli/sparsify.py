@@ -86,8 +86,8 @@ def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> 
         for name, value in values.items():
             layers.setdefault(_layer(name), {})[column] = value
     rows = [
-        [layer, *(f"{found[column]:.3f}" if column in found else "" for column in shown)]
-        for layer, found in layers.items()
+        [layer, *(f"{values[column]:.3f}" if column in values else "" for column in shown)]
+        for layer, values in layers.items()
     ]
     return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
 

@@ -7,6 +7,8 @@ tasks' data, and so on.
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import json
 import shutil
@@ -28,6 +30,21 @@ import sparsepeft_cli.app
 from sparsepeft import backbones
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+EXAMPLES = (  # what the API reference has to show in use
+    *("SpartanConfig", "BottleneckConfig", "BitFitConfig", "HeadConfig", "load_adapterhub"),
+    *("SptConfig", "sparsify", "desparsify", "load_sparse"),
+    *(
+        "MultiTaskEngine",
+        "Predictor",
+        "RunConfig",
+        "train",
+        "evaluate",
+        "load_task",
+        "export_tasks",
+        "inspect_memories",
+    ),
+    *("memory_read", "sparse_attention", "routed_ffn", "explain"),
+)
 
 
 class StopEarly(hf.TrainerCallback):
@@ -108,6 +125,23 @@ def test_what_is_made_by_a_script_is_what_the_script_makes(name: str) -> None:
         assert written == with_tables(written), "run python -m tests.docs.support"
     else:
         assert written == script("architecture").draw(), "run python docs/architecture.py"
+
+
+@pytest.mark.slow
+def test_examples_in_docstrings_run(here: Path) -> None:
+    """As they stand, in the folder of the pages: names there are the same."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    shown = set()
+    for path in sorted((ROOT / "src" / "sparsepeft").rglob("*.py")):
+        if ">>>" not in path.read_text(encoding="utf-8"):
+            continue
+        name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name):
+            if example.examples:
+                shown.add(example.name.rpartition(".")[2])
+                runner.run(example)
+    assert runner.summarize(verbose=False).failed == 0
+    assert set(EXAMPLES) <= shown
 
 
 def script(name: str) -> Any:

@@ -71,6 +71,11 @@ def export_tasks(
     Raises:
         UserError: a folder, the backbone or an option cannot be used, or the tasks cannot share one graph.
         RunFailed: the model cannot be exported, or what was exported deviates too much.
+
+    Example:
+        >>> report = export_tasks(["out/sst2", "out/rte"], "out/device", max_examples=8)
+        >>> sorted(report["tasks"])
+        ['rte', 'sst2']
     """
     check_format(format, int8)
     if not tolerance > 0:

@@ -85,6 +85,12 @@ class MultiTaskEngine(Engine):
 
     Raises:
         UserError: the backbone or a task cannot be loaded; the message says which and why.
+
+    Example:
+        >>> engine = MultiTaskEngine("FacebookAI/roberta-base", tasks={"sst2": "out/sst2", "rte": "out/rte"})
+        >>> answers = engine.predict([("sst2", "a fine film"), ("rte", ("A man sleeps.", "Someone is asleep."))])
+        >>> answers[0].label in ("positive", "negative")
+        True
     """
 
     def __init__(

@@ -88,6 +88,13 @@ def evaluate(
     Raises:
         UserError: the folder holds no finished training, data or backbone are gone or damaged, a label is none of the
             run's, or it cannot be told any more which rows were trained on.
+
+    Example:
+        >>> scores = evaluate("out/topics")
+        >>> sorted(scores)
+        ['test', 'validation']
+        >>> sorted(scores["test"])
+        ['accuracy', 'macro_f1']
     """
     folder, table = Path(folder), table or TableOptions()
     run = read_run(folder)

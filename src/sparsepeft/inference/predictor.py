@@ -43,6 +43,12 @@ class Predictor:
     Raises:
         UserError: the folder holds no finished training, its files are damaged, the backbone is gone or another, or
             there is no such device.
+
+    Example:
+        >>> predictor = Predictor("out/topics")
+        >>> answers = predictor.predict(["The striker scored twice.", "Shares fell again."])
+        >>> len(answers), sorted(answers[0].scores)
+        (2, ['business', 'health', 'science', 'sport', 'travel'])
     """
 
     def __init__(

@@ -120,8 +120,18 @@ def inspect_memories(
         UserError: no memory, unknown layer, nothing to count, labels without a name, values without edges.
 
     Example:
-        >>> report = inspect_memories(model, [encode_with_words(tokenizer, texts) | {"labels": labels}])
-        >>> report.layers[-1].nmi_documents
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        >>> from sparsepeft import SpartanConfig
+        >>> from sparsepeft.inspection import encode_with_words
+        >>> tokenizer = AutoTokenizer.from_pretrained("FacebookAI/roberta-base")
+        >>> model = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
+        >>> model = get_peft_model(model, SpartanConfig(task_type="SEQ_CLS"))
+        >>> batch = encode_with_words(tokenizer, ["Shares fell again.", "A late goal won the cup."])
+        >>> report = inspect_memories(model, [batch | {"labels": torch.tensor([0, 1])}])
+        >>> 0 <= report.layers[-1].nmi_documents <= 1
+        True
     """
     find_memories(model, layer)
     assert isinstance(model, PeftModel)  # find_memories has looked

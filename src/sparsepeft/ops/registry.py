@@ -161,17 +161,20 @@ OPERATORS: dict[str, Operator[Any]] = {}
 def explain(operator: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
     """Return which implementation ``impl="auto"`` takes for a call of an operator, and why not the others.
 
-        >>> print(explain(memory_read, x, parent_keys, child_keys, child_values, top_k=8))
-        torch: runs everywhere, with gradients
-        not triton: the tensors are on cpu, Triton kernels run on CUDA devices
-        ...
-
     Args:
         operator: ``memory_read``, ``sparse_attention``, ``encode`` or ``routed_ffn``, or its name.
         args, kwargs: the arguments of the call; nothing is computed with them.
 
     Raises:
         ValueError: ``operator`` is no operator of this package.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import memory_read
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> parent_keys, child_keys, child_values = torch.randn(16, 32), torch.randn(16, 3, 32), torch.zeros(16, 3, 32)
+        >>> explain(memory_read, x, parent_keys, child_keys, child_values, top_k=8).others["triton"]
+        'the tensors are on cpu, Triton kernels run on CUDA devices'
     """
     name = operator if isinstance(operator, str) else operator.__name__
     if name not in OPERATORS:

@@ -110,6 +110,12 @@ class RunConfig:
 
     Raises:
         UserError: a value cannot be used, or belongs to the other kind of task.
+
+    Example:
+        >>> RunConfig("topics", "out/topics", method="lora", learning_rate=3e-4, epochs=5).learning_rate
+        0.0003
+        >>> RunConfig("lm", "out/lm", model="MODEL", text="mine.txt", spt={"num_active_blocks": 6}).task
+        'lm'
     """
 
     task: str

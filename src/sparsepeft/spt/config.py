@@ -54,6 +54,10 @@ class SptConfig:
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        >>> SptConfig(top_l=64, num_active_blocks=0.75).num_active_blocks  # of 8
+        6
     """
 
     attention: bool = True

@@ -70,6 +70,16 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
     Raises:
         TypeError: ``model`` is no bare transformers model, or ``config`` no :class:`SptConfig`.
         ValueError: the model lacks a structure that is needed, sizes do not fit, or the calibration data is unusable.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from sparsepeft import SptConfig
+        >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
+        >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
+        >>> model = sparsify(model, SptConfig(top_l=8, num_blocks=4, num_active_blocks=2), calibration_data=ids)
+        >>> model.sparsification.config.top_l
+        8
     """
     check_bare("sparsify", model)
     if not isinstance(config, SptConfig):
@@ -145,6 +155,17 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is not sparse, or is still wrapped by PEFT.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from sparsepeft import SptConfig
+        >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
+        >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
+        >>> dense = model(ids).logits
+        >>> model = desparsify(sparsify(model, SptConfig(top_l=8, num_blocks=4), calibration_data=ids))
+        >>> torch.equal(model(ids).logits, dense)
+        True
     """
     if isinstance(model, PeftModel):
         raise ValueError("desparsify got a PeftModel; call its merge_and_unload or unload first.")

@@ -68,6 +68,15 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
             damaged.
         ValueError: ``model`` is sparse already.
         TypeError: ``model`` is no bare transformers model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from sparsepeft.spt import SptConfig, save_sparse, sparsify
+        >>> config = SptConfig(top_l=8, num_blocks=4)
+        >>> model = sparsify(AutoModelForCausalLM.from_pretrained("MODEL"), config, torch.randint(5, 90, (2, 32)))
+        >>> file = save_sparse(model, "out/sparse")
+        >>> again = load_sparse(AutoModelForCausalLM.from_pretrained("MODEL"), "out/sparse")
     """
     check_bare("load_sparse", model)
     if sparsification(model) is not None:

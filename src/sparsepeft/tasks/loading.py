@@ -40,8 +40,10 @@ def load_task(
     Example:
         >>> load_task("topics").spec.label_names
         ('business', 'health', 'science', 'sport', 'travel')
-        >>> load_task("rte", data_dir="data")                            # data/rte/ or data/RTE/
-        >>> load_task("custom", train_file="train.csv", label_column="mood")
+        >>> data = load_task("rte", data_dir="DATA")  # DATA/rte/ or DATA/RTE/
+        >>> sorted(data.train[0])
+        ['label', 'text', 'text_pair']
+        >>> data = load_task("custom", train_file="reviews.csv", label_column="mood")
 
     Args:
         name: one of `task_names`, or another spelling of it such as ``"SST-2"``.

@@ -142,9 +142,12 @@ class StopAfterStep(TrainerCallback):
     """Ends a run, when asked to, with a checkpoint after the step it is at.
 
     Example:
+        >>> import signal
+        >>> from sparsepeft.training import RunConfig, train
         >>> stop = StopAfterStep()
-        >>> signal.signal(signal.SIGTERM, lambda *_: stop.ask(SystemExit(143)))
-        >>> train(config, callbacks=[stop])
+        >>> former = signal.signal(signal.SIGTERM, lambda *_: stop.ask(SystemExit(143)))
+        >>> results = train(RunConfig("topics", "out/stoppable"), callbacks=[stop])
+        >>> former = signal.signal(signal.SIGTERM, former)
     """
 
     def __init__(self) -> None:

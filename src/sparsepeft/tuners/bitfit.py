@@ -30,6 +30,12 @@ class BitFitConfig(TaskAdapterConfig):
 
     Raises:
         ValueError: a name is unknown; when attached, a layer has no biases.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> backbone = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
+        >>> model = get_peft_model(backbone, BitFitConfig(task_type="SEQ_CLS"))
     """
 
     def __post_init__(self) -> None:

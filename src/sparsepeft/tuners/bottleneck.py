@@ -51,7 +51,11 @@ class BottleneckConfig(TaskAdapterConfig):
         ValueError: a value is out of range or a name is unknown.
 
     Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> backbone = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
         >>> config = BottleneckConfig(style="houlsby", reduction_factor=16, task_type="SEQ_CLS")
+        >>> model = get_peft_model(backbone, config)
     """
 
     style: str = field(default="pfeiffer", metadata={"help": "'pfeiffer' or 'houlsby'."})

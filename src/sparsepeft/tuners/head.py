@@ -23,6 +23,14 @@ class HeadConfig(TaskAdapterConfig):
 
     Raises:
         ValueError: when attached to a model without a task's head (a bare encoder, a language model).
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> backbone = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
+        >>> model = get_peft_model(backbone, HeadConfig(num_labels=3, task_type="SEQ_CLS"))
+        >>> model.config.num_labels
+        3
     """
 
     def __post_init__(self) -> None:

@@ -48,7 +48,12 @@ class SpartanConfig(TaskAdapterConfig):
         ValueError: a size is not positive, top_k exceeds num_parents, or a name is unknown.
 
     Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> backbone = AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=2)
         >>> config = SpartanConfig(num_parents=16, num_children=3, top_k=8, task_type="SEQ_CLS")
+        >>> model = get_peft_model(backbone, config)
+        >>> model.save_pretrained("out/memory")  # the memory and the head
     """
 
     num_parents: int = field(default=16, metadata={"help": "P: parent cells."})

@@ -68,18 +68,18 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     ]
 
 
-def print_plan(found: Mapping[str, Any]) -> None:
-    """Print what a dry run has found."""
+def print_plan(measured: Mapping[str, Any]) -> None:
+    """Print what a dry run has measured."""
     from sparsepeft_cli.terminal.console import megabytes, out
 
-    plan = found["plan"]
+    plan = measured["plan"]
     sizes = plan["sizes"]
     lines = [
         f"{plan['task']}, {plan['method']} on {plan['model']}, {plan['device']}, {plan['precision']}",
         *_wrapped([f"rows: {sizes['training']:,} to train on", *_counts(sizes)], ", ", 80),
         f"{plan['steps']:,} steps of {plan['batch_size']} examples, {plan['epochs']:.3g} epochs",
-        f"trained: {found['trained_parameters']:,} parameters; saved: {megabytes(found['saved_bytes'])}",
-        f"about {duration(found['estimated_seconds'])}, at {found['seconds_per_step']:.2g} s a step here and now",
+        f"trained: {measured['trained_parameters']:,} parameters; saved: {megabytes(measured['saved_bytes'])}",
+        f"about {duration(measured['estimated_seconds'])}, at {measured['seconds_per_step']:.2g} s a step here and now",
     ]
     lines += _notes(plan["notes"])
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:

@@ -72,6 +72,13 @@ def memory_read(
         ValueError: shapes do not fit, ``top_k`` or ``temperature`` is out of range, ``impl`` is unknown or cannot run
             on these tensors.
         RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> parent_keys, child_keys, child_values = torch.randn(16, 32), torch.randn(16, 3, 32), torch.zeros(16, 3, 32)
+        >>> torch.equal(memory_read(x, parent_keys, child_keys, child_values, top_k=8), x)  # as the values are zero
+        True
     """
     if not memory_fits(x, parent_keys, child_keys, child_values, top_k, temperature):
         raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)

@@ -126,6 +126,15 @@ def routed_ffn(
         ValueError: shapes do not fit, G does not divide I, the activation or ``impl`` is unknown, or the chosen
             implementation does not take these dtypes.
         RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import Projection, route
+        >>> x = torch.randn(2, 7, 32)  # (B, T, D)
+        >>> up, down = Projection(torch.randn(64, 32)), Projection(torch.randn(32, 64))
+        >>> routing = route(x, torch.randn(8, 32), num_active=4)  # 4 of 8 blocks
+        >>> routed_ffn(x, up, down, routing, activation="relu").shape
+        torch.Size([2, 7, 32])
     """
     function = resolve_activation(activation)
     _check(x, up, down, gate, routing, dropout)

@@ -88,6 +88,14 @@ def sparse_attention(
         TypeError: a dtype or the type of an argument is wrong.
         ValueError: shapes do not fit, a number is out of range, or ``impl`` is unknown or cannot take these tensors.
         RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import fit_codebooks
+        >>> query, key, value = torch.randn(3, 1, 4, 64, 16).unbind()  # (B, H, T, D) each
+        >>> codebooks = fit_codebooks(torch.cat([query, key], dim=2)[0])  # of 4 heads, each with 2 sub-vectors
+        >>> sparse_attention(query, key, value, codebooks, top_l=8, causal=True).shape
+        torch.Size([1, 4, 64, 16])
     """
     check_arguments(
         *(query, key, value, codebooks, top_l, causal, key_mask, query_positions, window, scale, softcap),
