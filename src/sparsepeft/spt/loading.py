@@ -1,4 +1,4 @@
-"""Files of sparse models: of adapters that were trained on one, and of one without an adapter."""
+"""Saving and loading sparse models, with an adapter or without one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
 
 
 def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> PeftModel | PreTrainedModel:
-    """Make a dense model sparse as an adapter's was, and put the adapter on it.
+    """Make a dense model sparse in the way of an adapter's backbone, and load the adapter.
 
     Args:
         model: the dense backbone.

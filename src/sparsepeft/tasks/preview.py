@@ -1,4 +1,4 @@
-"""What a task's data look like, before anything is trained on them."""
+"""A look at a task's data before training."""
 
 from __future__ import annotations
 

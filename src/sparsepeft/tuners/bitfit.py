@@ -71,7 +71,7 @@ class BitFitLayer(TaskTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def shift(self, key: str, adapter_name: str) -> torch.Tensor | None:
-        """What an adapter adds to a bias, None where it leaves it alone."""
+        """What an adapter adds to a bias; None if it leaves the bias unchanged."""
         if self.disable_adapters or adapter_name not in self.bitfit_bias:
             return None
         shifts: Any = self.bitfit_bias[adapter_name]
@@ -80,7 +80,7 @@ class BitFitLayer(TaskTunerLayer):
 
 
 class BiasShift:
-    """The hook that shifts one bias. What computes a module's product in its stead asks it for the shift."""
+    """The hook that shifts one bias. A routed FFN, which computes projections itself, asks it for the shift."""
 
     def __init__(self, layer: BitFitLayer, key: str) -> None:
         self.layer, self.key = layer, key

@@ -185,7 +185,7 @@ class BottleneckLayer(TaskTunerLayer):
             if last_norm is not None and _is_same(last_norm[2], hidden_states):
                 norm, summed, _ = last_norm
                 self._places["end"] = norm
-                # The norm's hook was passed before it was known; from now on it is the one to act.
+                # The norm's hook has run already in this pass; from the next one on it acts.
                 extended = self._after_norm(norm, (summed,), hidden_states)
                 assert extended is not None
                 return extended
