@@ -12,6 +12,9 @@ from sparsepeft.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
 
 def find_device(name: str | None = None) -> torch.device:
     """The device of a name such as ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; None is the accelerator, or else the CPU.
@@ -35,10 +38,6 @@ def find_device(name: str | None = None) -> torch.device:
             f"`device={name}` was given, but PyTorch finds only {' and '.join(known)} here; pass one of these."
         )
     return device
-
-
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:

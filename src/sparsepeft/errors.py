@@ -14,6 +14,10 @@ class UserError(ValueError):
     """What was given cannot be used; the message says what was received, what was expected and what to do."""
 
 
+class TaskError(UserError):
+    """A task's name, files or labels cannot be used: says what was received, what was expected and what to do."""
+
+
 class RunFailed(RuntimeError):
     """A run that had started could not be finished; the message says what is left of it."""
 
@@ -33,7 +37,3 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{kind} {name!r} is unknown; valid are {', '.join(names)}{hint}"
-
-
-class TaskError(UserError):
-    """A task's name, files or labels cannot be used: says what was received, what was expected and what to do."""

@@ -158,19 +158,19 @@ def _tables(result: dict[str, Any], settings: dict[str, Any]) -> list[Any]:
         f"{options.short_dtype(settings['dtype'])}, {settings['device']}"
     )
     steps, splits = [], []
-    for name, found in result["candidates"].items():
+    for name, candidate in result["candidates"].items():
         steps.append(
             [
                 name,
-                f"{found['step']['median_ms']:.1f}",
-                _ratio(found["speedup_over"].get("sdpa")),
-                f"{found['peak_bytes'] / 2**20:.1f}",
-                _ratio(found["peak_of"].get("sdpa")),
-                _ratio(found["peak_of"].get("eager")),
+                f"{candidate['step']['median_ms']:.1f}",
+                _ratio(candidate["speedup_over"].get("sdpa")),
+                f"{candidate['peak_bytes'] / 2**20:.1f}",
+                _ratio(candidate["peak_of"].get("sdpa")),
+                _ratio(candidate["peak_of"].get("eager")),
             ]
         )
-        if "split_ms" in found:
-            splits.append([name, *(f"{found['split_ms'][part]:.1f}" for part in ("attention", "ffn", "rest"))])
+        if "split_ms" in candidate:
+            splits.append([name, *(f"{candidate['split_ms'][part]:.1f}" for part in ("attention", "ffn", "rest"))])
     return [
         table(title, ["step", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], steps),
         table("one step, by module", ["ms", "attention", "FFN", "rest"], splits),

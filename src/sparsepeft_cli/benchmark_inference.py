@@ -183,14 +183,14 @@ def _parts(report: dict[str, Any]) -> list[Any]:
     parts: list[Any] = [f"{settings['model']}, {settings['threads']} threads of each process"]
     for one in report["results"]:
         rows = []
-        for name, found in one["candidates"].items():
-            over_bare = found["speed_over"].get(f"backbone {name.split()[-1]}")
-            share, peak = found.get("share_of_peak"), found["peak_bytes"]
+        for name, candidate in one["candidates"].items():
+            over_bare = candidate["speed_over"].get(f"backbone {name.split()[-1]}")
+            share, peak = candidate.get("share_of_peak"), candidate["peak_bytes"]
             rows.append(
                 [
                     options.short_dtype(name),
-                    f"{found['timing']['median_ms']:.1f}",
-                    f"{found['inputs_per_minute']:.1f}",
+                    f"{candidate['timing']['median_ms']:.1f}",
+                    f"{candidate['inputs_per_minute']:.1f}",
                     "" if over_bare is None else f"{over_bare:.3f}",
                     "" if peak is None else f"{peak / _MIB:.0f}",
                     "" if share is None else f"{share:.0%}",

@@ -45,18 +45,18 @@ def command(
 
     Example: `sparsepeft data tickets.csv --label-column category`
     """
-    own: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("task", "data_dir", "model", "json")}
+    files: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("task", "data_dir", "model", "json")}
     from sparsepeft.errors import UserError
     from sparsepeft.tasks import check_task
 
     if (train_file is None) == (task is None):
         raise UserError("Pass either a file or --task with a task's name: one of the two.")
-    check_task(task, data_dir, **own)
+    check_task(task, data_dir, **files)
     from sparsepeft.training.early import preview
     from sparsepeft_cli.terminal.console import out, print_json
     from sparsepeft_cli.terminal.errors import in_options
 
-    about = preview(task or "custom", model, data_dir=data_dir, **own)
+    about = preview(task or "custom", model, data_dir=data_dir, **files)
     if json:
         print_json(about)
         return
@@ -104,13 +104,13 @@ def _labels(parts: dict[str, Any]) -> Any:
 
 
 def _findings(name: str, part: dict[str, Any]) -> str:
-    found = {
+    counts = {
         "duplicate texts": part["duplicates"],
         "duplicates with another label": part["contradictions"],
         "empty texts": part["empty_texts"],
         "texts that are also trained on": part.get("seen_in_train", 0),
     }
-    said = ", ".join(f"{what} {count:,}" for what, count in found.items() if count)
+    said = ", ".join(f"{what} {count:,}" for what, count in counts.items() if count)
     return f"{name}: {said or 'no duplicates, no empty texts'}"
 
 

@@ -53,8 +53,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a file."""
-        own = {"measured": self.measured, "seed": self.seed, "settings": self.settings, "results": self.results}
-        return own | self.others | {"environment": self.environment}
+        described = {"measured": self.measured, "seed": self.seed, "settings": self.settings, "results": self.results}
+        return described | self.others | {"environment": self.environment}
 
 
 def describe_machine(seed: int | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,11 @@ def test_bad_input_of_the_others(arguments: list[str], words: str) -> None:
     done = sparsepeft("benchmark", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sparsepeft_research.benchmarks.runtimes", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    done = sparsepeft("benchmark", "runtimes")
+    assert done.returncode == 2
+    assert 'pip install "sparsepeft[export-onnx]"' in done.stderr

@@ -32,7 +32,8 @@ def run_py(
 ) -> subprocess.CompletedProcess[str]:
     """Run an exported folder's runner, in a process that fails if it imports more than it ``needs``."""
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        f"import runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = {str(folder)!r}; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
         f"bad = {_FOREIGN - {*needs}} & set(sys.modules); "
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -12,16 +12,19 @@ from typing import Any
 import onnx
 import pytest
 from tests.export.conftest import MEMORY, TASKS
-from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
+from tests.export.runners import TEXTS, assert_same, run_py
 from tests.inference.conftest import save_task
 from tests.models import METHODS
-from tests.tiny import run_config, save_tiny_backbone
+from tests.tiny import save_tiny_backbone
 
-from sparsepeft import HeadConfig, MultiTaskEngine, SpartanConfig
+from sparsepeft import MultiTaskEngine, SpartanConfig
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.export import export_tasks
 from sparsepeft.export.run import Runner
-from sparsepeft.training import Predictor, train
+from sparsepeft.inference import portable
+from sparsepeft.training import Predictor
+
+SEQ_CLS = MEMORY | {"task_type": "SEQ_CLS"}
 
 
 def test_the_report_says_what_was_compared(exported: Path) -> None:
@@ -37,8 +40,9 @@ def test_the_report_says_what_was_compared(exported: Path) -> None:
         assert "built-in sample" in task["checked_on"]
 
 
-def test_the_runner_is_short(exported: Path) -> None:
-    assert len((exported / "run.py").read_text().splitlines()) <= 60
+def test_a_runner_holds_its_runtime_and_the_rest_is_the_librarys(exported: Path) -> None:
+    assert (exported / "portable.py").read_bytes() == Path(portable.__file__).read_bytes()
+    assert len((exported / "run.py").read_text().splitlines()) <= 50
 
 
 def test_int8(exported: Path, exported_int8: Path, backbone: Path, folders: dict[str, Path]) -> None:
@@ -54,10 +58,8 @@ def test_int8(exported: Path, exported_int8: Path, backbone: Path, folders: dict
             assert two.score == pytest.approx(other.score, abs=0.1)
         deviations = [part["max_deviation"] for part in (report["tasks"][name], *_int8_parts(report["tasks"][name]))]
         assert deviations == sorted(set(deviations))
-        sizes = [
-            (folder / "tasks" / name / "adapter.onnx_adapter").stat().st_size for folder in (exported, exported_int8)
-        ]
-        assert sizes[1] < sizes[0]
+        wide, narrow = (folder / "tasks" / name / "adapter.onnx_adapter" for folder in (exported, exported_int8))
+        assert narrow.stat().st_size < wide.stat().st_size
     operators = Counter(node.op_type for node in onnx.load(str(exported_int8 / "backbone.onnx")).graph.node)
     assert operators["MatMulInteger"] == 2 * 6 + 1  # the linear layers of two Transformer layers, and the pooler's
     # Nothing of an adapter became a constant.
@@ -69,18 +71,16 @@ def test_int8(exported: Path, exported_int8: Path, backbone: Path, folders: dict
 
 
 OTHERS = {
-    "upper": SpartanConfig(**(MEMORY | TASKS["five"] | {"layers_to_transform": [1], "train_layer_norms": False})),
-    "linear": SpartanConfig(num_parents=4, top_k=4, num_labels=3, head_type="linear", temperature=1.6),
-    "pfeiffer": METHODS["pfeiffer"](num_labels=4),
+    # All parents kept, in one layer, with a small head and no norms; pfeiffer is exported for OpenVINO, from ONNX.
+    "upper": SpartanConfig(
+        num_parents=4, top_k=4, num_labels=3, head_type="linear", temperature=1.6, layers_to_transform=[1]
+    ),
     "houlsby": METHODS["houlsby"](num_labels=2),
     "bitfit": METHODS["bitfit"](num_labels=3),
-    "head": HeadConfig(num_labels=3, task_type="SEQ_CLS"),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("upper", "pfeiffer") else pytest.mark.slow) for n in OTHERS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "upper" else pytest.mark.slow) for n in OTHERS])
 def test_other_adapters(name: str, backbone: Path, tmp_path: Path) -> None:
     folder = save_task(backbone, tmp_path / name, OTHERS[name])
     export_tasks([folder], tmp_path / "out", max_examples=20)
@@ -89,35 +89,34 @@ def test_other_adapters(name: str, backbone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("architecture", ["roberta", "gpt2"])
 def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     import transformers as hf
 
     build = {
         "roberta": lambda **c: hf.RobertaModel(hf.RobertaConfig(**(c | {"max_position_embeddings": 70}))),
-        "distilbert": lambda **c: hf.DistilBertModel(hf.DistilBertConfig(**c, dim=32, n_layers=2, n_heads=2)),
         "gpt2": lambda **c: hf.GPT2Model(hf.GPT2Config(**c, n_positions=64, eos_token_id=3, bos_token_id=2)),
     }[architecture]
     backbone = save_tiny_backbone(tmp_path / "backbone", build=build)
-    folder = save_task(backbone, tmp_path / "two", SpartanConfig(**(MEMORY | TASKS["two"])))
+    folder = save_task(backbone, tmp_path / "two", SpartanConfig(**(SEQ_CLS | TASKS["two"])))
     export_tasks([folder], tmp_path / "out", max_examples=20)
     expected = MultiTaskEngine(backbone, {"two": folder}).predict([("two", text) for text in TEXTS])
     assert_same(list(Runner(tmp_path / "out").answer("two", TEXTS)), expected)
 
 
-def test_a_run_of_the_command_line_is_checked_on_its_validation_set(backbone: Path, tmp_path: Path) -> None:
-    train(run_config(backbone, tmp_path / "topics", max_length=16))
-    report = export_tasks([tmp_path / "topics"], tmp_path / "out", int8=True)["tasks"]["topics"]
-    assert report["checked_on"] == "the task's validation set"
-    results = json.loads((tmp_path / "topics" / "results.json").read_text())
-    for part in _int8_parts(report):
-        assert part["metric"] == "accuracy"
-        assert part["before"] == pytest.approx(results["metrics"]["validation"]["accuracy"])
-        assert 0 <= part["after"] <= 1
-    stored = tmp_path / "out" / "tasks" / "topics"
+def test_a_run_of_the_command_line_is_checked_on_its_validation_set(
+    exported_int8: Path, folders: dict[str, Path], backbone: Path
+) -> None:
+    for name, metric in {"topics": "accuracy", "tags": "micro_f1", "likeness": "pearson"}.items():
+        report = json.loads((exported_int8 / "export.json").read_text())["tasks"][name]
+        assert report["checked_on"] == "the task's validation set"
+        results = json.loads((folders[name] / "results.json").read_text())
+        for part in _int8_parts(report):
+            assert part["metric"] == metric == results["main_metric"]
+            assert part["before"] == pytest.approx(results["metrics"]["validation"][metric], abs=1e-3)
+            assert -1 <= part["after"] <= 1
+    stored = exported_int8 / "tasks" / "topics"
     assert len(Predictor(stored, str(backbone)).predict(TEXTS)) == len(TEXTS)
-    with pytest.raises(ValueError, match="takes 1 text"):
-        list(Runner(tmp_path / "out").answer("topics", PAIRS))
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_the_last_export(
@@ -130,10 +129,10 @@ def test_what_cannot_be_exported_is_refused_and_leaves_the_last_export(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     other = save_tiny_backbone(tmp_path / "other", seed=3)
-    foreign = save_task(other, tmp_path / "foreign", SpartanConfig(**(MEMORY | TASKS["two"])))
+    foreign = save_task(other, tmp_path / "foreign", SpartanConfig(**(SEQ_CLS | TASKS["two"])))
     changed = {
-        "top": SpartanConfig(**(MEMORY | TASKS["two"] | {"top_k": 2})),
-        "bare": SpartanConfig(**(MEMORY | TASKS["two"] | {"train_layer_norms": False})),
+        "top": SpartanConfig(**(SEQ_CLS | TASKS["two"] | {"top_k": 2})),
+        "bare": SpartanConfig(**(SEQ_CLS | TASKS["two"] | {"train_layer_norms": False})),
         "adapter": METHODS["pfeiffer"](num_labels=4),
     }
     saved = {name: save_task(backbone, tmp_path / name, config) for name, config in changed.items()}

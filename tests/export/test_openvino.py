@@ -12,12 +12,10 @@ from tests.export.conftest import TASKS
 from tests.export.runners import TEXTS, assert_same
 from tests.inference.conftest import save_task
 from tests.models import METHODS
-from tests.tiny import run_config
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
 from sparsepeft.export import export_tasks
-from sparsepeft.training import train
 from sparsepeft.tuners.files import plain_name
 
 
@@ -48,24 +46,21 @@ def test_pfeiffer(backbone: Path, tmp_path: Path) -> None:
     assert_same(list(Runner(tmp_path / "out", precision="f32").answer("pfeiffer", TEXTS)), expected)
 
 
-@pytest.mark.slow
-def test_bfloat16_is_compared_where_this_machine_has_it(backbone: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
+def test_bfloat16_is_compared_where_this_machine_has_it(exported_openvino: Path, folders: dict[str, Path]) -> None:
     from sparsepeft.export.openvino_files import has_bfloat16
     from sparsepeft.export.run_openvino import Runner
 
-    train(run_config(backbone, tmp_path / "topics", max_length=16))
-    report = export_tasks([tmp_path / "topics"], tmp_path / "out", format="openvino")["tasks"]["topics"]
+    report = json.loads((exported_openvino / "export.json").read_text())["tasks"]["topics"]
     if not has_bfloat16():
         assert "bfloat16" not in report
         pytest.skip("this processor has no bfloat16")
-    found = report["bfloat16"]
-    results = json.loads((tmp_path / "topics" / "results.json").read_text())
-    assert found["before"] == pytest.approx(results["metrics"]["validation"]["accuracy"])
-    assert 0 <= found["after"] <= 1
-    assert report["max_deviation"] < found["max_deviation"] < 0.05
+    changes = report["bfloat16"]
+    results = json.loads((folders["topics"] / "results.json").read_text())
+    assert changes["before"] == pytest.approx(results["metrics"]["validation"]["accuracy"])
+    assert 0 <= changes["after"] <= 1
+    assert report["max_deviation"] < changes["max_deviation"] < 0.05
     scores = [
-        [one["score"] for one in Runner(tmp_path / "out", precision=precision).answer("topics", TEXTS)]
+        [one["score"] for one in Runner(exported_openvino, precision=precision).answer("topics", TEXTS)]
         for precision in ("f32", "bf16", None)
     ]
     assert scores[0] != scores[1] == scores[2]

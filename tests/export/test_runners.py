@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from tests.export.conftest import TASKS
 from tests.export.runners import PAIRS, TEXTS, assert_same, run_py
-from tests.inference.test_engine import BAD_INPUTS
 
 from sparsepeft import MultiTaskEngine
 
@@ -46,7 +45,7 @@ def test_answers_are_pytorchs_for_any_task_and_batch(
     exported_in: Exported, backbone: Path, folders: dict[str, Path]
 ) -> None:
     engine, runner = MultiTaskEngine(backbone, folders), exported_in.runner(exported_in.folder)
-    assert set(runner.tasks) == set(TASKS)
+    assert runner.tasks.keys() == folders.keys()
     for _ in range(2):  # one after the other, and back
         for name in TASKS:
             for texts in (TEXTS, PAIRS, TEXTS[:1]):
@@ -66,26 +65,19 @@ def test_the_runner_needs_few_packages(exported_in: Exported, backbone: Path, fo
     done = ask("five", stdin="\n".join(TEXTS[:3]))
     assert done.returncode == 0, done.stderr
     assert_same([json.loads(line) for line in done.stdout.splitlines()], expected, exported_in.tolerance)
+    done = ask("topics", stdin=f"\n{TEXTS[0]}\n{TEXTS[0]}\t{TEXTS[1]}\n")
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert "empty text" in first["error"]
+    assert second["label"] in ("business", "health", "science", "sport", "travel")
+    assert "takes 1 text" in third["error"]
+    assert done.returncode == 1
+    assert "2 inputs could not be answered" in done.stderr
     done = ask("two", *PAIRS[0])
     assert json.loads(done.stdout)["label"] in ("LABEL_0", "LABEL_1"), done.stderr
     done = ask("seven", "text")
     assert done.returncode != 0
-    assert "'seven' is unknown; there are degree, five, two" in done.stderr
+    assert "The task 'seven' is unknown; valid are degree, five, likeness, tags, topics, two" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_inputs_are_read_as_the_engine_reads_them(
-    exported_in: Exported, backbone: Path, folders: dict[str, Path]
-) -> None:
-    engine, runner = MultiTaskEngine(backbone, folders), exported_in.runner(exported_in.folder)
-    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
-    good: list[Any] = [TEXTS[0], (TEXTS[0],), [TEXTS[0], TEXTS[1]], {"text": TEXTS[0]}, pair]
-    assert_same(list(runner.answer("two", good)), engine.predict([("two", given) for given in good]))
-    for given in (TEXTS[0], pair):
-        assert_same(list(runner.answer("two", given)), engine.predict([("two", given)]))
-    for given in (given for words, inputs in BAD_INPUTS.items() if words != "empty text" for given in inputs):
-        with pytest.raises(ValueError, match=r"an input is .*; the task takes|surrogates not allowed"):
-            list(runner.answer("two", [TEXTS[0], given]))
 
 
 def test_a_damaged_or_foreign_adapter_is_refused(exported_in: Exported, tmp_path: Path) -> None:

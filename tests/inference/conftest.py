@@ -36,8 +36,15 @@ def folders(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {name: save_task(backbone, root / name, config) for name, config in TASKS.items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def engine(backbone: Path, folders: dict[str, Path]) -> MultiTaskEngine:
+    """Shared by the tests that leave it as it is."""
+    return MultiTaskEngine(backbone, folders, token_budget=64)
+
+
+@pytest.fixture
+def changing_engine(backbone: Path, folders: dict[str, Path]) -> MultiTaskEngine:
+    """For a test that changes its tasks."""
     return MultiTaskEngine(backbone, folders, token_budget=64)
 
 

@@ -137,7 +137,7 @@ def run(case: Case, **options) -> dict[str, Tensor]:
     leaves = {name: tensor.clone().requires_grad_(case.trains(name)) for name, tensor in case.tensors.items()}
     output = call(case, leaves, **options)
     generator = torch.Generator().manual_seed(1)
-    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype))
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output))
     assert all((leaf.grad is not None) == leaf.requires_grad for leaf in leaves.values())
     return {"output": output.detach()} | {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 

@@ -27,13 +27,13 @@ def test_kernels_for_narrower_vectors_match_the_reference(processor: str, tmp_pa
     if processor == "x86-64-v3" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")
     files = [str(TESTS / f"test_{name}.py") for name in ("memory", "sparse_attention", "sparse_attention_selection")]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "cpu", *files],
         env={**os.environ, "SPARSEPEFT_CPU": processor, "SPARSEPEFT_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert process.returncode == 0, process.stdout[-3000:]
     assert len(list(tmp_path.glob("*.so"))) == 2  # it was these kernels that ran
 
 
@@ -65,6 +65,44 @@ def test_parts_keep_all_threads_at_work_and_are_few() -> None:
             items = groups * num_parts
             assert items % threads == 0 or items >= 4 * threads
             assert num_parts == 1 or groups * (num_parts - 1) < 4 * threads
+
+
+PROGRAM = """
+import os, signal, torch
+from sparsepeft.ops import memory_read, sparse_attention
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+def run():
+    with torch.no_grad():
+        memory_read(x, *memory, top_k=8, impl="cpu")
+        return sparse_attention(query, query, query, codebooks, top_l=16, impl="cpu")
+
+x, memory = torch.randn(512, 64), [torch.randn(16, 64), torch.randn(16, 3, 64), torch.randn(16, 3, 64)]
+query, codebooks = torch.randn(1, 4, 128, 16), torch.randn(4, 2, 16, 8)
+torch.set_num_threads(3)
+torch.randn(4000, 1000).softmax(-1)
+before = num_threads()
+expected = run()
+assert num_threads() == before, (num_threads(), before)
+torch.set_num_threads(2)
+run()
+assert num_threads() <= before
+child = os.fork()
+if not child:  # its parent's threads are gone
+    signal.alarm(60)
+    os._exit(0 if torch.equal(run(), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.slow  # a process of its own
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_kernels_run_on_the_threads_of_torch_and_start_none() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    process = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def test_kernels_run_in_threads_that_torch_does_not_know() -> None:

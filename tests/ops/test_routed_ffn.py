@@ -89,6 +89,19 @@ def test_half_precision_is_as_close_to_float32_as_the_reference(form: Form, acti
                 assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), (name, impl)
 
 
+def test_biases_sum_the_gradients_of_their_tokens_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GPU adds up bfloat16 in bfloat16: of a thousand tokens the sum would lose several of its eight bits.
+    add, dtypes = LoopedProducts.add_bias_gradient, []
+
+    def spy(self: LoopedProducts, tile: object, total: Tensor, h: Tensor) -> None:
+        dtypes.append(total.dtype)
+        add(self, tile, total, h)
+
+    monkeypatch.setattr(LoopedProducts, "add_bias_gradient", spy)
+    run(make_case(GATED, SIZES["odd"]).to(torch.bfloat16), activation="silu", impl="looped")
+    assert set(dtypes) == {torch.float32}
+
+
 def make_inner_products_exact(case: Case) -> None:
     """Small integers: what enters the activation is a multiple of 1/2 below 128, which bfloat16 holds exactly."""
     for name, tensor in case.tensors.items():
@@ -432,9 +445,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
         with FakeTensorMode():
-            x, weight = (torch.empty(*shape, dtype=dtype, device=device) for shape in ((6, 8), (64, 8)))
-            routing = route(x, weight[:4], num_active=2)
-        up, down = Projection(weight), Projection(weight.t())
+            x, weight, down_weight = (torch.empty(s, dtype=dtype, device=device) for s in ((6, 8), (64, 8), (8, 64)))
+            routing = Routing(*(torch.empty(6, n, device=device) for n in (2, 2, 4)))
+        up, down = Projection(weight), Projection(down_weight)
         explanation = explain(routed_ffn, x, up, down, routing, activation="relu")
         return explanation.impl, explanation.others.get("triton")
 

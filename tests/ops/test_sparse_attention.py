@@ -77,7 +77,7 @@ def test_cpu_and_torch_in_half_precision(name: str) -> None:
                 assert error <= torch.finfo(dtype).eps * exact[key].abs().max(), (key, impl)
 
 
-@pytest.mark.parametrize("name", ["causal", "grouped heads", "window and padding", "a row wholly masked", "softcap"])
+@pytest.mark.parametrize("name", ["window and padding", "a row wholly masked", "softcap"])
 def test_gradcheck_of_the_reference(name: str) -> None:
     sizes = {"batch": 2, "num_queries": 5, "num_keys": 6, "head_size": 4, "value_size": 3, "width": 2, "top_l": 3}
     case = CASES[name]._replace(**sizes, heads=2, kv_heads=1)
@@ -259,10 +259,10 @@ def test_saved_memory_is_linear(impl: str, granularity: str) -> None:
 @pytest.mark.parametrize("granularity", ["token", "block"])
 @pytest.mark.parametrize("impl", FAST)
 def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_TILE_ENTRIES", 1 << 16)
+    monkeypatch.setattr(selection, "_TILE_ENTRIES", 1 << 14)
     module = cpu if impl == "cpu" else pytorch
     sizes = []
-    for num_tokens in (1024, 2048):
+    for num_tokens in (512, 1024):
         tensors, options = make_inputs(Case(1, 1, 1, num_tokens, num_tokens, 16, 16, 8, 16))
         visibility = Visibility.of(
             *(1, num_tokens, num_tokens),
@@ -282,7 +282,7 @@ def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatc
             getattr(module, f"{impl}_backward")(output, *tensors, output, total, selected, visibility, settings)
         sizes.append(largest.size)
     assert sizes[1] <= 2.1 * sizes[0]
-    assert sizes[1] < 2048 * 2048  # not even a byte per pair
+    assert sizes[1] < 1024 * 1024  # not even a byte per pair
 
 
 # Tracing and choice

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from tests.ops.sparse_attention_cases import CASES, Case, assert_all_close, make_inputs, run
+from tests.ops.sparse_attention_cases import CASES, Case, make_inputs
 from torch import Tensor
 
-from sparsepeft.ops import native, selection_recall, sparse_attention
-from sparsepeft.ops.sparse_attention import count_matches, cpu
+from sparsepeft.ops import selection_recall, sparse_attention
+from sparsepeft.ops.sparse_attention import count_matches
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.cpu import cpu_keep_tokens
 from sparsepeft.ops.sparse_attention.selection import block_scores, keep_blocks, keep_tokens
@@ -97,25 +95,6 @@ def test_cpu_many_subvectors_are_counted_without_overflow() -> None:
     codes = make_codes(case, 1)
     codes[1][:, :, ::3] = 0
     assert torch.equal(cpu_keep_tokens(*codes), keep_tokens(*codes))
-
-
-@pytest.mark.slow
-def test_kernels_without_wide_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Built for any CPU of this kind: the forms for processors without AVX."""
-    monkeypatch.setenv("SPARSEPEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "_TUNINGS", ((),))
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
-    for name in ("scattered mask", "window and padding", "nothing forced"):
-        codes = make_codes(CASES[name], 3)
-        assert torch.equal(cpu_keep_tokens(*codes), keep_tokens(*codes))
-        tensors, options = make_inputs(CASES[name])
-        for granularity in ("token", "block"):
-            runs = [
-                run(tensors, tensors[0], **options, granularity=granularity, block_size=16, impl=impl)
-                for impl in ("cpu", "reference")
-            ]
-            assert_all_close(*runs, tolerance=4e-6)  # float32 rounding
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_count_matches() -> None:

@@ -126,19 +126,18 @@ def test_spartan_on_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_trainer(tmp_path: Path, precision: str) -> None:
+def test_trainer(tmp_path: Path) -> None:
     model = with_lora("llama")
     given = inputs("llama", padding=None, batch=4)["input_ids"]
     data = [{"input_ids": row, "labels": row} for row in given]
     arguments = TrainingArguments(
         str(tmp_path),
-        max_steps=30,
+        max_steps=20,
         learning_rate=2e-2,
         per_device_train_batch_size=4,
         gradient_checkpointing=True,
         logging_steps=1,
-        bf16=precision == "bf16",
+        bf16=True,
         use_cpu=True,
         report_to="none",
     )
@@ -146,7 +145,7 @@ def test_trainer(tmp_path: Path, precision: str) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.8 * losses[0]
-    assert load_sparse(build("llama"), tmp_path / "checkpoint-30")
+    assert load_sparse(build("llama"), tmp_path / "checkpoint-20")
 
 
 def test_adapters_of_dense_models_are_told(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ STYLES = pytest.mark.parametrize("style", ["pfeiffer", "houlsby"])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"style": "parallel"}, r"style='parallel'.*'pfeiffer', 'houlsby'"),
-        ({"reduction_factor": 0}, "reduction_factor=0.*positive"),
+        ({"style": "parallel"}, r"style.*'parallel'.*houlsby, pfeiffer"),
+        ({"reduction_factor": 0}, "reduction_factor=0.*above 0"),
         ({"reduction_factor": -2}, "reduction_factor=-2"),
         ({"reduction_factor": "16"}, "reduction_factor='16'"),
         ({"reduction_factor": True}, "reduction_factor=True"),

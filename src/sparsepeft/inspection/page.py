@@ -15,6 +15,8 @@ from sparsepeft.inspection.report import LayerReport, MemoryReport
 from sparsepeft.provenance import environment
 from sparsepeft.runs.files import RUN
 
+REPORT, PAGE = "inspection.json", "inspection.html"
+
 
 def render_page(report: MemoryReport, title: str = "What the parent cells have learned") -> str:
     """The page; names of labels and words of the texts are escaped.
@@ -74,9 +76,6 @@ def _number(value: Any) -> str:
 
 def _percent(value: Any) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
-
-
-REPORT, PAGE = "inspection.json", "inspection.html"
 
 
 def check_folder(folder: Path, *also: str) -> None:

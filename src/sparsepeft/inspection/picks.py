@@ -12,6 +12,9 @@ from torch import Tensor
 from sparsepeft.layers import SparseMemory
 from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
 
+# Positions are read so many at a time that the scores of their parents and children have at most this many entries.
+_ENTRIES = 1 << 22
+
 
 class Picks:
     """Counts over positions and documents (rows of a batch), in memory that does not grow with their number.
@@ -95,10 +98,6 @@ class Picks:
             labelled = counted & (classes >= 0)
             np.add.at(self.labelled_documents, (parents[labelled], classes[labelled]), 1)
         self._row_first, self._row_gates = self._row_first[:0], self._row_gates[:0]
-
-
-# Positions are read so many at a time that the scores of their parents and children have at most this many entries.
-_ENTRIES = 1 << 22
 
 
 class Reading(NamedTuple):

@@ -16,6 +16,15 @@ from sparsepeft.extras import require
 # Entries of the table of counts; the rarest words are forgotten when it is full.
 _MAX_ENTRIES = 1 << 24
 
+MIN_Z = 2.0
+COMMON_SHARE = 0.5  # a word in more than this share of the texts says nothing about any of them, in any language
+# What scikit-learn's list has beside function words.
+_TOPICAL = {
+    *("amount", "bill", "bottom", "call", "cry", "describe", "detail", "fill", "fire", "front", "full", "interest"),
+    *("mill", "mine", "name", "serious", "side", "sincere", "system", "thick", "thin", "top"),
+}
+_MARKS = "#Ġ▁"  # with which tokenizers mark the beginning or the middle of a word
+
 
 @dataclass(frozen=True)
 class Words:
@@ -188,17 +197,6 @@ class WordCounts:
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)], axis=1)
             self._texts = np.concatenate([self._texts, np.zeros_like(self._texts)])
         return index
-
-
-MIN_Z = 2.0
-COMMON_SHARE = 0.5  # a word in more than this share of the texts says nothing about any of them, in any language
-
-# What scikit-learn's list has beside function words.
-_TOPICAL = {
-    *("amount", "bill", "bottom", "call", "cry", "describe", "detail", "fill", "fire", "front", "full", "interest"),
-    *("mill", "mine", "name", "serious", "side", "sincere", "system", "thick", "thin", "top"),
-}
-_MARKS = "#Ġ▁"  # with which tokenizers mark the beginning or the middle of a word
 
 
 def log_odds_z(ours: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -42,16 +42,16 @@ def head_start(checkpoint: Mapping[int, str], task: Sequence[str] | None) -> Hea
     """
     if task is None:
         return HeadStart()
-    own = [checkpoint[index] for index in sorted(checkpoint)]
-    rows = {_plain(name): row for row, name in enumerate(own)}
-    if len(rows) == len(own) and all(_plain(name) in rows for name in task):
+    names = [checkpoint[index] for index in sorted(checkpoint)]
+    rows = {_plain(name): row for row, name in enumerate(names)}
+    if len(rows) == len(names) and all(_plain(name) in rows for name in task):
         matched = tuple(rows[_plain(name)] for name in task)
-        return HeadStart(None if matched == tuple(range(len(own))) else matched)
-    if _says_nothing(own) or _says_nothing(task):
+        return HeadStart(None if matched == tuple(range(len(names))) else matched)
+    if _says_nothing(names) or _says_nothing(task):
         return HeadStart()
+    others = ", ".join(names[:5]) + (", ..." if names[5:] else "")
     return HeadStart(
-        note=f"the checkpoint's head was trained for other labels ({', '.join(own[:5])}{', ...' if own[5:] else ''}): "
-        "the task starts from a fresh one"
+        note=f"the checkpoint's head was trained for other labels ({others}): the task starts from a fresh one"
     )
 
 

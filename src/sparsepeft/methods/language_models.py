@@ -47,9 +47,9 @@ def load_language_model(
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and is_decoder and not config.is_encoder_decoder
         is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal and not config.is_encoder_decoder
         if not is_causal and not (masked and is_masked):
-            wanted = "a causal or masked language model" if masked else "a causal language model"
+            expected = "a causal or masked language model" if masked else "a causal language model"
             raise UserError(
-                f"The model {model!r} is of type {config.model_type}, but {wanted} is needed; pass another."
+                f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another."
             )
         loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
         return loader.from_pretrained(model, dtype=dtype).eval(), is_causal

@@ -111,9 +111,9 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     """
     names = id2label(spec)
     try:
-        own = AutoConfig.from_pretrained(model).id2label or {}
-        start = head_start(own, spec.label_names)
-        loaded = names if start.rows is None else own
+        checkpoint_names = AutoConfig.from_pretrained(model).id2label or {}
+        start = head_start(checkpoint_names, spec.label_names)
+        loaded = names if start.rows is None else checkpoint_names
         backbone = AutoModelForSequenceClassification.from_pretrained(
             model,
             num_labels=len(loaded),
@@ -123,7 +123,7 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(not_loaded("model", model, error)) from error
     start_head(backbone, start, names)
     if lacks_pad_token(backbone):

@@ -67,9 +67,9 @@ class Recipe:
         Raises:
             UserError: a key is neither.
         """
-        own = {f.name for f in dataclasses.fields(self)} - {"adapter", "learning_rate", "batch_size", "epochs"}
-        recipe = {key: value for key, value in settings.items() if key in own}
-        adapter = {key: value for key, value in settings.items() if key not in own}
+        of_recipe = {f.name for f in dataclasses.fields(self)} - {"adapter", "learning_rate", "batch_size", "epochs"}
+        recipe = {key: value for key, value in settings.items() if key in of_recipe}
+        adapter = {key: value for key, value in settings.items() if key not in of_recipe}
         return dataclasses.replace(self, **recipe, adapter={**self.adapter, **adapter})
 
 

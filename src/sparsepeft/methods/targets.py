@@ -70,22 +70,22 @@ def choose_targets(config: LoraConfig | IA3Config, backbone: PreTrainedModel) ->
 
 def _linear_maps(block: Block) -> dict[str, tuple[int, int]]:
     """Full names of a layer's linear maps, with their numbers of inputs and outputs."""
-    found = {}
+    maps = {}
     for name, module in block.module.named_modules():
         if isinstance(module, NonDynamicallyQuantizableLinear):
             continue  # a part of nn.MultiheadAttention, which reads its weight and never calls it
         if isinstance(module, nn.Linear):
-            found[f"{block.name}.{name}"] = (module.in_features, module.out_features)
+            maps[f"{block.name}.{name}"] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            found[f"{block.name}.{name}"] = (module.nx, module.nf)
-    return found
+            maps[f"{block.name}.{name}"] = (module.nx, module.nf)
+    return maps
 
 
 def _second_of_ffn(block: Block) -> list[str]:
     """The maps of an FFN's inner states: the most inputs of all that give the layer's states."""
-    inputs = {name: given for name, (given, out) in _linear_maps(block).items() if out == block.hidden_size}
+    inputs = {name: num_inputs for name, (num_inputs, out) in _linear_maps(block).items() if out == block.hidden_size}
     widest = max(inputs.values(), default=0)
-    names = [name for name, given in inputs.items() if given == widest]
+    names = [name for name, num_inputs in inputs.items() if num_inputs == widest]
     return names if widest > block.hidden_size else names[-1:]
 
 

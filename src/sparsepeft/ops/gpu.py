@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -42,15 +43,18 @@ def why_not_triton_by_itself(tensor: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_unproven() -> str | None:
-    """Return why kernels are not taken by themselves on the current GPU, and warn the first time; None where proven."""
-    if not torch.cuda.is_available():
-        return None  # a tensor without memory: nothing will run
+    return _ask_current_gpu() if torch.cuda.is_initialized() else None  # else a tensor without memory: nothing will run
+
+
+@functools.cache  # asking takes as long as a small kernel
+def _ask_current_gpu() -> str | None:
+    """Return why kernels are not taken by themselves on the current GPU, with a warning; None where they are proven."""
     if torch.version.hip is None and torch.cuda.get_device_capability() in _PROVEN_CAPABILITIES:
         return None
     reason = f"the Triton kernels have not been run on a GPU like {torch.cuda.get_device_name()} yet"
     warnings.warn(
         f"{reason}, so PyTorch's own are used. To have them, set SPARSEPEFT_ENABLE=triton or give impl='triton'; "
         "pytest -m gpu tests/ops/gpu shows whether they are right here.",
-        stacklevel=2,  # one place, so Python shows it once
+        stacklevel=2,
     )
     return reason

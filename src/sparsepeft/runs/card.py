@@ -85,7 +85,7 @@ def _metadata(run: Mapping[str, Any], results: Mapping[str, Any], backbone: str)
     tags = ["sparsepeft", method, *(["sparse"] if results.get("spt") else [])]
     if method != "full":
         tags += ["peft", f"base_model:adapter:{backbone}"]
-    found = [
+    eval_results = [
         EvalResult(
             task_type=task_type,
             dataset_type=dataset or "custom",
@@ -106,10 +106,10 @@ def _metadata(run: Mapping[str, Any], results: Mapping[str, Any], backbone: str)
         pipeline_tag=task_type,
         language="en" if results["task"] in SPECS else None,
         datasets=[dataset] if dataset else None,
-        metrics=list(dict.fromkeys(each.metric_type for each in found)),
+        metrics=list(dict.fromkeys(each.metric_type for each in eval_results)),
         tags=tags,
         model_name=_name(results, backbone),
-        eval_results=found or None,
+        eval_results=eval_results or None,
     )
 
 

@@ -48,29 +48,29 @@ def scores(results: Mapping[str, Any]) -> str:
 
 
 def _beside(baseline: Mapping[str, Any] | None, report: Mapping[str, Any], part: str) -> list[str]:
-    found = []
+    paragraphs = []
     if baseline:
         answer = baseline["answer"]
         if isinstance(answer, float):
-            given = f"{answer:.4g}, the mean in training"
+            said = f"{answer:.4g}, the mean in training"
         else:
-            given = f"`{answer if isinstance(answer, str) else ', '.join(answer)}`, the most frequent in training"
+            said = f"`{answer if isinstance(answer, str) else ', '.join(answer)}`, the most frequent in training"
         scores = ", ".join(f"{title(name)} {_number(value)}" for name, value in baseline["metrics"].items())
-        found.append(f"Always answering {given}, scores on {part}: {scores}.")
+        paragraphs.append(f"Always answering {said}, scores on {part}: {scores}.")
     per_class = report.get("per_class")
     if per_class is None:
         if report:
-            found.append(f"On {part}: " + ", ".join(f"{title(n)} {_number(v)}" for n, v in report.items()) + ".")
-        return found
+            paragraphs.append(f"On {part}: " + ", ".join(f"{title(n)} {_number(v)}" for n, v in report.items()) + ".")
+        return paragraphs
     columns = ("precision", "recall", "f1")
     rows = [(_cell(name), *(f"{v[c]:.3f}" for c in columns), f"{v['support']:,}") for name, v in per_class.items()]
-    found.append(f"By label, on {part}:\n\n" + table(("label", "precision", "recall", "F1", "rows"), rows))
+    paragraphs.append(f"By label, on {part}:\n\n" + table(("label", "precision", "recall", "F1", "rows"), rows))
     matrix = report.get("confusion_matrix")
     if matrix and len(per_class) <= _MOST_LABELS:
         names = [_cell(name) for name in per_class]
         lines = [(name, *map(str, row)) for name, row in zip(names, matrix, strict=True)]
-        found.append("True labels by row, predicted ones by column:\n\n" + table(("", *names), lines))
-    return found
+        paragraphs.append("True labels by row, predicted ones by column:\n\n" + table(("", *names), lines))
+    return paragraphs
 
 
 def training(results: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:

@@ -44,15 +44,15 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     for key in values:
         if key not in valid:
             raise UserError(f"{file}: " + unknown_name("config key", str(key), valid))
-    given = {key: value for key, value in flags.items() if value is not None}
-    is_sparse, spt_settings = given.pop("spt", False), given.pop("spt_set", {})
+    from_flags = {key: value for key, value in flags.items() if value is not None}
+    is_sparse, spt_settings = from_flags.pop("spt", False), from_flags.pop("spt_set", {})
     if spt_settings and not is_sparse and "spt" not in values:
         raise UserError("`spt_set` was given without `spt`; pass `spt` as well to make the model sparse.")
     if is_sparse or spt_settings:
-        given["spt"] = spt_settings
-    if (given.get("task") or values.get("task")) == LM:
-        given.pop("data_dir", None)  # it may come from the environment, where it is meant for other tasks
-    for key, value in given.items():
+        from_flags["spt"] = spt_settings
+    if (from_flags.get("task") or values.get("task")) == LM:
+        from_flags.pop("data_dir", None)  # it may come from the environment, where it is meant for other tasks
+    for key, value in from_flags.items():
         both = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = {**values[key], **value} if both else value
     settings = values.get("settings")

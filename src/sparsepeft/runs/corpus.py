@@ -134,25 +134,25 @@ def join(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor
     return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
 
 
-def begin_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> int | None:
+def begin_token(tokenizer: PreTrainedTokenizerBase, required: bool | None = None) -> int | None:
     """Id of the token that each block begins with: the tokenizer's begin-of-text token, or else its [CLS]; or None.
 
     Args:
         tokenizer: the model's.
-        wanted: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
+        required: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
             model was trained with it; GPT-2's and Qwen's put none, though they may name one.
 
     Raises:
-        UserError: the token is wanted, and the tokenizer has none.
+        UserError: the token is required, and the tokenizer has none.
     """
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-    if wanted is None:
-        wanted = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    if wanted and begin is None:
+    if required is None:
+        required = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    if required and begin is None:
         raise UserError(
             "`bos_token=True` was given, but the model's tokenizer has no begin-of-text token; leave it out."
         )
-    return begin if wanted else None
+    return begin if required else None
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

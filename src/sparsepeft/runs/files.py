@@ -83,8 +83,8 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
 
 def columns_of(run: dict[str, Any]) -> Columns | None:
     """What texts and label were called in the training file, from a ``run.json``; None where it does not say."""
-    found = run.get("columns")
-    return Columns(tuple(found["texts"]), found["label"]) if found else None
+    columns = run.get("columns")
+    return Columns(tuple(columns["texts"]), columns["label"]) if columns else None
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

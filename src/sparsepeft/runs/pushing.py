@@ -78,8 +78,8 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
 
 def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
     """What of a run is uploaded, by name: the changed content, or the file itself."""
-    found = sorted({path for pattern in WRITTEN for path in folder.glob(pattern) if path.is_file()})
-    files: dict[str, bytes | Path] = {path.name: path for path in found}
+    paths = sorted({path for pattern in WRITTEN for path in folder.glob(pattern) if path.is_file()})
+    files: dict[str, bytes | Path] = {path.name: path for path in paths}
     public: dict[str, Callable[[Any], Any]] = {RUN: _public_run, RESULTS: _public_run, CONFIG_NAME: _public_adapter}
     for name, change in public.items():
         if name in files:

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 NAME = "spt"  # as transformers knows it
 _REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
 
+_STEPS = "sparsepeft_steps"  # in an optimizer's parameter groups
+
 
 class AttentionCall(NamedTuple):
     """What a layer attended with, recorded for calibration."""
@@ -215,9 +217,6 @@ def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sparse_mask)
-
-
-_STEPS = "sparsepeft_steps"  # in an optimizer's parameter groups
 
 
 class CodebookRefresh:

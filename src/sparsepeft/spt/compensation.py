@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' variance
+_HELD_OUT = 4  # every so many tokens one is held out to choose among them
+
 
 class Ridge(NamedTuple):
     """``(x - mean_in) @ weight + mean_out``, and what it was solved from."""
@@ -24,10 +27,6 @@ def fit_ridge(inputs: Tensor, targets: Tensor, ridge: float) -> Ridge:
     gram = centred.T @ centred
     gram.diagonal().add_(ridge * len(inputs) * inputs.var() + 1e-6)
     return Ridge(torch.linalg.solve(gram, centred.T @ (targets - mean_out)), mean_in, mean_out, gram)
-
-
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' variance
-_HELD_OUT = 4  # every so many tokens one is held out to choose among them
 
 
 class Compensation(NamedTuple):

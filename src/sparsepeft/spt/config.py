@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsepeft.arguments import check_flag, check_whole
+from sparsepeft.arguments import check_choice, check_flag, check_number, check_whole
 from sparsepeft.reprs import changed_fields
 
 GRANULARITIES = ("token", "block")
@@ -85,8 +84,7 @@ class SptConfig:
         if not self.attention and not self.ffn:
             raise ValueError("attention and ffn are both False, so nothing would become sparse; set one of them.")
         for name, choices in (("granularity", GRANULARITIES), ("block_assignment", ASSIGNMENTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} was given; expected one of {', '.join(choices)}.")
+            check_choice(name, getattr(self, name), choices)
         for name, (least, most) in _WHOLE.items():
             check_whole(name, getattr(self, name), least=least, most=most)
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
@@ -102,9 +100,7 @@ class SptConfig:
                 f"num_active_blocks={self.num_active_blocks} was given with num_blocks={self.num_blocks}; a token can "
                 "use at most all blocks."
             )
-        weight = self.load_balancing_coef
-        if not (_is_whole(weight) or isinstance(weight, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"load_balancing_coef={weight!r} was given; expected a number of at least 0.")
+        check_number("load_balancing_coef", self.load_balancing_coef, least=0)
         layers = self.layers_to_transform
         if layers is not None:
             positions = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)

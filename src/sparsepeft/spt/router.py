@@ -14,6 +14,10 @@ from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridg
 
 _ROUNDS = 20
 
+_RIDGE = 1e-2  # of the inputs' variance
+_FEATURES = 512
+COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
+
 
 def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
     """Neurons in an order in which every I / G neighbours have features of like direction: k-means with equal sizes.
@@ -59,11 +63,6 @@ def assign_evenly(distances: Tensor) -> Tensor:
             if not room[cluster]:
                 open_distances[:, cluster] = torch.inf
     return labels
-
-
-_RIDGE = 1e-2  # of the inputs' variance
-_FEATURES = 512
-COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
 
 
 class InitialRouter(NamedTuple):

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from sparsepeft.arguments import check_choice, check_whole
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.models.quantized import INT8
 from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
-from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name, require_choice, require_positive
+from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def storage_report(
     try:
         dtype = dtype_name("dtype", dtype)
         save_dtype = dtype_name("save_dtype", save_dtype, SAVE_DTYPES) if save_dtype is not None else dtype
-        require_choice("head_type", head_type, HEAD_TYPES)
+        check_choice("head_type", head_type, HEAD_TYPES)
         for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
-            require_positive(name, getattr(sizes, name))
+            check_whole(name, getattr(sizes, name))
         resolved = resolve_model(model)
         config = load_config(resolved)
         counter = ParameterCounter(config, sizes)
@@ -154,13 +155,10 @@ def storage_report(
 
 def _check(num_tasks: int, num_labels: int | Sequence[int], methods: Sequence[str] | None) -> tuple[int, ...]:
     """Check what needs no model; the number of labels of each task."""
-    try:
-        require_positive("num_tasks", num_tasks)
-        labels = (num_labels,) * num_tasks if isinstance(num_labels, int) else tuple(num_labels)
-        for count in labels:
-            require_positive("num_labels", count)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_whole("num_tasks", num_tasks)
+    labels = (num_labels,) * num_tasks if isinstance(num_labels, int) else tuple(num_labels)
+    for count in labels:
+        check_whole("num_labels", count)
     if len(labels) != num_tasks:
         raise UserError(
             f"`num_labels` has {len(labels)} entries, but `num_tasks={num_tasks}` was given; give one number for "

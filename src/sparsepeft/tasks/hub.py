@@ -15,6 +15,8 @@ from sparsepeft.tasks.spec import TaskSpec, build_dataset
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+
 
 def load_splits(repository: str, config: str | None, names: Sequence[str]) -> dict[str, Dataset]:
     """Load the named splits of a dataset repository; `datasets` answers from its cache where it can.
@@ -77,6 +79,3 @@ def content_sha256(dataset: Dataset) -> str:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
         digest.update(b"\n")
     return f"sha256:{digest.hexdigest()}"
-
-
-_TRUE = frozenset({"1", "ON", "YES", "TRUE"})

@@ -68,13 +68,13 @@ class FrozenLayerCache:
                     batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
                     with passes.ending_after(len(self.blocks) - 1):
                         self.model(**{key: value for key, value in batch.items() if key != "labels"})
-                    found = passes.states()
-                    if found is None:
+                    states_above = passes.states()
+                    if states_above is None:
                         raise UserError(
                             f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on "
                             "more than its hidden states, which cannot be cached; train this model without."
                         )
-                    for row, state, mask in zip(rows, found, batch["attention_mask"].bool(), strict=True):
+                    for row, state, mask in zip(rows, states_above, batch["attention_mask"].bool(), strict=True):
                         self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
         finally:
             self.model.train(training)

@@ -37,7 +37,7 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
     for name in _FILES:
-        for path in _several(values.get(name)):
+        for path in _paths(values.get(name)):
             if not Path(path).is_file():
                 what = "that is a folder" if Path(path).is_dir() else "there is no such file"
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
@@ -80,10 +80,10 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
     limit = longest_input(tokenizer, config, None)
     data = load_task(task, **options)
     files: Any = {key: value for key, value in options.items() if key != "data_dir"}
-    own = describe_files(files) if canonical_name(task) == CUSTOM else {}
+    described_files = describe_files(files) if canonical_name(task) == CUSTOM else {}
     lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
-    return {**describe_data(data), **own, "tokens": lengths}
+    return {**describe_data(data), **described_files, "tokens": lengths}
 
 
-def _several(value: Any) -> list[Any]:
+def _paths(value: Any) -> list[Any]:
     return [value] if isinstance(value, (str, Path)) else list(value or ())

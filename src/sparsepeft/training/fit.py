@@ -45,7 +45,7 @@ class Fitted:
     """What fitting leaves, beside the model's weights.
 
     Attributes:
-        trainer: that has done it, with the weights of the best checkpoint, or of the last step.
+        trainer: whose model has the weights of the best checkpoint, or of the last step.
         seconds: that it took.
         others_share: of the processors' time that other processes took meanwhile.
     """

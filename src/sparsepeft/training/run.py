@@ -52,7 +52,7 @@ def train(
         The results, as in ``results.json``.
 
     Raises:
-        UserError: something given cannot be used (see :mod:`sparsepeft.tasks` for data).
+        UserError: the config, its data or its model cannot be used.
         RunFailed: the loss diverged, or a file could not be written; the last good checkpoint is left.
 
     Example:

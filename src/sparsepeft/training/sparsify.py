@@ -70,7 +70,7 @@ def sparsify_language_model(
         text that it was not calibrated on; None where there is no such block.
 
     Raises:
-        UserError: something given cannot be used.
+        UserError: model, text or settings cannot be used.
     """
     config, folder = read_spt_settings(settings or {}), Path(output_dir)
     check_output(folder, (REPORT,), "a sparse model", overwrite)

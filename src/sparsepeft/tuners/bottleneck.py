@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from sparsepeft.errors import unknown_name
+from sparsepeft.arguments import check_choice, check_number
 from sparsepeft.layers import BottleneckAdapter
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import find_sublayer
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import BOTTLENECK, TaskAdapterConfig, require_choice, require_positive
+from sparsepeft.tuners.config import BOTTLENECK, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
 
 STYLES = ("pfeiffer", "houlsby")
@@ -68,16 +68,12 @@ class BottleneckConfig(TaskAdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
-        require_choice("style", self.style, STYLES)
-        require_positive("reduction_factor", self.reduction_factor, integer=False)
+        check_choice("style", self.style, STYLES)
+        check_number("reduction_factor", self.reduction_factor, above=0)
         if self.non_linearity is None:
             self.non_linearity = _NON_LINEARITY[self.style]
-        if self.non_linearity not in ACT2FN:
-            raise ValueError(unknown_name("non_linearity", str(self.non_linearity), sorted(ACT2FN)))
-        if not isinstance(self.initializer_range, (int, float)) or self.initializer_range < 0:
-            raise ValueError(
-                f"initializer_range={self.initializer_range!r} was given, but it must be zero or a positive number."
-            )
+        check_choice("non_linearity", self.non_linearity, ACT2FN)
+        check_number("initializer_range", self.initializer_range, least=0)
 
     def bottleneck_size(self, hidden_size: int) -> int:
         """The width of the middle for a layer of ``hidden_size``."""

@@ -10,6 +10,7 @@ import peft  # noqa: F401 - before a part of it: threads that import both at onc
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from sparsepeft.arguments import check_choice, check_whole
 from sparsepeft.models.quantized import INT8
 from sparsepeft.reprs import changed_fields
 from sparsepeft.tuners.card import write_card
@@ -53,22 +54,9 @@ DTYPES |= {name: name for name in DTYPES.values()}
 SAVE_DTYPES = DTYPES | {INT8: INT8}
 
 
-def require_positive(name: str, value: Any, *, integer: bool = True) -> None:
-    """Raise a ValueError unless ``value`` is a number (by default an integer) above zero."""
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)) or not value > 0:
-        expected = "a positive integer" if integer else "a positive number"
-        raise ValueError(f"`{name}={value!r}` was given, but it must be {expected}.")
-
-
-def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"`{name}={value!r}` was given, but it must be one of {', '.join(map(repr, choices))}.")
-
-
 def dtype_name(name: str, value: Any, valid: dict[str, str] = DTYPES) -> str:
-    """Torch's name of a dtype given by that or its short name; a ValueError if it is not among the ``valid`` ones."""
-    require_choice(name, value, tuple(valid))
+    """Torch's name of a dtype given by that or its short name; a UserError if it is not among the ``valid`` ones."""
+    check_choice(name, value, valid)
     return valid[value]
 
 
@@ -119,7 +107,7 @@ class TaskAdapterConfig(PeftConfig):
                 f"This adapter's files have format version {self.format_version}, but this sparsepeft reads up to "
                 f"{FORMAT_VERSION}; upgrade sparsepeft."
             )
-        require_choice("head_type", self.head_type, HEAD_TYPES)
+        check_choice("head_type", self.head_type, HEAD_TYPES)
         if self.save_dtype is not None:
             self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
         if isinstance(self.target_modules, (set, tuple)):
@@ -134,7 +122,7 @@ class TaskAdapterConfig(PeftConfig):
                     f"of 0 to {self.num_labels - 1} once."
                 )
         if self.num_labels is not None:
-            require_positive("num_labels", self.num_labels)
+            check_whole("num_labels", self.num_labels)
 
     def __repr__(self) -> str:
         return changed_fields(self, _IN_EVERY_FILE)

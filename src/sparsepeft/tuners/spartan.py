@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsepeft.arguments import check_choice, check_number, check_whole
 from sparsepeft.layers import SparseMemory
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block
@@ -18,7 +19,7 @@ from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.load_balancing import load_balancing_loss
 from sparsepeft.ops.registry import RENAMED
 from sparsepeft.tuners.base import TaskTuner
-from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig, require_choice, require_positive
+from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
 
 IMPLS = ("auto", "reference", "torch", "triton")
@@ -69,15 +70,13 @@ class SpartanConfig(TaskAdapterConfig):
         super().__post_init__()
         self.peft_type = SPARTAN
         for name in ("num_parents", "num_children", "top_k"):
-            require_positive(name, getattr(self, name))
-        require_positive("temperature", self.temperature, integer=False)
+            check_whole(name, getattr(self, name))
+        check_number("temperature", self.temperature, above=0)
         if self._is_from_file:
             self.impl = RENAMED.get(self.impl, self.impl)
-        require_choice("impl", self.impl, IMPLS)
+        check_choice("impl", self.impl, IMPLS)
         for name in ("initializer_range", "value_initializer_range", "load_balancing_coef"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"{name}={value!r} was given, but {name} must be zero or a positive number.")
+            check_number(name, getattr(self, name), least=0)
         if self.top_k > self.num_parents:
             raise ValueError(
                 f"top_k={self.top_k} was given with num_parents={self.num_parents}, but a position can keep at most "

@@ -29,6 +29,7 @@ from sparsepeft.errors import RunFailed
 from sparsepeft.tuners.adapterhub import load_adapterhub
 from sparsepeft.tuners.bottleneck import BottleneckLayer
 from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.peers import answers
 from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_python
 
 LIMITS = {"float32": 1e-5, "float64": 1e-12}  # rounding in another order; float64 shows that nothing else differs
@@ -123,17 +124,19 @@ def compare(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trained = torch.load(folder / "checkpoint" / "pytorch_adapter.bin", weights_only=True)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for own, peer in names.items():
-            parameters[own].copy_(trained[peer] if peer in trained else checkpoint[peer])
+        for ours, peer in names.items():
+            parameters[ours].copy_(trained[peer] if peer in trained else checkpoint[peer])
     errors = {}
     for mode in case["modes"]:
         dtype = getattr(torch, mode["dtype"])
         expected = load_file(folder / f"{mode['name']}.safetensors")
         for label, candidate in ((mode["name"], model), (f"{mode['name']}_imported", imported)):
             candidate.to(dtype).train(mode["train"])
-            set_dropout(candidate, mode["dropout"])
+            answers.set_dropout(candidate, mode["dropout"])
             torch.manual_seed(case["seed"])
-            errors[label] = largest_errors(compute(candidate, inputs, names), expected)
+            errors[label] = largest_errors(
+                answers.compute(candidate, candidate.get_base_model().base_model, inputs, names), expected
+            )
     result: dict[str, Any] = {
         **{key: case[key] for key in ("name", "model_type", "style", "reduction_factor", "config", "batch", "length")},
         "largest_errors": errors,
@@ -173,9 +176,9 @@ def peer_names(model: PeftModel, peer_adapter: str = "peer") -> dict[str, str]:
         for place, theirs in PLACES.items():
             for ours, linear in LINEARS.items():
                 for kind in ("weight", "bias"):
-                    own = f"{block_name}.{place}.default.{ours}.{kind}"
+                    ours_name = f"{block_name}.{place}.default.{ours}.{kind}"
                     base = block_name.removeprefix("base_model.model.")
-                    names[own] = f"{base}.{theirs}.{peer_adapter}.{linear}.{kind}"
+                    names[ours_name] = f"{base}.{theirs}.{peer_adapter}.{linear}.{kind}"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     head = {
         name: name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
@@ -188,19 +191,19 @@ def peer_names(model: PeftModel, peer_adapter: str = "peer") -> dict[str, str]:
 def own_tensors(model: PeftModel, names: dict[str, str]) -> dict[str, Tensor]:
     """The adapter's tensors under the peer's names."""
     parameters = dict(model.named_parameters())
-    return {peer: parameters[own].detach() for own, peer in names.items() if ".adapters." in peer}
+    return {peer: parameters[name].detach() for name, peer in names.items() if ".adapters." in peer}
 
 
-def compare_initialisation(own: dict[str, Tensor], peer: dict[str, Tensor]) -> dict[str, Any]:
+def compare_initialisation(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> dict[str, Any]:
     """Parameter counts, spread of weights and biases of two fresh adapters."""
 
     def values(tensors: dict[str, Tensor], kind: str) -> Tensor:
         return torch.cat([tensor.flatten() for name, tensor in sorted(tensors.items()) if name.endswith(kind)])
 
-    p_value = float(ks_2samp(values(own, "weight").numpy(), values(peer, "weight").numpy()).pvalue)
-    shapes_agree = {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in peer.items()}
+    p_value = float(ks_2samp(values(ours, "weight").numpy(), values(peer, "weight").numpy()).pvalue)
+    shapes_agree = {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in peer.items()}
     result: dict[str, Any] = {"same_distribution_p_value": p_value, "shapes_agree": shapes_agree}
-    for side, tensors in (("ours", own), ("peer", peer)):
+    for side, tensors in (("ours", ours), ("peer", peer)):
         result[side] = {
             "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "weight_std": values(tensors, "weight").std().item(),
@@ -209,35 +212,6 @@ def compare_initialisation(own: dict[str, Tensor], peer: dict[str, Tensor]) -> d
     biases_are_zero = result["ours"]["largest_bias"] == result["peer"]["largest_bias"] == 0
     result["passed"] = shapes_agree and biases_are_zero and p_value > MIN_P_VALUE
     return result
-
-
-def compute(model: PeftModel, inputs: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """What ``answers.compute`` computes, under the peer's names."""
-    inputs = dict(inputs)
-    direction = inputs.pop("direction")
-    seen = {}
-
-    def note(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        seen["embeddings"] = output.requires_grad_()
-
-    base: Any = model.get_base_model()
-    handle = base.base_model.embeddings.register_forward_hook(note)
-    model.zero_grad()
-    output = model(**inputs, output_hidden_states=True)
-    handle.remove()
-    (output.loss + (output.hidden_states[-1] * direction.to(output.logits)).mean(1).sum()).backward()
-    results = {f"hidden_states.{index}": states.detach() for index, states in enumerate(output.hidden_states)}
-    results |= {"logits": output.logits.detach(), "loss": output.loss.detach()}
-    results |= {f"gradient.{names[name]}": p.grad for name, p in model.named_parameters() if p.requires_grad}
-    results["gradient.embeddings"] = seen["embeddings"].grad
-    return results
-
-
-def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set the hidden states' dropout, as ``answers.set_dropout`` does; attention's stays at 0."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and not name.endswith(".self.dropout"):
-            module.p = probability
 
 
 def largest_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

@@ -3,7 +3,8 @@
     sparsepeft benchmark allocator --language-model FOLDER --output allocator.json
 
 Inference and training passes, each in two processes that take turns: one as PyTorch users run it, one that keeps what
-tensors free. Random weights and tokens. Peak memory is that of the process.
+tensors free. Random weights and tokens. Peak memory is that of the process. Each process is this module with a file of
+settings as its argument: it does a pass of one kind, over and over.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from sparsepeft import SpartanConfig
 from sparsepeft.backbones import resolve_model
+from sparsepeft.devices import keep_freed_memory
+from sparsepeft.inference.onednn import use_onednn
+from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
 from sparsepeft_research.benchmarks.inference.workloads import prepare_model
 from sparsepeft_research.benchmarks.measuring import as_dicts, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
@@ -63,12 +71,12 @@ def measure(name: str, settings: dict[str, Any], repeats: int, idle_wait: float)
         def start(keep: bool) -> Worker:
             path = Path(folder) / f"{keep}.json"
             path.write_text(json.dumps(settings | {"keep": keep}))
-            command = [sys.executable, "-m", f"{__package__}.allocator_process", str(path)]
+            command = [sys.executable, "-m", __spec__.name, str(path)]
             return Worker(command, threads, path.with_suffix(".log"))
 
         with start(False) as plain, start(True) as kept:
-            asked = {"as it is": partial(plain.ask, "pass pass"), "kept": partial(kept.ask, "pass pass")}
-            timings = time_alternating(asked, repeats=repeats, idle_wait_s=idle_wait)
+            passes = {"as it is": partial(plain.ask, "pass pass"), "kept": partial(kept.ask, "pass pass")}
+            timings = time_alternating(passes, repeats=repeats, idle_wait_s=idle_wait)
             peaks = {"as it is": plain.ask("peak")["peak_bytes"], "kept": kept.ask("peak")["peak_bytes"]}
     speedup = timings["as it is"].median_ms / timings["kept"].median_ms
     return {
@@ -79,3 +87,59 @@ def measure(name: str, settings: dict[str, Any], repeats: int, idle_wait: float)
         "peak_bytes": peaks,
         "peak_ratio": peaks["kept"] / peaks["as it is"],
     }
+
+
+def prepare(settings: dict[str, Any]) -> tuple[Mapping[str, Pass], dict[str, Any]]:
+    """Set the allocator up if wanted, then the model."""
+    about = {"is_kept": settings["keep"] and keep_freed_memory()}
+    if settings["keep"] and not about["is_kept"]:
+        raise RuntimeError("this system's C library is not glibc, or the environment sets its allocator up")
+    torch.manual_seed(settings["seed"])
+    torch.set_num_threads(settings["threads"])
+    make = inference if settings["kind"] == "inference" else training
+    return {"pass": make(settings)}, about
+
+
+def inference(settings: dict[str, Any]) -> Pass:
+    """The forward pass of a batch."""
+    model = AutoModelForSequenceClassification.from_pretrained(settings["model"]).eval()
+    if settings["precision"] == "float32, oneDNN":
+        use_onednn(model)
+    if settings["precision"] == "bfloat16":
+        model = model.bfloat16()
+    input_ids = tokens(model, settings)
+
+    @torch.inference_mode()
+    def run() -> list[torch.Tensor]:
+        return [model(input_ids).logits]
+
+    return run
+
+
+def training(settings: dict[str, Any]) -> Pass:
+    """Forward and backward pass of a batch, with an adapter; bfloat16 is autocast."""
+    is_encoder = settings["method"] == "spartan"
+    family = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    model = family.from_pretrained(settings["model"])
+    config = SpartanConfig(task_type="SEQ_CLS") if is_encoder else LoraConfig(r=16, target_modules="all-linear")
+    adapted = get_peft_model(model.train(), config)
+    input_ids = tokens(model, settings)
+    labels = torch.zeros(len(input_ids), dtype=torch.long) if is_encoder else input_ids
+
+    def run() -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "bfloat16"):
+            loss = adapted(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        adapted.zero_grad()
+        return [loss.detach()]
+
+    return run
+
+
+def tokens(model: Any, settings: dict[str, Any]) -> torch.Tensor:
+    """A batch of random ids, (B, T), no padding among them."""
+    return torch.randint(5, model.config.vocab_size, settings["shape"])
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -97,10 +97,12 @@ def emulate(name: str, cgroups: Path = _CGROUPS) -> Emulation:
 def _limit_by_cgroup(memory_bytes: int, root: Path) -> bool:
     """Move this process into a cgroup of its own with so much memory; whether that was possible."""
     try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group_path = next(
+            line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")
+        )
     except (OSError, StopIteration):
         return False
-    former = root / own.strip().lstrip("/")
+    former = root / group_path.strip().lstrip("/")
     # A cgroup that holds processes cannot hand its memory on to cgroups below it; one above may.
     for parent in [former, *former.parents]:
         try:

@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
@@ -31,6 +32,7 @@ from sparsepeft.inference.encoding import encode
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.recipes import METHODS, get_recipe
 from sparsepeft.tasks import TaskSpec, few_shot, load_task
+from sparsepeft.training import RunConfig, train
 from sparsepeft_research.benchmarks.measuring import time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
 from sparsepeft_research.benchmarks.workers import Worker
@@ -246,10 +248,50 @@ def start(candidate: Candidate, data: Data, settings: Settings, folder: Path) ->
         told |= {"seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4, "max_steps": STEPS}
         told |= candidate.settings
     else:
-        command = [sys.executable, "-m", f"{__package__}.finetuning_process"]
+        command = [sys.executable, "-m", __spec__.name]
         config = {"model": settings.model, "output_dir": str(folder / "run"), "seed": settings.seed}
         config |= {"few_shot": EXAMPLES, "max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH}
         told |= {"config": config | data.config | candidate.settings, "random_order": candidate.random_order}
     path = folder / "settings.json"
     path.write_text(json.dumps(told))
     return Worker([*command, str(path)], threads, folder / "log.txt")
+
+
+class Gate(TrainerCallback):
+    """Lets a run go on for as many steps as the next line of the input says."""
+
+    def __init__(self, answers: TextIO, random_order: bool) -> None:
+        self.answers, self.random_order = answers, random_order
+        self.start = time.perf_counter()
+        self.asked = self.left = 0
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take batches in random order instead of by length, where that is to be measured."""
+        if self.random_order:
+            args.train_sampling_strategy = "random"
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer and wait, when the steps that were asked for are done."""
+        if self.left == 0:
+            seconds = time.perf_counter() - self.start
+            self._say({"steps": self.asked} if self.asked else {"preparation_s": seconds})
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit(0)
+            self.asked = self.left = int(line)
+        self.left -= 1
+
+    def _say(self, content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=self.answers, flush=True)
+
+
+def main() -> None:
+    """One of our candidates: say ``{"preparation_s": ...}``, then run as many steps as each line of the input says."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # nobody else writes between the answers
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(settings["threads"])
+    train(RunConfig(**settings["config"]), callbacks=[Gate(answers, settings["random_order"])])
+
+
+if __name__ == "__main__":
+    main()

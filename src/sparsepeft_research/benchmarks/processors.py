@@ -84,14 +84,14 @@ def _often(call: Any, times: int) -> None:
 def ratios(report: dict[str, Any]) -> dict[str, float]:
     """What ``TARGETS`` judges, by the same names."""
     times = {n: report["memory_read"][str(n)]["timings"] for n in NUM_TOKENS}
-    found = [times[n]["auto"]["median_ms"] / times[n]["masked"]["median_ms"] for n in NUM_TOKENS]
+    measured = [times[n]["auto"]["median_ms"] / times[n]["masked"]["median_ms"] for n in NUM_TOKENS]
     plans = {each["plan"]: each["candidates"]["spartan float32"] for each in report["inference"]["results"]}
     speeds = [plan["speed_over"]["backbone float32"] for plan in plans.values()]
-    found += [speeds[0], 1 / speeds[1]]
-    found += [report["sparse_attention"]["speedup_over_sdpa"][name] for name in ("token", "block")]
+    measured += [speeds[0], 1 / speeds[1]]
+    measured += [report["sparse_attention"]["speedup_over_sdpa"][name] for name in ("token", "block")]
     stack = report["spt_stack"]["results"][0]["candidates"]
-    found += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8", "both 2/8")]
-    return dict(zip(TARGETS, found, strict=True))
+    measured += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8", "both 2/8")]
+    return dict(zip(TARGETS, measured, strict=True))
 
 
 def run(*, processor: str, repeats: int, idle_wait: float, progress: Progress) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.extras import require
 from sparsepeft_research.results import Result, describe_machine
 
 Progress = Callable[[str], object]
@@ -40,12 +41,14 @@ class Benchmark:
         measures: what, in a sentence.
         parameters: of its ``run``, beside ``progress``; ``threads`` is set before.
         settings: instead of ``parameters``, the class in its module that checks them and documents them.
+        extra: of this package, with what it needs.
     """
 
     name: str
     measures: str
     parameters: tuple[Parameter, ...] = ()
     settings: str | None = None
+    extra: str = "research"
 
 
 def _common(repeats: int, *others: Parameter, seed: bool = True) -> tuple[Parameter, ...]:
@@ -124,6 +127,7 @@ BENCHMARKS = {
                 Parameter("model", "roberta-base", "As in `sparsepeft benchmark inference`."),
                 Parameter("shapes", "32x128,1x32", "Batch size x tokens (a,b)."),
             ),
+            extra="export-onnx",
         ),
         Benchmark(
             "adapters",
@@ -143,13 +147,17 @@ def run_benchmark(name: str, *, progress: Progress = lambda message: None, **val
         values: its parameters; those left out have their defaults.
 
     Raises:
-        UserError: the benchmark or a parameter is unknown, or a value cannot be used.
+        UserError: the benchmark or a parameter is unknown, a value cannot be used, or a library is missing.
         RunFailed: nothing could be measured.
     """
     if name not in BENCHMARKS:
         raise UserError(unknown_name("The benchmark", name, BENCHMARKS))
     benchmark = BENCHMARKS[name]
-    module = importlib.import_module(f"sparsepeft_research.benchmarks.{name}")
+    try:
+        module = importlib.import_module(f"sparsepeft_research.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        require(error.name or "", benchmark.extra, f"The benchmark {name}")
+        raise
     if benchmark.settings is not None:
         settings = getattr(module, benchmark.settings)(**values)
         environment = describe_machine(settings.seed)

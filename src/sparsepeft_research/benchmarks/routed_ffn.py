@@ -23,8 +23,8 @@ from sparsepeft_research.benchmarks.measuring import as_dicts, require_agreement
 from sparsepeft_research.benchmarks.registry import Progress
 
 # Relative to the largest entry. Float32 rounding over sums of up to 16384 terms; a wrongly chosen block would show as
-# 1e-1. bfloat16: a few of its roundings, of 4e-3 each.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# 1e-1. bfloat16: a few of its roundings, of 4e-3 each, one of which may cross ReLU's kink.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 
 class Case(NamedTuple):

@@ -99,16 +99,16 @@ class SptBenchmark:
 
 def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]]:
     """What is compared at a length: arguments of :class:`Stack`, by name, the baseline first."""
-    found: dict[str, dict[str, Any]] = {BASELINE: {}, CHECKPOINTING: {"checkpointing": True}}
+    by_name: dict[str, dict[str, Any]] = {BASELINE: {}, CHECKPOINTING: {"checkpointing": True}}
     if benchmark.compile:
-        found[COMPILED] = {"compiled": True}
-    found[EAGER] = {"attention": "eager"}
-    found["sparse attention"] = {"spt": benchmark.spt(length)}
+        by_name[COMPILED] = {"compiled": True}
+    by_name[EAGER] = {"attention": "eager"}
+    by_name["sparse attention"] = {"spt": benchmark.spt(length)}
     for active in benchmark.active_blocks:
         share = f"{active}/{benchmark.num_blocks}"
-        found[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active)}
-        found[f"both {share}"] = {"spt": benchmark.spt(length, active=active)}
-    return found
+        by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active)}
+        by_name[f"both {share}"] = {"spt": benchmark.spt(length, active=active)}
+    return by_name
 
 
 def run(benchmark: SptBenchmark, progress: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
@@ -135,13 +135,13 @@ def run(benchmark: SptBenchmark, progress: Callable[[str], object] = lambda mess
 
 
 def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Callable[[str], object]) -> dict[str, Any]:
-    wanted, left_out = candidates(benchmark, length), {}
+    compared, left_out = candidates(benchmark, length), {}
     needed = _eager_bytes(benchmark, config, length)
     if needed > _EAGER_SHARE * _memory_bytes(benchmark.device):
-        del wanted[EAGER]
+        del compared[EAGER]
         left_out[EAGER] = f"its attention matrices would take about {needed / 2**30:.0f} GiB"
     stacks = {}
-    for name, arguments in wanted.items():
+    for name, arguments in compared.items():
         progress(f"{length} tokens: making {name}")
         stacks[name] = Stack(
             benchmark.model,
@@ -165,19 +165,19 @@ def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Call
     progress(f"{length} tokens: memory and split")
     peaks = {name: peak_bytes(stack.step, benchmark.device) for name, stack in stacks.items()}
     attention_names = _attention_names(stacks["sparse attention"])
-    found = {}
+    described_candidates = {}
     for name, stack in stacks.items():
         described: dict[str, Any] = {"step": timings[name]._asdict(), "peak_bytes": peaks[name]}
         if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
             described["split_ms"] = stack.split(attention_names, benchmark.device)
-        refreshed = sparsification(stack.model)
-        if refreshed is not None and refreshed.attention:
-            described["codebook_refresh"] = _refresh(stack, refreshed.config, timings[name].median_ms, benchmark)
+        sparse = sparsification(stack.model)
+        if sparse is not None and sparse.attention:
+            described["codebook_refresh"] = _refresh(stack, sparse.config, timings[name].median_ms, benchmark)
         described |= _ratios(name, timings, peaks)
-        found[name] = described
+        described_candidates[name] = described
     del stacks
     gc.collect()
-    return {"length": length, "candidates": found, "left_out": left_out}
+    return {"length": length, "candidates": described_candidates, "left_out": left_out}
 
 
 def _ratios(name: str, timings: dict[str, Any], peaks: dict[str, int]) -> dict[str, dict[str, float]]:
@@ -196,8 +196,8 @@ def _refresh(stack: Stack, config: SptConfig, step_ms: float, benchmark: SptBenc
 
 
 def _attention_names(stack: Stack) -> Sequence[str]:
-    done = sparsification(stack.model)
-    return list(done.attention) if done else []
+    sparse = sparsification(stack.model)
+    return list(sparse.attention) if sparse else []
 
 
 def _eager_bytes(benchmark: SptBenchmark, config: Any, length: int) -> int:

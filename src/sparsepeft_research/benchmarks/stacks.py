@@ -69,9 +69,9 @@ def stack_config(model: str, num_layers: int, length: int) -> PretrainedConfig:
             f"`model={model}` was given, but there is no such model; pass one of {', '.join(STACKS)}, a hub id, or a "
             "folder with a model."
         ) from error
-    known = getattr(config, "num_hidden_layers", None)
-    if known is None or num_layers > known:
-        raise UserError(f"`layers={num_layers}` was given, but {model} has {known}; pass fewer.")
+    available = getattr(config, "num_hidden_layers", None)
+    if available is None or num_layers > available:
+        raise UserError(f"`layers={num_layers}` was given, but {model} has {available}; pass fewer.")
     limit = num_positions(config)
     if limit is not None and length > limit:
         raise UserError(f"`lengths={length}` was given, but {model} takes at most {limit} tokens; pass less.")
@@ -141,8 +141,8 @@ class Stack:
 
     def step(self, refresh: bool = False) -> None:
         """One step; with ``refresh`` one that computes new codebooks, which is otherwise left out."""
-        done = sparsification(self.model)
-        codebooks: list[Any] = [layer.state.current for layer in done.attention.values()] if done else []
+        sparse = sparsification(self.model)
+        codebooks: list[Any] = [layer.state.current for layer in sparse.attention.values()] if sparse else []
         for each in codebooks:
             each.expected = refresh
         states: Tensor = self._run(input_ids=self.ids, use_cache=False).last_hidden_state
@@ -155,10 +155,10 @@ class Stack:
     def split(self, attention_names: Sequence[str], device: str) -> dict[str, float]:
         """Milliseconds of one step in attention (projections included), in FFNs and in the rest."""
         base: Any = self.model.get_base_model()
-        done = sparsification(base)
+        sparse = sparsification(base)
         modules = [base.get_submodule(name) for name in attention_names]
-        if done is not None and done.feed_forwards:
-            feed_forwards = [Span(routed, routed) for _, routed in done.feed_forwards]
+        if sparse is not None and sparse.feed_forwards:
+            feed_forwards = [Span(routed, routed) for _, routed in sparse.feed_forwards]
         else:
             feed_forwards = [_span(each) for each in find_feed_forwards(base)]
         base.enable_input_require_grads()  # else the first layer's backward has no end

@@ -90,7 +90,7 @@ def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[
     model, _ = load_language_model(options.model)
     batch_size = max(1, BATCH_TOKENS // length)
     dense = perplexity(model, scored, batch_size)["perplexity"]
-    done = make_sparse(model, SptConfig(), calibration)
+    sparse = make_sparse(model, SptConfig(), calibration)
     return {
         "model": Path(options.model).name,
         "seed": SptConfig().seed,
@@ -98,7 +98,7 @@ def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[
         "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
         "num_scored_tokens": num_predicted(scored),
         "perplexity": {"dense": dense, "sparse": perplexity(model, scored, batch_size)["perplexity"]},
-        "spt": describe(done),
+        "spt": describe(sparse),
         "data_fingerprints": fingerprints(files),
         "environment": environment(),
     }

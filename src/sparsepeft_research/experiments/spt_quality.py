@@ -221,7 +221,7 @@ def _convert(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any
     model, _ = load_language_model(options.model)
     before = {"dense": perplexity(model, scored, BATCH_SIZE)}
     calibration = evenly_spaced(first, CALIBRATION_BLOCKS) if run.is_calibrated else None
-    done = make_sparse(model, read_spt_settings(run.spt), calibration)
+    sparse = make_sparse(model, read_spt_settings(run.spt), calibration)
     before["sparse"] = perplexity(model, scored, BATCH_SIZE)
     return {
         "task": "lm",
@@ -229,7 +229,7 @@ def _convert(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any
         "score": before["sparse"]["perplexity"],
         "main_metric": "perplexity",
         "before": before,
-        "spt": describe(done),
+        "spt": describe(sparse),
         "is_calibrated": run.is_calibrated,
         "block_length": BLOCK_LENGTH,
         "num_validation_tokens": scored.numel(),

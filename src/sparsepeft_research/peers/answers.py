@@ -18,12 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import adapters
 import torch
 import transformers
 from safetensors.torch import save_file
 
-STYLES = {"pfeiffer": adapters.SeqBnConfig, "houlsby": adapters.DoubleSeqBnConfig}
 CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
 CONFIGS = {"bert": "BertConfig", "roberta": "RobertaConfig"}
 NAME = "peer"
@@ -43,13 +41,16 @@ def main() -> None:
 
 def answer(case: dict, folder: Path) -> None:
     """Build the case's model, save it, and save what it computes."""
+    import adapters  # which only the peer's environment has; our side shares the functions below
+
+    styles = {"pfeiffer": adapters.SeqBnConfig, "houlsby": adapters.DoubleSeqBnConfig}
     folder.mkdir()
     torch.manual_seed(case["seed"])
     config = getattr(transformers, CONFIGS[case["model_type"]])(**case["config"])
     model = getattr(transformers, CLASSES[case["model_type"]])(config)
     own_keys = list(model.state_dict())  # adapters.init adds others
     adapters.init(model)
-    model.add_adapter(NAME, config=STYLES[case["style"]](reduction_factor=case["reduction_factor"]))
+    model.add_adapter(NAME, config=styles[case["style"]](reduction_factor=case["reduction_factor"]))
     model.train_adapter(NAME)
     save_file(adapter_parameters(model), folder / "fresh.safetensors")
     randomize(model)
@@ -62,7 +63,7 @@ def answer(case: dict, folder: Path) -> None:
         model.to(getattr(torch, mode["dtype"])).train(mode["train"])
         set_dropout(model, mode["dropout"])
         torch.manual_seed(case["seed"])
-        save_file(compute(model, inputs), folder / f"{mode['name']}.safetensors")
+        save_file(compute(model, model.base_model, inputs), folder / f"{mode['name']}.safetensors")
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -100,24 +101,35 @@ def set_dropout(model: torch.nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def compute(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All hidden states, logits, loss, and the gradients of adapter, head and embeddings' output."""
+def compute(
+    model: Any, encoder: Any, inputs: dict[str, torch.Tensor], names: dict[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """All hidden states, logits, loss, and the gradients of adapter, head and embeddings' output.
+
+    Args:
+        model: answers.
+        encoder: the part of it that has the embeddings.
+        inputs: of the model, and the ``direction`` of the hidden states' gradient.
+        names: what trained parameters are called in the answers; their own names if None.
+    """
     inputs = dict(inputs)
     direction = inputs.pop("direction")
-    seen = {}
+    embedded: list[torch.Tensor] = []
 
     def note(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-        seen["embeddings"] = output.requires_grad_()
+        embedded.append(output.requires_grad_())
 
-    handle = model.base_model.embeddings.register_forward_hook(note)
+    handle = encoder.embeddings.register_forward_hook(note)
     model.zero_grad()
     output = model(**inputs, output_hidden_states=True)
     handle.remove()
     (output.loss + (output.hidden_states[-1] * direction.to(output.logits)).mean(1).sum()).backward()
     results = {f"hidden_states.{index}": states.detach() for index, states in enumerate(output.hidden_states)}
     results |= {"logits": output.logits.detach(), "loss": output.loss.detach()}
-    results |= {f"gradient.{name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
-    results["gradient.embeddings"] = seen["embeddings"].grad
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            results[f"gradient.{names[name] if names else name}"] = parameter.grad
+    results["gradient.embeddings"] = embedded[0].grad
     return {key: value.contiguous().clone() for key, value in results.items()}
 
 

@@ -30,8 +30,8 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     """
     python = folder / "bin" / "python"
     marker = folder / "complete.sha256"
-    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    if python.exists() and marker.exists() and marker.read_text() == wanted:
+    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if python.exists() and marker.exists() and marker.read_text() == digest:
         return python
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
         raise RunFailed(f"{folder} is no virtual environment and is not empty; name another folder, or empty it.")
@@ -43,16 +43,16 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
     _run([*pip, torch])
     _run([*pip, "--requirement", str(requirements)])
-    marker.write_text(wanted)
+    marker.write_text(digest)
     return python
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
         raise RunFailed(
             f"{' '.join(command)} failed; make the packages it names reachable (a network or a package index) and "
-            f"start again:\n{done.stderr.strip()}"
+            f"start again:\n{finished.stderr.strip()}"
         )
 
 

@@ -48,7 +48,11 @@ class GridSearch:
 
     def runs(self) -> list[Run]:
         """The matrix's runs with the chosen values, for the tasks and methods that are decided."""
-        values = {pair: self.matrix.values | own for pair, own in self.chosen().items() if own is not None}
+        values = {
+            pair: self.matrix.values | best_values
+            for pair, best_values in self.chosen().items()
+            if best_values is not None
+        }
         return self.matrix.runs_with(values)
 
 

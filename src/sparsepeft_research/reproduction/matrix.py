@@ -143,7 +143,11 @@ class Matrix:
     def runs_with(self, values: Mapping[tuple[str, str], dict[str, Any]]) -> list[Run]:
         """The same for the tasks and methods in ``values`` alone, each with its own values."""
         _, _, seeds = self.names()
-        configs = [self.config(task, method, seed, own) for (task, method), own in values.items() for seed in seeds]
+        configs = [
+            self.config(task, method, seed, pair_values)
+            for (task, method), pair_values in values.items()
+            for seed in seeds
+        ]
         return self.as_runs({Path(config.output_dir).name: config for config in configs}, self.output_dir)
 
     def pairs(self) -> list[tuple[str, str]]:

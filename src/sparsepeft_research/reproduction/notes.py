@@ -16,7 +16,7 @@ from sparsepeft_research.reproduction.results import is_timed
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-Done = Sequence[tuple[Run, dict[str, Any]]]
+Finished = Sequence[tuple[Run, dict[str, Any]]]
 
 # Fields that decide which run it is, or that have a note of their own.
 _TOLD = {
@@ -26,14 +26,14 @@ _TOLD = {
 
 
 def notes_on(
-    name: str, runs: Sequence[Run], done: Done, is_paper: bool, undecided: list[str] | None, has_devices: bool
+    name: str, runs: Sequence[Run], finished: Finished, is_paper: bool, undecided: list[str] | None, has_devices: bool
 ) -> list[str]:
     """The lines under a table.
 
     Args:
         name: the table's.
         runs: the whole matrix.
-        done: its runs with results.
+        finished: its runs with results.
         is_paper: whether the backbone is the paper's.
         undecided: tasks and methods whose grid search has not ended; None where there is no search.
         has_devices: whether throughput on an emulated device is known.
@@ -41,85 +41,85 @@ def notes_on(
     searched = undecided is not None
     return [
         *([f"Not decided by the grid search yet: {', '.join(undecided)}."] if undecided else []),
-        *_incomplete(runs, done),
-        *_seeds(done),
-        *_data(done),
-        *_lengths(done),
-        *_values(done, searched),
-        *_about_columns(name, done, is_paper, has_devices),
+        *_incomplete(runs, finished),
+        *_seeds(finished),
+        *_data(finished),
+        *_lengths(finished),
+        *_values(finished, searched),
+        *_about_columns(name, finished, is_paper, has_devices),
     ]
 
 
-def _incomplete(runs: Sequence[Run], done: Done) -> list[str]:
-    finished = {run.name for run, _ in done}
-    missing = [run for run in runs if run.name not in finished]
+def _incomplete(runs: Sequence[Run], finished: Finished) -> list[str]:
+    finished_names = {run.name for run, _ in finished}
+    missing = [run for run in runs if run.name not in finished_names]
     notes = []
     if missing:
         seeds = _grouped(((run.config.method, run.config.task), run.config.seed) for run in missing)
-        tasks = _grouped(((method, tuple(found)), task) for (method, task), found in seeds.items())
-        named = [f"{method} on {', '.join(on)} ({_listed(found)})" for (method, found), on in tasks.items()]
+        tasks = _grouped(((method, tuple(pair_seeds)), task) for (method, task), pair_seeds in seeds.items())
+        named = [f"{method} on {', '.join(on)} ({_listed(pair_seeds)})" for (method, pair_seeds), on in tasks.items()]
         notes.append(f"Missing: {len(missing)} of {len(runs)} runs, by method, task and seed: {'; '.join(named)}.")
-    absent = [task for task in paper.TASKS if task not in {run.config.task for run, _ in done}]
+    absent = [task for task in paper.TASKS if task not in {run.config.task for run, _ in finished}]
     if absent:
         notes.append(f"A subset of GLUE: without {', '.join(absent)}.")
-    methods = list(dict.fromkeys(run.config.method for run, _ in done))
-    present = list(dict.fromkeys(run.config.task for run, _ in done))
-    have = {(run.config.task, run.config.method) for run, _ in done}
+    methods = list(dict.fromkeys(run.config.method for run, _ in finished))
+    present = list(dict.fromkeys(run.config.task for run, _ in finished))
+    have = {(run.config.task, run.config.method) for run, _ in finished}
     partial = [task for task in present if any((task, method) not in have for method in methods)]
     if partial:
         notes.append(f"Not in the averages, since not every method has it: {', '.join(partial)}.")
     return notes
 
 
-def _seeds(done: Done) -> list[str]:
-    seeds = _grouped(((run.config.method, run.config.task), run.config.seed) for run, _ in done)
-    pairs = _grouped((tuple(sorted(found)), f"{method} on {task}") for (method, task), found in seeds.items())
+def _seeds(finished: Finished) -> list[str]:
+    seeds = _grouped(((run.config.method, run.config.task), run.config.seed) for run, _ in finished)
+    pairs = _grouped((tuple(sorted(pair_seeds)), f"{method} on {task}") for (method, task), pair_seeds in seeds.items())
     if len(pairs) == 1:
-        (found,) = pairs
-        short = "" if len(found) >= len(SEEDS) else f", fewer than the paper's {len(SEEDS)}"
-        return [f"Mean and standard deviation (n - 1) over seeds, n={len(found)} ({_listed(found)}){short}."]
+        (pair_seeds,) = pairs
+        short = "" if len(pair_seeds) >= len(SEEDS) else f", fewer than the paper's {len(SEEDS)}"
+        return [f"Mean and standard deviation (n - 1) over seeds, n={len(pair_seeds)} ({_listed(pair_seeds)}){short}."]
     if not pairs:
         return []
-    counts = ", ".join(str(count) for count in sorted({len(found) for found in pairs}))
+    counts = ", ".join(str(count) for count in sorted({len(pair_seeds) for pair_seeds in pairs}))
     return [f"Mean and standard deviation (n - 1) over seeds; how many differs ({counts}), the paper has {len(SEEDS)}."]
 
 
-def _data(done: Done) -> list[str]:
-    notes = _grouped((note, run.config.task) for run, result in done for note in result["notes"])
+def _data(finished: Finished) -> list[str]:
+    notes = _grouped((note, run.config.task) for run, result in finished for note in result["notes"])
     lines = [f"{', '.join(tasks)}: {note.rstrip('.')}." for note, tasks in notes.items()]
     capped = {
         f"{run.config.task} ({run.config.max_train_samples:,} of {run.facts.num_train:,})": None
-        for run, _ in done
+        for run, _ in finished
         if run.config.max_train_samples is not None and run.config.max_train_samples < run.facts.num_train
     }
     if capped:
         lines.append(f"A subset of the training examples: {', '.join(capped)}.")
-    splits = _grouped((result["score_split"], run.config.task) for run, result in done)
+    splits = _grouped((result["score_split"], run.config.task) for run, result in finished)
     splits.pop("validation", None)
     lines += [f"Scored on the {split} part: {', '.join(tasks)}." for split, tasks in splits.items()]
     return lines
 
 
-def _lengths(done: Done) -> list[str]:
+def _lengths(finished: Finished) -> list[str]:
     notes = []
-    few = {run.config.few_shot for run, _ in done} - {None, FEW_SHOT_EXAMPLES}
+    few = {run.config.few_shot for run, _ in finished} - {None, FEW_SHOT_EXAMPLES}
     if few:
         notes.append(f"Training examples: {_listed(few)} instead of the paper's {FEW_SHOT_EXAMPLES}.")
-    steps = {run.config.max_steps for run, _ in done} - {None, FEW_SHOT_STEPS}
+    steps = {run.config.max_steps for run, _ in finished} - {None, FEW_SHOT_STEPS}
     if steps:
-        whole = f"{FEW_SHOT_STEPS}" if done[0][0].config.few_shot else "epochs"
+        whole = f"{FEW_SHOT_STEPS}" if finished[0][0].config.few_shot else "epochs"
         notes.append(f"Steps: {_listed(steps)} instead of the paper's {whole}.")
     if not steps:
         epochs = _grouped(
             (f"{run.config.epochs:g} instead of the protocol's {usual}", run.config.task)
-            for run, _ in done
+            for run, _ in finished
             if run.config.epochs is not None and run.config.epochs != (usual := task_spec(run.config.task).paper_epochs)
         )
         notes += [f"Epochs: {text}: {', '.join(tasks)}." for text, tasks in epochs.items()]
-    lengths = _grouped((f"{run.config.max_length}", run.config.task) for run, _ in done if run.config.max_length)
+    lengths = _grouped((f"{run.config.max_length}", run.config.task) for run, _ in finished if run.config.max_length)
     notes += [f"Texts are cut to {length} tokens: {', '.join(tasks)}." for length, tasks in lengths.items()]
     cut: dict[str, int] = {}
-    for run, result in done:
+    for run, result in finished:
         cut[run.config.task] = max(cut.get(run.config.task, 0), result.get("num_cut", 0))
     if any(cut.values()):
         named = ", ".join(f"{task} {count:,}" for task, count in cut.items() if count)
@@ -127,24 +127,26 @@ def _lengths(done: Done) -> list[str]:
     return notes
 
 
-def _values(done: Done, searched: bool) -> list[str]:
+def _values(finished: Finished, searched: bool) -> list[str]:
     notes = []
-    precisions = {run.config.precision for run, _ in done} - {"fp32"}
+    precisions = {run.config.precision for run, _ in finished} - {"fp32"}
     if precisions:
         notes.append(f"Trained in {_listed(precisions)}, not fp32.")
-    foreign = [method for method in dict.fromkeys(run.config.method for run, _ in done) if method not in paper.METHODS]
+    foreign = [
+        method for method in dict.fromkeys(run.config.method for run, _ in finished) if method not in paper.METHODS
+    ]
     if foreign:
         notes.append(f"Not in the paper: {', '.join(foreign)}.")
-    recipes = {run.config.recipe for run, _ in done} - {"paper"}
+    recipes = {run.config.recipe for run, _ in finished} - {"paper"}
     if recipes:
         notes.append(f"Hyperparameters of the recipe {_listed(recipes)!r}, not the paper's.")
     if searched:
         notes.append("Hyperparameters chosen per task and method on a tenth of the training data (the paper's grid).")
-    told = _TOLD | set(SEARCHED) if searched else _TOLD
-    fields = [f for f in dataclasses.fields(RunConfig) if f.name not in told]
+    has_note = _TOLD | set(SEARCHED) if searched else _TOLD
+    fields = [f for f in dataclasses.fields(RunConfig) if f.name not in has_note]
     others = {
         f"{f.name}={value!r}": None
-        for run, _ in done
+        for run, _ in finished
         for f in fields
         if (value := getattr(run.config, f.name)) and value != f.default
     }
@@ -153,7 +155,7 @@ def _values(done: Done, searched: bool) -> list[str]:
     return notes
 
 
-def _about_columns(name: str, done: Done, is_paper: bool, has_devices: bool) -> list[str]:
+def _about_columns(name: str, finished: Finished, is_paper: bool, has_devices: bool) -> list[str]:
     notes = [
         "Storage: the files of the averaged tasks and one backbone (full fine-tuning: the files alone) over the "
         "backbone's bytes. Bytes per task are those of the weight files written.",
@@ -167,7 +169,7 @@ def _about_columns(name: str, done: Done, is_paper: bool, has_devices: bool) -> 
         )
     machines = {
         f"{about.get('gpu') or about.get('cpu')} ({about.get('threads')} threads)": None
-        for _, result in done
+        for _, result in finished
         if is_timed(result) and (about := result.get("environment"))
     }
     if not machines:
@@ -179,7 +181,7 @@ def _about_columns(name: str, done: Done, is_paper: bool, has_devices: bool) -> 
         )
     else:
         notes.append(f"Steps per minute come from several machines, do not compare them: {', '.join(machines)}.")
-    if any(run.config.task == "mrpc" for run, _ in done):
+    if any(run.config.task == "mrpc" for run, _ in finished):
         notes.append("mrpc is the mean of accuracy and F1, as GLUE has it; the paper's figure is an accuracy.")
     if not is_paper:
         notes.append("The paper's figures, which are RoBERTa-base's, are not comparable to this backbone's.")

@@ -67,7 +67,7 @@ def plan(runs: Sequence[Run], times: StepTimes | None = None) -> list[Planned]:
         runs: the runs.
         times: measures steps of the methods that no run has been done with; None estimates from what has run alone.
     """
-    results = {run.name: found.result for run in runs if (found := find_result(run)).result is not None}
+    results = {run.name: stored.result for run in runs if (stored := find_result(run)).result is not None}
     estimate = _Estimate([(run, results[run.name]) for run in runs if run.name in results], times)
     planned = []
     for run in runs:
@@ -144,7 +144,7 @@ class StepTimes:
         """How long a run may take in all; None where the model is not on this machine, or its steps fail."""
         method = run.config.method
         if method not in self._measured:
-            self._measured[method] = [found for one in self._ends(method) if (found := self._measure(one))]
+            self._measured[method] = [timed for one in self._ends(method) if (timed := self._measure(one))]
         measured = self._measured[method]
         if not measured:
             return None

@@ -63,10 +63,10 @@ def few_shot(
     Raises:
         UserError: a value cannot be used, or one is given that this protocol decides.
     """
-    given = [name for name in ("epochs", "max_train_samples") if values.get(name) is not None]
-    if given:
+    fixed = [name for name in ("epochs", "max_train_samples") if values.get(name) is not None]
+    if fixed:
         raise UserError(
-            f"{' and '.join(given)} came with the few-shot protocol, which counts examples and steps; use few_shot and "
+            f"{' and '.join(fixed)} came with the few-shot protocol, which counts examples and steps; use few_shot and "
             "max_steps."
         )
     return RunConfig(task=task, method=method, seed=seed, output_dir=str(output_dir), few_shot=num_examples, **values)
@@ -100,26 +100,26 @@ def grid_search(
     """
     size, sizes = GRID_SIZES.get(method, ("", (None,)))
     settings = values.pop("settings", None) or {}
-    given = [name for name in ("learning_rate", "epochs") if values.get(name) is not None]
-    given += [size] if size in settings else []
-    if given:
-        raise UserError(f"{' and '.join(given)} came with a grid search, which looks for the best one; leave it out.")
+    fixed = [name for name in ("learning_rate", "epochs") if values.get(name) is not None]
+    fixed += [size] if size in settings else []
+    if fixed:
+        raise UserError(f"{' and '.join(fixed)} came with a grid search, which looks for the best one; leave it out.")
     configs = {}
     for rate in GRID_LEARNING_RATES:
         for value in sizes:
-            own: dict[str, Any] = {
+            point: dict[str, Any] = {
                 "learning_rate": rate,
                 "settings": settings | ({size: value} if size else {}),
                 "score_on": "selection",
             }
             name = f"lr{rate:.0e}".replace("e-0", "e-") + (f"-{size}{value}" if size else "")
             if num_examples is not None:
-                configs[name] = few_shot(task, method, seed, Path(output_dir) / name, num_examples, **values, **own)
+                configs[name] = few_shot(task, method, seed, Path(output_dir) / name, num_examples, **values, **point)
                 continue
             if values.get("max_steps") is not None:  # which decides alone how long a run is
-                configs[name] = full_data(task, method, seed, Path(output_dir) / name, max_epochs, **values, **own)
+                configs[name] = full_data(task, method, seed, Path(output_dir) / name, max_epochs, **values, **point)
                 continue
             for epochs in dict.fromkeys(min(epochs, max_epochs or epochs) for epochs in GRID_EPOCHS):
                 full = f"{name}-epochs{epochs:g}"
-                configs[full] = full_data(task, method, seed, Path(output_dir) / full, epochs=epochs, **values, **own)
+                configs[full] = full_data(task, method, seed, Path(output_dir) / full, epochs=epochs, **values, **point)
     return configs

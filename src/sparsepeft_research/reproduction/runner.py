@@ -83,7 +83,7 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
             logger.warning(
                 "%s is not counted: %s. The run is done again, and the file then moved aside.", run.result_file, problem
             )
-    left, told = list(runs), 0
+    left, num_announced = list(runs), 0
     while left:
         busy = []
         for run in left:
@@ -92,9 +92,9 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
                     busy.append(run)
                 elif error := _do(run, watcher, keep_weights, start):
                     failures[run.name] = error
-        if busy and len(busy) != told:
+        if busy and len(busy) != num_announced:
             watcher.waiting(busy)
-        left, told = busy, len(busy)
+        left, num_announced = busy, len(busy)
         if left:
             time.sleep(_POLL_SECONDS)
     return failures
@@ -151,9 +151,9 @@ def _train(run: Run, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     """The run's result: from its work folder if it was finished there, else by training, from its last checkpoint."""
     folder = run.work_folder
     if (folder / RESULTS).exists() and _is_this_run(run, folder):
-        found = read_result(run, folder / RESULTS, {ABOUT: about(run, None, resumed=True)}).result
-        if found is not None:
-            return found
+        stored = read_result(run, folder / RESULTS, {ABOUT: about(run, None, resumed=True)}).result
+        if stored is not None:
+            return stored
     resumed, start = can_resume(folder, run.config), time.perf_counter()
     result = train(run.config, callbacks, overwrite=True)  # which goes on with this run, but not with another
     return {**result, ABOUT: about(run, round(time.perf_counter() - start, 1), resumed)}

@@ -112,10 +112,12 @@ def make_table(
     """
     if name not in PROTOCOLS:
         raise UserError(unknown_name("table", name, PROTOCOLS))
-    done = [(run, found) for run in runs if (found := find_result(run).result) is not None]
-    results = _by_method(done)
-    tasks = sorted({task for found in results.values() for task in found}, key=_place(paper.TASKS, done, "task"))
-    common = tuple(task for task in tasks if all(task in found for found in results.values()))
+    finished = [(run, result) for run in runs if (result := find_result(run).result) is not None]
+    results = _by_method(finished)
+    tasks = sorted(
+        {task for by_task in results.values() for task in by_task}, key=_place(paper.TASKS, finished, "task")
+    )
+    common = tuple(task for task in tasks if all(task in by_task for by_task in results.values()))
     is_paper = bool(runs) and is_roberta_base(load_config(resolve_model(runs[0].config.model)))
     undecided = None if chosen is None else [" ".join(pair) for pair, values in chosen.items() if values is None]
     printed = paper_rows(PROTOCOLS[name]) if is_paper else {}
@@ -125,44 +127,46 @@ def make_table(
         model=runs[0].model if runs else "",
         tasks=tuple(tasks),
         common_tasks=common,
-        rows=tuple(_row(method, found, common) for method, found in results.items()),
+        rows=tuple(_row(method, by_task, common) for method, by_task in results.items()),
         devices=dict(devices or {}),
         paper={method: printed[method] for method in results if method in printed},
         chosen={" ".join(pair): dict(values) for pair, values in (chosen or {}).items() if values is not None},
-        notes=tuple(notes_on(name, runs, done, is_paper, undecided, bool(devices))),
+        notes=tuple(notes_on(name, runs, finished, is_paper, undecided, bool(devices))),
     )
 
 
-def _by_method(done: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _by_method(finished: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Results of all seeds by method and task, both in the paper's order, then in the matrix's."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    by_task = sorted(done, key=lambda pair: _place(paper.TASKS, done, "task")(pair[0].config.task))
-    for run, result in sorted(by_task, key=lambda pair: _place(paper.METHODS, done, "method")(pair[0].config.method)):
+    by_task = sorted(finished, key=lambda pair: _place(paper.TASKS, finished, "task")(pair[0].config.task))
+    for run, result in sorted(
+        by_task, key=lambda pair: _place(paper.METHODS, finished, "method")(pair[0].config.method)
+    ):
         groups.setdefault(run.config.method, {}).setdefault(run.config.task, []).append(result)
     return groups
 
 
-def _place(first: Sequence[str], done: Sequence[tuple[Run, dict[str, Any]]], name: str) -> Callable[[str], int]:
-    return list(dict.fromkeys([*first, *(getattr(run.config, name) for run, _ in done)])).index
+def _place(first: Sequence[str], finished: Sequence[tuple[Run, dict[str, Any]]], name: str) -> Callable[[str], int]:
+    return list(dict.fromkeys([*first, *(getattr(run.config, name) for run, _ in finished)])).index
 
 
 def _row(method: str, results: dict[str, list[dict[str, Any]]], common: Sequence[str]) -> Row:
     scores = {}
-    for task, found in results.items():
-        scores[task] = _score([result["score"] for result in found])
-        mismatched = [result["metrics"].get("validation_mismatched") for result in found]
+    for task, repeats in results.items():
+        scores[task] = _score([result["score"] for result in repeats])
+        mismatched = [result["metrics"].get("validation_mismatched") for result in repeats]
         if task == "mnli" and all(mismatched):
-            scores[MISMATCHED] = _score([metrics[found[0]["main_metric"]] for metrics in mismatched])
+            scores[MISMATCHED] = _score([metrics[repeats[0]["main_metric"]] for metrics in mismatched])
         if task == "mrpc":
-            scores[MRPC_ACCURACY] = _score([_accuracy(result) for result in found])
+            scores[MRPC_ACCURACY] = _score([_accuracy(result) for result in repeats])
     common_results = {task: results[task] for task in common}
     return Row(
         method=method,
         scores=scores,
         average=_average(common_results, lambda result: float(result["score"])),
         average_as_paper=_average(common_results, _accuracy_on_mrpc),
-        parameters={task: found[0]["parameters"]["trained"] for task, found in results.items()},
-        saved_bytes={task: found[0]["saved_bytes"] for task, found in results.items()},
+        parameters={task: repeats[0]["parameters"]["trained"] for task, repeats in results.items()},
+        saved_bytes={task: repeats[0]["saved_bytes"] for task, repeats in results.items()},
         storage=_storage(method, common_results),
         steps_per_minute=_steps_per_minute(common_results),
     )
@@ -186,11 +190,11 @@ def _average(results: dict[str, list[dict[str, Any]]], score_of: Callable[[dict[
     if not results:
         return None
     by_seed: dict[int, list[float]] = {}
-    for found in results.values():
-        for result in found:
+    for repeats in results.values():
+        for result in repeats:
             by_seed.setdefault(result["seed"], []).append(score_of(result))
     whole = [statistics.mean(scores) for scores in by_seed.values() if len(scores) == len(results)]
-    mean = statistics.mean(statistics.mean(map(score_of, found)) for found in results.values())
+    mean = statistics.mean(statistics.mean(map(score_of, repeats)) for repeats in results.values())
     std = 100 * statistics.stdev(whole) if len(whole) > 1 else None
     return Score(100 * mean, std, len(whole))
 
@@ -198,7 +202,7 @@ def _average(results: dict[str, list[dict[str, Any]]], score_of: Callable[[dict[
 def _storage(method: str, results: dict[str, list[dict[str, Any]]]) -> float | None:
     if not results:
         return None
-    first = [found[0] for found in results.values()]
+    first = [repeats[0] for repeats in results.values()]
     backbone: int = first[0]["model_bytes"]
     shared = 0 if method == "full" else backbone
     return (shared + sum(result["saved_bytes"] for result in first)) / backbone
@@ -207,8 +211,8 @@ def _storage(method: str, results: dict[str, list[dict[str, Any]]]) -> float | N
 def _steps_per_minute(results: dict[str, list[dict[str, Any]]]) -> float | None:
     """One over the tasks' mean minutes per step, of runs without interruption that had the machine to themselves."""
     minutes = []
-    for found in results.values():
-        whole = [result for result in found if is_timed(result)]
+    for repeats in results.values():
+        whole = [result for result in repeats if is_timed(result)]
         if not whole:
             return None
         minutes.append(statistics.mean(result["train_seconds"] / result["steps"] for result in whole) / 60)

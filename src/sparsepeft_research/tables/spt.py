@@ -45,17 +45,17 @@ def language_model(results: Path) -> str:
     runs = _runs(results, "lm")
     rows = []
     for setting, by_seed in _in_order(runs):
-        found = list(by_seed.values())
-        before = [run.results["before"] for run in found]
-        spt = found[0].results["spt"]
+        repeats = list(by_seed.values())
+        before = [run.results["before"] for run in repeats]
+        spt = repeats[0].results["spt"]
         rows.append(
             [
                 setting,
                 str(spt["config"]["top_l"]) if spt and spt["config"]["attention"] else "",
-                str(len(found)),
+                str(len(repeats)),
                 spread([each["dense"]["perplexity"] for each in before]),
                 spread([each["sparse"]["perplexity"] for each in before if "sparse" in each]),
-                spread([run.settings["score"] for run in found]),
+                spread([run.settings["score"] for run in repeats]),
                 _change(by_seed, runs["dense"]),
             ]
         )

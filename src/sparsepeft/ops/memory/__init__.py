@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.memory.checks import check_index, check_stack, memory_fits, raise_misfit
+from sparsepeft.ops.memory.checks import are_valid, check_index, check_stack, raise_invalid
 from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, memory_read_torch
 from sparsepeft.ops.memory.cpu import memory_read_cpu
 from sparsepeft.ops.memory.reference import memory_read_reference, read_memory_by_memory
@@ -80,8 +80,8 @@ def memory_read(
         >>> torch.equal(memory_read(x, parent_keys, child_keys, child_values, top_k=8), x)  # as the values are zero
         True
     """
-    if not memory_fits(x, parent_keys, child_keys, child_values, top_k, temperature):
-        raise_misfit(x, parent_keys, child_keys, child_values, top_k, temperature)
+    if not are_valid(x, parent_keys, child_keys, child_values, top_k, temperature):
+        raise_invalid(x, parent_keys, child_keys, child_values, top_k, temperature)
     return memory_read_unchecked(x, parent_keys, child_keys, child_values, top_k, temperature, impl)
 
 
@@ -151,8 +151,8 @@ def memory_read_mixed(
         ValueError: as for :func:`memory_read`; stacks or index do not fit, or an index names no memory.
     """
     check_stack(x, memory_index, parent_keys, child_keys, child_values)
-    if not memory_fits(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature):
-        raise_misfit(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature)
+    if not are_valid(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature):
+        raise_invalid(x, parent_keys[0], child_keys[0], child_values[0], top_k, temperature)
     fused = OPERATOR.means("triton", impl, MemoryArguments(x, parent_keys, child_keys, child_values, top_k))
     if memory_index.device.type == "cpu" or not fused:
         check_index(memory_index, len(parent_keys))

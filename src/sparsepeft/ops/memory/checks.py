@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def memory_fits(
+def are_valid(
     x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
 ) -> bool:
-    """Whether the arguments are sound. Said in one go: at batch size 1 a check of its own for each would be felt."""
+    """Whether the arguments are valid: one expression, as checking each separately is felt at batch size 1."""
     shape = child_keys.shape
     return (
         len(shape) == 3
@@ -29,7 +29,7 @@ def memory_fits(
     )
 
 
-def raise_misfit(
+def raise_invalid(
     x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
 ) -> None:
     """Raise the error that says which argument does not fit, and what to do."""

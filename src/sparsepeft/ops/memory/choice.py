@@ -33,6 +33,10 @@ _MAX_TILE_COLUMNS = 512
 _SELECTED_CHILD_WORK = 3
 # Gathering a token's vector for one parent and adding back what that parent read.
 _SELECTED_PAIR_WORK = 80
+# On a GPU the selected form is many small kernels, and the host waits for the counts: on an H200 in bfloat16 the dense
+# form was 5 to 10 times as fast wherever it had up to 46 times the work, and 1.4 times as fast at 186 times
+# (research/results/benchmarks/memory_gpu.json). Beyond, it is the memory that the dense form needs that counts.
+_SELECTED_ON_GPU = 100
 # torch.export: keys and values of each selected child are gathered, nothing is shared between tokens. Measured with
 # 256 tokens and K=8: even at about 350 parents, for C=3 and for C=32.
 _GATHERED_CHILD_WORK = 100
@@ -82,6 +86,8 @@ def _choose_form(arguments: MemoryArguments) -> Callable[..., Tensor]:
         gathered = _GATHERED_CHILD_WORK * arguments.top_k * num_children
         return memory_read_gathered if gathered < dense else memory_read_dense
     selected = arguments.top_k * (_SELECTED_CHILD_WORK * num_children + _SELECTED_PAIR_WORK)
+    if arguments.x.is_cuda:
+        selected *= _SELECTED_ON_GPU
     return memory_read_selected if selected < dense else memory_read_dense
 
 
@@ -102,8 +108,6 @@ def padded_sizes(num_parents: int, num_children: int) -> tuple[int, int]:
 
 
 def _why_not_triton(arguments: MemoryArguments) -> str | None:
-    if torch.compiler.is_exporting():
-        return "an exported graph has no operators of our own"
     reason = gpu.why_not_triton(*arguments[:4])
     if reason is not None:
         return reason
@@ -112,6 +116,12 @@ def _why_not_triton(arguments: MemoryArguments) -> str | None:
     if parents * children > _MAX_TILE_COLUMNS:
         return f"P and C, padded to powers of two, are too many for a tile: P * C may be {_MAX_TILE_COLUMNS}"
     return None
+
+
+def _why_not_triton_by_itself(arguments: MemoryArguments) -> str | None:
+    if torch.compiler.is_exporting():
+        return "an exported graph has no operators of our own"
+    return gpu.why_not_triton_by_itself(arguments.x)
 
 
 # Compiled kernels
@@ -207,7 +217,7 @@ OPERATOR = Operator(
             "one kernel reads the hidden states once and writes them once",
             why_unavailable=gpu.why_no_triton,
             why_not=_why_not_triton,
-            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.x),
+            why_not_automatic=_why_not_triton_by_itself,
         ),
     ],
 )

@@ -50,8 +50,8 @@ def _why_not_exported(_: FFNArguments) -> str | None:
     )
 
 
-def _why_not_triton(arguments: FFNArguments) -> str | None:
-    return _why_not_exported(arguments) or gpu.why_not_triton(arguments.x, dtype=arguments.dtype)
+def _why_not_triton_by_itself(arguments: FFNArguments) -> str | None:
+    return _why_not_exported(arguments) or gpu.why_not_triton_by_itself(arguments.x)
 
 
 OPERATOR = Operator(
@@ -59,14 +59,16 @@ OPERATOR = Operator(
     FFNArguments.bind,
     [
         Implementation("reference", 0, "the definition, which alone can be exported"),
-        Implementation("torch", 10, "tokens are batched by block, on every device", why_not=_why_not_exported),
+        Implementation(
+            "torch", 10, "tokens are batched by block, on every device", why_not_automatic=_why_not_exported
+        ),
         Implementation(
             "triton",
             30,
             "gathering and scattering of tokens is part of the products",
             why_unavailable=gpu.why_no_triton,
-            why_not=_why_not_triton,
-            why_not_automatic=lambda arguments: gpu.why_not_triton_by_itself(arguments.x),
+            why_not=lambda arguments: gpu.why_not_triton(arguments.x, dtype=arguments.dtype),
+            why_not_automatic=_why_not_triton_by_itself,
         ),
     ],
 )

@@ -59,9 +59,13 @@ class Arguments(NamedTuple):
         return cls(x, log_weights, inlets, [_columns(tensor, plan) for tensor in rest[count:]])
 
 
-def sums_over_blocks(plan: Plan) -> set[int]:
-    """Return the places in the flat tensors whose gradients are a sum over a token's blocks, or a scalar of each."""
-    return {0, 1, *(4 + 4 * inlet for inlet in range(plan.num_inlets))}
+def precise_places(plan: Plan) -> set[int]:
+    """Return the places in the flat tensors whose gradients are summed in float32 at least.
+
+    Those of x and of what updates read are a sum over a token's blocks, those of biases one over a block's tokens; the
+    log-weights' are a scalar of each pair.
+    """
+    return {0, 1, *(place + 4 * inlet for inlet in range(plan.num_inlets) for place in (3, 4))}
 
 
 def _rows(tensor: Any, plan: Plan) -> Any:

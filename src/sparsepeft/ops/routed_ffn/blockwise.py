@@ -19,7 +19,7 @@ from sparsepeft.ops.routed_ffn.blocks import (
     draw_seed,
     masked,
     pack_signs,
-    sums_over_blocks,
+    precise_places,
     unpack_signs,
 )
 from sparsepeft.ops.routed_ffn.projections import Activation, Projection, read_low_rank
@@ -124,10 +124,10 @@ def _gradients(
     grad_outputs: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
     """Return the gradients of the differentiable arguments, None for those not needed."""
-    arguments, summed = Arguments.of(plan, tensors), sums_over_blocks(plan)
+    arguments, precise_at = Arguments.of(plan, tensors), precise_places(plan)
     precise = softmax_dtype(arguments.x.dtype)
     grads: list[Any] = [
-        torch.zeros_like(tensor, dtype=precise if index in summed else tensor.dtype) if need else None
+        torch.zeros_like(tensor, dtype=precise if index in precise_at else tensor.dtype) if need else None
         for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
     ]
     totals, remaining = Arguments.of(plan, grads), iter(kept)

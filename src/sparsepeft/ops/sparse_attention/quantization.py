@@ -169,7 +169,7 @@ def fit_codebooks(
 
 @torch.no_grad()
 def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int = 2) -> Tensor:
-    """Return new codebooks, a few k-means steps from the present ones towards the vectors; the given stay as they are.
+    """Return new codebooks, a few k-means steps from the present ones towards the vectors; these stay as they are.
 
     With fewer vectors than codewords, a codeword that is nearest to none of them stays where it is.
 

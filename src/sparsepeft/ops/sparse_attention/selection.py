@@ -104,8 +104,8 @@ def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility,
         keys_real = visibility.key_mask
         if settings.keep_self:
             inside = (visibility.positions >= 0) & (visibility.positions < num_keys)
-            own = visibility.key_mask.gather(1, visibility.positions.clamp(0, num_keys - 1).long())
-            queries_real = own | ~inside
+            own_key_real = visibility.key_mask.gather(1, visibility.positions.clamp(0, num_keys - 1).long())
+            queries_real = own_key_real | ~inside
     query_counts = _histograms(query_codes, queries_real, settings.block_size)  # (B, H, I, 1 + M * 16)
     key_counts = _histograms(key_codes, keys_real, settings.block_size)  # (B, Hkv, J, 1 + M * 16)
     grouped = query_counts.unflatten(1, (kv_heads, heads // kv_heads))
@@ -138,7 +138,7 @@ def keep_blocks(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, 
         before.gather(1, ends.flatten(1)) > before.gather(1, starts.clamp_max(num_keys).flatten(1))
     ).view_as(starts)  # (B, I, J)
 
-    own = possible & (index >= nearest) & (index <= farthest)
+    own_blocks = possible & (index >= nearest) & (index <= farthest)
     first = possible & (possible.cumsum(-1) == 1)
     distance = torch.maximum(nearest - index, index - farthest).clamp_min(0)
     distance = 2 * distance + (index > farthest)
@@ -147,7 +147,7 @@ def keep_blocks(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, 
     num_kept = torch.full_like(lower, -(-settings.top_l // size))
     ahead = torch.zeros_like(possible)
     if settings.keep_self:
-        num_kept, ahead = num_kept.maximum(own.sum(-1, keepdim=True).clamp_max(2)), own
+        num_kept, ahead = num_kept.maximum(own_blocks.sum(-1, keepdim=True).clamp_max(2)), own_blocks
     scores = scores.masked_fill(~possible.unsqueeze(1), -torch.inf)
 
     # Least significant first, each sort stable: nearness, score, own blocks.

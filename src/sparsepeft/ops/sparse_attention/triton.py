@@ -81,7 +81,7 @@ def selection_limits(visibility: Visibility, settings: Settings, num_keys: int) 
     and the number of valid keys.
     """
     positions, lower, upper, key_mask = visibility
-    own = torch.where((positions >= lower) & (positions < upper), positions, -1)
+    own_key = torch.where((positions >= lower) & (positions < upper), positions, -1)
     if key_mask is None:
         num_valid, first = upper - lower, lower
     else:
@@ -89,13 +89,13 @@ def selection_limits(visibility: Visibility, settings: Settings, num_keys: int) 
         below = before.gather(1, lower.long())
         num_valid = before.gather(1, upper.long()) - below
         first = torch.searchsorted(before, below + 1, out_int32=True) - 1
-        own = torch.where(key_mask.gather(1, own.clamp_min(0).long()), own, -1)
+        own_key = torch.where(key_mask.gather(1, own_key.clamp_min(0).long()), own_key, -1)
     if not settings.keep_self:
-        own = torch.full_like(own, -1)
-    first = torch.where(num_valid > 0, first, -1) if settings.keep_first else torch.full_like(own, -1)
+        own_key = torch.full_like(own_key, -1)
+    first = torch.where(num_valid > 0, first, -1) if settings.keep_first else torch.full_like(own_key, -1)
     if settings.top_l == 1:
-        first = torch.where(own >= 0, -1, first)
-    return torch.stack([positions.clamp(-1, num_keys), lower, upper, first, own, num_valid], dim=1).to(torch.int32)
+        first = torch.where(own_key >= 0, -1, first)
+    return torch.stack([positions.clamp(-1, num_keys), lower, upper, first, own_key, num_valid], dim=1).to(torch.int32)
 
 
 def triton_forward(

@@ -153,9 +153,9 @@ def _select_kernel(
     if HAS_MASK:
         key_mask_ptr += batch * num_keys
     position, lower, upper, first = load_limits(limits_ptr, num_queries, num_keys, queries, in_tile)
-    own = tl.load(limits_ptr + num_queries * 4 + queries, mask=in_tile, other=-1)
+    own_key = tl.load(limits_ptr + num_queries * 4 + queries, mask=in_tile, other=-1)
     num_valid = tl.load(limits_ptr + num_queries * 5 + queries, mask=in_tile, other=0)
-    remaining = top_l - ((own >= 0).to(tl.int32) + ((first >= 0) & (first != own)).to(tl.int32))
+    remaining = top_l - ((own_key >= 0).to(tl.int32) + ((first >= 0) & (first != own_key)).to(tl.int32))
     searching = (num_valid > top_l) & (remaining > 0)
 
     # Column c of the histogram counts the valid keys with c + 1 matches; within a tile, four counters share a word.
@@ -186,7 +186,7 @@ def _select_kernel(
             unpacked = (counts[:, None] >> ((levels & 3) * 8)[None, :]) & 255
             histogram += tl.where((levels >> 2)[None, :] == four, unpacked, 0)
     for forced in tl.static_range(2):  # the query's own key and the first are not searched for
-        key = own if forced == 0 else tl.where(first == own, -1, first)
+        key = own_key if forced == 0 else tl.where(first == own_key, -1, first)
         present = key[:, None] >= 0
         matches = count_equal(
             query_words_ptr,
@@ -217,7 +217,7 @@ def _select_kernel(
     while (start < steps) & (tl.max(active.to(tl.int32)) > 0):
         tied, _ = _tied(
             *(query_words_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries, position, lower, upper),
-            *(own, first, cut, active, tl.zeros((BLOCK_Q,), tl.int32) + start, one_sided, WORDS, HAS_MASK, BLOCK_K),
+            *(own_key, first, cut, active, tl.zeros((BLOCK_Q,), tl.int32) + start, one_sided, WORDS, HAS_MASK, BLOCK_K),
         )
         count = tl.sum(tied.to(tl.int32), axis=1)
         arrives = active & (taken + count >= wanted)
@@ -227,7 +227,7 @@ def _select_kernel(
         start += BLOCK_K
     tied, offset = _tied(
         *(query_words_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries, position, lower, upper),
-        *(own, first, cut, searching, arrival, one_sided, WORDS, HAS_MASK, BLOCK_K),
+        *(own_key, first, cut, searching, arrival, one_sided, WORDS, HAS_MASK, BLOCK_K),
     )
     last = tied & (taken[:, None] + tl.cumsum(tied.to(tl.int32), axis=1) == wanted[:, None])
     threshold = rank_of(cut, tl.sum(tl.where(last, offset, 0), axis=1))
@@ -246,7 +246,7 @@ def _tied(
     position: tl.tensor,
     lower: tl.tensor,
     upper: tl.tensor,
-    own: tl.tensor,
+    own_key: tl.tensor,
     first: tl.tensor,
     cut: tl.tensor,
     active: tl.tensor,
@@ -265,7 +265,7 @@ def _tied(
     offset = tl.where(one_sided, -step, (step >> 1) ^ -(step & 1))
     keys = position[:, None] + offset
     valid = active[:, None] & (keys >= lower[:, None]) & (keys < upper[:, None])
-    valid &= (keys != own[:, None]) & (keys != first[:, None])
+    valid &= (keys != own_key[:, None]) & (keys != first[:, None])
     if HAS_MASK:
         valid &= tl.load(key_mask + keys, mask=valid, other=0) != 0
     matches = count_equal(

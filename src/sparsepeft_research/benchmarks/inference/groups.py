@@ -71,8 +71,8 @@ class Grouping:
 
     def groups(self) -> list[Group]:
         """What is timed against what."""
-        found = self._of_tasks() if self.benchmark.workload == "tasks" else self._of_shapes()
-        return [group for group in found if group.candidates]
+        groups = self._of_tasks() if self.benchmark.workload == "tasks" else self._of_shapes()
+        return [group for group in groups if group.candidates]
 
     def _of_shapes(self) -> Iterable[Group]:
         """All systems in each precision; the precisions against each other; mixed batches."""
@@ -97,8 +97,8 @@ class Grouping:
             yield Group(
                 "mixed",
                 tuple(
-                    self._candidate(name, precision, tuple(by_mode[mode] for mode in own), NUM_TASKS)
-                    for name, own in modes.items()
+                    self._candidate(name, precision, tuple(by_mode[mode] for mode in plan_modes), NUM_TASKS)
+                    for name, plan_modes in modes.items()
                 ),
             )
 

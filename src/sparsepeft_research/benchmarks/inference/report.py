@@ -73,15 +73,15 @@ def _result(one: Measured) -> dict[str, Any]:
     candidates = {}
     for name, timing in one.timings.items():
         baselines = [other for other in one.timings if other != name and _is_baseline(other)]
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "timing": timing._asdict(),
             "inputs_per_minute": one.inputs_per_minute(name),
             "speed_over": {other: _ratio(one, name, one, other) for other in baselines},
             "peak_bytes": one.peak_bytes.get(name),
         }
         if peak is not None and one.flops is not None:
-            found["share_of_peak"] = 1e3 * one.flops / timing.median_ms / peak
-        candidates[name] = found
+            figures["share_of_peak"] = 1e3 * one.flops / timing.median_ms / peak
+        candidates[name] = figures
     return {
         "group": one.group,
         "plan": one.plan,
@@ -104,18 +104,18 @@ def factors(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         Each with ``factor``, ``group``, ``of`` and ``over`` (candidate, plan) and ``value``: how many times as many
         inputs per minute ``of`` has.
     """
-    found: list[dict[str, Any]] = []
+    every: list[dict[str, Any]] = []
     for group in dict.fromkeys(one.group for one in measured):
         plans = {one.plan: one for one in measured if one.group == group}
-        padded, sorted_ = plans.get(f"{group}, {PADDED}"), plans.get(f"{group}, {BY_TOKENS}")
-        if padded is not None and sorted_ is not None:
-            found += _of_task(group, padded, sorted_)
+        padded, by_tokens = plans.get(f"{group}, {PADDED}"), plans.get(f"{group}, {BY_TOKENS}")
+        if padded is not None and by_tokens is not None:
+            every += _of_task(group, padded, by_tokens)
         else:
-            found += _of_shapes(group, plans)
-    return found
+            every += _of_shapes(group, plans)
+    return every
 
 
-def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, Any]]:
+def _of_task(group: str, padded: Measured, by_tokens: Measured) -> list[dict[str, Any]]:
     """One configuration in PyTorch, in ONNX Runtime and in OpenVINO, each with what it is made of."""
     spartan, peer, engine = f"spartan {_BASE}", f"{_USUAL_PEER} {_BASE}", f"{ENGINE} {_BASE}"
     runtimes = (
@@ -124,12 +124,12 @@ def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, 
     )
     shared = [
         _factor("architecture", group, padded, spartan, padded, peer),
-        _factor("length batching", group, sorted_, spartan, padded, spartan),
+        _factor("length batching", group, by_tokens, spartan, padded, spartan),
     ]
-    own = {
+    parts_of = {
         f"{ENGINE} {_FAST}": [
             _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
-            _factor("engine", group, sorted_, engine, sorted_, spartan),
+            _factor("engine", group, by_tokens, engine, by_tokens, spartan),
         ],
     } | {
         fast: [
@@ -138,18 +138,18 @@ def _of_task(group: str, padded: Measured, sorted_: Measured) -> list[dict[str, 
         ]
         for exported, fast in runtimes
     }
-    found = [*shared]
-    for best, parts in own.items():
-        found += parts
-        made = [one["value"] for one in (*shared, *parts) if one]
-        if len(made) == len(shared) + len(parts):
-            found.append({"factor": f"product for {best}", "group": group, "value": math.prod(made)})
-        found.append(_factor("total", group, sorted_, best, padded, peer))
+    made = [*shared]
+    for best, parts in parts_of.items():
+        made += parts
+        values = [one["value"] for one in (*shared, *parts) if one]
+        if len(values) == len(shared) + len(parts):
+            made.append({"factor": f"product for {best}", "group": group, "value": math.prod(values)})
+        made.append(_factor("total", group, by_tokens, best, padded, peer))
         precision = best.split()[1].removeprefix(OPENVINO)
-        rivals = [name for name in sorted_.timings if name.split()[0] in PEERS and name.split()[1] == precision]
-        rival = min(rivals, key=lambda name: sorted_.timings[name].median_ms, default="")
-        found.append(_factor("over the best peer, same precision and batches", group, sorted_, best, sorted_, rival))
-    return [one for one in found if one]
+        rivals = [name for name in by_tokens.timings if name.split()[0] in PEERS and name.split()[1] == precision]
+        rival = min(rivals, key=lambda name: by_tokens.timings[name].median_ms, default="")
+        made.append(_factor("over the best peer, same precision and batches", group, by_tokens, best, by_tokens, rival))
+    return [one for one in made if one]
 
 
 def _of_shapes(group: str, plans: dict[str, Measured]) -> list[dict[str, Any]]:
@@ -233,8 +233,8 @@ def throughput_figure(report: dict[str, Any]) -> Figure:
     panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     colours = dict(zip(report["settings"]["precisions"], COLOURS, strict=False))
     for axes, one in zip(panels, results, strict=True):
-        for place, (name, found) in enumerate(one["candidates"].items()):
-            rate, timing = found["inputs_per_minute"], found["timing"]
+        for place, (name, figures) in enumerate(one["candidates"].items()):
+            rate, timing = figures["inputs_per_minute"], figures["timing"]
             slow, fast = (rate * timing["median_ms"] / timing[f"{which}_quartile_ms"] for which in ("third", "first"))
             axes.barh(place, rate, xerr=[[rate - slow], [fast - rate]], color=colours[name.split()[-1]], capsize=2)
         axes.set_yticks(range(len(one["candidates"])), list(one["candidates"]))

@@ -123,7 +123,7 @@ class _Session:
         for _ in range(self.benchmark.starts):
             self._sample(group, samples, peaks)
         plans = {plan.name: plan for candidate in group.candidates for plan in candidate.plans}
-        return [self._measured(group, plans[name], found, peaks) for name, found in samples.items()]
+        return [self._measured(group, plans[name], milliseconds, peaks) for name, milliseconds in samples.items()]
 
     def _sample(self, group: Group, samples: dict[str, dict[str, list[float]]], peaks: dict[str, int]) -> None:
         """Add milliseconds by plan and candidate, and each candidate's most bytes."""
@@ -153,11 +153,11 @@ class _Session:
             for name, plan in plans.items():
                 self.progress(f"{group.name}: timing {name}")
                 word = "warm" if plan.is_latency else "pass"
-                asked = {one.name: partial(workers[one.name].ask, f"{word} {one.system} {name}") for one in runs[name]}
+                passes = {one.name: partial(workers[one.name].ask, f"{word} {one.system} {name}") for one in runs[name]}
                 extra = {product: partial(worker.ask, f"pass {product}") for product, worker in products.items()}
                 try:
-                    found = sample_alternating(
-                        asked | ({} if plan.is_latency else extra),
+                    milliseconds = sample_alternating(
+                        passes | ({} if plan.is_latency else extra),
                         repeats=self.benchmark.repeats * (LATENCY_REPEATS if plan.is_latency else 1),
                         warm_up=_WARM_UP,
                         idle_wait_s=self.benchmark.idle_wait_s,
@@ -165,7 +165,7 @@ class _Session:
                     )
                 except RuntimeError as error:
                     raise RunFailed(f"{group.name}, {name}: {error}; start again, with fewer `systems`.") from error
-                for who, values in found.items():
+                for who, values in milliseconds.items():
                     samples.setdefault(name, {}).setdefault(who, []).extend(values)
             for who in workers.keys() & processes.keys():  # not of those that share a process
                 peaks[who] = max(peaks.get(who, 0), int(workers[who].ask("peak")["peak_bytes"]))

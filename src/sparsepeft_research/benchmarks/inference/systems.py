@@ -134,12 +134,12 @@ class _Copies:
 
     def _by_task(self, batch: Batch) -> list[Tensor]:
         names = _names(batch, len(self.models))
-        found = []
+        logits = []
         for number, model in enumerate(self.models):
             rows = [row for row, name in enumerate(names) if name == _TASK.format(number)]
             if rows:
-                found.append(model(**{key: tensor[rows] for key, tensor in batch.items()}).logits)
-        return found
+                logits.append(model(**{key: tensor[rows] for key, tensor in batch.items()}).logits)
+        return logits
 
 
 def _engine_pass(engine: MultiTaskEngine, plan: dict[str, Any]) -> Pass:
@@ -161,13 +161,13 @@ def _engine_pass(engine: MultiTaskEngine, plan: dict[str, Any]) -> Pass:
 
 def _matrix_product(sizes: Sequence[int], dtype: torch.dtype) -> Pass:
     rows, inner, columns = sizes
-    given, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    inputs, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
 
     form = onednn_product if is_onednn_faster(dtype) else nn.functional.linear
 
     @torch.inference_mode()
     def product() -> list[Tensor]:
-        return [form(given, weight)]
+        return [form(inputs, weight)]
 
     return product
 

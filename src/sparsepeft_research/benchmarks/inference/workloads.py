@@ -89,16 +89,16 @@ def prepare_model(model: str, folder: Path, seed: int) -> Model:
         UserError: there is no such model.
     """
     if model != RANDOM or Path(model).is_dir():
-        found = resolve_model(model)
-        name = describe_backbone(found)
-        return Model(found, name, name, architecture(load_config(found)))
+        resolved = resolve_model(model)
+        name = describe_backbone(resolved)
+        return Model(resolved, name, name, architecture(load_config(resolved)))
     tokenizer_folder = str(default_backbone())
-    own: Any = load_tokenizer(tokenizer_folder)
+    minilm: Any = load_tokenizer(tokenizer_folder)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=own.backend_tokenizer,
-        model_max_length=own.model_max_length,
+        tokenizer_object=minilm.backend_tokenizer,
+        model_max_length=minilm.model_max_length,
         model_input_names=["input_ids", "attention_mask"],  # RoBERTa has one type of token
-        **own.special_tokens_map,
+        **minilm.special_tokens_map,
     )
     config = load_config(RANDOM)
     config.pad_token_id = tokenizer.pad_token_id

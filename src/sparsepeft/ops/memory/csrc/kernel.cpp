@@ -123,14 +123,14 @@ class Reader {
   public:
     explicit Reader(const Memory& memory)
         : m(memory), parents(m.parents), used(T * m.top_k), rows(used.size() * m.children), kept(used.size()),
-          slots(m.parents), gates(T * used.size()), own_scores(T * m.parents), own_best(T * round_up(m.top_k, LANES)),
-          own_weights(T * round_up(rows.size(), LANES)), wide_x(m.is_bfloat16 ? T * m.hidden : 0),
+          slots(m.parents), gates(T * used.size()), scores_storage(T * m.parents), best_storage(T * round_up(m.top_k, LANES)),
+          weights_storage(T * round_up(rows.size(), LANES)), wide_x(m.is_bfloat16 ? T * m.hidden : 0),
           wide_output(wide_x.size()) {
         for (int64_t p = 0; p < m.parents; p++) parents[p] = m.parent_keys + p * m.hidden;
         for (int t = 0; t < T; t++) {
-            scores[t] = own_scores.data() + t * m.parents;
-            best[t] = own_best.data() + t * round_up(m.top_k, LANES);
-            weights[t] = own_weights.data() + t * round_up(rows.size(), LANES);
+            scores[t] = scores_storage.data() + t * m.parents;
+            best[t] = best_storage.data() + t * round_up(m.top_k, LANES);
+            weights[t] = weights_storage.data() + t * round_up(rows.size(), LANES);
         }
     }
 
@@ -138,8 +138,8 @@ class Reader {
         for (int t = 0; t < T; t++) take(first + t, t);
         if (!m.parent_scores) dot_all<T>(parents.data(), m.parents, x, m.hidden, scores);
         for (int t = 0; t < T; t++) {
-            const float* own = m.parent_scores ? m.parent_scores + (first + t) * m.parents : scores[t];
-            keep_best(own, m.parents, m.top_k, best[t], kept.data() + t * m.top_k);
+            const float* token_scores = m.parent_scores ? m.parent_scores + (first + t) * m.parents : scores[t];
+            keep_best(token_scores, m.parents, m.top_k, best[t], kept.data() + t * m.top_k);
             softmax(best[t], m.top_k);
         }
         const int64_t num_used = list_used(), num_rows = num_used * m.children;
@@ -197,16 +197,16 @@ class Reader {
         const int64_t num_used = used.size(), count = m.children;
         const float sharpness = static_cast<float>(1 / m.temperature);
         for (int64_t u = 0; u < num_used; u++) {
-            float* own = children + u * count;
-            const float largest = *std::max_element(own, own + count);
-            for (int64_t c = 0; c < count; c++) own[c] = (own[c] - largest) * sharpness;
+            float* weights = children + u * count;
+            const float largest = *std::max_element(weights, weights + count);
+            for (int64_t c = 0; c < count; c++) weights[c] = (weights[c] - largest) * sharpness;
         }
         for (int64_t i = 0; i < num_used * count; i += LANES) store(children + i, exp(load(children + i)));
         for (int64_t u = 0; u < num_used; u++) {
-            float *own = children + u * count, total = 0;
-            for (int64_t c = 0; c < count; c++) total += own[c];
+            float *weights = children + u * count, total = 0;
+            for (int64_t c = 0; c < count; c++) total += weights[c];
             const float scale = gates[u] / total;
-            for (int64_t c = 0; c < count; c++) own[c] = gates[u] == 0 ? 0.0f : own[c] * scale;
+            for (int64_t c = 0; c < count; c++) weights[c] = gates[u] == 0 ? 0.0f : weights[c] * scale;
         }
     }
 
@@ -217,7 +217,7 @@ class Reader {
     std::vector<int64_t> kept;        // (T, K)
     std::vector<int64_t> slots;       // where a parent is in `used`
     std::vector<float> gates;         // (T, used)
-    std::vector<float> own_scores, own_best, own_weights, wide_x, wide_output;
+    std::vector<float> scores_storage, best_storage, weights_storage, wide_x, wide_output;
     const float* x[T];
     float *scores[T], *best[T], *weights[T], *output[T];
 };

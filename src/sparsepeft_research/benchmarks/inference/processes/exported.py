@@ -37,7 +37,7 @@ def open_onnxruntime(graph: str, adapter: str | None, threads: int, precision: s
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    names = [input_.name for input_ in session.get_inputs()]
     loaded = ort.LoraAdapter()
     if adapter is not None:
         loaded.Load(adapter)
@@ -60,11 +60,11 @@ def open_openvino(graph: str, adapter: str | None, threads: int, precision: str,
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
     compiled = ov.compile_model(graph, "CPU", options)
-    found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if found != hint:
-        raise RuntimeError(f"OpenVINO computes in {found} on this processor")
+    used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if used != hint:
+        raise RuntimeError(f"OpenVINO computes in {used} on this processor")
     request = compiled.create_infer_request()
-    names = {given.any_name for given in compiled.inputs}
+    names = {input_.any_name for input_ in compiled.inputs}
     tensors = {} if adapter is None else load_file(adapter)
     for name, tensor in tensors.items():
         request.set_tensor(name.removeprefix("base_model.model."), ov.Tensor(tensor))

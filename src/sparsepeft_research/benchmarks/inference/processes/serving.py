@@ -64,11 +64,11 @@ def peak_resident_bytes() -> int:
     """The most physical memory this process has had: weights, activations, libraries, and what loading took."""
     try:
         # Not getrusage: its figure is inherited from the process that started this one.
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
-        found = None
-    if found:
-        return 1024 * int(found[1])
+        match = None
+    if match:
+        return 1024 * int(match[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
