@@ -11,6 +11,7 @@ import doctest
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,13 @@ def test_what_is_made_by_a_script_is_what_the_script_makes(name: str) -> None:
         assert written == with_tables(written), "run python -m tests.docs.support"
     else:
         assert written == script("architecture").draw(), "run python docs/architecture.py"
+
+
+def test_the_tests_that_a_page_names_exist() -> None:
+    module = ""
+    for named, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)", (ROOT / "docs" / "peft.md").read_text("utf-8")):
+        module = named or module
+        assert f"def {test}(" in (ROOT / "tests" / "tuners" / module).read_text("utf-8"), f"{module}::{test}"
 
 
 @pytest.mark.slow
