@@ -107,8 +107,8 @@ def gpu(results: Path) -> str:
         for one in ffn.results
     ]
     return paragraphs(
-        f"{memory.environment['gpu']}, bfloat16, milliseconds forward and backward; speed is that of the op over what it "
-        "replaces (for `memory_read`, dense products in plain PyTorch). By `research/gpu.sh`.",
+        f"{memory.environment['gpu']}, bfloat16, milliseconds forward and backward; speed is that of the op over what "
+        "it replaces (for `memory_read`, dense products in plain PyTorch). By `research/gpu.sh`.",
         table(["op", "case", "replaces", "ms", "op, ms", "speed"], rows),
     )
 
