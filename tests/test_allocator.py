@@ -9,43 +9,44 @@ import sys
 
 import pytest
 
-# Pages that the system had to give while the same large tensor is made and freed, after the first times.
+# What is done in turn, and for each measurement the pages that the system had to give while the same large tensor is
+# made and freed, after the first times.
 _FAULTS = """
 import resource
+import sys
 import threading
 import peft  # with less than the command line has imported, the place of a freed block is a matter of chance
 import torch
 from sparsepeft.devices import keep_freed_memory
-{first}
 def use():
-    global faults
     for number in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(16 << 20).sum()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-{then}
-print(faults)
+    print(faults)
+def use_in_a_thread():
+    thread = threading.Thread(target=use); thread.start(); thread.join()
+def keep():
+    print(keep_freed_memory())
+for step in sys.argv[1:]: globals()[step]()
 """
-_IN_A_THREAD = "thread = threading.Thread(target=use); thread.start(); thread.join()"
 _FEW = 16  # the tensor has 16,384 pages of 4 kB, or 32 of 2 MB
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
 
-def faults(first: str, then: str = "use()", **environment: str) -> int:
-    code = _FAULTS.format(first=first, then=then)
+def outcomes(*steps: str, **environment: str) -> list[str]:
+    """What each step printed: many or few for a number of pages."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+    command = [sys.executable, "-c", _FAULTS, *steps]
+    ended = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
+    return [("many" if int(word) > _FEW else "few") if word.isdigit() else word for word in ended.stdout.split()]
 
 
-@pytest.mark.parametrize("then", ["use()", _IN_A_THREAD])
-def test_a_freed_tensors_memory_is_reused(then: str) -> None:
-    assert faults("", then) > _FEW
-    assert faults("assert keep_freed_memory()", then) < _FEW
+def test_a_freed_tensors_memory_is_reused() -> None:
+    assert outcomes("use", "use_in_a_thread", "keep", "use") == ["many", "many", "True", "few"]
+    assert outcomes("keep", "use_in_a_thread") == ["True", "few"]
 
 
 def test_an_allocator_that_the_user_has_set_up_stays_so() -> None:
-    assert faults("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") > _FEW
+    assert outcomes("keep", "use", MALLOC_ARENA_MAX="2") == ["False", "many"]
