@@ -27,10 +27,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real" -n 2
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real" -n 2 --dist worksteal
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu and not real" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not real" -n 2 --dist worksteal
 
 # On MPNet-base and Gemma 3 270M in the folder SPARSEPEFT_MODELS; skipped where missing. One worker, as they are large.
 test-real: $(READY)

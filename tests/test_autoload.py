@@ -87,13 +87,17 @@ def test_a_peft_without_the_registry_is_left_alone(tmp_path) -> None:
 def test_threads_that_import_peft_and_the_package_at_once(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPARTAN"}', encoding="utf-8")
     code = f"""{INSTALL}
-import threading
+import threading, traceback
 def load():
     from peft import PeftConfig
-    found.append(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)
+    return type(PeftConfig.from_pretrained({str(tmp_path)!r}))
 def name():
-        found.append(SpartanConfig.__name__)
-found, threads = [], [threading.Thread(target=each) for each in 4 * (load, name)]
+    from sparsepeft import SpartanConfig
+    return SpartanConfig
+def note(get):
+    try: found.append(get().__name__)
+    except Exception: found.append(traceback.format_exc())
+found, threads = [], [threading.Thread(target=note, args=[each]) for each in 4 * (load, name)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(len(found), *set(found))

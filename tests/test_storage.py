@@ -232,10 +232,10 @@ def test_unknown_methods_are_named_with_the_nearest() -> None:
     [
         ({"num_labels": [2, 2]}, "2 entries"),
         ({"num_labels": 0}, "num_labels=0"),
-        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dtype": "int8"}, "`dtype`: 'int8' is unknown"),
         ({"reduction_factor": 0}, "reduction_factor=0"),
         ({"num_parents": -1}, "num_parents=-1"),
-        ({"head_type": "none"}, "head_type='none'"),
+        ({"head_type": "none"}, "`head_type`: 'none' is unknown"),
     ],
 )
 def test_impossible_sizes_are_refused(settings: dict, message: str) -> None:

@@ -202,10 +202,12 @@ def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
 
 def _plan_parts(planned: list[Any]) -> list[Any]:
     from sparsepeft_cli.terminal.console import table
+    from sparsepeft_cli.terminal.summary import duration
 
-    rows = [
-        [p.run.name, p.state, _duration(p.seconds), f"{p.result['score']:.4f}" if p.result else ""] for p in planned
-    ]
+    rows = []
+    for p in planned:
+        time = "unknown" if p.seconds is None else duration(p.seconds)
+        rows.append([p.run.name, p.state, time, f"{p.result['score']:.4f}" if p.result else ""])
     left = [p for p in planned if p.state != "done"]
     line = f"{len(planned) - len(left)} of {len(planned)} runs are done"
     if known := [p.seconds for p in left if p.seconds is not None]:
@@ -213,12 +215,6 @@ def _plan_parts(planned: list[Any]) -> list[Any]:
         kinds = ", ".join(
             f"{name} ({count})" for name, count in Counter(p.estimate for p in left if p.estimate).items()
         )
-        line += f"; {others} may take {_duration(sum(known))} in one process, by {kinds}"
+        line += f"; {others} may take {duration(sum(known))} in one process, by {kinds}"
     details = [f"{p.run.name}: {p.state}: {p.detail}" for p in planned if p.detail]
     return [table("", ["run", "state", "time", "score"], rows), *details, f"{line}."]
-
-
-def _duration(seconds: float | None) -> str:
-    from sparsepeft_cli.terminal.summary import duration
-
-    return "unknown" if seconds is None else duration(seconds)

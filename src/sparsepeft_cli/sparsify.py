@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,6 +43,7 @@ def command(
     """
     from sparsepeft.training import parse_settings, sparsify_language_model
     from sparsepeft_cli.terminal.console import err, out, print_json
+    from sparsepeft_cli.terminal.summary import report_parts
 
     settings = parse_settings(set_ or [], example="num_active_blocks=6")
     with err.status("converting"):
@@ -69,43 +70,3 @@ def command(
             highlight=False,
         )
     out.print(f"next: load_sparse(model, '{output_dir}') in Python", highlight=False, soft_wrap=True)
-
-
-def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
-    """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
-    from sparsepeft_cli.terminal.console import table
-
-    columns = {
-        "recall": report["recall"],
-        "attention error": report["attention_error"],
-        "FFN error": report["feed_forward_error"],
-    }
-    shown = {name: values for name, values in columns.items() if values}
-    layers: dict[str, dict[str, float]] = {}
-    for column, values in shown.items():
-        for name, value in values.items():
-            layers.setdefault(_layer(name), {})[column] = value
-    rows = [
-        [layer, *(f"{values[column]:.3f}" if column in values else "" for column in shown)]
-        for layer, values in layers.items()
-    ]
-    return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
-
-
-def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
-    """What became sparse, and how far."""
-    parts = []
-    if config["attention"]:
-        parts.append(f"attention: {config['top_l']} keys for each query, by {config['granularity']}")
-    if config["ffn"]:
-        parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
-        if report["feed_forward_operations"] is not None:
-            parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
-    return "\n".join(parts)
-
-
-def _layer(name: str) -> str:
-    """A layer's name from that of a part of it: up to its number."""
-    words = name.split(".")
-    numbers = [index for index, word in enumerate(words) if word.isdigit()]
-    return ".".join(words[: numbers[-1] + 1]) if numbers else name

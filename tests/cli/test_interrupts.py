@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 def _start(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "sparsepeft_cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSEPEFT_DATA"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def _wait_for_a_step(process: subprocess.Popen, folder: Path, after: int = 0) -> None:

@@ -11,6 +11,7 @@ import doctest
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,35 @@ def test_what_is_made_by_a_script_is_what_the_script_makes(name: str) -> None:
         assert written == with_tables(written), "run python -m tests.docs.support"
     else:
         assert written == script("architecture").draw(), "run python docs/architecture.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_to_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_factors_in_the_readme_are_those_of_the_result_file() -> None:
+    """The share of the architecture, the totals, and what is left at equal precision and batches."""
+    factors = json.loads((ROOT / "research" / "results" / "benchmarks" / "inference_tasks.json").read_text())["factors"]
+    openvino = "spartan openvino-bfloat16"
+    wanted = [("architecture", "spartan float32", 2), ("total", openvino, 1)]
+    wanted += [
+        ("over the best peer, same precision and batches", openvino, 2),
+        ("length batching", "spartan float32", 1),
+    ]
+    readme = (ROOT / "README.md").read_text("utf-8").replace("**", "")
+    for name, system, digits in wanted:
+        values = [one["value"] for one in factors if one["factor"] == name and one["of"] and one["of"][0] == system]
+        assert len(values) == 3
+        assert ", ".join(f"{value:.{digits}f}" for value in values) in readme, name
+
+
+def test_the_tests_that_a_page_names_exist() -> None:
+    module = ""
+    for named, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)", (ROOT / "docs" / "peft.md").read_text("utf-8")):
+        module = named or module
+        assert f"def {test}(" in (ROOT / "tests" / "tuners" / module).read_text("utf-8"), f"{module}::{test}"
 
 
 @pytest.mark.slow

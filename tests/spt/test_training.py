@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tests.spt.models import build, inputs, logits
 from transformers import Trainer, TrainingArguments
 
-from sparsepeft import SpartanConfig
 from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig, load_sparse, sparsification, sparsify
 
@@ -111,18 +110,6 @@ def test_padding_has_no_part_in_load_balancing() -> None:
         gradients.append([router.weight.grad for router in routers])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_spartan_on_top(tmp_path: Path) -> None:
-    model = get_peft_model(sparse("bert"), SpartanConfig(task_type="SEQ_CLS", num_parents=4, num_children=2, top_k=2))
-    model.train()
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    for _ in range(3):
-        step(model, "bert", optimizer)
-    model.eval()
-    model.save_pretrained(str(tmp_path))
-    again = load_sparse(build("bert"), tmp_path).eval()
-    torch.testing.assert_close(logits(again, "bert"), logits(model, "bert"), rtol=0, atol=0)
 
 
 @pytest.mark.slow

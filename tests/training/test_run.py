@@ -283,7 +283,10 @@ def test_save_dtype_halves_the_file(
 def test_a_compiled_run_trains_the_same(tmp_path: Path) -> None:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     backbone = save_tiny_backbone(tmp_path / "backbone", num_hidden_layers=1, **no_dropout)
-    changes = {"few_shot": 16, "max_steps": 2}
+    rows = {part: write_jsonl(tmp_path / f"{part}.jsonl", topics_rows(part)[:32]) for part in ("train", "validation")}
+    files = {f"{part}_file": str(file) for part, file in rows.items()}
+    # All batches have one shape, so that one graph is compiled for training and one for scoring.
+    changes = {"task": "custom", "few_shot": 16, "max_length": 6, "max_steps": 2} | files
     eager = train(run_config(backbone, tmp_path / "eager", **changes))
     compiled = train(run_config(backbone, tmp_path / "compiled", compile=True, **changes))
     for part, metrics in evaluate(tmp_path / "compiled").items():

@@ -273,13 +273,16 @@ def test_a_config_can_be_used_for_several_models() -> None:
     assert second.peft_config["again"] is not second.peft_config["default"]
 
 
-def test_deepcopy_is_independent() -> None:
-    model = adapted("bert", num_labels=3)
+@pytest.mark.parametrize("method", METHODS)
+def test_deepcopy_is_independent(method: str) -> None:
+    model = adapted("bert", config=METHODS[method](num_labels=3))
     expected = run(model, INPUTS)
     model(**INPUTS)  # with gradients: must leave nothing behind that a copy could not take
     copied = copy.deepcopy(model)
     assert torch.equal(run(copied, INPUTS), expected)
-    randomize(copied, std=2.0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(2)
     assert not torch.equal(run(copied, INPUTS), expected)
     assert torch.equal(run(model, INPUTS), expected)
     with copied.disable_adapter():
@@ -288,8 +291,9 @@ def test_deepcopy_is_independent() -> None:
         assert torch.equal(run(model, INPUTS), expected)
 
 
-def test_the_whole_model_can_be_pickled(tmp_path) -> None:
-    model = adapted("bert", num_labels=3, train_layer_norms=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_whole_model_can_be_pickled(method: str, tmp_path) -> None:
+    model = adapted("bert", config=METHODS[method](num_labels=3))
     model(**INPUTS)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)

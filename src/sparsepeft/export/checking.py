@@ -111,4 +111,6 @@ def score(examples: Examples, answers: Answers) -> float | None:
     """The task's main metric; None where the texts have no labels."""
     if examples.spec is None or not examples.labels:
         return None
-    return examples.spec.compute_metrics(answers.scores, examples.labels)[examples.spec.main_metric]
+    # Metrics take logits: of several labels those above 0 hold, of one the largest, whatever the scale.
+    scores = answers.scores - 0.5 if examples.spec.multi_label else answers.scores
+    return examples.spec.compute_metrics(scores, examples.labels)[examples.spec.main_metric]

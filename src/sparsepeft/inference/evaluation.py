@@ -17,7 +17,7 @@ from sparsepeft.methods.models import load_tokenizer, to_accelerator
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
-from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out, scored_parts
+from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
 from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
@@ -110,7 +110,7 @@ def evaluate(
         notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
         return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
     data = held_out_data(folder, data_dir, run=run)
-    return _evaluation(predictor, scored_parts(data), data.notes, data.fingerprints)
+    return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints)
 
 
 def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:

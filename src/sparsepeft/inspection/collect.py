@@ -255,7 +255,7 @@ def _makes_decoder_inputs(model: PeftModel, inputs: Mapping[str, Any], labels: t
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module gets its own mode back."""
+    """Evaluation mode inside the context; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -267,7 +267,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untrained_adapter(model: PeftModel, seed: int) -> Iterator[str]:
-    """Make a fresh adapter with the active one's config active; afterwards it is gone and all is as before.
+    """Inside the context, a fresh adapter with the active one's config is active; it is removed afterwards.
 
     Args:
         model: the adapted model.

@@ -1,4 +1,4 @@
-"""Pictures of an inspection, readable without colour. Needs the extra ``plots`` (matplotlib)."""
+"""Figures of an inspection, readable without colour. Needs the extra ``plots`` (matplotlib)."""
 
 from __future__ import annotations
 

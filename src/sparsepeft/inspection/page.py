@@ -79,7 +79,7 @@ def _percent(value: Any) -> str:
 
 
 def check_folder(folder: Path, *also: str) -> None:
-    """See that an inspection may be written to ``folder``: a new one, an empty one, a run's, or one of an inspection.
+    """Check that an inspection may be written to ``folder``: new, empty, a run's, or an earlier inspection's.
 
     Args:
         folder: for the output.

@@ -101,7 +101,7 @@ class Picks:
 
 
 class Reading(NamedTuple):
-    """N positions' reading of a memory; K parents each, the one with the highest score first.
+    """What N positions read from a memory; K parents each, the one with the highest score first.
 
     Attributes:
         parents: the parents picked, (N, K).

@@ -23,8 +23,6 @@ from sparsepeft.tasks.labels import SINGLE
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_BATCHES_SORTED = 32  # so many batches are sorted by length together
-
 
 def inspect_run(
     folder: str | Path,
@@ -81,7 +79,7 @@ def inspect_run(
 
 
 class Batches:
-    """Texts of a dataset as padded batches with labels and words, roughly sorted by length; can be read repeatedly.
+    """Texts of a dataset as padded batches with labels and words, sorted by length; can be read repeatedly.
 
     Args:
         predictor: whose tokenizer, longest input and batch size are used.
@@ -92,23 +90,20 @@ class Batches:
         self._predictor, self._dataset = predictor, dataset
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches of at most the predictor's batch size, in an order that wastes little padding."""
+        """Batches of at most the predictor's batch size, in an order that needs little padding."""
         columns, size = self._predictor.spec.text_columns, self._predictor.batch_size
         label_dtype = torch.long if self._predictor.spec.problem_type == SINGLE else torch.float
-        for start in range(0, len(self._dataset), _BATCHES_SORTED * size):
-            chunk = self._dataset[start : start + _BATCHES_SORTED * size]
-            order = sorted(range(len(chunk["label"])), key=lambda row: sum(len(chunk[name][row]) for name in columns))
-            for first in range(0, len(order), size):
-                rows = order[first : first + size]
-                texts = [[chunk[name][row] for row in rows] for name in columns]
-                batch = encode_with_words(self._predictor.tokenizer, *texts, max_length=self._predictor.max_length)
-                yield batch | {"labels": torch.tensor([chunk["label"][row] for row in rows], dtype=label_dtype)}
+        lengths = [sum(map(len, texts)) for texts in zip(*(self._dataset[name][:] for name in columns), strict=True)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for start in range(0, len(order), size):
+            rows = self._dataset[order[start : start + size]]
+            texts = [rows[name] for name in columns]
+            batch = encode_with_words(self._predictor.tokenizer, *texts, max_length=self._predictor.max_length)
+            yield batch | {"labels": torch.tensor(rows["label"], dtype=label_dtype)}
 
 
 def _part(data: TaskData, split: str | None) -> tuple[str, Dataset]:
-    parts = {"validation": data.validation, **data.extra}
-    if data.test is not None:
-        parts["test"] = data.test
+    parts = data.scored_parts
     name = split or ("test" if "test" in parts else "validation")
     if name not in parts:
         raise UserError(unknown_name(f"split of {data.spec.name}", name, parts))

@@ -11,7 +11,7 @@
 
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.auxiliary_loss import AuxiliaryLosses
-from sparsepeft.models.blocks import Block, find_blocks, unwrap
+from sparsepeft.models.blocks import Block, find_blocks, is_norm, named_modules, unwrap
 from sparsepeft.models.context import BASE, ForwardContext, Routing
 from sparsepeft.models.heads import HeadSpec, count_head_parameters, find_head, is_language_model
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, is_quantized
@@ -45,7 +45,9 @@ __all__ = [
     "find_sublayer",
     "fingerprint",
     "is_language_model",
+    "is_norm",
     "is_quantized",
+    "named_modules",
     "quantize",
     "unwrap",
 ]

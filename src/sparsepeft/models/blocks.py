@@ -42,6 +42,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, by the name of its class: architectures have their own classes."""
+    return "norm" in type(module).__name__.lower()
+
+
 def find_blocks(
     model: nn.Module,
     target_modules: str | Iterable[str] | None = None,
@@ -94,8 +99,8 @@ def find_blocks(
 Stack = list[tuple[str, nn.Module]]
 
 
-def _named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """``named_modules`` that shows the backbone's own names and modules, without PEFT's wrappers and additions."""
+def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Like ``model.named_modules``, with the backbone's own names and without PEFT's wrappers and additions."""
 
     def walk(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
         module = unwrap(module)
@@ -110,7 +115,7 @@ def _lists(model: nn.Module) -> dict[str, Stack]:
     """All non-empty ``ModuleList``s by name."""
     return {
         name: [(f"{name}.{key}" if name else key, unwrap(child)) for key, child in module.named_children()]
-        for name, module in _named_modules(model)
+        for name, module in named_modules(model)
         if isinstance(module, nn.ModuleList) and len(module)
     }
 
@@ -144,7 +149,7 @@ def _is_checkpointed(stack: Stack) -> bool:
 def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
     """Classes whose outputs transformers records as ``hidden_states``."""
     classes: set[type] = set()
-    for _, module in _named_modules(model):
+    for _, module in named_modules(model):
         if not isinstance(module, PreTrainedModel):
             continue
         specs = (getattr(module, "_can_record_outputs", None) or {}).get("hidden_states", ())
@@ -157,7 +162,7 @@ def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
 
 def _owner(model: nn.Module, name: str) -> str:
     """The name of the innermost ``PreTrainedModel`` that holds ``name``."""
-    modules = dict(_named_modules(model))
+    modules = dict(named_modules(model))
     path = name.split(".")
     for end in range(len(path), -1, -1):
         prefix = ".".join(path[:end])
@@ -175,11 +180,11 @@ def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]
     """User-given names, grouped by their parent so that ``layers_to_transform`` counts within a stack."""
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)
-        matched = [(n, m) for n, m in _named_modules(model) if n and pattern.fullmatch(n)]
+        matched = [(n, m) for n, m in named_modules(model) if n and pattern.fullmatch(n)]
     else:
         names = tuple(target_modules)
         suffixes = tuple(f".{name}" for name in names)
-        matched = [(n, m) for n, m in _named_modules(model) if n and (n in names or n.endswith(suffixes))]
+        matched = [(n, m) for n, m in named_modules(model) if n and (n in names or n.endswith(suffixes))]
     stacks: dict[str, Stack] = {}
     for name, module in matched:
         stacks.setdefault(name.rpartition(".")[0], []).append((name, module))
@@ -188,7 +193,7 @@ def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]
 
 def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
     """The width of a block's states: the nearest config's, if the block has vectors of that size, else its norm's."""
-    modules = dict(_named_modules(model))
+    modules = dict(named_modules(model))
     vectors = [p.shape[0] for p in block.parameters() if p.dim() == 1]
     path = name.split(".")
     for end in range(len(path), -1, -1):
@@ -197,9 +202,7 @@ def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
             width = getattr(config, width_name, None)
             if isinstance(width, int) and (not vectors or width in vectors):
                 return width
-    norms = [
-        m for m in block.modules() if "norm" in type(m).__name__.lower() and getattr(m, "weight", None) is not None
-    ]
+    norms = [m for m in block.modules() if is_norm(m) and getattr(m, "weight", None) is not None]
     if norms:
         return int(norms[0].get_parameter("weight").shape[0])
     raise ValueError(

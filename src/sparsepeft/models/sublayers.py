@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsepeft.models.blocks import Block, find_blocks, unwrap
+from sparsepeft.models.blocks import Block, find_blocks, named_modules, unwrap
 from sparsepeft.models.identity import is_quantized
 
 # What gives a sublayer's output h, the last thing before "residual + h": a dropout where that is a module of its own,
@@ -52,7 +52,7 @@ def find_sublayer(block: nn.Module, which: str, name: str | None = None) -> nn.M
     Raises:
         ValueError: there is none; the message names what there is.
     """
-    modules = {path: module for path, module in _named(block, "") if path}
+    modules = {path: module for path, module in named_modules(block) if path}
     # Several names in an entry must all be there; the last one is meant.
     entries = [name] if name else list(_ATTENTION if which == "attention" else _FFN)
     for entry in entries:
@@ -65,15 +65,6 @@ def find_sublayer(block: nn.Module, which: str, name: str | None = None) -> nn.M
         f"{type(block).__name__} has {missing}; set {which}_module to the name, inside this layer, of the module that "
         f"returns what the residual is added to (its modules: {children}), or use style='pfeiffer', which needs none."
     )
-
-
-def _named(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    """``named_modules`` through PEFT's wrappers."""
-    module = unwrap(module)
-    named = [(prefix, module)]
-    for name, child in module.named_children():
-        named += _named(child, f"{prefix}.{name}" if prefix else name)
-    return named
 
 
 class PartNames(NamedTuple):

@@ -42,11 +42,6 @@ def load_task_data(config: RunConfig) -> TaskData:
     return load_task(config.task, **{name: getattr(config, name) for name in DATA_FIELDS})
 
 
-def scored_parts(data: TaskData) -> dict[str, Dataset]:
-    """The labelled parts that are not trained on, by name."""
-    return {"validation": data.validation, **data.extra} | ({} if data.test is None else {"test": data.test})
-
-
 def held_out_data(folder: Path, data_dir: str | None = None, *, run: dict[str, Any] | None = None) -> TaskData:
     """A run's data with the parts that it was not trained on; labels are the run's, notes say what has changed.
 
@@ -66,7 +61,7 @@ def held_out_data(folder: Path, data_dir: str | None = None, *, run: dict[str, A
     data = load_task_data(config)
     before, now = run.get("data_fingerprints") or {}, data.fingerprints
     changed = [name for name, digest in now.items() if before and digest not in before.values()]
-    parts = scored_parts(data)
+    parts = data.scored_parts
     notes: list[str] = []
     if data.drawn and changed:
         source, stored = next(iter(now)), read_held_out(folder)
@@ -165,7 +160,7 @@ def _moved(label: Any, names: Sequence[str], place: Mapping[str, int]) -> Any:
 
 def digests_of_drawn(data: TaskData) -> Digests:
     """Digests of the rows of each part that was drawn from the training rows."""
-    parts = scored_parts(data)
+    parts = data.scored_parts
     return {name: digests_of(rows_of(parts[name], data.spec)) for name in data.drawn}
 
 

@@ -60,7 +60,7 @@ class Codebooks(nn.Module):
 
     @torch.no_grad()
     def prepare(self, query: Tensor, key: Tensor, mask: SparseMask) -> None:
-        """Compute the next codebooks; they wait, since gradient checkpointing will ask for today's codes again."""
+        """Compute the next codebooks, not used yet: gradient checkpointing will run the layer again with these."""
         vectors = vectors_of(query, key, mask)
         if vectors.numel() and vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
             self.coming = refresh_codebooks(self.codebooks, vectors)
@@ -70,14 +70,14 @@ class Codebooks(nn.Module):
         self.expected, self.coming = True, None
 
     def step(self, is_due: bool) -> None:
-        """Put the next codebooks into use, or forget them."""
+        """Switch to the next codebooks if it is time, and discard them otherwise."""
         if is_due and self.coming is not None:
             self.codebooks.copy_(self.coming)
         self.coming = None
 
 
 class SparseAttention(nn.Module):
-    """What a sparse attention layer carries: settings, and codebooks of which every adapter has its own.
+    """The state of a sparse attention layer: its settings, and codebooks, of which every adapter has its own.
 
     Args:
         codebooks: (Hkv, M, C, W).
@@ -129,7 +129,7 @@ def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:
 
 
 def evenly_spaced(vectors: Tensor) -> Tensor:
-    """Evenly spaced ones where there are too many."""
+    """At most :data:`_REFRESH_VECTORS` of the vectors (Hkv, N, D), evenly spaced along N."""
     count = vectors.shape[1]
     if count <= _REFRESH_VECTORS:
         return vectors
@@ -160,7 +160,7 @@ _recorder: ContextVar[dict[nn.Module, AttentionCall] | None] = ContextVar("spt_r
 
 @contextmanager
 def recording() -> Iterator[dict[nn.Module, AttentionCall]]:
-    """While this lasts, layers attend densely, and what they attended with is kept: the last call of each."""
+    """Inside the context, layers attend densely, and the arguments of the last call of each are recorded."""
     calls: dict[nn.Module, AttentionCall] = {}
     token = _recorder.set(calls)
     try:
@@ -206,7 +206,7 @@ def attention_forward(
 
 
 def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise where a layer adds biases, sinks or a cap to its scores, which the selection would not see."""
+    """Raise if a layer adds biases, sinks or a cap to its scores, which the selection of keys would ignore."""
     for name in ("position_bias", "s_aux", "softcap", "head_mask"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -220,7 +220,7 @@ AttentionMaskInterface.register(NAME, sparse_mask)
 
 
 class CodebookRefresh:
-    """After every ``interval`` steps of whatever optimizer trains a model, lets codebooks follow queries and keys.
+    """Recomputes codebooks after every ``interval`` steps of the optimizer that trains the model.
 
     The pass after such a step computes new codebooks, and the next step puts them into use: never within a step, in
     which gradient checkpointing may run layers twice. No callback of a trainer is needed. It acts as long as it lives.
@@ -242,7 +242,7 @@ class CodebookRefresh:
         _watch_optimizers()
 
     def __reduce__(self) -> tuple[type[CodebookRefresh], tuple[Any, ...]]:
-        return CodebookRefresh, (self._model(), self._layers, self.interval)  # a copied model has one of its own
+        return CodebookRefresh, (self._model(), self._layers, self.interval)  # a copied model gets its own
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count a step, if it was one of the model's."""

@@ -1,4 +1,4 @@
-"""What a calibration batch says of a dense model: where codebooks, blocks and routers of the sparse one start."""
+"""What is learnt from a calibration batch: initial codebooks, blocks of neurons and routers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
 
 
 def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
-    """Refuse what the model has no embeddings for; on an accelerator that would end the process's use of it."""
+    """Refuse ids without an embedding; on an accelerator the failed lookup would make the device unusable."""
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"calibration_data has {name} of shape {tuple(ids.shape)} and {ids.dtype}; expected whole numbers (B, T)."
@@ -105,7 +105,7 @@ def _ids(data: Any) -> Tensor:
 
 @torch.no_grad()
 def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, Tensor]) -> dict[str, AttentionCall]:
-    """A pass of the dense model; what each self-attention that is to become sparse attended with, by its name."""
+    """Run the dense model; the arguments of each self-attention that is to become sparse, by its name."""
     before, training = model.config._attn_implementation, model.training
     if config.attention:
         model.set_attn_implementation(NAME)
@@ -149,7 +149,7 @@ def _chosen(model: PreTrainedModel, calls: dict[str, AttentionCall], config: Spt
 
 
 def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
-    """Codebooks (Hkv, M, C, W) for what the attention module ``name`` attended with."""
+    """Codebooks (Hkv, M, C, W) from the queries and keys of the attention module ``name``."""
     size = call.query.shape[-1]
     if size % config.subvector_dim:
         raise ValueError(

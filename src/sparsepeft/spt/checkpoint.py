@@ -47,12 +47,12 @@ _ADDED, _OWN = "spt.", "original_module."  # before an added tensor's name in a 
 
 
 def save_densely(model: PreTrainedModel, feed_forwards: FeedForwards) -> RemovableHandle:
-    """From now on let a sparse model save and load as this module says.
+    """Make a sparse model save and load dense weights, as this module's docstring says.
 
     Returns:
         What undoes the loading; ``del model.save_pretrained`` undoes the saving.
     """
-    # On this instance alone: transformers asks nobody what a model saves.
+    # On this instance alone: transformers has no hook for what a model saves.
     model.save_pretrained = partial(_save, model, feed_forwards)  # type: ignore[method-assign]
     return model.register_load_state_dict_pre_hook(partial(_take_dense_weights, feed_forwards))
 
@@ -134,7 +134,7 @@ def _ordered(tensor: Tensor, dim: int | None, order: Tensor) -> Tensor:
 
 
 class SparseSettings(SptState):
-    """A sparse model's settings, which every adapter saves: the place where one learns that an adapter is saved.
+    """A sparse model's settings, saved with every adapter; PEFT's call for them tells that an adapter is being saved.
 
     Args:
         model: the sparse model.
@@ -152,7 +152,7 @@ class SparseSettings(SptState):
         self._hook = model.register_load_state_dict_pre_hook(_unmark)
 
     def detach(self) -> None:
-        """Let the model load state dicts as they are again."""
+        """Remove the hook that translates state dicts."""
         self._hook.remove()
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]

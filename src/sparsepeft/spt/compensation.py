@@ -21,7 +21,7 @@ class Ridge(NamedTuple):
 
 
 def fit_ridge(inputs: Tensor, targets: Tensor, ridge: float) -> Ridge:
-    """Predict ``wanted`` (N, O) from ``inputs`` (N, D); the ridge is a share of the inputs' variance."""
+    """Predict ``targets`` (N, O) from ``inputs`` (N, D); the ridge is a share of the inputs' variance."""
     mean_in, mean_out = inputs.mean(0), targets.mean(0)
     centred = inputs - mean_in
     gram = centred.T @ centred
@@ -44,7 +44,7 @@ class Compensation(NamedTuple):
 
 @torch.no_grad()
 def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation:
-    """Reduced-rank ridge regression of what is missing on what goes in.
+    """Reduced-rank ridge regression of the missing part of the output on the input.
 
     The ridge is the one that is best on tokens that were held out; where none helps there, nothing is added until
     training changes it.
@@ -80,6 +80,6 @@ def _fit(inputs: Tensor, missing: Tensor, rank: int, ridge: float) -> Compensati
     root = torch.linalg.cholesky(gram).T
     directions = torch.linalg.svd(root @ weight, full_matrices=False).Vh[:rank]  # (R, D)
     down = directions @ weight.T
-    scale = down.norm(dim=1, keepdim=True).clamp_min(1e-30).sqrt()  # both factors of like size, as they are trained
+    scale = down.norm(dim=1, keepdim=True).clamp_min(1e-30).sqrt()  # both factors of similar size, which trains better
     up = (directions * scale).T.contiguous()
     return Compensation(down / scale, up, mean_out - up @ (down / scale @ mean_in))

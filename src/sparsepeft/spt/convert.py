@@ -28,7 +28,7 @@ _ATTRIBUTE = "sparsification"
 
 @dataclass
 class Sparsification:
-    """What was done to a model: kept on it as ``model.sparsification``, so that it can be looked at and undone.
+    """How a model was made sparse; kept as ``model.sparsification``, to be inspected and undone.
 
     Attributes:
         config: with ``top_l`` as a count.
@@ -114,7 +114,7 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
 
 
 def check_bare(caller: str, model: Any) -> None:
-    """Refuse what is no transformers model, or is wrapped by PEFT.
+    """Refuse anything but a transformers model that PEFT has not wrapped.
 
     Raises:
         TypeError: it is.
@@ -131,7 +131,7 @@ def install(
     codebooks: dict[str, Tensor],
     feed_forwards: list[tuple[FeedForward, InitialRouter]],
 ) -> Sparsification:
-    """Put sparse attention and routed FFNs into a model: what is left once it is known what they are."""
+    """Put sparse attention and routed FFNs into a model, given their codebooks and routers."""
     state = Sparsification(config)
     for name, books in codebooks.items():
         module: Any = model.get_submodule(name)
@@ -227,7 +227,7 @@ def _uninstall(model: nn.Module, feed_forward: FeedForward, routed: RoutedFeedFo
 
 
 def _replace(root: nn.Module, name: str, part: Any) -> None:
-    """Put a module or a function where a module or a function is."""
+    """Replace a module or function by a module or function."""
     path, _, last = name.rpartition(".")
     parent = root.get_submodule(path)
     parent.__dict__.pop(last, None)
@@ -241,5 +241,5 @@ def _replace(root: nn.Module, name: str, part: Any) -> None:
 
 
 def _unchanged(hidden_states: Tensor) -> Tensor:
-    """In place of a projection whose work the routed FFN does: no module, so that LoRA does not take it for one."""
+    """Stands in for a projection that the routed FFN computes; a function, so that LoRA does not target it."""
     return hidden_states

@@ -24,7 +24,7 @@ from sparsepeft.tuners.bitfit import BiasShift
 
 
 def read_projection(module: nn.Module, name: str, adapter_names: list[str] | None) -> Projection:
-    """A projection as the op takes it.
+    """A projection in the form that the op takes.
 
     Args:
         module: a linear layer, or what PEFT has put around it.
@@ -181,7 +181,7 @@ class RoutedFeedForward(nn.Module):
         return output if router.compensation is None else output + router.compensation(hidden_states)
 
     def release(self) -> dict[str, nn.Module]:
-        """Put the neurons back into their order and give away the projections, by name."""
+        """Restore the order of the neurons and return the projections, by name."""
         self._reorder(torch.argsort(self.spt_router.original_module.neuron_order))
         return {name: self.get_submodule(name) for name in self._projection_names}
 

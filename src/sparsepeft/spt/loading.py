@@ -1,4 +1,4 @@
-"""Files of sparse models: of adapters that were trained on one, and of one without an adapter."""
+"""Saving and loading sparse models, with an adapter or without one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import COMPENSATION, InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
+from sparsepeft.tuners.files import plain_name
 
 SPARSE_WEIGHTS = "spt.safetensors"
-_PREFIX, _SETTINGS, _CODEBOOKS = "base_model.model.", "spt_settings.settings", ".spt.state.codebooks"
+_SETTINGS, _CODEBOOKS = "spt_settings.settings", ".spt.state.codebooks"
 
 
 def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -52,7 +53,7 @@ def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
 
 
 def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> PeftModel | PreTrainedModel:
-    """Make a dense model sparse as an adapter's was, and put the adapter on it.
+    """Make a dense model sparse in the way of an adapter's backbone, and load the adapter.
 
     Args:
         model: the dense backbone.
@@ -121,17 +122,12 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def _adapter_tensors(adapter: str | Path) -> dict[str, Tensor]:
     try:
-        return {_plain(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+        return {plain_name(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
     except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
         raise UserError(
             f"The adapter {adapter} could not be loaded ({first_line(error)}); pass the folder of an adapter or of "
             "what save_sparse wrote, or an id on the hub."
         ) from error
-
-
-def _plain(key: str) -> str:
-    """A tensor's name in the model without PEFT, which puts wrappers around it and around layers."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _saved(saved: dict[str, Tensor], name: str, adapter: str | Path) -> Tensor:

@@ -56,7 +56,7 @@ class SptReport:
 
 @contextmanager
 def watching(feed_forwards: list[FeedForward]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """While this lasts, what goes into each FFN and what comes out of it is kept, by its name."""
+    """Inside the context, the input and output of each FFN are recorded, by its name."""
     seen: dict[str, Any] = {}
 
     def note_input(name: str, args: tuple) -> None:
@@ -84,7 +84,7 @@ def report_attention(report: SptReport, name: str, layer: SparseAttention, call:
     scale = query.shape[-1] ** -0.5
     report.recall[name] = selection_recall(query, key, layer.state.current.codebooks, **layer.selection(mask))
     dense = scaled_dot_product_attention(query, key, value, dense_mask(mask), scale=scale, enable_gqa=True)
-    real = mask.key_mask[:, None, mask.query_positions, None]  # queries that are padding are nobody's business
+    real = mask.key_mask[:, None, mask.query_positions, None]  # padding does not count
     report.attention_error[name] = _relative(layer(query, key, value, mask, scale) * real, dense.nan_to_num() * real)
 
 

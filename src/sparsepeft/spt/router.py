@@ -20,7 +20,7 @@ COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  #
 
 
 def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
-    """Neurons in an order in which every I / G neighbours have features of like direction: k-means with equal sizes.
+    """An order of the neurons in which every I / G neighbours have similar features: k-means with equal sizes.
 
     Args:
         features: of each neuron, (I, F); G divides I.

@@ -28,7 +28,7 @@ class SptState(ModulesToSaveWrapper):
         context: of the sparse model; knows which adapter each row of a mixed batch uses.
     """
 
-    is_backbone = False  # SPARTAN's check of the backbone leaves it out
+    is_backbone = False  # left out of the backbone's fingerprint
 
     def __init__(self, module: nn.Module, context: ForwardContext | None = None) -> None:
         nn.Module.__init__(self)  # the wrapper's own would add an adapter
@@ -51,7 +51,7 @@ class SptState(ModulesToSaveWrapper):
 
     @property
     def current(self) -> Any:
-        """The module in use: the active adapter's, or the one that all start from."""
+        """The module in use: the active adapter's, or the one that all copies start from."""
         return in_use(self)
 
     def forward(self, adapter_names: list[str] | None = None) -> Routing | None:
@@ -102,7 +102,7 @@ class SptState(ModulesToSaveWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The model without PEFT: goes on with the active adapter's module if merged, else with the one from before."""
+        """Without PEFT: keep the active adapter's module if merged, else the original one."""
         if merge:
             self.original_module = self.current
         self.modules_to_save.clear()
@@ -123,14 +123,14 @@ class SptState(ModulesToSaveWrapper):
 
 
 def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None) -> Any:
-    """Of a PEFT wrapper's module and its adapters' copies, the one that acts for the active adapter, or for a named."""
+    """Of a PEFT wrapper's module and its copies, the one used by the active adapter, or by a named one."""
     names = wrapper.active_adapters if adapter_names is None else adapter_names
     present = [name for name in names if name in wrapper.modules_to_save]
     return wrapper.original_module if wrapper.disable_adapters or not present else wrapper.modules_to_save[present[0]]
 
 
 def check_same(loaded: Tensor | None, expected: Tensor, name: str) -> None:
-    """Raise where a file has another value of what belongs to the model's structure."""
+    """Raise if a file has another value of a tensor that all adapters of the model share."""
     if loaded is not None and not torch.equal(loaded.to(expected.device), expected):
         raise ValueError(
             f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "

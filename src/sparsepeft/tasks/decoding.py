@@ -1,4 +1,4 @@
-"""Files of text: which encoding they are in, their lines, and one sentence for what is no text."""
+"""Text files: their encoding and their lines, with one clear error for a file that is not text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ASK: Final = "pass `encoding`, such as latin-1, cp1251 or shift_jis, or save th
 
 
 def known_encoding(name: str) -> str:
-    """See that Python knows an encoding; UTF-8 may have a byte order mark.
+    """Python's name of an encoding; UTF-8 becomes the variant that accepts a byte order mark.
 
     Raises:
         TaskError: it does not.

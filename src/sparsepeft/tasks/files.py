@@ -1,4 +1,4 @@
-"""Reading files row by row, in errors that name the file and line of whatever is wrong."""
+"""Reading files row by row, with errors that name the file and line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_rows(
     header: Sequence[str] | None = None,
     allow_short: bool = False,
 ) -> Iterator[Row]:
-    """Read a file row by row. Empty lines are passed over.
+    """Read a file row by row. Empty lines are skipped.
 
     Args:
         path: CSV, TSV or JSON, or that with .gz, or parquet.

@@ -1,4 +1,4 @@
-"""How a file with examples is written: by its name's ending, and by its content where the ending leaves that open."""
+"""The format of a file with examples: from its suffix, and from its content where that is not enough."""
 
 from __future__ import annotations
 

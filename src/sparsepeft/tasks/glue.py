@@ -25,7 +25,7 @@ BINARY: Final = ("0", "1")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a task stands in files and on the hub.
+    """Where a task is found in files and on the hub.
 
     Attributes:
         folder: its name in the official download.
@@ -109,7 +109,7 @@ def find_glue_files(name: str, data_dir: Path) -> tuple[Path, Path, Path]:
 
 
 def size_notes(name: str, num_train: int, num_validation: int) -> tuple[str, ...]:
-    """Say where the numbers of rows are not those of GLUE."""
+    """Notes on numbers of rows that differ from GLUE's."""
     layout, notes = LAYOUTS[name], []
     if num_train != layout.num_train:
         part = "a subset" if num_train < layout.num_train else "not GLUE's training set"

@@ -163,7 +163,7 @@ class LabelReader:
 
 
 def _separators(labels: Lines) -> tuple[str | None, list[str]]:
-    """What stands between several labels in one text, and what else could."""
+    """The separator of several labels in one text, and other candidates."""
     texts = [label for _, label in labels if isinstance(label, str) and not _is_list(label)]
     present = [char for char in _SEPARATORS if any(char in text for text in texts)]
     return (present[0] if present else None), present[1:]
@@ -220,7 +220,7 @@ def _require_two(path: Path, names: Sequence[str]) -> None:
 
 
 def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str | None:
-    """What to say of classes that could be several labels or values."""
+    """A note on classes that could be several labels or values."""
     for separator in _SEPARATORS:
         joined = [name for name in names if separator in name]
         parts = {part.strip() for name in joined for part in name.split(separator)}

@@ -72,7 +72,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """What local files hold, before anything is made of it.
+    """The content of local files, before datasets are made of it.
 
     Attributes:
         spec: the task that the training file describes.

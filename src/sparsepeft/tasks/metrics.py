@@ -36,7 +36,7 @@ def compute(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> dict[s
 
 
 def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-    """Say how each label of a classification is recognised.
+    """Scores for each label of a classification.
 
     Args:
         spec: the task.
@@ -68,7 +68,7 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
 
 
 def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What was answered and what is true: values or classes (N,), or (N, C) booleans for a multi-label task."""
+    """Predictions and labels as values or classes (N,), or (N, C) booleans for a multi-label task."""
     logits, truth = np.asarray(predictions), np.asarray(labels)
     if spec.label_names is None and logits.ndim == 1:
         logits = logits[:, None]

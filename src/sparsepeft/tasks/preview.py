@@ -1,4 +1,4 @@
-"""What a task's data look like, before anything is trained on them."""
+"""A look at a task's data before training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def describe_data(data: TaskData, num_examples: int = 3) -> dict[str, Any]:
         ``contradictions`` (of these, with another label), ``seen_in_train`` (rows whose texts are among the training
         rows), ``empty_texts`` and ``examples``.
     """
-    parts = {"train": data.train, "validation": data.validation, **data.extra}
-    if data.test is not None:
-        parts["test"] = data.test
+    parts = {"train": data.train, **data.scored_parts}
     about = {name: _part(data.spec, part, num_examples) for name, part in parts.items()}
     trained_on = set(_texts(data.spec, data.train))
     for name in about.keys() - {"train"}:
@@ -59,7 +57,7 @@ def describe_lengths(data: TaskData, tokenizer: PreTrainedTokenizerBase, limit: 
         takes as many, and ``over_suggested``, the share that it cuts.
     """
     lengths: list[int] = []
-    for part in (data.train, data.validation, *data.extra.values(), *([] if data.test is None else [data.test])):
+    for part in (data.train, *data.scored_parts.values()):
         columns = [part[name][:] for name in data.spec.text_columns]
         lengths += map(len, tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
     lengths.sort()

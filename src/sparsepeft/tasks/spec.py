@@ -109,6 +109,11 @@ class TaskData:
     drawn: tuple[str, ...] = ()
     columns: Columns | None = None
 
+    @property
+    def scored_parts(self) -> dict[str, Dataset]:
+        """The labelled parts that are not trained on, by name."""
+        return {"validation": self.validation, **self.extra} | ({} if self.test is None else {"test": self.test})
+
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
     """Make the dataset of rows ``(text[, text_pair], label)``."""

@@ -18,7 +18,7 @@ from sparsepeft.methods.language_models import CALIBRATION_BLOCKS
 from sparsepeft.methods.models import load_model_config, load_tokenizer, note_on_head
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import begin_token, evenly_spaced, fingerprints, load_corpus
-from sparsepeft.runs.held_out import Digests, digests_of_drawn, load_task_data, scored_parts
+from sparsepeft.runs.held_out import Digests, digests_of_drawn, load_task_data
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, split_train, subsample
 from sparsepeft.training.loss import check_loss
 
@@ -194,4 +194,4 @@ def _split(config: RunConfig, data: TaskData) -> dict[str, Dataset]:
     if is_selecting:
         return {"train": training, "selection": subsample(selection, MAX_SELECTION, _SPLIT_SEED)}
     chosen_on = {"selection": selection} if config.few_shot is None else {}
-    return {"train": training, **scored_parts(data), **chosen_on}
+    return {"train": training, **data.scored_parts, **chosen_on}

@@ -23,7 +23,7 @@ from sparsepeft.tuners.bottleneck import BottleneckConfig
 _NAMED_CONFIGS = {"pfeiffer": "pfeiffer", "seq_bn": "pfeiffer", "houlsby": "houlsby", "double_seq_bn": "houlsby"}
 _SEQ_BN = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True}
 _LAYOUTS = {"pfeiffer": _SEQ_BN, "houlsby": {"mh_adapter": True, "output_adapter": True, "original_ln_before": False}}
-# What `adapters` can vary and we cannot: key -> the values that mean "not used"; a missing key is not used.
+# Options of `adapters` without a counterpart here: key -> values that mean "not used", as does a missing key.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "original_ln_after": (True,),
     "ln_before": (False,),
@@ -35,7 +35,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "phm_layer": (False,),
     "stochastic_depth": (0, 0.0, None),
 }
-# Where `adapters` 1.3.0 puts adapters of these kinds at other places than its formulas, and ours, say.
+# Models where `adapters` 1.3.0 computes something else than its formulas, which are ours, say.
 _ELSEWHERE = {
     ("albert", "houlsby"): "on the attention's input instead of its output",
     ("beit", "houlsby"): "behind the layer scale",
@@ -106,13 +106,13 @@ def load_adapterhub(backbone: nn.Module, folder: str | Path, adapter_name: str =
     try:
         set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     except ValueError:
-        model.unload()  # the caller's backbone is to be as before
+        model.unload()  # leave the caller's backbone as it was
         raise
     return model
 
 
 def _task_type(backbone: nn.Module) -> str | None:
-    """PEFT's name for what the model does, where PEFT's class for it can call the model: with texts."""
+    """PEFT's task type of the model; None if it does not take texts, which PEFT's classes pass on."""
     if getattr(backbone, "main_input_name", None) != "input_ids":
         return None
     return next((task for end, task in _TASK_TYPES.items() if type(backbone).__name__.endswith(end)), None)

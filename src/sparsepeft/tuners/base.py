@@ -160,7 +160,7 @@ class TaskTuner(BaseTuner):
     # -- heads -------------------------------------------------------------------------------------------------------
 
     def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        """Refuse what a config asks of a head that the model does not have."""
+        """Refuse options of a head that the model does not have."""
         if head.output is not None:
             return
         labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -198,7 +198,7 @@ class TaskTuner(BaseTuner):
             wrapper = HeadModule(module, adapter_name, copied, self._context, is_first=is_first, is_output=is_output)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, wrapper)
-        is_models_own = num_labels == original.num_labels  # then its names and its loss are the task's, too
+        is_models_own = num_labels == original.num_labels  # then the task has its label names and loss, too
         id2label = config.id2label or (dict(original.id2label) if is_models_own else None)
         problem_type = config.problem_type or (original.problem_type if is_models_own else None)
         labels = Labels(
@@ -278,12 +278,12 @@ class TaskTuner(BaseTuner):
         self.model.activation_checkpointing_enable(*args, **kwargs)
         self.model.enable_input_require_grads()
 
-    # -- taking away -------------------------------------------------------------------------------------------------
+    # -- removing ------------------------------------------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it was the active one, the first of the others becomes active in every layer."""
         if adapter_name in self.peft_config and adapter_name in self.active_adapters:
-            # Before PEFT lets each layer choose for itself among the adapters that extend it.
+            # Otherwise PEFT lets each layer choose among the adapters that extend it.
             others = [name for name in self.peft_config if name != adapter_name][:1]
             chosen = f"{others[0]!r} is active now" if others else "no adapter is left, so the bare backbone answers"
             warnings.warn(f"The active adapter {adapter_name!r} was deleted; {chosen}.", UserWarning, stacklevel=2)
@@ -390,7 +390,7 @@ class TaskTuner(BaseTuner):
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse names with which PEFT could not tell an adapter's tensors from the backbone's."""
+    """Refuse names that would make an adapter's tensors look like the backbone's to PEFT."""
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
     taken |= {BASE, "model", "base_model", *dir(AdapterDict)}  # a ModuleDict cannot hold its methods' names
     if "." in adapter_name or adapter_name in taken:
@@ -406,7 +406,7 @@ def _context_of(model: nn.Module) -> ForwardContext | None:
 
 
 def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[ForwardContext]:
-    """Those that a backbone brings along (one that was made sparse), of whose adapters it has to know, too."""
+    """Contexts of the backbone's own (a sparse model's), which need to know the adapters, too."""
     contexts = {
         id(other): other for m in model.modules() if isinstance(other := getattr(m, "context", None), ForwardContext)
     }

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block
+from sparsepeft.models.blocks import Block, is_norm
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import BITFIT, TaskAdapterConfig
@@ -54,7 +54,7 @@ class BitFitLayer(TaskTunerLayer):
         self._sizes: dict[str, int] = {}
         for name, module in self.base_layer.named_modules():
             bias = getattr(module, "bias", None)
-            if isinstance(bias, nn.Parameter) and (isinstance(module, (nn.Linear, Conv1D)) or _is_norm(module)):
+            if isinstance(bias, nn.Parameter) and (isinstance(module, (nn.Linear, Conv1D)) or is_norm(module)):
                 key = name.replace(".", "-")  # parameters' names cannot have dots
                 self._sizes[key] = bias.shape[0]
                 self._handles.append(module.register_forward_hook(BiasShift(self, key), prepend=True))
@@ -71,7 +71,7 @@ class BitFitLayer(TaskTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def shift(self, key: str, adapter_name: str) -> torch.Tensor | None:
-        """What an adapter adds to a bias, None where it leaves it alone."""
+        """What an adapter adds to a bias; None if it leaves the bias unchanged."""
         if self.disable_adapters or adapter_name not in self.bitfit_bias:
             return None
         shifts: Any = self.bitfit_bias[adapter_name]
@@ -80,7 +80,7 @@ class BitFitLayer(TaskTunerLayer):
 
 
 class BiasShift:
-    """The hook that shifts one bias. What computes a module's product in its stead asks it for the shift."""
+    """The hook that shifts one bias. A routed FFN, which computes projections itself, asks it for the shift."""
 
     def __init__(self, layer: BitFitLayer, key: str) -> None:
         self.layer, self.key = layer, key
@@ -121,7 +121,3 @@ class BitFitModel(TaskTuner):
         counts = [[p.numel() for p in layer[adapter_name].parameters()] for layer in layers if adapter_name in layer]
         count = sum(map(sum, counts))
         return f"biases of {len(counts)} layers = {count:,}", count
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from sparsepeft.arguments import check_choice, check_number
 from sparsepeft.layers import BottleneckAdapter
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block
+from sparsepeft.models.blocks import Block, is_norm
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import find_sublayer
 from sparsepeft.tuners.base import TaskTuner
@@ -158,7 +158,7 @@ class BottleneckLayer(TaskTunerLayer):
         self._places["output"] = self.base_layer
         self._handles.append(self.base_layer.register_forward_hook(self._after_layer, prepend=True))
         for module in self.base_layer.modules():
-            if "norm" in type(module).__name__.lower():
+            if is_norm(module):
                 self._handles.append(module.register_forward_hook(self._after_norm))
 
     def _after_norm(self, norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -185,7 +185,7 @@ class BottleneckLayer(TaskTunerLayer):
             if last_norm is not None and _is_same(last_norm[2], hidden_states):
                 norm, summed, _ = last_norm
                 self._places["end"] = norm
-                # The norm's hook was passed before it was known; from now on it is the one to act.
+                # The norm's hook has run already in this pass; from the next one on it acts.
                 extended = self._after_norm(norm, (summed,), hidden_states)
                 assert extended is not None
                 return extended

@@ -93,7 +93,7 @@ def write_card(folder: Path, config: PeftConfig, is_sparse: bool = False) -> Non
 
 
 def loading_section(config: Any, is_sparse: bool = False, num_labels: int | None = None) -> str:
-    """How to load an adapter, between marks by which :func:`write_card` finds it again.
+    """How to load an adapter, between markers by which :func:`write_card` finds it again.
 
     Args:
         config: the adapter's, of one of this package's methods or of PEFT's own.
@@ -119,12 +119,12 @@ def loading_section(config: Any, is_sparse: bool = False, num_labels: int | None
 
 
 def loadable_name(backbone: str | None) -> str:
-    """What a reader of a card hands to ``from_pretrained``: the hub's id, or where to put in a folder's path."""
+    """What a card's reader passes to ``from_pretrained``: the id on the hub, or a placeholder for a path."""
     return (hub_id(backbone) or f"path/to/{public_name(backbone)}") if backbone else "path/to/the/backbone"
 
 
 def keep_section(model: PeftModel) -> None:
-    """Have the loading section in every card that is written for ``model``.
+    """Add the loading section to every card that is written for ``model``.
 
     ``Trainer.create_model_card`` replaces the card that ``save_pretrained`` wrote, and then asks the model itself for
     what PEFT adds to a card. No method of PEFT's tuners or configs is called after that, so the model does more.

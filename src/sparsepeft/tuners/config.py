@@ -1,4 +1,4 @@
-"""What every adapter method of this package has in common in its config (layers, head, identity), and its PEFT name."""
+"""The options that all adapter methods share (layers, head, identity), and how PEFT learns of a method."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import nn
 from sparsepeft.arguments import check_choice, check_number, check_whole
 from sparsepeft.layers import SparseMemory
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block
+from sparsepeft.models.blocks import Block, is_norm
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.models.identity import is_quantized
@@ -196,16 +196,14 @@ class SpartanModel(TaskTuner):
                 continue
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
-            if isinstance(module, HeadModule) and _is_norm(module.original_module):
+            if isinstance(module, HeadModule) and _is_trainable_norm(module.original_module):
                 module.update(adapter_name, copy=copy_with_labels(module.original_module, None, 0, 0.0))
-            elif _is_norm(module) and not isinstance(parent, HeadModule):
+            elif _is_trainable_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
                 setattr(parent, child, HeadModule(module, adapter_name, copied, self._context))
 
 
-def _is_norm(module: Any) -> bool:
-    name = type(module).__name__.lower()
+def _is_trainable_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return (
-        "norm" in name and isinstance(weight, nn.Parameter) and not is_quantized(weight) and not list(module.children())
-    )
+    has_weight = isinstance(weight, nn.Parameter) and not is_quantized(weight)
+    return is_norm(module) and has_weight and not list(module.children())

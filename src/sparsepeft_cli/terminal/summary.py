@@ -14,7 +14,6 @@ _PARTS = {"training": "to train on", "selection": "to choose the checkpoint"}
 
 def print_summary(results: Mapping[str, Any], folder: str) -> None:
     """Print what came out of a run, and what to do next."""
-    from sparsepeft_cli.sparsify import report_parts
     from sparsepeft_cli.terminal.console import out
 
     is_text = results["task"] == "lm"
@@ -29,8 +28,6 @@ def print_summary(results: Mapping[str, Any], folder: str) -> None:
 
 def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     """The lines on labelled texts; only the last, a command to copy, may be longer than 80 characters."""
-    from sparsepeft_cli.sparsify import sparse_line
-
     part, main = results["score_split"], results["main_metric"]
     rows = results["num_rows"]
     scores = results["metrics"][part]
@@ -66,6 +63,46 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
         *_notes(results["notes"]),
         f'next: {program()} generate {folder} "some text"',
     ]
+
+
+def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
+    """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
+    from sparsepeft_cli.terminal.console import table
+
+    columns = {
+        "recall": report["recall"],
+        "attention error": report["attention_error"],
+        "FFN error": report["feed_forward_error"],
+    }
+    shown = {name: values for name, values in columns.items() if values}
+    layers: dict[str, dict[str, float]] = {}
+    for column, values in shown.items():
+        for name, value in values.items():
+            layers.setdefault(_layer(name), {})[column] = value
+    rows = [
+        [layer, *(f"{values[column]:.3f}" if column in values else "" for column in shown)]
+        for layer, values in layers.items()
+    ]
+    return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
+
+
+def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
+    """What became sparse, and how far."""
+    parts = []
+    if config["attention"]:
+        parts.append(f"attention: {config['top_l']} keys for each query, by {config['granularity']}")
+    if config["ffn"]:
+        parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
+        if report["feed_forward_operations"] is not None:
+            parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+    return "\n".join(parts)
+
+
+def _layer(name: str) -> str:
+    """A layer's name from that of a part of it: up to its number."""
+    words = name.split(".")
+    numbers = [index for index, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[-1] + 1]) if numbers else name
 
 
 def print_plan(measured: Mapping[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
     sparsepeft benchmark finetuning --data-dir DATA --output finetuning.json
 
-Few-shot training (200 examples, batch 16) of MiniLM, measured in three groups, each alternating its candidates epoch by
-epoch: all methods on real texts (ours in batches by length, AdapterHub's in random batches, padded to the longest or to
-128 tokens as ``run_glue.py`` does); the same on texts of 128 tokens; SPARTAN with each option by itself and together.
+Few-shot training (200 examples, batch 16) of MiniLM, measured in two groups, each alternating its candidates epoch by
+epoch: all methods (ours in batches by length, AdapterHub's in random batches, padded to the longest or to 128 tokens as
+``run_glue.py`` does), and SPARTAN with each option by itself and together.
 Every candidate is a process of its own with the same threads. Ours are whole runs of ``sparsepeft.training.train``,
 stopped and let go by a callback; the peer's are a bare loop in an environment of its own (see ``peers/``).
 """
@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from safetensors.torch import save_file
 from transformers import AutoConfig, TrainerCallback
 
@@ -31,7 +31,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.inference.encoding import encode
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.recipes import METHODS, get_recipe
-from sparsepeft.tasks import TaskSpec, few_shot, load_task
+from sparsepeft.tasks import few_shot, load_task
 from sparsepeft.training import RunConfig, train
 from sparsepeft_research.benchmarks.measuring import time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
@@ -40,7 +40,7 @@ from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_pyt
 
 PEER_TRAINING = HERE / "training.py"
 BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000
-GROUPS = ("methods", "full-length", "options")
+GROUPS = ("methods", "options")
 EPOCH = -(-EXAMPLES // BATCH)
 
 
@@ -51,14 +51,6 @@ class Candidate(NamedTuple):
     settings: dict[str, Any]
     is_peer: bool = False
     random_order: bool = False
-
-
-class Data(NamedTuple):
-    """The same examples for both sides: fields of a RunConfig, and token ids in a file."""
-
-    config: dict[str, Any]
-    examples: Path
-    num_labels: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,7 @@ class Settings:
     idle_wait: float
     seed: int
     quick: bool
+    peer: dict[str, Any] = field(default_factory=dict)  # the examples, for a peer
 
 
 def run(
@@ -106,16 +99,17 @@ def run(
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        real, full = real_texts(settings, folder), full_length_texts(settings, folder)
+        examples = folder / "examples.safetensors"
+        peer = {"num_labels": write_examples(settings, examples), "examples": str(examples)}
+        settings = replace(settings, peer=peer)
         plan = {
-            "methods": (real, methods(quick) + peers(quick, (None, LENGTH))),
-            "full-length": (full, methods(quick) + peers(quick, (None,))),
-            "options": (real, option_candidates(num_layers, quick) + peers(True, (None, LENGTH))),
+            "methods": methods(quick) + peers(quick),
+            "options": option_candidates(num_layers, quick) + peers(only_pfeiffer=True),
         }
         for name in chosen:
             progress(name)
             (folder / name).mkdir()
-            results[name] = measure(*plan[name], settings, folder / name, progress)
+            results[name] = measure(plan[name], settings, folder / name, progress)
     about = {"model": describe_backbone(settings.model), "num_layers": num_layers}
     return {"results": results, "settings": about | {"batch_size": BATCH, "num_examples": EXAMPLES}}
 
@@ -125,11 +119,11 @@ def methods(quick: bool) -> list[Candidate]:
     return [Candidate(name, {"method": name}) for name in (("spartan", "pfeiffer") if quick else METHODS)]
 
 
-def peers(only_pfeiffer: bool, paddings: tuple[int | None, ...]) -> list[Candidate]:
+def peers(only_pfeiffer: bool) -> list[Candidate]:
     """AdapterHub's adapters of our sizes; padding None is to the longest example of a batch."""
     candidates = []
     for style in ("pfeiffer",) if only_pfeiffer else ("pfeiffer", "houlsby"):
-        for length in paddings:
+        for length in (None, LENGTH):
             name = f"adapters {style}" + (f", padded to {length}" if length else "")
             reduction = get_recipe("best", style).adapter["reduction_factor"]
             settings = {"style": style, "reduction_factor": reduction, "pad_to": length}
@@ -160,45 +154,22 @@ def option_candidates(num_layers: int, quick: bool) -> list[Candidate]:
     return candidates
 
 
-def real_texts(settings: Settings, folder: Path) -> Data:
-    """A few examples of the task, as they are."""
+def write_examples(settings: Settings, path: Path) -> int:
+    """Write a few examples' token ids for the peer, padded to the longest input; return the number of labels."""
     task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
-    chosen = few_shot(task.train, task.spec, EXAMPLES, settings.seed)
-    config = {"task": settings.task, "data_dir": settings.data_dir}
-    return write_examples(chosen, task.spec, config, settings, folder / "real.safetensors")
-
-
-def full_length_texts(settings: Settings, folder: Path) -> Data:
-    """The task's texts repeated until every example fills the longest input."""
-    task = load_task(settings.task, data_dir=Path(settings.data_dir) if settings.data_dir else None)
-    some = few_shot(task.train, task.spec, EXAMPLES + EXAMPLES // 4, settings.seed)  # a tenth is held out
-    columns = task.spec.text_columns
-    rows = []
-    for row in some:
-        label = task.spec.label_names[row["label"]] if task.spec.label_names else row["label"]
-        rows.append({"text": " ".join(row[column] for column in columns * LENGTH), "label": label})
-    path = folder / "full.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = load_task("custom", train_file=path)
-    chosen = few_shot(data.train, data.spec, EXAMPLES, settings.seed)
-    config = {"task": "custom", "train_file": str(path)}
-    return write_examples(chosen, data.spec, config, settings, folder / "full.safetensors")
-
-
-def write_examples(dataset: Dataset, spec: TaskSpec, config: dict[str, Any], settings: Settings, path: Path) -> Data:
-    """Write the examples' token ids for the peer, padded to the longest input."""
     tokenizer = load_tokenizer(settings.model)
-    encoded, _ = encode(dataset, spec, tokenizer, LENGTH)
+    chosen = few_shot(task.train, task.spec, EXAMPLES, settings.seed)
+    encoded, _ = encode(chosen, task.spec, tokenizer, LENGTH)
     columns = [name for name in encoded.column_names if name not in ("labels", "length")]
     rows = [{name: row[name] for name in columns} for row in encoded]
     tensors = dict(tokenizer.pad(rows, padding="max_length", max_length=LENGTH, return_tensors="pt"))
-    tensors["labels"] = torch.tensor(encoded["labels"][:], dtype=torch.long if spec.label_names else torch.float)
+    tensors["labels"] = torch.tensor(encoded["labels"][:], dtype=torch.long if task.spec.label_names else torch.float)
     save_file(tensors, path)
-    return Data(config, path, spec.num_labels)
+    return task.spec.num_labels
 
 
 def measure(
-    data: Data, candidates: list[Candidate], settings: Settings, folder: Path, progress: Progress
+    candidates: list[Candidate], settings: Settings, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn; one that cannot run is reported with its reason."""
     steps, repeats = (1, 2) if settings.quick else (EPOCH, settings.repeats)
@@ -207,7 +178,7 @@ def measure(
     with ExitStack() as stack:
         for number, candidate in enumerate(candidates):
             try:
-                worker = stack.enter_context(start(candidate, data, settings, folder / str(number)))
+                worker = stack.enter_context(start(candidate, settings, folder / str(number)))
                 worker.ask(2 * steps)
             except RuntimeError as error:
                 results[candidate.name] = {"failed": str(error)}
@@ -237,23 +208,23 @@ def measure(
     return results
 
 
-def start(candidate: Candidate, data: Data, settings: Settings, folder: Path) -> Worker:
+def start(candidate: Candidate, settings: Settings, folder: Path) -> Worker:
     """Start a candidate's process."""
     folder.mkdir()
     threads = torch.get_num_threads()
-    told: dict[str, Any] = {"threads": threads}
+    process_settings: dict[str, Any] = {"threads": threads}
     if candidate.is_peer:
         command = [str(settings.peer_python), str(PEER_TRAINING)]
-        told |= {"model": settings.model, "num_labels": data.num_labels, "examples": str(data.examples)}
-        told |= {"seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4, "max_steps": STEPS}
-        told |= candidate.settings
+        process_settings |= {"model": settings.model, "seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4}
+        process_settings |= {"max_steps": STEPS} | settings.peer | candidate.settings
     else:
         command = [sys.executable, "-m", __spec__.name]
         config = {"model": settings.model, "output_dir": str(folder / "run"), "seed": settings.seed}
         config |= {"few_shot": EXAMPLES, "max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH}
-        told |= {"config": config | data.config | candidate.settings, "random_order": candidate.random_order}
+        config |= {"task": settings.task, "data_dir": settings.data_dir or None}
+        process_settings |= {"config": config | candidate.settings, "random_order": candidate.random_order}
     path = folder / "settings.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(process_settings))
     return Worker([*command, str(path)], threads, folder / "log.txt")
 
 

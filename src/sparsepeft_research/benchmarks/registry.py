@@ -107,7 +107,7 @@ BENCHMARKS = {
                 Parameter("data_dir", os.environ.get("SPARSEPEFT_DATA", ""), "Folder with the GLUE tasks."),
                 Parameter("task", "mrpc", "Whose examples are used."),
                 Parameter("model", "", "Hub id or folder of the backbone; MiniLM if left out."),
-                Parameter("groups", "", "Some of methods, full-length, options (a,b); all if left out."),
+                Parameter("groups", "", "methods or options (a,b); both if left out."),
                 Parameter("peer_folder", "", "Where the peer's environment is kept; .peers/adapters if left out."),
                 _QUICK,
             ),

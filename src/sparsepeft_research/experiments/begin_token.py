@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sparsepeft.devices import keep_freed_memory
-from sparsepeft.folders import write_json
 from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse
@@ -38,6 +37,7 @@ from sparsepeft.runs.corpus import (
 )
 from sparsepeft.spt import SptConfig
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.experiments import run_once
 from sparsepeft_research.results import RESULTS
 
 BATCH_TOKENS = 512
@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "begin_token", help="folder of the results")
     options = parser.parse_args()
     keep_freed_memory()
-    options.results.mkdir(parents=True, exist_ok=True)
     for length in sorted(options.lengths):
         for has_token in (True, False):
             _once(options, f"{length}-{'with' if has_token else 'without'}", _convert, length, has_token)
@@ -66,14 +65,7 @@ def main() -> None:
 
 
 def _once(options: argparse.Namespace, name: str, measure: Any, length: int, has_token: bool) -> None:
-    file = options.results / f"{name}.json"
-    if file.exists():
-        return
-    start = time.perf_counter()
-    result = measure(options, length, has_token)
-    about = {"name": name, "seconds": round(time.perf_counter() - start, 1)}
-    write_json(file, {"experiment": about, **result})
-    print(f"{name:<16} {result['perplexity']}  {about['seconds']:.0f} s", flush=True)
+    run_once(options.results / f"{name}.json", partial(measure, options, length, has_token), {"name": name})
 
 
 def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from typing import Any
 
-from sparsepeft.folders import write_json
 from sparsepeft.inspection import LayerReport, inspect_run
 from sparsepeft.provenance import environment
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.experiments import run_once
 from sparsepeft_research.reproduction.figure2 import AnnealTopK
 from sparsepeft_research.results import RESULTS
 
@@ -51,8 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     for trial in options.trials:
         file = RESULTS / "figure2_search" / f"{trial}-{options.epochs:g}ep-{options.max_length}-seed{options.seed}.json"
-        if not file.exists():
-            write_json(file, _run(options, TRIALS[trial]))
+        run_once(file, partial(_run, options, TRIALS[trial]))
         result = json.loads(file.read_text())
         last, fresh = result["trained"][-1], result["untrained"][-1]
         print(

@@ -12,102 +12,65 @@ that tenth, and its result is in ``search_full_data/``.
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from sparsepeft.folders import write_json
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.experiments import run_once
 from sparsepeft_research.results import RESULTS
 from sparsepeft_research.tables.scores import recipe_search
 
 TASKS = ("cola", "sst2", "stsb")
 
-# MiniLM's pooler is in its checkpoint and so stays frozen, but it was not trained with it.
-_POOLER = {"head_modules": ["bert.pooler", "classifier"]}
-
-
-def _rates(*rates: float) -> dict[str, dict[str, Any]]:
-    """Trials that differ in the learning rate alone."""
-    return {f"lr{rate:.0e}".replace("e-0", "e-"): {"learning_rate": rate} for rate in rates}
-
-
-# Keys are the recipe's or the method's config's. SPARTAN, Pfeiffer and full fine-tuning have equally many trials: eight
-# chosen beforehand, then four around what was best. The trials with the pooler came later, and so did four rates for
-# each of the other methods.
-TRIALS: dict[str, dict[str, dict[str, Any]]] = {
-    "spartan": {
-        "lr3e-3": {"learning_rate": 3e-3},
-        "lr1e-3": {"learning_rate": 1e-3},
-        "lr1e-2": {"learning_rate": 1e-2},
-        "lr3e-3-values": {"learning_rate": 3e-3, "value_initializer_range": 0.02},
-        "lr3e-3-norms": {"learning_rate": 3e-3, "train_layer_norms": True},
-        "lr3e-3-keys0.1": {"learning_rate": 3e-3, "initializer_range": 0.1},
-        "lr3e-3-balance": {"learning_rate": 3e-3, "load_balancing_coef": 0.01},
-        "lr3e-3-k16": {"learning_rate": 3e-3, "top_k": 16},
-        "lr1e-3-norms": {"learning_rate": 1e-3, "train_layer_norms": True},
-        "lr1e-3-norms-values": {"learning_rate": 1e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
-        "lr3e-3-norms-values": {"learning_rate": 3e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
-        "lr5e-3-norms-values": {"learning_rate": 5e-3, "train_layer_norms": True, "value_initializer_range": 0.02},
-        "lr2e-3-norms-t1.6": {"learning_rate": 2e-3, "train_layer_norms": True, "temperature": 1.6},
-        "lr3e-3-norms-values-upper3": {
-            "learning_rate": 3e-3,
-            "train_layer_norms": True,
-            "value_initializer_range": 0.02,
-            "layers_to_transform": [3, 4, 5],
-        },
-        "lr1e-3-norms-values-pooler": {
-            "learning_rate": 1e-3,
-            "train_layer_norms": True,
-            "value_initializer_range": 0.02,
-            **_POOLER,
-        },
-        "lr3e-3-norms-values-pooler": {
-            "learning_rate": 3e-3,
-            "train_layer_norms": True,
-            "value_initializer_range": 0.02,
-            **_POOLER,
-        },
-    },
-    "pfeiffer": {
-        "lr1e-3": {"learning_rate": 1e-3},
-        "lr3e-4": {"learning_rate": 3e-4},
-        "lr1e-4": {"learning_rate": 1e-4},
-        "lr2e-3": {"learning_rate": 2e-3},
-        "lr4e-3": {"learning_rate": 4e-3},
-        "lr1e-3-r16": {"learning_rate": 1e-3, "reduction_factor": 16},
-        "lr1e-3-r6": {"learning_rate": 1e-3, "reduction_factor": 6},
-        "lr1e-3-init0.002": {"learning_rate": 1e-3, "initializer_range": 0.002},
-        "lr5e-4": {"learning_rate": 5e-4},
-        "lr3e-4-r6": {"learning_rate": 3e-4, "reduction_factor": 6},
-        "lr3e-4-gelu": {"learning_rate": 3e-4, "non_linearity": "gelu"},
-        "lr3e-4-constant": {"learning_rate": 3e-4, "lr_scheduler_type": "constant_with_warmup"},
-        "lr5e-4-pooler": {"learning_rate": 5e-4, **_POOLER},
-        "lr1e-3-pooler": {"learning_rate": 1e-3, **_POOLER},
-    },
-    "full": {
-        "lr5e-5": {"learning_rate": 5e-5},
-        "lr2e-5": {"learning_rate": 2e-5},
-        "lr1e-4": {"learning_rate": 1e-4},
-        "lr2e-4": {"learning_rate": 2e-4},
-        "lr3e-4": {"learning_rate": 3e-4},
-        "lr5e-4": {"learning_rate": 5e-4},
-        "lr1e-4-decay": {"learning_rate": 1e-4, "weight_decay": 0.1},
-        "lr1e-4-warmup": {"learning_rate": 1e-4, "warmup_ratio": 0.2},
-        "lr2e-4-warmup": {"learning_rate": 2e-4, "warmup_ratio": 0.2},
-        "lr1e-4-constant": {"learning_rate": 1e-4, "lr_scheduler_type": "constant_with_warmup"},
-        "lr1e-4-cosine": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine"},
-        "lr2e-4-cosine": {"learning_rate": 2e-4, "lr_scheduler_type": "cosine"},
-    },
-    "houlsby": _rates(1e-4, 3e-4, 5e-4, 1e-3),
-    "lora": _rates(3e-4, 1e-3, 3e-3, 1e-2),
-    "ia3": _rates(1e-3, 5e-3, 1e-2, 3e-2),
-    "bitfit": _rates(3e-4, 1e-3, 3e-3, 1e-2),
-    "head": _rates(1e-3, 3e-3, 1e-2, 3e-2),
+# What a part of a trial's name stands for: keys of the recipe or of the method's config. MiniLM's pooler is in its
+# checkpoint and so stays frozen, but it was not trained with it.
+PARTS: dict[str, dict[str, Any]] = {
+    "values": {"value_initializer_range": 0.02},
+    "norms": {"train_layer_norms": True},
+    "keys0.1": {"initializer_range": 0.1},
+    "init0.002": {"initializer_range": 0.002},
+    "balance": {"load_balancing_coef": 0.01},
+    "k16": {"top_k": 16},
+    "t1.6": {"temperature": 1.6},
+    "upper3": {"layers_to_transform": [3, 4, 5]},
+    "pooler": {"head_modules": ["bert.pooler", "classifier"]},
+    "r6": {"reduction_factor": 6},
+    "r16": {"reduction_factor": 16},
+    "gelu": {"non_linearity": "gelu"},
+    "constant": {"lr_scheduler_type": "constant_with_warmup"},
+    "cosine": {"lr_scheduler_type": "cosine"},
+    "decay": {"weight_decay": 0.1},
+    "warmup": {"warmup_ratio": 0.2},
 }
+# SPARTAN, Pfeiffer and full fine-tuning have equally many trials: eight chosen beforehand, then four around what was
+# best. The trials with the pooler came later, and so did four rates for each of the other methods.
+TRIALS = {
+    "spartan": "lr3e-3 lr1e-3 lr1e-2 lr3e-3-values lr3e-3-norms lr3e-3-keys0.1 lr3e-3-balance lr3e-3-k16 lr1e-3-norms "
+    "lr1e-3-norms-values lr3e-3-norms-values lr5e-3-norms-values lr2e-3-norms-t1.6 lr3e-3-norms-values-upper3 "
+    "lr1e-3-norms-values-pooler lr3e-3-norms-values-pooler",
+    "pfeiffer": "lr1e-3 lr3e-4 lr1e-4 lr2e-3 lr4e-3 lr1e-3-r16 lr1e-3-r6 lr1e-3-init0.002 lr5e-4 lr3e-4-r6 lr3e-4-gelu "
+    "lr3e-4-constant lr5e-4-pooler lr1e-3-pooler",
+    "full": "lr5e-5 lr2e-5 lr1e-4 lr2e-4 lr3e-4 lr5e-4 lr1e-4-decay lr1e-4-warmup lr2e-4-warmup lr1e-4-constant "
+    "lr1e-4-cosine lr2e-4-cosine",
+    "houlsby": "lr1e-4 lr3e-4 lr5e-4 lr1e-3",
+    "lora": "lr3e-4 lr1e-3 lr3e-3 lr1e-2",
+    "ia3": "lr1e-3 lr5e-3 lr1e-2 lr3e-2",
+    "bitfit": "lr3e-4 lr1e-3 lr3e-3 lr1e-2",
+    "head": "lr1e-3 lr3e-3 lr1e-2 lr3e-2",
+}
+
+
+def values_of(trial: str) -> tuple[float, dict[str, Any]]:
+    """Learning rate and settings of a trial: ``"lr3e-3-norms"``."""
+    rate, parts = re.fullmatch(r"lr(\de-\d)(?:-(.+))?", trial).groups()  # type: ignore[union-attr]
+    settings: dict[str, Any] = {}
+    for part in parts.split("-") if parts else ():
+        settings |= PARTS[part]
+    return float(rate), settings
 
 
 def main() -> None:
@@ -127,46 +90,33 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for method in options.methods:
-            for trial, settings in TRIALS[method].items():
-                if options.trials and trial not in options.trials:
-                    continue
-                for task in options.tasks:
+            for trial in TRIALS[method].split():
+                for task in options.tasks if trial in (options.trials or [trial]) else ():
                     folder = "search_full_data" if options.epochs else f"search_{options.max_steps}"
                     file = RESULTS / folder / f"{method}-{trial}-{task}-{seed}.json"
-                    _run_once(file, options, task, method, seed, settings)
+                    run_once(file, partial(_run, options, task, method, seed, trial))
     print(recipe_search(RESULTS))
 
 
-def _run_once(
-    file: Path, options: argparse.Namespace, task: str, method: str, seed: int, settings: dict[str, Any]
-) -> None:
-    """One run, unless its result is there or another process is at it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file.with_suffix(".lock"), timeout=0), tempfile.TemporaryDirectory() as output:
-            if file.exists():
-                return
-            rest = {key: value for key, value in settings.items() if key != "learning_rate"}
-            config = RunConfig(
-                task=task,
-                method=method,
-                seed=seed,
-                output_dir=output,
-                data_dir=options.data_dir,
-                few_shot=None if options.epochs else options.few_shot,
-                max_steps=None if options.epochs else options.max_steps,
-                epochs=options.epochs,
-                max_train_samples=10_000 if options.epochs else None,
-                precision=options.precision,
-                learning_rate=settings["learning_rate"],
-                settings=rest,
-                score_on="selection",
-            )
-            result = train(config)
-            write_json(file, result)
-            print(f"{file.stem:<40} {result['score']:.4f}  {result['train_seconds']:.0f} s", flush=True)
-    except Timeout:
-        return
+def _run(options: argparse.Namespace, task: str, method: str, seed: int, trial: str) -> dict[str, Any]:
+    rate, settings = values_of(trial)
+    with tempfile.TemporaryDirectory() as output:
+        config = RunConfig(
+            task=task,
+            method=method,
+            seed=seed,
+            output_dir=output,
+            data_dir=options.data_dir,
+            few_shot=None if options.epochs else options.few_shot,
+            max_steps=None if options.epochs else options.max_steps,
+            epochs=options.epochs,
+            max_train_samples=10_000 if options.epochs else None,
+            precision=options.precision,
+            learning_rate=rate,
+            settings=settings,
+            score_on="selection",
+        )
+        return train(config)
 
 
 if __name__ == "__main__":

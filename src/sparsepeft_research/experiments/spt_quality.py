@@ -1,6 +1,6 @@
 """What sparsity (SPT) costs in quality: LoRA on a sparse model against LoRA on the dense one.
 
-    python -m sparsepeft_research.experiments.spt_quality --data-dir DATA --model LLAMA [--dry-run]
+    python -m sparsepeft_research.experiments.spt_quality --data-dir DATA --model LLAMA
 
 Three kinds of runs, all with LoRA:
 
@@ -24,18 +24,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 
 from sparsepeft.devices import keep_freed_memory
-from sparsepeft.folders import write_json
 from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
@@ -43,6 +40,7 @@ from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import cut, evenly_spaced, fingerprints, join, read_documents
 from sparsepeft.tasks import load_task
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.experiments import run_once
 from sparsepeft_research.results import RESULTS
 
 BLOCK_LENGTH, BATCH_SIZE = 512, 8
@@ -79,8 +77,6 @@ STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "contiguous-weights": (False, {"block_assignment": "contiguous"}),
     "compensated": (True, {"compensation_rank": 32}),
 }
-# Until runs have been timed: minutes on one thread of an AMD EPYC, roughly.
-MINUTES = {"lm": 5.0, "conversion": 0.5, "encoder": 6.0}
 
 
 class Run(NamedTuple):
@@ -125,56 +121,22 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="with bbc-news and the GLUE tasks")
     parser.add_argument("--model", required=True, help="the Llama of the kinds lm and conversion: folder or hub id")
     parser.add_argument("--encoder", help="of the kind encoder; default: the bundled MiniLM")
-    parser.add_argument("--kinds", nargs="+", choices=MINUTES, default=list(MINUTES))
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--settings", nargs="+", help="only these, by their names in LM and ENCODER")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--steps", type=int, default=100, help="of lm")
     parser.add_argument("--encoder-steps", type=int, default=1000)
     parser.add_argument("--held-out", type=int, default=60, help="articles that perplexity is measured on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dry-run", action="store_true", help="list what is left, and how long it may take")
     parser.add_argument("--results", type=Path, default=RESULTS / "spt_quality", help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     wanted = [run for run in runs(options.kinds, options.seeds) if run.setting in (options.settings or [run.setting])]
-    if options.dry_run:
-        _print_plan(wanted, options.results)
-        return
     for run in wanted:
-        _run_once(run, options)
-
-
-def _print_plan(wanted: list[Run], folder: Path) -> None:
-    minutes = {kind: _minutes(kind, folder) for kind in MINUTES}
-    left = [run for run in wanted if not run.file(folder).exists()]
-    for run in left:
-        print(f"{run.file(folder).stem:<44} {minutes[run.kind]:5.1f} min")
-    total = sum(minutes[run.kind] for run in left)
-    print(f"{len(left)} of {len(wanted)} runs are left, about {total / 60:.1f} hours in one process")
-
-
-def _minutes(kind: str, folder: Path) -> float:
-    """Of a run of this kind: the mean of those that are finished."""
-    seconds = [json.loads(file.read_text())["experiment"]["seconds"] for file in folder.glob(f"{kind}-*.json")]
-    return statistics.mean(seconds) / 60 if seconds else MINUTES[kind]
-
-
-def _run_once(run: Run, options: argparse.Namespace) -> None:
-    """One run, unless its result is there or another process is at it."""
-    file = run.file(options.results)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file.with_suffix(".lock"), timeout=0), tempfile.TemporaryDirectory() as work:
-            if file.exists():
-                return
-            start = time.perf_counter()
-            result = _KINDS[run.kind](run, options, Path(work))
-            about = {"kind": run.kind, "setting": run.setting, "seconds": round(time.perf_counter() - start, 1)}
-            write_json(file, {"experiment": about, **result})
-            print(f"{file.stem:<44} {result['score']:8.3f}  {about['seconds']:.0f} s", flush=True)
-    except Timeout:
-        return
+        about = {"kind": run.kind, "setting": run.setting}
+        with tempfile.TemporaryDirectory() as work:
+            run_once(run.file(options.results), partial(_KINDS[run.kind], run, options, Path(work)), about)
 
 
 def _train_lm(run: Run, options: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -211,7 +211,9 @@ def _facts(config: RunConfig) -> TaskFacts:
     first = data.train[:_SAMPLED_TEXTS]
     texts = [text for column in data.spec.text_columns for text in first[column]]
     num_texts = min(_SAMPLED_TEXTS, len(data.train))
-    reported = [data.validation, *data.extra.values(), *([data.test] if data.test is not None else [])]
     return TaskFacts(
-        len(data.train), sum(map(len, texts)) / num_texts, dict(data.fingerprints), sum(map(len, reported))
+        len(data.train),
+        sum(map(len, texts)) / num_texts,
+        dict(data.fingerprints),
+        sum(map(len, data.scored_parts.values())),
     )

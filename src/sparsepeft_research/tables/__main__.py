@@ -53,6 +53,7 @@ TABLES = {
     "memory-read": Table("`ops.memory_read`", kernels.memory),
     "sparse-attention": Table("Sparse attention alone", kernels.attention),
     "routed-ffn": Table("Routed FFN alone", kernels.feed_forward),
+    "gpu": Table("The ops on a GPU", kernels.gpu),
     "processors": Table("Processors", kernels.processors),
     "allocator": Table("Reusing freed memory", kernels.allocator),
     "spt-step": Table("A fine-tuning step with SPT", spt.step),
@@ -72,7 +73,7 @@ PAGES = {
     "recipes": ("The search for recipes", ("recipe-search",)),
     "parents": ("What parent cells have learned", ("parents",)),
     "inference": ("Inference", ("inference", "runtimes", "exported")),
-    "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "processors", "allocator")),
+    "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator")),
     "spt": (
         "Sparse fine-tuning (SPT)",
         ("spt-step", "spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sparsepeft_research.results import read_folder, read_result
 from sparsepeft_research.tables.markdown import paragraphs, ratio, table
@@ -78,6 +79,37 @@ def feed_forward(results: Path) -> str:
         "the reference first. The dense FFN's time forward and backward; of the fastest kernel, speed-ups over it and "
         "what it keeps for backward as a share of what the dense one keeps. By `sparsepeft benchmark routed_ffn`.",
         table(header, rows),
+    )
+
+
+def gpu(results: Path) -> str:
+    """What the ops take on a GPU, forward and backward, beside what they replace."""
+    folder = results / "benchmarks"
+    memory, attention, ffn = (
+        read_result(folder / f"{name}_gpu.json") for name in ("memory", "sparse_attention", "routed_ffn")
+    )
+
+    def row(op: str, case: str, one: dict[str, Any], dense: str, ours: str) -> list[str]:
+        times = [one["forward_backward"][form]["median_ms"] for form in (dense, ours)]
+        return [op, case, dense, *(f"{time:.2f}" for time in times), ratio(times[0] / times[1])]
+
+    rows = [
+        row("`memory_read`", f"{one['num_tokens']:,} tokens, P=16, C=3", one, "masked", "triton")
+        for one in memory.results
+        if one["num_parents"] == 16 and one["num_children"] == 3
+    ]
+    for one in attention.results:
+        case = f"{one['num_tokens']:,} tokens, L={one['top_l']:,}{', causal' if one['causal'] else ''}"
+        if one["num_heads"] == one["num_kv_heads"] == 16:
+            rows += [row(f"`sparse_attention`, by {form}", case, one, "sdpa", form) for form in ("token", "block")]
+    rows += [
+        row("`routed_ffn`", f"{one['name']}, {one['active']} of {one['num_blocks']} blocks", one, "dense", "triton")
+        for one in ffn.results
+    ]
+    return paragraphs(
+        f"{memory.environment['gpu']}, bfloat16, milliseconds forward and backward; speed is that of the op over what "
+        "it replaces (for `memory_read`, dense products in plain PyTorch). By `research/gpu.sh`.",
+        table(["op", "case", "replaces", "ms", "op, ms", "speed"], rows),
     )
 
 
