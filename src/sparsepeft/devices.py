@@ -45,7 +45,7 @@ def keep_freed_memory() -> bool:
 
     glibc asks the system for every block of more than 32 MB and returns it when it is freed, and so for what a training
     step frees at its end. Each layer of each pass then waits for pages that the system must clear first, between none
-    and half of the time (``benchmarks/bench_allocator.py``). Afterwards the process stays as large as it has been at
+    and half of the time (``sparsepeft benchmark allocator``). Afterwards the process stays as large as it has been at
     its largest, which may be more than before. All threads share one arena then, as only the main one has no limit.
 
     The command line calls this where it trains or predicts; a library must leave it to the program.

@@ -52,7 +52,7 @@ def command(
 
     keep_freed_memory()
     with err.status("evaluating"):
-        found = evaluate(
+        result = evaluate(
             folder,
             str(data_dir) if data_dir else None,
             model,
@@ -62,34 +62,34 @@ def command(
             device=device,
         )
     if output is not None:
-        write_json(output, found.to_dict())
+        write_json(output, result.to_dict())
     if json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
-    out.print(_scores(found, str(test_file or folder)))
+    out.print(_scores(result, str(test_file or folder)))
     if report:
-        for part in _report(found):
+        for part in _report(result):
             out.print(part, highlight=False)
-    for note in found.notes:
+    for note in result.notes:
         out.print(f"note: {in_options(note)}", highlight=False, markup=False)
 
 
-def _scores(found: Evaluation, title: str) -> Any:
+def _scores(result: Evaluation, title: str) -> Any:
     from sparsepeft_cli.terminal.console import table
 
-    names = list(next(iter(found.metrics.values())))
+    names = list(next(iter(result.metrics.values())))
     rows = [
-        [part, *([f"{found.num_rows[part]:,}"] if found.num_rows else []), *(f"{values[name]:.4f}" for name in names)]
-        for part, values in found.metrics.items()
+        [part, *([f"{result.num_rows[part]:,}"] if result.num_rows else []), *(f"{values[name]:.4f}" for name in names)]
+        for part, values in result.metrics.items()
     ]
-    return table(title, ["part", *(["rows"] if found.num_rows else []), *names], rows)
+    return table(title, ["part", *(["rows"] if result.num_rows else []), *names], rows)
 
 
-def _report(found: Evaluation) -> Iterator[Any]:
+def _report(result: Evaluation) -> Iterator[Any]:
     """Tables of the classes, and for each class what it was taken for: that fits however many there are."""
     from sparsepeft_cli.terminal.console import table
 
-    for part, content in found.report.items():
+    for part, content in result.report.items():
         classes = content["per_class"]
         rows = [
             [name, *(f"{each[key]:.3f}" for key in ("precision", "recall", "f1")), f"{each['support']:,}"]
@@ -117,7 +117,7 @@ def _confusions(part: str, names: list[str], matrix: list[list[int]]) -> Iterato
             for guess, count in zip(names, row, strict=True)
             if true != guess and count
         ),
-        key=lambda found: -found[0],
+        key=lambda counted: -counted[0],
     )
     rows = [[true, guess, f"{count:,}"] for count, true, guess in wrong[:20]]
     yield table(

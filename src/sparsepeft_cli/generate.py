@@ -89,17 +89,17 @@ def command(
     keep_freed_memory()
     generator = Generator(folder, model, device=device, dtype=dtype, batch_size=batch_size)
     if len(prompts) == 1 and num_return_sequences == 1 and not stop_strings and not as_json:
-        found = generator.generate(prompts, settings, chat=chat, on_text=_show)
+        continuations = generator.generate(prompts, settings, chat=chat, on_text=_show)
         _show("" if chat else prompts[0])
-        next(found)
+        next(continuations)
         print()
         return
-    for given, texts in zip(prompts, generator.generate(prompts, settings, chat=chat), strict=True):
+    for start, texts in zip(prompts, generator.generate(prompts, settings, chat=chat), strict=True):
         for text in texts:
             if as_json:
-                print(json.dumps({"prompt": given, "generated_text": text}, ensure_ascii=False), flush=True)
+                print(json.dumps({"prompt": start, "generated_text": text}, ensure_ascii=False), flush=True)
             else:
-                print(text if chat else given + text, end="\n\n", flush=True)
+                print(text if chat else start + text, end="\n\n", flush=True)
 
 
 def _show(text: str) -> None:

@@ -71,9 +71,9 @@ def command(
     predictor = Predictor(folder, model, batch_size, device)
     table = TableOptions(text_column, text_pair_column, None, delimiter, encoding)
     if text is not None:
-        given = text if text_pair is None else [text, text_pair]
-        predictor.check(given)
-        questions: Any = [Question(given)]
+        texts = text if text_pair is None else [text, text_pair]
+        predictor.check(texts)
+        questions: Any = [Question(texts)]
     elif file is not None:
         questions = read_questions(file, predictor, table)
     else:

@@ -128,6 +128,12 @@ def test_what_is_made_by_a_script_is_what_the_script_makes(name: str) -> None:
         assert written == script("architecture").draw(), "run python docs/architecture.py"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_to_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 def test_the_factors_in_the_readme_are_those_of_the_result_file() -> None:
     """The share of the architecture, the totals, and what is left at equal precision and batches."""
     factors = json.loads((ROOT / "research" / "results" / "benchmarks" / "inference_tasks.json").read_text())["factors"]

@@ -12,7 +12,7 @@ from sparsepeft.tasks import load_task
 from sparsepeft.training import train
 
 TASKS = ("sst2", "rte", "stsb")
-MOST = 400  # texts of a task
+MOST = 200  # texts of a task
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "text_column": 5}, ["`text_column=5`", "a text"]),
         ({"task": "topics", "output_dir": "o", "settings": [1]}, ["`settings=[1]`", "a mapping"]),
         ({"task": "topics", "output_dir": "o", "compile": "no"}, ["`compile=no`", "true or false"]),
-        ({"task": "topics", "output_dir": "o", "save_dtype": "int4"}, ["save_dtype='int4'", "'int8'"]),
+        ({"task": "topics", "output_dir": "o", "save_dtype": "int4"}, ["`save_dtype`: 'int4'", "'int8'"]),
         ({"task": "topics", "output_dir": "o", "save_dtype": "int8", "method": "lora"}, ["`method=lora`", "pass bf16"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""AdapterHub's checkpoints, written here as `adapters` 1.3.0 does (benchmarks/peers reads what it really wrote)."""
+"""AdapterHub's checkpoints, written here as `adapters` 1.3.0 does; the benchmark `adapters` reads real ones."""
 
 from __future__ import annotations
 

@@ -82,10 +82,10 @@ class TaskGraph:
         any_batch = {} if batch_size else {0: Dim.DYNAMIC}
         open_sizes = {name: {**any_batch, 1: _open(max_length)} for name in inputs}
         # Of an open size, the largest: it is above 1, which torch.export would take for a constant.
-        largest = {
-            name: torch.zeros([max(sizes) for sizes in zip(*(own[name].shape for own in self.tensors), strict=True)])
-            for name in shapes
-        }
+        largest = {}
+        for name in shapes:
+            sizes = zip(*(tensors[name].shape for tensors in self.tensors), strict=True)
+            largest[name] = torch.zeros([max(of_dim) for of_dim in sizes])
         open_shapes = {
             name: {
                 dim: _open(largest[name].shape[dim] if max_length else None)
@@ -139,6 +139,6 @@ class _Function(nn.Module):
         self.model, self.targets = model, dict(targets)
 
     def forward(self, inputs: dict[str, torch.Tensor], tensors: Tensors) -> torch.Tensor:
-        given = {self.targets[name]: tensor for name, tensor in tensors.items()}
-        logits: torch.Tensor = functional_call(self.model, given, (), inputs).logits
+        by_target = {self.targets[name]: tensor for name, tensor in tensors.items()}
+        logits: torch.Tensor = functional_call(self.model, by_target, (), inputs).logits
         return logits

@@ -109,23 +109,23 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
 
     graph = model.graph
     first: list[onnx.NodeProto] = []
-    for given in list(graph.input):
-        if given.name not in shapes:
+    for tensor in list(graph.input):
+        if tensor.name not in shapes:
             continue
-        dims = [size or f"{given.name}.{dim}" for dim, size in enumerate(shapes[given.name])]
-        dims[0] = f"{given.name}.0"  # open in any case: it is zero in the initial value
+        dims = [size or f"{tensor.name}.{dim}" for dim, size in enumerate(shapes[tensor.name])]
+        dims[0] = f"{tensor.name}.0"  # open in any case: it is zero in the initial value
         kind = TensorProto.FLOAT
-        if int8 and is_stored_as_int8(shapes[given.name]):
-            kind, scale = TensorProto.INT8, given.name + SCALE
+        if int8 and is_stored_as_int8(shapes[tensor.name]):
+            kind, scale = TensorProto.INT8, tensor.name + SCALE
             _add_input(graph, scale, TensorProto.FLOAT, [*dims[:-1], 1])
-            used = f"{given.name}.float"
-            _rename_uses(graph, given.name, used)
+            used = f"{tensor.name}.float"
+            _rename_uses(graph, tensor.name, used)
             first += [
-                helper.make_node("Cast", [given.name], [f"{used}.unscaled"], to=TensorProto.FLOAT),
+                helper.make_node("Cast", [tensor.name], [f"{used}.unscaled"], to=TensorProto.FLOAT),
                 helper.make_node("Mul", [f"{used}.unscaled", scale], [used]),
             ]
-        graph.input.remove(given)
-        _add_input(graph, given.name, kind, dims)
+        graph.input.remove(tensor)
+        _add_input(graph, tensor.name, kind, dims)
     nodes = [*first, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

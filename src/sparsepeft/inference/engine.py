@@ -347,11 +347,11 @@ def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(not_loaded("model", name, error)) from error
 
 
-def _dtype(given: Any) -> torch.dtype:
+def _dtype(value: Any) -> torch.dtype:
     """A dtype that a backbone can have, given as PyTorch's or by its name."""
-    dtype = getattr(torch, DTYPES[given]) if isinstance(given, str) and given in DTYPES else given
+    dtype = getattr(torch, DTYPES[value]) if isinstance(value, str) and value in DTYPES else value
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"`dtype={given!r}` was given; expected torch.float32, torch.bfloat16, fp32, bf16 or fp16.")
+        raise UserError(f"`dtype={value!r}` was given; expected torch.float32, torch.bfloat16, fp32, bf16 or fp16.")
     return dtype
 
 

@@ -264,10 +264,9 @@ class Generator:
 
     def _ends(self) -> list[int]:
         """Tokens that end a text: the one between the documents of the training text, and the model's own."""
-        own = self.model.generation_config.eos_token_id
-        return sorted(
-            {end_token(self.tokenizer), *(own if isinstance(own, list) else [own] if own is not None else [])}
-        )
+        ends = self.model.generation_config.eos_token_id
+        of_model = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return sorted({end_token(self.tokenizer), *of_model})
 
     def _decode(self, prompt: list[int], added: Tensor) -> str:
         # Decoded with the prompt, as a tokenizer may drop the space that a text begins with.

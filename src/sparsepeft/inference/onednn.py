@@ -67,17 +67,17 @@ def is_onednn_faster(dtype: torch.dtype) -> bool:
     if not can_onednn_compute(dtype):
         return False
     sizes = ((_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), (4 * _WIDTH,))
-    given, weight, bias = (torch.ones(size, dtype=dtype) for size in sizes)
+    inputs, weight, bias = (torch.ones(size, dtype=dtype) for size in sizes)
     forms: tuple[Callable[..., Tensor], ...] = (onednn_product, nn.functional.linear)
     with torch.no_grad():
         times: list[list[float]] = [[], []]
         for _ in range(_REPEATS):
             for form, taken in zip(forms, times, strict=True):
                 start = time.perf_counter()
-                form(given, weight, bias)
+                form(inputs, weight, bias)
                 taken.append(time.perf_counter() - start)
-    onednn, own = map(statistics.median, times)
-    return onednn < own
+    onednn, default = map(statistics.median, times)
+    return onednn < default
 
 
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,25 +34,25 @@ class InputError(ValueError):
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def read_input(given: Any) -> tuple[str, ...]:
+def read_input(value: Any) -> tuple[str, ...]:
     """The text, or the two texts, of one input.
 
     Args:
-        given: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``.
+        value: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``.
 
     Raises:
         InputError: it is none of these, or a text is not valid Unicode.
     """
     texts: tuple[Any, ...] = ()
-    if isinstance(given, str):
-        texts = (given,)
-    elif isinstance(given, Mapping) and "text" in given and given.keys() <= set(_KEYS):
-        texts = tuple(given[key] for key in _KEYS if given.get(key) is not None)
-    elif isinstance(given, (tuple, list)):
-        texts = tuple(given)
+    if isinstance(value, str):
+        texts = (value,)
+    elif isinstance(value, Mapping) and "text" in value and value.keys() <= set(_KEYS):
+        texts = tuple(value[key] for key in _KEYS if value.get(key) is not None)
+    elif isinstance(value, (tuple, list)):
+        texts = tuple(value)
     if len(texts) not in (1, 2) or not all(isinstance(text, str) for text in texts):
         raise InputError(
-            f"An input is {given!r:.80} ({type(given).__name__}); expected a text, a pair of texts, or a dictionary "
+            f"An input is {value!r:.80} ({type(value).__name__}); expected a text, a pair of texts, or a dictionary "
             "with text and text_pair."
         )
     for text in texts:
@@ -70,18 +70,18 @@ def read_input(given: Any) -> tuple[str, ...]:
     return texts
 
 
-def texts_of(given: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
+def texts_of(value: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
     """The text, or the two texts, of an input of a task.
 
     Args:
-        given: as for :func:`read_input`.
+        value: as for :func:`read_input`.
         num_texts: how many texts an input of the task has; None takes one or two.
         may_be_empty: accept empty texts, which some data sets have.
 
     Raises:
         InputError: it is no input, has an empty text, or another number of texts than the task takes.
     """
-    texts = read_input(given)
+    texts = read_input(value)
     if num_texts not in (None, len(texts)):
         raise InputError(f"The task takes {num_texts} text(s) per input, but {len(texts)} came; pass as many.")
     if not may_be_empty and not all(text.strip() for text in texts):
@@ -251,7 +251,7 @@ class ExportedTasks:
             ValueError: the task's files are damaged, or belong to another backbone.
         """
         task = find_task(name, self.tasks)
-        inputs = [texts_of(given, task["num_texts"]) for given in as_list(texts)]
+        inputs = [texts_of(value, task["num_texts"]) for value in as_list(texts)]
         adapter = self._adapter(name)
         for start in range(0, len(inputs), batch_size):
             batch = [pair if pair[1:] else pair[0] for pair in inputs[start : start + batch_size]]

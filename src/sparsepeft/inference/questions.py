@@ -114,8 +114,8 @@ def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterat
     file_format = table.format_of(path)
     for note in file_format.notes:
         logger.warning("%s", note)
-    found = list(next(iter(read_rows(path, file_format))).values)
-    names = _text_columns(path, found, predictor, table)
+    header = list(next(iter(read_rows(path, file_format))).values)
+    names = _text_columns(path, header, predictor, table)
     for _ in read_rows(path, file_format, required=names):
         pass
     return (
@@ -166,17 +166,17 @@ def _question(
 
 
 def _text_columns(
-    path: Path, found: list[str], predictor: Predictor, table: TableOptions, any_name: bool = True
+    path: Path, header: list[str], predictor: Predictor, table: TableOptions, any_name: bool = True
 ) -> tuple[str, ...]:
     trained = predictor.columns.texts if predictor.columns is not None else predictor.spec.text_columns
     number = len(predictor.spec.text_columns)
     named = (table.text_column, table.text_pair_column)
-    return choose_text_columns(path, found, number, *named, trained, any_name=any_name)
+    return choose_text_columns(path, header, number, *named, trained, any_name=any_name)
 
 
 def _one_or_more(values: Iterable[Any]) -> Any:
-    listed = list(values)
-    return listed[0] if len(listed) == 1 else listed
+    texts = list(values)
+    return texts[0] if len(texts) == 1 else texts
 
 
 def _refuse(constant: str) -> None:

@@ -367,10 +367,7 @@ def _read_save_dtype(value: str | None) -> str | None:
         return None
     from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
 
-    try:
-        return dtype_name("save_dtype", value, SAVE_DTYPES)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return dtype_name("save_dtype", value, SAVE_DTYPES)
 
 
 def _plain_fields(config: RunConfig) -> dict[str, Any]:

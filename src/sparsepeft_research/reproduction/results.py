@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
+from sparsepeft.runs.config import defaults_of
 from sparsepeft.runs.files import RESULTS_VERSION
 from sparsepeft.training import RunConfig
 from sparsepeft_research.reproduction.matrix import Run
@@ -95,11 +95,7 @@ def same_values(cls: type, before: Any, now: dict[str, Any], ignored: tuple[str,
     """
     if not isinstance(before, dict):
         return ["all values"]
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        for f in dataclasses.fields(cls)
-    }
-    current = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    defaults, current = (json.loads(json.dumps(values)) for values in (defaults_of(cls), now))  # as in the file
     names = [name for name in {**current, **before} if name not in ignored]
     return sorted(name for name in names if before.get(name, defaults.get(name)) != current.get(name))
 

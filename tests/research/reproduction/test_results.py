@@ -33,7 +33,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "version": ({"format_version": 0}, "format version 0"),
     "model": ({"model": "another"}, "the model another"),
     "data": ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
-    "config": ({"config": {"task": "rte"}}, "other values of epochs, recipe, seed"),
+    "config": ({"config": {"task": "rte"}}, "other values of epochs, method, recipe, seed"),
     "config is no object": ({"config": 3}, "all values"),
     "recipe": ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
     "no recipe": ({"reproduction": None}, "all values"),
