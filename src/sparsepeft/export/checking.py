@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -70,12 +70,8 @@ def eager_answers(engine: MultiTaskEngine, name: str, examples: Examples) -> tup
     """PyTorch's answers, and the examples that it takes (none with an empty text)."""
     predictions = engine.predict([(name, text) for text in examples.texts])
     answered = [index for index, one in enumerate(predictions) if one.error is None]
-    kept = Examples(
-        examples.source,
-        [examples.texts[index] for index in answered],
-        None if examples.labels is None else [examples.labels[index] for index in answered],
-        examples.spec,
-    )
+    texts, labels = [examples.texts[index] for index in answered], examples.labels
+    kept = replace(examples, texts=texts, labels=labels and [labels[index] for index in answered])
     return kept, _answers([predictions[index].to_dict() for index in answered])
 
 

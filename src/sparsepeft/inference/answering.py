@@ -178,8 +178,7 @@ def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = 
     """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
     names = [row.task.adapter_name for row in rows]
     logits = rows[0].task.view.logits(collate(rows), names, begin, states)
-    result: np.ndarray = logits.float().cpu().numpy()
-    return result
+    return logits.float().cpu().numpy()
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:

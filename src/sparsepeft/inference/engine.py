@@ -32,8 +32,8 @@ from sparsepeft.inference.portable import (
 )
 from sparsepeft.inference.tasks import LoadedTask, info_of_run, read_task
 from sparsepeft.inference.views import (
-    OwnView,
     SharedView,
+    View,
     serving_copy,
     sharing_tensors,
     with_own_feed_forwards,
@@ -234,7 +234,7 @@ class MultiTaskEngine(Engine):
             )
         if self._uses_onednn():
             use_onednn(model)
-        task = LoadedTask(info, OwnView(model, self._device), self._next_name(), encoder)
+        task = LoadedTask(info, View(model, self._device), self._next_name(), encoder)
         _try_out(task)
         return task
 

@@ -15,7 +15,7 @@ from sparsepeft.inference.answering import Engine, user_errors
 from sparsepeft.inference.encoding import Encoder
 from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
 from sparsepeft.inference.tasks import LoadedTask, info_of_run
-from sparsepeft.inference.views import OwnView
+from sparsepeft.inference.views import View
 from sparsepeft.methods.models import load_tokenizer, load_trained, to_accelerator
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import columns_of, read_run, spec_of
@@ -73,7 +73,7 @@ class Predictor:
         )
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(backbone)
-        task = LoadedTask(info, OwnView(self.model), method, Encoder(self.tokenizer, self.model.config))
+        task = LoadedTask(info, View(self.model), method, Encoder(self.tokenizer, self.model.config))
         self.max_length = task.max_length
         self._name = self.spec.name
         self._engine = Engine(batch_size=batch_size)

@@ -165,22 +165,13 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
     Raises:
         UserError: it is a language model.
     """
-    check_classifies(folder, run)
-    spec = spec_of(run)
-    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
-
-
-def check_classifies(folder: Path, run: dict[str, Any]) -> None:
-    """See that a run's model gives labels or values.
-
-    Raises:
-        UserError: it is a language model.
-    """
     if not isinstance(run["task"], dict):
         raise UserError(
             f"{folder} holds a language model, which has no labels to predict; `sparsepeft generate` continues texts "
             "with it, and `sparsepeft evaluate` gives its perplexity."
         )
+    spec = spec_of(run)
+    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
 
 
 def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
