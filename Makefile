@@ -16,8 +16,8 @@ env: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"sparsepeft needs Python 3.11 to 3.13, but {sys.executable} is {v[0]}.{v[1]}; run: make PYTHON=/path/to/python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
 	@touch $@
 
 demo: $(READY)
@@ -51,7 +51,7 @@ docs: $(DOCS)/.ready
 
 $(DOCS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "mkdocs-material" "mkdocstrings[python]" ruff
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt "mkdocs-material" "mkdocstrings[python]" ruff
 	@touch $@
 
 clean:

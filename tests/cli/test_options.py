@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import typer
 from tests.cli.test_help import COMMANDS
+from tests.fixtures.test_before import BEFORE
 
 from sparsepeft.errors import UserError
 from sparsepeft_cli.terminal.options import current_names, several, short_dtype, whole_numbers
@@ -34,6 +36,13 @@ def test_old_names_work_and_say_the_new_one(
     assert said[0].startswith(f"{old} is now {new}")
     assert {option for parameter in found.params for option in parameter.opts} >= {new}
     found.make_context(command, [*given])  # its parser takes them
+
+
+def test_every_former_command_has_its_options() -> None:
+    former = json.loads((BEFORE / "options.json").read_text(encoding="utf-8"))
+    for names, options in former.items():
+        taken = {option for parameter in COMMANDS[tuple(names.split())].params for option in parameter.opts}
+        assert taken >= set(options), names
 
 
 @pytest.mark.parametrize(
