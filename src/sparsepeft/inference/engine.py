@@ -40,6 +40,7 @@ from sparsepeft.inference.views import (
     with_own_head,
 )
 from sparsepeft.methods.models import (
+    TrainedRun,
     attach_trained,
     load_tokenizer,
     load_trained,
@@ -214,7 +215,7 @@ class MultiTaskEngine(Engine):
     def _load_alone(self, folder: Path, run: dict[str, Any]) -> LoadedTask:
         config, spec, info = RunConfig(**run["config"]), spec_of(run), info_of_run(folder, run)
         if config.method == "full":
-            model: Any = load_trained(folder, config.method, str(folder), spec)
+            model: Any = load_trained(TrainedRun(folder, config.method, str(folder)), spec)
             model.to(device=self._device, dtype=self._backbone.dtype)
             model.config.use_cache = False
             encoder = Encoder(load_tokenizer(str(folder)), model.config)
@@ -225,13 +226,10 @@ class MultiTaskEngine(Engine):
                 with_own_head(backbone, head, spec.num_labels)
             if spt is not None and not was_sparse:
                 with_own_feed_forwards(backbone, spt)
-            model = attach_trained(
-                backbone,
-                folder,
-                is_sparse=spt is not None and not was_sparse,
-                backbone_fingerprint=None if was_sparse else run.get("backbone_fingerprint"),
-                exclude=head.modules,
-            )
+            fingerprint = None if was_sparse else run.get("backbone_fingerprint")
+            is_made_sparse = spt is not None and not was_sparse
+            trained = TrainedRun(folder, config.method, str(backbone.name_or_path), is_made_sparse, fingerprint)
+            model = attach_trained(backbone, trained, head.modules)
         if self._uses_onednn():
             use_onednn(model)
         task = LoadedTask(info, View(model, self._device), self._next_name(), encoder)

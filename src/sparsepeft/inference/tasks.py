@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, TaskType
 
+from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import check_task_name, find_task
+from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
+from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import RUN, read_run, spec_of
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -172,6 +175,24 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
         )
     spec = spec_of(run)
     return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
+
+
+def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> TrainedRun:
+    """What the model of a run is loaded from.
+
+    Args:
+        folder: the run's.
+        run: the content of its ``run.json``.
+        model: the backbone, if it has moved since training.
+
+    Raises:
+        UserError: there are no weights yet, or nothing is left where the backbone was.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
+    config = RunConfig(**run["config"])
+    backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
+    return TrainedRun(folder, config.method, backbone, config.spt is not None, run.get("backbone_fingerprint"))
 
 
 def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:

@@ -141,7 +141,8 @@ def inspect_memories(
         )
     listing = (num_words, min_word_count, keep_stop_words)
     config: Any = model.peft_config[model.active_adapter]
-    names = label_names if label_names is not None else _names_of(model)
+    id2label = getattr(model.get_base_model().config, "id2label", None) or {}
+    names = [str(id2label[index]) for index in sorted(id2label)] if label_names is None else label_names
     per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS
 
     def inspect() -> MemoryReport:
@@ -153,11 +154,6 @@ def inspect_memories(
         return report
     with untrained_adapter(model, seed):
         return dataclasses.replace(report, untrained=inspect())
-
-
-def _names_of(model: PeftModel) -> tuple[str, ...]:
-    id2label = getattr(model.get_base_model().config, "id2label", None) or {}
-    return tuple(str(id2label[index]) for index in sorted(id2label))
 
 
 class _Watch:
@@ -173,7 +169,9 @@ class _Watch:
         self._position_classes: np.ndarray | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]], listing: tuple[int, int, bool]) -> MemoryReport:
-        with self._hooks(), _eval_mode(self.model), torch.inference_mode():
+        with ExitStack() as hooks, _eval_mode(self.model), torch.inference_mode():
+            for i, found in enumerate(self.memories):
+                hooks.callback(found.memory.register_forward_pre_hook(partial(self._look, i)).remove)
             for batch in batches:
                 self._run_batch(dict(batch))
         if not self.picks[0].positions:
@@ -194,13 +192,6 @@ class _Watch:
         memory, picks = self.memories[i], self.picks[i]
         words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
         return layer_report(memory.index, memory.name, picks, self.labels.names, words)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for i, memory in enumerate(self.memories):
-                stack.callback(memory.memory.register_forward_pre_hook(partial(self._look, i)).remove)
-            yield
 
     def _run_batch(self, batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import TaskType
@@ -18,11 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.methods.models import Model, adapter_config, attach, attach_trained, not_loaded
+from sparsepeft.methods.models import Model, TrainedRun, adapter_config, attach, attach_trained, not_loaded
 from sparsepeft.methods.recipes import Recipe
-from sparsepeft.methods.sparse import count_routers
 
 CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,34 +61,14 @@ def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
     return model if config is None else attach(model, config, method)
 
 
-def load_trained_language_model(
-    folder: Path,
-    method: str,
-    model: str,
-    *,
-    is_sparse: bool = False,
-    dtype: torch.dtype = torch.float32,
-    backbone_fingerprint: dict[str, Any] | None = None,
-) -> Model:
-    """The trained model of a run, in eval mode.
-
-    Args:
-        folder: of the run.
-        method: of the run.
-        model: the backbone.
-        is_sparse: it was trained on a sparse model.
-        dtype: of the backbone's weights.
-        backbone_fingerprint: of the backbone that it was trained on, as its ``run.json`` has it.
+def load_trained_language_model(run: TrainedRun, dtype: torch.dtype = torch.float32) -> Model:
+    """The trained model of a run, in eval mode; ``dtype`` is that of the backbone's weights.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
-    if method == "full":
-        return load_language_model(str(folder), dtype=dtype)[0]
-    backbone, _ = load_language_model(resolve_model(model), dtype=dtype)
-    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
+    model, _ = load_language_model(run.backbone, dtype=dtype)
+    return model if run.method == "full" else attach_trained(model, run)
 
 
 @torch.no_grad()
@@ -118,9 +94,3 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
         model.train(training)
     loss = total / len(blocks)
     return {"perplexity": math.exp(loss), "loss": loss}
-
-
-def count_trained(model: nn.Module) -> dict[str, int]:
-    """Trained parameters: all, and of them the routers of a sparse model."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"trained": trained, "routers": count_routers(model)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,9 @@ _CONFIGS: dict[str, type[PeftConfig]] = {
 }
 # Set by the task or when attaching; not the user's to choose with --set.
 _RESERVED = {
-    "task_type",
-    "peft_type",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "num_labels",
-    "id2label",
-    "problem_type",
-    "backbone_fingerprint",
-    "format_version",
-    "check_backbone",
-    "save_dtype",
-    "runtime_config",
+    *(each.name for each in dataclasses.fields(PeftConfig)),
+    *("num_labels", "id2label", "problem_type", "backbone_fingerprint", "format_version", "check_backbone"),
+    *("save_dtype", "runtime_config"),
 }
 
 
@@ -205,55 +194,53 @@ def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_n
     return extended
 
 
-def load_trained(
-    folder: Path,
-    method: str,
-    model: str,
-    spec: TaskSpec,
-    is_sparse: bool = False,
-    backbone_fingerprint: dict[str, Any] | None = None,
-) -> Model:
-    """The trained model of a run, in eval mode.
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run's model is loaded from.
 
-    Args:
+    Attributes:
         folder: of the run.
         method: of the run.
-        model: the backbone.
-        spec: the task.
+        backbone: hub id or folder of the model that it was trained on; the run's own folder for full fine-tuning.
         is_sparse: it was trained on a sparse model.
         backbone_fingerprint: of the backbone that it was trained on, see :func:`fingerprint_of`.
+    """
+
+    folder: Path
+    method: str
+    backbone: str
+    is_sparse: bool = False
+    backbone_fingerprint: dict[str, Any] | None = None
+
+
+def load_trained(run: TrainedRun, spec: TaskSpec) -> Model:
+    """The trained model of a run, in eval mode.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    if method == "full":
-        return load_backbone(str(folder), spec).eval()
-    with loading_adapter(folder):
-        backbone = load_backbone(model, spec)
-    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
+    if run.method == "full":
+        return load_backbone(run.backbone, spec).eval()
+    with loading_adapter(run.folder):
+        backbone = load_backbone(run.backbone, spec)
+    return attach_trained(backbone, run)
 
 
-def attach_trained(
-    backbone: PreTrainedModel,
-    folder: Path,
-    is_sparse: bool = False,
-    backbone_fingerprint: dict[str, Any] | None = None,
-    exclude: Iterable[str] = (),
-) -> Model:
+def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable[str] = ()) -> Model:
     """A run's adapter on its dense backbone, which is changed; in eval mode.
 
     Args:
         backbone: with as many labels as the run.
-        folder, is_sparse, backbone_fingerprint: as for :func:`load_trained`.
+        run: to load.
         exclude: modules of the head, which need not be as they were before training.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    with loading_adapter(folder):
-        check_backbone(backbone, backbone_fingerprint, exclude)
-        load = load_sparse if is_sparse else PeftModel.from_pretrained
-        return load(backbone, str(folder)).eval()
+    with loading_adapter(run.folder):
+        check_backbone(backbone, run.backbone_fingerprint, exclude)
+        load = load_sparse if run.is_sparse else PeftModel.from_pretrained
+        return load(backbone, str(run.folder)).eval()
 
 
 def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:

@@ -87,7 +87,11 @@ def load_corpus(
                 f"{', '.join(config.text)} has changed since training, and none of the documents that were held out is "
                 "in it any more; measure on other text by `test_file`, or train again."
             )
-        validation, notes = [training[place] for place in places], (_kept_note(len(held_out), len(places)),)
+        validation = [training[place] for place in places]
+        notes = (
+            f"the text has changed since training; of the {len(held_out):,} documents held out then, {len(places):,} "
+            "are still there and were scored",
+        )
     else:
         whole = training
         training, validation, note = _hold_out(training)
@@ -223,13 +227,6 @@ def _rows(path: Path, column: str, delimiter: str | None, encoding: str | None) 
         check_text(f"{path}:{row.line}: {column!r}", text)
         texts.append(text)
     return texts
-
-
-def _kept_note(num_held_out: int, num_kept: int) -> str:
-    return (
-        f"the text has changed since training; of the {num_held_out:,} documents held out then, {num_kept:,} are still "
-        "there and were scored"
-    )
 
 
 def _hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:

@@ -196,7 +196,8 @@ def rows_of(part: Dataset, spec: TaskSpec) -> Iterable[tuple[str, ...]]:
 
 def digests_of(rows: Iterable[Sequence[str]]) -> list[str]:
     """A digest of each row's texts; white space and case do not count, in which copies of a data set differ."""
-    return [_digest(texts) for texts in rows]
+    plain = ("\x1f".join(" ".join(text.split()).casefold() for text in texts) for texts in rows)
+    return [hashlib.sha256(each.encode("utf-8", "surrogatepass")).hexdigest()[:_LENGTH] for each in plain]
 
 
 def still_there(rows: Iterable[Sequence[str]], held_out: Sequence[str]) -> list[int]:
@@ -218,8 +219,3 @@ def not_held_out_any_more(folder: Path, file: str, is_known: bool) -> UserError:
         f"{file} has changed since the run in {folder} was trained on it, and {reason}; score other rows by "
         "`test_file`, or train again."
     )
-
-
-def _digest(texts: Sequence[str]) -> str:
-    plain = "\x1f".join(" ".join(text.split()).casefold() for text in texts)
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:_LENGTH]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,14 +81,10 @@ def read_rows(
     form = file_format or find_format(path, may_guess=False)
     if form.kind == "parquet":
         rows = _parquet_rows(path, required)
-    elif form.kind == "json":
+    elif form.kind in ("json", "jsonl"):
         rows = _json_rows(path, form, required)
-    elif form.kind == "jsonl":
-        rows = _jsonl_rows(path, form, required)
-    elif form.is_quoted:
-        rows = _quoted_rows(path, form, required)
     else:
-        rows = _raw_rows(path, form, required, header, allow_short)
+        rows = _table_rows(path, form, required, header, allow_short)
     empty = True
     for row in rows:
         empty = False
@@ -122,38 +118,38 @@ def check_text(where: str, text: str) -> None:
         raise TaskError(f"{where} has half of a surrogate pair; expected text, correct the row")
 
 
-def _raw_rows(
+def _table_rows(
     path: Path, form: FileFormat, required: Collection[str], header: Sequence[str] | None, allow_short: bool
 ) -> Iterator[Row]:
     columns: list[str] | None = None
-    for number, line in lines(path, form.encoding):
-        fields = split_raw(line, form.delimiter)
-        if not fields:
-            continue
+    for number, fields in _quoted_fields(path, form) if form.is_quoted else _raw_fields(path, form):
         if columns is None:
             columns = [name.strip() for name in fields] if header is None else list(header)
             _check_columns(path, columns, required)
             if header is None or fields == columns:
                 continue
-        _check_width(path, number, fields, columns, allow_short)
+        if len(fields) != len(columns) and not (allow_short and len(fields) < len(columns)):
+            raise TaskError(
+                f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the "
+                "row"
+            )
         yield Row(number, dict(zip(columns, fields, strict=False)))
 
 
-def _quoted_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+def _raw_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
+    for number, line in lines(path, form.encoding):
+        if fields := split_raw(line, form.delimiter):
+            yield number, fields
+
+
+def _quoted_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
     reader = records((line for _, line in lines(path, form.encoding)), form.delimiter)
-    columns: list[str] | None = None
     start = 1
     try:
         for fields in reader:
             number, start = start, reader.line_num + 1
-            if not fields:
-                continue
-            if columns is None:
-                columns = [name.strip() for name in fields]
-                _check_columns(path, columns, required)
-                continue
-            _check_width(path, number, fields, columns, allow_short=False)
-            yield Row(number, dict(zip(columns, fields, strict=True)))
+            if fields:
+                yield number, fields
     except csv.Error as error:
         name = DELIMITERS.get(form.delimiter, repr(form.delimiter))
         raise TaskError(
@@ -162,34 +158,33 @@ def _quoted_rows(path: Path, form: FileFormat, required: Collection[str]) -> Ite
         ) from error
 
 
-def _jsonl_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
-    for number, line in lines(path, form.encoding):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
-            raise TaskError(f"{path}:{number}: not JSON ({error}); expected one object per line, correct it") from error
-        yield _json_row(path, number, values, required)
-
-
 def _json_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
-    try:
-        content = json.loads("".join(line for _, line in lines(path, form.encoding)))
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: not JSON ({error}); expected a list of objects, correct it") from error
-    for number, values in enumerate(content, start=1):
-        yield _json_row(path, number, values, required)
-
-
-def _json_row(path: Path, number: int, values: Any, required: Collection[str]) -> Row:
-    if not isinstance(values, dict):
-        raise TaskError(
-            f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
-            'such as {"text": "...", "label": "..."}'
+    """The objects in a list, or one a line."""
+    numbered: Iterable[tuple[int, Any]]
+    if form.kind == "json":
+        content = "".join(line for _, line in lines(path, form.encoding))
+        numbered = enumerate(_parse(str(path), content, "a list of objects"), start=1)
+    else:
+        numbered = (
+            (number, _parse(f"{path}:{number}", line, "one object per line"))
+            for number, line in lines(path, form.encoding)
+            if line.strip()
         )
-    _check_columns(Path(f"{path}:{number}"), list(values), required)
-    return Row(number, values)
+    for number, values in numbered:
+        if not isinstance(values, dict):
+            raise TaskError(
+                f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
+                'such as {"text": "...", "label": "..."}'
+            )
+        _check_columns(Path(f"{path}:{number}"), list(values), required)
+        yield Row(number, values)
+
+
+def _parse(where: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+        raise TaskError(f"{where}: not JSON ({error}); expected {expected}, correct it") from error
 
 
 def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
@@ -209,14 +204,6 @@ def _check_columns(path: Path, columns: list[str], required: Collection[str]) ->
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise TaskError(f"{path}: column {', '.join(map(repr, twice))} occurs twice in the header; rename one of them")
-
-
-def _check_width(path: Path, number: int, fields: list[str], columns: list[str], allow_short: bool) -> None:
-    if len(fields) == len(columns) or (allow_short and len(fields) < len(columns)):
-        return
-    raise TaskError(
-        f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the row"
-    )
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

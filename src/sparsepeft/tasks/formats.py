@@ -14,15 +14,7 @@ from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
-_KINDS: Final = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".txt": "tsv",
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+_KINDS: Final = {ending: ending[1:] for ending in FORMATS} | {".tab": "tsv", ".txt": "tsv"}
 _SPREADSHEETS: Final = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".xml", ".numbers")
 _LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
 _SAMPLE: Final = 200  # lines that a delimiter is chosen by

@@ -47,6 +47,7 @@ class Layout:
 
 _SENTENCES: Final = ("sentence1", "sentence2")
 _QUESTIONS: Final = ("question1", "question2")
+_RELATIONS: Final = ("entailment", "neutral", "contradiction")
 _ENTAILS: Final = ("entailment", "not_entailment")
 LAYOUTS: Final = MappingProxyType(
     {
@@ -55,15 +56,7 @@ LAYOUTS: Final = MappingProxyType(
         "mrpc": Layout("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, _SENTENCES, 3668, 408),
         "qqp": Layout("QQP", _QUESTIONS, "is_duplicate", BINARY, _QUESTIONS, 363846, 40430),
         "stsb": Layout("STS-B", _SENTENCES, "score", None, _SENTENCES, 5749, 1500),
-        "mnli": Layout(
-            "MNLI",
-            _SENTENCES,
-            "gold_label",
-            ("entailment", "neutral", "contradiction"),
-            ("premise", "hypothesis"),
-            392702,
-            9815,
-        ),
+        "mnli": Layout("MNLI", _SENTENCES, "gold_label", _RELATIONS, ("premise", "hypothesis"), 392702, 9815),
         "qnli": Layout("QNLI", ("question", "sentence"), "label", _ENTAILS, ("question", "sentence"), 104743, 5463),
         "rte": Layout("RTE", _SENTENCES, "label", _ENTAILS, _SENTENCES, 2490, 277),
         "wnli": Layout("WNLI", _SENTENCES, "label", BINARY, _SENTENCES, 635, 71),
@@ -76,7 +69,8 @@ def load_glue_files(spec: TaskSpec, data_dir: Path) -> TaskData:
     layout = LAYOUTS[spec.name]
     folder, train_path, dev_path = find_glue_files(spec.name, data_dir)
     notes: list[str] = []
-    exclude = _pair_ids(dev_path) if train_path.name.startswith("msr_") else frozenset()
+    in_dev = read_rows(dev_path, RAW_TSV, required=MSR_IDS) if train_path.name.startswith("msr_") else ()
+    exclude = frozenset(map(_ids, in_dev))
     train = _read(spec, layout, train_path, notes, exclude)
     validation = _read(spec, layout, dev_path, notes)
     paths, extra = [train_path, dev_path], {}
@@ -176,10 +170,6 @@ def _label(path: Path, row: Row, layout: Layout) -> int | float:
             "correct the row"
         )
     return layout.written.index(text)
-
-
-def _pair_ids(path: Path) -> frozenset[tuple[str, str]]:
-    return frozenset(_ids(row) for row in read_rows(path, RAW_TSV, required=MSR_IDS))
 
 
 def _ids(row: Row) -> tuple[str, str]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Metric = Callable[[Any, Any], float]  # of answers and truths, NumPy arrays
 
-
 _MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearson", "spearman")}
 _WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest that float32 holds
 
@@ -83,12 +82,8 @@ def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple
         return logits[:, 0].astype(np.float64), truth
     if spec.multi_label:
         return logits > 0, truth > 0.5  # a NaN is no label; logit 0 is the probability 0.5
-    return _classes(logits), truth
-
-
-def _classes(logits: NDArray[Any]) -> NDArray[Any]:
     # argmax would answer with the NaN's own index; class -1 is never right.
-    return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
+    return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1)), truth
 
 
 def _accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:

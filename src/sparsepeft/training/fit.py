@@ -58,14 +58,7 @@ class Fitted:
 def fit(
     config: RunConfig, data: LabelledData | TextData, built: RunModel, work: Path, callbacks: Sequence[TrainerCallback]
 ) -> Fitted:
-    """Train a model in place, from its last complete checkpoint if there is one.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        built: the model.
-        work: folder for checkpoints.
-        callbacks: of the trainer.
+    """Train a model in place, from its last complete checkpoint in the folder ``work`` if there is one.
 
     Raises:
         UserError: frozen layers cannot be cached in this model.
@@ -106,7 +99,10 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     with cache.attached() if cache else nullcontext():
-        trainer.train(resume_from_checkpoint=resumable(checkpoints))
+        checkpoint = last_checkpoint(checkpoints)
+        if checkpoint is not None:
+            logger.info("Resuming from %s.", checkpoint.name)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
@@ -196,15 +192,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def resumable(folder: Path) -> str | None:
-    """The newest complete checkpoint in ``folder``, for a trainer to go on from; None if there is none."""
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        return None
-    logger.info("Resuming from %s.", checkpoint.name)
-    return str(checkpoint)
-
-
 def training_device(name: str | None) -> torch.device:
     """Where to train: the device of a name, or for None the accelerator if there is one.
 
@@ -221,13 +208,7 @@ def training_device(name: str | None) -> torch.device:
 
 
 def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpoints: Path) -> TrainingArguments:
-    """What transformers' trainer is told.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        checkpoints: their folder.
-    """
+    """What transformers' trainer is told; ``checkpoints`` is their folder."""
     recipe, device = config.recipe_values(), training_device(config.device)
     steps_per_epoch = -(-len(data.train) // (recipe.batch_size * config.gradient_accumulation_steps))
     epochs = (
