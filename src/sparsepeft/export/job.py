@@ -134,8 +134,6 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
     """Write each task's folder, with the ``task.json`` that a runner knows it from.
 
     Args:
-        job: what is exported.
-        folder: of the export.
         graph: name of the backbone's graph.
         weights: file of a task that the runner reads: :data:`~sparsepeft.export.files.WEIGHTS` or ``ADAPTER``.
         int8: weights in int8.

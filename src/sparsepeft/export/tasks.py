@@ -74,7 +74,6 @@ def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> di
     """The shape of each tensor, None where tasks differ.
 
     Args:
-        tasks: the tasks.
         tensors: those of each task by name.
 
     Raises:

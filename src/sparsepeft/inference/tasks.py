@@ -57,8 +57,6 @@ class LoadedTask:
     """A task in memory.
 
     Args:
-        info: what the task is.
-        view: the model that answers it.
         adapter_name: of its adapter in that model.
         encoder: the tokenizer of its backbone.
         lowest_layer: how many layers at the bottom compute the same as without the task's adapter.
@@ -181,7 +179,6 @@ def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> 
     """What the model of a run is loaded from.
 
     Args:
-        folder: the run's.
         run: the content of its ``run.json``.
         model: the backbone, if it has moved since training.
 

@@ -261,7 +261,6 @@ def untrained_adapter(model: PeftModel, seed: int) -> Iterator[str]:
     """Inside the context, a fresh adapter with the active one's config is active; it is removed afterwards.
 
     Args:
-        model: the adapted model.
         seed: of the fresh adapter's weights; the global random state is left alone.
 
     Yields:

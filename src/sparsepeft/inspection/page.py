@@ -21,10 +21,6 @@ REPORT, PAGE = "inspection.json", "inspection.html"
 def render_page(report: MemoryReport, title: str = "What the parent cells have learned") -> str:
     """The page; names of labels and words of the texts are escaped.
 
-    Args:
-        report: what to show.
-        title: its heading.
-
     Raises:
         UserError: matplotlib is not installed.
     """
@@ -82,7 +78,6 @@ def check_folder(folder: Path, *also: str) -> None:
     """Check that an inspection may be written to ``folder``: new, empty, a run's, or an earlier inspection's.
 
     Args:
-        folder: for the output.
         *also: further names by which it may be known.
 
     Raises:
@@ -96,10 +91,8 @@ def write_inspection(report: MemoryReport, folder: Path, title: str = "What the 
     """Write the numbers as JSON, the page, and every figure as PNG and SVG.
 
     Args:
-        report: what was found.
         folder: made if it is not there; gets ``inspection.json``, ``inspection.html``, ``nmi`` and, for each layer by
             its place among the memories, ``layer-N-labels`` and ``layer-N-picks``.
-        title: heading of the page.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -231,7 +231,6 @@ def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable
 
     Args:
         backbone: with as many labels as the run.
-        run: to load.
         exclude: modules of the head, which need not be as they were before training.
 
     Raises:

@@ -63,8 +63,6 @@ def load_corpus(
     ten; else the last tenth of each.
 
     Args:
-        config: of the run.
-        tokenizer: the model's.
         block_length: tokens of a block.
         begin: the token that each block begins with, if any.
         held_out: digests of the documents to hold out, of which those that are still there are.
@@ -107,8 +105,6 @@ def read_documents(
     """The documents in some files: a .txt file is one, each row of a table (.jsonl, .csv, .tsv, .parquet) is one.
 
     Args:
-        files: their paths.
-        text_column: of tables.
         delimiter: of CSV and TSV; None looks for it.
         encoding: None is UTF-8, or what a byte order mark says.
 
@@ -142,7 +138,6 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, required: bool | None = None
     """Id of the token that each block begins with: the tokenizer's begin-of-text token, or else its [CLS]; or None.
 
     Args:
-        tokenizer: the model's.
         required: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
             model was trained with it; GPT-2's and Qwen's put none, though they may name one.
 
@@ -180,7 +175,6 @@ def cut(tokens: Tensor, block_length: int, name: str, begin: int | None = None) 
     Args:
         tokens: (N,).
         block_length: T, with the token ``begin``.
-        name: of the text.
         begin: the token to begin each block with, if any.
 
     Returns:

@@ -46,7 +46,6 @@ def held_out_data(folder: Path, data_dir: str | None = None, *, run: dict[str, A
     """A run's data with the parts that it was not trained on; labels are the run's, notes say what has changed.
 
     Args:
-        folder: the run's.
         data_dir: where the task's files are, if they have moved since training.
         run: the content of its ``run.json``, if that was read already.
 

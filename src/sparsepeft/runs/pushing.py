@@ -42,7 +42,6 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a finished run: weights, card, results and settings, in which paths of this machine become names.
 
     Args:
-        folder: of the run.
         repo_id: ``user/name``, or ``name`` for the user whose token is set up; made if there is no such repository.
         private: make it private; one that exists stays as it is.
 

@@ -97,7 +97,6 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     """A file of plain text, or that with .gz, as it is.
 
     Args:
-        path: the file.
         encoding: a name that Python knows; None is UTF-8, or what a byte order mark says.
 
     Raises:

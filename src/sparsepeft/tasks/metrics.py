@@ -38,7 +38,6 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     """Scores for each label of a classification.
 
     Args:
-        spec: the task.
         logits: (N, C).
         labels: class indices, (N,); for a multi-label task ones and zeros, (N, C).
 

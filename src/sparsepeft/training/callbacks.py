@@ -60,7 +60,6 @@ class Announcer(TrainerCallback):
 
     Args:
         announce: is told.
-        config, data: of the run.
     """
 
     def __init__(self, announce: Callable[[RunPlan], None], config: RunConfig, data: RunData) -> None:

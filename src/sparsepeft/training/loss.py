@@ -95,7 +95,6 @@ def task_loss(
     """The loss that a run's options ask for, which :func:`check_loss` has seen; None where the model's own does.
 
     Args:
-        spec: the task.
         labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
         class_weights: as in :class:`sparsepeft.runs.config.RunConfig`; labels that are not named have weight 1.
         label_smoothing_factor: share of the target that is spread over all classes.

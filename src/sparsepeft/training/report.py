@@ -125,7 +125,6 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
     """What to compare a part's scores with.
 
     Args:
-        spec: the task.
         logits, labels: of the part that is scored, (N, C) and (N,) or (N, C).
         trained_on: the labels of the training examples.
 
