@@ -187,17 +187,14 @@ class MultiTaskEngine(Engine):
         self._tasks.remove(name)
 
     def _load(self, folder: Path) -> LoadedTask:
-        run = read_run(folder) if (folder / RUN).is_file() else None
-        if run is not None:
-            info_of_run(folder, run)  # a language model is refused by name
-        if run is None or self._is_routed(run):
+        if not (folder / RUN).is_file():
             return self._load_shared(folder)
-        return self._load_alone(folder, run)
-
-    def _is_routed(self, run: dict[str, Any]) -> bool:
-        """Whether the run's rows can share a batch with others: routers can if the backbone itself is sparse."""
+        run = read_run(folder)
+        info_of_run(folder, run)  # a language model is refused by name
         config = RunConfig(**run["config"])
-        return config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
+        # Routers can share a batch with others if the backbone itself is sparse.
+        is_routed = config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
+        return self._load_shared(folder) if is_routed else self._load_alone(folder, run)
 
     def _load_shared(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)

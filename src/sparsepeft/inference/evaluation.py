@@ -107,16 +107,12 @@ def evaluate(
         path = Path(test_file)
         file_format, digest = table.format_of(path), sha256(path)
         part = _rows(path, predictor, table, file_format)
-        notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
-        return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
+        notes = file_format.notes
+        if next(iter((run.get("data_fingerprints") or {}).values()), None) == digest:
+            notes += (f"{path.name} is the file that the run was trained on: its scores say nothing about new texts",)
+        return _evaluation(predictor, {"test": part}, notes, {path.name: digest})
     data = held_out_data(folder, data_dir, run=run)
     return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints)
-
-
-def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
-    is_trained_on = next(iter(trained.values()), None) == digest
-    note = f"{name} is the file that the run was trained on: its scores say nothing about new texts"
-    return (note,) if is_trained_on else ()
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:

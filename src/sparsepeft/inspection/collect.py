@@ -18,7 +18,7 @@ from torch import nn
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.labels import BatchLabels
 from sparsepeft.inspection.picks import Picks
-from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report
+from sparsepeft.inspection.report import MemoryReport, layer_report
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
 from sparsepeft.tuners.spartan import SpartanLayer
@@ -180,18 +180,16 @@ class _Watch:
             self.notes[_FORGOTTEN] = None
         if self.labels.note:
             self.notes[self.labels.note] = None
-        has_labels = self.labels.unit is not None
+        layers = []
+        for i, (found, picks) in enumerate(zip(self.memories, self.picks, strict=True)):
+            words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
+            layers.append(layer_report(found.index, found.name, picks, self.labels.names, words))
         return MemoryReport(
             adapter=str(self.model.active_adapter),
-            label_names=self.labels.names if has_labels else None,
-            layers=[self._layer_report(i, listing) for i in range(len(self.memories))],
+            label_names=self.labels.names if self.labels.unit is not None else None,
+            layers=layers,
             notes=tuple(self.notes),
         )
-
-    def _layer_report(self, i: int, listing: tuple[int, int, bool]) -> LayerReport:
-        memory, picks = self.memories[i], self.picks[i]
-        words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
-        return layer_report(memory.index, memory.name, picks, self.labels.names, words)
 
     def _run_batch(self, batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)

@@ -173,7 +173,7 @@ class RunConfig:
         usual = {"method": "lora", "text_column": "text"} if self.is_language_model else {"method": "spartan"}
         values |= {name: value for name, value in usual.items() if not values[name]}
         values |= {
-            "precision": short_precision(self.precision),
+            "precision": _SHORT_DTYPES.get(self.precision, self.precision),
             "report_to": read_trackers(self.report_to),
             "class_weights": read_class_weights(self.class_weights),
             "save_dtype": _read_save_dtype(self.save_dtype),
@@ -304,11 +304,6 @@ def require_fields(values: Mapping[str, Any]) -> None:
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config's values by the present names of its fields; files may have former ones."""
     return {_RENAMED.get(key, key): value for key, value in values.items()}
-
-
-def short_precision(name: str) -> str:
-    """``fp32`` for PyTorch's ``float32``, and so on; anything else as it is."""
-    return _SHORT_DTYPES.get(name, name)
 
 
 def read_trackers(values: Any) -> tuple[str, ...]:

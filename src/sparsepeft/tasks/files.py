@@ -186,13 +186,6 @@ def _parse(where: str, text: str, expected: str) -> Any:
         raise TaskError(f"{where}: not JSON ({error}); expected {expected}, correct it") from error
 
 
-def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
-    for number, values in enumerate(parquet_rows(path), start=1):
-        if number == 1:
-            _check_columns(path, list(values), required)
-        yield Row(number, values)
-
-
 def _check_columns(path: Path, columns: list[str], required: Collection[str]) -> None:
     missing = [name for name in required if name not in columns]
     if missing:
@@ -205,12 +198,8 @@ def _check_columns(path: Path, columns: list[str], required: Collection[str]) ->
         raise TaskError(f"{path}: column {', '.join(map(repr, twice))} occurs twice in the header; rename one of them")
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; a class of `datasets` (``ClassLabel``) is its name rather than its number.
-
-    Raises:
-        TaskError: no such file, or it is damaged.
-    """
+def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
+    """A class of `datasets` (``ClassLabel``) is its name rather than its number."""
     pa = require("pyarrow", "train", "A Parquet file")
     pq = require("pyarrow.parquet", "train", "A Parquet file")
     if not path.is_file():
@@ -219,9 +208,11 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             names = _class_names(file.schema_arrow.metadata or {})
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield {key: _named(value, names.get(key)) for key, value in row.items()}
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                if number == 1:
+                    _check_columns(path, list(row), required)
+                yield Row(number, {key: _named(value, names.get(key)) for key, value in row.items()})
     except (pa.ArrowException, OSError) as error:
         raise TaskError(f"{path} cannot be read as parquet ({error}); write it again") from error
 

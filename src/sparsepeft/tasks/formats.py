@@ -83,8 +83,9 @@ def find_format(
     else:
         known = known_encoding(encoding)
     if kind == "json":
-        return FileFormat(_json_kind(path, known), encoding=known, notes=tuple(notes))
-    if kind == "jsonl":
+        first = next((line.lstrip() for _, line in lines(path, known) if line.strip()), "")
+        kind = "json" if first.startswith("[") else "jsonl"  # as `datasets` writes it: one object per line
+    if kind in ("json", "jsonl"):
         return FileFormat(kind, encoding=known, notes=tuple(notes))
     chosen = _delimiter(path, kind, known, None if delimiter is None else read_delimiter(delimiter))
     is_quoted = True
@@ -135,12 +136,6 @@ def _kind(path: Path) -> str:
             "rename or convert the file"
         )
     return _KINDS[ending]
-
-
-def _json_kind(path: Path, encoding: str) -> str:
-    """Whether a .json file is a list of objects or, as `datasets` writes it, one object per line."""
-    first = next((line.lstrip() for _, line in lines(path, encoding) if line.strip()), "")
-    return "json" if first.startswith("[") else "jsonl"
 
 
 def _delimiter(path: Path, kind: str, encoding: str, chosen: str | None) -> str:

@@ -96,7 +96,15 @@ def find_glue_files(name: str, data_dir: Path) -> tuple[Path, Path, Path]:
     Raises:
         TaskError: one is missing.
     """
-    folder = _task_folder(data_dir, name, LAYOUTS[name].folder)
+    official = LAYOUTS[name].folder
+    if not data_dir.is_dir():
+        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {name}/ or {official}/ in it")
+    folder = next((folder for folder in (data_dir / name, data_dir / official) if folder.is_dir()), None)
+    if folder is None:
+        raise TaskError(
+            f"{data_dir} has neither {name}/ nor {official}/; put the task's files there, choose another data folder, "
+            "or give none (and unset SPARSEPEFT_DATA) to load from the hub"
+        )
     dev_names = ("dev_matched.tsv", "dev.tsv") if name == "mnli" else ("dev.tsv",)
     train_names = ("train.tsv", "msr_paraphrase_train.txt") if name == "mrpc" else ("train.tsv",)
     return folder, require_file(folder, train_names), require_file(folder, dev_names)
@@ -114,18 +122,6 @@ def size_notes(name: str, num_train: int, num_validation: int) -> tuple[str, ...
             "scores are not comparable to published ones"
         )
     return tuple(notes)
-
-
-def _task_folder(data_dir: Path, name: str, official: str) -> Path:
-    if not data_dir.is_dir():
-        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {name}/ or {official}/ in it")
-    for folder in (data_dir / name, data_dir / official):
-        if folder.is_dir():
-            return folder
-    raise TaskError(
-        f"{data_dir} has neither {name}/ nor {official}/; put the task's files there, choose another data folder, "
-        "or give none (and unset SPARSEPEFT_DATA) to load from the hub"
-    )
 
 
 def _read(

@@ -6,9 +6,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": _scorer(data.spec),
+            "compute_metrics": partial(_score, data.spec),
             "compute_loss_func": task_loss(
                 data.spec,
                 data.labels,
@@ -262,12 +263,9 @@ def logits_of(predictions: Any) -> np.ndarray:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
-def _scorer(spec: TaskSpec) -> Callable[[EvalPrediction], dict[str, float]]:
-    def score(output: EvalPrediction) -> dict[str, float]:
-        metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
-        return {**metrics, "score": metrics[spec.main_metric]}
-
-    return score
+def _score(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
+    metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+    return {**metrics, "score": metrics[spec.main_metric]}
 
 
 def _has_weights(folder: Path) -> bool:
