@@ -18,11 +18,7 @@ VALUES = TaskSpec("custom", ("text",), None, ("pearson", "spearman", "mae", "rms
 TAGS = TaskSpec(
     "custom", ("text",), tuple("abc"), ("micro_f1", "macro_f1", "subset_accuracy"), "micro_f1", 10, multi_label=True
 )
-MAIN = {
-    "cola": "matthews_correlation",
-    "mrpc": "accuracy_f1",
-    "stsb": "pearson_spearman",
-}
+MAIN = {"cola": "matthews_correlation", "mrpc": "accuracy_f1", "stsb": "pearson_spearman"}
 
 
 def logits(classes: list[int], num_labels: int) -> np.ndarray:

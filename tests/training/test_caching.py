@@ -202,8 +202,7 @@ class Losses(hf.TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [("bert", "spartan"), ("bert", "norms"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")],
+    ("name", "what"), [("bert", "spartan"), ("bert", "norms"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")]
 )
 def test_training_is_the_same_with_and_without(
     backbones: dict[str, Path], tmp_path: Path, name: str, what: str

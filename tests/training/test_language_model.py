@@ -20,15 +20,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.methods.language_models import perplexity
 from sparsepeft.methods.models import load_tokenizer
-from sparsepeft.runs.corpus import (
-    begin_token,
-    cut,
-    evenly_spaced,
-    join,
-    load_corpus,
-    num_predicted,
-    read_documents,
-)
+from sparsepeft.runs.corpus import begin_token, cut, evenly_spaced, join, load_corpus, num_predicted, read_documents
 from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, sparsify_language_model, train

@@ -55,9 +55,7 @@ def _lower(program: torch.export.ExportedProgram) -> bytes:
         with quiet():
             # Its check of operators knows none that move whole tensors, such as the memory's scatter.
             edge = to_edge_transform_and_lower(
-                program,
-                partitioner=[XnnpackPartitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                program, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
             )
             return edge.to_executorch().buffer
     except (RuntimeError, ValueError, TypeError, KeyError) as error:

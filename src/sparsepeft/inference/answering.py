@@ -49,10 +49,7 @@ class Row:
         """The prediction that logits (most labels,) of a batch's row stand for."""
         info = self.task.info
         return prediction(
-            logits[: info.num_outputs],
-            info.label_names,
-            multi_label=info.multi_label,
-            truncated=self.encoded.truncated,
+            logits[: info.num_outputs], info.label_names, multi_label=info.multi_label, truncated=self.encoded.truncated
         )
 
 

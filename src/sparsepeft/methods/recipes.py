@@ -86,9 +86,7 @@ _PAPER = {
 }
 _BEST = {
     "spartan": Recipe(
-        1e-3,
-        warmup_ratio=0.06,
-        adapter=_MEMORY | {"value_initializer_range": 0.02, "train_layer_norms": True},
+        1e-3, warmup_ratio=0.06, adapter=_MEMORY | {"value_initializer_range": 0.02, "train_layer_norms": True}
     ),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-2, warmup_ratio=0.06),
