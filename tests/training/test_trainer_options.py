@@ -98,18 +98,8 @@ def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path) -> None:
                 seen.setdefault(args.gradient_accumulation_steps, []).append(dict(logs or {}))
 
         options = {"batch_size": batch_size, "gradient_accumulation_steps": steps, "class_weights": "balanced"}
-        train(
-            run_config(
-                backbone,
-                tmp_path / str(steps),
-                few_shot=32,
-                max_steps=1,
-                seed=1,
-                **options,
-                gradient_checkpointing=steps == 2,
-            ),
-            callbacks=[Notes()],
-        )
+        options |= {"few_shot": 32, "max_steps": 1, "seed": 1, "gradient_checkpointing": steps == 2}
+        train(run_config(backbone, tmp_path / str(steps), **options), callbacks=[Notes()])
     one, two = seen[1][0], seen[2][0]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
