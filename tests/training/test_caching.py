@@ -40,10 +40,7 @@ UPPER = {
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three layers without dropout, so that training with and without the cache sees the same states."""
-    folder, no_dropout = (
-        tmp_path_factory.mktemp("backbones"),
-        dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0),
-    )
+    folder, no_dropout = tmp_path_factory.mktemp("backbones"), {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     llama = lambda **config: hf.LlamaModel(hf.LlamaConfig(**config))  # noqa: E731
     gpt2 = lambda **config: hf.GPT2Model(hf.GPT2Config(**config, **no_dropout))  # noqa: E731
     return {

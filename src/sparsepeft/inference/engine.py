@@ -184,7 +184,7 @@ class MultiTaskEngine(Engine):
         Raises:
             UserError: there is no such task.
         """
-        self._tasks.remove(name)
+        self._tasks.replace(name, lambda: None)
 
     def _load(self, folder: Path) -> LoadedTask:
         if not (folder / RUN).is_file():

@@ -25,8 +25,6 @@ from sparsepeft.tasks.formats import FileFormat
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
-
 
 @dataclass(frozen=True)
 class Evaluation(Mapping[str, dict[str, float]]):
@@ -99,7 +97,7 @@ def evaluate(
     folder, table = Path(folder), table or TableOptions()
     run = read_run(folder)
     if test_file is None and table != TableOptions():
-        raise UserError(_NO_FILE)
+        raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     if run["task"] == LM:
         return _evaluate_language_model(folder, run, model, test_file, table, device)
     predictor = Predictor(folder, model, batch_size, device)

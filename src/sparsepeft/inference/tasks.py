@@ -122,8 +122,8 @@ class TaskRegistry:
                 raise UserError(f"The task {name!r} is loaded already; call replace() to put another in its place.")
             self._put(name, load())
 
-    def replace(self, name: str, load: Callable[[], LoadedTask]) -> None:
-        """Load a task in place of one that is there.
+    def replace(self, name: str, load: Callable[[], LoadedTask | None]) -> None:
+        """Load a task in place of one that is there; None forgets that one.
 
         Raises:
             InputError: there is none.
@@ -131,16 +131,6 @@ class TaskRegistry:
         with self._changing:
             find_task(name, self._tasks)
             self._put(name, load())
-
-    def remove(self, name: str) -> None:
-        """Forget a task.
-
-        Raises:
-            InputError: there is none.
-        """
-        with self._changing:
-            find_task(name, self._tasks)
-            self._put(name, None)
 
     def _put(self, name: str, task: LoadedTask | None) -> None:
         with self._counting:

@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
 )
 
 from sparsepeft.errors import UserError
-from sparsepeft.methods.models import Model, TrainedRun, adapter_config, attach, attach_trained, not_loaded
+from sparsepeft.methods.models import (
+    Model,
+    TrainedRun,
+    adapter_config,
+    attach,
+    attach_trained,
+    load_model_config,
+    not_loaded,
+)
 from sparsepeft.methods.recipes import Recipe
 
 CALIBRATION_BLOCKS = 8
@@ -37,20 +44,16 @@ def load_language_model(
     Raises:
         UserError: there is no such model, or it is of another kind.
     """
+    config = load_model_config(model, "language model")
+    is_decoder = getattr(config, "is_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and is_decoder and not config.is_encoder_decoder
+    is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal and not config.is_encoder_decoder
+    if not is_causal and not (masked and is_masked):
+        expected = "a causal or masked language model" if masked else "a causal language model"
+        raise UserError(f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another.")
+    loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
     try:
-        config = AutoConfig.from_pretrained(model)
-        is_decoder = getattr(config, "is_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and is_decoder and not config.is_encoder_decoder
-        is_masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal and not config.is_encoder_decoder
-        if not is_causal and not (masked and is_masked):
-            expected = "a causal or masked language model" if masked else "a causal language model"
-            raise UserError(
-                f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another."
-            )
-        loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
         return loader.from_pretrained(model, dtype=dtype).eval(), is_causal
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("language model", model, error)) from error
 

@@ -120,8 +120,8 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     return backbone
 
 
-def load_model_config(model: str) -> PreTrainedConfig:
-    """A backbone's config, without its weights.
+def load_model_config(model: str, what: str = "model") -> PreTrainedConfig:
+    """A backbone's config, without its weights; errors call the backbone ``what``.
 
     Raises:
         UserError: there is no such model.
@@ -129,7 +129,7 @@ def load_model_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(not_loaded("model", model, error)) from error
+        raise UserError(not_loaded(what, model, error)) from error
 
 
 def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:

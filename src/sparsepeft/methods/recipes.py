@@ -17,13 +17,7 @@ METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "f
 RECIPES = ("best", "paper")
 # Those of transformers that need no further arguments.
 SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
 )
 
 

@@ -33,17 +33,8 @@ DATA_FIELDS = ("data_dir", *FileOptions.__annotations__)  # of labelled data, as
 _SHARED_DATA_FIELDS = ("text_column", "delimiter", "encoding")
 LABELLED_FIELDS = (
     *(name for name in DATA_FIELDS if name not in _SHARED_DATA_FIELDS),
-    "max_train_samples",
-    "few_shot",
-    "score_on",
-    "label_smoothing_factor",
-    "class_weights",
-    "eval_steps",
-    "early_stopping_patience",
-    "max_length",
-    "save_dtype",
-    "cache_frozen_layers",
-    "compile",
+    *("max_train_samples", "few_shot", "score_on", "label_smoothing_factor", "class_weights", "eval_steps"),
+    *("early_stopping_patience", "max_length", "save_dtype", "cache_frozen_layers", "compile"),
 )
 TEXT_FIELDS = ("text", "validation_text", "block_length", "bos_token")
 _WHOLE = ("max_steps", "max_train_samples", "few_shot", "batch_size", "max_length", "eval_steps")
