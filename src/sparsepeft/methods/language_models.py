@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from peft import TaskType
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,13 +18,10 @@ from sparsepeft.errors import UserError
 from sparsepeft.methods.models import (
     Model,
     TrainedRun,
-    adapter_config,
-    attach,
     attach_trained,
     load_model_config,
     not_loaded,
 )
-from sparsepeft.methods.recipes import Recipe
 
 CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,12 +52,6 @@ def load_language_model(
         return loader.from_pretrained(model, dtype=dtype).eval(), is_causal
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("language model", model, error)) from error
-
-
-def add_adapter(model: PreTrainedModel, method: str, recipe: Recipe) -> Model:
-    """The model with the method's adapter; as it is for full fine-tuning."""
-    config = adapter_config(method, recipe.adapter, task_type=TaskType.CAUSAL_LM)
-    return model if config is None else attach(model, config, method)
 
 
 def load_trained_language_model(run: TrainedRun, dtype: torch.dtype = torch.float32) -> Model:

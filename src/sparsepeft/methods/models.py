@@ -165,12 +165,15 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
-    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it."""
-    config = adapter_config(method, settings, spec)
+def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec | None, settings: dict[str, Any]) -> Model:
+    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it.
+
+    A language model has no ``spec``, and its adapter no head.
+    """
+    config = adapter_config(method, settings, spec, TaskType.CAUSAL_LM if spec is None else TaskType.SEQ_CLS)
     if config is None:
         return backbone
-    if isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
+    if spec is not None and isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
         # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
         config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
     return attach(backbone, config, method)
@@ -237,7 +240,15 @@ def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
     with loading_adapter(run.folder):
-        check_backbone(backbone, run.backbone_fingerprint, exclude)
+        try:
+            if run.backbone_fingerprint is not None:
+                place = str(backbone.name_or_path)
+                check_fingerprint(run.backbone_fingerprint, backbone, exclude, "of its training", place)
+        except ValueError as error:
+            raise UserError(
+                f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights "
+                "differ; pass the right one."
+            ) from error
         load = load_sparse if run.is_sparse else PeftModel.from_pretrained
         return load(backbone, str(run.folder)).eval()
 
@@ -248,24 +259,6 @@ def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
     if config is None or issubclass(config, TaskAdapterConfig):
         return {}
     return {"backbone_fingerprint": fingerprint(backbone)}
-
-
-def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None, exclude: Iterable[str] = ()) -> None:
-    """See that a dense backbone is the one that a run was trained on, as far as the run says.
-
-    Modules named in ``exclude`` are not compared.
-
-    Raises:
-        UserError: it is another.
-    """
-    try:
-        if expected is not None:
-            check_fingerprint(expected, backbone, exclude, "of its training", str(backbone.name_or_path))
-    except ValueError as error:
-        raise UserError(
-            f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "
-            "pass the right one."
-        ) from error
 
 
 def to_accelerator(model: torch.nn.Module, device: str | None = None) -> None:

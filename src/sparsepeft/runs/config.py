@@ -167,8 +167,11 @@ class RunConfig:
             "precision": _SHORT_DTYPES.get(self.precision, self.precision),
             "report_to": read_trackers(self.report_to),
             "class_weights": read_class_weights(self.class_weights),
-            "save_dtype": _read_save_dtype(self.save_dtype),
         }
+        if self.save_dtype is not None:
+            from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
+
+            values["save_dtype"] = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
         vars(self).update(values)
         self._check_values()
         self._check_combinations()
@@ -336,14 +339,6 @@ def read_class_weights(value: Any) -> str | dict[str, float] | None:
     if not weights or not is_valid or len(weights) < len(pairs):
         raise UserError(f"`class_weights={value}` was given; {_WEIGHTS_FORM}.")
     return weights
-
-
-def _read_save_dtype(value: str | None) -> str | None:
-    if value is None:
-        return None
-    from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
-
-    return dtype_name("save_dtype", value, SAVE_DTYPES)
 
 
 def _plain_fields(config: RunConfig) -> dict[str, Any]:

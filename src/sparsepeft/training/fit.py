@@ -77,13 +77,7 @@ def fit(
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
             "compute_metrics": partial(_score, data.spec),
-            "compute_loss_func": task_loss(
-                data.spec,
-                data.labels,
-                config.class_weights,
-                config.label_smoothing_factor,
-                config.gradient_accumulation_steps,
-            ),
+            "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
         rows = [{"input_ids": block, "labels": block} for block in rows]
