@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.ops import sparse_attention_triton_cases as cases
 from tests.ops.sparse_attention_cases import CASES, make_inputs
-from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
+from tests.ops.triton_aot import assert_assembles, interpreted, needs_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepeft.ops import explain, sparse_attention
@@ -23,15 +23,10 @@ INTERPRETED = [
     "several tiles",
     "grouped heads",
     "a row wholly masked",
-    "scattered mask",
     "window and padding",
     "positions outside",
-    "positions before all keys",
     "one token",
-    "one key kept",
-    "more than all keys",
     "values of another size",
-    "odd heads",
     "narrow heads",
     "softcap",
 ]
@@ -99,9 +94,8 @@ KERNELS = [
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_assembles_without_spills(capability: int) -> None:
-    kernels = assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, capability=capability)
+def test_assembles_without_spills() -> None:
+    kernels = assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, capability=90)
     assert [kernel.name for kernel in kernels] == KERNELS
 
 
@@ -117,10 +111,8 @@ def test_assembles_where_every_size_is_one() -> None:
 @pytest.mark.parametrize(
     ("case", "capability"),
     [
-        ((64, 8, torch.float32, 0.0), 80),
         ((64, 8, torch.float32, 30.0), 90),
         ((128, 16, torch.bfloat16, 30.0), 80),
-        ((128, 16, torch.bfloat16, 0.0), 90),
         ((80, 10, torch.float16, 0.0), 80),
     ],
     ids=str,
