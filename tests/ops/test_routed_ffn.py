@@ -7,7 +7,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.routed_ffn_cases import FORMS, Case, Form, Sizes, assert_all_close, call, make_case, products, run
+from tests.ops.routed_ffn_cases import (
+    FORMS,
+    Case,
+    Form,
+    Sizes,
+    assert_all_close,
+    call,
+    check_half,
+    make_case,
+    products,
+    run,
+)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -73,20 +84,7 @@ def test_half_precision_is_as_close_to_float32_as_the_reference(form: Form, acti
         case = make_case(form, SIZES["several of many"], torch.float32)
         if activation == "relu":
             make_inner_products_exact(case)  # a rounding to the other side of ReLU's kink is no error
-        case = case.to(dtype)
-        tensors = case.tensors
-        routing = route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
-        options = {"activation": activation, "blocks": routing.blocks}  # a rounded logit must not change the choice
-        exact = run(case.to(torch.float32), impl="reference", **options)
-        reference = run(case, impl="reference", **options)
-        for impl in FAST:
-            actual = run(case, impl=impl, **options)
-            for name, value in exact.items():
-                assert actual[name].dtype == dtype
-                error, allowed = ((r[name].float() - value).abs().max() for r in (actual, reference))
-                # Twice the plain code's error, or, where the plain code is lucky, four roundings of the largest entry:
-                # of what enters the activation, of the activation, and of their gradients.
-                assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), (name, impl)
+        check_half(case, dtype, dict.fromkeys(FAST, "reference"), activation)
 
 
 def test_biases_sum_the_gradients_of_their_tokens_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +148,10 @@ def check_gradients(case: Case, fast: bool = False, **options: object) -> None:
     assert torch.autograd.gradcheck(function, [leaves[name] for name in names], fast_mode=fast)
 
 
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: bool) -> None:
-    for impl in ALL:
-        check_router_gradient(gated, frozen, impl)
-
-
-def check_router_gradient(gated: bool, frozen: bool, impl: str) -> None:
+def test_router_gradient_is_the_agreement_with_each_block(gated: bool, frozen: bool, impl: str) -> None:
     hidden, block, num_blocks, active, tokens = 6, 4, 5, 3, 9
     inner = block * num_blocks
     x, grad_output = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
@@ -290,7 +284,8 @@ def test_any_layout_of_x(impl: str) -> None:
 )
 def test_autocast_computes_in_its_dtype(impl: str, trained: bool) -> None:
     case = make_case(Form(True, True, trained, True), Sizes(20, 8, 8, 4, 2), torch.float32)
-    blocks = call_blocks(case)
+    x, weight, bias = (case.tensors[name] for name in ("x", "router.weight", "router.bias"))
+    blocks = route(x, weight, bias, num_active=case.sizes.active).blocks
     half = run(case.to(torch.bfloat16), activation="silu", impl=impl, blocks=blocks)
     leaves = {name: t.clone().requires_grad_(case.trains(name)) for name, t in case.tensors.items()}
     generator = torch.Generator().manual_seed(1)
@@ -306,11 +301,6 @@ def test_autocast_computes_in_its_dtype(impl: str, trained: bool) -> None:
             expected = half[name].float()
             # Autocast's gradients of float32 tensors are not rounded to bfloat16, the others are.
             torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=2**-7 * expected.abs().max().item())
-
-
-def call_blocks(case: Case) -> Tensor:
-    tensors = case.tensors
-    return route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active).blocks
 
 
 def test_float32_updates_on_half_precision_weights() -> None:

@@ -206,7 +206,7 @@ def test_offloaded_weights(folders, where: str, tmp_path) -> None:
         assert torch.equal(run(loaded, INPUTS), bare)
     assert any(p.device.type == "meta" for p in loaded.parameters())
     whole = PeftModel.from_pretrained(hf.BertForSequenceClassification.from_pretrained(backbone), task)
-    assert torch.equal(run(_offload(whole, where, tmp_path), INPUTS), expected)
+    assert torch.equal(run(_offload(whole, where, tmp_path / "whole"), INPUTS), expected)
 
 
 def test_an_offloaded_backbone_is_still_recognised(folders, tmp_path) -> None:
