@@ -143,31 +143,6 @@ def test_every_tensor_arrives_in_its_place(name: str, style: str, tmp_path: Path
     torch.testing.assert_close(run(again, inputs), adapted, rtol=0, atol=0)
 
 
-def test_formula_of_a_loaded_pfeiffer_adapter(tmp_path: Path) -> None:
-    """The last layer by hand: LN(h + x + A(LN(h + x))) with the file's tensors."""
-    folder = bert_folder(tmp_path)
-    tensors = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
-    backbone = build("bert")
-    seen = {}
-    norm = backbone.bert.encoder.layer[L - 1].output.LayerNorm
-    handle = norm.register_forward_pre_hook(lambda module, args: seen.setdefault("sum", args[0]))
-    model = load_adapterhub(backbone, folder).eval()
-    with torch.no_grad():
-        states = model(**ARCHITECTURES["bert"].inputs(), output_hidden_states=True).hidden_states[-1]
-        handle.remove()
-        # Not through __call__, in whose hook the adapter acts.
-        prefix = f"bert.encoder.layer.{L - 1}.output.adapters.sst."
-        down = torch.nn.functional.linear(
-            norm.forward(seen["sum"]),
-            tensors[f"{prefix}adapter_down.0.weight"],
-            tensors[f"{prefix}adapter_down.0.bias"],
-        )
-        up = torch.nn.functional.linear(
-            down.relu(), tensors[f"{prefix}adapter_up.weight"], tensors[f"{prefix}adapter_up.bias"]
-        )
-        torch.testing.assert_close(states, norm.forward(seen["sum"] + up), rtol=1e-5, atol=1e-5)  # float32 rounding
-
-
 @pytest.mark.parametrize("saved_prefix", ["bert.", ""])
 def test_saved_with_and_without_a_head_around_the_backbone(saved_prefix: str, tmp_path: Path) -> None:
     layers = [saved_prefix + name.removeprefix("bert.") for name in PEERS["bert"][0]]
@@ -212,27 +187,25 @@ def test_settings_are_read_from_the_config(change: dict, version: Any, expected:
     assert {name: getattr(model.peft_config["film"], name) for name in expected} == expected
 
 
-def test_layers_left_out(tmp_path: Path) -> None:
-    layers = [name for index, name in enumerate(PEERS["bert"][0]) if index != 1]
-    tensors = adapter_tensors(layers, BERT_PLACES[1:])
-    folder = write_adapter(tmp_path / "peer", tensors, SEQ_BN | {"leave_out": [1]})
-    model = load_adapterhub(build("bert"), folder)
-    assert model.peft_config["default"].layers_to_transform == [0, 2]
-    check_values(model, tensors)
-
-
-@pytest.mark.parametrize("left_out", [[0, 1, 2], [1, 4], [0, 5]], ids=["encoder", "same in both", "different"])
-def test_layers_left_out_of_an_encoder_decoder_are_counted_through(left_out: list[int], tmp_path: Path) -> None:
-    all_layers, places = PEERS["bart"]
-    layers = [name for index, name in enumerate(all_layers) if index not in left_out]
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("bert", [1]), ("bart", [0, 1, 2]), ("bart", [1, 4]), ("bart", [0, 5])],
+    ids=["one stack", "encoder", "same in both", "different"],
+)
+def test_layers_left_out_of_an_encoder_decoder_are_counted_through(
+    name: str, left_out: list[int], tmp_path: Path
+) -> None:
+    all_layers, places = PEERS[name]
+    layers = [layer for index, layer in enumerate(all_layers) if index not in left_out]
     tensors = adapter_tensors(layers, places[1:])
-    config = SEQ_BN | {"leave_out": left_out}
-    folder = write_adapter(tmp_path / "peer", tensors, config, model_type="bart")
-    model = load_adapterhub(build("bart"), folder).eval()
+    folder = write_adapter(tmp_path / "peer", tensors, SEQ_BN | {"leave_out": left_out}, model_type=name)
+    model = load_adapterhub(build(name), folder).eval()
     check_values(model, tensors)
-    inputs = ARCHITECTURES["bart"].inputs()
+    if left_out in ([1], [1, 4]):
+        assert model.peft_config["default"].layers_to_transform == [0, 2]
     model.save_pretrained(str(tmp_path / "ours"))
-    again = PeftModel.from_pretrained(build("bart"), str(tmp_path / "ours")).eval()
+    again = PeftModel.from_pretrained(build(name), str(tmp_path / "ours")).eval()
+    inputs = ARCHITECTURES[name].inputs()
     torch.testing.assert_close(run(again, inputs), run(model, inputs), rtol=0, atol=0)
 
 
@@ -377,11 +350,6 @@ def test_models_where_adapters_computes_something_else(model_type: str, tmp_path
         load_adapterhub(backbone, folder)
 
 
-def test_leaving_out_all_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leaves no layer"):
-        load_adapterhub(build("bert"), bert_folder(tmp_path, SEQ_BN | {"leave_out": [0, 1, 2]}))
-
-
 def torch_saved(value: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
@@ -419,10 +387,17 @@ def test_folder_of_several_adapters_names_them(tmp_path: Path) -> None:
         load_adapterhub(build("bert"), tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("model_type", "roberta"), ("hidden_size", 768)])
-def test_another_backbone_is_refused(key: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"of {key} {value!r}, but BertForSequenceClassification has"):
-        load_adapterhub(build("bert"), bert_folder(tmp_path, **{key: value}))
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"model_type": "roberta"}, "of model_type 'roberta', but BertForSequenceClassification has"),
+        ({"hidden_size": 768}, "of hidden_size 768, but BertForSequenceClassification has"),
+        ({"config": SEQ_BN | {"leave_out": [0, 1, 2]}}, "leaves no layer"),
+    ],
+)
+def test_another_backbone_and_no_layer_are_refused(saved: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        load_adapterhub(build("bert"), bert_folder(tmp_path, **saved))
 
 
 UP_BIAS = f"{PEERS['bert'][0][1]}.output.adapters.sst.adapter_up.bias"

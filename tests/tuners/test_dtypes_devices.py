@@ -34,23 +34,23 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from sparsepeft import SpartanConfig
 
 INPUTS = ARCHITECTURES["bert"].inputs()
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-@HALF
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "mixtral", "t5"])
 def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch.dtype, tmp_path) -> None:
     inputs = cast(ARCHITECTURES[name].inputs(), dtype)
     expected = run(build(name).to(dtype), inputs)
-    model = adapted(build(name).to(dtype), random=False)
+    model = adapted(build(name).to(dtype), random=False, train_layer_norms=name == "bert")
+    assert any("LayerNorm.modules_to_save.default" in n for n, _ in model.named_parameters()) == (name == "bert")
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".default." in n)
     assert all(
         p.dtype == dtype for n, p in model.named_parameters() if ".default." not in n and p.dtype != torch.float32
     )
     fresh = run(model, inputs)
     assert fresh.dtype == expected.dtype
-    if ARCHITECTURES[name].has_head:  # its head computes in float32: same weights, finer products
-        torch.testing.assert_close(fresh, expected, rtol=2e-2, atol=2e-2)
+    if ARCHITECTURES[name].has_head:  # head and norms compute in float32: same weights, finer products
+        torch.testing.assert_close(fresh, expected, rtol=3e-2, atol=3e-2)
     else:
         assert torch.equal(fresh, expected)
     with model.disable_adapter():
@@ -66,18 +66,6 @@ def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch
     loaded = PeftModel.from_pretrained(build(name).to(dtype), tmp_path)
     assert torch.equal(run(loaded, inputs), run(model, inputs))
     assert all(p.dtype == torch.float32 for n, p in loaded.named_parameters() if ".default." in n)
-
-
-@HALF
-def test_layer_norms_train_in_float32_on_a_half_precision_backbone(dtype: torch.dtype) -> None:
-    expected = run(build("bert").to(dtype), INPUTS)
-    model = adapted(build("bert").to(dtype), train_layer_norms=True, random=False)
-    norms = [p for n, p in model.named_parameters() if "LayerNorm.modules_to_save" in n]
-    assert norms
-    assert all(p.dtype == torch.float32 for p in norms)
-    torch.testing.assert_close(run(model, INPUTS), expected, rtol=3e-2, atol=3e-2)
-    with model.disable_adapter():
-        assert torch.equal(run(model, INPUTS), expected)
 
 
 def test_the_memory_may_be_kept_in_the_backbones_dtype() -> None:

@@ -165,9 +165,7 @@ def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> Non
     check_fingerprint(found, model(0.0), (), "a", "a")
     with pytest.raises(ValueError, match="other values"):
         check_fingerprint(found, model(1.0), (), "a", "b")
-
-
-def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
+    # Of smaller tensors fingerprints are those of saved adapters.
     module = torch.nn.Linear(1000, 100, bias=False)
     module.weight.data = torch.arange(100_000.0).reshape(100, 1000)
     values = fingerprint(module)["tensors"]["weight"]["values"]

@@ -36,7 +36,6 @@ from tests.models import (
 )
 
 from sparsepeft import HeadConfig, SpartanConfig
-from sparsepeft.tuners.spartan import SpartanLayer
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 TASK_METHODS = METHODS | {"head": HeadConfig}
@@ -86,15 +85,17 @@ def test_the_status_of_model_and_layers_names_the_type(method: str) -> None:
 
 
 def test_memories_of_different_sizes_take_turns_on_one_backbone() -> None:
+    sizes = {"small": SMALL, "large": {"num_parents": 12, "num_children": 4, "top_k": 7}, "one": {"num_parents": 3}}
+    sizes["one"] |= {"num_children": 1, "top_k": 2, "layers_to_transform": 1}
     model = adapted("bert", "small")
-    add(model, "large", num_parents=12, num_children=4, top_k=7)
-    add(model, "partial", num_parents=3, num_children=1, top_k=2, layers_to_transform=[1])
-    alone = answers(model, INPUTS, "small", "large", "partial")
-    for adapter, sizes in {"small": SMALL, "large": {"num_parents": 12, "num_children": 4, "top_k": 7}}.items():
-        assert torch.equal(run(adapted("bert", adapter, **sizes), INPUTS), alone[adapter])
+    for adapter in ("large", "one"):
+        add(model, adapter, **sizes[adapter])
+    alone = answers(model, INPUTS, *sizes)
+    for adapter, values in sizes.items():
+        assert torch.equal(run(adapted("bert", adapter, **values), INPUTS), alone[adapter])
     assert len({tuple(answer.flatten().tolist()) for answer in alone.values()}) == 4  # with the bare backbone's
-    add(model, "one", layers_to_transform=1)  # counts the layers that it extends
-    assert model.base_model.parameter_formula("small")[1] == 3 * model.base_model.parameter_formula("one")[1]
+    counts = {adapter: model.base_model.parameter_formula(adapter)[1] for adapter in sizes}  # of layers it extends
+    assert counts == {"small": 6 * 5 * 32 * 3, "large": 12 * 9 * 32 * 3, "one": 3 * 3 * 32}
 
 
 @pytest.mark.parametrize("active", ["one", "two"])
@@ -175,6 +176,11 @@ def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_co
     add(model, "next", num_labels=3)
     model.set_adapter("next")
     assert run(model, INPUTS).shape == (3, 3)
+    with warnings.catch_warnings():  # nor does PEFT complain after unload
+        warnings.simplefilter("error", UserWarning)
+        again = get_peft_model(model.unload(), SpartanConfig(**SMALL)).eval()
+    randomize(again)
+    assert torch.equal(run(again, INPUTS), run(adapted("bert"), INPUTS))
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
@@ -218,15 +224,6 @@ def test_another_adapters_config_can_be_used_again(method: str) -> None:
     assert len(adapter_parameters(model, "two")) == len(adapter_parameters(model, "one"))
 
 
-def test_after_unload_the_backbone_takes_a_new_adapter_without_complaint() -> None:
-    backbone = adapted("bert", train_layer_norms=True).unload()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        again = get_peft_model(backbone, SpartanConfig(**SMALL))
-    randomize(again)
-    assert torch.equal(run(again.eval(), INPUTS), run(adapted("bert"), INPUTS))
-
-
 def test_a_config_can_be_used_for_several_models() -> None:
     config = SpartanConfig(**SMALL)
     before = copy.deepcopy(config.to_dict())
@@ -263,6 +260,13 @@ def test_copies_are_independent_and_the_whole_model_can_be_pickled(method: str, 
     assert loaded.config.num_labels == 3
 
 
+def test_a_wrapped_layer_looks_like_the_layer() -> None:
+    layer = task_layers(adapted("gemma"))[0]
+    assert layer.self_attn is layer.base_layer.self_attn
+    with pytest.raises(AttributeError):
+        _ = layer.no_such_attribute
+
+
 def test_a_pipeline_uses_the_active_adapters_labels() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -276,14 +280,6 @@ def test_a_pipeline_uses_the_active_adapters_labels() -> None:
     assert {entry["label"] for entry in classify("a b", top_k=None)} == {"sad", "glad", "calm"}
     model.set_adapter("topics")
     assert {entry["label"] for entry in classify("a b", top_k=None)} == {"news", "sport"}
-
-
-def test_a_wrapped_layer_looks_like_the_layer() -> None:
-    model = adapted("gemma")
-    layer = next(module for module in model.modules() if isinstance(module, SpartanLayer))
-    assert layer.self_attn is layer.base_layer.self_attn
-    with pytest.raises(AttributeError):
-        _ = layer.no_such_attribute
 
 
 def test_top_k_of_one_warns_and_gives_parents_no_gradient() -> None:
