@@ -28,7 +28,7 @@ def command(
         Path | None, typer.Option(metavar="FILE", help='A prompt a line: plain text, or JSON with "prompt".')
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Add at most so many tokens. [default: 100, or what fits]")
+        int | None, typer.Option(help="Add at most so many tokens. [default: 100, or what fits]")
     ] = None,
     stop_strings: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
@@ -37,29 +37,26 @@ def command(
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Draw tokens. [default: the most likely]", rich_help_panel=_DRAWING)
     ] = False,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="X", help="[default: the model's]", rich_help_panel=_DRAWING)
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="[default: the model's]", rich_help_panel=_DRAWING)] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            metavar="X",
             help="Of the most likely with this probability. [default: the model's]",
             rich_help_panel=_DRAWING,
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Of so many; 0 is all. [default: the model's, or 50]", rich_help_panel=_DRAWING),
+        typer.Option(help="Of so many; 0 is all. [default: the model's, or 50]", rich_help_panel=_DRAWING),
     ] = None,
     num_return_sequences: Annotated[
-        int, typer.Option(metavar="N", help="Continuations of each prompt.", rich_help_panel=_DRAWING)
+        int, typer.Option(help="Continuations of each prompt.", rich_help_panel=_DRAWING)
     ] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="What is drawn.", rich_help_panel=_DRAWING)] = 42,
+    seed: Annotated[int, typer.Option(help="What is drawn.", rich_help_panel=_DRAWING)] = 42,
     model: options.TrainedModel = None,
     device: options.Device = None,
     dtype: Annotated[str, options.dtype("--dtype", "Of the weights: fp32, bf16 or fp16.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts continued together.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help='A JSON line for each continuation: "prompt", "generated_text".')
     ] = False,

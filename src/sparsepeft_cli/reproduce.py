@@ -32,14 +32,10 @@ _TITLES = {
 Tasks = Annotated[list[str] | None, options.names("--tasks", "Some tasks", "the nine of GLUE")]
 Methods = Annotated[list[str] | None, options.names("--methods", "Some methods", "full, pfeiffer, houlsby, spartan")]
 Seeds = Annotated[list[str] | None, options.numbers("--seeds", "Seeds", "42, 43, 44")]
-MaxTrainSamples = Annotated[
-    int | None, typer.Option(metavar="N", help="Use at most this many training examples (table 1).")
-]
-MaxEpochs = Annotated[float | None, typer.Option(metavar="X", help="Train for at most this many epochs (table 1).")]
-MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Train for this many steps. [default: the protocol's]")]
-FewShot = Annotated[
-    int | None, typer.Option(metavar="N", help="Training examples per task (tables 2, 3). [default: 200]")
-]
+MaxTrainSamples = Annotated[int | None, typer.Option(help="Use at most this many training examples (table 1).")]
+MaxEpochs = Annotated[float | None, typer.Option(help="Train for at most this many epochs (table 1).")]
+MaxSteps = Annotated[int | None, typer.Option(help="Train for this many steps. [default: the protocol's]")]
+FewShot = Annotated[int | None, typer.Option(help="Training examples per task (tables 2, 3). [default: 200]")]
 Settings = Annotated[list[str] | None, options.settings("Another value of every run, such as max_length=128")]
 OutputDir = Annotated[Path | None, options.output_dir("Folder of the results. [default: outputs/reproduce/PROTOCOL]")]
 DryRun = Annotated[

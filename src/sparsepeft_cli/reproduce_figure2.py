@@ -16,15 +16,13 @@ def command(
     output_dir: Annotated[Path, options.output_dir("Folder for the run, the figure and the page.")] = Path(
         "outputs/reproduce/figure2"
     ),
-    epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training part.")] = 10,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Parents kept per position; the paper does not give it.")
-    ] = 2,
+    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="Parents kept per position; the paper does not give it.")] = 2,
     anneal: Annotated[
         bool,
         typer.Option("--anneal/--no-anneal", help="Let K fall from 5 to --top-k over the first half of the training."),
     ] = True,
-    max_length: Annotated[int | None, typer.Option(metavar="N", help="Cut texts to this many tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
     precision: options.Precision = "fp32",
     seed: options.Seed = 42,
     recipe: options.Recipe = "paper",

@@ -22,7 +22,7 @@ def command(
     text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text, in files with rows.")] = "text",
     block_length: Annotated[
         int | None,
-        typer.Option(metavar="N", min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]"),
+        typer.Option(min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]"),
     ] = None,
     bos_token: Annotated[
         bool | None,

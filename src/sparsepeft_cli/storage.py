@@ -16,8 +16,8 @@ def command(
         str,
         typer.Option(metavar="MODEL", help="Hub id, local folder, minilm, or roberta-base (known without a hub)."),
     ] = "minilm",
-    num_tasks: Annotated[int, typer.Option(metavar="N", min=1, help="Tasks on the device.")] = 9,
-    num_labels: Annotated[int, typer.Option(metavar="N", min=1, help="Labels of each task.")] = 2,
+    num_tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
+    num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
     dtype: Annotated[str, options.dtype("--dtype", "Of all weights: fp32, bf16 or fp16.")] = "fp32",
     save_dtype: Annotated[
         str | None,
@@ -29,13 +29,13 @@ def command(
     head_type: Annotated[
         str, typer.Option(metavar="TYPE", help="Head of SPARTAN and adapters: model or linear.")
     ] = "model",
-    num_parents: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's P.")] = 16,
-    num_children: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's C.")] = 3,
+    num_parents: Annotated[int, typer.Option(min=1, help="SPARTAN's P.")] = 16,
+    num_children: Annotated[int, typer.Option(min=1, help="SPARTAN's C.")] = 3,
     train_layer_norms: Annotated[
         bool, typer.Option("--train-layer-norms", help="SPARTAN's tasks have norms of their own (recipe best).")
     ] = False,
-    reduction_factor: Annotated[int, typer.Option(metavar="N", min=1, help="Of the adapters' bottlenecks.")] = 12,
-    lora_rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 8,
+    reduction_factor: Annotated[int, typer.Option(min=1, help="Of the adapters' bottlenecks.")] = 12,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
     json: options.Json = False,
 ) -> None:
     """What a device stores for many tasks on one backbone, method by method. Needs no weights.

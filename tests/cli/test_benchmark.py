@@ -95,7 +95,7 @@ def test_every_benchmark_is_listed_and_says_what_it_measures() -> None:
         assert name in listed
         shown = sparsepeft("benchmark", name, "--help").stdout
         for parameter in benchmark.parameters:
-            assert f"--{parameter.name.replace('_', '-')}" in shown
+            assert parameter.option in shown
             assert parameter.help.split()[0] in shown
 
 

@@ -23,10 +23,11 @@ import torch
 
 from sparsepeft.inference.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.exported import export_system
-from sparsepeft_research.benchmarks.inference.systems import BACKBONE, ONNX, load_model
+from sparsepeft_research.benchmarks.inference.systems import load_model
 from sparsepeft_research.benchmarks.inference.workloads import prepare_model
 from sparsepeft_research.benchmarks.measuring import as_dicts, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.benchmarks.settings import BACKBONE, ONNX, shape
 
 LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
 EXPORTED = ("float32", "int8")
@@ -51,10 +52,10 @@ def run(*, model: str, shapes: str, repeats: int, idle_wait: float, seed: int, p
                 for precision, file in (("float32", "float32"), ("bfloat16", "float32"), ("int8", "int8"))
             }
         names = [one.name for one in onnx.load(str(files["float32"])).graph.input]
-        for shape in shapes.split(","):
-            progress(shape)
-            inputs = _inputs(shape, names, backbone.architecture["vocab_size"], seed)
-            results.append(_measure(shape, inputs, candidates, repeats, idle_wait))
+        for name in shapes.split(","):
+            progress(name)
+            inputs = _inputs(name, names, backbone.architecture["vocab_size"], seed)
+            results.append(_measure(name, inputs, candidates, repeats, idle_wait))
     return {
         "results": results,
         "settings": {"model": backbone.name},
@@ -81,8 +82,8 @@ def _measure(
     }
 
 
-def _inputs(shape: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
-    size = tuple(int(number) for number in shape.split("x"))
+def _inputs(name: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
+    size = shape(name)
     generator = np.random.default_rng(seed)
     values = {
         "input_ids": generator.integers(10, vocab_size // 2, size),

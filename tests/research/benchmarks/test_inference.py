@@ -311,7 +311,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
         ({"shapes": ((0, 8),)}, "at least 1"),
         ({"repeats": 1}, "repeats=1"),
         ({"starts": 0}, "starts=0"),
-        ({"max_inputs": 0}, "max_inputs=0"),
+        ({"max_inputs": -1}, "max_inputs=-1"),
         ({"mixed": True, "workload": "tasks"}, "fixed"),
         ({"mixed": True, "precisions": ("onnx-float32",)}, "float32 or bfloat16"),
         ({"peers_python": Path("nowhere/python")}, "nowhere"),

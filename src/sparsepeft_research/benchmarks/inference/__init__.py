@@ -2,9 +2,8 @@
 
 from sparsepeft_research.benchmarks.inference.report import device_throughput, factors
 from sparsepeft_research.benchmarks.inference.session import run
-from sparsepeft_research.benchmarks.inference.settings import WORKLOADS, InferenceBenchmark
-from sparsepeft_research.benchmarks.inference.systems import PRECISIONS, SYSTEMS
 from sparsepeft_research.benchmarks.inference.workloads import architecture
+from sparsepeft_research.benchmarks.settings import PRECISIONS, SYSTEMS, WORKLOADS, InferenceBenchmark
 
 __all__ = [
     "PRECISIONS",

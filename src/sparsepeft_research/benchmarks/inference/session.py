@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -18,16 +18,7 @@ from sparsepeft.methods.recipes import get_recipe
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.groups import Candidate, Group, Grouping
 from sparsepeft_research.benchmarks.inference.report import Measured, describe
-from sparsepeft_research.benchmarks.inference.settings import InferenceBenchmark
-from sparsepeft_research.benchmarks.inference.systems import (
-    ENGINE,
-    ENGINE_UPPER,
-    LOADING,
-    MATRIX_PRODUCT,
-    PEERS,
-    export_format,
-    save_task,
-)
+from sparsepeft_research.benchmarks.inference.systems import LOADING, MATRIX_PRODUCT, export_format, save_task
 from sparsepeft_research.benchmarks.inference.workloads import (
     MAX_LENGTH,
     PADDED_BATCH,
@@ -39,6 +30,8 @@ from sparsepeft_research.benchmarks.inference.workloads import (
     prepare_model,
 )
 from sparsepeft_research.benchmarks.measuring import sample_alternating, summarize
+from sparsepeft_research.benchmarks.registry import Progress, silent
+from sparsepeft_research.benchmarks.settings import ENGINE, ENGINE_UPPER, PEERS, InferenceBenchmark
 from sparsepeft_research.benchmarks.workers import Worker
 
 NUM_LOADED = 100
@@ -47,10 +40,8 @@ _PROCESSES = Path(__file__).parent / "processes"
 _PRODUCT_SIZE = 2048
 _WARM_UP = 1
 
-Progress = Callable[[str], object]
 
-
-def run(benchmark: InferenceBenchmark, progress: Progress = lambda message: None) -> dict[str, Any]:
+def run(benchmark: InferenceBenchmark, progress: Progress = silent) -> dict[str, Any]:
     """Measure every system.
 
     Each is a process of its own with equal threads, unless they share one. All of a group are there at once and take

@@ -21,15 +21,17 @@ from sparsepeft.inference.views import sharing_tensors
 from sparsepeft.methods.models import adapter_config, attach, load_tokenizer
 from sparsepeft.methods.recipes import get_recipe
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, load_batches
+from sparsepeft_research.benchmarks.settings import (
+    ADAPTED,
+    BACKBONE,
+    ENGINE,
+    ENGINE_UPPER,
+    FULL,
+    ONNX,
+    OPENVINO,
+    UNFUSED,
+)
 
-BACKBONE, FULL, UNFUSED, ENGINE, ENGINE_UPPER = "backbone", "full", "spartan-unfused", "engine", "engine-upper"
-ADAPTED = ("spartan", "pfeiffer", "houlsby", "lora")
-OWN = (BACKBONE, FULL, *ADAPTED, UNFUSED, ENGINE)
-PEERS = {"adapters-pfeiffer": "pfeiffer", "adapters-houlsby": "houlsby"}
-SYSTEMS = (*OWN, *PEERS)
-UNQUANTIZED = ("float32", "bfloat16")
-ONNX, OPENVINO = "onnx-", "openvino-"  # before a precision: exported in that format, in its runtime
-PRECISIONS = (*UNQUANTIZED, "int8", f"{ONNX}float32", f"{ONNX}int8", f"{OPENVINO}float32", f"{OPENVINO}bfloat16")
 QUANTIZED = (BACKBONE, FULL)
 SHARING = (BACKBONE, *ADAPTED, UNFUSED)  # which can run on one backbone's tensors
 MATRIX_PRODUCT, LOADING = "matrix product", "loading"  # processes that are no systems to choose
