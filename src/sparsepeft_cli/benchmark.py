@@ -52,7 +52,7 @@ def _add(benchmark: Benchmark) -> None:
     about_output = "JSON file to write" + ("; the figure goes beside it." if benchmark.is_drawn else ".")
     declared["output"] = (Annotated[Path | None, options.output(about_output)], None)
     if benchmark.is_drawn:
-        declared["figure"] = (Annotated[Path | None, typer.Option(metavar="FILE", help=_FIGURE)], None)
+        declared["figure"] = (Annotated[Path | None, typer.Option(help=_FIGURE)], None)
     options.declare(command, declared | {"json": (options.Json, False)})
     example = f"sparsepeft benchmark {benchmark.name} {benchmark.example or f'--output {benchmark.name}.json'}"
     command.__doc__ = f"Measure {benchmark.measures}.\n\n{benchmark.note}\n\nExample: `{example}`"
@@ -64,8 +64,7 @@ def _annotation(one: Parameter) -> Any:
     kind = list[str] | None if one.several else Any if one.parse else one.type or type(one.default)
     more: dict[str, Any] = {"parser": one.parse} if one.parse else {"min": one.least}
     return Annotated[
-        kind,
-        typer.Option(one.option, help=help, metavar=one.metavar, envvar=one.variable, show_envvar=False, **more),
+        kind, typer.Option(one.option, help=help, metavar=one.metavar, envvar=one.variable, show_envvar=False, **more)
     ]
 
 

@@ -150,7 +150,8 @@ def command(**flags: Any) -> None:
         push.command(Path(run.output_dir), push_to_hub, bool(private))
 
 
-options.declare(command, {k: v for name, section in OPTIONS.items() for k, v in options.section(name, section).items()})
+for _title, _section in OPTIONS.items():
+    options.declare(command, options.section(_title, _section))
 
 
 def _dry_run(config: RunConfig, overwrite: bool, json: bool) -> None:

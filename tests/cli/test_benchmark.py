@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import sparsepeft
 
-from sparsepeft_research.benchmarks.inference import device_throughput
+from sparsepeft_research.benchmarks.inference.report import device_throughput
 from sparsepeft_research.benchmarks.registry import BENCHMARKS
 from sparsepeft_research.results import read_result
 

@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 _HYPHEN = "\u2011"  # stands for a hyphen at which no line may end, until the lines are made
 _TYPE = re.compile(r" <(?:list\[)?(\w+)(?: range)?\]?>$")
-_VALUES = {"str": "TEXT", "int": "N", "float": "X"}
+_VALUES = {"str": "TEXT", "int": "N", "float": "X", "path": "FILE"}
 _EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
 
 
@@ -76,7 +76,7 @@ def _named(name: str, parameter: Any) -> str:
     """An option with what it takes in capitals, where it says no more than a type; an argument by its name alone."""
     if parameter.param_type_name == "argument":
         return name.partition(" <")[0]
-    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1), found.group(1).upper())}", name)
+    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1).lower(), found.group(1).upper())}", name)
 
 
 def _unbroken(text: str) -> str:

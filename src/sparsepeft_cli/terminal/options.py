@@ -92,8 +92,7 @@ def section(title: str, options: Mapping[str, tuple[Any, ...]]) -> dict[str, tup
     """Options of one section of the help, for :func:`declare`: a type, a help, and what else typer is told, by name."""
     declared = {}
     for name, (kind, help, *more) in options.items():
-        told: dict[str, Any] = {"metavar": "FILE"} if kind in (Path, list[Path]) else {}
-        told |= more[0] if more else {}
+        told: dict[str, Any] = dict(*more)
         flag = told.pop("flag", f"--{name.strip('_').replace('_', '-')}")
         declared[name] = (Annotated[kind | None, typer.Option(flag, help=help, rich_help_panel=title, **told)], None)
     return declared
@@ -106,7 +105,7 @@ def output_dir(help: str) -> Any:
 
 def output(help: str) -> Any:
     """``--output``, a file that the command writes."""
-    return typer.Option("--output", metavar="FILE", help=help)
+    return typer.Option("--output", help=help)
 
 
 def names(option: str, help: str, default: str) -> Any:
@@ -122,11 +121,6 @@ def numbers(option: str, help: str, default: str) -> Any:
 def settings(help: str, option: str = "--set") -> Any:
     """``--set KEY=VALUE``; read it with ``sparsepeft.training.parse_settings``."""
     return typer.Option(option, metavar="KEY=VALUE", help=f"{help}; may be repeated.")
-
-
-def of_rows(option: str, metavar: str, help: str) -> Any:
-    """An option on how the rows of a file are read."""
-    return typer.Option(option, metavar=metavar, help=help, rich_help_panel="Rows of a file")
 
 
 def dtype(option: str, help: str) -> Any:
@@ -154,8 +148,7 @@ TrainedModel = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The backbone, if it has moved since training.")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]"),
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]")
 ]
 Precision = Annotated[str, dtype("--precision", "fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")]
@@ -164,10 +157,11 @@ Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-TextColumn = Annotated[str | None, of_rows("--text-column", "NAME", "Column of the text. [default: as in training]")]
-TextPairColumn = Annotated[str | None, of_rows("--text-pair-column", "NAME", "Column of the second text, for pairs.")]
-LabelColumn = Annotated[str | None, of_rows("--label-column", "NAME", "Column of the label. [default: as in training]")]
-Delimiter = Annotated[str | None, of_rows("--delimiter", "CHAR", "Between columns of CSV and TSV. [default: found]")]
-Encoding = Annotated[
-    str | None, of_rows("--encoding", "NAME", "Of the file, such as utf-8 or cp1252. [default: found]")
-]
+# Fields of ``sparsepeft.training.TableOptions``.
+ROWS: dict[str, tuple[Any, ...]] = {
+    "text_column": (str, "Column of the text. [default: as in training]"),
+    "text_pair_column": (str, "Column of the second text, for pairs."),
+    "label_column": (str, "Column of the label. [default: as in training]"),
+    "delimiter": (str, "Between columns of CSV and TSV. [default: found]"),
+    "encoding": (str, "Of the file, such as utf-8 or cp1252. [default: found]"),
+}

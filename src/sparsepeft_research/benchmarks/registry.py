@@ -67,6 +67,7 @@ class Benchmark:
         example: options of a command that is shown.
         note: a sentence more.
         is_drawn: its report can be drawn.
+        module: where its ``run`` is, if not in the module of its name.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Benchmark:
     example: str = ""
     note: str = ""
     is_drawn: bool = False
+    module: str = ""
 
 
 def _fields(settings: type) -> tuple[Parameter, ...]:
@@ -113,6 +115,7 @@ BENCHMARKS = {
             example="--precisions fp32,bf16 --mixed --output inference.json",
             note="Every system is a process of its own with equal threads (but see `--one-process`); they take turns.",
             is_drawn=True,
+            module="inference.session",
         ),
         Benchmark(
             "spt",
@@ -201,7 +204,7 @@ def run_benchmark(name: str, *, progress: Progress = silent, **values: Any) -> R
         raise UserError(unknown_name("The benchmark", name, BENCHMARKS))
     benchmark = BENCHMARKS[name]
     try:
-        module = importlib.import_module(f"sparsepeft_research.benchmarks.{name}")
+        module = importlib.import_module(f"{__package__}.{benchmark.module or name}")
     except ModuleNotFoundError as error:
         require(error.name or "", benchmark.extra, f"The benchmark {name}")
         raise

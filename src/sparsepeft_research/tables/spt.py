@@ -21,7 +21,7 @@ def step(results: Path) -> str:
         f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
         f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
         f"length by {settings['granularity']}; {reports[0].machine}; medians of alternating steps. Peak is what a step "
-        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`.",
+        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`."
     ]
     for one in (one for report in reports for one in report.results):
         rows = [

@@ -122,7 +122,7 @@ def _of_task(group: str, padded: Measured, by_tokens: Measured) -> list[dict[str
         f"{ENGINE} {_FAST}": [
             _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
             _factor("engine", group, by_tokens, engine, by_tokens, spartan),
-        ],
+        ]
     } | {
         fast: [
             _factor("runtime", group, padded, exported, padded, spartan),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -36,7 +35,6 @@ from sparsepeft_research.benchmarks.workers import Worker
 
 NUM_LOADED = 100
 LATENCY_REPEATS = 10  # times as many for one short input, whose passes are short
-_PROCESSES = Path(__file__).parent / "processes"
 _PRODUCT_SIZE = 2048
 _WARM_UP = 1
 
@@ -244,15 +242,12 @@ class _Session:
             "max_length": max([MAX_LENGTH, *(length for _, length in shapes)]),
         }
         self._count += 1
-        path = self.folder / f"process{self._count}.json"
-        path.write_text(json.dumps(settings))
         if system in PEERS:
-            command = [str(benchmark.peers_python), str(_PROCESSES / "peer.py")]
-        elif export_format(precision):
-            command = [sys.executable, str(_PROCESSES / "exported.py")]
+            command = [str(benchmark.peers_python), str(Path(__file__).parent / "processes" / "peer.py")]
         else:
-            command = [sys.executable, "-m", f"{__package__}.processes.pytorch"]
-        return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
+            program = "exported" if export_format(precision) else "pytorch"
+            command = [sys.executable, "-m", f"{__package__}.processes.{program}"]
+        return Worker(command, settings, self.folder / f"process{self._count}.json")
 
     def _files(self, candidate: Candidate) -> dict[str, str | None]:
         """What a candidate runs outside PyTorch; written once."""
