@@ -23,7 +23,7 @@ def test_inference_on_an_emulated_device(tiny_backbone: Path, tmp_path: Path) ->
     done = ran(*command, "--emulate", "raspberry-pi-4", "--output", output)
     for words in (
         "spartan fp32",
-        "peak memory",
+        "peak MiB",
         "architecture (fp32)",
         "ARM Cortex-A72",
         "adapters-pfeiffer was left out",

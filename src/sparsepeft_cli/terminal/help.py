@@ -14,23 +14,27 @@ _VALUES = {"str": "TEXT", "int": "N", "float": "X", "path": "FILE"}
 _EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
 
 
-class PlainCommand(TyperCommand):
-    """A command whose options stand in sections, and whose examples can be copied."""
+class _Plain:
+    """What commands and groups share."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"rich_markup_mode": None})
 
     def get_help(self, ctx: Any) -> str:
         """The whole text."""
-        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
+        return str(super().get_help(ctx)).replace(_HYPHEN, "-")  # type: ignore[misc]
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the description, then the examples."""
+        _write_text(self.help, formatter)  # type: ignore[attr-defined]
+
+
+class PlainCommand(_Plain, TyperCommand):
+    """A command whose options stand in sections, and whose examples can be copied."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Required arguments without the braces that typer puts around them."""
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
-
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write the description, then the examples."""
-        _write_text(self.help, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, by section; an option too long for its column has a line of its own."""
@@ -46,19 +50,8 @@ class PlainCommand(TyperCommand):
                 formatter.write_dl(rows)
 
 
-class PlainGroup(TyperGroup):
+class PlainGroup(_Plain, TyperGroup):
     """The same for commands below commands."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"rich_markup_mode": None})
-
-    def get_help(self, ctx: Any) -> str:
-        """The whole text."""
-        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
-
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write the description, then the examples."""
-        _write_text(self.help, formatter)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each command with the whole first paragraph of its help."""
