@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -67,33 +66,23 @@ def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Prog
     stacks = {}
     for name, arguments in compared.items():
         progress(f"{length} tokens: making {name}")
-        stacks[name] = Stack(
-            benchmark.model,
-            config,
-            batch_size=benchmark.batch_size,
-            length=length,
-            device=benchmark.device,
-            dtype=getattr(torch, benchmark.dtype),
-            seed=benchmark.seed,
-            **arguments,
-        )
-    measure = partial(
-        time_alternating,
-        repeats=benchmark.repeats,
-        warm_up=benchmark.warm_up,
-        idle_wait_s=benchmark.idle_wait_s,
-        device=benchmark.device,
-    )
+        stacks[name] = Stack(benchmark, config, length, **arguments)
     progress(f"{length} tokens: timing {len(stacks)} candidates, {benchmark.repeats} steps each")
-    timings = measure({name: stack.step for name, stack in stacks.items()})
+    how: dict[str, Any] = {
+        "repeats": benchmark.repeats,
+        "warm_up": benchmark.warm_up,
+        "idle_wait_s": benchmark.idle_wait_s,
+    }
+    timings = time_alternating({n: stack.step for n, stack in stacks.items()}, device=benchmark.device, **how)
     progress(f"{length} tokens: memory and split")
     peaks = {name: peak_bytes(stack.step, benchmark.device) for name, stack in stacks.items()}
-    attention_names = _attention_names(stacks["sparse attention"])
+    sparse = sparsification(stacks["sparse attention"].model)
+    attention_names = list(sparse.attention) if sparse else []
     described_candidates = {}
     for name, stack in stacks.items():
         described: dict[str, Any] = {"step": timings[name]._asdict(), "peak_bytes": peaks[name]}
         if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
-            described["split_ms"] = stack.split(attention_names, benchmark.device)
+            described["split_ms"] = stack.split(attention_names)
         sparse = sparsification(stack.model)
         if sparse is not None and sparse.attention:
             described["codebook_refresh"] = _refresh(stack, sparse.config, timings[name].median_ms, benchmark)
@@ -117,11 +106,6 @@ def _refresh(stack: Stack, config: SptConfig, step_ms: float, benchmark: SptBenc
     once = time_alternating({"": partial(stack.step, refresh=True)}, repeats=2, warm_up=0, device=benchmark.device)
     extra_ms = once[""].minimum_ms - step_ms
     return {"extra_ms": extra_ms, "every_steps": config.codebook_interval}
-
-
-def _attention_names(stack: Stack) -> Sequence[str]:
-    sparse = sparsification(stack.model)
-    return list(sparse.attention) if sparse else []
 
 
 def _eager_bytes(benchmark: SptBenchmark, config: Any, length: int) -> int:
