@@ -10,7 +10,7 @@ import torch
 
 from sparsepeft.backbones import backbone_of_run, resolve_model
 from sparsepeft.errors import UserError
-from sparsepeft.inference.tasks import TaskInfo, read_task
+from sparsepeft.inference.tasks import TaskInfo, info_of_run, read_task
 from sparsepeft.runs.files import RUN, read_run
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -46,6 +46,7 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
                 f"{tasks[name].info.folder} and {folder} have the same name, by which the exported task is asked for; "
                 "rename one of them."
             )
+        _check_run(folder)
         tasks[name] = ExportTask(name, *read_task(folder))
     first, *others = tasks.values()
     for other in others:
@@ -54,6 +55,28 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
             if one != two:
                 raise _cannot_share(first, other, f"their {what} is {one} and {two}")
     return list(tasks.values())
+
+
+def _check_run(folder: Path) -> None:
+    """Refuse a run whose model is not the backbone and an adapter.
+
+    Raises:
+        UserError: it was fully tuned or is sparse.
+    """
+    if not (folder / RUN).is_file():
+        return
+    run = read_run(folder)
+    info_of_run(folder, run)  # a language model is refused by name
+    if run["config"]["method"] == "full":
+        raise UserError(
+            f"{folder} holds a run of full fine-tuning, which cannot be exported as a task: its model shares no "
+            "backbone; train with an adapter method, such as spartan."
+        )
+    if run["config"]["spt"] is not None:
+        raise UserError(
+            f"{folder} holds a run with `spt`, but sparse models cannot be exported; train on the dense model, without "
+            "`spt`."
+        )
 
 
 def backbone_of(task: ExportTask) -> str:

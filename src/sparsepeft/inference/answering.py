@@ -178,6 +178,27 @@ def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = 
     return logits.float().cpu().numpy()
 
 
+def try_out(task: LoadedTask) -> None:
+    """A first pass by itself: weights that do not answer are found, and bottlenecks see how a layer ends.
+
+    Raises:
+        UserError: the model gives no logits for whole texts, or some that are not finite.
+    """
+    (probe,) = task.encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
+    logits, expected = batch_logits([Row(0, task, probe)]), task.info.num_outputs
+    # Tasks that share a model have as many columns as the one with the most labels.
+    fits = logits.ndim == 2 and (logits.shape[1] >= expected if task.view.is_shared else logits.shape[1] == expected)
+    if not fits:
+        raise UserError(
+            f"The model gives logits of the shape {logits.shape} for one input of the task in {task.info.folder}, "
+            f"which has {expected} output(s); pass a backbone as AutoModelForSequenceClassification loads it."
+        )
+    if not np.isfinite(logits[0, :expected]).all():
+        raise UserError(
+            f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
+        )
+
+
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     """Rows of one model as tensors (B, T) on its device."""
     return rows[0].task.encoder.collate([row.encoded for row in rows], rows[0].task.view.device)

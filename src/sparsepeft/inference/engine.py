@@ -9,15 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparsepeft.arguments import check_flag, check_whole
 from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.inference.answering import WINDOW, Engine, Row, batch_logits, collate, grouped, user_errors
+from sparsepeft.inference.answering import WINDOW, Engine, Row, batch_logits, collate, grouped, try_out, user_errors
 from sparsepeft.inference.encoding import Encoder, batches_by_length, windows
 from sparsepeft.inference.onednn import is_onednn_faster, use_onednn
 from sparsepeft.inference.portable import (
@@ -30,7 +42,7 @@ from sparsepeft.inference.portable import (
     find_task,
     read_input,
 )
-from sparsepeft.inference.tasks import LoadedTask, info_of_run, read_task
+from sparsepeft.inference.tasks import LoadedTask, check_weights, info_of_run, read_task
 from sparsepeft.inference.views import (
     SharedView,
     View,
@@ -44,6 +56,7 @@ from sparsepeft.methods.models import (
     attach_trained,
     load_tokenizer,
     load_trained,
+    loading_adapter,
     not_loaded,
     set_pad_token,
     with_pad_token,
@@ -57,6 +70,12 @@ from sparsepeft.runs.files import RUN, read_run, spec_of
 from sparsepeft.tuners.config import DTYPES
 from sparsepeft.tuners.layer import execution_device
 
+# Those of transformers whose outputs are not the logits of whole texts.
+_OTHER_MODELS = (
+    *(MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_PRETRAINING_MAPPING),
+    *(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    *(MODEL_FOR_QUESTION_ANSWERING_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING),
+)
 # Whose adapters a batch may mix. The others' tasks are answered one after the other, by models of their own.
 _ROUTED_METHODS = ("spartan", "pfeiffer", "houlsby", "bitfit", "head")
 
@@ -121,8 +140,16 @@ class MultiTaskEngine(Engine):
             )
         place = None if device is None else find_device(str(device))
         if isinstance(backbone, PreTrainedModel):
+            _check_classifier(backbone)
             model = sharing_tensors(backbone)
         else:
+            if backbone is not None and not isinstance(backbone, (str, Path)):
+                remedy = (
+                    "pass its base model, without an adapter"
+                    if isinstance(backbone, PeftModel)
+                    else "expected a hub id, a folder, a loaded transformers model, or None for the bundled one"
+                )
+                raise UserError(f"`backbone` is a {type(backbone).__name__}; {remedy}.")
             model = load_backbone(resolve_model(None if backbone is None else str(backbone)), torch_dtype)
         if tokenizer is None:
             tokenizer = load_tokenizer(str(model.name_or_path))
@@ -191,6 +218,7 @@ class MultiTaskEngine(Engine):
             return self._load_shared(folder)
         run = read_run(folder)
         info_of_run(folder, run)  # a language model is refused by name
+        check_weights(folder)
         config = RunConfig(**run["config"])
         # Routers can share a batch with others if the backbone itself is sparse.
         is_routed = config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
@@ -202,7 +230,7 @@ class MultiTaskEngine(Engine):
         adapter_name = self._next_name()
         task = LoadedTask(info, view, adapter_name, self._encoder, view.load(folder, adapter_name))
         try:
-            _try_out(task)
+            try_out(task)
         except BaseException:
             view.delete(adapter_name)
             raise
@@ -219,10 +247,11 @@ class MultiTaskEngine(Engine):
         else:
             backbone, encoder, spt = serving_copy(self._backbone), self._encoder, config.spt_config()
             head, was_sparse = find_head(backbone, find_blocks(backbone)), is_sparse(backbone)
-            if config.method not in _ROUTED_METHODS:  # the others bring a head of their size
-                with_own_head(backbone, head, spec.num_labels)
-            if spt is not None and not was_sparse:
-                with_own_feed_forwards(backbone, spt)
+            with loading_adapter(folder):
+                if config.method not in _ROUTED_METHODS:  # the others bring a head of their size
+                    with_own_head(backbone, head, spec.num_labels)
+                if spt is not None and not was_sparse:
+                    with_own_feed_forwards(backbone, spt)
             fingerprint = None if was_sparse else run.get("backbone_fingerprint")
             is_made_sparse = spt is not None and not was_sparse
             trained = TrainedRun(folder, config.method, str(backbone.name_or_path), is_made_sparse, fingerprint)
@@ -230,7 +259,7 @@ class MultiTaskEngine(Engine):
         if self._uses_onednn():
             use_onednn(model)
         task = LoadedTask(info, View(model, self._device), self._next_name(), encoder)
-        _try_out(task)
+        try_out(task)
         return task
 
     def _uses_onednn(self) -> bool:
@@ -308,15 +337,6 @@ class MultiTaskEngine(Engine):
         return predictions
 
 
-def _try_out(task: LoadedTask) -> None:
-    """A first pass by itself: weights that are not finite are found, and bottlenecks see how a layer ends."""
-    (probe,) = task.encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
-    if not np.isfinite(batch_logits([Row(0, task, probe)])[0, : task.info.num_outputs]).all():
-        raise UserError(
-            f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
-        )
-
-
 def _shareable(task: LoadedTask) -> tuple[Any, ...]:
     """What tasks must have in common to be answered for one text together."""
     return task.view, task.info.num_texts, task.max_length, task.lowest_layer > 0
@@ -328,6 +348,20 @@ def _takes(task: LoadedTask, text: Any) -> bool:
         return task.info.num_texts in (None, len(read_input(text)))
     except InputError:
         return True
+
+
+def _check_classifier(model: PreTrainedModel) -> None:
+    """Refuse a model that transformers has for something else than whole texts; one of its own making may be anything.
+
+    Raises:
+        UserError: it is such a model.
+    """
+    others = (mapping.get(type(model.config), ()) for mapping in _OTHER_MODELS)
+    if any(type(model) in (classes if isinstance(classes, tuple) else (classes,)) for classes in others):
+        raise UserError(
+            f"`backbone` is a {type(model).__name__}, which does not classify texts; pass the model as "
+            "AutoModelForSequenceClassification loads it, or its hub id or folder."
+        )
 
 
 def load_backbone(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -346,7 +380,10 @@ def _dtype(value: Any) -> torch.dtype:
     """A dtype that a backbone can have, given as PyTorch's or by its name."""
     dtype = getattr(torch, DTYPES[value]) if isinstance(value, str) and value in DTYPES else value
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"`dtype={value!r}` was given; expected torch.float32, torch.bfloat16, fp32, bf16 or fp16.")
+        raise UserError(
+            f"`dtype={value!r}` was given; expected torch.float32, torch.bfloat16, torch.float16 or "
+            "torch.float64, or fp32, bf16 or fp16."
+        )
     return dtype
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
-from sparsepeft.inference.answering import Engine, user_errors
+from sparsepeft.inference.answering import Engine, try_out, user_errors
 from sparsepeft.inference.encoding import Encoder
 from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
 from sparsepeft.inference.tasks import LoadedTask, info_of_run, trained_run
@@ -68,6 +68,7 @@ class Predictor:
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(trained.backbone)
         task = LoadedTask(info, View(self.model), trained.method, Encoder(self.tokenizer, self.model.config))
+        try_out(task)
         self.max_length = task.max_length
         self._name = self.spec.name
         self._engine = Engine(batch_size=batch_size)

@@ -13,6 +13,7 @@ from peft import PeftConfig, TaskType
 
 from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
+from sparsepeft.folders import UNFINISHED
 from sparsepeft.inference.portable import check_task_name, find_task
 from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
@@ -165,6 +166,16 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
     return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
 
 
+def check_weights(folder: Path) -> None:
+    """See that a run's folder has weights.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
+
+
 def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> TrainedRun:
     """What the model of a run is loaded from.
 
@@ -175,8 +186,7 @@ def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> 
     Raises:
         UserError: there are no weights yet, or nothing is left where the backbone was.
     """
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
+    check_weights(folder)
     config = RunConfig(**run["config"])
     backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
     return TrainedRun(folder, config.method, backbone, config.spt is not None, run.get("backbone_fingerprint"))
@@ -186,9 +196,14 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
     """Describe the task whose adapter is in a folder that ``sparsepeft train`` or ``save_pretrained`` wrote.
 
     Raises:
-        UserError: the folder holds no adapter, one of a method that cannot share a batch, or its files disagree.
+        UserError: there is no such folder, it holds no adapter, one of a method that cannot share a batch, or its files
+            disagree.
     """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; pass the output folder of a finished `sparsepeft train`.")
     if not (folder / "adapter_config.json").is_file():
+        if (folder / UNFINISHED / RUN).is_file():
+            read_run(folder)  # says what to do
         raise UserError(
             f"{folder} holds no adapter (adapter_config.json is missing); pass the output folder of a finished "
             "`sparsepeft train` with an adapter method, or one written by save_pretrained."

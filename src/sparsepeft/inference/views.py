@@ -38,6 +38,8 @@ class View:
         device: where its inputs are expected; None is where the model is when it is asked.
     """
 
+    is_shared = False  # among tasks, which may have other numbers of labels
+
     def __init__(self, model: torch.nn.Module, device: torch.device | None = None) -> None:
         self.model: Any = model.eval()
         self._device = device
@@ -84,6 +86,8 @@ class SharedView(View):
         backbone: whose parameters and buffers are shared. It is not changed.
         onednn: compute its linear layers by oneDNN.
     """
+
+    is_shared = True
 
     def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
         super().__init__(serving_copy(backbone), execution_device(backbone) or backbone.device)

@@ -19,6 +19,7 @@ from sparsepeft.methods.models import (
     Model,
     TrainedRun,
     attach_trained,
+    check_all_loaded,
     load_model_config,
     not_loaded,
 )
@@ -28,7 +29,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_language_model(
-    model: str, masked: bool = False, dtype: torch.dtype = torch.float32
+    model: str, masked: bool = False, dtype: torch.dtype = torch.float32, *, is_trained: bool = False
 ) -> tuple[PreTrainedModel, bool]:
     """A language model in eval mode, and whether it is causal (else masked).
 
@@ -36,9 +37,10 @@ def load_language_model(
         model: hub id or folder.
         masked: take masked language models, too.
         dtype: of the weights.
+        is_trained: it is a fully tuned run's, which has weights for all of the model.
 
     Raises:
-        UserError: there is no such model, or it is of another kind.
+        UserError: there is no such model, it is of another kind, or weights of a trained one are missing.
     """
     config = load_model_config(model, "language model")
     is_decoder = getattr(config, "is_decoder", False) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
@@ -49,9 +51,12 @@ def load_language_model(
         raise UserError(f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another.")
     loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
     try:
-        return loader.from_pretrained(model, dtype=dtype).eval(), is_causal
+        loaded, loading = loader.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("language model", model, error)) from error
+    if is_trained:
+        check_all_loaded(model, loading)
+    return loaded.eval(), is_causal
 
 
 def load_trained_language_model(run: TrainedRun, dtype: torch.dtype = torch.float32) -> Model:
@@ -60,7 +65,7 @@ def load_trained_language_model(run: TrainedRun, dtype: torch.dtype = torch.floa
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    model, _ = load_language_model(run.backbone, dtype=dtype)
+    model, _ = load_language_model(run.backbone, dtype=dtype, is_trained=run.method == "full")
     return model if run.method == "full" else attach_trained(model, run)
 
 

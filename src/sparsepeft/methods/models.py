@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -28,6 +28,7 @@ from sparsepeft.methods.targets import choose_targets
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.heads import count_head_parameters, find_head
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
+from sparsepeft.reprs import first_of
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
@@ -92,19 +93,25 @@ def id2label(spec: TaskSpec) -> dict[int, str]:
     return dict(enumerate(spec.label_names)) if spec.label_names else {0: "score"}
 
 
-def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
+def load_backbone(model: str, spec: TaskSpec, *, is_trained: bool = False) -> PreTrainedModel:
     """The backbone with a classification head for the task: a checkpoint's where its labels are the task's, else fresh.
 
+    Args:
+        model: hub id or folder.
+        spec: the task.
+        is_trained: it is a fully tuned run's, which has weights for all of the model.
+
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or weights of a trained one are missing.
     """
     names = id2label(spec)
     try:
         checkpoint_names = AutoConfig.from_pretrained(model).id2label or {}
         start = head_start(checkpoint_names, spec.label_names)
         loaded = names if start.rows is None else checkpoint_names
-        backbone = AutoModelForSequenceClassification.from_pretrained(
+        backbone, loading = AutoModelForSequenceClassification.from_pretrained(
             model,
+            output_loading_info=True,
             num_labels=len(loaded),
             id2label=loaded,
             label2id={label: index for index, label in loaded.items()},
@@ -114,10 +121,34 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(not_loaded("model", model, error)) from error
+    if is_trained:
+        check_all_loaded(model, loading)
     start_head(backbone, start, names)
     if lacks_pad_token(backbone):
         set_pad_token(backbone, load_tokenizer(model))
     return backbone
+
+
+def check_all_loaded(folder: str | Path, loading: dict[str, Any]) -> None:
+    """See that a run's folder had all weights of its model.
+
+    Args:
+        folder: of the run.
+        loading: what ``from_pretrained`` says with ``output_loading_info``.
+
+    Raises:
+        UserError: one is missing, or has another shape.
+    """
+    mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
+    if lost := sorted({*loading["missing_keys"], *mismatched}):
+        raise UserError(_incomplete(folder, lost))
+
+
+def _incomplete(folder: str | Path, lost: list[str]) -> str:
+    return (
+        f"The weights in {folder} are damaged: {first_of(lost, 2)} {'are' if lost[1:] else 'is'} missing or of another "
+        "shape; copy the folder again, or train again with `overwrite`."
+    )
 
 
 def load_model_config(model: str, what: str = "model") -> PreTrainedConfig:
@@ -223,7 +254,7 @@ def load_trained(run: TrainedRun, spec: TaskSpec) -> Model:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
     if run.method == "full":
-        return load_backbone(run.backbone, spec).eval()
+        return load_backbone(run.backbone, spec, is_trained=True).eval()
     with loading_adapter(run.folder):
         backbone = load_backbone(run.backbone, spec)
     return attach_trained(backbone, run)
@@ -250,7 +281,23 @@ def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable
                 "differ; pass the right one."
             ) from error
         load = load_sparse if run.is_sparse else PeftModel.from_pretrained
-        return load(backbone, str(run.folder)).eval()
+        model = load(backbone, str(run.folder)).eval()
+        check_adapter_loaded(model, run.folder)
+    return model
+
+
+def check_adapter_loaded(model: PeftModel, folder: Path) -> None:
+    """See that a folder has all weights of the adapter ``model`` read from it, of which PEFT only warns.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if isinstance(model.active_peft_config, TaskAdapterConfig):
+        return  # which check by themselves, and save some under other names
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    if lost := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - saved):
+        raise UserError(_incomplete(folder, lost))
 
 
 def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:

@@ -79,7 +79,11 @@ def read_run_file(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); train again with `overwrite`.") from error
     parts = ("config", "task")
-    if not isinstance(run, dict) or not all(part in run for part in parts) or not isinstance(run["config"], dict):
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("config"), dict)
+        or not (isinstance(run.get("task"), dict) or run.get("task") == LM)
+    ):
         raise UserError(f"{path} is damaged (it lacks {' or '.join(parts)}); train again with `overwrite`.")
     version = run.get("format_version", 0)  # the first ones had none
     if not isinstance(version, int) or version > RUN_VERSION:
@@ -106,4 +110,9 @@ def read_run_file(path: Path) -> dict[str, Any]:
                     f"{path} has the key {key!r}{where}, which this version of sparsepeft does not know; upgrade "
                     "sparsepeft, or remove the key if you added it."
                 )
+    if not is_lm:
+        try:
+            spec_of(run)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged (its task: {error}); train again with `overwrite`.") from error
     return run | {"config": with_absolute_paths(run["config"])}
