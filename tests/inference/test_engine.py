@@ -21,7 +21,13 @@ from safetensors.torch import load_file, save_file
 from tests.inference.conftest import TASKS, save_task
 from tests.models import METHODS
 from tests.tiny import save_tiny_backbone, topics_rows
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from sparsepeft import HeadConfig, MultiTaskEngine
 from sparsepeft.errors import UserError
@@ -364,7 +370,8 @@ LORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         (_saved(LORA), "the method lora, .* can; use this one, which says nothing of its labels, through PeftModel"),
         (_saved(METHODS["spartan"](num_labels=3, problem_type="regression")), "predicts 3 values at once"),
         (_token_labels, "TOKEN_CLS"),
-        (lambda backbone, folders, target: target, "adapter_config.json is missing"),
+        (lambda backbone, folders, target: target, "There is no folder"),
+        (lambda backbone, folders, target: target.parent, "adapter_config.json is missing"),
     ],
 )
 def test_a_bad_task_is_refused_and_the_engine_goes_on(
@@ -388,7 +395,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"tasks": {"a": None}}, "folder is None (NoneType); expected a path"),
     *(({"tasks": {name: "out/a"}}, "a task's name is a text") for name in (3, "", ("a", "b"))),
     ({"tokenizer": "bert"}, "`tokenizer` is 'bert' (str); expected a loaded tokenizer"),
-    *(({"dtype": value}, "expected torch.float32") for value in ("int8", float, torch.int8, [])),
+    *(({"dtype": value}, "torch.float16 or torch.float64, or fp32") for value in ("int8", float, torch.int8, [])),
     ({"onednn": "yes"}, "`onednn='yes'` was given, but it must be True or False"),
 ]
 
@@ -403,6 +410,13 @@ def test_a_bad_backbone_is_refused_and_a_dtype_has_a_name(tmp_path: Path, backbo
     with pytest.raises(UserError, match="neither an existing folder"):
         MultiTaskEngine(tmp_path / "nothing" / "here")
     assert "bfloat16" in repr(MultiTaskEngine(backbone, dtype="bf16"))
+    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification):
+        with pytest.raises(UserError, match=r"`backbone` is a Bert.*, which does not classify texts"):
+            MultiTaskEngine(kind.from_pretrained(backbone))
+    adapted = get_peft_model(AutoModelForSequenceClassification.from_pretrained(backbone), LORA)
+    for given, words in ((adapted, "is a PeftModel.*pass its base model"), (3, "is a int; expected a hub id")):
+        with pytest.raises(UserError, match=words):
+            MultiTaskEngine(given)  # type: ignore[arg-type]
 
 
 def test_what_is_called_wrongly_is_said_at_once(engine: MultiTaskEngine) -> None:

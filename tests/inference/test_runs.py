@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.inference.test_engine import TEXTS, alone, values
+from tests.inference.test_sparse_backbone import sparse_backbone
 from tests.tiny import run_config, save_tiny_backbone, topics_rows, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
+from sparsepeft.export.tasks import read_tasks
 from sparsepeft.inference import Predictor
 from sparsepeft.inference.views import View
 from sparsepeft.training import train
@@ -164,7 +167,16 @@ def test_bad_runs_are_refused(
     shutil.copytree(runs["full"], cut)
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    for folder, words in ((fewer, r"4 label\(s\), but the head has 5"), (cut, "could not be loaded")):
+    empty = _changed(runs["lora"], tmp_path / "empty", lambda run: None)
+    (empty / "adapter_model.safetensors").unlink()
+    unfinished = tmp_path / "unfinished run"
+    shutil.copytree(runs["lora"], unfinished / "unfinished")
+    for folder, words in (
+        (fewer, r"4 label\(s\), but the head has 5"),
+        (cut, "could not be loaded"),
+        (empty, "holds no trained weights yet; finish its training"),
+        (unfinished, "holds no trained weights yet; finish its training"),
+    ):
         with pytest.raises(UserError, match=words):
             engine.add("bad", folder)
     other = MultiTaskEngine(save_tiny_backbone(tmp_path / "other", seed=3))
@@ -172,3 +184,68 @@ def test_bad_runs_are_refused(
         with pytest.raises(UserError, match="backbone"):
             other.add("bad", runs[name])
     check(engine, expected, runs)
+
+
+def _without(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def _not_finite(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor * float("nan") if "classifier" in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("full", _without("classifier"), r"are damaged: classifier\.bias, classifier\.weight are missing"),
+        ("lora", _without("layer.0"), r"are damaged: .*lora_A\.weight, .*lora_B\.weight and 2 more are missing"),
+        ("sparse lora", _without("layer.1.attention.self.query.lora_B"), r"lora_B\.weight is missing"),
+        ("ia3", _without("classifier"), r"could not be loaded: .*classifier\.weight' is missing"),
+        ("spartan", _without("classifier"), "do not fit the adapter"),
+        ("full", _not_finite, "logits that are not finite"),
+        ("lora", _not_finite, "logits that are not finite"),
+    ],
+)
+def test_damaged_weights_are_refused(
+    engine: MultiTaskEngine, runs: dict[str, Path], tmp_path: Path, name: str, change: Any, words: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(runs[name], folder)
+    (weights,) = folder.glob("*.safetensors")
+    save_file(change(load_file(weights)), weights, {"format": "pt"})
+    for load in (lambda: Predictor(folder), lambda: engine.add("bad", folder)):
+        with pytest.raises(UserError, match=words):
+            load()
+
+
+def test_the_task_of_a_damaged_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    for place, task in enumerate(({"name": "x"}, 3, {"name": "x", "text_columns": 1})):
+        folder = _changed(runs["lora"], tmp_path / str(place), lambda run, task=task: run.update(task=task))
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            Predictor(folder)
+
+
+def test_runs_that_do_not_fit_a_sparse_or_quantized_backbone(runs: dict[str, Path], backbone: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    sparse = MultiTaskEngine(sparse_backbone(backbone), tokenizer=tokenizer)
+    for name, words in (
+        ("lora", "was trained on the dense model, but the engine's backbone is sparse; pass the dense backbone"),
+        ("pfeiffer", "was trained on the dense model .* attached to a sparse one.* pass the dense backbone"),
+        ("sparse", "was trained on a model that was made sparse in another way .* pass the dense backbone"),
+        ("sparse lora", "made sparse in another way .* dense backbone"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sparse.add("bad", runs[name])
+    quantization = pytest.importorskip("torchao.quantization")
+    model = AutoModelForSequenceClassification.from_pretrained(backbone)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(UserError, match="could not be loaded: The FFN has a quantized weight"):
+        MultiTaskEngine(model, {"bad": runs["sparse"]}, tokenizer=tokenizer)
+
+
+def test_runs_that_cannot_be_exported(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name, words in (("full", "full fine-tuning, which cannot be exported"), ("sparse", "sparse models cannot be")):
+        with pytest.raises(UserError, match=words):
+            read_tasks([runs[name]])
+    with pytest.raises(UserError, match="There is no folder"):
+        read_tasks([tmp_path / "nothing"])

@@ -247,6 +247,11 @@ class MultiTaskEngine(Engine):
         else:
             backbone, encoder, spt = serving_copy(self._backbone), self._encoder, config.spt_config()
             head, was_sparse = find_head(backbone, find_blocks(backbone)), is_sparse(backbone)
+            if was_sparse and spt is None:
+                raise UserError(
+                    f"The run in {folder} was trained on the dense model, but the engine's backbone is sparse; pass "
+                    "the dense backbone."
+                )
             with loading_adapter(folder):
                 if config.method not in _ROUTED_METHODS:  # the others bring a head of their size
                     with_own_head(backbone, head, spec.num_labels)

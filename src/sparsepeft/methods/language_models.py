@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def load_language_model(
     if not is_causal and not (masked and is_masked):
         expected = "a causal or masked language model" if masked else "a causal language model"
         raise UserError(f"The model {model!r} is of type {config.model_type}, but {expected} is needed; pass another.")
-    loader = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
+    loader: Any = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
     try:
         loaded, loading = loader.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:

@@ -325,7 +325,8 @@ def loading_adapter(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The adapter in {folder} could not be loaded: {first_line(error)}") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"The adapter in {folder} could not be loaded: {reason}") from error
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

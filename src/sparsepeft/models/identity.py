@@ -114,6 +114,13 @@ def check_fingerprint(
         if tensor is not None and (is_quantized(tensor) or tensor.device.type == "meta"):
             continue
         if tensor is None or _shape(tensor) != saved["shape"] or not _close(tensor, saved["values"], expected["dtype"]):
+            if is_sparse(model):
+                how = "a model that was made sparse in another way" if expected.get("sparse") else "the dense model"
+                raise ValueError(
+                    f"This adapter was trained on {how} (from {expected_name!r}), but it is being attached to a sparse "
+                    f"one, whose tensor {name!r} {_difference(tensor, saved)}; pass the dense backbone, or make the "
+                    "model sparse as in training."
+                )
             raise ValueError(
                 f"This adapter was trained on the backbone {expected_name!r}, but it is being attached to "
                 f"{found_name!r}, whose tensor {name!r} {_difference(tensor, saved)}; load the right backbone, or set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
     config_defaults = {name: value for name, value in defaults_of(RunConfig).items() if name not in foreign}
     run["config"] = config_defaults | current_names(run["config"])
     if not is_lm:
+        if lacking := _lacking(run["task"]):
+            raise UserError(f"{path} is damaged (its task lacks {', '.join(lacking)}); train again with `overwrite`.")
         run["task"] = defaults_of(TaskSpec) | run["task"]
     known = {"config": config_defaults.keys(), "recipe": defaults_of(Recipe).keys(), "task": defaults_of(TaskSpec)}
     others = {"format_version", "data_fingerprints", "bos_token_id", "columns", "backbone_fingerprint"}
@@ -116,3 +119,9 @@ def read_run_file(path: Path) -> dict[str, Any]:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged (its task: {error}); train again with `overwrite`.") from error
     return run | {"config": with_absolute_paths(run["config"])}
+
+
+def _lacking(task: dict[str, Any]) -> list[str]:
+    """Names of what a task must have and has not; of its values only the labels' names may be null."""
+    required = [field.name for field in dataclasses.fields(TaskSpec) if field.default is dataclasses.MISSING]
+    return [name for name in required if task.get(name) is None and (name not in task or name != "label_names")]
