@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -27,7 +29,6 @@ from sparsepeft_cli import (
 from sparsepeft_cli.terminal.errors import Command
 from sparsepeft_cli.terminal.help import PlainGroup
 from sparsepeft_cli.terminal.interrupts import Stop, Stopped, handling, stop_at_once
-from sparsepeft_cli.terminal.version import show_version
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -43,10 +44,26 @@ app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(benchmark.app, name="benchmark")
 
 
+def _show_version(asked: bool) -> None:
+    """Print this package's version and those of what it stands on, without loading any of it, and end."""
+    if not asked:
+        return
+    others = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft"))
+    typer.echo(f"sparsepeft {_version('sparsepeft')} ({others}, Python {platform.python_version()})")
+    raise typer.Exit
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit.")
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None: ...
 

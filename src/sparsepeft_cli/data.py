@@ -10,8 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from sparsepeft_cli.terminal import options
+from sparsepeft_cli.train import OPTIONS
 
 _MOST_LABELS = 20
+
+
+_OF_FILES = (
+    *("data_dir", "validation_file", "test_file", "text_column", "text_pair_column", "label_column", "problem_type"),
+    *("delimiter", "encoding"),
+)
 
 
 def command(
@@ -19,25 +26,11 @@ def command(
         Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="FILE")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
-    data_dir: options.DataDir = None,
-    validation_file: Annotated[Path | None, typer.Option(help="Held-out rows; else a tenth of FILE.")] = None,
-    test_file: Annotated[Path | None, typer.Option(help="Rows that are scored once, at the end.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
-    text_pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
-    problem_type: Annotated[
-        str | None, typer.Option(help="regression, single_label or multi_label. [default: by the labels]")
-    ] = None,
-    delimiter: Annotated[
-        str | None, typer.Option(help="Of CSV or TSV: a character, tab or semicolon. [default: by its rows]")
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="Of the file. [default: UTF-8, UTF-16 by its mark, else cp1252]")
-    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
     ] = None,
     json: options.Json = False,
+    **files: Any,
 ) -> None:
     """Look at a data file, as `sparsepeft train` would read it, before training on it.
 
@@ -45,7 +38,7 @@ def command(
 
     Example: `sparsepeft data tickets.csv --label-column category`
     """
-    files: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("task", "data_dir", "model", "json")}
+    data_dir, files["train_file"] = files.pop("data_dir"), train_file
     from sparsepeft.errors import UserError
     from sparsepeft.tasks import check_task
 
@@ -63,6 +56,9 @@ def command(
     about["notes"] = [in_options(note) for note in about["notes"]]
     for part in _page(about):
         out.print(part, highlight=False, markup=False)
+
+
+options.declare(command, options.section("Options", {name: OPTIONS["Data"][name] for name in _OF_FILES}))
 
 
 def _page(about: dict[str, Any]) -> Iterator[Any]:

@@ -30,12 +30,7 @@ def command(
     rows = [
         ["majority class", f"{result.majority:.1%}", "0", "0 B"],
         *(
-            [
-                name,
-                f"{run['score']:.1%}",
-                f"{run['parameters']['trained']:,}",
-                megabytes(run["saved_bytes"]),
-            ]
+            [name, f"{run['score']:.1%}", f"{run['parameters']['trained']:,}", megabytes(run["saved_bytes"])]
             for name, run in (("trained head alone", result.head), ("SPARTAN memory + head", result.spartan))
         ),
     ]

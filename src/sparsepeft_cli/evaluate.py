@@ -24,11 +24,6 @@ def command(
             help="Score these rows, with the run's labels, instead of what the run held out.", show_default=False
         ),
     ] = None,
-    text_column: options.TextColumn = None,
-    text_pair_column: options.TextPairColumn = None,
-    label_column: options.LabelColumn = None,
-    delimiter: options.Delimiter = None,
-    encoding: options.Encoding = None,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,
@@ -38,6 +33,7 @@ def command(
     ] = False,
     output: Annotated[Path | None, options.output("Write all of it to this file, as JSON.")] = None,
     json: options.Json = False,
+    **rows: Any,
 ) -> None:
     """Score a trained run on what it was not trained on: validation and test parts, or a file of yours.
 
@@ -57,7 +53,7 @@ def command(
             str(data_dir) if data_dir else None,
             model,
             test_file=test_file,
-            table=TableOptions(text_column, text_pair_column, label_column, delimiter, encoding),
+            table=TableOptions(**rows),
             batch_size=batch_size,
             device=device,
         )
@@ -72,6 +68,9 @@ def command(
             out.print(part, highlight=False)
     for note in result.notes:
         out.print(f"note: {in_options(note)}", highlight=False, markup=False)
+
+
+options.declare(command, options.section("Rows of a file", options.ROWS))
 
 
 def _scores(result: Evaluation, title: str) -> Any:

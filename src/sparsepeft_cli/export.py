@@ -25,7 +25,7 @@ def command(
     ] = False,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
-    tolerance: Annotated[float, typer.Option(metavar="X", help="Largest deviation of a score from PyTorch's.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(help="Largest deviation of a score from PyTorch's.")] = 1e-4,
     max_examples: options.MaxExamples = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,

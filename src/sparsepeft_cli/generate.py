@@ -13,8 +13,6 @@ import typer
 
 from sparsepeft_cli.terminal import options
 
-_DRAWING = "Drawing (--do-sample)"
-
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train --task lm`.")],
@@ -24,45 +22,22 @@ def command(
             metavar="PROMPT", help="The text to continue; without it, prompts are read from --file or stdin."
         ),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='A prompt a line: plain text, or JSON with "prompt".')
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help='A prompt a line: plain text, or JSON with "prompt".')] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Add at most so many tokens. [default: 100, or what fits]")
+        int | None, typer.Option(help="Add at most so many tokens. [default: 100, or what fits]")
     ] = None,
     stop_strings: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the model's chat template around a prompt.")] = False,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Draw tokens. [default: the most likely]", rich_help_panel=_DRAWING)
-    ] = False,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="X", help="[default: the model's]", rich_help_panel=_DRAWING)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Of the most likely with this probability. [default: the model's]",
-            rich_help_panel=_DRAWING,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Of so many; 0 is all. [default: the model's, or 50]", rich_help_panel=_DRAWING),
-    ] = None,
-    num_return_sequences: Annotated[
-        int, typer.Option(metavar="N", help="Continuations of each prompt.", rich_help_panel=_DRAWING)
-    ] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="What is drawn.", rich_help_panel=_DRAWING)] = 42,
     model: options.TrainedModel = None,
     device: options.Device = None,
     dtype: Annotated[str, options.dtype("--dtype", "Of the weights: fp32, bf16 or fp16.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts continued together.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help='A JSON line for each continuation: "prompt", "generated_text".')
     ] = False,
+    **drawing: Any,
 ) -> None:
     """Continue texts with a fine-tuned language model.
 
@@ -76,19 +51,11 @@ def command(
     from sparsepeft.devices import keep_freed_memory
     from sparsepeft.training import GenerationSettings, Generator
 
-    settings = GenerationSettings(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        num_return_sequences=num_return_sequences,
-        stop_strings=tuple(stop_strings or ()),
-        seed=seed,
-    )
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop_strings or ()), **drawing)
     keep_freed_memory()
     generator = Generator(folder, model, device=device, dtype=dtype, batch_size=batch_size)
-    if len(prompts) == 1 and num_return_sequences == 1 and not stop_strings and not as_json:
+    if len(prompts) == 1 and settings.num_return_sequences == 1 and not stop_strings and not as_json:
         continuations = generator.generate(prompts, settings, chat=chat, on_text=_show)
         _show("" if chat else prompts[0])
         next(continuations)
@@ -100,6 +67,17 @@ def command(
                 print(json.dumps({"prompt": start, "generated_text": text}, ensure_ascii=False), flush=True)
             else:
                 print(text if chat else start + text, end="\n\n", flush=True)
+
+
+_DRAWING: dict[str, tuple[Any, ...]] = {
+    "do_sample": (bool, "Draw tokens. [default: the most likely]"),
+    "temperature": (float, "[default: the model's]"),
+    "top_p": (float, "Of the most likely with this probability. [default: the model's]"),
+    "top_k": (int, "Of so many; 0 is all. [default: the model's, or 50]"),
+    "num_return_sequences": (int, "Continuations of each prompt. [default: 1]"),
+    "seed": (int, "What is drawn. [default: 42]"),
+}
+options.declare(command, options.section("Drawing (--do-sample)", _DRAWING))
 
 
 def _show(text: str) -> None:

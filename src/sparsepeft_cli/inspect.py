@@ -15,9 +15,7 @@ def command(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train --method spartan`.")
     ],
-    layer: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Only this layer, counted from 0. [default: all]")
-    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only this layer, counted from 0. [default: all]")] = None,
     split: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Held-out part: validation, test, ... [default: test where there is one]"),

@@ -29,10 +29,6 @@ def command(
             'between pairs), or JSON: "a", ["a", "b"], {...}. Also with .gz.'
         ),
     ] = None,
-    text_column: options.TextColumn = None,
-    text_pair_column: options.TextPairColumn = None,
-    delimiter: options.Delimiter = None,
-    encoding: options.Encoding = None,
     output: Annotated[
         Path | None, options.output("Write the answers to this file, whole or not at all. [default: stdout]")
     ] = None,
@@ -42,6 +38,7 @@ def command(
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = None,
+    **rows: Any,
 ) -> None:
     """Label texts: a row out for each input, in order and as soon as it can be given.
 
@@ -69,7 +66,7 @@ def command(
 
     keep_freed_memory()
     predictor = Predictor(folder, model, batch_size, device)
-    table = TableOptions(text_column, text_pair_column, None, delimiter, encoding)
+    table = TableOptions(**rows)
     if text is not None:
         texts = text if text_pair is None else [text, text_pair]
         predictor.check(texts)
@@ -77,7 +74,7 @@ def command(
     elif file is not None:
         questions = read_questions(file, predictor, table)
     else:
-        questions = read_lines(_stdin(encoding), predictor, table)
+        questions = read_lines(_stdin(rows["encoding"]), predictor, table)
     num_answers = num_failed = num_cut = 0
     with _writing(output) as write:
         line_of = formatter(format, predictor.spec)
@@ -92,6 +89,10 @@ def command(
         raise RunFailed(
             f"{num_failed:,} of {num_answers:,} inputs could not be answered; the error in their rows says why."
         )
+
+
+_ROWS = {name: each for name, each in options.ROWS.items() if name != "label_column"}
+options.declare(command, options.section("Rows of a file", _ROWS))
 
 
 def _stdin(encoding: str | None) -> Any:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsepeft_cli import reproduce_figure2
 from sparsepeft_cli.terminal import options
 from sparsepeft_cli.terminal.errors import Command
 from sparsepeft_cli.terminal.help import PlainGroup
@@ -28,79 +27,54 @@ _TITLES = {
     "table2": "Table 2: storage, fine-tuning speed and mean GLUE score, trained on 200 examples.",
     "table3": "Table 3: the same runs as table 2, task by task.",
 }
+_PLAN = "List what is left and how long it may take, by a few steps; write nothing."
+_FOLDER = "Folder of the results. [default: outputs/reproduce/PROTOCOL]"
+_DEVICE_FILE = "Table 1: a file of `sparsepeft benchmark inference --emulate DEVICE`; may be repeated."
 
-Tasks = Annotated[list[str] | None, options.names("--tasks", "Some tasks", "the nine of GLUE")]
-Methods = Annotated[list[str] | None, options.names("--methods", "Some methods", "full, pfeiffer, houlsby, spartan")]
-Seeds = Annotated[list[str] | None, options.numbers("--seeds", "Seeds", "42, 43, 44")]
-MaxTrainSamples = Annotated[
-    int | None, typer.Option(metavar="N", help="Use at most this many training examples (table 1).")
-]
-MaxEpochs = Annotated[float | None, typer.Option(metavar="X", help="Train for at most this many epochs (table 1).")]
-MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Train for this many steps. [default: the protocol's]")]
-FewShot = Annotated[
-    int | None, typer.Option(metavar="N", help="Training examples per task (tables 2, 3). [default: 200]")
-]
-Settings = Annotated[list[str] | None, options.settings("Another value of every run, such as max_length=128")]
-OutputDir = Annotated[Path | None, options.output_dir("Folder of the results. [default: outputs/reproduce/PROTOCOL]")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="List what is left and how long it may take, by a few steps; write nothing.")
-]
-Grid = Annotated[
-    bool, typer.Option("--grid", help="Search learning rate, sizes and epochs first, as the paper did (appendix A).")
-]
-TableOnly = Annotated[bool, typer.Option("--table-only", help="Write the table of the results there are; run nothing.")]
-KeepWeights = Annotated[bool, typer.Option("--keep-weights", help="Leave trained weights in OUTPUT_DIR/work.")]
-DeviceThroughput = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="Table 1: a file of `sparsepeft benchmark inference --emulate DEVICE`; may be repeated.",
-    ),
-]
+
+def _option(kind: Any, help: str, *flag: str) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*flag, help=help)], False if kind is bool else None
+
+
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "data_dir": (options.DataDir, None),
+    "model": (options.Model, None),
+    "tasks": (Annotated[list[str] | None, options.names("--tasks", "Some tasks", "the nine of GLUE")], None),
+    "methods": (Annotated[list[str] | None, options.names("--methods", "Some methods", ", ".join(_METHODS))], None),
+    "seeds": (Annotated[list[str] | None, options.numbers("--seeds", "Seeds", "42, 43, 44")], None),
+    "max_train_samples": _option(int | None, "Use at most this many training examples (table 1)."),
+    "max_epochs": _option(float | None, "Train for at most this many epochs (table 1)."),
+    "max_steps": _option(int | None, "Train for this many steps. [default: the protocol's]"),
+    "few_shot": _option(int | None, "Training examples per task (tables 2, 3). [default: 200]"),
+    "precision": (options.Precision, "fp32"),
+    "recipe": (options.Recipe, "paper"),
+    "set_": (Annotated[list[str] | None, options.settings("Another value of every run, such as max_length=128")], None),
+    "output_dir": (Annotated[Path | None, options.output_dir(_FOLDER)], None),
+    "grid": _option(bool, "Search learning rate, sizes and epochs first, as the paper did (appendix A).", "--grid"),
+    "dry_run": _option(bool, _PLAN, "--dry-run"),
+    "table_only": _option(bool, "Write the table of the results there are; run nothing.", "--table-only"),
+    "keep_weights": _option(bool, "Leave trained weights in OUTPUT_DIR/work.", "--keep-weights"),
+    "device_throughput": _option(list[Path] | None, _DEVICE_FILE),
+    "json": (options.Json, False),
+}
 
 
 def _command(table: str) -> Callable[..., None]:
-    def command(
-        data_dir: options.DataDir = None,
-        model: options.Model = None,
-        tasks: Tasks = None,
-        methods: Methods = None,
-        seeds: Seeds = None,
-        max_train_samples: MaxTrainSamples = None,
-        max_epochs: MaxEpochs = None,
-        max_steps: MaxSteps = None,
-        few_shot: FewShot = None,
-        precision: options.Precision = "fp32",
-        recipe: options.Recipe = "paper",
-        set_: Settings = None,
-        output_dir: OutputDir = None,
-        grid: Grid = False,
-        dry_run: DryRun = False,
-        table_only: TableOnly = False,
-        keep_weights: KeepWeights = False,
-        device_throughput: DeviceThroughput = None,
-        json: options.Json = False,
-    ) -> None:
+    def command(**given: Any) -> None:
         from sparsepeft.errors import UserError
 
-        values = {
-            "data_dir": str(data_dir) if data_dir else None,
-            "model": model,
-            "max_train_samples": max_train_samples,
-            "max_steps": max_steps,
-            "precision": precision,
-            "recipe": recipe,
-        }
-        if device_throughput and table != "table1":
+        files, grid = given["device_throughput"] or (), given["grid"]
+        if files and table != "table1":
             raise UserError(f"--device-throughput was given, but {table} has no devices; use table1.")
-        folder = output_dir or Path("outputs/reproduce") / (_PROTOCOLS[table] + ("-grid" if grid else ""))
-        matrix = _matrix(table, tasks, methods, seeds, few_shot, max_epochs, folder, values, set_)
-        if dry_run:
-            _show_plan(matrix, grid, json)
+        folder = given["output_dir"] or Path("outputs/reproduce") / (_PROTOCOLS[table] + ("-grid" if grid else ""))
+        matrix = _matrix(table, folder, given)
+        if given["dry_run"]:
+            _show_plan(matrix, grid, given["json"])
         else:
-            how = {"grid": grid, "run": not table_only, "keep_weights": keep_weights}
-            _show_table(table, matrix, how | {"device_files": device_throughput or ()}, json)
+            how = {"grid": grid, "run": not given["table_only"], "keep_weights": given["keep_weights"]}
+            _show_table(table, matrix, how | {"device_files": files}, given["json"])
 
+    options.declare(command, _OPTIONS)
     command.__doc__ = f"""{_TITLES[table]}
 
     A run that is done is not repeated: the same command goes on after an interruption, also in several processes.
@@ -112,20 +86,9 @@ def _command(table: str) -> Callable[..., None]:
 
 for _table in _PROTOCOLS:
     app.command(_table, cls=Command)(_command(_table))
-app.command("figure2", cls=Command)(reproduce_figure2.command)
 
 
-def _matrix(
-    table: str,
-    tasks: list[str] | None,
-    methods: list[str] | None,
-    seeds: list[str] | None,
-    few_shot: int | None,
-    max_epochs: float | None,
-    output_dir: Path,
-    values: dict[str, Any],
-    settings: list[str] | None,
-) -> Any:
+def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:
     import dataclasses
 
     from sparsepeft.errors import UserError
@@ -134,21 +97,23 @@ def _matrix(
     from sparsepeft_research.reproduction.matrix import SEEDS
     from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES
 
-    protocol = _PROTOCOLS[table]
+    few_shot, protocol = given["few_shot"], _PROTOCOLS[table]
     if few_shot is not None and protocol != "few-shot":
         raise UserError(f"--few-shot {few_shot} was given, but {table} trains on all data; use table2 or table3.")
     fields = {f.name for f in dataclasses.fields(RunConfig)}
-    further = parse_settings(settings or [])
+    further = parse_settings(given["set_"] or [])
+    values = {name: given[name] for name in ("model", "max_train_samples", "max_steps", "precision", "recipe")}
+    values["data_dir"] = str(given["data_dir"]) if given["data_dir"] else None
     values |= {key: value for key, value in further.items() if key in fields}
     values["settings"] = {key: value for key, value in further.items() if key not in fields}
     return Matrix(
-        tasks=options.several(tasks) or _GLUE,
-        methods=options.several(methods) or _METHODS,
-        output_dir=output_dir,
+        tasks=options.several(given["tasks"]) or _GLUE,
+        methods=options.several(given["methods"]) or _METHODS,
+        output_dir=folder,
         protocol=protocol,
-        seeds=options.whole_numbers("--seeds", seeds) or SEEDS,
+        seeds=options.whole_numbers("--seeds", given["seeds"]) or SEEDS,
         num_examples=few_shot or FEW_SHOT_EXAMPLES,
-        max_epochs=max_epochs,
+        max_epochs=given["max_epochs"],
         values=values,
     )
 
@@ -218,3 +183,60 @@ def _plan_parts(planned: list[Any]) -> list[Any]:
         line += f"; {others} may take {duration(sum(known))} in one process, by {kinds}"
     details = [f"{p.run.name}: {p.state}: {p.detail}" for p in planned if p.detail]
     return [table("", ["run", "state", "time", "score"], rows), *details, f"{line}."]
+
+
+@app.command(cls=Command)
+def figure2(
+    data_dir: options.DataDir = None,
+    model: options.Model = None,
+    output_dir: Annotated[Path, options.output_dir("Folder for the run, the figure and the page.")] = Path(
+        "outputs/reproduce/figure2"
+    ),
+    epochs: Annotated[float, typer.Option(help="Passes over the training part.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="Parents kept per position; the paper does not give it.")] = 2,
+    anneal: Annotated[
+        bool,
+        typer.Option("--anneal/--no-anneal", help="Let K fall from 5 to --top-k over the first half of the training."),
+    ] = True,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
+    precision: options.Precision = "fp32",
+    seed: options.Seed = 42,
+    recipe: options.Recipe = "paper",
+    set_: Annotated[list[str] | None, options.settings("A further setting of the memory")] = None,
+    json: options.Json = False,
+) -> None:
+    """Train 5 parents with 1 child each on BBC News and show which topics pick each in the last layer.
+
+    A finished training is not repeated and an interrupted one goes on.
+
+    Example: `sparsepeft reproduce figure2 --data-dir DATA --max-length 128 --precision bf16`
+    """
+    from sparsepeft.training import parse_settings
+    from sparsepeft_cli.inspect import report_tables
+    from sparsepeft_cli.terminal.console import out, print_json
+    from sparsepeft_cli.terminal.progress import TrainingProgress
+    from sparsepeft_research.reproduction.figure2 import reproduce_figure2
+
+    settings = parse_settings(set_ or [])
+    with TrainingProgress() as progress:
+        report = reproduce_figure2(
+            output_dir,
+            top_k=top_k,
+            anneal=anneal,
+            epochs=epochs,
+            recipe=recipe,
+            settings=settings,
+            callbacks=progress.callbacks,
+            announce=progress.announce,
+            data_dir=str(data_dir) if data_dir else None,
+            model=model,
+            max_length=max_length,
+            precision=precision,
+            seed=seed,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    for part in report_tables(report):
+        out.print(part, highlight=False)
+    out.print(f"figure: {output_dir / 'figure2.png'}\npage: {output_dir / 'inspection.html'}", highlight=False)

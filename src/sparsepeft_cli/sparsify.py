@@ -17,12 +17,11 @@ def command(
     output_dir: Annotated[Path, options.output_dir("Folder for what the conversion adds, and the report.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Typical text for calibration: .txt, .jsonl, .csv or .tsv; may be repeated."),
+        typer.Option(help="Typical text for calibration: .txt, .jsonl, .csv or .tsv; may be repeated."),
     ] = None,
     text_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the text, in files with rows.")] = "text",
     block_length: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]"),
+        int | None, typer.Option(min=2, help="Tokens of a calibration sequence. [default: the model's, at most 512]")
     ] = None,
     bos_token: Annotated[
         bool | None,

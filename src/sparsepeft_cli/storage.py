@@ -13,11 +13,10 @@ from sparsepeft_cli.terminal import options
 @options.renamed({"--method": "--methods", "--tasks": "--num-tasks", "--head": "--head-type"})
 def command(
     model: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="Hub id, local folder, minilm, or roberta-base (known without a hub)."),
+        str, typer.Option(metavar="MODEL", help="Hub id, local folder, minilm, or roberta-base (known without a hub).")
     ] = "minilm",
-    num_tasks: Annotated[int, typer.Option(metavar="N", min=1, help="Tasks on the device.")] = 9,
-    num_labels: Annotated[int, typer.Option(metavar="N", min=1, help="Labels of each task.")] = 2,
+    num_tasks: Annotated[int, typer.Option(min=1, help="Tasks on the device.")] = 9,
+    num_labels: Annotated[int, typer.Option(min=1, help="Labels of each task.")] = 2,
     dtype: Annotated[str, options.dtype("--dtype", "Of all weights: fp32, bf16 or fp16.")] = "fp32",
     save_dtype: Annotated[
         str | None,
@@ -26,17 +25,8 @@ def command(
         ),
     ] = None,
     methods: Annotated[list[str] | None, options.names("--methods", "Only these methods", "all")] = None,
-    head_type: Annotated[
-        str, typer.Option(metavar="TYPE", help="Head of SPARTAN and adapters: model or linear.")
-    ] = "model",
-    num_parents: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's P.")] = 16,
-    num_children: Annotated[int, typer.Option(metavar="N", min=1, help="SPARTAN's C.")] = 3,
-    train_layer_norms: Annotated[
-        bool, typer.Option("--train-layer-norms", help="SPARTAN's tasks have norms of their own (recipe best).")
-    ] = False,
-    reduction_factor: Annotated[int, typer.Option(metavar="N", min=1, help="Of the adapters' bottlenecks.")] = 12,
-    lora_rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRA.")] = 8,
     json: options.Json = False,
+    **sizes: Any,
 ) -> None:
     """What a device stores for many tasks on one backbone, method by method. Needs no weights.
 
@@ -55,22 +45,32 @@ def command(
         num_labels=num_labels,
         dtype=dtype,
         methods=options.several(methods) or None,
-        reduction_factor=reduction_factor,
-        lora_rank=lora_rank,
-        num_parents=num_parents,
-        num_children=num_children,
-        head_type=head_type,
-        train_layer_norms=train_layer_norms,
         save_dtype=save_dtype,
+        **sizes,
     )
-    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms)
-    figures, notes = paper_storage(model, num_tasks, report.backbone_parameters, sizes)
+    figures, notes = paper_storage(model, num_tasks, report.backbone_parameters, Sizes(**sizes))
     report = dataclasses.replace(report, notes=report.notes + notes)
     if json:
         print_json(report.to_dict() | {"paper": [dataclasses.asdict(figure) for figure in figures]})
         return
     for part in _tables(report, figures):
         out.print(part, highlight=False)
+
+
+options.declare(
+    command,
+    {
+        name: (Annotated[type(default), typer.Option(f"--{name.replace('_', '-')}", help=help, **more)], default)
+        for name, default, help, more in (
+            ("head_type", "model", "Head of SPARTAN and adapters: model or linear.", {"metavar": "TYPE"}),
+            ("num_parents", 16, "SPARTAN's P.", {"min": 1}),
+            ("num_children", 3, "SPARTAN's C.", {"min": 1}),
+            ("train_layer_norms", False, "SPARTAN's tasks have norms of their own (recipe best).", {}),
+            ("reduction_factor", 12, "Of the adapters' bottlenecks.", {"min": 1}),
+            ("lora_rank", 8, "Of LoRA.", {"min": 1}),
+        )
+    },
+)
 
 
 def _tables(report: Any, figures: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.test_cli import sparsepeft
+from tests.cli.test_cli import ran, sparsepeft
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,7 @@ def tickets(tmp_path: Path) -> Path:
 
 
 def test_a_file(tickets: Path, tiny_backbone: Path) -> None:
-    done = sparsepeft("data", tickets, "--model", tiny_backbone, "--label-column", "dringend")
-    assert done.returncode == 0, done.stderr
+    done = ran("data", tickets, "--model", tiny_backbone, "--label-column", "dringend")
     for words in ("semicolon", "cp1252", "not used: id", "--max-length 16", "duplicate texts 1", "pass --encoding"):
         assert words in done.stdout
     done = sparsepeft("data", tickets, "--model", tiny_backbone, "--json")
@@ -41,8 +40,7 @@ def test_a_file(tickets: Path, tiny_backbone: Path) -> None:
 
 
 def test_tasks_of_values_and_of_several_labels(tiny_backbone: Path, tmp_path: Path) -> None:
-    done = sparsepeft("data", "--task", "topics", "--model", tiny_backbone)
-    assert done.returncode == 0, done.stderr
+    done = ran("data", "--task", "topics", "--model", tiny_backbone)
     assert "science" in done.stdout
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {n}", "score": {n / 8}}}\n' for n in range(40)))
     done = sparsepeft("data", tmp_path / "a.jsonl", "--model", tiny_backbone, "--json")
@@ -51,20 +49,3 @@ def test_tasks_of_values_and_of_several_labels(tiny_backbone: Path, tmp_path: Pa
     done = sparsepeft("data", tmp_path / "b.jsonl", "--model", tiny_backbone, "--label-column", "tags", "--json")
     part = json.loads(done.stdout)["parts"]["train"]
     assert part["labels"]["a"] == part["rows"] == part["duplicates"] + 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "Pass either a file or --task"),
-        (("{file}", "--task", "topics"), "Pass either a file or --task"),
-        (("none.csv",), "none.csv does not exist"),
-        (("{file}", "--delimiter", ","), "pass --delimiter semicolon"),
-        (("{file}", "--text-column", "body"), "--text-column body was given, but the columns are 'id', 'text'"),
-    ],
-)
-def test_what_is_wrong_is_one_sentence(tickets: Path, arguments: tuple[str, ...], words: str) -> None:
-    done = sparsepeft("data", *(argument.replace("{file}", str(tickets)) for argument in arguments))
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,38 +126,12 @@ def test_a_second_start_is_refused(tmp_path: Path) -> None:
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-def test_errors_have_the_names_of_where_one_is(tmp_path: Path) -> None:
-    command = f"train --train-file tickets.csv --model model --output-dir {tmp_path}/o"
-    assert "--max-steps -1" in refused(f"{command} --max-steps -1")
-    assert "--text-column" in refused(f"{command} --text-column body")
-    assert "lm" in refused(f"train --task tickets --output-dir {tmp_path}/o")
+def test_errors_have_the_names_of_where_one_is() -> None:
     from sparsepeft.errors import UserError
     from sparsepeft.training import RunConfig
 
     with pytest.raises(UserError, match="`max_steps=-1`"):
         RunConfig("topics", "o", max_steps=-1)
-
-
-def test_names_and_files_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
-    wrong = [
-        "--task sst3",
-        "--train-file tickets.csv --text-column body",
-        "--task topics --method sparta",
-        "--train-file ticket.csv",
-    ]
-    code = f"""import sys
-from sparsepeft_cli import main
-for wrong in {wrong}:
-    sys.argv = f"sparsepeft train {{wrong}} --output-dir {tmp_path}/o".split()
-    try:
-        main()
-    except SystemExit as end:
-        assert end.code == 2, end.code
-    assert not {{"torch", "transformers", "datasets"}} & set(sys.modules), wrong
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.startswith("Error: ") for line in done.stderr.splitlines()] == [True] * len(wrong)
 
 
 def test_python_says_what_it_wants_in_a_sentence(tiny_backbone: Path) -> None:

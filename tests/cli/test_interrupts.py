@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.test_cli import sparsepeft
+from tests.cli.test_cli import ran, sparsepeft
 
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.runs.history import read_history, read_lines
@@ -55,8 +55,7 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
         assert (f"going on from step {steps}" in err) == (steps > 0)
         steps = stopped
 
-    finished = sparsepeft(*command, "--json")
-    assert finished.returncode == 0, finished.stderr
+    finished = ran(*command, "--json")
     assert json.loads(finished.stdout)["steps"] == 400
     for part in (
         "topics: spartan on",

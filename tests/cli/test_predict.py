@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.test_cli import sparsepeft
+from tests.cli.test_cli import ran, refused, sparsepeft
 
 pytestmark = pytest.mark.slow
 WORDS = {"good": "a fine film", "bad": "a dull film"}
@@ -25,18 +25,16 @@ def home(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model").symlink_to(tiny_backbone)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        done = sparsepeft(
+        ran(
             *("train", "--train-file", "mine.csv", "--text-column", "review", "--label-column", "mood"),
             *("--model", "model", "--output-dir", "run", "--max-steps", 3),
         )
-    assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_a_run_is_used_from_any_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = sparsepeft("evaluate", home / "run", "--json", "--output", "scores.json")
-    assert done.returncode == 0, done.stderr
+    done = ran("evaluate", home / "run", "--json", "--output", "scores.json")
     results = json.loads((home / "run" / "results.json").read_text())
     found = json.loads(done.stdout)
     assert found["validation"] == results["metrics"]["validation"]
@@ -66,15 +64,9 @@ def test_predict_answers_a_table_row_by_row(home: Path, tmp_path: Path) -> None:
     for arguments, words in (
         (("--file", tmp_path / "other.csv"), ["which column is the text?", "'id', 'opinion'"]),
         (("--file", tmp_path / "new.csv", "--output", tmp_path / "new.csv"), ["is the input"]),
-        (("--output-format", "xlsx"), ["--output-format xlsx", "csv"]),
-        (("--device", "abacus", "some text"), ["--device abacus"]),
-        (("",), ["empty text"]),
     ):
-        done = sparsepeft("predict", home / "run", *arguments)
-        assert done.returncode == 2, done.stderr
-        assert all(word in done.stderr for word in words), done.stderr
-    done = sparsepeft("predict", home / "run", "--file", tmp_path / "other.csv", "--text-column", "opinion")
-    assert done.returncode == 0, done.stderr
+        refused("predict", home / "run", *arguments, words=words)
+    ran("predict", home / "run", "--file", tmp_path / "other.csv", "--text-column", "opinion")
 
 
 def test_predict_answers_lines_as_they_come_and_ends_with_its_reader(home: Path) -> None:
@@ -103,8 +95,7 @@ def test_predict_answers_lines_as_they_come_and_ends_with_its_reader(home: Path)
 
 def test_evaluate_scores_a_file_with_the_labels_of_the_run(home: Path, tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("mood,text\ngood,a fine film\ngood,a dull film\nbad,a dull film\n")
-    done = sparsepeft("evaluate", home / "run", "--test-file", tmp_path / "other.csv", "--json")
-    assert done.returncode == 0, done.stderr
+    done = ran("evaluate", home / "run", "--test-file", tmp_path / "other.csv", "--json")
     found = json.loads(done.stdout)
     assert found["num_rows"] == {"test": 3}
     matrix = found["report"]["test"]["confusion_matrix"]
@@ -119,16 +110,11 @@ def test_evaluate_scores_a_file_with_the_labels_of_the_run(home: Path, tmp_path:
         (("--test-file", tmp_path / "other.csv", "--label-column", "topic"), ["'topic' is not among 'mood', 'text'"]),
         (("--label-column", "topic"), ["--test-file"]),
     ):
-        done = sparsepeft("evaluate", home / "run", *arguments)
-        assert done.returncode == 2, done.stderr
-        assert all(word in done.stderr for word in words), done.stderr
+        refused("evaluate", home / "run", *arguments, words=words)
 
 
 def test_what_is_gone_is_named_with_its_option(home: Path) -> None:
     for name, option in (("mine.csv", "--test-file"), ("model", "--model")):
         (home / name).rename(home / "elsewhere")
-        done = sparsepeft("evaluate", home / "run")
+        refused("evaluate", home / "run", words=[f"{home / name}, which is not there any more", option])
         (home / "elsewhere").rename(home / name)
-        assert done.returncode == 2, done.stderr
-        assert f"{home / name}, which is not there any more" in done.stderr
-        assert option in done.stderr

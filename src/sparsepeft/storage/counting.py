@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class ParameterCounter:
 
     def backbone_parameters(self) -> int:
         """Parameters of the model without its head."""
-        return _num_parameters(self.build()) - self.head_parameters("model", 2)
+        return sum(parameter.numel() for parameter in self.build().parameters()) - self.head_parameters("model", 2)
 
     def head_parameters(self, head_type: str, num_labels: int) -> int:
         """Parameters of one task's head, counted on an attached adapter."""
@@ -123,7 +124,8 @@ class ParameterCounter:
         model = self.attached(method)
         tuner = model.base_model
         formula, value = tuner.parameter_formula() if isinstance(tuner, TaskTuner) else self._lora_formula(model)
-        return Own(_own_parameters(model), formula, value, "attached adapter")
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return Own(trained - count_head_parameters(model), formula, value, "attached adapter")
 
     def attached(self, method: str, num_labels: int = 2) -> PeftModel:
         """The model with a method's adapter and head, without storage."""
@@ -131,13 +133,15 @@ class ParameterCounter:
         # top_k changes no count, but may not exceed the parents.
         memory: dict[str, Any] = {"num_parents": sizes.num_parents, "num_children": sizes.num_children}
         memory["train_layer_norms"] = sizes.train_layer_norms
+        head: dict[str, Any] = {"head_type": sizes.head_type}
+        bottleneck = partial(BottleneckConfig, reduction_factor=sizes.reduction_factor, **head)
         adapters: dict[str, Callable[[], PeftConfig]] = {
-            "spartan": lambda: SpartanConfig(**memory, top_k=min(8, sizes.num_parents), head_type=sizes.head_type),
-            "pfeiffer": lambda: self._bottleneck("pfeiffer"),
-            "houlsby": lambda: self._bottleneck("houlsby"),
-            "bitfit": lambda: BitFitConfig(head_type=sizes.head_type),
-            "head": lambda: HeadConfig(head_type=sizes.head_type),
-            "lora": lambda: LoraConfig(r=sizes.lora_rank),
+            "spartan": partial(SpartanConfig, **memory, top_k=min(8, sizes.num_parents), **head),
+            "pfeiffer": partial(bottleneck, style="pfeiffer"),
+            "houlsby": partial(bottleneck, style="houlsby"),
+            "bitfit": partial(BitFitConfig, **head),
+            "head": partial(HeadConfig, **head),
+            "lora": partial(LoraConfig, r=sizes.lora_rank),
         }
         try:
             return self.attach(adapters[method](), num_labels)
@@ -155,10 +159,6 @@ class ParameterCounter:
             model = self.attached(method, num_labels)
             tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         return cast_for_saving(tensors, save_dtype)
-
-    def _bottleneck(self, style: str) -> BottleneckConfig:
-        factor, head_type = self.sizes.reduction_factor, self.sizes.head_type
-        return BottleneckConfig(style=style, reduction_factor=factor, head_type=head_type)
 
     def _lora_formula(self, model: nn.Module) -> tuple[str, int]:
         rank = self.sizes.lora_rank
@@ -180,16 +180,6 @@ def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
         header[name] = about
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end  # the header's length, the header padded to eight bytes, the values
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _own_parameters(model: PeftModel) -> int:
-    """Everything trainable but the head."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable - count_head_parameters(model)
 
 
 def load_config(model: str) -> PreTrainedConfig:

@@ -10,27 +10,31 @@ from typer.core import TyperCommand, TyperGroup
 
 _HYPHEN = "\u2011"  # stands for a hyphen at which no line may end, until the lines are made
 _TYPE = re.compile(r" <(?:list\[)?(\w+)(?: range)?\]?>$")
-_VALUES = {"str": "TEXT", "int": "N", "float": "X"}
+_VALUES = {"str": "TEXT", "int": "N", "float": "X", "path": "FILE"}
 _EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
 
 
-class PlainCommand(TyperCommand):
-    """A command whose options stand in sections, and whose examples can be copied."""
+class _Plain:
+    """What commands and groups share."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"rich_markup_mode": None})
 
     def get_help(self, ctx: Any) -> str:
         """The whole text."""
-        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
+        return str(super().get_help(ctx)).replace(_HYPHEN, "-")  # type: ignore[misc]
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the description, then the examples."""
+        _write_text(self.help, formatter)  # type: ignore[attr-defined]
+
+
+class PlainCommand(_Plain, TyperCommand):
+    """A command whose options stand in sections, and whose examples can be copied."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Required arguments without the braces that typer puts around them."""
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
-
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write the description, then the examples."""
-        _write_text(self.help, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, by section; an option too long for its column has a line of its own."""
@@ -46,19 +50,8 @@ class PlainCommand(TyperCommand):
                 formatter.write_dl(rows)
 
 
-class PlainGroup(TyperGroup):
+class PlainGroup(_Plain, TyperGroup):
     """The same for commands below commands."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"rich_markup_mode": None})
-
-    def get_help(self, ctx: Any) -> str:
-        """The whole text."""
-        return str(super().get_help(ctx)).replace(_HYPHEN, "-")
-
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write the description, then the examples."""
-        _write_text(self.help, formatter)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each command with the whole first paragraph of its help."""
@@ -76,7 +69,7 @@ def _named(name: str, parameter: Any) -> str:
     """An option with what it takes in capitals, where it says no more than a type; an argument by its name alone."""
     if parameter.param_type_name == "argument":
         return name.partition(" <")[0]
-    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1), found.group(1).upper())}", name)
+    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1).lower(), found.group(1).upper())}", name)
 
 
 def _unbroken(text: str) -> str:

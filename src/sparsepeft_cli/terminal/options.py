@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,25 @@ def current_names(command: Any, arguments: Sequence[str]) -> list[str]:
     return current
 
 
+def declare(command: Any, options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Give a command that takes ``**values`` more options: by parameter, what typer reads of it, and the default."""
+    keyword, written = inspect.Parameter.KEYWORD_ONLY, inspect.signature(command, eval_str=True).parameters
+    kept = [each for name, each in written.items() if each.kind is not each.VAR_KEYWORD and name not in options]
+    added = [inspect.Parameter(n, keyword, default=default, annotation=each) for n, (each, default) in options.items()]
+    command.__annotations__ |= {each.name: each.annotation for each in added}
+    command.__signature__ = inspect.Signature([*kept, *added])
+
+
+def section(title: str, options: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, Any]]:
+    """Options of one section of the help, for :func:`declare`: a type, a help, and what else typer is told, by name."""
+    declared = {}
+    for name, (kind, help, *more) in options.items():
+        told: dict[str, Any] = dict(*more)
+        flag = told.pop("flag", f"--{name.strip('_').replace('_', '-')}")
+        declared[name] = (Annotated[kind | None, typer.Option(flag, help=help, rich_help_panel=title, **told)], None)
+    return declared
+
+
 def output_dir(help: str) -> Any:
     """``--output-dir``, a folder that the command writes."""
     return typer.Option("--output-dir", metavar="DIR", help=help)
@@ -85,7 +105,7 @@ def output_dir(help: str) -> Any:
 
 def output(help: str) -> Any:
     """``--output``, a file that the command writes."""
-    return typer.Option("--output", metavar="FILE", help=help)
+    return typer.Option("--output", help=help)
 
 
 def names(option: str, help: str, default: str) -> Any:
@@ -103,11 +123,6 @@ def settings(help: str, option: str = "--set") -> Any:
     return typer.Option(option, metavar="KEY=VALUE", help=f"{help}; may be repeated.")
 
 
-def of_rows(option: str, metavar: str, help: str) -> Any:
-    """An option on how the rows of a file are read."""
-    return typer.Option(option, metavar=metavar, help=help, rich_help_panel="Rows of a file")
-
-
 def dtype(option: str, help: str) -> Any:
     """An option for a dtype: its short name, though PyTorch's is taken, too."""
     return typer.Option(option, metavar="DTYPE", help=help, callback=_short)
@@ -120,7 +135,6 @@ def _short(value: str | None) -> str | None:
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        "--data-dir",
         metavar="DIR",
         envvar="SPARSEPEFT_DATA",
         show_envvar=False,
@@ -128,32 +142,26 @@ DataDir = Annotated[
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="Hub id or local folder. [default: the bundled MiniLM]")
+    str | None, typer.Option(metavar="MODEL", help="Hub id or local folder. [default: the bundled MiniLM]")
 ]
 TrainedModel = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The backbone, if it has moved since training.")
+    str | None, typer.Option(metavar="MODEL", help="The backbone, if it has moved since training.")
 ]
 Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]"),
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]")
 ]
 Precision = Annotated[str, dtype("--precision", "fp32, bf16 or fp16.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Inputs per forward pass.")]
-MaxExamples = Annotated[
-    int | None, typer.Option("--max-examples", metavar="N", min=1, help="A sample of so many texts. [default: all]")
-]
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads. [default: PyTorch's]")]
-IdleWait = Annotated[
-    float, typer.Option("--idle-wait", metavar="SECONDS", help="Wait so long for an idle machine before each round.")
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of initialisation and order.")]
-Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Hyperparameters: paper or best.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")]
+MaxExamples = Annotated[int | None, typer.Option(min=1, help="A sample of so many texts. [default: all]")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
+Recipe = Annotated[str, typer.Option(metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-TextColumn = Annotated[str | None, of_rows("--text-column", "NAME", "Column of the text. [default: as in training]")]
-TextPairColumn = Annotated[str | None, of_rows("--text-pair-column", "NAME", "Column of the second text, for pairs.")]
-LabelColumn = Annotated[str | None, of_rows("--label-column", "NAME", "Column of the label. [default: as in training]")]
-Delimiter = Annotated[str | None, of_rows("--delimiter", "CHAR", "Between columns of CSV and TSV. [default: found]")]
-Encoding = Annotated[
-    str | None, of_rows("--encoding", "NAME", "Of the file, such as utf-8 or cp1252. [default: found]")
-]
+# Fields of ``sparsepeft.training.TableOptions``.
+ROWS: dict[str, tuple[Any, ...]] = {
+    "text_column": (str, "Column of the text. [default: as in training]"),
+    "text_pair_column": (str, "Column of the second text, for pairs."),
+    "label_column": (str, "Column of the label. [default: as in training]"),
+    "delimiter": (str, "Between columns of CSV and TSV. [default: found]"),
+    "encoding": (str, "Of the file, such as utf-8 or cp1252. [default: found]"),
+}

@@ -9,7 +9,6 @@ settings as its argument: it does a pass of one kind, over and over.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -48,7 +47,6 @@ CASES = (
 def run(*, language_model: str, repeats: int, idle_wait: float, seed: int, progress: Progress) -> dict[str, Any]:
     """Measure all cases; that of a language model is left out without one."""
     threads = torch.get_num_threads()
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         roberta = prepare_model(ROBERTA, Path(folder), seed).folder
         models = {ROBERTA: roberta, MINILM: resolve_model(None), LANGUAGE_MODEL: language_model}
@@ -63,18 +61,12 @@ def run(*, language_model: str, repeats: int, idle_wait: float, seed: int, progr
 
 def measure(name: str, settings: dict[str, Any], repeats: int, idle_wait: float) -> dict[str, Any]:
     """Both processes of one case."""
-    is_inference, threads = settings["kind"] == "inference", settings["threads"]
-    method = None if is_inference else "lora" if name == LANGUAGE_MODEL else "spartan"
+    method = None if settings["kind"] == "inference" else "lora" if name == LANGUAGE_MODEL else "spartan"
     settings = settings | {"method": method}
     with tempfile.TemporaryDirectory() as folder:
-
-        def start(keep: bool) -> Worker:
-            path = Path(folder) / f"{keep}.json"
-            path.write_text(json.dumps(settings | {"keep": keep}))
-            command = [sys.executable, "-m", __spec__.name, str(path)]
-            return Worker(command, threads, path.with_suffix(".log"))
-
-        with start(False) as plain, start(True) as kept:
+        program = [sys.executable, "-m", __spec__.name]
+        plain, kept = (Worker(program, settings | {"keep": k}, Path(folder) / f"{k}.json") for k in (False, True))
+        with plain, kept:
             passes = {"as it is": partial(plain.ask, "pass pass"), "kept": partial(kept.ask, "pass pass")}
             timings = time_alternating(passes, repeats=repeats, idle_wait_s=idle_wait)
             peaks = {"as it is": plain.ask("peak")["peak_bytes"], "kept": kept.ask("peak")["peak_bytes"]}

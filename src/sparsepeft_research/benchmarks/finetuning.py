@@ -58,10 +58,10 @@ class Settings:
     """What every candidate is measured with."""
 
     model: str
-    task: str
-    data_dir: str
     peer_python: Path
     repeats: int
+    task: str
+    data_dir: str
     idle_wait: float
     seed: int
     quick: bool
@@ -69,17 +69,7 @@ class Settings:
 
 
 def run(
-    *,
-    data_dir: str,
-    task: str,
-    model: str,
-    groups: str,
-    peer_folder: str,
-    repeats: int,
-    idle_wait: float,
-    seed: int,
-    quick: bool,
-    progress: Progress,
+    *, model: str, groups: str, peer_folder: str, repeats: int, progress: Progress, **values: Any
 ) -> dict[str, Any]:
     """Measure the groups.
 
@@ -94,9 +84,9 @@ def run(
         raise UserError(f"`repeats={repeats}` needs more than the {STEPS} steps that a run has; ask for fewer.")
     disable_progress_bars()
     python = peer_python(Path(peer_folder) if peer_folder else DEFAULT_FOLDER)
-    settings = Settings(resolve_model(model or None), task, data_dir, python, repeats, idle_wait, seed, quick)
+    settings = Settings(resolve_model(model or None), python, repeats, **values)
     num_layers = AutoConfig.from_pretrained(settings.model).num_hidden_layers
-    results = {}
+    results, quick = {}, settings.quick
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         examples = folder / "examples.safetensors"
@@ -211,8 +201,7 @@ def measure(
 def start(candidate: Candidate, settings: Settings, folder: Path) -> Worker:
     """Start a candidate's process."""
     folder.mkdir()
-    threads = torch.get_num_threads()
-    process_settings: dict[str, Any] = {"threads": threads}
+    process_settings: dict[str, Any] = {"threads": torch.get_num_threads()}
     if candidate.is_peer:
         command = [str(settings.peer_python), str(PEER_TRAINING)]
         process_settings |= {"model": settings.model, "seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4}
@@ -223,9 +212,7 @@ def start(candidate: Candidate, settings: Settings, folder: Path) -> Worker:
         config |= {"few_shot": EXAMPLES, "max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH}
         config |= {"task": settings.task, "data_dir": settings.data_dir or None}
         process_settings |= {"config": config | candidate.settings, "random_order": candidate.random_order}
-    path = folder / "settings.json"
-    path.write_text(json.dumps(process_settings))
-    return Worker([*command, str(path)], threads, folder / "log.txt")
+    return Worker(command, process_settings, folder / "settings.json")
 
 
 class Gate(TrainerCallback):

@@ -6,13 +6,18 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.extras import require
+from sparsepeft_research.benchmarks.settings import InferenceBenchmark, SptBenchmark
 from sparsepeft_research.results import Result, describe_machine
 
 Progress = Callable[[str], object]
+
+
+def silent(message: str) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,30 @@ class Parameter:
         name: as its function has it.
         default: taken where nothing is said.
         help: a sentence.
-        choices: the values there are; empty for any of the type of ``default``.
+        choices: the values there are; empty for any of the type.
+        type: of a value; None is that of ``default``.
+        option: on the command line; by its name if left out.
+        metavar: what an option of it takes, where that is not its type alone.
+        several: reads each of several values that an option takes together; None where it takes one.
+        parse: reads an option's value, where the type does not.
+        variable: of the environment, that an option takes its value from.
+        least: the smallest number that an option takes.
     """
 
     name: str
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    type: Any = None
+    option: str = ""
+    metavar: str | None = None
+    several: Callable[[str], Any] | None = None
+    parse: Callable[[str], Any] | None = None
+    variable: str | None = None
+    least: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "option", f"--{(self.option or self.name).replace('_', '-')}")
 
 
 @dataclass(frozen=True)
@@ -40,15 +62,32 @@ class Benchmark:
         name: of the benchmark, and of its module here.
         measures: what, in a sentence.
         parameters: of its ``run``, beside ``progress``; ``threads`` is set before.
-        settings: instead of ``parameters``, the class in its module that checks them and documents them.
+        settings: the class of which ``run`` takes an object instead; its fields are parameters then.
         extra: of this package, with what it needs.
+        example: options of a command that is shown.
+        note: a sentence more.
+        is_drawn: its report can be drawn.
+        module: where its ``run`` is, if not in the module of its name.
     """
 
     name: str
     measures: str
     parameters: tuple[Parameter, ...] = ()
-    settings: str | None = None
+    settings: Any = None
     extra: str = "research"
+    example: str = ""
+    note: str = ""
+    is_drawn: bool = False
+    module: str = ""
+
+
+def _fields(settings: type) -> tuple[Parameter, ...]:
+    """The fields of a class that say what they are, and ``threads``."""
+    types, defaults = get_type_hints(settings, include_extras=True), vars(settings)
+    said = {name: each for name, each in types.items() if hasattr(each, "__metadata__")}
+    threads = Parameter("threads", None, "CPU threads. [default: PyTorch's]", type=int | None, least=1)
+    fields = (Parameter(n, defaults[n], type=each.__origin__, **each.__metadata__[0]) for n, each in said.items())
+    return (*fields, threads)
 
 
 def _common(repeats: int, *others: Parameter, seed: bool = True) -> tuple[Parameter, ...]:
@@ -70,10 +109,21 @@ BENCHMARKS = {
     for one in (
         Benchmark(
             "inference",
-            "throughput, latency and memory of a backbone with and without adapters, of peers, of many tasks",
-            settings="InferenceBenchmark",
+            "throughput, latency and peak memory of a backbone with and without adapters, of peers, of many tasks",
+            _fields(InferenceBenchmark),
+            InferenceBenchmark,
+            example="--precisions fp32,bf16 --mixed --output inference.json",
+            note="Every system is a process of its own with equal threads (but see `--one-process`); they take turns.",
+            is_drawn=True,
+            module="inference.session",
         ),
-        Benchmark("spt", "a LoRA fine-tuning step, dense against sparse: time and memory", settings="SptBenchmark"),
+        Benchmark(
+            "spt",
+            "a LoRA fine-tuning step, dense against sparse: time, where it goes, and peak memory above the weights",
+            _fields(SptBenchmark),
+            SptBenchmark,
+            example="--model opt-1024 --lengths 2048,8192 --output spt.json",
+        ),
         Benchmark(
             "memory",
             "memory_read in each implementation and as a plain gather, over the number of parents",
@@ -138,7 +188,7 @@ BENCHMARKS = {
 }
 
 
-def run_benchmark(name: str, *, progress: Progress = lambda message: None, **values: Any) -> Result:
+def run_benchmark(name: str, *, progress: Progress = silent, **values: Any) -> Result:
     """Run a benchmark.
 
     Args:
@@ -154,32 +204,31 @@ def run_benchmark(name: str, *, progress: Progress = lambda message: None, **val
         raise UserError(unknown_name("The benchmark", name, BENCHMARKS))
     benchmark = BENCHMARKS[name]
     try:
-        module = importlib.import_module(f"sparsepeft_research.benchmarks.{name}")
+        module = importlib.import_module(f"{__package__}.{benchmark.module or name}")
     except ModuleNotFoundError as error:
         require(error.name or "", benchmark.extra, f"The benchmark {name}")
         raise
-    if benchmark.settings is not None:
-        settings = getattr(module, benchmark.settings)(**values)
-        environment = describe_machine(settings.seed)
-        report = module.run(settings, progress)
-        environment["threads"] = report["settings"].get("threads", environment["threads"])
-        return Result(name, report.pop("settings"), report.pop("results"), environment, settings.seed, report)
     known = {parameter.name: parameter for parameter in benchmark.parameters}
     for key, value in values.items():
-        if key not in known:
+        if key not in known and not hasattr(benchmark.settings, key):
             raise UserError(unknown_name("The parameter", key, known))
-        if known[key].choices and value not in known[key].choices:
+        if key in known and known[key].choices and value not in known[key].choices:
             raise UserError(unknown_name(f"`{key}`", str(value), known[key].choices))
     chosen = {key: parameter.default for key, parameter in known.items()} | values
-    if "repeats" in chosen and chosen["repeats"] < 2:
-        raise UserError(f"`repeats={chosen['repeats']}` was given; quartiles need at least 2.")
     settings = {key: value for key, value in chosen.items() if key not in _PLACES}
-    if "threads" in chosen:
+    if (threads := chosen.pop("threads", None)) is not None:
         import torch
 
-        torch.set_num_threads(chosen.pop("threads"))
-    seed = chosen.get("seed")
+        torch.set_num_threads(threads)
+    if benchmark.settings is not None:
+        checked = benchmark.settings(**chosen)
+        chosen, settings = {"benchmark": checked}, {"seed": checked.seed}
+    elif chosen.get("repeats", 2) < 2:
+        raise UserError(f"`repeats={chosen['repeats']}` was given; quartiles need at least 2.")
+    seed = settings.get("seed")
     environment = describe_machine(seed)  # before: the load is that of others
     report = module.run(**chosen, progress=progress)
+    settings |= report.pop("settings", {})
     environment["versions"] |= report.pop("versions", {})
-    return Result(name, settings | report.pop("settings", {}), report.pop("results"), environment, seed, report)
+    environment["threads"] = settings.get("threads", environment["threads"])
+    return Result(name, settings, report.pop("results"), environment, seed, report)

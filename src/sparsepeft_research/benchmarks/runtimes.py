@@ -23,10 +23,12 @@ import torch
 
 from sparsepeft.inference.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.exported import export_system
-from sparsepeft_research.benchmarks.inference.systems import BACKBONE, ONNX, load_model
+from sparsepeft_research.benchmarks.inference.processes.exported import Run, open_onnxruntime, open_openvino
+from sparsepeft_research.benchmarks.inference.systems import load_model
 from sparsepeft_research.benchmarks.inference.workloads import prepare_model
 from sparsepeft_research.benchmarks.measuring import as_dicts, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
+from sparsepeft_research.benchmarks.settings import BACKBONE, ONNX, shape
 
 LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
 EXPORTED = ("float32", "int8")
@@ -44,17 +46,17 @@ def run(*, model: str, shapes: str, repeats: int, idle_wait: float, seed: int, p
         progress("exporting")
         candidates = _pytorch(backbone.folder, "torchao" in installed, seed)
         files = {precision: _export(backbone.folder, folder, precision, seed) for precision in EXPORTED}
-        candidates |= {f"onnxruntime {name}": _onnxruntime(file) for name, file in files.items()}
-        if "openvino" in installed:
-            candidates |= {
-                f"openvino {precision}": _openvino(files[file], precision)
-                for precision, file in (("float32", "float32"), ("bfloat16", "float32"), ("int8", "int8"))
-            }
-        names = [one.name for one in onnx.load(str(files["float32"])).graph.input]
-        for shape in shapes.split(","):
-            progress(shape)
-            inputs = _inputs(shape, names, backbone.architecture["vocab_size"], seed)
-            results.append(_measure(shape, inputs, candidates, repeats, idle_wait))
+        threads = torch.get_num_threads()
+        for name, file in files.items():
+            candidates[f"onnxruntime {name}"] = _alone(open_onnxruntime(file, None, threads, name, {}))
+        openvino = (("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32"), ("int8", "float32", "int8"))
+        for name, precision, file in openvino if "openvino" in installed else ():
+            candidates[f"openvino {name}"] = _alone(open_openvino(files[file], None, threads, precision, {}))
+        names = [one.name for one in onnx.load(files["float32"]).graph.input]
+        for name in shapes.split(","):
+            progress(name)
+            inputs = _inputs(name, names, backbone.architecture["vocab_size"], seed)
+            results.append(_measure(name, inputs, candidates, repeats, idle_wait))
     return {
         "results": results,
         "settings": {"model": backbone.name},
@@ -81,8 +83,8 @@ def _measure(
     }
 
 
-def _inputs(shape: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
-    size = tuple(int(number) for number in shape.split("x"))
+def _inputs(name: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
+    size = shape(name)
     generator = np.random.default_rng(seed)
     values = {
         "input_ids": generator.integers(10, vocab_size // 2, size),
@@ -91,9 +93,14 @@ def _inputs(shape: str, names: list[str], vocab_size: int, seed: int) -> Inputs:
     return {name: values.get(name, np.zeros(size, dtype=np.int64)) for name in names}
 
 
-def _export(model: str, folder: Path, precision: str, seed: int) -> str | None:
+def _alone(run: Run) -> Callable[[Inputs], np.ndarray]:
+    """A runtime's answer to one batch."""
+    return lambda inputs: run([inputs])[0]
+
+
+def _export(model: str, folder: Path, precision: str, seed: int) -> str:
     torch.manual_seed(seed)  # of a head that the model does not have
-    return export_system(BACKBONE, model, folder / precision, f"{ONNX}{precision}")["graph"]
+    return export_system(BACKBONE, model, folder / precision, f"{ONNX}{precision}")["graph"] or ""
 
 
 def _pytorch(model: str, with_torchao: bool, seed: int) -> dict[str, Callable[[Inputs], np.ndarray]]:
@@ -124,35 +131,3 @@ def _pytorch(model: str, with_torchao: bool, seed: int) -> dict[str, Callable[[I
         return run
 
     return {name: passes(module) for name, module in loaded.items()}
-
-
-def _onnxruntime(file: str | None) -> Callable[[Inputs], np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-    def run(inputs: Inputs) -> np.ndarray:
-        logits: np.ndarray = session.run(None, inputs)[0]
-        return logits
-
-    return run
-
-
-def _openvino(file: str | None, precision: str) -> Callable[[Inputs], np.ndarray]:
-    import openvino
-
-    # Without a hint it takes bfloat16 wherever the processor has it.
-    hints = {
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino.Core().compile_model(file, "CPU", hints)
-
-    def run(inputs: Inputs) -> np.ndarray:
-        logits: np.ndarray = compiled(inputs)[0]
-        return logits
-
-    return run

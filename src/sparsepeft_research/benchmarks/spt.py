@@ -4,97 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from sparsepeft.devices import find_device
-from sparsepeft.errors import UserError
 from sparsepeft.spt import SptConfig, sparsification
-from sparsepeft.tuners.config import dtype_name
 from sparsepeft_research.benchmarks.measuring import peak_bytes, time_alternating
+from sparsepeft_research.benchmarks.registry import Progress, silent
+from sparsepeft_research.benchmarks.settings import SptBenchmark
 from sparsepeft_research.benchmarks.stacks import Stack, stack_config
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
 _EAGER_SHARE = 1 / 3  # of the machine's memory that attention matrices may take
-
-
-@dataclass(frozen=True)
-class SptBenchmark:
-    """What to measure.
-
-    Args:
-        model: a named stack of random weights (``benchmarks.stacks.STACKS``), a hub id or a folder.
-        layers: how many.
-        lengths: tokens of a sequence.
-        batch_size: sequences in a step.
-        granularity: of sparse attention, ``"token"`` or ``"block"``.
-        num_blocks: G, blocks of an FFN.
-        active_blocks: values of G' to measure.
-        top_l: keys a query keeps: an int is a count, a float up to 1 a fraction of the length.
-        device: ``"cpu"`` or ``"cuda"``.
-        dtype: of weights and activations: ``"fp32"``, ``"bf16"`` or ``"fp16"``, or PyTorch's name of it.
-        repeats: timed steps of each candidate.
-        warm_up: untimed ones before.
-        idle_wait_s: seconds to wait for an idle machine before each round.
-        compile: measure the dense model through ``torch.compile``, too.
-        seed: of weights and data.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    model: str = "opt-1024"
-    layers: int = 4
-    lengths: tuple[int, ...] = (2048,)
-    batch_size: int = 1
-    granularity: str = "block"
-    num_blocks: int = 8
-    active_blocks: tuple[int, ...] = (4, 2)
-    top_l: int | float = 1 / 8
-    device: str = "cpu"
-    dtype: str = "float32"
-    repeats: int = 5
-    warm_up: int = 1
-    idle_wait_s: float = 0.0
-    compile: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("layers", self.layers), ("batch_size", self.batch_size), ("warm_up", self.warm_up)):
-            if value < 1:
-                raise UserError(f"`{name}={value}` was given, but it must be at least 1.")
-        lengths = ",".join(map(str, self.lengths))
-        if not self.lengths or min(self.lengths) < 2:
-            raise UserError(f"`lengths={lengths}` was given; expected at least one, each of 2 tokens or more.")
-        if self.repeats < 2:
-            raise UserError(f"`repeats={self.repeats}` was given; quartiles need at least 2.")
-        try:
-            object.__setattr__(self, "dtype", dtype_name("dtype", self.dtype))  # as results have it
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if find_device(self.device).type not in ("cpu", "cuda"):
-            raise UserError(f"`device={self.device}` was given, but steps are timed on cpu and cuda only; pass cpu.")
-        for active in self.active_blocks:
-            self.spt(self.lengths[0], active=active)
-
-    def spt(self, length: int, *, attention: bool = True, active: int | None = None) -> SptConfig:
-        """The settings of a sparse candidate; ``active`` None leaves its FFNs dense."""
-        try:
-            config = SptConfig(
-                attention=attention,
-                ffn=active is not None,
-                top_l=self.top_l,
-                granularity=self.granularity,
-                num_blocks=self.num_blocks,
-                num_active_blocks=active or 1,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return config.with_length(length)
 
 
 def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]]:
@@ -111,7 +34,7 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     return by_name
 
 
-def run(benchmark: SptBenchmark, progress: Callable[[str], object] = lambda message: None) -> dict[str, Any]:
+def run(benchmark: SptBenchmark, progress: Progress = silent) -> dict[str, Any]:
     """Measure a fine-tuning step of every candidate at every length.
 
     Times are of whole steps (forward, backward, AdamW), in turn, after warm-up. The split by module and the step with
@@ -134,7 +57,7 @@ def run(benchmark: SptBenchmark, progress: Callable[[str], object] = lambda mess
     return {"settings": settings, "results": results}
 
 
-def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Callable[[str], object]) -> dict[str, Any]:
+def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Progress) -> dict[str, Any]:
     compared, left_out = candidates(benchmark, length), {}
     needed = _eager_bytes(benchmark, config, length)
     if needed > _EAGER_SHARE * _memory_bytes(benchmark.device):
@@ -143,33 +66,23 @@ def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Call
     stacks = {}
     for name, arguments in compared.items():
         progress(f"{length} tokens: making {name}")
-        stacks[name] = Stack(
-            benchmark.model,
-            config,
-            batch_size=benchmark.batch_size,
-            length=length,
-            device=benchmark.device,
-            dtype=getattr(torch, benchmark.dtype),
-            seed=benchmark.seed,
-            **arguments,
-        )
-    measure = partial(
-        time_alternating,
-        repeats=benchmark.repeats,
-        warm_up=benchmark.warm_up,
-        idle_wait_s=benchmark.idle_wait_s,
-        device=benchmark.device,
-    )
+        stacks[name] = Stack(benchmark, config, length, **arguments)
     progress(f"{length} tokens: timing {len(stacks)} candidates, {benchmark.repeats} steps each")
-    timings = measure({name: stack.step for name, stack in stacks.items()})
+    how: dict[str, Any] = {
+        "repeats": benchmark.repeats,
+        "warm_up": benchmark.warm_up,
+        "idle_wait_s": benchmark.idle_wait_s,
+    }
+    timings = time_alternating({n: stack.step for n, stack in stacks.items()}, device=benchmark.device, **how)
     progress(f"{length} tokens: memory and split")
     peaks = {name: peak_bytes(stack.step, benchmark.device) for name, stack in stacks.items()}
-    attention_names = _attention_names(stacks["sparse attention"])
+    sparse = sparsification(stacks["sparse attention"].model)
+    attention_names = list(sparse.attention) if sparse else []
     described_candidates = {}
     for name, stack in stacks.items():
         described: dict[str, Any] = {"step": timings[name]._asdict(), "peak_bytes": peaks[name]}
         if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
-            described["split_ms"] = stack.split(attention_names, benchmark.device)
+            described["split_ms"] = stack.split(attention_names)
         sparse = sparsification(stack.model)
         if sparse is not None and sparse.attention:
             described["codebook_refresh"] = _refresh(stack, sparse.config, timings[name].median_ms, benchmark)
@@ -193,11 +106,6 @@ def _refresh(stack: Stack, config: SptConfig, step_ms: float, benchmark: SptBenc
     once = time_alternating({"": partial(stack.step, refresh=True)}, repeats=2, warm_up=0, device=benchmark.device)
     extra_ms = once[""].minimum_ms - step_ms
     return {"extra_ms": extra_ms, "every_steps": config.codebook_interval}
-
-
-def _attention_names(stack: Stack) -> Sequence[str]:
-    sparse = sparsification(stack.model)
-    return list(sparse.attention) if sparse else []
 
 
 def _eager_bytes(benchmark: SptBenchmark, config: Any, length: int) -> int:

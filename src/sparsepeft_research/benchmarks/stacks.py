@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, LlamaConfig, OPTConfig, PretrainedConfig
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import num_positions
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.spt import SptConfig, sparsification, sparsify
+from sparsepeft_research.benchmarks.settings import SptBenchmark
 from sparsepeft_research.benchmarks.split import Span, measuring
 
 _VOCABULARY = 1024  # of random stacks; embeddings cost all candidates the same
@@ -91,17 +92,13 @@ class Stack:
     last hidden states.
 
     Args:
-        model: see :func:`stack_config`.
-        config: of it.
-        batch_size: sequences in a step.
-        length: tokens of each.
+        benchmark: says of which model, on what; LoRA's weights and the routers are float32 whatever its dtype.
+        config: the model's, see :func:`stack_config`.
+        length: tokens of a sequence.
         spt: makes the layers sparse; None leaves them dense.
         attention: "sdpa" or "eager", of dense attention.
         checkpointing: compute activations again in backward.
         compiled: through ``torch.compile``.
-        device: "cpu" or "cuda".
-        dtype: of weights and activations; LoRA's weights and the routers are float32.
-        seed: of weights and data.
 
     Raises:
         UserError: the model cannot be made sparse, or PEFT does not know where its LoRA goes.
@@ -109,22 +106,18 @@ class Stack:
 
     def __init__(
         self,
-        model: str,
+        benchmark: SptBenchmark,
         config: PretrainedConfig,
-        *,
-        batch_size: int,
         length: int,
         spt: SptConfig | None = None,
         attention: str = "sdpa",
         checkpointing: bool = False,
         compiled: bool = False,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
     ) -> None:
-        torch.manual_seed(seed)
-        base: Any = _load(model, copy.deepcopy(config), attention, dtype, device)  # each has an attention of its own
-        self.ids = torch.randint(config.vocab_size, (batch_size, length), device=device)
+        self.device, model = benchmark.device, benchmark.model
+        torch.manual_seed(benchmark.seed)
+        base: Any = _load(benchmark, copy.deepcopy(config), attention)  # each has an attention of its own
+        self.ids = torch.randint(config.vocab_size, (benchmark.batch_size, length), device=self.device)
         try:
             if spt is not None:
                 sparsify(base, spt, self.ids[:1, :_CALIBRATION_TOKENS])
@@ -135,7 +128,7 @@ class Stack:
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self._run = torch.compile(self.model) if compiled else self.model
-        self._direction = torch.randn(config.hidden_size, device=device)
+        self._direction = torch.randn(config.hidden_size, device=self.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -152,7 +145,7 @@ class Stack:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def split(self, attention_names: Sequence[str], device: str) -> dict[str, float]:
+    def split(self, attention_names: Sequence[str]) -> dict[str, float]:
         """Milliseconds of one step in attention (projections included), in FFNs and in the rest."""
         base: Any = self.model.get_base_model()
         sparse = sparsification(base)
@@ -163,10 +156,10 @@ class Stack:
             feed_forwards = [_span(each) for each in find_feed_forwards(base)]
         base.enable_input_require_grads()  # else the first layer's backward has no end
         try:
-            with measuring({"attention": [Span(m, m) for m in modules], "ffn": feed_forwards}, device) as spent:
+            with measuring({"attention": [Span(m, m) for m in modules], "ffn": feed_forwards}, self.device) as spent:
                 start = time.perf_counter()
                 self.step()
-                if device == "cuda":
+                if self.device == "cuda":
                     torch.cuda.synchronize()
                 total = 1e3 * (time.perf_counter() - start)
         finally:
@@ -180,12 +173,9 @@ def _span(each: FeedForward) -> Span:
     return Span(each.part(each.names.up), each.part(each.names.down))
 
 
-def _load(model: str, config: PretrainedConfig, attention: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    if model in STACKS:
-        with torch.device(device):
-            made: PreTrainedModel = AutoModel.from_config(config, attn_implementation=attention, dtype=dtype)
-        return made
-    loaded: PreTrainedModel = AutoModel.from_pretrained(
-        model, config=config, attn_implementation=attention, dtype=dtype
-    )
-    return loaded.to(device)  # type: ignore[arg-type]
+def _load(benchmark: SptBenchmark, config: PretrainedConfig, attention: str) -> Any:
+    how: dict[str, Any] = {"attn_implementation": attention, "dtype": getattr(torch, benchmark.dtype)}
+    if benchmark.model not in STACKS:
+        return AutoModel.from_pretrained(benchmark.model, config=config, **how).to(benchmark.device)
+    with torch.device(benchmark.device):
+        return AutoModel.from_config(config, **how)

@@ -15,9 +15,9 @@ class Worker:
     """A process that says when it is ready and then does what each line tells it.
 
     Args:
-        command: what to start.
-        threads: of the process.
-        log: where its other output goes.
+        program: what to start, with a file of its settings as the last argument.
+        settings: its own, written to that file; ``threads`` among them.
+        file: that file; what the process says besides goes to one beside it.
 
     Attributes:
         ready: its first line.
@@ -26,16 +26,17 @@ class Worker:
         RuntimeError: it died before it was ready.
     """
 
-    def __init__(self, command: list[str], threads: int, log: Path) -> None:
-        self.log = log
-        with log.open("w") as errors:
+    def __init__(self, program: list[str], settings: dict[str, Any], file: Path) -> None:
+        self.log = file.with_suffix(".log")
+        file.write_text(json.dumps(settings))
+        with self.log.open("w") as errors:
             self._process = subprocess.Popen(
-                command,
+                [*program, str(file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(settings["threads"])},
             )
         self.ready = self._answer()
 

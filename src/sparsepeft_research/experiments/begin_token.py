@@ -26,15 +26,7 @@ from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse
 from sparsepeft.provenance import environment
-from sparsepeft.runs.corpus import (
-    begin_token,
-    cut,
-    evenly_spaced,
-    fingerprints,
-    join,
-    num_predicted,
-    read_documents,
-)
+from sparsepeft.runs.corpus import begin_token, cut, evenly_spaced, fingerprints, join, num_predicted, read_documents
 from sparsepeft.spt import SptConfig
 from sparsepeft.training import RunConfig, train
 from sparsepeft_research.experiments import run_once

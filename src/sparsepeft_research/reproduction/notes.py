@@ -158,7 +158,7 @@ def _values(finished: Finished, searched: bool) -> list[str]:
 def _about_columns(name: str, finished: Finished, is_paper: bool, has_devices: bool) -> list[str]:
     notes = [
         "Storage: the files of the averaged tasks and one backbone (full fine-tuning: the files alone) over the "
-        "backbone's bytes. Bytes per task are those of the weight files written.",
+        "backbone's bytes. Bytes per task are those of the weight files written."
     ]
     if name == "table1":
         notes.append(

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import RunFailed
 from sparsepeft.provenance import OtherLoad
-from sparsepeft.training import RunConfig, train
+from sparsepeft.training import RunConfig
+from sparsepeft.training.dry_run import dry_run
 from sparsepeft_research.reproduction.matrix import Run
 from sparsepeft_research.reproduction.results import ABOUT, find_result, read_error
 from sparsepeft_research.reproduction.runner import claim
@@ -30,7 +30,7 @@ SAME = "results of the same task and method"
 METHOD = "results of the method on other tasks"
 MEASURED = "steps measured here"
 ANY = "results of other methods"
-WARM_UP, STEPS = 2, 4  # of which the median counts
+STEPS = 5  # of a dry run, which takes their median
 FORWARD_SHARE = 1 / 3  # of a training step's time: a backward pass takes about twice as long as a forward pass
 _EXAMPLES = 2000  # enough for batches as long as the task's
 _CHARS_PER_TOKEN = 5
@@ -166,7 +166,7 @@ class StepTimes:
     def _measure(self, run: Run) -> _Measured | None:
         if not _is_here(run.config.model):
             return None
-        self._progress(f"measuring {run.config.method} on {run.config.task}: {WARM_UP + STEPS} steps")
+        self._progress(f"measuring {run.config.method} on {run.config.task}: {STEPS} steps")
         load = OtherLoad()
         try:
             return _measure(run.config, _chars(run))
@@ -185,55 +185,25 @@ class _Measured:
     step: float
 
 
-class _EnoughError(Exception):
-    """The steps wanted have been timed."""
-
-
-class _Clock(TrainerCallback):
-    """Times a run's steps and ends it after so many."""
-
-    def __init__(self) -> None:
-        self.began: float | None = None
-        self.steps: list[float] = []
-        self._step_began = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_began = time.perf_counter()
-        self.began = self.began or self._step_began
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps.append(time.perf_counter() - self._step_began)
-        if len(self.steps) == WARM_UP + STEPS:
-            raise _EnoughError
-
-
 def _measure(config: RunConfig, chars: float) -> _Measured:
     """The first steps of a run, on a part of its data and in a folder that goes.
 
     Raises:
         RunFailed: its steps do.
     """
-    clock, start = _Clock(), time.perf_counter()
+    examples = None if config.few_shot else min(_EXAMPLES, config.max_train_samples or _EXAMPLES)
+    start = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.suppress(_EnoughError):
-            train(_beginning(config, folder), [clock])
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            # On the selection part, which leaves the parts alone that are not trained on.
+            part: dict[str, Any] = {"max_train_samples": examples, "score_on": "selection"}
+            step = dry_run(dataclasses.replace(config, output_dir=str(Path(folder) / "run"), **part))[
+                "seconds_per_step"
+            ]
     finally:
         gc.collect()  # a Trainer and its model hold each other
         torch.compiler.reset()
-    assert clock.began is not None
-    return _Measured(chars, clock.began - start, statistics.median(clock.steps[WARM_UP:]))
-
-
-def _beginning(config: RunConfig, folder: str) -> RunConfig:
-    examples = None if config.few_shot else min(_EXAMPLES, config.max_train_samples or _EXAMPLES)
-    return dataclasses.replace(
-        config,
-        output_dir=str(Path(folder) / "run"),
-        epochs=None,
-        max_steps=WARM_UP + STEPS,
-        max_train_samples=examples,
-        score_on="selection",  # which leaves the parts alone that are not trained on
-    )
+    return _Measured(chars, time.perf_counter() - start - STEPS * step, step)
 
 
 @contextlib.contextmanager

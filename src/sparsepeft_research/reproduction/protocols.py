@@ -46,12 +46,7 @@ def full_data(
 
 
 def few_shot(
-    task: str,
-    method: str,
-    seed: int,
-    output_dir: str | Path,
-    num_examples: int = FEW_SHOT_EXAMPLES,
-    **values: Any,
+    task: str, method: str, seed: int, output_dir: str | Path, num_examples: int = FEW_SHOT_EXAMPLES, **values: Any
 ) -> RunConfig:
     """Train 1000 steps on a few examples, stratified by label and drawn by ``seed``; the paper's tables 2 and 3.
 

@@ -16,6 +16,7 @@ from sparsepeft_research.benchmarks.devices import DEVICES
 from sparsepeft_research.reproduction import paper
 from sparsepeft_research.reproduction.paper import MISMATCHED, PaperRow
 from sparsepeft_research.reproduction.tables import MRPC_ACCURACY, Row, Score, Table
+from sparsepeft_research.tables.markdown import table as markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,11 +81,11 @@ def paper_average(table: Table, row: PaperRow) -> float | None:
 def to_markdown(table: Table) -> str:
     """The table with its notes."""
     header, rows = cells(table)
-    lines = [f"# {table.title}", "", f"Backbone: {table.model}. Scores x 100.", "", *_markdown(header, rows)]
+    lines = [f"# {table.title}", "", f"Backbone: {table.model}. Scores x 100.", "", markdown_table(header, rows)]
     if table.chosen:
         names = list(dict.fromkeys(name for values in table.chosen.values() for name in values))
         chosen = [[pair, *(str(values[name]) for name in names)] for pair, values in table.chosen.items()]
-        lines += ["", "Chosen by the grid search:", "", *_markdown(["task and method", *names], chosen)]
+        lines += ["", "Chosen by the grid search:", "", markdown_table(["task and method", *names], chosen)]
     lines += ["", *(f"- {note}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
@@ -221,8 +222,3 @@ def _paper_record(table: Table, row: PaperRow, names: list[str]) -> dict[str, An
 
 def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

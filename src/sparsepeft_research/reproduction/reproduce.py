@@ -13,7 +13,8 @@ from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.storage.counting import load_config
 from sparsepeft_research.benchmarks.devices import DEVICES
-from sparsepeft_research.benchmarks.inference import architecture, device_throughput
+from sparsepeft_research.benchmarks.inference.report import device_throughput
+from sparsepeft_research.benchmarks.inference.workloads import architecture
 from sparsepeft_research.reproduction.grid import GridSearch, has_diverged
 from sparsepeft_research.reproduction.matrix import Matrix
 from sparsepeft_research.reproduction.planning import Planned, StepTimes, plan

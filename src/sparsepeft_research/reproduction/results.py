@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
@@ -19,29 +18,14 @@ from sparsepeft_research.reproduction.matrix import Run
 ABOUT = "reproduction"  # the key under which a result file says more than `train` returns
 _ELSEWHERE = ("output_dir", "data_dir", "model", "device")  # not in a result: they differ between machines
 _REQUIRED = (
-    "format_version",
-    "task",
-    "method",
-    "seed",
-    "score",
-    "metrics",
-    "parameters",
-    "saved_bytes",
-    "model",
-    "train_seconds",
-    "steps",
-    "data_fingerprints",
-    "config",
-    ABOUT,
+    *("format_version", "task", "method", "seed", "score", "metrics", "parameters", "saved_bytes", "model"),
+    *("train_seconds", "steps", "data_fingerprints", "config", ABOUT),
 )
-
-
 # Beside more than this share of the processors' time for others a run's seconds are not its speed.
 MAX_OTHERS = 0.1
 
 
-@dataclass(frozen=True)
-class StoredResult:
+class StoredResult(NamedTuple):
     """What a run's result file holds.
 
     Attributes:

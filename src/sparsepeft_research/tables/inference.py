@@ -18,7 +18,12 @@ def throughput(results: Path) -> str:
     """Every ``inference*.json``: throughput, factors, tasks in memory."""
     parts = []
     for report in read_folder(results / "benchmarks", "inference*.json").values():
-        parts += [_heading(report), *map(_plan, report.results), _factors(report), _notes(report)]
+        parts += [
+            _heading(report),
+            *(table(*plan_table(one)) for one in report.results),
+            _factors(report),
+            _notes(report),
+        ]
     return paragraphs(*parts)
 
 
@@ -101,7 +106,8 @@ def _heading(report: Result) -> str:
     )
 
 
-def _plan(result: dict[str, Any]) -> str:
+def plan_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a plan: speed of each candidate, over those that it is measured against, and memory."""
     candidates = result["candidates"]
     baselines = list(dict.fromkeys(name for one in candidates.values() for name in one["speed_over"]))
     rows = []
@@ -112,7 +118,17 @@ def _plan(result: dict[str, Any]) -> str:
         memory = "" if peak is None else f"{peak / 2**20:.0f}"
         rows.append([name, *speed, *ratios, memory, ratio(one.get("share_of_peak"))])
     header = [f"{result['group']}: {result['plan']}", "ms", "inputs per minute", *(f"over {b}" for b in baselines)]
-    return table([*header, "peak MiB", "of the peak speed"], rows)
+    return [*header, "peak MiB", "of the peak speed"], rows
+
+
+def loading_note(loading: dict[str, Any]) -> str:
+    """What many tasks in one engine take."""
+    return (
+        f"{loading['num_loaded']} tasks in one engine take {loading['resident_over_files']:.2f} times their "
+        f"files. A call for another task than before takes {loading['switch_ms']:.2f} ms more; a task that has "
+        f"been read is in another's place after {loading['swap_ms']:.2f} ms, with reading "
+        f"{loading['replace_ms']:.1f} ms."
+    )
 
 
 def _factors(report: Result) -> str:
@@ -125,12 +141,6 @@ def _factors(report: Result) -> str:
 
 def _notes(report: Result) -> str:
     lines = [f"- {name} was left out: {reason}." for name, reason in report.others["left_out"].items()]
-    loading = report.others["loading"]
-    if loading:
-        lines.append(
-            f"- {loading['num_loaded']} tasks in one engine take {loading['resident_over_files']:.2f} times their "
-            f"files. A call for another task than before takes {loading['switch_ms']:.2f} ms more; a task that has "
-            f"been read is in another's place after {loading['swap_ms']:.2f} ms, with reading "
-            f"{loading['replace_ms']:.1f} ms."
-        )
+    if loading := report.others["loading"]:
+        lines.append(f"- {loading_note(loading)}")
     return "\n".join(lines)

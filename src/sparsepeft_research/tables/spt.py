@@ -21,23 +21,28 @@ def step(results: Path) -> str:
         f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
         f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
         f"length by {settings['granularity']}; {reports[0].machine}; medians of alternating steps. Peak is what a step "
-        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`.",
+        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`."
     ]
     for one in (one for report in reports for one in report.results):
-        rows = [
-            [
-                name,
-                f"{candidate['step']['median_ms']:.0f}",
-                ratio(candidate["speedup_over"].get("sdpa")),
-                f"{candidate['peak_bytes'] / 2**20:.0f}",
-                ratio(candidate["peak_of"].get("sdpa")),
-                ratio(candidate["peak_of"].get("eager")),
-            ]
-            for name, candidate in one["candidates"].items()
-        ]
-        parts.append(table([f"{one['length']} tokens", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], rows))
+        parts.append(table(*step_table(one)))
         parts += [f"{name} was left out: {reason}." for name, reason in one["left_out"].items()]
     return paragraphs(*parts)
+
+
+def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one length."""
+    rows = [
+        [
+            name,
+            f"{candidate['step']['median_ms']:.0f}",
+            ratio(candidate["speedup_over"].get("sdpa")),
+            f"{candidate['peak_bytes'] / 2**20:.0f}",
+            ratio(candidate["peak_of"].get("sdpa")),
+            ratio(candidate["peak_of"].get("eager")),
+        ]
+        for name, candidate in result["candidates"].items()
+    ]
+    return [f"{result['length']} tokens", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], rows
 
 
 def language_model(results: Path) -> str:

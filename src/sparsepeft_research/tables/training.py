@@ -18,7 +18,7 @@ def throughput(results: Path) -> str:
         f"{settings['model']}, {settings['num_examples']} examples of {settings['task']}, batches of "
         f"{settings['batch_size']}, float32 where nothing else is said; {report.machine}; medians of alternating "
         "epochs in one run. Ours are whole training runs with batches by length, `adapters` a bare loop with batches "
-        "in random order. By `sparsepeft benchmark finetuning --data-dir DATA`.",
+        "in random order. By `sparsepeft benchmark finetuning --data-dir DATA`."
     ]
     for group, candidates in report.results.items():
         speeds = {name: one["steps_per_minute"] for name, one in candidates.items() if "steps_per_minute" in one}

@@ -16,24 +16,17 @@ from transformers import RobertaConfig
 
 from sparsepeft.errors import UserError
 from sparsepeft.export.openvino_files import has_bfloat16
-from sparsepeft_research.benchmarks.inference import (
-    InferenceBenchmark,
-    device_throughput,
-    factors,
-    processes,
-    workloads,
-)
+from sparsepeft_research.benchmarks.inference import workloads
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.groups import Grouping
 from sparsepeft_research.benchmarks.inference.processes.pytorch import measure_loading
 from sparsepeft_research.benchmarks.inference.processes.serving import load_batches
-from sparsepeft_research.benchmarks.inference.report import Measured, describe, write_figure
+from sparsepeft_research.benchmarks.inference.report import Measured, describe, device_throughput, factors, write_figure
 from sparsepeft_research.benchmarks.inference.systems import prepare_system, save_task
 from sparsepeft_research.benchmarks.inference.workloads import Model, Plan, Planner, count_flops, prepare_model
 from sparsepeft_research.benchmarks.measuring import Timing
 from sparsepeft_research.benchmarks.registry import run_benchmark
-
-PROCESSES = Path(processes.__file__).parent
+from sparsepeft_research.benchmarks.settings import InferenceBenchmark
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_runtimes_answer_what_pytorch_does(system: str, runtime: str, random: Mo
         paths.append(tmp_path / f"{precision}.json")
         paths[-1].write_text(json.dumps(settings(random, [plan], threads=1, device=None, precision=precision) | files))
     program = (
-        f"import sys; sys.path.insert(0, {str(PROCESSES)!r}); import exported, json\n"
+        "import json, sys\nfrom sparsepeft_research.benchmarks.inference.processes import exported\n"
         "for path in sys.argv[1:]:\n"
         "    passes, about = exported.prepare(json.load(open(path)))\n"
         "    (logits,) = next(iter(passes.values()))()\n"
@@ -205,7 +198,7 @@ def test_systems_that_share_a_process_share_the_weights(model: Model, planner: P
     assert torch.equal(logits["backbone"], torch.cat(list(alone)))  # type: ignore[call-overload]
     for name in shared[1:]:
         assert not torch.allclose(logits[name], logits["backbone"], atol=1e-4)
-    runners = [passes[f"{name} 4 x 16"].func.__self__.model for name in shared]  # type: ignore[attr-defined]
+    runners = [passes[f"{name} 4 x 16"].func.args[0] for name in shared]  # type: ignore[attr-defined]
     (one, *others) = ({parameter.data_ptr() for parameter in runner.parameters()} for runner in runners)
     assert all(one <= other for other in others)
 
@@ -311,7 +304,7 @@ def test_peers_are_timed_where_their_python_is(planner: Planner, tmp_path: Path)
         ({"shapes": ((0, 8),)}, "at least 1"),
         ({"repeats": 1}, "repeats=1"),
         ({"starts": 0}, "starts=0"),
-        ({"max_inputs": 0}, "max_inputs=0"),
+        ({"max_inputs": -1}, "max_inputs=-1"),
         ({"mixed": True, "workload": "tasks"}, "fixed"),
         ({"mixed": True, "precisions": ("onnx-float32",)}, "float32 or bfloat16"),
         ({"peers_python": Path("nowhere/python")}, "nowhere"),

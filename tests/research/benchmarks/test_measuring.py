@@ -106,7 +106,7 @@ open(sys.argv[1], "w").close()
 
 
 def test_a_worker_answers_line_by_line_and_ends_in_peace(tmp_path: Path) -> None:
-    with Worker([sys.executable, "-c", _ECHO, str(tmp_path / "ended")], 3, tmp_path / "log") as worker:
+    with Worker([sys.executable, "-c", _ECHO, str(tmp_path / "ended")], {"threads": 3}, tmp_path / "w.json") as worker:
         assert worker.ready == {"threads": "3"}
         samples = sample_alternating(
             {"slow": lambda: worker.ask(8), "fast": lambda: worker.ask("2")},
@@ -122,12 +122,12 @@ def test_a_worker_answers_line_by_line_and_ends_in_peace(tmp_path: Path) -> None
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ECHO, str(tmp_path / "ended")]
     with (
-        Worker(command, 1, tmp_path / "log") as worker,
+        Worker(command, {"threads": 1}, tmp_path / "w.json") as worker,
         pytest.raises(RuntimeError, match="code 1 and said last: it was told to"),
     ):
         worker.ask("die")
     with pytest.raises(RuntimeError, match="code 3 and said last: nothing"):
-        Worker([sys.executable, "-c", "raise SystemExit(3)"], 1, tmp_path / "log")
+        Worker([sys.executable, "-c", "raise SystemExit(3)"], {"threads": 1}, tmp_path / "w.json")
 
 
 def test_no_speed_is_reported_for_a_wrong_result() -> None:

@@ -23,10 +23,7 @@ def small(model: Path, **changes: Any) -> SptBenchmark:
 def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
     benchmark = small(tiny_language_model)
     config = stack_config(benchmark.model, 2, 48)
-    stacks = {
-        name: Stack(benchmark.model, config, batch_size=1, length=48, **arguments)
-        for name, arguments in candidates(benchmark, 48).items()
-    }
+    stacks = {name: Stack(benchmark, config, 48, **arguments) for name, arguments in candidates(benchmark, 48).items()}
     for name, stack in stacks.items():
         done, base = sparsification(stack.model), stack.model.get_base_model()
         is_sparse = {"attention": name.startswith(("sparse", "both")), "ffn": name.startswith(("FFN", "both"))}
@@ -40,9 +37,8 @@ def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
 
 
 def test_a_step_trains_lora_and_routers_and_leaves_no_gradients(tiny_language_model: Path) -> None:
-    benchmark = small(tiny_language_model)
-    config = stack_config(benchmark.model, 2, 48)
-    stack = Stack(benchmark.model, config, batch_size=2, length=48, spt=benchmark.spt(48, active=2))
+    benchmark = small(tiny_language_model, batch_size=2)
+    stack = Stack(benchmark, stack_config(benchmark.model, 2, 48), 48, spt=benchmark.spt(48, active=2))
     trained = {n: p for n, p in stack.model.named_parameters() if p.requires_grad}
     assert {"lora" in name or "spt_router" in name for name in trained} == {True}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}

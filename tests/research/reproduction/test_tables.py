@@ -18,7 +18,7 @@ from transformers import RobertaConfig
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.storage.counting import Sizes, load_config
-from sparsepeft_research.benchmarks.inference import architecture
+from sparsepeft_research.benchmarks.inference.workloads import architecture
 from sparsepeft_research.reproduction import Run, Table, make_table, write_table
 from sparsepeft_research.reproduction.paper import METHODS, MISMATCHED, TASKS, paper_figures, paper_rows, paper_storage
 from sparsepeft_research.reproduction.render import cells, to_csv, to_markdown

@@ -14,7 +14,8 @@ from sparsepeft.export.onnx_files import GRAPH
 from sparsepeft.export.onnx_graph import ATTENTION, quantize, to_onnx
 from sparsepeft.export.openvino_files import MODEL
 from sparsepeft.methods.models import load_tokenizer
-from sparsepeft_research.benchmarks.inference.systems import BACKBONE, export_format, load_model, save_task
+from sparsepeft_research.benchmarks.inference.systems import export_format, load_model, save_task
+from sparsepeft_research.benchmarks.settings import BACKBONE
 
 _FILES = {"onnx": (GRAPH, ADAPTER), "openvino": (MODEL, WEIGHTS)}
 EXPORTED = (BACKBONE, "spartan", "pfeiffer", "houlsby")

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from sparsepeft_research.benchmarks.inference.exported import EXPORTED
-from sparsepeft_research.benchmarks.inference.settings import InferenceBenchmark
-from sparsepeft_research.benchmarks.inference.systems import (
+from sparsepeft_research.benchmarks.inference.systems import QUANTIZED, SHARING, export_format
+from sparsepeft_research.benchmarks.inference.workloads import BY_TOKENS, PADDED, Plan, Planner
+from sparsepeft_research.benchmarks.settings import (
     BACKBONE,
     ENGINE,
     ENGINE_UPPER,
     FULL,
     PEERS,
-    QUANTIZED,
-    SHARING,
     UNFUSED,
     UNQUANTIZED,
-    export_format,
+    InferenceBenchmark,
 )
-from sparsepeft_research.benchmarks.inference.workloads import BY_TOKENS, PADDED, Plan, Planner
 
 NUM_TASKS = 9
 

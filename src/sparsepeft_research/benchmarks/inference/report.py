@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepeft.plotting import COLOURS, require_matplotlib, write_drawing
-from sparsepeft_research.benchmarks.inference.systems import (
-    BACKBONE,
-    ENGINE,
-    ENGINE_UPPER,
-    ONNX,
-    OPENVINO,
-    PEERS,
-    UNFUSED,
-)
 from sparsepeft_research.benchmarks.inference.workloads import BY_TOKENS, PADDED
 from sparsepeft_research.benchmarks.measuring import Timing
+from sparsepeft_research.benchmarks.settings import BACKBONE, ENGINE, ENGINE_UPPER, ONNX, OPENVINO, PEERS, UNFUSED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +122,7 @@ def _of_task(group: str, padded: Measured, by_tokens: Measured) -> list[dict[str
         f"{ENGINE} {_FAST}": [
             _factor("precision", group, padded, f"spartan {_FAST}", padded, spartan),
             _factor("engine", group, by_tokens, engine, by_tokens, spartan),
-        ],
+        ]
     } | {
         fast: [
             _factor("runtime", group, padded, exported, padded, spartan),

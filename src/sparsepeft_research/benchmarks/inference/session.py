@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -18,16 +17,7 @@ from sparsepeft.methods.recipes import get_recipe
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.groups import Candidate, Group, Grouping
 from sparsepeft_research.benchmarks.inference.report import Measured, describe
-from sparsepeft_research.benchmarks.inference.settings import InferenceBenchmark
-from sparsepeft_research.benchmarks.inference.systems import (
-    ENGINE,
-    ENGINE_UPPER,
-    LOADING,
-    MATRIX_PRODUCT,
-    PEERS,
-    export_format,
-    save_task,
-)
+from sparsepeft_research.benchmarks.inference.systems import LOADING, MATRIX_PRODUCT, export_format, save_task
 from sparsepeft_research.benchmarks.inference.workloads import (
     MAX_LENGTH,
     PADDED_BATCH,
@@ -39,18 +29,17 @@ from sparsepeft_research.benchmarks.inference.workloads import (
     prepare_model,
 )
 from sparsepeft_research.benchmarks.measuring import sample_alternating, summarize
+from sparsepeft_research.benchmarks.registry import Progress, silent
+from sparsepeft_research.benchmarks.settings import ENGINE, ENGINE_UPPER, PEERS, InferenceBenchmark
 from sparsepeft_research.benchmarks.workers import Worker
 
 NUM_LOADED = 100
 LATENCY_REPEATS = 10  # times as many for one short input, whose passes are short
-_PROCESSES = Path(__file__).parent / "processes"
 _PRODUCT_SIZE = 2048
 _WARM_UP = 1
 
-Progress = Callable[[str], object]
 
-
-def run(benchmark: InferenceBenchmark, progress: Progress = lambda message: None) -> dict[str, Any]:
+def run(benchmark: InferenceBenchmark, progress: Progress = silent) -> dict[str, Any]:
     """Measure every system.
 
     Each is a process of its own with equal threads, unless they share one. All of a group are there at once and take
@@ -253,15 +242,12 @@ class _Session:
             "max_length": max([MAX_LENGTH, *(length for _, length in shapes)]),
         }
         self._count += 1
-        path = self.folder / f"process{self._count}.json"
-        path.write_text(json.dumps(settings))
         if system in PEERS:
-            command = [str(benchmark.peers_python), str(_PROCESSES / "peer.py")]
-        elif export_format(precision):
-            command = [sys.executable, str(_PROCESSES / "exported.py")]
+            command = [str(benchmark.peers_python), str(Path(__file__).parent / "processes" / "peer.py")]
         else:
-            command = [sys.executable, "-m", f"{__package__}.processes.pytorch"]
-        return Worker([*command, str(path)], benchmark.num_threads, path.with_suffix(".log"))
+            program = "exported" if export_format(precision) else "pytorch"
+            command = [sys.executable, "-m", f"{__package__}.processes.{program}"]
+        return Worker(command, settings, self.folder / f"process{self._count}.json")
 
     def _files(self, candidate: Candidate) -> dict[str, str | None]:
         """What a candidate runs outside PyTorch; written once."""

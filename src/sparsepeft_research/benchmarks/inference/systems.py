@@ -21,15 +21,17 @@ from sparsepeft.inference.views import sharing_tensors
 from sparsepeft.methods.models import adapter_config, attach, load_tokenizer
 from sparsepeft.methods.recipes import get_recipe
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, load_batches
+from sparsepeft_research.benchmarks.settings import (
+    ADAPTED,
+    BACKBONE,
+    ENGINE,
+    ENGINE_UPPER,
+    FULL,
+    ONNX,
+    OPENVINO,
+    UNFUSED,
+)
 
-BACKBONE, FULL, UNFUSED, ENGINE, ENGINE_UPPER = "backbone", "full", "spartan-unfused", "engine", "engine-upper"
-ADAPTED = ("spartan", "pfeiffer", "houlsby", "lora")
-OWN = (BACKBONE, FULL, *ADAPTED, UNFUSED, ENGINE)
-PEERS = {"adapters-pfeiffer": "pfeiffer", "adapters-houlsby": "houlsby"}
-SYSTEMS = (*OWN, *PEERS)
-UNQUANTIZED = ("float32", "bfloat16")
-ONNX, OPENVINO = "onnx-", "openvino-"  # before a precision: exported in that format, in its runtime
-PRECISIONS = (*UNQUANTIZED, "int8", f"{ONNX}float32", f"{ONNX}int8", f"{OPENVINO}float32", f"{OPENVINO}bfloat16")
 QUANTIZED = (BACKBONE, FULL)
 SHARING = (BACKBONE, *ADAPTED, UNFUSED)  # which can run on one backbone's tensors
 MATRIX_PRODUCT, LOADING = "matrix product", "loading"  # processes that are no systems to choose
@@ -55,17 +57,15 @@ def prepare_system(settings: dict[str, Any]) -> dict[str, Pass]:
         keep_freed_memory()  # as a program that serves would
         engine = build_engine(settings)
         return {plan["name"]: _engine_pass(engine, plan) for plan in plans}
-    runners: dict[str, _Copies | _Adapted] = {}
+    runs: dict[str, Any] = {}
     if system == FULL:
-        runners[system] = _Copies(settings)
+        runs[system] = partial(_run_copies, _copies(settings))
     else:
         backbone = load_model(settings["model"], _stored(settings["precision"]))
         for name in dict.fromkeys(plan["system"] for plan in plans):
-            runners[name] = _Adapted(settings | {"system": name}, sharing_tensors(backbone))
-    return {
-        plan["name"]: partial(runners[plan["system"]].run, load_batches(plan["tensors"]), plan["mode"])
-        for plan in plans
-    }
+            model = _adapted(settings, name, sharing_tensors(backbone))
+            runs[name] = partial(_run_adapted, model, settings["num_tasks"])
+    return {plan["name"]: partial(runs[plan["system"]], load_batches(plan["tensors"]), plan["mode"]) for plan in plans}
 
 
 def build_engine(settings: dict[str, Any]) -> MultiTaskEngine:
@@ -97,49 +97,42 @@ def load_model(model: str, dtype: torch.dtype) -> PreTrainedModel:
     return loaded.eval()
 
 
-class _Adapted:
+def _adapted(settings: dict[str, Any], system: str, backbone: PreTrainedModel) -> Any:
     """The backbone alone, or with an adapter for each task."""
-
-    def __init__(self, settings: dict[str, Any], backbone: PreTrainedModel) -> None:
-        system, precision = settings["system"], settings["precision"]
-        self.num_tasks: int = settings["num_tasks"]
-        self.model: Any = backbone
-        if system != BACKBONE:
-            method = "spartan" if system == UNFUSED else system
-            values = dict(get_recipe("paper", method).adapter) | ({"impl": "torch"} if system == UNFUSED else {})
-            self.model = _attach(self.model, method, values, self.num_tasks)
-        if precision == "int8":
-            self.model = _quantized(self.model)
-
-    @torch.inference_mode()
-    def run(self, batches: list[Batch], mode: str) -> list[Tensor]:
-        if mode == "mixed":
-            return [self.model(**batch, adapter_names=_names(batch, self.num_tasks)).logits for batch in batches]
-        return [self.model(**batch).logits for batch in batches]
+    model: Any = backbone
+    if system != BACKBONE:
+        method = "spartan" if system == UNFUSED else system
+        values = dict(get_recipe("paper", method).adapter) | ({"impl": "torch"} if system == UNFUSED else {})
+        model = _attach(backbone, method, values, settings["num_tasks"])
+    return _quantized(model) if settings["precision"] == "int8" else model
 
 
-class _Copies:
+def _copies(settings: dict[str, Any]) -> list[nn.Module]:
     """A whole model for each task, as full fine-tuning leaves it."""
+    model = load_model(settings["model"], _stored(settings["precision"]))
+    copies: list[nn.Module] = [model, *(copy.deepcopy(model) for _ in range(settings["num_tasks"] - 1))]
+    return [_quantized(one) for one in copies] if settings["precision"] == "int8" else copies
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        model = load_model(settings["model"], _stored(settings["precision"]))
-        copies: list[nn.Module] = [model, *(copy.deepcopy(model) for _ in range(settings["num_tasks"] - 1))]
-        self.models = [_quantized(one) for one in copies] if settings["precision"] == "int8" else copies
 
-    @torch.inference_mode()
-    def run(self, batches: list[Batch], mode: str) -> list[Tensor]:
-        if mode == "mixed":
-            return [logits for batch in batches for logits in self._by_task(batch)]
-        return [self.models[0](**batch).logits for batch in batches]
+@torch.inference_mode()
+def _run_adapted(model: Any, num_tasks: int, batches: list[Batch], mode: str) -> list[Tensor]:
+    mixed = mode == "mixed"
+    names = [{"adapter_names": _names(batch, num_tasks)} if mixed else {} for batch in batches]
+    return [model(**batch, **more).logits for batch, more in zip(batches, names, strict=True)]
 
-    def _by_task(self, batch: Batch) -> list[Tensor]:
-        names = _names(batch, len(self.models))
-        logits = []
-        for number, model in enumerate(self.models):
+
+@torch.inference_mode()
+def _run_copies(models: list[nn.Module], batches: list[Batch], mode: str) -> list[Tensor]:
+    if mode != "mixed":
+        return [models[0](**batch).logits for batch in batches]
+    logits = []
+    for batch in batches:
+        names = _names(batch, len(models))
+        for number, model in enumerate(models):
             rows = [row for row, name in enumerate(names) if name == _TASK.format(number)]
             if rows:
                 logits.append(model(**{key: tensor[rows] for key, tensor in batch.items()}).logits)
-        return logits
+    return logits
 
 
 def _engine_pass(engine: MultiTaskEngine, plan: dict[str, Any]) -> Pass:

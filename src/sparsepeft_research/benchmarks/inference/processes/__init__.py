@@ -1,1 +1,1 @@
-"""Programs that are measured, each a process of its own; started by their paths."""
+"""Programs that are measured, each a process of its own."""

@@ -1,13 +1,19 @@
-"""An exported model in its own runtime, as a device runs it: ``python exported.py SETTINGS.json``. Without torch."""
+"""An exported model in its own runtime, as a device runs it, without torch.
+
+python -m sparsepeft_research.benchmarks.inference.processes.exported SETTINGS.json
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-from serving import load_batches, serve
+
+from sparsepeft_research.benchmarks.devices import emulate
+from sparsepeft_research.benchmarks.inference.processes.serving import load_batches, serve
 
 Run = Callable[[list[dict[str, np.ndarray]]], list[np.ndarray]]
 
@@ -16,12 +22,6 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Open the model, and the task's tensors if it has any; ready to run the plans."""
     about: dict[str, Any] = {"threads": settings["threads"]}
     if settings["device"] is not None:
-        import dataclasses
-
-        from sparsepeft_research.benchmarks.devices import (
-            emulate,  # which loads torch, so that the peak memory is larger
-        )
-
         about["emulation"] = dataclasses.asdict(emulate(settings["device"]))
     runtime, _, precision = settings["precision"].partition("-")
     opened = {"onnx": open_onnxruntime, "openvino": open_openvino}[runtime]
