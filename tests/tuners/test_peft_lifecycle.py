@@ -11,14 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from peft import (
-    PeftModel,
-    convert_to_lora,
-    get_layer_status,
-    get_model_status,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import PeftModel, convert_to_lora, get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter
 from tests.models import (
     ARCHITECTURES,
