@@ -81,8 +81,8 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
         folder = run.lock_file.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The folder {folder} cannot be made ({error}); pass another `output_dir`.") from error
+        except OSError as refused:
+            raise UserError(f"The folder {folder} cannot be made ({refused}); pass another `output_dir`.") from refused
         if problem := find_result(run).problem:
             logger.warning(
                 "%s is not counted: %s. The run is done again, and the file then moved aside.", run.result_file, problem
