@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.inference.conftest import TASKS, save_task
 from tests.models import METHODS
@@ -96,13 +96,7 @@ _UPPERMOST = {
 def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     import transformers as hf
 
-    sizes = {
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "eos_token_id": 3,
-        "bos_token_id": 2,
-    }  # [SEP] ends an input
+    sizes = {"eos_token_id": 3, "bos_token_id": 2}  # [SEP] ends an input
     build = {
         "albert": lambda **c: hf.AlbertModel(hf.AlbertConfig(**c, embedding_size=16)),
         "gpt2": lambda **c: hf.GPT2Model(hf.GPT2Config(**c, n_positions=64)),
@@ -317,48 +311,36 @@ def test_calls_in_many_threads_while_tasks_change(
 # -- bad tasks -----------------------------------------------------------------------------------------------------
 
 
-def _copy(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    return target
+Make = Callable[[Path, dict[str, Path], Path], Path]  # of a task's folder, from the backbone, the tasks and a place
+
+
+def _saved(config: PeftConfig) -> Make:
+    return lambda backbone, folders, target: save_task(backbone, target, config)
+
+
+def _damaged(file: str, change: Callable[[Path], Any]) -> Make:
+    """A copy of a task with a changed file."""
+
+    def make(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
+        shutil.copytree(folders["two"], target)
+        change(target / file)
+        return target
+
+    return make
 
 
 def _foreign(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
     return save_task(save_tiny_backbone(target.parent / "other", seed=3), target, METHODS["spartan"](num_labels=2))
 
 
-def _damaged(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    weights = _copy(folders["two"], target) / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    return target
-
-
-def _damaged_config(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    (_copy(folders["two"], target) / "adapter_config.json").write_text('{"peft_type": ', encoding="utf-8")
-    return target
-
-
-def _not_finite(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    weights = _copy(folders["two"], target) / "adapter_model.safetensors"
+def _not_finite(weights: Path) -> None:
     save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
-    return target
 
 
-def _other_label_count(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    path = _copy(folders["two"], target) / "adapter_config.json"
+def _of_four_labels(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     names = {str(i): f"LABEL_{i}" for i in range(4)}
     path.write_text(json.dumps(config | {"num_labels": 4, "id2label": names}), encoding="utf-8")
-    return target
-
-
-def _lora(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    from peft import LoraConfig
-
-    return save_task(backbone, target, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
-
-
-def _several_values(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    return save_task(backbone, target, METHODS["spartan"](num_labels=3, problem_type="regression"))
 
 
 def _token_labels(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
@@ -367,22 +349,26 @@ def _token_labels(backbone: Path, folders: dict[str, Path], target: Path) -> Pat
     return target
 
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (_foreign, "backbone"),
-        (_damaged, "could not be loaded"),
-        (_damaged_config, "damaged"),
-        (_not_finite, "not finite"),
-        (_other_label_count, "of another shape"),
-        (_lora, "the method lora, .* can; use this one, which says nothing of its labels, through PeftModel"),
-        (_several_values, "predicts 3 values at once"),
+        (_damaged(WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:1000])), "could not be loaded"),
+        (_damaged(CONFIG, lambda path: path.write_text('{"peft_type": ', encoding="utf-8")), "damaged"),
+        (_damaged(WEIGHTS, _not_finite), "not finite"),
+        (_damaged(CONFIG, _of_four_labels), "of another shape"),
+        (_saved(LORA), "the method lora, .* can; use this one, which says nothing of its labels, through PeftModel"),
+        (_saved(METHODS["spartan"](num_labels=3, problem_type="regression")), "predicts 3 values at once"),
         (_token_labels, "TOKEN_CLS"),
         (lambda backbone, folders, target: target, "adapter_config.json is missing"),
     ],
 )
 def test_a_bad_task_is_refused_and_the_engine_goes_on(
-    engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path, make, message: str
+    engine: MultiTaskEngine, backbone: Path, folders: dict[str, Path], tmp_path: Path, make: Make, message: str
 ) -> None:
     before = engine.predict([(name, TEXTS[0]) for name in TASKS])
     loaded = [sorted(model._sites) for model in engine._views.values()]

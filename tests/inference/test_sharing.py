@@ -99,20 +99,13 @@ def test_training_goes_on_beside_the_engine(backbone: Path, folders: dict[str, P
     torch.testing.assert_close(answers(engines[1]), answers(engines[2]), rtol=1e-5, atol=1e-6)
 
 
-def _on_disk(model: Any, folder: Path) -> None:
-    disk_offload(model, str(folder), execution_device=torch.device("cpu"))
-
-
-def _dispatched(model: Any, folder: Path) -> None:
-    places = {"bert.embeddings": "cpu", "bert.encoder.layer.0": "disk", "bert.encoder.layer.1": "cpu"}
-    rest = {"bert.pooler": "cpu", "classifier": "cpu"}
-    dispatch_model(model, places | rest, main_device="cpu", offload_dir=str(folder))
-
-
+CPU = torch.device("cpu")
+ON_CPU = ("bert.embeddings", "bert.encoder.layer.1", "bert.pooler", "classifier")
+PLACES = dict.fromkeys(ON_CPU, "cpu") | {"bert.encoder.layer.0": "disk"}
 OFFLOADED: dict[str, Callable[[Any, Path], Any]] = {
-    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device=torch.device("cpu")),
-    "disk_offload": _on_disk,
-    "dispatch_model": _dispatched,
+    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device=CPU),
+    "disk_offload": lambda model, folder: disk_offload(model, str(folder), execution_device=CPU),
+    "dispatch_model": lambda model, folder: dispatch_model(model, PLACES, main_device="cpu", offload_dir=str(folder)),
 }
 
 

@@ -1,9 +1,13 @@
-"""FFNs of every form, and one run of each: output and all gradients, by name."""
+"""FFNs of every form, one run of each (output and all gradients, by name), and what implementations must satisfy.
+
+Functions at module level, so that they can be handed to the processes of ``triton_aot`` by reference.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 from typing import NamedTuple
 from unittest import mock
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops import LowRank, Projection, Routing, route, routed_ffn
-from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, LoopedProducts
+from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, Groups, LoopedProducts
 
 LORA_RANKS = (2, 3)
 # The two ways of ``impl="torch"``, of which it chooses one by device and dtype.
@@ -36,14 +40,8 @@ class Form(NamedTuple):
     lora: bool
 
     def __str__(self) -> str:
-        return "-".join(
-            (
-                "gated" if self.gated else "plain",
-                "bias" if self.bias else "no bias",
-                "trained" if self.trained else "frozen",
-                "lora" if self.lora else "no lora",
-            )
-        )
+        words = (("plain", "gated"), ("no bias", "bias"), ("frozen", "trained"), ("no lora", "lora"))
+        return "-".join(pair[value] for pair, value in zip(words, self, strict=True))
 
 
 FORMS = [Form(*(bool(number >> bit & 1) for bit in range(4))) for number in range(16)]
@@ -151,3 +149,48 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
         torch.testing.assert_close(
             actual[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def check_case(form: Form, sizes: Sizes, activation: str, recompute: bool = False, device: str = "cpu") -> None:
+    case = make_case(form, sizes, torch.float32)
+    case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
+    expected = run(case.to(torch.float64), activation=activation, impl="reference")
+    actual = run(case, activation=activation, recompute=recompute, impl="triton")
+    # Some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's gradient cancel to unit size;
+    # how many meet depends on the order in which a processor's matrix products sum up.
+    assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=2e-5)
+
+
+def check_half(case: Case, dtype: torch.dtype, impls: dict[str, str], activation: str, device: str = "cpu") -> None:
+    """Each implementation is as close to float32 as the plainer one beside it, the reference or the looped form."""
+    case = case.to(dtype)
+    case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
+    tensors = case.tensors
+    routing = route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
+    options = {"activation": activation, "blocks": routing.blocks}  # a rounded logit must not change the choice
+    exact = run(case.to(torch.float32), impl="reference", **options)
+    results = {impl: run(case, impl=impl, **options) for impl in {*impls, *impls.values()}}
+    for (impl, plainer), (name, value) in itertools.product(impls.items(), exact.items()):
+        assert results[impl][name].dtype == dtype
+        error, allowed = ((results[each][name].float() - value).abs().max() for each in (impl, plainer))
+        # Twice the plainer code's error, or, where that is lucky, four roundings of the largest entry: of what enters
+        # the activation, of the activation, and of their gradients.
+        assert error <= max(2 * allowed, 4 * torch.finfo(dtype).eps * value.abs().max()), (name, impl)
+
+
+def launch_products(dtype: torch.dtype, weight_dtype: torch.dtype, rank: int) -> None:
+    """Every product at the sizes of a block of 1024 to 4096, and of a low-rank update."""
+    from sparsepeft.ops.routed_ffn.triton import TritonProducts
+
+    tokens, hidden, block, num_blocks = 64, 1024, 512, 8
+    groups = Groups(torch.arange(tokens * 4).view(tokens, 4) % num_blocks, num_blocks)
+    products, tile = TritonProducts(groups), groups.whole()
+    h = torch.zeros(tokens * 4, block, dtype=dtype)
+    for size in (hidden, rank):
+        x = torch.zeros(tokens, size, dtype=dtype)
+        up = torch.zeros(num_blocks * block, size, dtype=weight_dtype).unflatten(0, (num_blocks, -1))
+        down = torch.zeros(size, num_blocks * block, dtype=weight_dtype).unflatten(1, (num_blocks, -1)).permute(1, 2, 0)
+        for weight in (up, down):
+            products.inner(tile, x, weight)
+            products.outer(tile, h, weight)
+            products.add_gradient(tile, weight, h, x)

@@ -1,163 +1,43 @@
-"""memory_read: every implementation against the reference, in outputs and in every gradient.
-
-"dense", "selected" and "gathered" are the forms between which ``impl="torch"`` chooses.
-"""
+"""memory_read: every implementation against the reference, in outputs and in every gradient; on GPUs see elsewhere."""
 
 from __future__ import annotations
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
+from tests.ops import memory_cases as cases
+from tests.ops.memory_cases import FORMS, NAMES, SHAPES, assert_all_close, lowest_indices, make_inputs, read, run
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from sparsepeft.ops import explain, memory_read, registry
 from sparsepeft.ops.memory import choice
-from sparsepeft.ops.memory.pytorch import memory_read_dense, memory_read_gathered
-from sparsepeft.ops.memory.pytorch_selected import TILE_SLOTS, memory_read_selected, plan_tiles
+from sparsepeft.ops.memory.pytorch_selected import TILE_SLOTS, plan_tiles
 from sparsepeft.ops.numerics import top_k_lowest_index
 
-FORMS = {"dense": memory_read_dense, "selected": memory_read_selected, "gathered": memory_read_gathered}
 FAST = ("dense", "selected")
 ALL = ("reference", *FAST)
 HALF = (torch.bfloat16, torch.float16)
-NAMES = ("x", "parent_keys", "child_keys", "child_values")
-
-# (leading dimensions of x), D, P, C, K. Odd on purpose; each line names what it adds.
-SHAPES = {
-    "paper-like": ((3, 7), 24, 16, 3, 8),
-    "odd": ((2, 5), 13, 7, 3, 4),
-    "a single vector": ((), 9, 5, 2, 2),
-    "three leading dimensions": ((2, 3, 2), 10, 6, 1, 3),
-    "all parents": ((4, 3), 12, 6, 3, 6),
-    "one selected": ((5, 3), 12, 6, 3, 1),
-    "one parent": ((5, 3), 12, 1, 4, 1),
-    "one of each": ((2, 2), 3, 1, 1, 1),
-    "one token": ((1, 1), 17, 40, 5, 6),
-    "no tokens": ((0, 4), 8, 5, 2, 3),
-    "no tokens, many parents": ((2, 0), 8, 50, 2, 3),
-    "many parents": ((4, 9), 16, 131, 3, 5),  # beyond the stable sort: top-k and a check for ties
-    "sparse use of many parents": ((3,), 16, 700, 2, 2),  # tiles of parents that are no neighbours
-    "many tokens per parent": ((TILE_SLOTS + 77,), 4, 3, 2, 2),  # a parent spans several tiles
-    "wide": ((3, 5), 768 + 16 + 5, 16, 3, 8),  # every width of the compiled kernel's loops
-}
-
-
-def read(*tensors: Tensor, impl: str, **options: object) -> Tensor:
-    """Call ``memory_read`` with an implementation, or with one of PyTorch's forms."""
-    if impl not in FORMS:
-        return memory_read(*tensors, impl=impl, **options)
-    with mock.patch.object(choice, "_choose_form", return_value=FORMS[impl]):
-        return memory_read(*tensors, impl="torch", **options)
-
-
-def make_inputs(
-    shape: str, dtype: torch.dtype = torch.float64, memory_dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    lead, hidden, parents, children, _ = SHAPES[shape]
-    memory_dtype = memory_dtype or dtype
-    return [
-        torch.randn(*lead, hidden).to(dtype),
-        # Scores of unit size: softmaxes neither flat nor one-hot.
-        (torch.randn(parents, hidden) / hidden**0.5).to(memory_dtype),
-        (torch.randn(parents, children, hidden) / hidden**0.5).to(memory_dtype),
-        torch.randn(parents, children, hidden).to(memory_dtype),
-    ]
-
-
-def run(inputs: list[Tensor], grad_output: Tensor, function: object = read, **options: object) -> dict[str, Tensor]:
-    """Output and gradients, by name."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    output = function(*leaves, **options)
-    grads = torch.autograd.grad(output, leaves, grad_output)
-    return dict(zip(("output", *NAMES), (output.detach(), *grads), strict=True))
-
-
-def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float) -> None:
-    for name in expected:
-        # NaN never matches, a tensor's size scales its tolerance: gradients sum over tokens, outputs do not.
-        scale = expected[name].abs().amax().item() if expected[name].numel() else 1.0
-        torch.testing.assert_close(
-            actual[name],
-            expected[name],
-            rtol=rtol,
-            atol=atol * max(scale, 1.0),
-            msg=lambda m, name=name: f"{name}: {m}",
-        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape: str) -> None:
-    inputs, top_k = make_inputs(shape), SHAPES[shape][-1]
-    grad_output = torch.randn_like(inputs[0])
-    expected = run(inputs, grad_output, top_k=top_k, temperature=1.6, impl="reference")
-    for impl in FORMS:
-        actual = run(inputs, grad_output, top_k=top_k, temperature=1.6, impl=impl)
-        assert actual["output"].shape == inputs[0].shape
-        # float64: only the order of summation differs.
-        assert_all_close(actual, expected, rtol=1e-11, atol=1e-12)
+    cases.check_matches(shape, impls=FORMS, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_half_precision_is_as_close_to_float32_as_the_reference(impl: str) -> None:
-    # K = P: rounded scores must not change what is selected, only how exactly it is computed.
     for dtype in HALF:
-        inputs = make_inputs("all parents", dtype)
-        grad_output = torch.randn_like(inputs[0])
-        exact = run([tensor.float() for tensor in inputs], grad_output.float(), top_k=6, impl="reference")
-        # A few units of float32 rounding (6e-8) through two products and two softmaxes.
-        single = run([tensor.float() for tensor in inputs], grad_output.float(), top_k=6, impl=impl)
-        assert_all_close(single, exact, rtol=1e-5, atol=2e-6)
-        reference = run(inputs, grad_output, top_k=6, impl="reference")
-        actual = run(inputs, grad_output, top_k=6, impl=impl)
-        for name, value in exact.items():
-            assert actual[name].dtype == dtype
-            error, allowed = ((r[name].float() - value).abs().max() for r in (actual, reference))
-            # Twice the plain code's error, or one rounding of the largest entry where the plain code is lucky.
-            assert error <= max(2 * allowed, torch.finfo(dtype).eps * value.abs().max()), name
-
-
-@pytest.mark.parametrize("impl", FAST)
-def test_half_precision_selects_among_the_best(impl: str) -> None:
-    # Two implementations may round a near tie differently, so not the indices but the scores of what was selected are
-    # compared: with K=1 and the values one-hot, the output names the parent.
-    parents = hidden = 24
-    for dtype in HALF:
-        x, parent_keys = torch.randn(50, hidden).to(dtype), (torch.randn(parents, hidden) / hidden**0.5).to(dtype)
-        child_values = torch.eye(parents).unsqueeze(1).mul(1e3).to(dtype)
-        output = read(x, parent_keys, torch.zeros_like(child_values), child_values, top_k=1, impl=impl)
-        chosen = output.float().argmax(-1, keepdim=True)
-        scores = x.float() @ parent_keys.float().T
-        shortfall = scores.amax(-1, keepdim=True) - scores.gather(-1, chosen)
-        assert shortfall.max() <= 2 * torch.finfo(dtype).eps * scores.abs().max()  # both scores off by a rounding
+        cases.check_half("all parents", dtype, impl=impl)
+        cases.check_half_selects_among_the_best(dtype, impl=impl)
 
 
 @pytest.mark.parametrize("impl", ALL)
 def test_float32_memory_keeps_its_precision_on_half_precision_input(impl: str) -> None:
     for dtype in HALF:
-        inputs, top_k = make_inputs("paper-like", dtype, memory_dtype=torch.float32), 8
-        grad_output = torch.randn_like(inputs[0])
-        actual = run(inputs, grad_output, top_k=top_k, impl=impl)
-        upcast = run([tensor.float() for tensor in inputs], grad_output.float(), top_k=top_k, impl=impl)
-        for name, value in upcast.items():
-            assert actual[name].dtype == (torch.float32 if name in NAMES[1:] else dtype)
-            assert torch.equal(actual[name], value.to(actual[name].dtype))
-
-
-@pytest.mark.parametrize("impl", ALL)
-def test_autocast_changes_nothing(impl: str) -> None:
-    inputs = make_inputs("paper-like", torch.float32)
-    grad_output = torch.randn_like(inputs[0])
-    expected = run(inputs, grad_output, top_k=8, impl=impl)
-
-    def under_autocast(*tensors: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return read(*tensors, top_k=8, impl=impl)
-
-    assert_all_close(run(inputs, grad_output, under_autocast), expected, rtol=0, atol=0)
+        cases.check_float32_memory_on_half_input(dtype, impl=impl)
 
 
 @pytest.mark.parametrize("impl", [*ALL, "cpu"])
@@ -165,12 +45,13 @@ def test_zero_values_leave_the_input_exactly(impl: str) -> None:
     dtypes = [torch.float32, *HALF] if impl == "cpu" else [torch.float64, torch.float32, *HALF]
     for shape, dtype in itertools.product(("paper-like", "many parents"), dtypes):
         for memory_dtype in (torch.float32,) if impl == "cpu" else (torch.float32, None):
-            x, parent_keys, child_keys, child_values = make_inputs(shape, dtype, memory_dtype)
-            zeros = torch.zeros_like(child_values)
-            output = read(x, parent_keys, child_keys, zeros, top_k=SHAPES[shape][-1], impl=impl)
-            assert output.dtype == x.dtype
-            assert torch.equal(output, x)
-            assert output.data_ptr() != x.data_ptr()
+            cases.check_zero_values(dtype, impl=impl, shape=shape, memory_dtype=memory_dtype)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_layouts_autocast_and_gradients_only_where_required(impl: str) -> None:
+    cases.check_layouts(impl=impl)
+    cases.check_only_needed_gradients(impl=impl, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -185,40 +66,6 @@ def test_gradcheck(impl: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: read(*t, top_k=top_k, temperature=0.7, impl=impl), leaves)
 
 
-@pytest.mark.parametrize("impl", ALL)
-def test_gradients_only_where_required(impl: str) -> None:
-    inputs = make_inputs("odd")
-    grad_output = torch.randn_like(inputs[0])
-    expected = run(inputs, grad_output, top_k=4, impl="reference")
-    for needed in ((0,), (1,), (2,), (3,), (1, 2, 3), (0, 3)):
-        leaves = [tensor.clone().requires_grad_(index in needed) for index, tensor in enumerate(inputs)]
-        read(*leaves, top_k=4, impl=impl).backward(grad_output)
-        for index, (name, leaf) in enumerate(zip(NAMES, leaves, strict=True)):
-            if index in needed:
-                torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-11, atol=1e-12)
-            else:
-                assert leaf.grad is None
-
-
-@pytest.mark.parametrize("impl", FAST)
-def test_non_contiguous_inputs(impl: str) -> None:
-    x, parent_keys, child_keys, child_values = make_inputs("paper-like")
-    x = x.transpose(0, 1)
-    child_keys, child_values = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (child_keys, child_values))
-    parent_keys = parent_keys.T.contiguous().T
-    grad_output = torch.randn(1, 1, 1, dtype=x.dtype).expand_as(x)  # as from a sum
-    inputs = [x, parent_keys, child_keys, child_values]
-    expected = run([tensor.contiguous() for tensor in inputs], grad_output.contiguous(), top_k=8, impl="reference")
-    assert_all_close(run(inputs, grad_output, top_k=8, impl=impl), expected, rtol=1e-11, atol=1e-12)
-
-
-# Ties. Small integers make every score exact, whatever the order of summation.
-
-
-def naive_lowest_index(scores: Tensor, top_k: int) -> list[list[int]]:
-    return [sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k]) for row in scores.tolist()]
-
-
 @pytest.mark.parametrize("num_columns", [16, 33, 100])
 def test_top_k_lowest_index(num_columns: int) -> None:
     scores = torch.randint(-3, 4, (80, num_columns)).double()
@@ -228,46 +75,20 @@ def test_top_k_lowest_index(num_columns: int) -> None:
     compiled = torch.compile(top_k_lowest_index, fullgraph=True, backend="eager")  # settles ties without looking
     for top_k, function in ((1, top_k_lowest_index), (5, compiled), (5, top_k_lowest_index), (15, top_k_lowest_index)):
         values, indices = function(scores, top_k)
-        assert indices.sort(-1).values.tolist() == naive_lowest_index(scores, top_k)
+        assert indices.sort(-1).values.tolist() == lowest_indices(scores, top_k)
         assert torch.equal(values, scores.gather(-1, indices))
 
 
 @pytest.mark.parametrize("impl", ALL)
-@pytest.mark.parametrize("num_parents", [16, 60])
-def test_ties_keep_the_lowest_parent(impl: str, num_parents: int) -> None:
-    hidden, top_k = 8, 5
-    x = torch.randint(-1, 2, (40, hidden)).float()
-    parent_keys = torch.randint(-1, 2, (num_parents, hidden)).float()
-    parent_keys[3::4] = parent_keys[2]  # ties at the K-th place too, and a row of zeros ties everywhere
-    x[0] = 0
-    child_keys = torch.zeros(num_parents, 1, hidden)
-    child_values = torch.randn(num_parents, 1, hidden)
-    scores = x @ parent_keys.T
-    selected = torch.tensor(naive_lowest_index(scores, top_k))
-    gate = torch.softmax(scores.gather(-1, selected), -1)
-    expected = x + torch.einsum("nk,nkd->nd", gate, child_values[selected, 0])
-    leaves = [t.requires_grad_() for t in (x, parent_keys, child_keys, child_values)]
-    output = read(*leaves, top_k=top_k, impl=impl)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    output.sum().backward()
-    unused = torch.ones(num_parents, dtype=torch.bool)
-    unused[selected.flatten()] = False
-    assert not child_values.grad[unused].any()
-    # The reference divides the selected gates by their sum, which cancels the others only up to rounding.
-    torch.testing.assert_close(parent_keys.grad[unused], torch.zeros(int(unused.sum()), hidden), rtol=0, atol=1e-6)
+def test_ties_keep_the_lowest_parent(impl: str) -> None:
+    for num_parents in (16, 60):
+        cases.check_ties(num_parents, impl=impl)
 
 
 @pytest.mark.parametrize("impl", FAST)
 def test_nan_in_nan_out(impl: str) -> None:
     for shape in ("paper-like", "many parents"):
-        inputs, top_k = make_inputs(shape), SHAPES[shape][-1]
-        clean = read(*inputs, top_k=top_k, impl="reference")
-        inputs[0][1, 2, 0] = torch.nan
-        output = run(inputs, torch.ones_like(inputs[0]), top_k=top_k, impl=impl)["output"]
-        assert output[1, 2].isnan().all()
-        others = torch.ones(output.shape[:2], dtype=torch.bool)
-        others[1, 2] = False
-        torch.testing.assert_close(output[others], clean[others])
+        cases.check_nan(impl=impl, shape=shape)
 
 
 # Tracing
@@ -283,7 +104,7 @@ def test_compiles_to_one_graph(shape: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     expected = run(inputs, torch.ones_like(inputs[0]), top_k=top_k, impl="reference")
-    actual = run(inputs, torch.ones_like(inputs[0]), compiled)
+    actual = run(inputs, torch.ones_like(inputs[0]), function=compiled)
     assert_all_close(actual, expected, rtol=1e-11, atol=1e-12)
     with torch.no_grad():
         shorter = inputs[0][:, :2]
@@ -297,7 +118,7 @@ def test_inductor_matches_reference() -> None:
     grad_output = torch.randn_like(inputs[0])
     expected = run(inputs, grad_output, top_k=top_k, impl="reference")
     compiled = torch.compile(lambda *t: memory_read(*t, top_k=top_k), fullgraph=True)
-    assert_all_close(run(inputs, grad_output, compiled), expected, rtol=1e-5, atol=2e-6)
+    assert_all_close(run(inputs, grad_output, function=compiled), expected, rtol=1e-5, atol=2e-6)
 
 
 class Reader(torch.nn.Module):

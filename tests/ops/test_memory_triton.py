@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from tests.ops import memory_triton_cases as cases
+from tests.ops import memory_cases as cases
 from tests.ops.triton_aot import CAPABILITIES, assert_assembles, interpreted, needs_triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -15,9 +17,9 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", cases.TILE_SHAPES, ids=str)
 def test_matches_reference(shape: tuple[int, ...]) -> None:
-    interpreted(cases.check_float32, shape)
+    interpreted(cases.check_matches, shape)
 
 
 @needs_triton
@@ -36,49 +38,39 @@ def test_ties_keep_the_lowest_parent() -> None:
 
 
 @needs_triton
-def test_nan_in_nan_out() -> None:
-    interpreted(cases.check_nan)
-
-
-@needs_triton
 def test_zero_values_leave_the_input_exactly() -> None:
     for dtype in (torch.float32, *HALF):
         interpreted(cases.check_zero_values, dtype)
 
 
 @needs_triton
-def test_layouts_and_autocast() -> None:
-    interpreted(cases.check_layouts)
-
-
-@needs_triton
-def test_gradients_only_where_required() -> None:
-    interpreted(cases.check_only_needed_gradients)
-
-
-@needs_triton
-def test_compiles_to_one_graph() -> None:
-    interpreted(cases.check_compiles_and_is_registered)
+@pytest.mark.parametrize(
+    "check",
+    [
+        cases.check_nan,
+        cases.check_layouts,
+        cases.check_only_needed_gradients,
+        cases.check_compiles_and_is_registered,
+        cases.check_mixed_rows_stay_apart,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_interpreted(check: Callable[[], None]) -> None:
+    interpreted(check)
 
 
 # Mixed batches
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_mixed_matches_reference(dtype: torch.dtype) -> None:
-    interpreted(cases.check_mixed, (19, 48, 16, 3, 16), dtype)
-
-
-@needs_triton
-@pytest.mark.parametrize("shape", [(3, 16, 5, 2, 5), (0, 16, 5, 2, 3), (21, 20, 16, 3, 8)], ids=str)
-def test_mixed_matches_reference_at_other_sizes(shape: tuple[int, ...]) -> None:
-    interpreted(cases.check_mixed, shape, torch.float32)
-
-
-@needs_triton
-def test_mixed_rows_stay_apart() -> None:
-    interpreted(cases.check_mixed_rows_stay_apart)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((19, 48, 16, 3, 16), dtype) for dtype in (torch.float32, *HALF)]
+    + [(shape, torch.float32) for shape in ((3, 16, 5, 2, 5), (0, 16, 5, 2, 3), (21, 20, 16, 3, 8))],
+    ids=str,
+)
+def test_mixed_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    interpreted(cases.check_mixed, shape, dtype)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
@@ -86,7 +78,8 @@ def test_mixed_loop_gives_each_row_its_own(impl: str) -> None:
     inputs = cases.make_inputs((4, 12, 6, 3, 2), torch.float64, "cpu", memories=3)
     index = torch.tensor([1, 2, -1, 1, 0], dtype=torch.int32)
     grad_output = torch.randn_like(inputs[0])
-    actual = cases.run(memory_read_mixed, inputs, grad_output, index, top_k=2, temperature=1.6, impl=impl)
+    options = {"top_k": 2, "temperature": 1.6}
+    actual = cases.run(inputs, grad_output, index, function=memory_read_mixed, impl=impl, **options)
     memory_grads = {name: torch.zeros_like(tensor) for name, tensor in zip(cases.NAMES[1:], inputs[1:], strict=True)}
     for row, memory in enumerate(index.tolist()):
         if memory < 0:
@@ -94,7 +87,7 @@ def test_mixed_loop_gives_each_row_its_own(impl: str) -> None:
             assert torch.equal(actual["x"][row], grad_output[row])
             continue
         row_inputs = [inputs[0][row], *(tensor[memory] for tensor in inputs[1:])]
-        alone = cases.run(memory_read, row_inputs, grad_output[row], top_k=2, temperature=1.6, impl="reference")
+        alone = cases.run(row_inputs, grad_output[row], impl="reference", **options)
         for name in ("output", "x"):
             torch.testing.assert_close(actual[name][row], alone[name], rtol=1e-11, atol=1e-12)
         for name, total in memory_grads.items():
@@ -201,19 +194,11 @@ X, INDEX, PARENTS, CHILDREN = torch.zeros(2, 3, 8), torch.tensor([0, 1]), torch.
     ("arguments", "error", "message"),
     [
         ((X[0], INDEX, PARENTS, CHILDREN, CHILDREN), ValueError, r"x has shape \(3, 8\); expected \(B, T, D\)"),
-        (
-            (X, INDEX.float(), PARENTS, CHILDREN, CHILDREN),
-            TypeError,
-            "memory_index has dtype torch.float32; expected int",
-        ),
+        ((X, INDEX.float(), PARENTS, CHILDREN, CHILDREN), TypeError, "has dtype torch.float32; expected int"),
         ((X, INDEX[:1], PARENTS, CHILDREN, CHILDREN), ValueError, "give one index per row of x"),
         ((X, INDEX + 1, PARENTS, CHILDREN, CHILDREN), ValueError, "holds 2, but 2 memories are stacked: use 0 to 1"),
         ((X, INDEX - 2, PARENTS, CHILDREN, CHILDREN), ValueError, "holds -2"),
-        (
-            (X, INDEX, PARENTS[0], CHILDREN, CHILDREN),
-            ValueError,
-            r"parent_keys has shape \(4, 8\); expected \(A, P, D\)",
-        ),
+        ((X, INDEX, PARENTS[0], CHILDREN, CHILDREN), ValueError, r"parent_keys .* expected \(A, P, D\)"),
         ((X, INDEX, PARENTS, CHILDREN, CHILDREN[0]), ValueError, r"child_values .* expected \(A, P, C, D\)"),
         ((X, INDEX, PARENTS, CHILDREN[:1], CHILDREN), ValueError, "child_keys stacks 1 memories, parent_keys 2"),
         ((X, INDEX, PARENTS, CHILDREN[..., :7], CHILDREN), ValueError, "last dimensions differ"),

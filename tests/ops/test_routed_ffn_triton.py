@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.ops import routed_ffn_cases as cases
 from tests.ops.routed_ffn_cases import TILE_SIZES, Form
 from tests.ops.triton_aot import assert_assembles, interpreted, needs_triton
 
@@ -13,31 +14,25 @@ FULL = Form(gated=True, bias=True, trained=True, lora=True)
 PLAIN = Form(gated=False, bias=False, trained=False, lora=False)
 
 
-def check(name: str, *args: object, **options: object) -> None:
-    """Call a function of the cases, which import Triton, where that is wanted."""
-    from tests.ops import routed_ffn_triton_cases
-
-    getattr(routed_ffn_triton_cases, name)(*args, **options)
-
-
 @pytest.mark.parametrize(
     "form", [FULL, PLAIN, Form(False, True, False, True), Form(True, False, False, False)], ids=str
 )
 def test_interpreted_matches_reference(form: Form) -> None:
     # Plain ReLU has a way of its own where the weights are frozen; all else shares the looped form's code.
-    interpreted(check, "check_case", form, TILE_SIZES["several of many"], "silu" if form.gated else "relu")
+    interpreted(cases.check_case, form, TILE_SIZES["several of many"], "silu" if form.gated else "relu")
 
 
 @pytest.mark.parametrize("sizes", TILE_SIZES)
 def test_interpreted_at_every_size(sizes: str) -> None:
-    interpreted(check, "check_case", FULL, TILE_SIZES[sizes], "gelu", recompute=True)
-    interpreted(check, "check_case", Form(False, True, False, True), TILE_SIZES[sizes], "relu")
+    interpreted(cases.check_case, FULL, TILE_SIZES[sizes], "gelu", recompute=True)
+    interpreted(cases.check_case, Form(False, True, False, True), TILE_SIZES[sizes], "relu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_interpreted_in_half_precision(dtype: torch.dtype) -> None:
     for form in (FULL, PLAIN):
-        interpreted(check, "check_half", form, TILE_SIZES["several of many"], dtype)
+        case = cases.make_case(form, TILE_SIZES["several of many"], torch.float32)
+        interpreted(cases.check_half, case, dtype, {"triton": "looped"}, "silu")
 
 
 @pytest.mark.parametrize(
@@ -51,12 +46,13 @@ def test_interpreted_in_half_precision(dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_assembles_without_spills(dtype: torch.dtype, weight_dtype: torch.dtype, capability: int) -> None:
-    kernels = assert_assembles(check, "launch_products", dtype, weight_dtype, 16, capability=capability)
+    kernels = assert_assembles(cases.launch_products, dtype, weight_dtype, 16, capability=capability)
     assert {kernel.name for kernel in kernels} == {"_grouped_fwd_kernel", "_grouped_bwd_kernel"}
 
 
 def test_float64_is_refused() -> None:
+    case = cases.make_case(FULL, TILE_SIZES["odd"])
     with pytest.raises(
         ValueError, match=r"impl is 'triton', but the tensors are torch\.float64, the Triton kernels take"
     ):
-        interpreted(check, "check_half", FULL, TILE_SIZES["odd"], torch.float64)
+        interpreted(cases.run, case, activation="silu", impl="triton")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.ops import sparse_attention_cases as cases
 from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_close, grad_like, make_inputs, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,40 +42,21 @@ def _nan_in_fresh_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("_nan_in_fresh_memory")
 @pytest.mark.parametrize("name", CASES)
 def test_cpu_and_torch_match_reference(name: str) -> None:
-    tensors, options = make_inputs(CASES[name])
-    grad_output = grad_like(CASES[name])
     for granularity in GRANULARITIES:
-        expected = run(tensors, grad_output, **options, **granularity, impl="reference")
-        for impl in FAST:
-            actual = run(tensors, grad_output, **options, **granularity, impl=impl)
-            # Float32 rounding (6e-8) through two sums of up to 130 terms and an exponential.
-            assert_all_close(actual, expected, tolerance=4e-6)
+        cases.check_case(name, impls=FAST, **granularity)
 
 
 @pytest.mark.parametrize("name", ["causal", "scattered mask", "softcap"])
 def test_torch_matches_reference_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_TILE_ENTRIES", 1000)  # several chunks, the last one short
-    tensors, options = make_inputs(CASES[name], torch.float64)
-    grad_output = grad_like(CASES[name], torch.float64)
     for granularity in GRANULARITIES:
-        expected = run(tensors, grad_output, **options, **granularity, impl="reference")
-        actual = run(tensors, grad_output, **options, **granularity, impl="torch")
-        assert_all_close(actual, expected, tolerance=1e-14)  # only the order of sums differs
+        cases.check_case(name, impls=("torch",), dtype=torch.float64, **granularity)
 
 
 @pytest.mark.parametrize("name", ["several tiles", "grouped heads", "values of another size", "odd heads"])
 def test_cpu_and_torch_in_half_precision(name: str) -> None:
     for dtype, granularity in itertools.product((torch.bfloat16, torch.float16), GRANULARITIES[:2]):
-        tensors, options = make_inputs(CASES[name], dtype)
-        grad_output = grad_like(CASES[name], dtype)
-        exact = run([t.float() for t in tensors], grad_output.float(), **options, **granularity, impl="reference")
-        for impl in FAST:
-            actual = run(tensors, grad_output, **options, **granularity, impl=impl)
-            # Sums are float32: the output is rounded once; gradients once, and once more through the rounded output.
-            for key in NAMES:
-                assert actual[key].dtype == dtype
-                error = (actual[key].float() - exact[key]).abs().max()
-                assert error <= torch.finfo(dtype).eps * exact[key].abs().max(), (key, impl)
+        cases.check_half(CASES[name], dtype, impls=FAST, **granularity)
 
 
 @pytest.mark.parametrize("name", ["window and padding", "a row wholly masked", "softcap"])
@@ -119,26 +101,9 @@ def test_cpu_queries_without_a_key_give_zeros(granularity: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
-def test_cpu_and_torch_take_non_contiguous_inputs(granularity: str) -> None:
-    case = Case(2, 4, 2, 33, 33, 16, 16, 8, 9, "left", {"causal": True, "granularity": granularity, "block_size": 16})
-    tensors, options = make_inputs(case)
-    grad_output = torch.randn(1, 1, 1, 1).expand(2, 4, 33, 16)  # as from a sum
-    expected = run(tensors, grad_output.contiguous(), **options, impl="reference")
-    as_from_a_projection = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
-    last_strided = [t.mT.contiguous().mT for t in tensors]
-    for strided, impl in itertools.product((as_from_a_projection, last_strided), FAST):
-        assert not any(tensor.is_contiguous() for tensor in strided)
-        assert_all_close(run(strided, grad_output, **options, impl=impl), expected, tolerance=4e-6)
-
-
-@pytest.mark.parametrize("granularity", ["token", "block"])
-def test_cpu_autocast_changes_nothing(granularity: str) -> None:
-    tensors, options = make_inputs(CASES["causal"])
-    options |= {"granularity": granularity}
-    for impl in ALL:
-        expected = sparse_attention(*tensors, **options, impl=impl)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(sparse_attention(*tensors, **options, impl=impl), expected)
+def test_cpu_layouts_autocast_and_nan(granularity: str) -> None:
+    cases.check_layouts(impls=ALL, granularity=granularity)
+    cases.check_nan(impls=ALL, granularity=granularity)
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -147,18 +112,12 @@ def test_cpu_threads_share_heads(threads: int, granularity: str) -> None:
     # Three heads on two threads are split by queries, on three threads by heads; one head on three by queries.
     for heads in (3, 1):
         case = Case(1, 2 * heads, heads, 300, 300, 16, 16, 8, 40, options={"causal": True, "granularity": granularity})
-        tensors, options = make_inputs(case, torch.bfloat16)
-        grad_output = grad_like(case, torch.bfloat16)
         before = torch.get_num_threads()
-        expected = run([t.float() for t in tensors], grad_output.float(), **options, impl="reference")
         try:
             torch.set_num_threads(threads)
-            actual = run(tensors, grad_output, **options, impl="cpu")
+            cases.check_half(case, torch.bfloat16, impls=("cpu",))
         finally:
             torch.set_num_threads(before)
-        for name in NAMES:
-            error = (actual[name].float() - expected[name]).abs().max()
-            assert error <= torch.finfo(torch.bfloat16).eps * expected[name].abs().max()  # as in half precision
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -174,21 +133,6 @@ def test_gradients_only_where_required(impl: str) -> None:
                 torch.testing.assert_close(leaf.grad, expected[name], rtol=0, atol=1e-5)
             else:
                 assert leaf.grad is None
-
-
-@pytest.mark.parametrize("granularity", ["token", "block"])
-def test_cpu_nan_reaches_the_rows_that_meet_it_and_no_others(granularity: str) -> None:
-    tensors, options = make_inputs(CASES["causal"])
-    options |= {"granularity": granularity, "block_size": 16}
-    poisoned = [tensors[0].clone(), *tensors[1:]]
-    poisoned[0][1, 0, 20] = torch.nan
-    for impl in ALL:
-        clean = sparse_attention(*tensors, **options, impl=impl)
-        output = sparse_attention(*poisoned, **options, impl=impl)
-        assert output[1, 0, 20].isnan().all()
-        rows = 20 if granularity == "token" else slice(16, 32)  # codes of NaN may change what its block keeps
-        output[1, 0, rows] = clean[1, 0, rows]
-        assert torch.equal(output, clean)
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -233,27 +177,10 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def _saved_bytes(num_tokens: int, granularity: str, impl: str) -> int:
-    case = Case(1, 2, 1, num_tokens, num_tokens, 16, 16, 8, 16, options={"causal": True, "granularity": granularity})
-    tensors, options = make_inputs(case)
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sparse_attention(*(tensor.requires_grad_() for tensor in tensors), **options, impl=impl)
-    return sum(saved.values())
-
-
 @pytest.mark.parametrize("granularity", ["token", "block"])
 @pytest.mark.parametrize("impl", FAST)
 def test_saved_memory_is_linear(impl: str, granularity: str) -> None:
-    small, large = (_saved_bytes(n, granularity, impl) for n in (256, 512))
-    assert 0 < large <= 2 * small
-    # Query, key, value and output; codes, log-sum-exp and limits are less than a fifth of that at a head size of 16.
-    assert large <= 1.2 * (2 + 1 + 1 + 2) * 512 * 16 * 4 + 3 * 512 * 4
+    cases.check_saved_memory_is_linear(impl, 512, granularity=granularity)
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -282,30 +209,12 @@ def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatc
 @pytest.mark.parametrize("granularity", ["token", "block"])
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_compiles_to_one_graph(impl: str, granularity: str) -> None:
-    torch.compiler.reset()
-    tensors, options = make_inputs(CASES["left padding"])
-    options |= {"granularity": granularity, "block_size": 16}
-    grad_output = grad_like(CASES["left padding"])
-
-    def step(*tensors: Tensor) -> Tensor:
-        return sparse_attention(*tensors, **options, impl=impl)
-
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    output = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
-    grads = torch.autograd.grad(output, leaves, grad_output)
-    actual = dict(zip(NAMES, (output.detach(), *grads), strict=True))
-    assert_all_close(actual, run(tensors, grad_output, **options, impl="reference"), tolerance=4e-6)
+    cases.check_compiles("left padding", impl=impl, granularity=granularity)
 
 
 def test_operator_is_registered_soundly() -> None:
-    tensors, options = make_inputs(CASES["seven tokens"])
-    visibility = Visibility.of(2, 7, 7, causal=True)
-    leaves = [tensor.requires_grad_() for tensor in tensors]
     for block_size in (0, 4):
-        packed = Settings(3, 0.25, 0.0, True, True, block_size).pack()
-        torch.library.opcheck(
-            torch.ops.sparsepeft.sparse_attention.default, (*leaves, options["codebooks"], *visibility, packed, "torch")
-        )
+        cases.check_compiles_and_is_registered(impl="torch", block_size=block_size)
 
 
 def test_auto_picks_the_compiled_kernels_where_they_apply() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.sparse_attention_cases import CASES, Case, make_inputs
+from tests.ops.sparse_attention_cases import CASES, Case, make_inputs, selection_arguments
 from torch import Tensor
 
 from sparsepeft.ops import selection_recall, sparse_attention
@@ -19,19 +19,7 @@ def make_codes(case: Case, num_codewords: int) -> tuple[Tensor, Tensor, Visibili
     num_subvectors = case.head_size // case.width
     shapes = (case.batch, case.heads, case.num_queries), (case.batch, case.kv_heads, case.num_keys)
     query_codes, key_codes = (torch.randint(num_codewords, (*s, num_subvectors), dtype=torch.uint8) for s in shapes)
-    _, options = make_inputs(case)
-    visibility = Visibility.of(
-        case.batch,
-        case.num_queries,
-        case.num_keys,
-        causal=options.get("causal", False),
-        window=options.get("window"),
-        query_positions=options.get("query_positions"),
-        key_mask=options["key_mask"],
-        device=torch.device("cpu"),
-    )
-    always = options.get("keep_self", True), options.get("keep_first", True)
-    return query_codes, key_codes, visibility, Settings(min(case.top_l, case.num_keys), 1.0, 0.0, *always, 0)
+    return query_codes, key_codes, *selection_arguments(case, make_inputs(case)[1])
 
 
 def valid_keys(case: Case, visibility: Visibility, batch: int, query: int) -> list[int]:

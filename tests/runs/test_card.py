@@ -56,12 +56,8 @@ def test_the_card_of_a_run_says_what_it_is_and_its_code_loads_it(tmp_path: Path,
     assert data.library_name == ("transformers" if method == "full" else "peft")
     scores = {(each.dataset_split, each.metric_name): each.metric_value for each in data.eval_results}
     assert scores["test", "accuracy"] == pytest.approx(results["metrics"]["test"]["accuracy"], abs=1e-6)
-    for words in (
-        "| training | 270 |",
-        "`learning_rate`",
-        "By label, on test",
-        results["data_fingerprints"]["test.jsonl"][7:],
-    ):
+    digest = results["data_fingerprints"]["test.jsonl"][7:]
+    for words in ("| training | 270 |", "`learning_rate`", "By label, on test", digest):
         assert words in card.text
     assert ("--model path/to/tiny-bert" in card.text) == (method != "full")
     code = re.findall("```python\n(.*?)```", card.text, re.DOTALL)[0]
@@ -86,7 +82,7 @@ def test_saving_again_keeps_the_card_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_cards_of_regressions_and_language_models(tmp_path: Path) -> None:
+def test_the_cards_of_regressions_and_language_models(tmp_path: Path, tiny_language_model: Path) -> None:
     backbone = save_tiny_backbone(tmp_path / "tiny-bert")
     rows = [{"a": row["text"], "b": "x", "y": len(row["text"]) / 10} for row in topics_rows("train")[:60]]
     own = {"text_column": "a", "text_pair_column": "b", "label_column": "y"}
@@ -99,18 +95,8 @@ def test_the_cards_of_regressions_and_language_models(tmp_path: Path) -> None:
     assert results["baseline"]["metrics"]["mae"] > 0
     assert card.data.language is None
 
-    from tests.tiny import save_tiny_language_model
-
-    model = save_tiny_language_model(tmp_path / "tiny-llama")
-    config = RunConfig(
-        task="lm",
-        text=(str(topics_text(tmp_path)),),
-        output_dir=str(tmp_path / "lm"),
-        model=str(model),
-        max_steps=1,
-        block_length=16,
-    )
-    train(config)
+    text, short = (str(topics_text(tmp_path)),), {"max_steps": 1, "block_length": 16}
+    train(RunConfig("lm", str(tmp_path / "lm"), model=str(tiny_language_model), text=text, **short))
     card = _check(tmp_path / "lm", tmp_path)
     assert (card.data.pipeline_tag, card.data.metrics) == ("text-generation", ["perplexity"])
     assert "AutoModelForCausalLM" in card.text

@@ -33,6 +33,7 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({}, ["No `task` and no `output_dir` was given"]),
         ({"task": "topics", "output_dir": "o", "method": "spartn"}, ["'spartn'", "lora", "did you mean 'spartan'"]),
         ({"task": "topics", "output_dir": "o", "recipe": "bets"}, ["did you mean 'best'", "paper"]),
+        ({"task": "topics", "output_dir": "o", "score_on": "selecton"}, ["did you mean 'selection'"]),
         ({"task": "topics", "output_dir": "o", "precision": "bf15"}, ["did you mean 'bf16'"]),
         ({"task": "topics", "output_dir": "o", "epochs": -1}, ["`epochs=-1`", "above 0"]),
         ({"task": "topics", "output_dir": "o", "few_shot": 0}, ["`few_shot=0`", "at least 1"]),
@@ -75,6 +76,8 @@ def test_bad_config_files(tmp_path: Path, content: str, words: list[str]) -> Non
     with pytest.raises(UserError) as caught:
         load_config({"output_dir": "o"}, file)
     assert all(word in str(caught.value) for word in words)
+    with pytest.raises(UserError, match="does not exist"):
+        load_config({"output_dir": "o"}, tmp_path / "none.yaml")
 
 
 def test_a_setting_called_like_an_option_is_that_option(tmp_path: Path) -> None:
@@ -83,11 +86,7 @@ def test_a_setting_called_like_an_option_is_that_option(tmp_path: Path) -> None:
     config = load_config({"output_dir": "o", "settings": {"top_k": 3, "epochs": 2}}, file)
     assert (config.problem_type, config.max_steps, config.epochs) == ("regression", 7, 2)
     assert config.settings == {"top_k": 3}
-
-
-def test_words_of_keys_may_be_joined_as_options_are(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("task: topics\noutput-dir: o\nmax-steps: 7\n")
+    file.write_text("task: topics\noutput-dir: o\nmax-steps: 7\n")  # words joined as in options
     assert load_config({}, file).max_steps == 7
 
 
@@ -131,18 +130,9 @@ def test_paths_and_numpys_numbers_are_plain_values(tmp_path: Path) -> None:
     assert (config.max_steps, config.epochs) == (2, 0.5)
 
 
-def test_missing_config_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_config({"output_dir": "o"}, tmp_path / "none.yaml")
-
-
 def test_settings_are_read_as_yaml() -> None:
-    assert parse_settings(["top_k=4", "temperature=1.6", "train_layer_norms=true", "lr=1e-3"]) == {
-        "top_k": 4,
-        "temperature": 1.6,
-        "train_layer_norms": True,
-        "lr": 1e-3,
-    }
+    expected = {"top_k": 4, "temperature": 1.6, "train_layer_norms": True, "lr": 1e-3}
+    assert parse_settings(["top_k=4", "temperature=1.6", "train_layer_norms=true", "lr=1e-3"]) == expected
     for wrong, match in (
         (["top_k"], "key=value"),
         (["x=[a"], r"--set 'x=\[a' was given, but '\[a' cannot be read as a value \(while parsing"),
@@ -168,10 +158,3 @@ def test_every_recipe_fits_its_method(method: str, recipe: str) -> None:
     config = adapter_config(method, values.adapter)
     assert (config is None) == (method == "full")
     assert values.learning_rate > 0
-
-
-def test_optimiser_settings_go_to_the_recipe() -> None:
-    config = RunConfig("topics", "o", settings={"weight_decay": 0.1, "top_k": 2})
-    recipe = config.recipe_values()
-    assert recipe.weight_decay == 0.1
-    assert "weight_decay" not in recipe.adapter

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from sparsepeft.spt import SptConfig, sparsification, sparsify
+
 V, T = 99, 24
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": V}
 _LLAMA = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -34,17 +36,9 @@ FEED_FORWARD_ONLY: dict[str, tuple[type, Any]] = {
     ),
 }
 _MOE = _LLAMA | {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-_DEEPSEEK = {
-    "n_group": 1,
-    "num_key_value_heads": 4,
-    "topk_group": 1,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "v_head_dim": 8,
-} | {
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-}
+_DEEPSEEK = {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1} | dict.fromkeys(
+    ("q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 8
+)
 EXPERTS: dict[str, tuple[type, Any]] = {
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**_LLAMA, num_local_experts=4)),
     "qwen2-moe": (
@@ -61,6 +55,14 @@ EXPERTS: dict[str, tuple[type, Any]] = {
     ),
 }
 ALL = DECODERS | ENCODERS | FEED_FORWARD_ONLY
+# The projections that LoRA extends: one of attention, and those of the FFN.
+TARGETS = {
+    "llama": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "opt": ["q_proj", "fc1", "fc2"],
+    "bert": ["query", "intermediate.dense", "output.dense"],
+    "t5-gated": ["q", "wi_0", "wi_1", "wo"],
+}
 
 
 def build(name: str) -> Any:
@@ -87,11 +89,33 @@ def inputs(name: str, padding: str | None = "left", batch: int = 3, length: int 
     return found | {"decoder_input_ids": ids[:, :7]} if name.startswith("t5") else found
 
 
-def logits(model: Any, name: str, **kwargs: Any) -> torch.Tensor:
-    """What a model answers, padding set to zero."""
-    given = inputs(name, **kwargs)
+def sparse(name: str, padding: str | None = None, batch: int = 3, **values: Any) -> Any:
+    """A model made sparse, attention and FFNs."""
+    settings = {"attention": name not in FEED_FORWARD_ONLY, "top_l": 5, "num_blocks": 4, "num_active_blocks": 2}
+    return sparsify(build(name), SptConfig(**settings | values), inputs(name, padding, batch))
+
+
+def plain_name(key: str) -> str:
+    """The name that a projection has in the dense model: it may stand below the activation in the sparse one."""
+    for moved in ("intermediate.intermediate_act_fn", "intermediate-intermediate_act_fn", "activation_fn"):
+        key = key.replace(f".{moved}.", ".").replace(f"{moved}-", "").replace(f"{moved}.", "")
+    return key
+
+
+def change_routers(model: Any) -> Any:
+    """``model`` with other routers, as if it had been trained without an adapter."""
     with torch.no_grad():
-        found = model(**given).logits
+        for _, routed in sparsification(model).feed_forwards:
+            for parameter in routed.spt_router.current.parameters():
+                parameter.mul_(-1.5)
+    return model
+
+
+def logits(model: Any, name: str, padding: str | None = "left", **kwargs: Any) -> torch.Tensor:
+    """What a model answers, padding set to zero."""
+    given = inputs(name, padding)
+    with torch.no_grad():
+        found = model(**given, **kwargs).logits
     if found.dim() == 3 and not name.startswith("t5"):
         found = found * given["attention_mask"][..., None]
     return found

@@ -12,26 +12,20 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.spt.models import build, inputs, logits
+from tests.spt.models import TARGETS, build, logits, sparse
 
 from sparsepeft import SpartanConfig
-from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsify
+from sparsepeft.spt import desparsify, load_sparse
 
-FFN = SptConfig(attention=False, num_blocks=4, num_active_blocks=2)
-ATTENTION = SptConfig(ffn=False, top_l=6)
-TARGETS = {
-    "llama": ["q_proj", "up_proj", "down_proj"],
-    "opt": ["q_proj", "fc1", "fc2"],
-    "bert": ["query", "intermediate.dense", "output.dense"],
-    "gpt2": ["c_attn", "c_fc", "c_proj"],
-}
+FFN = {"attention": False}
+ATTENTION = {"ffn": False, "top_l": 6}
 WARNING = r"exclude_modules=.*spt_settings.* but no modules were excluded"
 
 
-def adapted(name: str, config: SptConfig = FFN, adapter: str = "default", **values) -> PeftModel:
+def adapted(name: str, adapter: str = "default", settings: dict = FFN, **values) -> PeftModel:
     """A sparse model with LoRA, whose weights are not those that it starts with."""
     lora = LoraConfig(**({"target_modules": TARGETS[name], "r": 3, "init_lora_weights": False} | values))
-    model = get_peft_model(sparsify(build(name), config, inputs(name)), lora, adapter).eval()
+    model = get_peft_model(sparse(name, "left", **settings), lora, adapter).eval()
     torch.manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         if "spt_router.modules_to_save" in parameter_name and parameter.is_floating_point():
@@ -79,15 +73,15 @@ def test_files_from_before_are_still_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "values"),
+    ("settings", "values"),
     [
         (ATTENTION, {}),
         (ATTENTION, {"exclude_modules": ".*layers.1.*"}),
         (FFN, {"target_modules": ["q_proj"], "exclude_modules": ["lm_head"]}),
     ],
 )
-def test_what_acts_elsewhere_is_loaded_with_a_word(config: SptConfig, values: dict, tmp_path: Path) -> None:
-    model = adapted("llama", config, **values)
+def test_what_acts_elsewhere_is_loaded_with_a_word(settings: dict, values: dict, tmp_path: Path) -> None:
+    model = adapted("llama", settings=settings, **values)
     model.save_pretrained(tmp_path)
     excluded = json.loads((tmp_path / "adapter_config.json").read_text())["exclude_modules"]
     assert "spt_settings" in excluded
@@ -108,9 +102,9 @@ def test_what_acts_elsewhere_is_loaded_with_a_word(config: SptConfig, values: di
 
 def test_a_config_is_used_on_a_dense_model_afterwards(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["down_proj"], r=3)
-    sparse = get_peft_model(sparsify(build("llama"), FFN), config)
-    copied = copy.deepcopy(sparse)
-    sparse.save_pretrained(tmp_path / "sparse")
+    model = get_peft_model(sparse("llama", **FFN), config)
+    copied = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "sparse")
     assert load_file(tmp_path / "sparse" / "adapter_model.safetensors").keys()
     copied.save_pretrained(tmp_path / "copied")
     assert "load_sparse" in (tmp_path / "copied" / "README.md").read_text()
@@ -119,15 +113,15 @@ def test_a_config_is_used_on_a_dense_model_afterwards(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         PeftModel.from_pretrained(build("llama"), tmp_path / "dense")
-    dense = desparsify(sparse.merge_and_unload())
+    dense = desparsify(model.merge_and_unload())
     assert not dense._load_state_dict_pre_hooks
     dense.load_state_dict(build("llama").state_dict())
 
 
 def test_this_packages_methods_refuse_a_dense_model_in_a_sentence(tmp_path: Path) -> None:
-    sparse = get_peft_model(sparsify(build("llama"), ATTENTION, inputs("llama")), SpartanConfig())
-    sparse.save_pretrained(tmp_path)
+    model = get_peft_model(sparse("llama", "left", **ATTENTION), SpartanConfig())
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"trained on a sparse model.*sparsepeft\.load_sparse"):
         PeftModel.from_pretrained(build("llama"), tmp_path)
     assert "load_sparse(backbone" in (tmp_path / "README.md").read_text()
-    assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(sparse.eval(), "llama"))
+    assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(model.eval(), "llama"))

@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` of a sparse model writes, and what its ``load_state_dict`` takes."""
+"""What ``save_pretrained`` and ``save_sparse`` write of a sparse model, and what is loaded again."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tests.spt.models import ALL, FEED_FORWARD_ONLY, build, inputs, logits
+from tests.spt.models import ALL, build, change_routers, logits, sparse
 
-from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsification, sparsify
-
-
-def sparse(name: str, batch: int = 3, **values: object) -> torch.nn.Module:
-    settings = {"attention": name not in FEED_FORWARD_ONLY, "top_l": 5, "num_blocks": 4, "num_active_blocks": 2}
-    model = sparsify(build(name), SptConfig(**settings | values), inputs(name, padding=None, batch=batch))  # type: ignore[arg-type]
-    with torch.no_grad():  # as if it had been trained
-        for _, routed in sparsification(model).feed_forwards:  # type: ignore[union-attr]
-            for parameter in routed.spt_router.current.parameters():
-                parameter.mul_(-1.5)
-    return model
+from sparsepeft.errors import UserError
+from sparsepeft.spt import desparsify, load_sparse, save_sparse, sparsification
+from sparsepeft.spt.loading import SPARSE_WEIGHTS
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_saved_model_is_the_dense_one_with_what_was_added(name: str, tmp_path: Path) -> None:
-    model = sparse(name, compensation_rank=2)
+    model = change_routers(sparse(name, compensation_rank=2))
     expected, state = logits(model, name), build(name).state_dict()
     model.save_pretrained(str(tmp_path), max_shard_size="30KB")
     files = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
@@ -43,20 +36,19 @@ def test_a_saved_model_is_the_dense_one_with_what_was_added(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "t5-gated"])
 def test_state_dicts_of_every_kind_are_loaded(name: str, tmp_path: Path) -> None:
-    source = sparse(name)
+    source = change_routers(sparse(name))
     expected, state = logits(source, name), build(name).state_dict()
     source.save_pretrained(str(tmp_path))
     checkpoint = load_file(tmp_path / "model.safetensors")
     for given in (source.state_dict(), checkpoint):
         model = sparse(name, batch=5)  # neurons are in another order
-        assert not torch.equal(
-            *(sparsification(each).feed_forwards[0][1].spt_router.current.neuron_order for each in (model, source))
-        )  # type: ignore
+        orders = [sparsification(each).feed_forwards[0][1].spt_router.current.neuron_order for each in (model, source)]
+        assert not torch.equal(*orders)
         model.load_state_dict(given, strict=False)  # tied weights are missing
         torch.testing.assert_close(logits(model, name), expected, rtol=0, atol=0)
         desparsify(model)
         assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
-    model, routers = sparse(name), sparse(name).state_dict()
+    model, routers = sparse(name), source.state_dict()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -75,3 +67,57 @@ def test_a_dense_model_saves_as_it_did(tmp_path: Path) -> None:
     assert "save_pretrained" not in vars(model)
     model.save_pretrained(str(tmp_path))
     assert load_file(tmp_path / "model.safetensors").keys() == build("bert").state_dict().keys()
+
+
+# -- what save_sparse writes --
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("opt", {}),
+        ("gpt2", {"attention": False, "num_active_blocks": 1}),
+        ("bert", {"ffn": False, "top_l": 3}),
+        ("t5-gated", {"attention": False, "num_active_blocks": 1}),
+    ],
+)
+def test_a_dense_model_becomes_what_was_saved(name: str, settings: dict, tmp_path: Path) -> None:
+    model = change_routers(sparse(name, **settings))
+    expected = logits(model, name)
+    assert not torch.equal(expected, logits(build(name), name))
+    file = save_sparse(model, tmp_path / "new")
+    assert file == tmp_path / "new" / SPARSE_WEIGHTS
+    assert [path.name for path in file.parent.iterdir()] == [SPARSE_WEIGHTS]
+    again = load_sparse(build(name), tmp_path / "new")
+    torch.testing.assert_close(logits(again, name), expected, rtol=0, atol=0)
+    assert sparsification(again).config == sparsification(model).config
+
+
+def test_an_adapter_goes_on_top_of_a_loaded_one(tmp_path: Path) -> None:
+    save_sparse(sparse("llama"), tmp_path)
+    model = get_peft_model(load_sparse(build("llama"), tmp_path), LoraConfig(target_modules=["q_proj"], r=2))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("spt_router" in name for name in trained)
+    expected = logits(model.eval(), "llama")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = load_sparse(build("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again, "llama"), expected, rtol=0, atol=0)
+
+
+def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not sparse"):
+        save_sparse(build("llama"), tmp_path)
+    model = sparse("llama")
+    file = save_sparse(model, tmp_path)
+    with pytest.raises(ValueError, match="save_pretrained"):
+        save_sparse(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), tmp_path)
+    with pytest.raises(UserError, match="does not belong to this model"):
+        load_sparse(build("opt"), tmp_path)
+    with pytest.raises(UserError, match=r"The adapter nope could not be loaded .* save_sparse wrote"):
+        load_sparse(build("llama"), "nope")
+    with pytest.raises(TypeError, match="load_sparse got a str; expected a transformers model"):
+        load_sparse("nope", tmp_path)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="could not be read"):
+        load_sparse(build("llama"), tmp_path)

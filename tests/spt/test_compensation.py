@@ -8,21 +8,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.spt.models import build, inputs, logits
+from tests.spt.models import TARGETS, build, inputs, logits, sparse
 
-from sparsepeft.spt import SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
+from sparsepeft.spt import SptConfig, load_sparse, save_sparse, sparsification, sparsify
 from sparsepeft.spt.compensation import fit_compensation
-
-NAMES = ["llama", "opt", "gpt2", "bert", "t5-gated"]
 
 
 def made(name: str, rank: int, active: int = 1) -> Any:
-    config = SptConfig(attention=False, num_blocks=4, num_active_blocks=active, compensation_rank=rank)
-    return sparsify(build(name), config, inputs(name, batch=40))
+    return sparse(name, "left", 40, attention=False, num_active_blocks=active, compensation_rank=rank)
 
 
 def compensations(model: Any) -> list[Any]:
-    return [routed.spt_router.current.compensation for _, routed in sparsification(model).feed_forwards]  # type: ignore[union-attr]
+    return [routed.spt_router.current.compensation for _, routed in sparsification(model).feed_forwards]
 
 
 # -- the fit ---------------------------------------------------------------------------------
@@ -57,31 +54,17 @@ def test_a_rank_above_the_width_is_the_whole_map() -> None:
 # -- in a model ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_every_ffn_comes_closer_to_the_dense_one(name: str) -> None:
     models = [made(name, rank) for rank in (0, 8)]
-    plain, better = (sparsification(model).report for model in models)  # type: ignore[union-attr]
+    plain, better = (sparsification(model).report for model in models)
     assert plain.feed_forward_error.keys() == better.feed_forward_error.keys()
     for layer, error in plain.feed_forward_error.items():
         assert better.feed_forward_error[layer] < error
-    feed_forward = sparsification(models[0]).feed_forwards[0][0]  # type: ignore[union-attr]
+    feed_forward = sparsification(models[0]).feed_forwards[0][0]
     products = (3 if feed_forward.names.gate else 2) * feed_forward.sizes[0] * feed_forward.sizes[1]
-    more = better.feed_forward_operations - plain.feed_forward_operations  # type: ignore[operator]
+    more = better.feed_forward_operations - plain.feed_forward_operations
     assert more == pytest.approx(2 * 8 * 32 / products)
-
-
-def test_with_all_blocks_there_is_nothing_to_stand_in_for() -> None:
-    model = made("llama", rank=8, active=4)
-    assert compensations(model) == [None, None]
-    torch.testing.assert_close(logits(model, "llama"), logits(build("llama"), "llama"), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_dense_again_bit_for_bit(name: str) -> None:
-    before = {key: value.clone() for key, value in build(name).state_dict().items()}
-    after = desparsify(made(name, rank=4)).state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,7 +99,10 @@ def test_saved_without_an_adapter(active: int, tmp_path: Path) -> None:
     save_sparse(model, tmp_path)
     again = load_sparse(build("llama"), tmp_path)
     torch.testing.assert_close(logits(again, "llama"), logits(model, "llama"), rtol=0, atol=0)
-    assert sparsification(again).config.compensation_rank == 4  # type: ignore[union-attr]
+    assert sparsification(again).config.compensation_rank == 4
+    if active == 4:  # with all blocks there is nothing to stand in for
+        assert compensations(model) == [None, None]
+        torch.testing.assert_close(logits(model, "llama"), logits(build("llama"), "llama"), atol=1e-4, rtol=1e-4)
 
 
 def test_what_it_needs() -> None:

@@ -9,7 +9,21 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tests.spt.models import ALL, DECODERS, ENCODERS, EXPERTS, FEED_FORWARD_ONLY, SIZES, T, build, inputs, logits
+from tests.spt.models import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    EXPERTS,
+    FEED_FORWARD_ONLY,
+    SIZES,
+    TARGETS,
+    T,
+    build,
+    inputs,
+    logits,
+    plain_name,
+    sparse,
+)
 
 from sparsepeft.spt.attention import NAME
 from sparsepeft.spt.config import SptConfig
@@ -20,16 +34,9 @@ BART = {"d_model": 32, "vocab_size": 99, "pad_token_id": 0} | {
     for stack in ("encoder", "decoder")
     for what, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
 }
+CONFIG = SptConfig(num_blocks=4, num_active_blocks=2)
 DENSE = {"top_l": T, "num_blocks": 4, "num_active_blocks": 4}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the same sums in another order, through two layers with large weights
-
-
-def config(name: str, **values: Any) -> SptConfig:
-    return SptConfig(**{"attention": name not in FEED_FORWARD_ONLY, "num_blocks": 4, "num_active_blocks": 2} | values)
-
-
-def made_sparse(name: str, **values: Any) -> Any:
-    return sparsify(build(name), config(name, **values), calibration_data=inputs(name, padding=None))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +45,7 @@ def made_sparse(name: str, **values: Any) -> Any:
     + [("mistral", "contiguous", "right"), ("bert", "contiguous", "right"), ("t5", "contiguous", None)],
 )
 def test_everything_kept_is_the_dense_model(name: str, assignment: str, padding: str | None) -> None:
-    model = made_sparse(name, **DENSE, block_assignment=assignment).double()
+    model = sparse(name, **DENSE, block_assignment=assignment).double()
     expected = logits(build(name).double(), name, padding=padding)
     torch.testing.assert_close(logits(model, name, padding=padding), expected)
 
@@ -47,7 +54,7 @@ def test_everything_kept_is_the_dense_model(name: str, assignment: str, padding:
 @pytest.mark.parametrize("name", ["mistral", "opt", "bert"])
 def test_sparse_answers_differ_and_padding_is_never_seen(name: str, granularity: str) -> None:
     padding = "right" if name in ENCODERS else "left"  # encoders answer at the first position
-    model = made_sparse(name, top_l=4, granularity=granularity, block_size=4)
+    model = sparse(name, top_l=4, granularity=granularity, block_size=4)
     found = logits(model, name, padding=padding)
     assert not torch.allclose(found, logits(build(name), name, padding=padding), **CLOSE)
     given = inputs(name, padding)
@@ -60,7 +67,7 @@ def test_sparse_answers_differ_and_padding_is_never_seen(name: str, granularity:
 
 @pytest.mark.parametrize("name", ALL)
 def test_dense_again_bit_for_bit(name: str) -> None:
-    model = made_sparse(name)
+    model = sparse(name, compensation_rank=2)
     state = build(name).state_dict()
     assert desparsify(model) is model
     assert sparsification(model) is None
@@ -72,17 +79,11 @@ def test_dense_again_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_only_some_layers(name: str) -> None:
-    model = made_sparse(name, layers_to_transform=(1,))
+    model = sparse(name, layers_to_transform=(1,))
     done = sparsification(model)
-    assert done is not None
     assert len(done.attention) == (name not in FEED_FORWARD_ONLY)
     assert len(done.feed_forwards) == (2 if name in FEED_FORWARD_ONLY else 1)
     logits(model, name)
-
-
-def plain_name(key: str) -> str:
-    """The name that a projection has in the dense model."""
-    return key.replace(".activation_fn.", ".").replace(".intermediate.intermediate_act_fn.", ".")
 
 
 def put_in_order(model: Any) -> None:
@@ -95,34 +96,25 @@ def put_in_order(model: Any) -> None:
                 weight.data = weight.data.index_select(int(is_down), routed.spt_router.current.neuron_order)
 
 
-TARGETS = {
-    "llama": ["q_proj", "up_proj", "gate_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
-    "opt": ["q_proj", "fc1", "fc2"],
-    "bert": ["query", "intermediate.dense", "output.dense"],
-    "t5-gated": ["q", "wi_0", "wi_1", "wo"],
-}
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_lora_inside_equals_lora_in_the_dense_model(name: str) -> None:
     lora = LoraConfig(target_modules=TARGETS[name], r=3, init_lora_weights=False)
     dense = get_peft_model(build(name), lora).eval().double()
-    sparse = get_peft_model(made_sparse(name, **DENSE), lora).eval().double()
+    model = get_peft_model(sparse(name, **DENSE), lora).eval().double()
     updates = {key: tensor for key, tensor in dense.state_dict().items() if "lora_" in key}
-    found = {plain_name(key): tensor for key, tensor in sparse.state_dict().items() if "lora_" in key}
+    found = {plain_name(key): tensor for key, tensor in model.state_dict().items() if "lora_" in key}
     assert found.keys() == updates.keys()
     for key, tensor in found.items():
         tensor.copy_(updates[key])
-    put_in_order(sparse)
-    torch.testing.assert_close(logits(sparse, name), logits(dense, name))
-    merged = desparsify(sparse.merge_and_unload())
+    put_in_order(model)
+    torch.testing.assert_close(logits(model, name), logits(dense, name))
+    merged = desparsify(model.merge_and_unload())
     torch.testing.assert_close(logits(merged, name), logits(dense, name))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_gradients_reach_lora_and_router(name: str) -> None:
-    model = get_peft_model(made_sparse(name, top_l=6), LoraConfig(target_modules=TARGETS[name], r=3)).train()
+    model = get_peft_model(sparse(name, top_l=6), LoraConfig(target_modules=TARGETS[name], r=3)).train()
     given = inputs(name)
     labels = given["input_ids"] if name in DECODERS else torch.tensor([0, 1, 0])
     model(**given, labels=labels).loss.backward()
@@ -137,7 +129,7 @@ def test_gradients_reach_lora_and_router(name: str) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_generation_with_a_cache_is_generation_without(name: str, cache: str) -> None:
-    model = made_sparse(name, top_l=4)
+    model = sparse(name, top_l=4)
     given = inputs(name)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(**given, **options, use_cache=False)
@@ -155,8 +147,8 @@ def test_lists_of_token_ids_are_a_batch() -> None:
         ({"input_ids": ids[0].tolist(), "attention_mask": mask}, one),
         ({"input_ids": ids.numpy()}, ids),
     ):
-        found, expected = (sparsify(build("llama"), config("llama"), data) for data in (given, rows))
-        assert sparsification(found).report == sparsification(expected).report  # type: ignore[union-attr]
+        found, expected = (sparsify(build("llama"), CONFIG, data) for data in (given, rows))
+        assert sparsification(found).report == sparsification(expected).report
 
 
 def test_refused_before_anything_is_changed() -> None:
@@ -204,34 +196,34 @@ def test_refused_before_anything_is_changed() -> None:
         assert all(torch.equal(after[key], before[key]) for key in before)
         assert sparsification(model) is None
     with pytest.raises(TypeError, match="before get_peft_model"):
-        sparsify(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), SptConfig(), ids)  # type: ignore
+        sparsify(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), SptConfig(), ids)
     with pytest.raises(TypeError, match="got a dict as its config; expected an SptConfig"):
-        sparsify(build("llama"), {"top_l": 3}, ids)  # type: ignore[arg-type]
+        sparsify(build("llama"), {"top_l": 3}, ids)
     with pytest.raises(ValueError, match="sparse already"):
-        sparsify(made_sparse("llama"), SptConfig(), ids)
+        sparsify(sparse("llama"), SptConfig(), ids)
     with pytest.raises(ValueError, match="not sparse"):
         desparsify(build("llama"))
 
 
 def test_the_layers_of_a_mixture_of_experts_that_have_none() -> None:
-    model = sparsify(build("deepseek-v3"), config("llama", layers_to_transform=0), inputs("llama"))
+    model = sparse("deepseek-v3", layers_to_transform=0)
     done = sparsification(model)
-    assert [each.name for each, _ in done.feed_forwards] == ["model.layers.0.mlp"]  # type: ignore[union-attr]
-    assert list(done.attention) == ["model.layers.0.self_attn"]  # type: ignore[union-attr]
+    assert [each.name for each, _ in done.feed_forwards] == ["model.layers.0.mlp"]
+    assert list(done.attention) == ["model.layers.0.self_attn"]
     logits(model, "llama")
 
 
 def test_layers_are_counted_in_each_stack() -> None:
     model = hf.BartModel(hf.BartConfig(**BART))
     done = sparsification(sparsify(model, SptConfig(top_l=4, layers_to_transform=1), inputs("llama")["input_ids"]))
-    assert list(done.attention) == [f"{stack}.layers.1.self_attn" for stack in ("encoder", "decoder")]  # type: ignore
-    assert [each.name for each, _ in done.feed_forwards] == ["encoder.layers.1", "decoder.layers.1"]  # type: ignore
+    assert list(done.attention) == [f"{stack}.layers.1.self_attn" for stack in ("encoder", "decoder")]
+    assert [each.name for each, _ in done.feed_forwards] == ["encoder.layers.1", "decoder.layers.1"]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_padded_batch_whose_mask_got_lost_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second registration transformers would hand on no mask, and padding would be attended."""
-    model = made_sparse(name)
+    model = sparse(name)
     given = inputs(name, padding="right")
     model(**given)
     monkeypatch.delitem(hf.AttentionMaskInterface._global_mapping, NAME)

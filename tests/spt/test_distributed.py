@@ -10,21 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from tests.spt.models import build, inputs
+from tests.spt.models import TARGETS, inputs, sparse
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsepeft.spt import SptConfig, sparsification, sparsify
+from sparsepeft.spt import sparsification
 
 PROCESSES, ROWS = 2, 4
 
 
 def sparse_with_lora() -> Any:
     # Balance is judged over the tokens of a process, so its loss is the one thing that differs between the two ways.
-    config = SptConfig(top_l=6, num_blocks=4, num_active_blocks=2, load_balancing_coef=0.0, codebook_interval=1)
-    model = sparsify(build("llama"), config, calibration_data=inputs("llama", padding=None))
+    model = sparse("llama", top_l=6, load_balancing_coef=0.0, codebook_interval=1)
     torch.manual_seed(0)
-    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(target_modules=targets, r=3, init_lora_weights=False))
+    model = get_peft_model(model, LoraConfig(target_modules=TARGETS["llama"], r=3, init_lora_weights=False))
     return model.double().train()
 
 
@@ -35,9 +33,7 @@ def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def codebooks(model: Any) -> list[torch.Tensor]:
-    done = sparsification(model)
-    assert done is not None
-    return [layer.state.current.codebooks.clone() for layer in done.attention.values()]
+    return [layer.state.current.codebooks.clone() for layer in sparsification(model).attention.values()]
 
 
 def train(rank: int, folder: str) -> None:

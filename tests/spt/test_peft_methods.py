@@ -8,25 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from tests.spt.models import DECODERS, ENCODERS, FEED_FORWARD_ONLY, build, inputs, logits
+from tests.spt.models import DECODERS, ENCODERS, TARGETS, build, inputs, logits, plain_name, sparse
 
 from sparsepeft import BitFitConfig, BottleneckConfig, SpartanConfig
-from sparsepeft.spt import SptConfig, sparsification, sparsify
-
-ATTENTION_AND_FFN = {
-    "llama": ["q_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
-    "opt": ["q_proj", "fc1", "fc2"],
-    "bert": ["query", "intermediate.dense", "output.dense"],
-    "t5-gated": ["q", "wi_0", "wi_1", "wo"],
-}
-# In sparse models of these kinds the projections stand below the activation.
-MOVED = {"intermediate.intermediate_act_fn.": "", "intermediate-intermediate_act_fn-": "", "activation_fn": ""}
-
-
-def sparse(name: str, **values: Any) -> Any:
-    settings = {"attention": name not in FEED_FORWARD_ONLY, "top_l": 5, "num_blocks": 4, "num_active_blocks": 2}
-    return sparsify(build(name), SptConfig(**settings | values), inputs(name, padding=None))
+from sparsepeft.spt import sparsification, sparsify
 
 
 def task(name: str) -> str:
@@ -41,18 +26,12 @@ def stir(model: Any) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def plain_name(key: str) -> str:
-    for old, new in MOVED.items():
-        key = key.replace(f"{old}.", f"{new}.").replace(f"{old}-", new).replace(old, new)
-    return key.replace("..", ".")
-
-
 def inside(name: str, **values: Any) -> LoraConfig:
-    return LoraConfig(target_modules=ATTENTION_AND_FFN[name], r=3, init_lora_weights=False, **values)
+    return LoraConfig(target_modules=TARGETS[name], r=3, init_lora_weights=False, **values)
 
 
 def configs(name: str) -> dict[str, Any]:
-    first, *ffn = ATTENTION_AND_FFN[name]
+    first, *ffn = TARGETS[name]
     return {
         "bias of LoRA": inside(name, lora_bias=True, use_rslora=True, lora_dropout=0.3),
         "biases of the backbone": inside(name, bias="all"),
@@ -152,11 +131,7 @@ def test_each_row_of_a_mixed_batch_uses_its_own(name: str, method: str) -> None:
     with model.disable_adapter():
         expected["__base__"] = logits(model, name)
     names = ["b", "__base__", "a"]
-    given = inputs(name)
-    with torch.no_grad():
-        mixed = model(**given, adapter_names=names).logits
-    if name in DECODERS:
-        mixed = mixed * given["attention_mask"][..., None]
+    mixed = logits(model, name, adapter_names=names)
     wanted = torch.stack([expected[adapter][row] for row, adapter in enumerate(names)])
     torch.testing.assert_close(mixed, wanted)
     assert not torch.allclose(expected["a"], expected["b"], atol=1e-3)
@@ -176,7 +151,7 @@ def test_generation_of_a_mixed_batch_by_beams() -> None:
 def test_an_adapter_of_a_model_made_sparse_in_another_way_is_refused(tmp_path: Any) -> None:
     get_peft_model(sparse("llama"), inside("llama")).save_pretrained(str(tmp_path))
     PeftModel.from_pretrained(sparse("llama"), str(tmp_path))
-    other_data = sparsify(build("llama"), sparsification(sparse("llama")).config, inputs("llama", batch=5))  # type: ignore
+    other_data = sparsify(build("llama"), sparsification(sparse("llama")).config, inputs("llama", batch=5))
     for model, differing in ((sparse("llama", top_l=6), "settings"), (other_data, "neuron_order")):
         with pytest.raises(ValueError, match=rf"made sparse in another way \(its {differing} differs\); load it into"):
             PeftModel.from_pretrained(model, str(tmp_path))

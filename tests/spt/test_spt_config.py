@@ -53,7 +53,7 @@ def test_layers() -> None:
     assert SptConfig(layers_to_transform=3).layers_to_transform == (3,)
     for settings in ({}, {"ffn": False}, {"attention": False}):
         with pytest.raises(ValueError, match="layers_to_transform is empty"):
-            SptConfig(layers_to_transform=(), **settings)  # type: ignore[arg-type]
+            SptConfig(layers_to_transform=(), **settings)
 
 
 def test_files_of_before_hold_whole_floats_as_counts() -> None:

@@ -23,10 +23,7 @@ def write(root: Path, rows: list[tuple[str, str]], *, gz: bool = True) -> Path:
     content = "text\tlabel\tfile\n" + "".join(f"{text}\t{label}\tx.txt\n" for text, label in rows)
     folder = root / "bbc-news"
     folder.mkdir(parents=True, exist_ok=True)
-    if gz:
-        (folder / "all.tsv.gz").write_bytes(gzip.compress(content.encode()))
-    else:
-        (folder / "all.tsv").write_text(content)
+    (folder / f"all.tsv{'.gz' * gz}").write_bytes(gzip.compress(content.encode()) if gz else content.encode())
     return root
 
 

@@ -61,8 +61,9 @@ def test_nothing_heavy_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("text;label\n" + "a;1\nb;2\n" * 3)
     code = (
-        "import sys; from sparsepeft.tasks import check_task; check_task(None, train_file=sys.argv[1]); "
-        "check_task('topics'); heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'numpy', 'pyarrow'}; "
+        "import sys; from sparsepeft.tasks import bbc, check_task, glue, hub; "
+        "check_task(None, train_file=sys.argv[1]); check_task('topics'); "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'scipy', 'numpy', 'pyarrow'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

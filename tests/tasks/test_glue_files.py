@@ -11,60 +11,29 @@ from sparsepeft.tasks import TaskError, load_task
 from sparsepeft.tasks.spec import GLUE_TASKS
 
 PAIR = ("A first one.", 'It says "so')
-PARSES = ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse")
-MNLI_COLUMNS = ("index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2", "label1", "gold_label")
+ENTAILS, NLI = ("entailment", "not_entailment"), ("contradiction", "entailment", "neutral")
+PAIR_COLUMNS = "index,sentence1,sentence2,label"
+MRPC_COLUMNS = "Quality,#1 ID,#2 ID,#1 String,#2 String"
+QQP_COLUMNS = "id,qid1,qid2,question1,question2,is_duplicate"
+STSB_COLUMNS = "index,genre,filename,year,old_index,source1,source2,sentence1,sentence2,score"
+PARSES = "sentence1_binary_parse,sentence2_binary_parse,sentence1_parse,sentence2_parse"
+MNLI_COLUMNS = f"index,promptID,pairID,genre,{PARSES},sentence1,sentence2,label1,gold_label"
 # task: official folder, header, a row as a function of its label, labels as written, labels expected
 OFFICIAL = {
-    "cola": ("CoLA", None, lambda y: ("gj04", y, "" if y == "1" else "*", PAIR[1]), ("0", "1"), (0, 1)),
-    "sst2": ("SST-2", ("sentence", "label"), lambda y: (PAIR[1], y), ("0", "1"), (0, 1)),
-    "mrpc": (
-        "MRPC",
-        ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
-        lambda y: (y, "10" + y, "20" + y, *PAIR),
-        ("0", "1"),
-        (0, 1),
-    ),
-    "qqp": (
-        "QQP",
-        ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
-        lambda y: ("7", "8", "9", *PAIR, y),
-        ("1", "0"),
-        (1, 0),
-    ),
-    "stsb": (
-        "STS-B",
-        ("index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"),
-        lambda y: ("0", "main", "MSRvid", "2012test", "0001", "none", "none", *PAIR, y),
-        ("5.000", "0.25"),
-        (5.0, 0.25),
-    ),
-    "mnli": (
-        "MNLI",
-        MNLI_COLUMNS,
-        lambda y: ("0", "1", "1e", "fiction", "( A )", "( B )", "(ROOT A)", "(ROOT B)", *PAIR, y, y),
-        ("contradiction", "entailment", "neutral"),
-        (2, 0, 1),
-    ),
-    "qnli": (
-        "QNLI",
-        ("index", "question", "sentence", "label"),
-        lambda y: ("0", *PAIR, y),
-        ("entailment", "not_entailment"),
-        (0, 1),
-    ),
-    "rte": (
-        "RTE",
-        ("index", "sentence1", "sentence2", "label"),
-        lambda y: ("0", *PAIR, y),
-        ("not_entailment", "entailment"),
-        (1, 0),
-    ),
-    "wnli": ("WNLI", ("index", "sentence1", "sentence2", "label"), lambda y: ("0", *PAIR, y), ("1", "0"), (1, 0)),
+    "cola": ("CoLA", "", lambda y: ("gj04", y, "" if y == "1" else "*", PAIR[1]), ("0", "1"), (0, 1)),
+    "sst2": ("SST-2", "sentence,label", lambda y: (PAIR[1], y), ("0", "1"), (0, 1)),
+    "mrpc": ("MRPC", MRPC_COLUMNS, lambda y: (y, "10" + y, "20" + y, *PAIR), ("0", "1"), (0, 1)),
+    "qqp": ("QQP", QQP_COLUMNS, lambda y: ("7", "8", "9", *PAIR, y), ("1", "0"), (1, 0)),
+    "stsb": ("STS-B", STSB_COLUMNS, lambda y: (*"0123456", *PAIR, y), ("5.000", "0.25"), (5.0, 0.25)),
+    "mnli": ("MNLI", MNLI_COLUMNS, lambda y: (*"01234567", *PAIR, y, y), NLI, (2, 0, 1)),
+    "qnli": ("QNLI", "index,question,sentence,label", lambda y: ("0", *PAIR, y), ENTAILS, (0, 1)),
+    "rte": ("RTE", PAIR_COLUMNS, lambda y: ("0", *PAIR, y), ENTAILS[::-1], (1, 0)),
+    "wnli": ("WNLI", PAIR_COLUMNS, lambda y: ("0", *PAIR, y), ("1", "0"), (1, 0)),
 }
 
 
-def tsv(*rows: tuple[str, ...] | None, end: str = "\n") -> str:
-    return "".join("\t".join(row) + end for row in rows if row is not None)
+def tsv(header: str, *rows: tuple[str, ...], end: str = "\n") -> str:
+    return "".join("\t".join(row) + end for row in (*([header.split(",")] if header else []), *rows))
 
 
 def write_official(root: Path, task: str, *, gz: bool = False) -> Path:
@@ -99,19 +68,14 @@ def test_the_official_layout(tmp_path: Path, task: str, gz: bool) -> None:
     assert "not comparable" in data.notes[1]
 
 
-def test_cola_with_a_header_of_our_own(tmp_path: Path) -> None:
-    (tmp_path / "cola").mkdir()
-    rows = tsv(("source", "label", "star", "sentence"), ("gj04", "1", "", "One."), ("gj04", "0", "*", "Two."))
-    for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / "cola" / name).write_text(rows)
+def test_layouts_of_our_own(tmp_path: Path) -> None:
+    cola = tsv("source,label,star,sentence", ("gj04", "1", "", "One."), ("gj04", "0", "*", "Two."))  # with a header
+    mnli = tsv("index,sentence1,sentence2,gold_label", ("0", *PAIR, "neutral"))  # with one dev file
+    for task, rows in (("cola", cola), ("mnli", mnli)):
+        (tmp_path / task).mkdir()
+        for name in ("train.tsv", "dev.tsv"):
+            (tmp_path / task / name).write_text(rows)
     assert load_task("CoLA", data_dir=tmp_path).train["text"][:] == ["One.", "Two."]
-
-
-def test_our_mnli_layout_has_one_dev_file(tmp_path: Path) -> None:
-    (tmp_path / "mnli").mkdir()
-    rows = tsv(("index", "sentence1", "sentence2", "gold_label"), ("0", *PAIR, "neutral"))
-    for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / "mnli" / name).write_text(rows)
     assert load_task("mnli", data_dir=tmp_path).validation["label"][:] == [1]
 
 

@@ -66,9 +66,8 @@ def test_hub_by_request_even_with_a_data_folder(served: dict[tuple[str, str | No
 
 
 def test_class_names_decide_not_their_order_on_the_hub(served: dict[tuple[str, str | None], Any]) -> None:
-    reverse = Features(
-        {"sentence": Value("string"), "label": ClassLabel(names=["positive", "negative"]), "idx": Value("int32")}
-    )
+    names = ClassLabel(names=["positive", "negative"])
+    reverse = Features({"sentence": Value("string"), "label": names, "idx": Value("int32")})
     part = Dataset.from_dict({"sentence": ["fine", "dull"], "label": [0, 1], "idx": [0, 1]}, features=reverse)
     served["nyu-mll/glue", "sst2"] = DatasetDict(train=part, validation=part)
     assert load_task("sst2").train["label"][:] == [1, 0]
@@ -90,28 +89,17 @@ def test_bbc_joins_the_parts_and_splits_anew(served: dict[tuple[str, str | None]
     assert "5 duplicate texts of 45" in data.notes[1]
 
 
-@pytest.mark.parametrize(
-    ("task", "call"),
-    [
-        ("rte", r"datasets\.load_dataset\('nyu-mll/glue', 'rte'\)"),
-        ("bbc-news", r"datasets\.load_dataset\('SetFit/bbc-news'\)"),
-    ],
-)
-def test_without_network(
-    served: dict[tuple[str, str | None], Any], monkeypatch: pytest.MonkeyPatch, task: str, call: str
-) -> None:
+def test_without_network(served: dict[tuple[str, str | None], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pattern = (
-        rf"^tried {call} \(HF_HUB_OFFLINE is set\), which failed: Couldn't reach [^\n]*; .*`data_dir` .*SPARSEPEFT_DATA"
-    )
-    with pytest.raises(TaskError, match=pattern):
-        load_task(task)
+    after = r" \(HF_HUB_OFFLINE is set\), which failed: Couldn't reach [^\n]*; .*`data_dir` .*SPARSEPEFT_DATA"
+    for task, call in (("rte", r"'nyu-mll/glue', 'rte'"), ("bbc-news", "'SetFit/bbc-news'")):
+        with pytest.raises(TaskError, match=rf"^tried datasets\.load_dataset\({call}\){after}"):
+            load_task(task)
 
 
 def test_the_offline_switch_is_respected() -> None:
-    with pytest.raises(
-        TaskError, match=r"tried .*'nobody/nothing'.*failed: "
-    ):  # the real library; conftest sets offline
+    # The real library; conftest sets offline.
+    with pytest.raises(TaskError, match=r"tried .*'nobody/nothing'.*failed: "):
         load_splits("nobody/nothing", None, ["train"])
 
 

@@ -82,16 +82,11 @@ def test_the_only_column_that_is_left_is_the_label(tmp_path: Path, columns: tupl
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "train.csv", ("a", "b", "c", "d"), [("x", "p", "1", "q"), ("y", "r", "2", "s"), ("", "", "2", "")]
-    )
+    rows: Rows = [("x", "p", "1", "q"), ("y", "r", "2", "s"), ("", "", "2", "")]
+    path = write(tmp_path / "train.csv", ("a", "b", "c", "d"), rows)
     data = load_task("custom", train_file=path, text_column="b", text_pair_column="d", label_column="c")
-    rows = [*data.train, *data.validation]
-    assert sorted((row["text"], row["text_pair"], row["label"]) for row in rows) == [
-        ("", "", 1),
-        ("p", "q", 0),
-        ("r", "s", 1),
-    ]
+    found = [(row["text"], row["text_pair"], row["label"]) for row in (*data.train, *data.validation)]
+    assert sorted(found) == [("", "", 1), ("p", "q", 0), ("r", "s", 1)]
 
 
 @pytest.mark.parametrize(
@@ -99,16 +94,12 @@ def test_columns_by_name(tmp_path: Path) -> None:
     [
         (("a", "b", "label"), {}, r"which column is the text\? none is known; .* are 'a', 'b'; pass `text_column`"),
         (("text", "sentence1", "sentence2", "label"), {}, r"more than one could be \(sentence1 \+ sentence2, text\)"),
-        (
-            ("text", "mood", "day"),
-            {},
-            r"which column is the label\? none is called like one; the columns are 'text', 'm",
-        ),
+        (("text", "mood", "day"), {}, r"which column is the label\? none is called like one; the columns are 'text',"),
         (("text", "label", "score"), {}, r"more than one could be \('label', 'score'\)"),
         (
             ("text", "label"),
             {"text_column": "body"},
-            r"`text_column=body` was given, but the columns are 'text', 'label'",
+            r"`text_column=body` was given, but the columns are 'text', ",
         ),
         (("text", "label"), {"label_column": "y"}, r"`label_column=y` was given, but the columns are"),
         (("a", "b", "label"), {"text_pair_column": "b"}, r"`text_pair_column=b` was given without `text_column`"),
@@ -150,15 +141,10 @@ def test_numbers_that_are_not_whole_mean_regression(tmp_path: Path, labels: list
 
 def test_problem_type_overrides(tmp_path: Path) -> None:
     assert load(tmp_path, [1, 2, 3], [1], problem_type="regression").spec.label_names is None
-    assert load(tmp_path, [0.5, 1.5, "nan"], [0.5], problem_type="classification").spec.label_names == (
-        "0.5",
-        "1.5",
-        "nan",
-    )
+    classes = load(tmp_path, [0.5, 1.5, "nan"], [0.5], problem_type="classification").spec
+    assert classes.label_names == ("0.5", "1.5", "nan")
     assert load(tmp_path, [0.5, 1, 1], problem_type="single_label").spec.num_labels == 2
-    with pytest.raises(
-        TaskError, match=r"`problem_type=ranking` was given; expected regression, single_label or multi_label"
-    ):
+    with pytest.raises(TaskError, match=r"`problem_type=ranking` was given; expected regression, single_label or "):
         load(tmp_path, [1, 2], [1], problem_type="ranking")
 
 
@@ -190,9 +176,6 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ("text", "label"), [("a", 1), (None, 0)])
     with pytest.raises(TaskError, match=r"train\.jsonl:2: text is None; expected a text"):
         load_task("custom", train_file=path)
-
-
-def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     good = ("caf\u00e9 \U0001f600", "\U0001f600")
     for name, row in (("text", ("\ud83d", "a")), ("label", ("b", "\ud83d"))):
         path = write(tmp_path / "train.jsonl", ("text", "label"), [good, row])
@@ -226,10 +209,7 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
 @pytest.mark.parametrize(
     ("labels", "note"),
     [
-        (
-            [0, 1, 2, 3, 4, 5],
-            "labels 0 to 5 were taken for 6 classes; if they are scores, pass `problem_type=regression`",
-        ),
+        ([0, 1, 2, 3, 4, 5], "labels 0 to 5 were taken for 6 classes; if they are scores, pass `problem_type="),
         (["1", "2", "4", "5"], "labels 1 to 5 were taken for 4 classes"),
         ([0, 1, 2], None),
         ([1, 100, 1000, 10000], None),
@@ -242,14 +222,11 @@ def test_whole_numbers_that_could_be_scores_are_noted(tmp_path: Path, labels: li
     assert not [n for n in load(tmp_path, labels * 3, problem_type="single_label").notes if "scores, pass" in n]
 
 
-def test_three_rows_are_the_fewest_and_scores_on_few_are_noted(tmp_path: Path) -> None:
+def test_three_rows_are_the_fewest_and_scores_on_few_and_many_classes_are_noted(tmp_path: Path) -> None:
     data = load(tmp_path, ["a", "b", "a"])
     assert (len(data.train), len(data.validation)) == (2, 1)
     assert "custom: the validation part has 1 row(s): scores on fewer than 50 mean little" in data.notes
     with pytest.raises(TaskError, match=r"train\.jsonl has 2 row\(s\); expected at least 3"):
         load(tmp_path, ["a", "b"])
-
-
-def test_many_classes_are_noted(tmp_path: Path) -> None:
     data = load(tmp_path, list(range(30)), [0])
     assert "30 classes in 30 rows: for values rather than classes pass `problem_type=regression`" in data.notes[0]

@@ -18,11 +18,7 @@ VALUES = TaskSpec("custom", ("text",), None, ("pearson", "spearman", "mae", "rms
 TAGS = TaskSpec(
     "custom", ("text",), tuple("abc"), ("micro_f1", "macro_f1", "subset_accuracy"), "micro_f1", 10, multi_label=True
 )
-MAIN = {
-    "cola": "matthews_correlation",
-    "mrpc": "accuracy_f1",
-    "stsb": "pearson_spearman",
-}
+MAIN = {"cola": "matthews_correlation", "mrpc": "accuracy_f1", "stsb": "pearson_spearman"}
 
 
 def logits(classes: list[int], num_labels: int) -> np.ndarray:
@@ -48,7 +44,7 @@ def test_the_main_metric_is_reported(name: str) -> None:
     assert all(type(value) is float for value in scores.values())
 
 
-def test_accuracy_and_f1_by_hand() -> None:
+def test_accuracy_f1_and_correlations_by_hand() -> None:
     # 2 true positives, 1 false positive, 1 false negative, 2 true negatives.
     guess, truth = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]
     scores = task_spec("qqp").compute_metrics(logits(guess, 2), truth)
@@ -56,16 +52,10 @@ def test_accuracy_and_f1_by_hand() -> None:
     guess, truth = [1, 1, 1, 1], [1, 1, 1, 0]
     scores = task_spec("mrpc").compute_metrics(logits(guess, 2), truth)
     assert scores == pytest.approx({"accuracy": 0.75, "f1": 6 / 7, "accuracy_f1": (0.75 + 6 / 7) / 2})
-
-
-def test_matthews_by_hand() -> None:
     # TP 3, TN 2, FP 1, FN 1: (3*2 - 1*1) / sqrt(4*4*3*3) = 5/12
     guess, truth = [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0]
     scores = task_spec("cola").compute_metrics(logits(guess, 2), truth)
     assert scores == pytest.approx({"matthews_correlation": 5 / 12})
-
-
-def test_correlations_by_hand() -> None:
     # deviations -1 0 1 and -2 -1 3: sum of products 5, squares 2 and 14; ranks agree fully
     scores = task_spec("stsb").compute_metrics(np.array([[1.0], [2.0], [3.0]]), np.array([0.0, 1.0, 5.0], np.float32))
     pearson = 5 / math.sqrt(2 * 14)
@@ -125,9 +115,6 @@ def test_constant_predictions_score_zero(constant: float) -> None:
     assert scores == {"pearson": 0.0, "spearman": 0.0, "pearson_spearman": 0.0}
     for guess, truth in (([1] * 4, [0, 1, 0, 1]), ([0, 1, 0, 1], [1] * 4), ([1] * 4, [1] * 4)):
         assert task_spec("cola").compute_metrics(logits(guess, 2), truth) == {"matthews_correlation": 0.0}
-
-
-def test_no_positive_anywhere_has_f1_zero() -> None:
     assert task_spec("qqp").compute_metrics(logits([0, 0], 2), [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
 
 

@@ -29,10 +29,7 @@ def test_split_train_is_a_stratified_partition() -> None:
     train, selection = split_train(dataset, CLASSES, 0.1, seed=1)
     assert counts(selection) == {0: 7, 1: 2, 2: 1}
     assert sorted(train["text"][:] + selection["text"][:]) == sorted(dataset["text"][:])
-
-
-def test_split_train_depends_on_the_seed_alone() -> None:
-    dataset = toy([0, 1] * 50)
+    dataset = toy([0, 1] * 50)  # of which the seed alone decides
     first, again, other = (split_train(dataset, CLASSES, seed=seed)[1]["text"][:] for seed in (1, 1, 2))
     assert first == again != other
 
@@ -59,43 +56,33 @@ def test_split_train_of_a_regression_is_a_plain_shuffle() -> None:
     assert (len(train), len(selection)) == (30, 10)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_split_train_refuses_fractions(fraction: float) -> None:
-    with pytest.raises(TaskError, match="expected a number between 0 and 1"):
-        split_train(toy([0, 1]), CLASSES, fraction)
-
-
-def test_split_train_needs_two_rows() -> None:
+def test_what_cannot_be_drawn_is_refused() -> None:
+    for fraction in (0.0, 1.0, -0.5, float("nan")):
+        with pytest.raises(TaskError, match="expected a number between 0 and 1"):
+            split_train(toy([0, 1]), CLASSES, fraction)
     with pytest.raises(TaskError, match="1 training rows cannot be split"):
         split_train(toy([0]), CLASSES)
+    for num_examples in (0, -1, 5):
+        with pytest.raises(TaskError, match="expected 1 to 4"):
+            few_shot(toy([0, 1, 0, 1]), CLASSES, num_examples, seed=0)
+    with pytest.raises(TaskError, match="expected at least 1"):
+        subsample(toy([0, 1]), 0)
 
 
-def test_few_shot_keeps_proportions_and_every_class() -> None:
+def test_few_shot_keeps_proportions_every_class_and_the_range_of_values() -> None:
     dataset = toy([0] * 800 + [1] * 190 + [2] * 10)
     assert counts(few_shot(dataset, CLASSES, 200, seed=0)) == {0: 160, 1: 38, 2: 2}
     assert counts(few_shot(dataset, CLASSES, 10, seed=0)) == {0: 8, 1: 1, 2: 1}
     assert set(counts(few_shot(dataset, CLASSES, 3, seed=0))) == {0, 1, 2}
     assert len(few_shot(dataset, CLASSES, 2, seed=0)) == 2
     assert len(few_shot(dataset, CLASSES, 1000, seed=0)) == 1000
-
-
-def test_few_shot_draws_differ_by_seed() -> None:
     dataset = toy([0, 1] * 200)
     draws = [tuple(few_shot(dataset, CLASSES, 50, seed=seed)["text"][:]) for seed in (0, 0, 1, 2)]
     assert draws[0] == draws[1]
     assert len(set(draws)) == 3
-
-
-def test_few_shot_of_a_regression_covers_the_range() -> None:
     dataset = toy([index / 100 for index in range(500)], VALUES)
     values = few_shot(dataset, VALUES, 10, seed=0)["label"][:]
     assert sorted(int(value * 2 + 1e-6) for value in values) == list(range(10))  # one from each tenth
-
-
-@pytest.mark.parametrize("num_examples", [0, -1, 5])
-def test_few_shot_refuses_numbers(num_examples: int) -> None:
-    with pytest.raises(TaskError, match="expected 1 to 4"):
-        few_shot(toy([0, 1, 0, 1]), CLASSES, num_examples, seed=0)
 
 
 def test_subsample() -> None:
@@ -105,12 +92,7 @@ def test_subsample() -> None:
     assert subsample(dataset, 20)["text"][:] != subsample(dataset, 20, seed=7)["text"][:]
     assert subsample(dataset, 100) is dataset
     assert len(subsample(toy([0.5, 1.5, 2.5], VALUES), 2)) == 2
-    with pytest.raises(TaskError, match="expected at least 1"):
-        subsample(dataset, 0)
-
-
-def test_labels_are_read_whatever_the_format_is() -> None:
-    dataset = toy([0, 1, 2] * 10)
+    dataset = toy([0, 1, 2] * 10)  # whose labels are read whatever its format is
     assert counts(subsample(dataset.with_format("numpy"), 6).with_format(None)) == {0: 2, 1: 2, 2: 2}
 
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from importlib import resources
-from itertools import pairwise
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 LABELS = ("business", "health", "science", "sport", "travel")
 SIZES = {"train": 300, "validation": 60, "test": 120}
-MIN_WORDS, MAX_WORDS = 15, 45
 MAX_SHARED_OPENING = 3  # texts that may begin with the same three words
 MAX_LABEL_MENTIONS = 5  # texts that may contain a label word
 MAX_COSINE = 0.3  # between any two texts, TF-IDF over words and word pairs
@@ -37,41 +36,22 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_split_has_the_expected_size_and_equal_classes(splits, split):
+def test_a_split_has_the_expected_size_and_equal_classes_in_shuffled_rows(splits, split):
     rows = splits[split]
     assert len(rows) == SIZES[split]
     assert Counter(row["label"] for row in rows) == dict.fromkeys(LABELS, SIZES[split] // len(LABELS))
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_rows_hold_a_text_and_a_label_and_nothing_else(splits, split):
     assert read_raw(split).endswith("}\n")
-    for row in splits[split]:
+    for row in rows:
         assert set(row) == {"text", "label"}
         assert row["text"] == " ".join(row["text"].split())
+    longest = max(len(list(run)) for _, run in groupby(row["label"] for row in rows))
+    assert longest < SIZES[split] // len(LABELS)  # they are shuffled
 
 
-@pytest.mark.parametrize("split", SIZES)
-def test_rows_are_shuffled(splits, split):
-    labels = [row["label"] for row in splits[split]]
-    longest = run = 1
-    for previous, current in pairwise(labels):
-        run = run + 1 if current == previous else 1
-        longest = max(longest, run)
-    assert longest < SIZES[split] // len(LABELS)
-
-
-def test_texts_have_15_to_45_words(texts):
-    outside = [text for text in texts if not MIN_WORDS <= len(text.split()) <= MAX_WORDS]
-    assert outside == []
-
-
-def test_no_text_occurs_twice_in_or_across_splits(texts):
+def test_texts_have_15_to_45_words_and_differ_in_or_across_splits(texts):
+    assert [text for text in texts if not 15 <= len(text.split()) <= 45] == []
     counts = Counter(" ".join(words(text)) for text in texts)
     assert [text for text, count in counts.items() if count > 1] == []
-
-
-def test_few_texts_share_their_first_three_words(texts):
     openings = Counter(tuple(words(text)[:3]) for text in texts)
     assert [opening for opening, count in openings.items() if count > MAX_SHARED_OPENING] == []
 

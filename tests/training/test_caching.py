@@ -37,22 +37,16 @@ UPPER = {
 }
 
 
-def _llama(**config: Any) -> hf.PreTrainedModel:
-    return hf.LlamaModel(hf.LlamaConfig(**config))
-
-
-def _gpt2(**config: Any) -> hf.PreTrainedModel:
-    return hf.GPT2Model(hf.GPT2Config(**config, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-
-
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three layers without dropout, so that training with and without the cache sees the same states."""
-    folder = tmp_path_factory.mktemp("backbones")
+    folder, no_dropout = tmp_path_factory.mktemp("backbones"), {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    llama = lambda **config: hf.LlamaModel(hf.LlamaConfig(**config))  # noqa: E731
+    gpt2 = lambda **config: hf.GPT2Model(hf.GPT2Config(**config, **no_dropout))  # noqa: E731
     return {
         "bert": save_tiny_backbone(folder / "bert", num_hidden_layers=3, **NO_DROPOUT),
-        "llama-left": save_tiny_backbone(folder / "left", num_hidden_layers=3, build=_llama, padding_side="left"),
-        "gpt2-right": save_tiny_backbone(folder / "right", num_hidden_layers=3, build=_gpt2),
+        "llama-left": save_tiny_backbone(folder / "left", num_hidden_layers=3, build=llama, padding_side="left"),
+        "gpt2-right": save_tiny_backbone(folder / "right", num_hidden_layers=3, build=gpt2),
     }
 
 
@@ -202,8 +196,7 @@ class Losses(hf.TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [("bert", "spartan"), ("bert", "norms"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")],
+    ("name", "what"), [("bert", "spartan"), ("bert", "norms"), ("llama-left", "pfeiffer"), ("gpt2-right", "head")]
 )
 def test_training_is_the_same_with_and_without(
     backbones: dict[str, Path], tmp_path: Path, name: str, what: str
@@ -245,10 +238,10 @@ def test_frozen_layers_run_once_per_example_and_for_evaluation(backbones: dict[s
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes(backbones: dict[str, Path], tmp_path: Path) -> None:
+    values = {"max_train_samples": 60, "cache_frozen_layers": True} | UPPER["spartan"]
+
     def run(folder: str) -> Any:
-        return run_config(
-            backbones["bert"], tmp_path / folder, max_train_samples=60, cache_frozen_layers=True, **UPPER["spartan"]
-        )
+        return run_config(backbones["bert"], tmp_path / folder, **values)
 
     whole = train(run("whole"))
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from tests.tiny import Interrupt, save_tiny_language_model, topics_rows, topics_text, write_jsonl
+from tests.tiny import Interrupt, save_tiny_backbone, topics_rows, topics_text, write_jsonl
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM
 
@@ -20,15 +20,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.methods.language_models import perplexity
 from sparsepeft.methods.models import load_tokenizer
-from sparsepeft.runs.corpus import (
-    begin_token,
-    cut,
-    evenly_spaced,
-    join,
-    load_corpus,
-    num_predicted,
-    read_documents,
-)
+from sparsepeft.runs.corpus import begin_token, cut, evenly_spaced, join, load_corpus, num_predicted, read_documents
 from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, sparsify_language_model, train
@@ -132,9 +124,6 @@ def test_held_out_text_is_not_trained_on(tiny_language_model: Path, tmp_path: Pa
     for document in documents:  # each is in one of the two parts only
         assert sum(document in text for text in texts) <= 1
     assert torch.equal(load_corpus(_texts(file), tokenizer, 8).validation, corpus.validation)
-
-
-def test_evenly_spaced_blocks() -> None:
     blocks = torch.arange(10).view(10, 1)
     assert evenly_spaced(blocks, 3).flatten().tolist() == [0, 4, 9]
     assert evenly_spaced(blocks, 20).equal(blocks)
@@ -217,15 +206,10 @@ def test_bad_runs_leave_nothing(case: str, tiny_language_model: Path, tiny_backb
 
 @pytest.mark.slow
 def test_a_model_without_a_known_ffn(tmp_path: Path) -> None:
-    import transformers as hf
-
     def mamba(**values: Any) -> hf.PreTrainedModel:
         return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=values["vocab_size"], hidden_size=16, num_hidden_layers=1))
 
-    model = save_tiny_language_model(tmp_path / "mamba")
-    from tests.tiny import save_tiny_backbone
-
-    save_tiny_backbone(model, build=mamba)
+    model = save_tiny_backbone(tmp_path / "mamba", build=mamba)
     with pytest.raises(UserError, match="no FFN of a known form"):
         train(lm_config(model, tmp_path / "out", spt={"attention": False}))
 
@@ -317,22 +301,16 @@ def test_accumulation_and_checkpointing_change_nothing(tiny_language_model: Path
         {"batch_size": 8, "gradient_checkpointing": True},
         {"batch_size": 4, "gradient_accumulation_steps": 2},
     ]
-    losses = [
-        train(
-            # Plain LoRA: the balance of a routed FFN is that of a batch, which accumulation makes smaller.
-            lm_config(tiny_language_model, tmp_path / str(index), max_steps=4, **change)
-        )["metrics"]["validation"]["loss"]
-        for index, change in enumerate(changes)
-    ]
+    # Plain LoRA: the balance of a routed FFN is that of a batch, which accumulation makes smaller.
+    runs = [lm_config(tiny_language_model, tmp_path / str(i), max_steps=4, **each) for i, each in enumerate(changes)]
+    losses = [train(run)["metrics"]["validation"]["loss"] for run in runs]
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_bf16_sparse_with_checkpointing(tiny_language_model: Path, tmp_path: Path) -> None:
-    config = lm_config(
-        tiny_language_model, tmp_path / "o", spt=SPT, precision="bf16", gradient_checkpointing=True, max_steps=8
-    )
-    results = train(config)
+    options = {"precision": "bf16", "gradient_checkpointing": True, "max_steps": 8}
+    results = train(lm_config(tiny_language_model, tmp_path / "o", spt=SPT, **options))
     assert results["score"] < results["before"]["sparse"]["perplexity"]
 
 

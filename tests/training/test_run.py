@@ -300,8 +300,7 @@ def test_a_compiled_run_trains_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "words"),
-    [("spartan", "other values"), ("lora", "is not the backbone that the adapter was trained on")],
+    ("method", "words"), [("spartan", "other values"), ("lora", "is not the backbone that the adapter was trained on")]
 )
 def test_another_backbone_is_refused(trained: Trained, tmp_path: Path, method: str, words: str) -> None:
     other = save_tiny_backbone(tmp_path / "other", seed=5)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from tests.tiny import run_config, topics_rows, write_jsonl
 
-from sparsepeft.errors import UserError
-from sparsepeft.training import RunConfig, train
+from sparsepeft.training import train
 from sparsepeft.training.data import RunData, prepare_data
 
 
@@ -21,17 +20,14 @@ def _texts(dataset: Any) -> set[tuple[int, ...]]:
     return {tuple(ids) for ids in dataset["input_ids"]}
 
 
-def test_the_built_in_texts_differ_so_that_overlaps_would_be_seen(tiny_backbone: Path, tmp_path: Path) -> None:
-    data = _prepare(tiny_backbone, tmp_path)
-    assert len(_texts(data.train)) == len(data.train)
-    assert len(data.train) + len(data.selection) == len(topics_rows("train"))
-
-
 @pytest.mark.parametrize("protocol", [{"few_shot": 150}, {}, {"max_train_samples": 100}])
 def test_what_is_scored_is_neither_trained_on_nor_the_validation_set(
     tiny_backbone: Path, tmp_path: Path, protocol: dict[str, int]
 ) -> None:
-    validation = _texts(_prepare(tiny_backbone, tmp_path).reported["validation"])
+    whole = _prepare(tiny_backbone, tmp_path)
+    validation = _texts(whole.reported["validation"])
+    assert len(_texts(whole.train)) == len(whole.train)  # the texts differ, so that overlaps would be seen
+    assert len(whole.train) + len(whole.selection) == len(topics_rows("train"))
     draws, scored = [], []
     for seed in range(2):
         data = _prepare(tiny_backbone, tmp_path, score_on="selection", seed=seed, **protocol)
@@ -53,11 +49,6 @@ def test_without_it_a_few_shot_draw_may_use_all_training_data(tiny_backbone: Pat
     assert data.reported.keys() == {"validation", "test"}
     with pytest.raises(ValueError, match=f"{num_train} examples asked for"):
         _prepare(tiny_backbone, tmp_path, few_shot=num_train, score_on="selection")
-
-
-def test_another_word_is_refused() -> None:
-    with pytest.raises(UserError, match="did you mean 'selection'"):
-        RunConfig("topics", "out", score_on="selecton")
 
 
 @pytest.mark.slow

@@ -29,20 +29,13 @@ def test_flags_and_file_say_what_becomes_sparse(tmp_path: Path) -> None:
     assert load_config({"task": "topics", "output_dir": "o"}).spt is None
     with pytest.raises(UserError, match="without `spt`"):
         load_config({"task": "topics", "output_dir": "o", "spt_set": {"top_l": 3}})
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "full", "spt": {}}, ["full", "lora"]),
-        ({"spt": {"num_active_block": 3}}, ["did you mean 'num_active_blocks'"]),
-        ({"spt": {}, "cache_frozen_layers": True}, ["cache_frozen_layers", "spt"]),
-    ],
-)
-def test_what_does_not_go_together(changes: dict, words: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        RunConfig(**({"task": "topics", "output_dir": "o"} | changes))
-    assert all(word in str(caught.value) for word in words)
+    for changes, words in (
+        ({"method": "full", "spt": {}}, "full.*lora"),
+        ({"spt": {"num_active_block": 3}}, "did you mean 'num_active_blocks'"),
+        ({"spt": {}, "cache_frozen_layers": True}, "cache_frozen_layers.*spt"),
+    ):
+        with pytest.raises(UserError, match=words):
+            RunConfig("topics", "o", **changes)
 
 
 @pytest.mark.slow

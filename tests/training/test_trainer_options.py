@@ -13,7 +13,6 @@ from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, w
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from sparsepeft.errors import UserError
-from sparsepeft.runs.config import read_class_weights
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
 from sparsepeft.training.loss import TaskLoss, check_loss, task_loss
@@ -34,7 +33,8 @@ LABELS = torch.tensor([0] * 4 + [1] * 2 + [2])
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_of_single_labels_is_torchs(given: Any, weights: list[float] | None, smoothing: float) -> None:
-    loss = task_loss(MAIL, LABELS.tolist(), read_class_weights(given), smoothing, 2)
+    options = {"class_weights": given, "label_smoothing_factor": smoothing, "gradient_accumulation_steps": 2}
+    loss = task_loss(MAIL, LABELS.tolist(), RunConfig("topics", "o", **options))
     assert loss is not None
     logits = torch.randn(7, 3)
     expected = CrossEntropyLoss(weight=None if weights is None else torch.tensor(weights), label_smoothing=smoothing)
@@ -64,7 +64,7 @@ def test_the_loss_of_several_labels_is_torchs() -> None:
 )
 def test_what_a_task_has_no_classes_for_is_refused(spec: TaskSpec, given: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_loss(spec, **{"class_weights": None, "label_smoothing_factor": None} | given)
+        check_loss(spec, RunConfig("topics", "o", **given))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,7 @@ def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> Non
     for config in (RunConfig("topics", "o", **given), RunConfig("topics", "o", settings=given)):
         recipe = config.recipe_values()
         assert (recipe.weight_decay, recipe.warmup_ratio, recipe.lr_scheduler_type) == (0.1, 0.5, "cosine")
+        assert "weight_decay" not in recipe.adapter
     assert load_config({"task": "topics", "output_dir": "o", "settings": given}).settings == {}
     with pytest.raises(UserError, match="`weight_decay` was given both"):
         RunConfig("topics", "o", weight_decay=0.1, settings={"weight_decay": 0.1})
@@ -98,18 +99,8 @@ def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path) -> None:
                 seen.setdefault(args.gradient_accumulation_steps, []).append(dict(logs or {}))
 
         options = {"batch_size": batch_size, "gradient_accumulation_steps": steps, "class_weights": "balanced"}
-        train(
-            run_config(
-                backbone,
-                tmp_path / str(steps),
-                few_shot=32,
-                max_steps=1,
-                seed=1,
-                **options,
-                gradient_checkpointing=steps == 2,
-            ),
-            callbacks=[Notes()],
-        )
+        options |= {"few_shot": 32, "max_steps": 1, "seed": 1, "gradient_checkpointing": steps == 2}
+        train(run_config(backbone, tmp_path / str(steps), **options), callbacks=[Notes()])
     one, two = seen[1][0], seen[2][0]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -155,26 +155,25 @@ def test_albert_shares_one_memory_among_its_calls() -> None:
     assert len(calls) == build("albert").config.num_hidden_layers
 
 
-def _resnet() -> hf.ResNetForImageClassification:
+def test_without_transformer_layers_target_modules_must_name_modules_that_return_states() -> None:
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
-    return hf.ResNetForImageClassification(config)
-
-
-def test_without_transformer_layers_the_error_names_target_modules_and_candidates() -> None:
     with pytest.raises(ValueError, match="target_modules") as error:
-        get_peft_model(_resnet(), SpartanConfig(**SMALL))
+        get_peft_model(hf.ResNetForImageClassification(config), SpartanConfig(**SMALL))
     assert "resnet.encoder.stages.0" in str(error.value)
     assert "ResNetStage" in str(error.value)
+    stages = ["resnet.encoder.stages.0"]
+    model = adapted(hf.ResNetForImageClassification(config), target_modules=stages, random=False)
+    with pytest.raises(ValueError, match="target_modules"):
+        model(pixel_values=torch.randn(2, 3, 32, 32))
 
 
-def test_target_modules_that_match_nothing_are_an_error_that_shows_candidates() -> None:
-    with pytest.raises(ValueError, match=r"encoder\.layer\.0"):
-        adapted("bert", target_modules=["blocks"])
-
-
-def test_layers_to_transform_out_of_range_names_the_range() -> None:
-    with pytest.raises(ValueError, match="0 to 2"):
-        adapted("bert", layers_to_transform=[3])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"target_modules": ["blocks"]}, r"encoder\.layer\.0"), ({"layers_to_transform": [3]}, "0 to 2")],
+)
+def test_layers_that_are_not_there_are_an_error_that_names_those_that_are(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapted("bert", **wrong)
 
 
 class _Block(nn.Module):
@@ -207,12 +206,6 @@ def test_target_modules_extend_any_module(target_modules: str | list[str]) -> No
     randomize(model)
     assert not torch.allclose(model(states), expected)
     assert len(task_layers(model)) == (1 if target_modules == ["steps.1"] else 2)
-
-
-def test_a_layer_that_does_not_return_states_of_the_width_is_refused_in_words() -> None:
-    model = adapted(_resnet(), target_modules=["resnet.encoder.stages.0"], random=False)
-    with pytest.raises(ValueError, match="target_modules"):
-        model(pixel_values=torch.randn(2, 3, 32, 32))
 
 
 def test_names_that_peft_could_confuse_with_the_backbones_are_refused() -> None:

@@ -15,6 +15,7 @@ from tests.models import (
     METHODS,
     SMALL,
     adapted,
+    adapter_parameters,
     assert_gradients_close,
     backward_through_everything,
     build,
@@ -33,23 +34,23 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from sparsepeft import SpartanConfig
 
 INPUTS = ARCHITECTURES["bert"].inputs()
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
-@HALF
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "mixtral", "t5"])
 def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch.dtype, tmp_path) -> None:
     inputs = cast(ARCHITECTURES[name].inputs(), dtype)
     expected = run(build(name).to(dtype), inputs)
-    model = adapted(build(name).to(dtype), random=False)
+    model = adapted(build(name).to(dtype), random=False, train_layer_norms=name == "bert")
+    assert any("LayerNorm.modules_to_save.default" in n for n, _ in model.named_parameters()) == (name == "bert")
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".default." in n)
     assert all(
         p.dtype == dtype for n, p in model.named_parameters() if ".default." not in n and p.dtype != torch.float32
     )
     fresh = run(model, inputs)
     assert fresh.dtype == expected.dtype
-    if ARCHITECTURES[name].has_head:  # its head computes in float32: same weights, finer products
-        torch.testing.assert_close(fresh, expected, rtol=2e-2, atol=2e-2)
+    if ARCHITECTURES[name].has_head:  # head and norms compute in float32: same weights, finer products
+        torch.testing.assert_close(fresh, expected, rtol=3e-2, atol=3e-2)
     else:
         assert torch.equal(fresh, expected)
     with model.disable_adapter():
@@ -67,34 +68,18 @@ def test_a_half_precision_backbone_with_a_float32_memory(name: str, dtype: torch
     assert all(p.dtype == torch.float32 for n, p in loaded.named_parameters() if ".default." in n)
 
 
-@HALF
-def test_layer_norms_train_in_float32_on_a_half_precision_backbone(dtype: torch.dtype) -> None:
-    expected = run(build("bert").to(dtype), INPUTS)
-    model = adapted(build("bert").to(dtype), train_layer_norms=True, random=False)
-    norms = [p for n, p in model.named_parameters() if "LayerNorm.modules_to_save" in n]
-    assert norms
-    assert all(p.dtype == torch.float32 for p in norms)
-    torch.testing.assert_close(run(model, INPUTS), expected, rtol=3e-2, atol=3e-2)
-    with model.disable_adapter():
-        assert torch.equal(run(model, INPUTS), expected)
-
-
 def test_the_memory_may_be_kept_in_the_backbones_dtype() -> None:
     model = get_peft_model(build("llama").bfloat16(), SpartanConfig(**SMALL), autocast_adapter_dtype=False)
     assert all(p.dtype == torch.bfloat16 for n, p in model.named_parameters() if "spartan_memory" in n)
+    assert run(adapted(build("bert").double()), INPUTS).dtype == torch.float64
 
 
 def test_autocast_trains() -> None:
     model = adapted("bert").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**INPUTS, labels=torch.tensor([0, 1, 1])).loss
+        loss = model(**labelled_inputs("bert")).loss
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-def test_float64_is_kept() -> None:
-    model = adapted(build("bert").double())
-    assert run(model, INPUTS).dtype == torch.float64
 
 
 # -- quantized ---------------------------------------------------------------------------------------------------------
@@ -106,13 +91,7 @@ def _quantized(folder: str, cls: type) -> torch.nn.Module:
     return cls.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"}).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "cls"),
-    [
-        ("bert", hf.BertForSequenceClassification),
-        ("llama", hf.LlamaForCausalLM),
-    ],
-)
+@pytest.mark.parametrize(("name", "cls"), [("bert", hf.BertForSequenceClassification), ("llama", hf.LlamaForCausalLM)])
 def test_a_torchao_backbone(name: str, cls: type, tmp_path) -> None:
     inputs = ARCHITECTURES[name].inputs()
     folder = save_backbone(name, tmp_path / "backbone")
@@ -126,8 +105,7 @@ def test_a_torchao_backbone(name: str, cls: type, tmp_path) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    labels = torch.tensor([0, 1, 1]) if ARCHITECTURES[name].has_head else inputs["input_ids"]
-    model(**inputs, labels=labels).loss.backward()
+    model(**labelled_inputs(name)).loss.backward()
     optimizer.step()
     assert before
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
@@ -177,6 +155,25 @@ def folders(tmp_path):
     return backbone, tmp_path / "task", run(model, INPUTS)
 
 
+DEVICE_MAP = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+
+
+def _offloaded(folder: str, where: str, tmp_path) -> torch.nn.Module:
+    if where == "device map":
+        return hf.BertForSequenceClassification.from_pretrained(
+            folder, device_map=DEVICE_MAP, offload_folder=str(tmp_path / "offload")
+        )
+    return _offload(hf.BertForSequenceClassification.from_pretrained(folder).eval(), where, tmp_path)
+
+
+def _offload(model: torch.nn.Module, where: str, tmp_path) -> torch.nn.Module:
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    return model
+
+
 def test_a_device_map_on_one_device(folders) -> None:
     backbone, task, expected = folders
     model = hf.BertForSequenceClassification.from_pretrained(backbone, device_map={"": "cpu"})
@@ -187,11 +184,7 @@ def test_a_device_map_on_one_device(folders) -> None:
 def test_offloaded_weights(folders, where: str, tmp_path) -> None:
     """Weights wait on the CPU or the disk and are fetched layer by layer; the memory stays where it computes."""
     backbone, task, expected = folders
-    model = hf.BertForSequenceClassification.from_pretrained(backbone).eval()
-    if where == "cpu":
-        cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    model = _offloaded(backbone, where, tmp_path)
     assert all(p.device.type == "meta" for p in model.bert.encoder.parameters())
     bare = run(model, INPUTS)
     loaded = PeftModel.from_pretrained(model, task)
@@ -200,65 +193,41 @@ def test_offloaded_weights(folders, where: str, tmp_path) -> None:
     with loaded.disable_adapter():  # the adapter's norms and head are no longer the tensors that wait
         assert torch.equal(run(loaded, INPUTS), bare)
     assert any(p.device.type == "meta" for p in loaded.parameters())
-
-
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloading_an_adapted_model(folders, where: str, tmp_path) -> None:
-    backbone, task, expected = folders
-    model = PeftModel.from_pretrained(hf.BertForSequenceClassification.from_pretrained(backbone), task)
-    if where == "cpu":
-        cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
-    assert torch.equal(run(model, INPUTS), expected)
+    whole = PeftModel.from_pretrained(hf.BertForSequenceClassification.from_pretrained(backbone), task)
+    assert torch.equal(run(_offload(whole, where, tmp_path / "whole"), INPUTS), expected)
 
 
 def test_an_offloaded_backbone_is_still_recognised(folders, tmp_path) -> None:
     _, task, _ = folders
     torch.manual_seed(5)
     other = save_backbone(ARCHITECTURES["bert"].build(), tmp_path / "other")
-    model = hf.BertForSequenceClassification.from_pretrained(other)
-    disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="other values"):
-        PeftModel.from_pretrained(model, task)
+        PeftModel.from_pretrained(_offloaded(other, "disk", tmp_path), task)
 
 
 def test_a_device_map_with_the_disk(folders, tmp_path) -> None:
     backbone, task, expected = folders
-    device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
-    model = hf.BertForSequenceClassification.from_pretrained(
-        backbone, device_map=device_map, offload_folder=str(tmp_path / "offload")
-    )
+    model = _offloaded(backbone, "device map", tmp_path)
     # Not PeftModel.from_pretrained: it takes the hooks off and looks for each weight under a name without our wrapper.
     loaded = get_peft_model(model, SpartanConfig.from_pretrained(task)).eval()
     set_peft_model_state_dict(loaded, load_file(task / "adapter_model.safetensors"))
     assert torch.equal(run(loaded, INPUTS), expected)
 
 
-@pytest.mark.parametrize(("how", "method"), [("a device map with the disk", "spartan"), ("cpu_offload", "bitfit")])
-def test_transformers_does_not_load_onto_offloaded_weights(folders, tmp_path, method: str, how: str) -> None:
+@pytest.mark.parametrize(("where", "method"), [("device map", "spartan"), ("cpu", "bitfit")])
+def test_transformers_does_not_load_onto_offloaded_weights(folders, tmp_path, method: str, where: str) -> None:
     backbone, _, _ = folders
-    adapted(hf.BertForSequenceClassification.from_pretrained(backbone), config=METHODS[method]()).save_pretrained(
-        tmp_path / "task"
-    )
-    if how == "cpu_offload":
-        model = hf.BertForSequenceClassification.from_pretrained(backbone)
-        cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
-        device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
-        model = hf.BertForSequenceClassification.from_pretrained(
-            backbone, device_map=device_map, offload_folder=str(tmp_path / "offload")
-        )
+    whole = adapted(hf.BertForSequenceClassification.from_pretrained(backbone), config=METHODS[method]())
+    whole.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"offloaded.*before offloading"):
-        model.load_adapter(str(tmp_path / "task"))
+        _offloaded(backbone, where, tmp_path).load_adapter(str(tmp_path / "bare"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_on_offloaded_weights(method: str) -> None:
+def test_training_on_offloaded_weights(method: str, tmp_path) -> None:
     inputs = labelled_inputs("bert")
     expected = gradients(adapted(without_dropout(build("bert")), config=METHODS[method]()).train(), inputs)
-    backbone = without_dropout(build("bert"))
-    cpu_offload(backbone, execution_device=torch.device("cpu"))
+    backbone = _offload(without_dropout(build("bert")), "cpu", tmp_path)
     assert_gradients_close(gradients(adapted(backbone, config=METHODS[method]()).train(), inputs), expected)
 
 
@@ -288,15 +257,9 @@ def test_fsdp1_keeps_the_original_parameters_or_refuses(method: str, one_process
         shard(use_orig_params=False)
 
 
-def test_moving_the_model_moves_the_memory() -> None:
-    model = adapted("bert").to("meta")
-    assert all(p.device.type == "meta" for p in model.parameters())
-
-
-def test_attaching_without_storage_counts_parameters() -> None:
+def test_without_storage_parameters_are_counted() -> None:
     with torch.device("meta"):
         model = get_peft_model(ARCHITECTURES["bert"].build(), SpartanConfig(num_labels=3))
     assert all(p.device.type == "meta" for p in model.parameters())
-    assert model.base_model.parameter_formula()[1] == sum(
-        p.numel() for n, p in model.named_parameters() if "spartan_memory" in n
-    )
+    assert model.base_model.parameter_formula()[1] == sum(p.numel() for p in adapter_parameters(model).values())
+    assert all(p.device.type == "meta" for p in adapted("bert").to("meta").parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from tests.models import ARCHITECTURES, METHODS, SMALL, adapted, add, build, randomize, run, save_backbone
+from tests.models import ARCHITECTURES, METHODS, SMALL, adapted, add, answers, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
 
@@ -72,7 +72,7 @@ def test_switching_while_adapters_are_off_takes_effect_when_they_come_back() -> 
     with model.disable_adapter():
         model.set_adapter("five")
         assert model.config.num_labels == 2
-        assert run(model, INPUTS).shape == (3, 2)
+        assert torch.equal(run(model, INPUTS), run(build("bert"), INPUTS))
     assert model.config.num_labels == 5
     assert run(model, INPUTS).shape == (3, 5)
 
@@ -159,27 +159,14 @@ def test_token_classification_mixes_tasks_in_a_batch() -> None:
     torch.testing.assert_close(mixed[1], run(model, INPUTS)[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("labels_given", [1, 4])
-def test_num_labels_may_differ_from_the_loaded_classes_count(labels_given: int) -> None:
-    expected = run(build("bert"), INPUTS)
-    model = adapted("bert", num_labels=labels_given, random=False)
-    assert run(model, INPUTS).shape == (3, labels_given)
-    with model.disable_adapter():
-        assert torch.equal(run(model, INPUTS), expected)
-
-
-def _checkpoint_without_pooler(folder) -> str:
-    torch.manual_seed(0)
-    return save_backbone(hf.BertForMaskedLM(build("bert").config), folder)
-
-
 def _classifier(folder: str, seed: int, cls: type = hf.BertForSequenceClassification) -> torch.nn.Module:
     torch.manual_seed(seed)
     return cls.from_pretrained(folder).eval()
 
 
 def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path) -> None:
-    folder = _checkpoint_without_pooler(tmp_path / "backbone")
+    torch.manual_seed(0)
+    folder = save_backbone(hf.BertForMaskedLM(build("bert").config), tmp_path / "backbone")  # it has no pooler
     first, second = _classifier(folder, 1), _classifier(folder, 2)
     assert not torch.equal(first.bert.pooler.dense.weight, second.bert.pooler.dense.weight)
     model = get_peft_model(first, SpartanConfig(**SMALL))
@@ -193,34 +180,28 @@ def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path) -
     model.eval().save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(second, tmp_path / "task")
     assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
-
-
-def test_a_pooler_from_the_checkpoint_stays_frozen(tmp_path) -> None:
-    folder = save_backbone("bert", tmp_path / "backbone")
+    # One from the checkpoint stays frozen.
+    folder = save_backbone("bert", tmp_path / "whole")
     model = get_peft_model(_classifier(folder, 1), SpartanConfig(**SMALL))
     assert model.peft_config["default"].head_modules == ["classifier"]
 
 
 @pytest.mark.parametrize(
-    ("masked_lm", "classifier", "head"),
+    ("name", "family", "head"),
     [
-        (hf.ModernBertForMaskedLM, hf.ModernBertForSequenceClassification, {"head", "classifier"}),
-        (hf.DebertaV2ForMaskedLM, hf.DebertaV2ForSequenceClassification, {"pooler", "classifier"}),
-        (hf.RobertaForMaskedLM, hf.RobertaForSequenceClassification, {"classifier"}),
-        (hf.MPNetForMaskedLM, hf.MPNetForSequenceClassification, {"classifier"}),
-        (hf.AlbertForMaskedLM, hf.AlbertForSequenceClassification, {"albert.pooler", "classifier"}),
-        (hf.DistilBertForMaskedLM, hf.DistilBertForSequenceClassification, {"pre_classifier", "classifier"}),
+        ("modernbert", "ModernBert", {"head", "classifier"}),
+        ("deberta-v2", "DebertaV2", {"pooler", "classifier"}),
+        ("roberta", "Roberta", {"classifier"}),
+        ("albert", "Albert", {"albert.pooler", "classifier"}),
+        ("distilbert", "DistilBert", {"pre_classifier", "classifier"}),
     ],
 )
-def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, masked_lm, classifier, head) -> None:
-    name = {"ModernBert": "modernbert", "DebertaV2": "deberta-v2"}.get(
-        masked_lm.__name__.removesuffix("ForMaskedLM"), masked_lm.__name__.removesuffix("ForMaskedLM").lower()
-    )
+def test_heads_of_other_architectures_answer_alike_after_loading(tmp_path, name: str, family: str, head: set) -> None:
+    masked_lm, classifier = (getattr(hf, f"{family}For{kind}") for kind in ("MaskedLM", "SequenceClassification"))
     torch.manual_seed(0)
     folder = save_backbone(masked_lm(build(name).config), tmp_path / "backbone")
     model = get_peft_model(_classifier(folder, 1, classifier), SpartanConfig(**SMALL))
-    trained = set(model.peft_config["default"].head_modules)
-    assert head <= trained
+    assert head <= set(model.peft_config["default"].head_modules)
     randomize(model)
     model.eval().save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(_classifier(folder, 2, classifier), tmp_path / "task")
@@ -258,6 +239,14 @@ def test_what_scores_tokens_is_no_tasks_head(cls: type, tmp_path) -> None:
     assert all("spartan_memory" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_the_backbones_loss_is_that_of_a_task_with_its_labels() -> None:
+    backbone = build("bert")
+    backbone.config.problem_type = "multi_label_classification"
+    model = adapted(backbone, "same")
+    add(model, "other", num_labels=5)
+    assert [config.problem_type for config in model.peft_config.values()] == ["multi_label_classification", None]
+
+
 def test_labels_set_after_attaching_are_the_adapters() -> None:
     model = _many_heads()
     model.config.id2label = {0: "no", 1: "yes"}
@@ -286,22 +275,11 @@ def test_labels_and_loss_are_saved_as_they_are_when_saving(method: str, tmp_path
     model.save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(build("bert"), tmp_path).config.id2label == {0: "0", 1: "1"}
     model.config.id2label = {0: "no", 1: "yes"}
-    model(
-        **INPUTS, labels=torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    )  # transformers infers the loss from floats
+    model(**INPUTS, labels=torch.eye(3)[:, :2])  # transformers infers the loss from floats
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
     assert loaded.config.id2label == {0: "no", 1: "yes"}
     assert loaded.config.problem_type == loaded.peft_config["default"].problem_type == "multi_label_classification"
-
-
-def test_the_backbones_loss_is_that_of_a_task_with_its_labels() -> None:
-    backbone = build("bert")
-    backbone.config.problem_type = "multi_label_classification"
-    model = adapted(backbone, "same")
-    add(model, "other", num_labels=5)
-    problem_types = {name: config.problem_type for name, config in model.peft_config.items()}
-    assert problem_types == {"same": "multi_label_classification", "other": None}
 
 
 def test_head_modules_can_be_chosen_and_left_out() -> None:
@@ -324,25 +302,22 @@ def test_layer_norms_are_each_adapters_own(tmp_path) -> None:
     randomize(model, "norms")
     add(model, "plain")
     add(model, "others", train_layer_norms=True)
-    answers = {}
-    for name in ("norms", "plain", "others"):
-        model.set_adapter(name)
-        answers[name] = run(model, INPUTS)
-        own = {n for n, p in model.named_parameters() if p.requires_grad and "LayerNorm" in n}
-        assert len(own) == (0 if name == "plain" else 2 * (2 * 3 + 1))  # weight, bias of two per layer and embeddings'
-    assert torch.equal(answers["plain"], run(adapted("bert", "plain"), INPUTS))
+    alone = answers(model, INPUTS, "norms", "plain", "others")
+    assert torch.equal(alone.pop("__base__"), expected)
+    assert torch.equal(alone["plain"], run(adapted("bert", "plain"), INPUTS))
     mixed = run(model, INPUTS, adapter_names=["others", "plain", "norms"])
     for row, name in enumerate(("others", "plain", "norms")):
-        torch.testing.assert_close(mixed[row], answers[name][row], rtol=1e-4, atol=1e-5)
-    with model.disable_adapter():
-        assert torch.equal(run(model, INPUTS), expected)
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
-    for name, answer in answers.items():
+    for name, answer in alone.items():
+        model.set_adapter(name)
+        own = {n for n, p in model.named_parameters() if p.requires_grad and "LayerNorm" in n}
+        assert len(own) == (0 if name == "plain" else 2 * (2 * 3 + 1))  # weight, bias of two per layer and embeddings'
         loaded = PeftModel.from_pretrained(build("bert"), tmp_path / name)
         assert torch.equal(run(loaded, INPUTS), answer)
     model.set_adapter("norms")
     model.delete_adapter("others")
-    assert torch.equal(run(model, INPUTS), answers["norms"])
+    assert torch.equal(run(model, INPUTS), alone["norms"])
     assert torch.equal(run(model.unload(), INPUTS), expected)
 
 

@@ -14,6 +14,8 @@ from peft import PeftModel, get_peft_model
 from tests.models import ARCHITECTURES, SMALL, adapted, build, randomize, run, save_backbone
 
 from sparsepeft import SpartanConfig
+from sparsepeft.models import identity
+from sparsepeft.models.identity import check_fingerprint, fingerprint
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 CLS = hf.BertForSequenceClassification
@@ -27,6 +29,10 @@ def saved(tmp_path):
     randomize(model)
     model.eval().save_pretrained(tmp_path / "task")
     return backbone, tmp_path / "task"
+
+
+def _attach(folder: str, task, **options) -> PeftModel:
+    return PeftModel.from_pretrained(CLS.from_pretrained(folder, **options), task)
 
 
 def _other(folder, seed: int = 9, **config) -> str:
@@ -45,13 +51,10 @@ def test_the_file_records_format_backbone_revision_and_fingerprint(saved) -> Non
     assert len(fingerprint["tensors"]) >= 8
     assert not any("classifier" in name for name in fingerprint["tensors"])
     assert (task / "adapter_config.json").stat().st_size < 20_000
-
-
-def test_the_hubs_commit_is_recorded_as_the_revision() -> None:
-    backbone = build("bert")
-    backbone.config._commit_hash = "0123abc"
-    model = get_peft_model(backbone, SpartanConfig(**SMALL))
-    assert model.peft_config["default"].revision == "0123abc"
+    # Else the revision is the hub's commit.
+    model = build("bert")
+    model.config._commit_hash = "0123abc"
+    assert get_peft_model(model, SpartanConfig(**SMALL)).peft_config["default"].revision == "0123abc"
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "transformers"])
@@ -77,9 +80,8 @@ def test_another_backbone_is_refused_by_both_names(saved, tmp_path, how: str) ->
 @pytest.mark.parametrize("config", [{"hidden_size": 64}, {"num_hidden_layers": 2}, {"vocab_size": 50}])
 def test_a_backbone_of_another_shape_is_refused(saved, tmp_path, config: dict) -> None:
     _, task = saved
-    other = CLS.from_pretrained(_other(tmp_path / "other", **config))
     with pytest.raises(ValueError, match="backbone"):
-        PeftModel.from_pretrained(other, task)
+        _attach(_other(tmp_path / "other", **config), task)
 
 
 def test_the_override_attaches_anyway(saved, tmp_path) -> None:
@@ -91,26 +93,17 @@ def test_the_override_attaches_anyway(saved, tmp_path) -> None:
     assert run(loaded, INPUTS).shape == (3, 2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_the_same_backbone_in_another_dtype_passes(saved, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_backbone_is_known_in_another_dtype(saved, tmp_path, dtype: torch.dtype) -> None:
     backbone, task = saved
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        PeftModel.from_pretrained(CLS.from_pretrained(backbone, dtype=getattr(torch, dtype)), task)
-
-
-def test_trained_in_bf16_and_loaded_in_float32_passes(saved, tmp_path) -> None:
-    backbone, _ = saved
-    model = get_peft_model(CLS.from_pretrained(backbone, dtype=torch.bfloat16), SpartanConfig(**SMALL))
-    model.save_pretrained(tmp_path / "half")
-    PeftModel.from_pretrained(CLS.from_pretrained(backbone, dtype=torch.float32), tmp_path / "half")
-
-
-def test_half_precision_does_not_hide_another_backbone(saved, tmp_path) -> None:
-    _, task = saved
-    other = CLS.from_pretrained(_other(tmp_path / "other"), dtype=torch.bfloat16)
+        _attach(backbone, task, dtype=dtype)
+        model = get_peft_model(CLS.from_pretrained(backbone, dtype=dtype), SpartanConfig(**SMALL))
+        model.save_pretrained(tmp_path / "other dtype")
+        _attach(backbone, tmp_path / "other dtype", dtype=torch.float32)
     with pytest.raises(ValueError, match="backbone"):
-        PeftModel.from_pretrained(other, task)
+        _attach(_other(tmp_path / "other"), task, dtype=dtype)
 
 
 def test_another_class_of_the_same_checkpoint_passes_if_the_head_fits(tmp_path) -> None:
@@ -150,7 +143,7 @@ def test_a_newer_format_is_refused(saved) -> None:
     path = task / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
     with pytest.raises(ValueError, match="upgrade sparsepeft"):
-        PeftModel.from_pretrained(CLS.from_pretrained(backbone), task)
+        _attach(backbone, task)
 
 
 def test_an_adapter_of_a_model_that_was_never_saved_is_checked_too(tmp_path) -> None:
@@ -162,8 +155,6 @@ def test_an_adapter_of_a_model_that_was_never_saved_is_checked_too(tmp_path) -> 
 
 
 def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> None:
-    from sparsepeft.models.identity import check_fingerprint, fingerprint
-
     def model(last: float) -> torch.nn.Module:
         made = torch.nn.Linear(2**13, 2**11 + 4, bias=False, dtype=torch.bfloat16)  # float32 rounds its last index up
         torch.nn.init.zeros_(made.weight)
@@ -174,11 +165,7 @@ def test_a_tensor_of_more_than_2_to_the_24_values_is_sampled_to_its_end() -> Non
     check_fingerprint(found, model(0.0), (), "a", "a")
     with pytest.raises(ValueError, match="other values"):
         check_fingerprint(found, model(1.0), (), "a", "b")
-
-
-def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
-    from sparsepeft.models.identity import fingerprint
-
+    # Of smaller tensors fingerprints are those of saved adapters.
     module = torch.nn.Linear(1000, 100, bias=False)
     module.weight.data = torch.arange(100_000.0).reshape(100, 1000)
     values = fingerprint(module)["tensors"]["weight"]["values"]
@@ -187,10 +174,8 @@ def test_fingerprints_of_smaller_tensors_are_those_of_saved_adapters() -> None:
 
 def test_partitioned_parameters_are_gathered(monkeypatch) -> None:
     """DeepSpeed is not installed here: a stand-in that empties parameters and fills them as ZeRO-3 does."""
-    from sparsepeft.models import identity as _identity
-
     model = build("bert")
-    expected = _identity.fingerprint(model)
+    expected = fingerprint(model)
     for parameter in model.parameters():
         parameter.ds_shape, parameter.whole = parameter.shape, parameter.data
         parameter.data = torch.empty(0)
@@ -203,15 +188,13 @@ def test_partitioned_parameters_are_gathered(monkeypatch) -> None:
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    monkeypatch.setattr(_identity, "gather_params_ctx", gather)
-    assert _identity.fingerprint(model) == expected
-    _identity.check_fingerprint(expected, model, (), "a", "a")
+    monkeypatch.setattr(identity, "gather_params_ctx", gather)
+    assert fingerprint(model) == expected
+    check_fingerprint(expected, model, (), "a", "a")
     assert all(parameter.numel() == 0 for parameter in model.parameters())
 
 
 def test_checking_a_model_of_125_million_parameters_takes_under_a_second() -> None:
-    from sparsepeft.models.identity import check_fingerprint, fingerprint
-
     with torch.device("meta"):
         model = hf.RobertaModel(hf.RobertaConfig())
     model.to_empty(device="cpu")

@@ -13,8 +13,8 @@ import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.models import SMALL, D, L, adapted, adapter_parameters, build, run, save_backbone
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tests.models import SMALL, adapted, adapter_parameters, run, save_backbone
+from tests.tiny import save_tiny_backbone
 
 from sparsepeft import SpartanConfig
 
@@ -176,34 +176,15 @@ def test_a_trained_adapter_of_a_quantized_backbone(backbone: str, tmp_path) -> N
     assert trainer.evaluate()["eval_loss"] < before
 
 
-def _run(*command: str, cwd: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=cwd, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def _local_model(folder: Path) -> str:
-    """A tiny model with a tokenizer, as a hub would have it."""
-    words = ["[PAD]", "[UNK]", "the", "a", "of", "in", "and", "to", "bank", "team", "film", "flight", "health", "phone"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
-    ).save_pretrained(folder)
-    config = build("bert").config
-    config.update({"vocab_size": len(words), "hidden_size": D, "num_hidden_layers": L})
-    return save_backbone(hf.BertForSequenceClassification(config), folder)
-
-
 def test_the_example_trains_on_the_built_in_topics_in_two_processes(tmp_path) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    model = _local_model(tmp_path / "model")
+    model = str(save_tiny_backbone(tmp_path / "model"))
     out = tmp_path / "out"
-    printed = _run(*launcher, str(EXAMPLE), model, "--output_dir", str(out), "--max_steps", "2", cwd=tmp_path)
-    assert "eval_loss" in printed
-    assert "trainable params" in printed
+    command = [sys.executable, *launcher, str(EXAMPLE), model, "--output_dir", str(out), "--max_steps", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "eval_loss" in result.stdout
+    assert "trainable params" in result.stdout
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["num_labels"] == len(config["id2label"]) > 2
     loaded = PeftModel.from_pretrained(hf.AutoModelForSequenceClassification.from_pretrained(model), out)

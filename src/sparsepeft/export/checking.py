@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,8 @@ from sparsepeft.inference.portable import ExportedTasks, Text
 from sparsepeft.runs.files import RUN
 from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
+
+Answers = list[dict[str, Any]]  # of the examples, as Prediction.to_dict has them
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,6 @@ class Examples:
     texts: list[Text]
     labels: list[Any] | None = None
     spec: TaskSpec | None = None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a task says about its examples.
-
-    Attributes:
-        labels: the most probable one of each; None in regression.
-        scores: probabilities, or the predicted value, (N, number of labels).
-    """
-
-    labels: list[str | None]
-    scores: np.ndarray
 
 
 def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
@@ -70,13 +59,9 @@ def eager_answers(engine: MultiTaskEngine, name: str, examples: Examples) -> tup
     """PyTorch's answers, and the examples that it takes (none with an empty text)."""
     predictions = engine.predict([(name, text) for text in examples.texts])
     answered = [index for index, one in enumerate(predictions) if one.error is None]
-    kept = Examples(
-        examples.source,
-        [examples.texts[index] for index in answered],
-        None if examples.labels is None else [examples.labels[index] for index in answered],
-        examples.spec,
-    )
-    return kept, _answers([predictions[index].to_dict() for index in answered])
+    texts, labels = [examples.texts[index] for index in answered], examples.labels
+    kept = replace(examples, texts=texts, labels=labels and [labels[index] for index in answered])
+    return kept, [predictions[index].to_dict() for index in answered]
 
 
 def exported_answers(runner: ExportedTasks, name: str, examples: Examples) -> Answers:
@@ -91,20 +76,19 @@ def exported_answers(runner: ExportedTasks, name: str, examples: Examples) -> An
         if "error" in row:
             raise RunFailed(f"The exported task {name} does not answer a text that PyTorch answers: {row['error']}")
         rows[index] = row
-    return _answers(rows)
+    return rows
 
 
-def _answers(rows: list[dict[str, Any]]) -> Answers:
-    return Answers(
-        [row["label"] for row in rows], np.array([list(row["scores"].values()) or [row["score"]] for row in rows])
-    )
+def _scores(answers: Answers) -> np.ndarray:
+    """Probabilities, or the predicted value, (N, number of labels)."""
+    return np.array([list(row["scores"].values()) or [row["score"]] for row in answers])
 
 
 def differences(expected: Answers, exported: Answers) -> dict[str, Any]:
     """How far two sets of answers are apart: ``max_deviation`` of scores, ``num_other_labels``, ``num_texts``."""
-    different = sum(one != other for one, other in zip(expected.labels, exported.labels, strict=True))
-    deviation = float(np.abs(expected.scores - exported.scores).max(initial=0.0))
-    return {"num_texts": len(exported.labels), "max_deviation": deviation, "num_other_labels": different}
+    different = sum(one["label"] != other["label"] for one, other in zip(expected, exported, strict=True))
+    deviation = float(np.abs(_scores(expected) - _scores(exported)).max(initial=0.0))
+    return {"num_texts": len(exported), "max_deviation": deviation, "num_other_labels": different}
 
 
 def score(examples: Examples, answers: Answers) -> float | None:
@@ -112,5 +96,5 @@ def score(examples: Examples, answers: Answers) -> float | None:
     if examples.spec is None or not examples.labels:
         return None
     # Metrics take logits: of several labels those above 0 hold, of one the largest, whatever the scale.
-    scores = answers.scores - 0.5 if examples.spec.multi_label else answers.scores
-    return examples.spec.compute_metrics(scores, examples.labels)[examples.spec.main_metric]
+    spec, scores = examples.spec, _scores(answers) - 0.5 * examples.spec.multi_label
+    return spec.compute_metrics(scores, examples.labels)[spec.main_metric]

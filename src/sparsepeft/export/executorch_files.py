@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,24 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from sparsepeft.errors import RunFailed
-from sparsepeft.export.files import TASKS, TOKENIZER, WEIGHTS, file_sizes, write_tokenizer
-from sparsepeft.export.job import Job, check, write_tasks
+from sparsepeft.errors import RunFailed, first_line
+from sparsepeft.export.files import TOKENIZER, WEIGHTS, write_tokenizer
+from sparsepeft.export.graph import quiet
+from sparsepeft.export.job import Job, Reports, check, write_tasks
 from sparsepeft.inference.portable import ExportedTasks, Input
 from sparsepeft.tuners.files import PEFT_PREFIX
 
 PROGRAM = "backbone.pte"
 
 
-def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, Any]:
+def export_executorch(job: Job, folder: Path) -> tuple[dict[str, Any], Reports]:
     """Write one program, lowered to XNNPACK where that can be, and each task's tensors, which it takes as inputs.
 
     The backbone's weights are there once, since the program is the same for all tasks. It answers one text at a time,
     of up to as many tokens as the longest task takes; its inputs come in the order that the report gives.
 
-    Args:
-        job: what to export.
-        folder: empty.
-        tolerance: how far scores may be from PyTorch's.
-
     Returns:
-        What belongs into the report.
+        What belongs into the report on the graph, and on each task.
 
     Raises:
         RunFailed: the model cannot be traced or lowered, or deviates by more than the tolerance.
@@ -49,37 +43,25 @@ def export_executorch(job: Job, folder: Path, *, tolerance: float) -> dict[str, 
     name = hashlib.sha256(buffer).hexdigest()
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
     write_tasks(job, folder, name, WEIGHTS)
-    tasks = check(job, _Runner(job, folder, name), tolerance)
-    for name, report in tasks.items():
-        report["bytes"] = file_sizes(folder / TASKS / name)
     graph = {"dtype": "float32", "max_length": longest, "inputs": [*job.inputs, *job.shapes]}
-    return {"graph": graph, "bytes": file_sizes(folder), "tasks": tasks}
+    return graph, check(job, _Runner(job, folder, name))
 
 
 def _lower(program: torch.export.ExportedProgram) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             # Its check of operators knows none that move whole tensors, such as the memory's scatter.
             edge = to_edge_transform_and_lower(
-                program,
-                partitioner=[XnnpackPartitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                program, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
             )
-            buffer: bytes = edge.to_executorch().buffer
+            return edge.to_executorch().buffer
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
-            f"The installed ExecuTorch could not lower the traced model ({reason}); pass `format=onnx`."
+            f"The installed ExecuTorch could not lower the traced model ({first_line(error)}); pass `format=onnx`."
         ) from error
-    finally:
-        logging.disable(before)
-    return buffer
 
 
 class _Runner(ExportedTasks):

@@ -9,12 +9,12 @@ from typing import Any
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.export.executorch_files import export_executorch
-from sparsepeft.export.files import REPORT, WRITTEN, check_output
+from sparsepeft.export.files import REPORT, TASKS, WRITTEN, file_sizes
 from sparsepeft.export.job import Job
 from sparsepeft.export.onnx_files import export_onnx
 from sparsepeft.export.openvino_files import export_openvino
 from sparsepeft.extras import require
-from sparsepeft.folders import replacing, write_json
+from sparsepeft.folders import check_output, replacing, write_json
 from sparsepeft.provenance import environment
 
 FORMAT_VERSION = 1
@@ -81,21 +81,23 @@ def export_tasks(
     if not tolerance > 0:
         raise UserError(f"`tolerance={tolerance!r}` was given, but it must be a positive number.")
     folder = Path(output_dir)
-    check_output(folder, overwrite)
+    check_output(folder, (REPORT,), "an export", overwrite)
     with replacing(folder, WRITTEN) as staged:
-        job = Job(folders, model, data_dir, max_examples, progress)
-        if format == "executorch":
-            checked = export_executorch(job, staged, tolerance=tolerance)
-        elif format == "openvino":
-            checked = export_openvino(job, staged, tolerance=tolerance)
+        job = Job(folders, model, data_dir, max_examples, tolerance, progress)
+        if format == "onnx":
+            graph, tasks = export_onnx(job, staged, int8)
         else:
-            checked = export_onnx(job, staged, int8=int8, tolerance=tolerance)
-        report = {
+            graph, tasks = (export_openvino if format == "openvino" else export_executorch)(job, staged)
+        for name, task in tasks.items():
+            task["bytes"] = file_sizes(staged / TASKS / name)
+        report: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "format": format,
             "backbone": job.backbone_name,
             "tolerance": tolerance,
-            **checked,
+            "graph": graph,
+            "bytes": file_sizes(staged),
+            "tasks": tasks,
             "environment": environment(),
         }
         packages = (module.split(".")[0] for module in _MODULES[format])

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from sparsepeft import folders
 from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import ExportTask, Tensors
 from sparsepeft.folders import write_json
@@ -25,16 +24,6 @@ WRITTEN = (REPORT, RUNNER, PORTABLE, TOKENIZER, TASKS, "backbone.*")
 OPENVINO_RUNNER = "run_openvino.py"  # of this package; in an exported folder each format's is run.py
 WEIGHTS, ADAPTER = "adapter_model.safetensors", "adapter.onnx_adapter"  # of a task, for PEFT and for ONNX Runtime
 _CONFIG = "adapter_config.json"
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """See that an export may be written to ``folder``.
-
-    Raises:
-        UserError: it is a file, holds an export and ``overwrite`` is not set, or holds anything else.
-        RunFailed: it cannot be written to.
-    """
-    folders.check_output(folder, (REPORT,), "an export", overwrite)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

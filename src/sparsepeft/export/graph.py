@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from sparsepeft.errors import RunFailed
+from sparsepeft.errors import RunFailed, first_line
 from sparsepeft.export.tasks import ExportTask, Shape, Tensors
 from sparsepeft.layers import SparseMemory
 from sparsepeft.methods.models import loading_adapter
@@ -111,15 +113,26 @@ def trace_alone(model: nn.Module, inputs: Sequence[str]) -> ExportedProgram:
 
 def _trace(function: _Function, example: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]) -> ExportedProgram:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch and transformers about each other
+        with torch.no_grad(), quiet():  # torch and transformers warn of each other
             return torch.export.export(function, example, dynamic_shapes=dynamic_shapes, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:  # torch's own errors are RuntimeErrors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(
-            f"torch.export could not trace {type(function.model).__name__} ({reason}); models of this class cannot be "
-            "exported with the installed versions."
+            f"torch.export could not trace {type(function.model).__name__} ({first_line(error)}); models of this class "
+            "cannot be exported with the installed versions."
         ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep remarks of exporters and quantizers from the screen: warnings, and what is logged below an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _example(inputs: Sequence[str], batch_size: int | None = None) -> Tensors:
@@ -138,7 +151,6 @@ class _Function(nn.Module):
         super().__init__()
         self.model, self.targets = model, dict(targets)
 
-    def forward(self, inputs: dict[str, torch.Tensor], tensors: Tensors) -> torch.Tensor:
+    def forward(self, inputs: Tensors, tensors: Tensors) -> torch.Tensor:
         by_target = {self.targets[name]: tensor for name, tensor in tensors.items()}
-        logits: torch.Tensor = functional_call(self.model, by_target, (), inputs).logits
-        return logits
+        return functional_call(self.model, by_target, (), inputs).logits

@@ -30,6 +30,8 @@ from sparsepeft.inference.engine import load_backbone
 from sparsepeft.inference.portable import ExportedTasks
 from sparsepeft.methods.models import load_tokenizer, set_pad_token
 
+Reports = dict[str, dict[str, Any]]  # of tasks, by name
+
 
 class Job:
     """Tasks to export, with what is needed to check them.
@@ -39,6 +41,7 @@ class Job:
         model: the backbone, if it is not where the tasks say.
         data_dir: where the tasks' data is; None for where it was in training.
         max_examples: check on a sample of so many texts; None for the whole validation sets.
+        tolerance: how far scores in float32 may be from PyTorch's.
         progress: called with what is being done.
 
     Attributes:
@@ -57,9 +60,11 @@ class Job:
         model: str | None,
         data_dir: str | None,
         max_examples: int | None,
+        tolerance: float,
         progress: Callable[[str], None],
     ) -> None:
-        self.progress, self._data_dir, self._max_examples = progress, data_dir, max_examples
+        self.progress, self.tolerance = progress, tolerance
+        self._data_dir, self._max_examples = data_dir, max_examples
         self.tasks = read_tasks(folders)
         name = resolve_model(model) if model is not None else backbone_of(self.tasks[0])
         progress("loading the backbone and its tasks")
@@ -88,28 +93,28 @@ class Job:
         return self._expected[task.name]
 
 
-def check(job: Job, runner: ExportedTasks, tolerance: float) -> dict[str, dict[str, Any]]:
+def check(job: Job, runner: ExportedTasks) -> Reports:
     """Compare each exported task's answers with PyTorch's; what was found, by task.
 
     Raises:
         RunFailed: one deviates by more than the tolerance.
     """
-    reports: dict[str, dict[str, Any]] = {}
+    reports: Reports = {}
     for index, task in enumerate(job.tasks):
         examples, expected = job.expected(index)
         job.progress(f"comparing {task.name} on {len(examples.texts)} texts")
         compared = differences(expected, exported_answers(runner, task.name, examples))
-        if not compared["max_deviation"] <= tolerance:  # NaN, too
+        if not compared["max_deviation"] <= job.tolerance:  # NaN, too
             raise RunFailed(
                 f"The exported task {task.name} deviates from PyTorch by {compared['max_deviation']:.2g} in its "
-                f"scores, but at most {tolerance:.2g} was allowed; nothing was written. Pass a larger `tolerance` if "
-                "that is good enough."
+                f"scores, but at most {job.tolerance:.2g} was allowed; nothing was written. Pass a larger `tolerance` "
+                "if that is good enough."
             )
         reports[task.name] = {"checked_on": examples.source, **compared}
     return reports
 
 
-def add_changes(job: Job, runner: ExportedTasks, reports: dict[str, dict[str, Any]], key: str) -> None:
+def add_changes(job: Job, runner: ExportedTasks, reports: Reports, key: str) -> None:
     """Add to each task's report, under ``key``, what a lower precision changes."""
     for index, task in enumerate(job.tasks):
         examples, expected = job.expected(index)
@@ -129,8 +134,6 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
     """Write each task's folder, with the ``task.json`` that a runner knows it from.
 
     Args:
-        job: what is exported.
-        folder: of the export.
         graph: name of the backbone's graph.
         weights: file of a task that the runner reads: :data:`~sparsepeft.export.files.WEIGHTS` or ``ADAPTER``.
         int8: weights in int8.

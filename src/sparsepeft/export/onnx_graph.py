@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
-from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.errors import RunFailed, UserError, first_line
+from sparsepeft.export.graph import quiet
 from sparsepeft.export.job import Job
 from sparsepeft.export.tasks import Shape
 from sparsepeft.models.quantized import SCALE, is_stored_as_int8
@@ -56,7 +54,7 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[s
     """
     import torch.onnx
 
-    with _quiet():
+    with quiet():
         try:
             made = torch.onnx.export(
                 program,
@@ -67,8 +65,7 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[s
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RunFailed(f"The traced model could not be written as ONNX ({reason}).") from error
+            raise RunFailed(f"The traced model could not be written as ONNX ({first_line(error)}).") from error
     assert made is not None
     return made.model_proto
 
@@ -85,7 +82,7 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
 
     # Shapes in between are inferred again; some that the exporter wrote are those from before it folded a transpose.
     del model.graph.value_info[:]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "quantized.onnx"
         quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)
         return onnx.load(str(path))
@@ -119,7 +116,8 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
             kind, scale = TensorProto.INT8, tensor.name + SCALE
             _add_input(graph, scale, TensorProto.FLOAT, [*dims[:-1], 1])
             used = f"{tensor.name}.float"
-            _rename_uses(graph, tensor.name, used)
+            for node in graph.node:
+                node.input[:] = [used if name == tensor.name else name for name in node.input]
             first += [
                 helper.make_node("Cast", [tensor.name], [f"{used}.unscaled"], to=TensorProto.FLOAT),
                 helper.make_node("Mul", [f"{used}.unscaled", scale], [used]),
@@ -140,24 +138,3 @@ def _add_input(graph: onnx.GraphProto, name: str, kind: int, dims: Sequence[int 
     graph.input.append(helper.make_tensor_value_info(name, kind, dims))
     empty = [0, *(size if isinstance(size, int) else 1 for size in dims[1:])]
     graph.initializer.append(helper.make_tensor(name, kind, empty, []))
-
-
-def _rename_uses(graph: onnx.GraphProto, name: str, other: str) -> None:
-    for node in graph.node:
-        node.input[:] = [other if used == name else used for used in node.input]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's and the quantizer's remarks from the screen."""
-    loggers = [logging.getLogger(), logging.getLogger("torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -8,21 +8,12 @@ from typing import Any
 
 import torch
 
-from sparsepeft.export.files import (
-    OPENVINO_RUNNER,
-    TASKS,
-    TOKENIZER,
-    WEIGHTS,
-    file_sizes,
-    write_runner,
-    write_tokenizer,
-)
-from sparsepeft.export.job import Job, add_changes, check, write_tasks
+from sparsepeft.export.files import OPENVINO_RUNNER, TOKENIZER, WEIGHTS, write_runner, write_tokenizer
+from sparsepeft.export.job import Job, Reports, add_changes, check, write_tasks
 from sparsepeft.export.onnx_graph import graph_of
 
 MODEL = "backbone.xml"
 BFLOAT16 = "bfloat16"  # in the report: what computing in it changes
-_PRECISIONS = {"float32": "f32", BFLOAT16: "bf16"}
 
 
 def has_bfloat16() -> bool:
@@ -32,23 +23,18 @@ def has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def export_openvino(job: Job, folder: Path, *, tolerance: float) -> dict[str, Any]:
+def export_openvino(job: Job, folder: Path) -> tuple[dict[str, Any], Reports]:
     """Write a folder that ``run.py`` in it answers from.
 
     The model is compared with PyTorch in float32, and in bfloat16 where this machine has it: there OpenVINO takes that
     unless it is told otherwise.
 
-    Args:
-        job: what to export.
-        folder: empty.
-        tolerance: how far scores in float32 may be from PyTorch's.
-
     Returns:
-        What belongs into the report.
+        What belongs into the report on the graph, and on each task.
 
     Raises:
         UserError: the backbone is too large.
-        RunFailed: the model cannot be traced or written, or deviates by more than the tolerance.
+        RunFailed: the model cannot be traced or written, or in float32 deviates by more than the tolerance.
     """
     import openvino
 
@@ -64,13 +50,7 @@ def export_openvino(job: Job, folder: Path, *, tolerance: float) -> dict[str, An
     write_runner(folder, OPENVINO_RUNNER)
     write_tasks(job, folder, model.friendly_name, WEIGHTS)
 
-    def runner(precision: str) -> Runner:
-        return Runner(folder, torch.get_num_threads(), _PRECISIONS[precision])
-
-    tasks = check(job, runner("float32"), tolerance)
+    tasks = check(job, Runner(folder, torch.get_num_threads(), "f32"))
     if has_bfloat16():
-        add_changes(job, runner(BFLOAT16), tasks, BFLOAT16)
-    for name, report in tasks.items():
-        report["bytes"] = file_sizes(folder / TASKS / name)
-    about = {"dtype": "float32", "inputs": job.inputs}
-    return {"graph": about, "bytes": file_sizes(folder), "tasks": tasks}
+        add_changes(job, Runner(folder, torch.get_num_threads(), "bf16"), tasks, BFLOAT16)
+    return {"dtype": "float32", "inputs": job.inputs}, tasks

@@ -34,8 +34,7 @@ class Runner(ExportedTasks):
             for key, tensor in adapter.items():
                 self.request.set_tensor(key, tensor)
             self.active = adapter
-        logits: np.ndarray = self.request.infer({key: inputs[key] for key in self.inputs & inputs.keys()})[0]
-        return logits
+        return self.request.infer({key: inputs[key] for key in self.inputs & inputs.keys()})[0]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -50,10 +49,10 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
         tasks[name] = ExportTask(name, *read_task(folder))
     first, *others = tasks.values()
     for other in others:
-        _check_same(first, other, "method", first.config.method, other.config.method)
-        for constant in _CONSTANTS:
-            values = (getattr(task.config, constant, None) for task in (first, other))
-            _check_same(first, other, constant, *values)
+        for what in ("method", *_CONSTANTS):
+            one, two = (getattr(task.config, what, None) for task in (first, other))
+            if one != two:
+                raise _cannot_share(first, other, f"their {what} is {one} and {two}")
     return list(tasks.values())
 
 
@@ -74,7 +73,6 @@ def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> di
     """The shape of each tensor, None where tasks differ.
 
     Args:
-        tasks: the tasks.
         tensors: those of each task by name.
 
     Raises:
@@ -97,11 +95,6 @@ def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> di
         other = tasks[keeps_all.index(not keeps_all[0])]
         raise _cannot_share(tasks[0], other, "one keeps all parents (num_parents = top_k), the other selects")
     return shapes
-
-
-def _check_same(first: ExportTask, other: ExportTask, what: str, one: Any, two: Any) -> None:
-    if one != two:
-        raise _cannot_share(first, other, f"their {what} is {one} and {two}")
 
 
 def _cannot_share(first: ExportTask, other: ExportTask, why: str) -> UserError:

@@ -49,10 +49,7 @@ class Row:
         """The prediction that logits (most labels,) of a batch's row stand for."""
         info = self.task.info
         return prediction(
-            logits[: info.num_outputs],
-            info.label_names,
-            multi_label=info.multi_label,
-            truncated=self.encoded.truncated,
+            logits[: info.num_outputs], info.label_names, multi_label=info.multi_label, truncated=self.encoded.truncated
         )
 
 
@@ -178,8 +175,7 @@ def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = 
     """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
     names = [row.task.adapter_name for row in rows]
     logits = rows[0].task.view.logits(collate(rows), names, begin, states)
-    result: np.ndarray = logits.float().cpu().numpy()
-    return result
+    return logits.float().cpu().numpy()
 
 
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:

@@ -32,14 +32,15 @@ from sparsepeft.inference.portable import (
 )
 from sparsepeft.inference.tasks import LoadedTask, info_of_run, read_task
 from sparsepeft.inference.views import (
-    OwnView,
     SharedView,
+    View,
     serving_copy,
     sharing_tensors,
     with_own_feed_forwards,
     with_own_head,
 )
 from sparsepeft.methods.models import (
+    TrainedRun,
     attach_trained,
     load_tokenizer,
     load_trained,
@@ -183,20 +184,17 @@ class MultiTaskEngine(Engine):
         Raises:
             UserError: there is no such task.
         """
-        self._tasks.remove(name)
+        self._tasks.replace(name, lambda: None)
 
     def _load(self, folder: Path) -> LoadedTask:
-        run = read_run(folder) if (folder / RUN).is_file() else None
-        if run is not None:
-            info_of_run(folder, run)  # a language model is refused by name
-        if run is None or self._is_routed(run):
+        if not (folder / RUN).is_file():
             return self._load_shared(folder)
-        return self._load_alone(folder, run)
-
-    def _is_routed(self, run: dict[str, Any]) -> bool:
-        """Whether the run's rows can share a batch with others: routers can if the backbone itself is sparse."""
+        run = read_run(folder)
+        info_of_run(folder, run)  # a language model is refused by name
         config = RunConfig(**run["config"])
-        return config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
+        # Routers can share a batch with others if the backbone itself is sparse.
+        is_routed = config.method in _ROUTED_METHODS and (config.spt is None or is_sparse(self._backbone))
+        return self._load_shared(folder) if is_routed else self._load_alone(folder, run)
 
     def _load_shared(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
@@ -214,7 +212,7 @@ class MultiTaskEngine(Engine):
     def _load_alone(self, folder: Path, run: dict[str, Any]) -> LoadedTask:
         config, spec, info = RunConfig(**run["config"]), spec_of(run), info_of_run(folder, run)
         if config.method == "full":
-            model: Any = load_trained(folder, config.method, str(folder), spec)
+            model: Any = load_trained(TrainedRun(folder, config.method, str(folder)), spec)
             model.to(device=self._device, dtype=self._backbone.dtype)
             model.config.use_cache = False
             encoder = Encoder(load_tokenizer(str(folder)), model.config)
@@ -225,16 +223,13 @@ class MultiTaskEngine(Engine):
                 with_own_head(backbone, head, spec.num_labels)
             if spt is not None and not was_sparse:
                 with_own_feed_forwards(backbone, spt)
-            model = attach_trained(
-                backbone,
-                folder,
-                is_sparse=spt is not None and not was_sparse,
-                backbone_fingerprint=None if was_sparse else run.get("backbone_fingerprint"),
-                exclude=head.modules,
-            )
+            fingerprint = None if was_sparse else run.get("backbone_fingerprint")
+            is_made_sparse = spt is not None and not was_sparse
+            trained = TrainedRun(folder, config.method, str(backbone.name_or_path), is_made_sparse, fingerprint)
+            model = attach_trained(backbone, trained, head.modules)
         if self._uses_onednn():
             use_onednn(model)
-        task = LoadedTask(info, OwnView(model, self._device), self._next_name(), encoder)
+        task = LoadedTask(info, View(model, self._device), self._next_name(), encoder)
         _try_out(task)
         return task
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.questions import TableOptions
+from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
 from sparsepeft.runs.config import LM, RunConfig
@@ -24,8 +24,6 @@ from sparsepeft.tasks.formats import FileFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_NO_FILE = "Columns or a format were named without a file; pass `test_file`, too."
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def evaluate(
     folder, table = Path(folder), table or TableOptions()
     run = read_run(folder)
     if test_file is None and table != TableOptions():
-        raise UserError(_NO_FILE)
+        raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     if run["task"] == LM:
         return _evaluate_language_model(folder, run, model, test_file, table, device)
     predictor = Predictor(folder, model, batch_size, device)
@@ -107,17 +105,12 @@ def evaluate(
         path = Path(test_file)
         file_format, digest = table.format_of(path), sha256(path)
         part = _rows(path, predictor, table, file_format)
-        notes = _notes_on_file(path.name, digest, run.get("data_fingerprints") or {})
-        return _evaluation(predictor, {"test": part}, (*file_format.notes, *notes), {path.name: digest})
+        notes = file_format.notes
+        if next(iter((run.get("data_fingerprints") or {}).values()), None) == digest:
+            notes += (f"{path.name} is the file that the run was trained on: its scores say nothing about new texts",)
+        return _evaluation(predictor, {"test": part}, notes, {path.name: digest})
     data = held_out_data(folder, data_dir, run=run)
     return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints)
-
-
-def _notes_on_file(name: str, digest: str, trained: Mapping[str, str]) -> tuple[str, ...]:
-    training_file = next(iter(trained), None)
-    if training_file is None or trained[training_file] != digest:
-        return ()
-    return (f"{name} is the file that the run was trained on: its scores say nothing about new texts",)
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:
@@ -163,40 +156,29 @@ def _evaluate_language_model(
     device: str | None,
 ) -> Evaluation:
     """Perplexity of a run's model on its validation text, or on a file."""
-    config = RunConfig(**run["config"])
+    config, trained = RunConfig(**run["config"]), trained_run(folder, run, model)
     files = [*config.text, *config.validation_text] if test_file is None else [str(test_file)]
-    held_out, notes = _held_out_text(folder, config, run) if test_file is None else (None, ())
-    documents = (
-        []
-        if test_file is None
-        else read_documents(
-            files, table.text_column or config.text_column or "text", table.delimiter, table.encoding or config.encoding
-        )
-    )
-    backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
-    trained = load_trained_language_model(
-        folder,
-        config.method,
-        backbone,
-        is_sparse=config.spt is not None,
-        backbone_fingerprint=run.get("backbone_fingerprint"),
-    )
-    to_accelerator(trained, device)
-    tokenizer = load_tokenizer(backbone)
-    block_length = longest_input(tokenizer, trained.config, config.block_length, "block_length")
+    if test_file is None:
+        held_out, notes = _held_out_text(folder, config, run)
+    else:
+        column, encoding = table.text_column or config.text_column or "text", table.encoding or config.encoding
+        documents = read_documents(files, column, table.delimiter, encoding)
+    loaded = load_trained_language_model(trained)
+    to_accelerator(loaded, device)
+    tokenizer = load_tokenizer(trained.backbone)
+    block_length = longest_input(tokenizer, loaded.config, config.block_length, "block_length")
     # A run of an earlier version says nothing of the token that blocks begin with, and had none.
     begin, digests = run.get("bos_token_id"), fingerprints(files)
     if test_file is None:
         corpus = load_corpus(config, tokenizer, block_length, begin, held_out=held_out)
-        blocks, notes = corpus.validation, (*corpus.notes, *notes)
+        part, blocks, notes = "validation", corpus.validation, (*corpus.notes, *notes)
     else:
-        blocks = cut(join(documents, tokenizer), block_length, "text of `test_file`", begin)
+        part, blocks, notes = "test", cut(join(documents, tokenizer), block_length, "text of `test_file`", begin), ()
         # The files that were trained on come before those of validation text.
         trained_on = list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
         if set(digests.values()) & set(trained_on):
             notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
-    measured = perplexity(trained, blocks, config.recipe_values().batch_size, config.precision)
-    part = "validation" if test_file is None else "test"
+    measured = perplexity(loaded, blocks, config.recipe_values().batch_size, config.precision)
     return Evaluation({part: measured}, notes=notes, data_fingerprints=digests)
 
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from sparsepeft.arguments import check_flag, check_number, check_whole
-from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.inference.answering import user_errors
 from sparsepeft.inference.encoding import num_positions, windows
 from sparsepeft.inference.portable import as_list
+from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model
 from sparsepeft.methods.models import load_tokenizer
-from sparsepeft.runs.config import LM, RunConfig
+from sparsepeft.runs.config import LM
 from sparsepeft.runs.corpus import end_token
 from sparsepeft.runs.files import read_run
 from sparsepeft.tasks.files import check_text
@@ -144,19 +144,11 @@ class Generator:
         except ValueError as error:
             raise UserError(f"`dtype={dtype}` was given; expected fp32, bf16 or fp16.") from error
         self.device = find_device(device)
-        config = RunConfig(**run["config"])
-        self.method = config.method
-        home = str(self.folder) if config.method == "full" else backbone_of_run(self.folder, model, config.model)
-        self.tokenizer = load_tokenizer(home)
-        trained: Any = load_trained_language_model(
-            self.folder,
-            config.method,
-            home,
-            is_sparse=config.spt is not None,
-            dtype=torch_dtype,
-            backbone_fingerprint=run.get("backbone_fingerprint"),
-        )
-        self.model: Any = trained.to(self.device)
+        trained = trained_run(self.folder, run, model)
+        self.method = trained.method
+        self.tokenizer = load_tokenizer(trained.backbone)
+        loaded: Any = load_trained_language_model(trained, torch_dtype)
+        self.model: Any = loaded.to(self.device)
         self._begin: int | None = run.get("bos_token_id")  # as the blocks it was trained on
         _read_rows_in_one_product(self.model.get_output_embeddings())
 

@@ -82,5 +82,4 @@ def is_onednn_faster(dtype: torch.dtype) -> bool:
 
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``nn.functional.linear`` by oneDNN, of a dtype that :func:`can_onednn_compute`; without gradients."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")

@@ -242,7 +242,6 @@ class ExportedTasks:
         """Yield a dictionary with ``label``, ``score`` and ``scores`` for each input, see :meth:`Prediction.to_dict`.
 
         Args:
-            name: of the task.
             texts: each a text, a pair, or a dictionary with ``text`` and ``text_pair``.
             batch_size: inputs of a pass.
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import Engine, user_errors
 from sparsepeft.inference.encoding import Encoder
 from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
-from sparsepeft.inference.tasks import LoadedTask, info_of_run
-from sparsepeft.inference.views import OwnView
+from sparsepeft.inference.tasks import LoadedTask, info_of_run, trained_run
+from sparsepeft.inference.views import View
 from sparsepeft.methods.models import load_tokenizer, load_trained, to_accelerator
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import columns_of, read_run, spec_of
@@ -64,16 +63,11 @@ class Predictor:
         self.config = RunConfig(**run["config"])
         self.columns: Columns | None = columns_of(run)
         self.batch_size = batch_size
-        if not list(self.folder.glob("*.safetensors")):
-            raise UserError(f"{self.folder} holds no trained weights yet; finish its training by the same command.")
-        method = self.config.method
-        backbone = str(self.folder) if method == "full" else backbone_of_run(self.folder, model, self.config.model)
-        self.model: Any = load_trained(
-            self.folder, method, backbone, self.spec, self.config.spt is not None, run.get("backbone_fingerprint")
-        )
+        trained = trained_run(self.folder, run, model)
+        self.model: Any = load_trained(trained, self.spec)
         to_accelerator(self.model, device)
-        self.tokenizer = load_tokenizer(backbone)
-        task = LoadedTask(info, OwnView(self.model), method, Encoder(self.tokenizer, self.model.config))
+        self.tokenizer = load_tokenizer(trained.backbone)
+        task = LoadedTask(info, View(self.model), trained.method, Encoder(self.tokenizer, self.model.config))
         self.max_length = task.max_length
         self._name = self.spec.name
         self._engine = Engine(batch_size=batch_size)

@@ -66,7 +66,6 @@ def read_questions(path: Path, predictor: Predictor, table: TableOptions = Table
     that follow. A line that cannot be read is a question with an error.
 
     Args:
-        path: of the file.
         predictor: of the run that is asked.
         table: how to read it.
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, TaskType
 
+from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import check_task_name, find_task
+from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
+from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import RUN, read_run, spec_of
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -54,8 +57,6 @@ class LoadedTask:
     """A task in memory.
 
     Args:
-        info: what the task is.
-        view: the model that answers it.
         adapter_name: of its adapter in that model.
         encoder: the tokenizer of its backbone.
         lowest_layer: how many layers at the bottom compute the same as without the task's adapter.
@@ -121,8 +122,8 @@ class TaskRegistry:
                 raise UserError(f"The task {name!r} is loaded already; call replace() to put another in its place.")
             self._put(name, load())
 
-    def replace(self, name: str, load: Callable[[], LoadedTask]) -> None:
-        """Load a task in place of one that is there.
+    def replace(self, name: str, load: Callable[[], LoadedTask | None]) -> None:
+        """Load a task in place of one that is there; None forgets that one.
 
         Raises:
             InputError: there is none.
@@ -130,16 +131,6 @@ class TaskRegistry:
         with self._changing:
             find_task(name, self._tasks)
             self._put(name, load())
-
-    def remove(self, name: str) -> None:
-        """Forget a task.
-
-        Raises:
-            InputError: there is none.
-        """
-        with self._changing:
-            find_task(name, self._tasks)
-            self._put(name, None)
 
     def _put(self, name: str, task: LoadedTask | None) -> None:
         with self._counting:
@@ -165,22 +156,30 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
     Raises:
         UserError: it is a language model.
     """
-    check_classifies(folder, run)
-    spec = spec_of(run)
-    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
-
-
-def check_classifies(folder: Path, run: dict[str, Any]) -> None:
-    """See that a run's model gives labels or values.
-
-    Raises:
-        UserError: it is a language model.
-    """
     if not isinstance(run["task"], dict):
         raise UserError(
             f"{folder} holds a language model, which has no labels to predict; `sparsepeft generate` continues texts "
             "with it, and `sparsepeft evaluate` gives its perplexity."
         )
+    spec = spec_of(run)
+    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
+
+
+def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> TrainedRun:
+    """What the model of a run is loaded from.
+
+    Args:
+        run: the content of its ``run.json``.
+        model: the backbone, if it has moved since training.
+
+    Raises:
+        UserError: there are no weights yet, or nothing is left where the backbone was.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
+    config = RunConfig(**run["config"])
+    backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
+    return TrainedRun(folder, config.method, backbone, config.spt is not None, run.get("backbone_fingerprint"))
 
 
 def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:

@@ -1,6 +1,6 @@
 """Views of the backbone: models that share its weights, each for the tasks that can be batched together.
 
-A :class:`SharedView` answers the tasks of one PEFT method, row by row; an :class:`OwnView` answers one task alone.
+A :class:`SharedView` answers the tasks of one PEFT method, row by row; a plain :class:`View` answers one task alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,18 +30,27 @@ from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 AdapterSite = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router
 
 
-class View(Protocol):
-    """A model that answers one task, or several together."""
+class View:
+    """A model that answers one task alone: its adapter cannot be routed row by row, or all of it was trained.
+
+    Args:
+        model: dense or sparse, with its adapter if it has one.
+        device: where its inputs are expected; None is where the model is when it is asked.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device | None = None) -> None:
+        self.model: Any = model.eval()
+        self._device = device
 
     @property
     def device(self) -> torch.device:
         """Where its inputs are expected."""
-        ...
+        return self._device or self.model.device
 
     @property
     def num_shareable_layers(self) -> int:
         """Layers that can be run once for several tasks; 0 where the model has no single stack of them."""
-        ...
+        return 0
 
     def logits(
         self,
@@ -54,57 +63,17 @@ class View(Protocol):
 
         With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
         """
-        ...
+        return self.model(**inputs).logits
 
     def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
         """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
-        ...
-
-    def delete(self, adapter_name: str) -> None:
-        """Forget an adapter that no pass uses."""
-        ...
-
-
-class OwnView:
-    """A model that answers one task alone: its adapter cannot be routed row by row, or all of it was trained.
-
-    Args:
-        model: dense or sparse, with its adapter if it has one.
-        device: where its inputs are expected; None is where the model is when it is asked.
-    """
-
-    num_shareable_layers = 0
-
-    def __init__(self, model: torch.nn.Module, device: torch.device | None = None) -> None:
-        self.model: Any = model.eval()
-        self._device = device
-
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs are expected."""
-        device: torch.device = self._device or self.model.device
-        return device
-
-    def logits(
-        self,
-        inputs: dict[str, torch.Tensor],
-        adapter_names: list[str],
-        begin: int = 0,
-        states: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(B, num_labels)."""
-        logits: torch.Tensor = self.model(**inputs).logits
-        return logits
-
-    def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
-        """None: no other task uses them."""
         return None
 
     def delete(self, adapter_name: str) -> None:
-        """Nothing is left of the task when nobody holds the view any more."""
+        """Forget an adapter that no pass uses."""
 
 
-class SharedView:
+class SharedView(View):
     """The backbone with the adapters of one PEFT method.
 
     PEFT keeps adapters of one method in one model. Methods must not nest in one tree of modules (a bottleneck adapter
@@ -117,12 +86,11 @@ class SharedView:
     """
 
     def __init__(self, backbone: PreTrainedModel, *, onednn: bool) -> None:
-        self.model = serving_copy(backbone)
-        self.device = execution_device(backbone) or backbone.device
+        super().__init__(serving_copy(backbone), execution_device(backbone) or backbone.device)
         if onednn:
             use_onednn(self.model)
         self._partial = PartialPasses(self.model)
-        self._peft: PeftModel | None = None
+        self._peft: Any = None  # a PeftModel once an adapter was loaded
         self._context = ForwardContext()
         self._sites: dict[str, list[AdapterSite]] = {}  # of each adapter
 
@@ -147,12 +115,9 @@ class SharedView:
         return lowest
 
     def delete(self, adapter_name: str) -> None:
-        """Forget an adapter that no pass uses."""
+        """As in any view."""
         for site in self._sites.pop(adapter_name):
-            if isinstance(site, TaskTunerLayer):
-                site.delete_adapter(adapter_name)
-            else:
-                site.delete_adapter(adapter_name, None)
+            site.delete_adapter(adapter_name, *(() if isinstance(site, TaskTunerLayer) else (None,)))
 
     def logits(
         self,
@@ -161,42 +126,34 @@ class SharedView:
         begin: int = 0,
         states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the rows of a batch, each with its adapter: (B, most labels), -inf where a row's task has fewer.
-
-        With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
-        """
+        """As in any view."""
         skipping = self._partial.beginning_after(begin - 1, states) if states is not None else nullcontext()
-        model: Any = self.model
         with self._context.routed(adapter_names), skipping:
-            logits: torch.Tensor = model(**inputs).logits
-        return logits
+            return self.model(**inputs).logits
 
     @property
     def num_shareable_layers(self) -> int:
-        """Layers that can be run once for several tasks; 0 where the model has no single stack of them."""
+        """As in any view."""
         return self._partial.num_layers
 
     def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
-        """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
-        model: Any = self.model
+        """As in any view."""
         with self._partial.ending_after(num_layers - 1):
-            model(**inputs)
+            self.model(**inputs)
         return self._partial.states()
 
     def _attach(self, folder: Path, adapter_name: str) -> None:
         if self._peft is None:
             self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter_name)
-            self._context = _context_of(self._peft)
+            self._context = self._peft.base_model._context
         else:
             self._peft.load_adapter(str(folder), adapter_name=adapter_name)
         self._peft.eval()
-        tuner: Any = self._peft.base_model
-        tuner.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
+        self._peft.base_model.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
 
     def _lowest_layer(self, adapter_name: str) -> int:
         blocks = find_blocks(self.model)
-        assert self._peft is not None
-        config: Any = self._peft.peft_config[adapter_name]
+        config = self._peft.peft_config[adapter_name]
         head = tuple(f"{name}." for name in config.head_modules or ())
         lowest = len(blocks)
         for name, _ in self._sites_of(adapter_name):
@@ -272,9 +229,3 @@ def _offloaded_weights(model: PreTrainedModel) -> Iterator[Any]:
             for name in ("weights_map", "tied_params_map"):
                 if getattr(each, name, None) is not None:
                     yield getattr(each, name)
-
-
-def _context_of(peft: PeftModel) -> ForwardContext:
-    tuner: Any = peft.base_model
-    context: ForwardContext = tuner._context
-    return context

@@ -18,7 +18,7 @@ from torch import nn
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.labels import BatchLabels
 from sparsepeft.inspection.picks import Picks
-from sparsepeft.inspection.report import LayerReport, MemoryReport, layer_report
+from sparsepeft.inspection.report import MemoryReport, layer_report
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
 from sparsepeft.tuners.spartan import SpartanLayer
@@ -141,7 +141,8 @@ def inspect_memories(
         )
     listing = (num_words, min_word_count, keep_stop_words)
     config: Any = model.peft_config[model.active_adapter]
-    names = label_names if label_names is not None else _names_of(model)
+    id2label = getattr(model.get_base_model().config, "id2label", None) or {}
+    names = [str(id2label[index]) for index in sorted(id2label)] if label_names is None else label_names
     per_position = label_names is not None or config.task_type == TaskType.TOKEN_CLS
 
     def inspect() -> MemoryReport:
@@ -153,11 +154,6 @@ def inspect_memories(
         return report
     with untrained_adapter(model, seed):
         return dataclasses.replace(report, untrained=inspect())
-
-
-def _names_of(model: PeftModel) -> tuple[str, ...]:
-    id2label = getattr(model.get_base_model().config, "id2label", None) or {}
-    return tuple(str(id2label[index]) for index in sorted(id2label))
 
 
 class _Watch:
@@ -173,7 +169,9 @@ class _Watch:
         self._position_classes: np.ndarray | None = None
 
     def run(self, batches: Iterable[Mapping[str, Any]], listing: tuple[int, int, bool]) -> MemoryReport:
-        with self._hooks(), _eval_mode(self.model), torch.inference_mode():
+        with ExitStack() as hooks, _eval_mode(self.model), torch.inference_mode():
+            for i, found in enumerate(self.memories):
+                hooks.callback(found.memory.register_forward_pre_hook(partial(self._look, i)).remove)
             for batch in batches:
                 self._run_batch(dict(batch))
         if not self.picks[0].positions:
@@ -182,25 +180,16 @@ class _Watch:
             self.notes[_FORGOTTEN] = None
         if self.labels.note:
             self.notes[self.labels.note] = None
-        has_labels = self.labels.unit is not None
+        layers = []
+        for i, (found, picks) in enumerate(zip(self.memories, self.picks, strict=True)):
+            words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
+            layers.append(layer_report(found.index, found.name, picks, self.labels.names, words))
         return MemoryReport(
             adapter=str(self.model.active_adapter),
-            label_names=self.labels.names if has_labels else None,
-            layers=[self._layer_report(i, listing) for i in range(len(self.memories))],
+            label_names=self.labels.names if self.labels.unit is not None else None,
+            layers=layers,
             notes=tuple(self.notes),
         )
-
-    def _layer_report(self, i: int, listing: tuple[int, int, bool]) -> LayerReport:
-        memory, picks = self.memories[i], self.picks[i]
-        words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
-        return layer_report(memory.index, memory.name, picks, self.labels.names, words)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for i, memory in enumerate(self.memories):
-                stack.callback(memory.memory.register_forward_pre_hook(partial(self._look, i)).remove)
-            yield
 
     def _run_batch(self, batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
@@ -270,7 +259,6 @@ def untrained_adapter(model: PeftModel, seed: int) -> Iterator[str]:
     """Inside the context, a fresh adapter with the active one's config is active; it is removed afterwards.
 
     Args:
-        model: the adapted model.
         seed: of the fresh adapter's weights; the global random state is left alone.
 
     Yields:

@@ -132,7 +132,6 @@ def inline_svg(figure: Figure, description: str, salt: str) -> str:
     """The figure as an ``<svg>`` element for a page: no declaration, metadata or names of other hosts.
 
     Args:
-        figure: what to draw.
         description: what it shows, for those who cannot see it; plain text.
         salt: makes names inside it differ from those of other figures on the page.
     """

@@ -15,15 +15,12 @@ from sparsepeft.inspection.report import LayerReport, MemoryReport
 from sparsepeft.provenance import environment
 from sparsepeft.runs.files import RUN
 
+_NMI = "Lines of the normalised mutual information by layer; of documents"
 REPORT, PAGE = "inspection.json", "inspection.html"
 
 
 def render_page(report: MemoryReport, title: str = "What the parent cells have learned") -> str:
     """The page; names of labels and words of the texts are escaped.
-
-    Args:
-        report: what to show.
-        title: its heading.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -31,13 +28,14 @@ def render_page(report: MemoryReport, title: str = "What the parent cells have l
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": _number, "percent": _percent}
     source = resources.files("sparsepeft.inspection").joinpath("page.html").read_text(encoding="utf-8")
+    values = ", ".join(f"{layer.name} {_number(layer.nmi_documents)}" for layer in report.layers)
     has_nmi = any(layer.nmi_positions is not None for layer in report.layers)
     return environment.from_string(source).render(
         report=report,
         title=title,
         has_labels=report.label_names is not None,
         # matplotlib has escaped what stands inside its drawings.
-        nmi_svg=Markup(inline_svg(nmi_figure(report), _describe_nmi(report), "nmi")) if has_nmi else None,
+        nmi_svg=Markup(inline_svg(nmi_figure(report), f"{_NMI}: {values}", "nmi")) if has_nmi else None,
         figures=[_drawings(number, layer) for number, layer in enumerate(report.layers)],
     )
 
@@ -46,7 +44,9 @@ def _drawings(number: int, layer: LayerReport) -> dict[str, Markup | None]:
     labels = None
     if any(parent.labels_positions for parent in most_used(layer)):
         labels = Markup(inline_svg(label_figure(layer), _describe_labels(layer), f"labels-{number}"))
-    picks = inline_svg(picks_figure(layer), _describe_picks(layer), f"picks-{number}")
+    shares = ", ".join(f"parent {parent.index} {parent.share_first:.0%}" for parent in most_used(layer))
+    described = f"Bars of how often each parent of {layer.name} comes first: {shares}"
+    picks = inline_svg(picks_figure(layer), described, f"picks-{number}")
     return {"labels": labels, "picks": Markup(picks)}
 
 
@@ -58,16 +58,6 @@ def _describe_labels(layer: LayerReport) -> str:
         if p.purity is not None
     ]
     return f"Bars of the labels that pick each parent of {layer.name}. {'; '.join(held)}"
-
-
-def _describe_picks(layer: LayerReport) -> str:
-    shares = ", ".join(f"parent {parent.index} {parent.share_first:.0%}" for parent in most_used(layer))
-    return f"Bars of how often each parent of {layer.name} comes first: {shares}"
-
-
-def _describe_nmi(report: MemoryReport) -> str:
-    values = ", ".join(f"{layer.name} {_number(layer.nmi_documents)}" for layer in report.layers)
-    return f"Lines of the normalised mutual information by layer; of documents: {values}"
 
 
 def _number(value: Any) -> str:
@@ -82,7 +72,6 @@ def check_folder(folder: Path, *also: str) -> None:
     """Check that an inspection may be written to ``folder``: new, empty, a run's, or an earlier inspection's.
 
     Args:
-        folder: for the output.
         *also: further names by which it may be known.
 
     Raises:
@@ -96,10 +85,8 @@ def write_inspection(report: MemoryReport, folder: Path, title: str = "What the 
     """Write the numbers as JSON, the page, and every figure as PNG and SVG.
 
     Args:
-        report: what was found.
         folder: made if it is not there; gets ``inspection.json``, ``inspection.html``, ``nmi`` and, for each layer by
             its place among the memories, ``layer-N-labels`` and ``layer-N-picks``.
-        title: heading of the page.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -20,7 +20,6 @@ class Picks:
     """Counts over positions and documents (rows of a batch), in memory that does not grow with their number.
 
     Args:
-        memory: the memory that is read.
         num_classes: L, the number of labels; 0 without labels.
 
     Attributes:
@@ -122,7 +121,6 @@ def read(memory: SparseMemory, states: Tensor) -> Iterator[tuple[slice, Reading]
     """How ``memory`` is read by ``states``, a bounded number of them at a time.
 
     Args:
-        memory: the memory.
         states: the hidden states it is read with, (N, D).
 
     Yields:

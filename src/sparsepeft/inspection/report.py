@@ -170,7 +170,6 @@ def layer_report(
     """The report of one memory.
 
     Args:
-        index, name: the layer.
         picks: its counts.
         labels: names of the classes counted; empty without labels.
         words: (word, count, lift, z) of each parent.

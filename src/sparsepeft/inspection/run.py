@@ -17,7 +17,7 @@ from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
 from sparsepeft.inspection.words import encode_with_words
 from sparsepeft.runs.held_out import held_out_data
-from sparsepeft.tasks import TaskData, subsample
+from sparsepeft.tasks import subsample
 from sparsepeft.tasks.labels import SINGLE
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ def inspect_run(
     predictor = Predictor(folder, model, batch_size, device)
     find_memories(predictor.model, layer)  # before data is read
     data = held_out_data(predictor.folder, data_dir)
-    name, part = _part(data, split)
+    parts = data.scored_parts
+    name = split or ("test" if "test" in parts else "validation")
+    if name not in parts:
+        raise UserError(unknown_name(f"split of {data.spec.name}", name, parts))
+    part = parts[name]
     if max_examples is not None:
         part = subsample(part, max_examples, predictor.config.seed)
     if not len(part):
@@ -73,9 +77,18 @@ def inspect_run(
         keep_stop_words=keep_stop_words,
         seed=predictor.config.seed,
     )
-    source = _source(predictor, data, name, len(part), model) | {"keep_stop_words": keep_stop_words}
-    notes = (*report.notes, *data.notes)
-    return dataclasses.replace(report, source=source, notes=notes)
+    source = {
+        "task": data.spec.name,
+        "split": name,
+        "examples": len(part),
+        "max_length": predictor.max_length,
+        "model": describe_backbone(resolve_model(model or predictor.config.model)),
+        "seed": predictor.config.seed,
+        "data_source": data.source,
+        "data_fingerprints": dict(data.fingerprints),
+        "keep_stop_words": keep_stop_words,
+    }
+    return dataclasses.replace(report, source=source, notes=(*report.notes, *data.notes))
 
 
 class Batches:
@@ -100,25 +113,3 @@ class Batches:
             texts = [rows[name] for name in columns]
             batch = encode_with_words(self._predictor.tokenizer, *texts, max_length=self._predictor.max_length)
             yield batch | {"labels": torch.tensor(rows["label"], dtype=label_dtype)}
-
-
-def _part(data: TaskData, split: str | None) -> tuple[str, Dataset]:
-    parts = data.scored_parts
-    name = split or ("test" if "test" in parts else "validation")
-    if name not in parts:
-        raise UserError(unknown_name(f"split of {data.spec.name}", name, parts))
-    return name, parts[name]
-
-
-def _source(predictor: Predictor, data: TaskData, split: str, num_examples: int, model: str | None) -> dict[str, Any]:
-    config = predictor.config
-    return {
-        "task": data.spec.name,
-        "split": split,
-        "examples": num_examples,
-        "max_length": predictor.max_length,
-        "model": describe_backbone(resolve_model(model or config.model)),
-        "seed": config.seed,
-        "data_source": data.source,
-        "data_fingerprints": dict(data.fingerprints),
-    }

@@ -128,7 +128,6 @@ class WordCounts:
 
         Args:
             memory: which memory, 0 to M - 1.
-            words: the batch's words.
             positions: flat indices into ``words.occurrence`` of the positions that count, (N,).
             parents: the first parent of each, (N,).
         """
@@ -169,7 +168,6 @@ class WordCounts:
         """The words that a parent meets more than the others do, by :func:`log_odds_z`.
 
         Args:
-            memory, parent: which.
             num_words: at most so many.
             min_count: occurrences at this parent that a word needs.
             keep_stop_words: also list what :func:`is_topical` is not, and words of most texts.

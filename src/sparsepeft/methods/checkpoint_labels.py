@@ -61,8 +61,6 @@ def start_head(model: PreTrainedModel, start: HeadStart, names: Mapping[int, str
 
     Args:
         model: with the checkpoint's number of labels where rows are picked, else with the task's.
-        start: what to do.
-        names: of the task's labels.
 
     Raises:
         UserError: rows are to be picked, but no layer of the head has one for each label.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,9 @@ _CONFIGS: dict[str, type[PeftConfig]] = {
 }
 # Set by the task or when attaching; not the user's to choose with --set.
 _RESERVED = {
-    "task_type",
-    "peft_type",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "num_labels",
-    "id2label",
-    "problem_type",
-    "backbone_fingerprint",
-    "format_version",
-    "check_backbone",
-    "save_dtype",
-    "runtime_config",
+    *(each.name for each in dataclasses.fields(PeftConfig)),
+    *("num_labels", "id2label", "problem_type", "backbone_fingerprint", "format_version", "check_backbone"),
+    *("save_dtype", "runtime_config"),
 }
 
 
@@ -131,8 +120,8 @@ def load_backbone(model: str, spec: TaskSpec) -> PreTrainedModel:
     return backbone
 
 
-def load_model_config(model: str) -> PreTrainedConfig:
-    """A backbone's config, without its weights.
+def load_model_config(model: str, what: str = "model") -> PreTrainedConfig:
+    """A backbone's config, without its weights; errors call the backbone ``what``.
 
     Raises:
         UserError: there is no such model.
@@ -140,7 +129,7 @@ def load_model_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(not_loaded("model", model, error)) from error
+        raise UserError(not_loaded(what, model, error)) from error
 
 
 def note_on_head(model: str, spec: TaskSpec) -> tuple[str, ...]:
@@ -176,12 +165,15 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec, settings: dict[str, Any]) -> Model:
-    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it."""
-    config = adapter_config(method, settings, spec)
+def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec | None, settings: dict[str, Any]) -> Model:
+    """The model to train: a backbone, dense or sparse, with the method's adapter and head, or all of it.
+
+    A language model has no ``spec``, and its adapter no head.
+    """
+    config = adapter_config(method, settings, spec, TaskType.CAUSAL_LM if spec is None else TaskType.SEQ_CLS)
     if config is None:
         return backbone
-    if isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
+    if spec is not None and isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:
         # PEFT would train `classifier` and `score` only, and forget a fresh pooler.
         config.modules_to_save = list(find_head(backbone, find_blocks(backbone)).modules)
     return attach(backbone, config, method)
@@ -205,55 +197,60 @@ def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_n
     return extended
 
 
-def load_trained(
-    folder: Path,
-    method: str,
-    model: str,
-    spec: TaskSpec,
-    is_sparse: bool = False,
-    backbone_fingerprint: dict[str, Any] | None = None,
-) -> Model:
-    """The trained model of a run, in eval mode.
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run's model is loaded from.
 
-    Args:
+    Attributes:
         folder: of the run.
         method: of the run.
-        model: the backbone.
-        spec: the task.
+        backbone: hub id or folder of the model that it was trained on; the run's own folder for full fine-tuning.
         is_sparse: it was trained on a sparse model.
         backbone_fingerprint: of the backbone that it was trained on, see :func:`fingerprint_of`.
+    """
+
+    folder: Path
+    method: str
+    backbone: str
+    is_sparse: bool = False
+    backbone_fingerprint: dict[str, Any] | None = None
+
+
+def load_trained(run: TrainedRun, spec: TaskSpec) -> Model:
+    """The trained model of a run, in eval mode.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    if method == "full":
-        return load_backbone(str(folder), spec).eval()
-    with loading_adapter(folder):
-        backbone = load_backbone(model, spec)
-    return attach_trained(backbone, folder, is_sparse, backbone_fingerprint)
+    if run.method == "full":
+        return load_backbone(run.backbone, spec).eval()
+    with loading_adapter(run.folder):
+        backbone = load_backbone(run.backbone, spec)
+    return attach_trained(backbone, run)
 
 
-def attach_trained(
-    backbone: PreTrainedModel,
-    folder: Path,
-    is_sparse: bool = False,
-    backbone_fingerprint: dict[str, Any] | None = None,
-    exclude: Iterable[str] = (),
-) -> Model:
+def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable[str] = ()) -> Model:
     """A run's adapter on its dense backbone, which is changed; in eval mode.
 
     Args:
         backbone: with as many labels as the run.
-        folder, is_sparse, backbone_fingerprint: as for :func:`load_trained`.
         exclude: modules of the head, which need not be as they were before training.
 
     Raises:
         UserError: files are missing, truncated or foreign, or the backbone is another.
     """
-    with loading_adapter(folder):
-        check_backbone(backbone, backbone_fingerprint, exclude)
-        load = load_sparse if is_sparse else PeftModel.from_pretrained
-        return load(backbone, str(folder)).eval()
+    with loading_adapter(run.folder):
+        try:
+            if run.backbone_fingerprint is not None:
+                place = str(backbone.name_or_path)
+                check_fingerprint(run.backbone_fingerprint, backbone, exclude, "of its training", place)
+        except ValueError as error:
+            raise UserError(
+                f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights "
+                "differ; pass the right one."
+            ) from error
+        load = load_sparse if run.is_sparse else PeftModel.from_pretrained
+        return load(backbone, str(run.folder)).eval()
 
 
 def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
@@ -262,24 +259,6 @@ def fingerprint_of(backbone: PreTrainedModel, method: str) -> dict[str, Any]:
     if config is None or issubclass(config, TaskAdapterConfig):
         return {}
     return {"backbone_fingerprint": fingerprint(backbone)}
-
-
-def check_backbone(backbone: PreTrainedModel, expected: dict[str, Any] | None, exclude: Iterable[str] = ()) -> None:
-    """See that a dense backbone is the one that a run was trained on, as far as the run says.
-
-    Modules named in ``exclude`` are not compared.
-
-    Raises:
-        UserError: it is another.
-    """
-    try:
-        if expected is not None:
-            check_fingerprint(expected, backbone, exclude, "of its training", str(backbone.name_or_path))
-    except ValueError as error:
-        raise UserError(
-            f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights differ; "
-            "pass the right one."
-        ) from error
 
 
 def to_accelerator(model: torch.nn.Module, device: str | None = None) -> None:

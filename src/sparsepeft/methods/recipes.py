@@ -17,13 +17,7 @@ METHODS = ("spartan", "pfeiffer", "houlsby", "lora", "ia3", "bitfit", "head", "f
 RECIPES = ("best", "paper")
 # Those of transformers that need no further arguments.
 SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
 )
 
 
@@ -73,8 +67,9 @@ class Recipe:
         return dataclasses.replace(self, **recipe, adapter={**self.adapter, **adapter})
 
 
+_MEMORY = {"num_parents": 16, "num_children": 3, "top_k": 8}
 _PAPER = {
-    "spartan": Recipe(1e-3, adapter={"num_parents": 16, "num_children": 3, "top_k": 8}),
+    "spartan": Recipe(1e-3, adapter=_MEMORY),
     "full": Recipe(2e-5),
     "head": Recipe(1e-3),
     "lora": Recipe(1e-4, adapter={"r": 8, "lora_alpha": 16}),
@@ -85,15 +80,7 @@ _PAPER = {
 }
 _BEST = {
     "spartan": Recipe(
-        1e-3,
-        warmup_ratio=0.06,
-        adapter={
-            "num_parents": 16,
-            "num_children": 3,
-            "top_k": 8,
-            "value_initializer_range": 0.02,
-            "train_layer_norms": True,
-        },
+        1e-3, warmup_ratio=0.06, adapter=_MEMORY | {"value_initializer_range": 0.02, "train_layer_norms": True}
     ),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-2, warmup_ratio=0.06),

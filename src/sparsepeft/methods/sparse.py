@@ -59,8 +59,7 @@ def make_sparse(model: PreTrainedModel, config: SptConfig, calibration_data: Any
         sparse: Any = sparsify(model, config, calibration_data)
     except ValueError as error:
         raise UserError(f"The model cannot be made sparse: {error}") from error
-    sparsification: Sparsification = sparse.sparsification
-    return sparsification
+    return sparse.sparsification
 
 
 def describe(sparsification: Sparsification) -> dict[str, Any]:

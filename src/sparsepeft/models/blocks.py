@@ -129,7 +129,8 @@ def _search(model: nn.Module) -> list[Stack]:
     # A checkpointed list counts where nothing is recorded: speech models also checkpoint their convolutions.
     chosen |= {name for name, stack in lists.items() if owners[name] not in recorded_owners and _is_checkpointed(stack)}
     if not chosen:
-        depths = _depths(model)
+        config = getattr(model, "config", None)
+        depths = {n for name in _DEPTH_NAMES if isinstance(n := getattr(config, name, None), int)}
         chosen = {
             name for name, stack in lists.items() if len(stack) in depths and len({type(m) for _, m in stack}) == 1
         }
@@ -169,11 +170,6 @@ def _owner(model: nn.Module, name: str) -> str:
         if isinstance(modules[prefix], PreTrainedModel):
             return prefix
     return ""
-
-
-def _depths(model: nn.Module) -> set[int]:
-    config = getattr(model, "config", None)
-    return {getattr(config, name) for name in _DEPTH_NAMES if isinstance(getattr(config, name, None), int)}
 
 
 def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]:

@@ -70,7 +70,8 @@ def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = N
         modules = [
             name
             for name, module in following.items()
-            if (at_root and "." not in name) or (loaded and _is_fresh(module))
+            if (at_root and "." not in name)
+            or (loaded and not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters()))
         ]
     output, linear = _find_output(model, modules)
     return HeadSpec(tuple(modules), output, linear)
@@ -116,10 +117,6 @@ def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
         return True
     at_root = [name for name in following if "." not in name]
     return _find_output(model, at_root)[0] is not None
-
-
-def _is_fresh(module: nn.Module) -> bool:
-    return not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
 
 
 def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]:

@@ -184,22 +184,15 @@ def _in_layer(block: Block) -> FeedForward:
         )
     (name, names) = found[0]
     full_name = f"{block.name}.{name}" if name else block.name
-    return _feed_forward(modules[name], full_name, names, block, is_module=names in _MODULES)
-
-
-def _feed_forward(owner: nn.Module, name: str, names: PartNames, block: Block, is_module: bool) -> FeedForward:
+    owner = modules[name]
     inner, hidden = weight_of(owner.get_submodule(names.up)).shape
     activation = attrgetter(names.activation)(owner)
-    return FeedForward(owner, name, names, activation, (hidden, inner), block.is_decoder, is_module)
+    return FeedForward(owner, full_name, names, activation, (hidden, inner), block.is_decoder, names in _MODULES)
 
 
 def _has(module: nn.Module, names: PartNames) -> bool:
-    return all(_exists(module, name) for name in names if name is not None)
-
-
-def _exists(module: nn.Module, name: str) -> bool:
     try:
-        attrgetter(name)(module)
+        attrgetter(*(name for name in names if name is not None))(module)
     except AttributeError:
         return False
     return True

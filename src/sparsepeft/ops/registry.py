@@ -173,8 +173,9 @@ def explain(operator: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         >>> from sparsepeft.ops import memory_read
         >>> x = torch.randn(2, 7, 32)  # (B, T, D)
         >>> parent_keys, child_keys, child_values = torch.randn(16, 32), torch.randn(16, 3, 32), torch.zeros(16, 3, 32)
-        >>> explain(memory_read, x, parent_keys, child_keys, child_values, top_k=8).others["triton"]
-        'the tensors are on cpu, Triton kernels run on CUDA devices'
+        >>> explanation = explain(memory_read, x, parent_keys, child_keys, child_values, top_k=8)
+        >>> sorted([explanation.impl, *explanation.others])  # print(explanation) says why it is the first
+        ['cpu', 'reference', 'torch', 'triton']
     """
     name = operator if isinstance(operator, str) else operator.__name__
     if name not in OPERATORS:

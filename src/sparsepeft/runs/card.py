@@ -32,18 +32,8 @@ _METHODS = {
     "head": "classification head",
 }
 # The hub's names of metrics; other scores, such as means of two metrics, are in the card's table alone.
-_METRICS = {
-    "accuracy": "accuracy",
-    "f1": "f1",
-    "macro_f1": "f1",
-    "micro_f1": "f1",
-    "matthews_correlation": "matthews_correlation",
-    "pearson": "pearsonr",
-    "spearman": "spearmanr",
-    "mae": "mae",
-    "rmse": "rmse",
-    "perplexity": "perplexity",
-}
+_METRICS = {name: name for name in ("accuracy", "f1", "matthews_correlation", "mae", "rmse", "perplexity")}
+_METRICS |= {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
 
 
 def write_model_card(folder: Path) -> None:
@@ -180,17 +170,9 @@ def _data(results: Mapping[str, Any]) -> str:
     hashes = (
         (f"`{name}`", f"`{digest.removeprefix('sha256:')}`") for name, digest in results["data_fingerprints"].items()
     )
-    notes = "".join(f"\n- {note}" for note in results["notes"])
-    return "\n\n".join(
-        part
-        for part in (
-            f"## Data\n\n{_dataset(results)[0]}",
-            rows,
-            table(("file", "SHA-256"), hashes, numbers=False),
-            notes.strip(),
-        )
-        if part
-    )
+    files = table(("file", "SHA-256"), hashes, numbers=False)
+    parts = (f"## Data\n\n{_dataset(results)[0]}", rows, files, "\n".join(f"- {note}" for note in results["notes"]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _size(results: Mapping[str, Any]) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -32,29 +33,21 @@ DATA_FIELDS = ("data_dir", *FileOptions.__annotations__)  # of labelled data, as
 _SHARED_DATA_FIELDS = ("text_column", "delimiter", "encoding")
 LABELLED_FIELDS = (
     *(name for name in DATA_FIELDS if name not in _SHARED_DATA_FIELDS),
-    "max_train_samples",
-    "few_shot",
-    "score_on",
-    "label_smoothing_factor",
-    "class_weights",
-    "eval_steps",
-    "early_stopping_patience",
-    "max_length",
-    "save_dtype",
-    "cache_frozen_layers",
-    "compile",
+    *("max_train_samples", "few_shot", "score_on", "label_smoothing_factor", "class_weights", "eval_steps"),
+    *("early_stopping_patience", "max_length", "save_dtype", "cache_frozen_layers", "compile"),
 )
 TEXT_FIELDS = ("text", "validation_text", "block_length", "bos_token")
-_WHOLE = (
-    "max_steps",
-    "max_train_samples",
-    "few_shot",
-    "batch_size",
-    "max_length",
-    "eval_steps",
-    "early_stopping_patience",
-    "gradient_accumulation_steps",
-)
+_WHOLE = ("max_steps", "max_train_samples", "few_shot", "batch_size", "max_length", "eval_steps")
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of fields that are not None
+    **dict.fromkeys((*_WHOLE, "early_stopping_patience", "gradient_accumulation_steps"), check_whole),
+    "block_length": partial(check_whole, least=2),  # one token to predict another
+    "epochs": partial(check_number, above=0),
+    "label_smoothing_factor": partial(check_number, least=0, most=1),
+    "seed": partial(check_whole, least=0, most=2**32 - 1),
+    "problem_type": lambda name, value: problem_type_of(value),
+    "delimiter": lambda name, value: read_delimiter(value),
+    "encoding": lambda name, value: known_encoding(value),
+}
 _OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr_scheduler_type")
 _RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -171,11 +164,14 @@ class RunConfig:
         usual = {"method": "lora", "text_column": "text"} if self.is_language_model else {"method": "spartan"}
         values |= {name: value for name, value in usual.items() if not values[name]}
         values |= {
-            "precision": short_precision(self.precision),
+            "precision": _SHORT_DTYPES.get(self.precision, self.precision),
             "report_to": read_trackers(self.report_to),
             "class_weights": read_class_weights(self.class_weights),
-            "save_dtype": _read_save_dtype(self.save_dtype),
         }
+        if self.save_dtype is not None:
+            from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
+
+            values["save_dtype"] = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
         vars(self).update(values)
         self._check_values()
         self._check_combinations()
@@ -184,21 +180,9 @@ class RunConfig:
         check_choice("method", self.method, LM_METHODS if self.is_language_model else METHODS)
         for name, valid in (("recipe", RECIPES), ("precision", PRECISIONS), ("score_on", SCORE_ON)):
             check_choice(name, getattr(self, name), valid)
-        for name in _WHOLE:
+        for name, check in _CHECKS.items():
             if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
-        if self.block_length is not None:
-            check_whole("block_length", self.block_length, least=2)  # one token to predict another
-        if self.epochs is not None:
-            check_number("epochs", self.epochs, above=0)
-        if self.label_smoothing_factor is not None:
-            check_number("label_smoothing_factor", self.label_smoothing_factor, least=0, most=1)
-        check_whole("seed", self.seed, least=0, most=2**32 - 1)
-        problem_type_of(self.problem_type)
-        if self.delimiter is not None:
-            read_delimiter(self.delimiter)
-        if self.encoding is not None:
-            known_encoding(self.encoding)
+                check(name, getattr(self, name))
         self.recipe_values()  # unknown settings are found before anything is loaded
 
     def _check_combinations(self) -> None:
@@ -316,11 +300,6 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(key, key): value for key, value in values.items()}
 
 
-def short_precision(name: str) -> str:
-    """``fp32`` for PyTorch's ``float32``, and so on; anything else as it is."""
-    return _SHORT_DTYPES.get(name, name)
-
-
 def read_trackers(values: Any) -> tuple[str, ...]:
     """Names of trackers: from ``"a,b"``, a list of such, ``"none"`` or None.
 
@@ -360,14 +339,6 @@ def read_class_weights(value: Any) -> str | dict[str, float] | None:
     if not weights or not is_valid or len(weights) < len(pairs):
         raise UserError(f"`class_weights={value}` was given; {_WEIGHTS_FORM}.")
     return weights
-
-
-def _read_save_dtype(value: str | None) -> str | None:
-    if value is None:
-        return None
-    from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
-
-    return dtype_name("save_dtype", value, SAVE_DTYPES)
 
 
 def _plain_fields(config: RunConfig) -> dict[str, Any]:

@@ -14,14 +14,7 @@ from typing import Any
 import yaml
 
 from sparsepeft.errors import UserError, first_line, unknown_name
-from sparsepeft.runs.config import (
-    LM,
-    RunConfig,
-    current_names,
-    defaults_of,
-    refuse_foreign_fields,
-    require_fields,
-)
+from sparsepeft.runs.config import LM, RunConfig, current_names, defaults_of, refuse_foreign_fields, require_fields
 from sparsepeft.tasks.spec import CUSTOM
 
 

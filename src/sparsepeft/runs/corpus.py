@@ -63,8 +63,6 @@ def load_corpus(
     ten; else the last tenth of each.
 
     Args:
-        config: of the run.
-        tokenizer: the model's.
         block_length: tokens of a block.
         begin: the token that each block begins with, if any.
         held_out: digests of the documents to hold out, of which those that are still there are.
@@ -87,7 +85,11 @@ def load_corpus(
                 f"{', '.join(config.text)} has changed since training, and none of the documents that were held out is "
                 "in it any more; measure on other text by `test_file`, or train again."
             )
-        validation, notes = [training[place] for place in places], (_kept_note(len(held_out), len(places)),)
+        validation = [training[place] for place in places]
+        notes = (
+            f"the text has changed since training; of the {len(held_out):,} documents held out then, {len(places):,} "
+            "are still there and were scored",
+        )
     else:
         whole = training
         training, validation, note = _hold_out(training)
@@ -103,8 +105,6 @@ def read_documents(
     """The documents in some files: a .txt file is one, each row of a table (.jsonl, .csv, .tsv, .parquet) is one.
 
     Args:
-        files: their paths.
-        text_column: of tables.
         delimiter: of CSV and TSV; None looks for it.
         encoding: None is UTF-8, or what a byte order mark says.
 
@@ -138,7 +138,6 @@ def begin_token(tokenizer: PreTrainedTokenizerBase, required: bool | None = None
     """Id of the token that each block begins with: the tokenizer's begin-of-text token, or else its [CLS]; or None.
 
     Args:
-        tokenizer: the model's.
         required: None leaves it to the tokenizer. Llama's, Gemma's and OPT's put the token before every text, so the
             model was trained with it; GPT-2's and Qwen's put none, though they may name one.
 
@@ -176,7 +175,6 @@ def cut(tokens: Tensor, block_length: int, name: str, begin: int | None = None) 
     Args:
         tokens: (N,).
         block_length: T, with the token ``begin``.
-        name: of the text.
         begin: the token to begin each block with, if any.
 
     Returns:
@@ -223,13 +221,6 @@ def _rows(path: Path, column: str, delimiter: str | None, encoding: str | None) 
         check_text(f"{path}:{row.line}: {column!r}", text)
         texts.append(text)
     return texts
-
-
-def _kept_note(num_held_out: int, num_kept: int) -> str:
-    return (
-        f"the text has changed since training; of the {num_held_out:,} documents held out then, {num_kept:,} are still "
-        "there and were scored"
-    )
 
 
 def _hold_out(documents: list[str]) -> tuple[list[str], list[str], str]:

@@ -21,30 +21,11 @@ RESULTS_VERSION = 1
 RUN_VERSION = 1
 # What a run leaves at most: an adapter, or a model with its tokenizer.
 WRITTEN = (
-    RUN,
-    RESULTS,
-    HELD_OUT,
-    HISTORY,
-    LOGS,
+    *(RUN, RESULTS, HELD_OUT, HISTORY, LOGS, "README.md", "adapter_config.json", "adapter_model.safetensors"),
     CHECKPOINTS,  # of a run that an earlier version of this package left unfinished
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
 
 

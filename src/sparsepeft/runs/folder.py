@@ -31,7 +31,6 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     """See that a run may start, or go on, in ``folder``, as far as can be told before its values are known.
 
     Args:
-        folder: of the run.
         overwrite: it may take the place of a finished run.
 
     Raises:
@@ -63,7 +62,6 @@ def check_folder(folder: Path, run: dict[str, Any], overwrite: bool) -> bool:
     """See that a run may start, or go on, in ``folder``.
 
     Args:
-        folder: of the run.
         run: what is known of its ``run.json``.
         overwrite: it may take the place of another run.
 
@@ -101,7 +99,6 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Cal
     what it has written stays there, to go on from.
 
     Args:
-        folder: of the run.
         run: what is known of its ``run.json`` before anything is loaded.
         overwrite: the run may take the place of another.
 

@@ -46,7 +46,6 @@ def held_out_data(folder: Path, data_dir: str | None = None, *, run: dict[str, A
     """A run's data with the parts that it was not trained on; labels are the run's, notes say what has changed.
 
     Args:
-        folder: the run's.
         data_dir: where the task's files are, if they have moved since training.
         run: the content of its ``run.json``, if that was read already.
 
@@ -196,7 +195,8 @@ def rows_of(part: Dataset, spec: TaskSpec) -> Iterable[tuple[str, ...]]:
 
 def digests_of(rows: Iterable[Sequence[str]]) -> list[str]:
     """A digest of each row's texts; white space and case do not count, in which copies of a data set differ."""
-    return [_digest(texts) for texts in rows]
+    plain = ("\x1f".join(" ".join(text.split()).casefold() for text in texts) for texts in rows)
+    return [hashlib.sha256(each.encode("utf-8", "surrogatepass")).hexdigest()[:_LENGTH] for each in plain]
 
 
 def still_there(rows: Iterable[Sequence[str]], held_out: Sequence[str]) -> list[int]:
@@ -218,8 +218,3 @@ def not_held_out_any_more(folder: Path, file: str, is_known: bool) -> UserError:
         f"{file} has changed since the run in {folder} was trained on it, and {reason}; score other rows by "
         "`test_file`, or train again."
     )
-
-
-def _digest(texts: Sequence[str]) -> str:
-    plain = "\x1f".join(" ".join(text.split()).casefold() for text in texts)
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:_LENGTH]

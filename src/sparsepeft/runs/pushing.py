@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a finished run: weights, card, results and settings, in which paths of this machine become names.
 
     Args:
-        folder: of the run.
         repo_id: ``user/name``, or ``name`` for the user whose token is set up; made if there is no such repository.
         private: make it private; one that exists stays as it is.
 
@@ -80,11 +78,13 @@ def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
     """What of a run is uploaded, by name: the changed content, or the file itself."""
     paths = sorted({path for pattern in WRITTEN for path in folder.glob(pattern) if path.is_file()})
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
-    public: dict[str, Callable[[Any], Any]] = {RUN: _public_run, RESULTS: _public_run, CONFIG_NAME: _public_adapter}
-    for name, change in public.items():
-        if name in files:
-            content = change(json.loads((folder / name).read_text(encoding="utf-8")))
-            files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    for name in files.keys() & {RUN, RESULTS, CONFIG_NAME}:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if name != CONFIG_NAME:
+            content = _public_run(content)
+        elif content.get("base_model_name_or_path"):
+            content["base_model_name_or_path"] = public_name(content["base_model_name_or_path"])
+        files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
     card = (folder / CARD).read_text(encoding="utf-8") if CARD in files else _PEFT_TEMPLATE
     if _PEFT_TEMPLATE in card:
         run, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN, RESULTS))
@@ -93,21 +93,13 @@ def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
 
 
 def _public_run(content: dict[str, Any]) -> dict[str, Any]:
-    config = dict(content["config"])
-    for key in config.keys() & set(_FILES):
-        config[key] = config[key] and _name(config[key])
-    for key in config.keys() & {"text", "validation_text"}:
-        config[key] = [_name(file) for file in config[key]]
-    for key in config.keys() & set(_OWN):
-        config[key] = None
+    config = content["config"]
+    public = {key: value and _name(value) for key, value in config.items() if key in _FILES}
+    public |= {key: list(map(_name, value)) for key, value in config.items() if key in ("text", "validation_text")}
+    public |= dict.fromkeys(config.keys() & set(_OWN))
     if config.get("model"):
-        config["model"] = public_name(config["model"])
-    return content | {"config": config}
-
-
-def _public_adapter(content: dict[str, Any]) -> dict[str, Any]:
-    backbone = content.get("base_model_name_or_path")
-    return content | {"base_model_name_or_path": backbone and public_name(backbone)}
+        public["model"] = public_name(config["model"])
+    return content | {"config": config | public}
 
 
 def _name(path: str) -> str:

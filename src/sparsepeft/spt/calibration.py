@@ -71,17 +71,13 @@ def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
             f"calibration_data has {name} of shape {tuple(ids.shape)} and {ids.dtype}; expected whole numbers (B, T)."
         )
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if name == "input_ids" and size is not None and not 0 <= (worst := _farthest(ids)) < size:
+    least, most = (int(bound) for bound in ids.aminmax())
+    worst = least if least < 0 else most
+    if name == "input_ids" and size is not None and not 0 <= worst < size:
         raise ValueError(
             f"calibration_data has the token id {worst}, but {type(model).__name__} knows 0 to {size - 1}; pass what "
             "its own tokenizer gives."
         )
-
-
-def _farthest(ids: Tensor) -> int:
-    """The id that is below 0, or else the largest."""
-    least, most = (int(bound) for bound in ids.aminmax())
-    return least if least < 0 else most
 
 
 def _ids(data: Any) -> Tensor:
@@ -132,20 +128,15 @@ def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, T
             f"{type(model).__name__} does not attend through transformers' attention interface, so its attention "
             "cannot be made sparse; convert it with SptConfig(attention=False)."
         )
-    return _chosen(model, attended, config)
+    if config.layers_to_transform is None:
+        return attended
+    layers = tuple(f"{block.name}." for block in find_blocks(model, layers_to_transform=config.layers_to_transform))
+    return {name: call for name, call in attended.items() if name.startswith(layers)}
 
 
 def _is_self_attention(module: nn.Module, name: str) -> bool:
     words = f"{type(module).__name__}.{name}".lower()
     return not (getattr(module, "is_cross_attention", False) or "cross" in words or "encoder_attn" in words)
-
-
-def _chosen(model: PreTrainedModel, calls: dict[str, AttentionCall], config: SptConfig) -> dict[str, AttentionCall]:
-    """Those in the layers that are to be transformed."""
-    if config.layers_to_transform is None:
-        return calls
-    layers = tuple(f"{block.name}." for block in find_blocks(model, layers_to_transform=config.layers_to_transform))
-    return {name: call for name, call in calls.items() if name.startswith(layers)}
 
 
 def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:

@@ -89,7 +89,8 @@ class SptConfig:
             check_whole(name, getattr(self, name), least=least, most=most)
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
-            if not _is_count(value) and not _is_fraction(value):
+            is_fraction = isinstance(value, float) and 0 < value <= 1
+            if not is_fraction and not (_is_whole(value) and value >= 1):
                 raise ValueError(
                     f"{name}={value!r} was given; expected an int of at least 1, which is a count, or a float above 0 "
                     f"and up to 1, which is a fraction of {whole}."
@@ -143,14 +144,6 @@ class SptConfig:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and bool(value >= 1)
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value <= 1
 
 
 def _count(value: int | float, whole: int) -> int:

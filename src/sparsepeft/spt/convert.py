@@ -18,9 +18,7 @@ from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward, inner_tensors
 from sparsepeft.spt.report import SptReport, report_attention, report_feed_forwards, watching
-from sparsepeft.spt.router import (
-    InitialRouter,
-)
+from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
 
 _ATTRIBUTE = "sparsification"

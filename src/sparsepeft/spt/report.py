@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,8 @@ class SptReport:
 
     def __repr__(self) -> str:
         """Means over the layers."""
-        named = (
-            ("recall", self.recall),
-            ("attention error", self.attention_error),
-            ("FFN error", self.feed_forward_error),
-        )
-        means = [f"{name} {sum(by.values()) / len(by):.3f}" for name, by in named if by]
+        named = {"recall": self.recall, "attention error": self.attention_error, "FFN error": self.feed_forward_error}
+        means = [f"{name} {sum(by.values()) / len(by):.3f}" for name, by in named.items() if by]
         if self.feed_forward_operations is not None:
             means.append(f"{self.feed_forward_operations:.3f} of the FFNs' operations")
         num_layers = max(len(self.recall), len(self.feed_forward_error))
@@ -59,17 +56,16 @@ def watching(feed_forwards: list[FeedForward]) -> Iterator[dict[str, tuple[Tenso
     """Inside the context, the input and output of each FFN are recorded, by its name."""
     seen: dict[str, Any] = {}
 
-    def note_input(name: str, args: tuple) -> None:
+    def note_input(name: str, module: nn.Module, args: tuple) -> None:
         seen[name] = args[0].detach()
 
-    def note_output(name: str, output: Tensor) -> None:
+    def note_output(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         seen[name] = (seen[name], output.detach())
 
     handles = []
     for each in feed_forwards:
-        up, down = each.part(each.names.up), each.part(each.names.down)
-        handles.append(up.register_forward_pre_hook(lambda m, args, name=each.name: note_input(name, args)))
-        handles.append(down.register_forward_hook(lambda m, args, output, name=each.name: note_output(name, output)))
+        handles.append(each.part(each.names.up).register_forward_pre_hook(partial(note_input, each.name)))
+        handles.append(each.part(each.names.down).register_forward_hook(partial(note_output, each.name)))
     try:
         yield seen
     finally:
@@ -99,7 +95,9 @@ def report_feed_forwards(
     dense = left = 0
     for feed_forward, layer in routed:
         inputs, expected = seen[feed_forward.name]
-        report.feed_forward_error[feed_forward.name] = _relative(_evaluated(layer, inputs), expected)
+        training = layer.training
+        report.feed_forward_error[feed_forward.name] = _relative(layer.eval()(inputs), expected)
+        layer.train(training)
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         dense += products
@@ -107,16 +105,6 @@ def report_feed_forwards(
         compensation = layer.spt_router.original_module.compensation
         left += 0 if compensation is None else compensation.down.numel() + compensation.up.numel()
     report.feed_forward_operations = left / dense if dense else None
-
-
-def _evaluated(layer: nn.Module, inputs: Tensor) -> Tensor:
-    training = layer.training
-    layer.eval()
-    try:
-        output: Tensor = layer(inputs)
-        return output
-    finally:
-        layer.train(training)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

@@ -84,16 +84,8 @@ def _split(
     notes = [f"{spec.name}: no official split; 80/10/10 by label and seed {seed}, test is a part of its own"]
     if len(texts) != len(rows):
         notes.append(f"{spec.name}: {len(rows) - len(texts):,} duplicate texts of {len(rows):,} were left out")
-    return TaskData(
-        spec,
-        sets["train"],
-        sets["validation"],
-        test=sets["test"],
-        notes=tuple(notes),
-        source=source,
-        fingerprints=fingerprints,
-        drawn=("validation", "test"),
-    )
+    drawn = ("validation", "test")
+    return TaskData(spec, **sets, notes=tuple(notes), source=source, fingerprints=fingerprints, drawn=drawn)
 
 
 def _take(texts: list[str], labels: dict[str, int], fraction: float, rng: random.Random) -> set[str]:

@@ -52,7 +52,13 @@ def find_encoding(path: Path) -> str:
         return marked
     with _opened(path) as stream:
         chunk = stream.read(_CHUNK)
-        _refuse_binary(path, chunk)
+        if chunk.startswith(b"\x1f\x8b"):
+            raise TaskError(f"{path} is gzipped, but its name does not say so; add .gz to the name")
+        if b"\0" in chunk:
+            raise TaskError(
+                f"{path} is not a text file, as it has NUL bytes; save a spreadsheet as CSV (UTF-8), and for UTF-16 "
+                "without a byte order mark pass `encoding=utf-16`"
+            )
         decoder = codecs.getincrementaldecoder("utf-8")()
         num_lines, is_ascii = 0, True
         try:
@@ -134,16 +140,6 @@ def _line_end(path: Path, encoding: str) -> str:
     with _opened(path) as stream, io.TextIOWrapper(stream, encoding, errors="replace", newline="") as text:
         start = text.read(1 << 16)
     return "\r" if "\r" in start and "\n" not in start else "\n"  # "\r": old programs on the Macintosh
-
-
-def _refuse_binary(path: Path, start: bytes) -> None:
-    if start.startswith(b"\x1f\x8b"):
-        raise TaskError(f"{path} is gzipped, but its name does not say so; add .gz to the name")
-    if b"\0" in start:
-        raise TaskError(
-            f"{path} is not a text file, as it has NUL bytes; save a spreadsheet as CSV (UTF-8), and for UTF-16 "
-            "without a byte order mark pass `encoding=utf-16`"
-        )
 
 
 def _guess(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,14 +81,10 @@ def read_rows(
     form = file_format or find_format(path, may_guess=False)
     if form.kind == "parquet":
         rows = _parquet_rows(path, required)
-    elif form.kind == "json":
+    elif form.kind in ("json", "jsonl"):
         rows = _json_rows(path, form, required)
-    elif form.kind == "jsonl":
-        rows = _jsonl_rows(path, form, required)
-    elif form.is_quoted:
-        rows = _quoted_rows(path, form, required)
     else:
-        rows = _raw_rows(path, form, required, header, allow_short)
+        rows = _table_rows(path, form, required, header, allow_short)
     empty = True
     for row in rows:
         empty = False
@@ -101,7 +97,6 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     """A file of plain text, or that with .gz, as it is.
 
     Args:
-        path: the file.
         encoding: a name that Python knows; None is UTF-8, or what a byte order mark says.
 
     Raises:
@@ -122,38 +117,38 @@ def check_text(where: str, text: str) -> None:
         raise TaskError(f"{where} has half of a surrogate pair; expected text, correct the row")
 
 
-def _raw_rows(
+def _table_rows(
     path: Path, form: FileFormat, required: Collection[str], header: Sequence[str] | None, allow_short: bool
 ) -> Iterator[Row]:
     columns: list[str] | None = None
-    for number, line in lines(path, form.encoding):
-        fields = split_raw(line, form.delimiter)
-        if not fields:
-            continue
+    for number, fields in _quoted_fields(path, form) if form.is_quoted else _raw_fields(path, form):
         if columns is None:
             columns = [name.strip() for name in fields] if header is None else list(header)
             _check_columns(path, columns, required)
             if header is None or fields == columns:
                 continue
-        _check_width(path, number, fields, columns, allow_short)
+        if len(fields) != len(columns) and not (allow_short and len(fields) < len(columns)):
+            raise TaskError(
+                f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the "
+                "row"
+            )
         yield Row(number, dict(zip(columns, fields, strict=False)))
 
 
-def _quoted_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+def _raw_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
+    for number, line in lines(path, form.encoding):
+        if fields := split_raw(line, form.delimiter):
+            yield number, fields
+
+
+def _quoted_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
     reader = records((line for _, line in lines(path, form.encoding)), form.delimiter)
-    columns: list[str] | None = None
     start = 1
     try:
         for fields in reader:
             number, start = start, reader.line_num + 1
-            if not fields:
-                continue
-            if columns is None:
-                columns = [name.strip() for name in fields]
-                _check_columns(path, columns, required)
-                continue
-            _check_width(path, number, fields, columns, allow_short=False)
-            yield Row(number, dict(zip(columns, fields, strict=True)))
+            if fields:
+                yield number, fields
     except csv.Error as error:
         name = DELIMITERS.get(form.delimiter, repr(form.delimiter))
         raise TaskError(
@@ -162,41 +157,33 @@ def _quoted_rows(path: Path, form: FileFormat, required: Collection[str]) -> Ite
         ) from error
 
 
-def _jsonl_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
-    for number, line in lines(path, form.encoding):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
-            raise TaskError(f"{path}:{number}: not JSON ({error}); expected one object per line, correct it") from error
-        yield _json_row(path, number, values, required)
-
-
 def _json_rows(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
-    try:
-        content = json.loads("".join(line for _, line in lines(path, form.encoding)))
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: not JSON ({error}); expected a list of objects, correct it") from error
-    for number, values in enumerate(content, start=1):
-        yield _json_row(path, number, values, required)
-
-
-def _json_row(path: Path, number: int, values: Any, required: Collection[str]) -> Row:
-    if not isinstance(values, dict):
-        raise TaskError(
-            f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
-            'such as {"text": "...", "label": "..."}'
+    """The objects in a list, or one a line."""
+    numbered: Iterable[tuple[int, Any]]
+    if form.kind == "json":
+        content = "".join(line for _, line in lines(path, form.encoding))
+        numbered = enumerate(_parse(str(path), content, "a list of objects"), start=1)
+    else:
+        numbered = (
+            (number, _parse(f"{path}:{number}", line, "one object per line"))
+            for number, line in lines(path, form.encoding)
+            if line.strip()
         )
-    _check_columns(Path(f"{path}:{number}"), list(values), required)
-    return Row(number, values)
-
-
-def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
-    for number, values in enumerate(parquet_rows(path), start=1):
-        if number == 1:
-            _check_columns(path, list(values), required)
+    for number, values in numbered:
+        if not isinstance(values, dict):
+            raise TaskError(
+                f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
+                'such as {"text": "...", "label": "..."}'
+            )
+        _check_columns(Path(f"{path}:{number}"), list(values), required)
         yield Row(number, values)
+
+
+def _parse(where: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+        raise TaskError(f"{where}: not JSON ({error}); expected {expected}, correct it") from error
 
 
 def _check_columns(path: Path, columns: list[str], required: Collection[str]) -> None:
@@ -211,20 +198,8 @@ def _check_columns(path: Path, columns: list[str], required: Collection[str]) ->
         raise TaskError(f"{path}: column {', '.join(map(repr, twice))} occurs twice in the header; rename one of them")
 
 
-def _check_width(path: Path, number: int, fields: list[str], columns: list[str], allow_short: bool) -> None:
-    if len(fields) == len(columns) or (allow_short and len(fields) < len(columns)):
-        return
-    raise TaskError(
-        f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the row"
-    )
-
-
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; a class of `datasets` (``ClassLabel``) is its name rather than its number.
-
-    Raises:
-        TaskError: no such file, or it is damaged.
-    """
+def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
+    """A class of `datasets` (``ClassLabel``) is its name rather than its number."""
     pa = require("pyarrow", "train", "A Parquet file")
     pq = require("pyarrow.parquet", "train", "A Parquet file")
     if not path.is_file():
@@ -233,9 +208,11 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             names = _class_names(file.schema_arrow.metadata or {})
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield {key: _named(value, names.get(key)) for key, value in row.items()}
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                if number == 1:
+                    _check_columns(path, list(row), required)
+                yield Row(number, {key: _named(value, names.get(key)) for key, value in row.items()})
     except (pa.ArrowException, OSError) as error:
         raise TaskError(f"{path} cannot be read as parquet ({error}); write it again") from error
 

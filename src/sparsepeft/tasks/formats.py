@@ -14,15 +14,7 @@ from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
-_KINDS: Final = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".txt": "tsv",
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+_KINDS: Final = {ending: ending[1:] for ending in FORMATS} | {".tab": "tsv", ".txt": "tsv"}
 _SPREADSHEETS: Final = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".xml", ".numbers")
 _LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
 _SAMPLE: Final = 200  # lines that a delimiter is chosen by
@@ -91,8 +83,9 @@ def find_format(
     else:
         known = known_encoding(encoding)
     if kind == "json":
-        return FileFormat(_json_kind(path, known), encoding=known, notes=tuple(notes))
-    if kind == "jsonl":
+        first = next((line.lstrip() for _, line in lines(path, known) if line.strip()), "")
+        kind = "json" if first.startswith("[") else "jsonl"  # as `datasets` writes it: one object per line
+    if kind in ("json", "jsonl"):
         return FileFormat(kind, encoding=known, notes=tuple(notes))
     chosen = _delimiter(path, kind, known, None if delimiter is None else read_delimiter(delimiter))
     is_quoted = True
@@ -143,12 +136,6 @@ def _kind(path: Path) -> str:
             "rename or convert the file"
         )
     return _KINDS[ending]
-
-
-def _json_kind(path: Path, encoding: str) -> str:
-    """Whether a .json file is a list of objects or, as `datasets` writes it, one object per line."""
-    first = next((line.lstrip() for _, line in lines(path, encoding) if line.strip()), "")
-    return "json" if first.startswith("[") else "jsonl"
 
 
 def _delimiter(path: Path, kind: str, encoding: str, chosen: str | None) -> str:

@@ -47,6 +47,7 @@ class Layout:
 
 _SENTENCES: Final = ("sentence1", "sentence2")
 _QUESTIONS: Final = ("question1", "question2")
+_RELATIONS: Final = ("entailment", "neutral", "contradiction")
 _ENTAILS: Final = ("entailment", "not_entailment")
 LAYOUTS: Final = MappingProxyType(
     {
@@ -55,15 +56,7 @@ LAYOUTS: Final = MappingProxyType(
         "mrpc": Layout("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, _SENTENCES, 3668, 408),
         "qqp": Layout("QQP", _QUESTIONS, "is_duplicate", BINARY, _QUESTIONS, 363846, 40430),
         "stsb": Layout("STS-B", _SENTENCES, "score", None, _SENTENCES, 5749, 1500),
-        "mnli": Layout(
-            "MNLI",
-            _SENTENCES,
-            "gold_label",
-            ("entailment", "neutral", "contradiction"),
-            ("premise", "hypothesis"),
-            392702,
-            9815,
-        ),
+        "mnli": Layout("MNLI", _SENTENCES, "gold_label", _RELATIONS, ("premise", "hypothesis"), 392702, 9815),
         "qnli": Layout("QNLI", ("question", "sentence"), "label", _ENTAILS, ("question", "sentence"), 104743, 5463),
         "rte": Layout("RTE", _SENTENCES, "label", _ENTAILS, _SENTENCES, 2490, 277),
         "wnli": Layout("WNLI", _SENTENCES, "label", BINARY, _SENTENCES, 635, 71),
@@ -76,7 +69,8 @@ def load_glue_files(spec: TaskSpec, data_dir: Path) -> TaskData:
     layout = LAYOUTS[spec.name]
     folder, train_path, dev_path = find_glue_files(spec.name, data_dir)
     notes: list[str] = []
-    exclude = _pair_ids(dev_path) if train_path.name.startswith("msr_") else frozenset()
+    in_dev = read_rows(dev_path, RAW_TSV, required=MSR_IDS) if train_path.name.startswith("msr_") else ()
+    exclude = frozenset(map(_ids, in_dev))
     train = _read(spec, layout, train_path, notes, exclude)
     validation = _read(spec, layout, dev_path, notes)
     paths, extra = [train_path, dev_path], {}
@@ -102,7 +96,15 @@ def find_glue_files(name: str, data_dir: Path) -> tuple[Path, Path, Path]:
     Raises:
         TaskError: one is missing.
     """
-    folder = _task_folder(data_dir, name, LAYOUTS[name].folder)
+    official = LAYOUTS[name].folder
+    if not data_dir.is_dir():
+        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {name}/ or {official}/ in it")
+    folder = next((folder for folder in (data_dir / name, data_dir / official) if folder.is_dir()), None)
+    if folder is None:
+        raise TaskError(
+            f"{data_dir} has neither {name}/ nor {official}/; put the task's files there, choose another data folder, "
+            "or give none (and unset SPARSEPEFT_DATA) to load from the hub"
+        )
     dev_names = ("dev_matched.tsv", "dev.tsv") if name == "mnli" else ("dev.tsv",)
     train_names = ("train.tsv", "msr_paraphrase_train.txt") if name == "mrpc" else ("train.tsv",)
     return folder, require_file(folder, train_names), require_file(folder, dev_names)
@@ -120,18 +122,6 @@ def size_notes(name: str, num_train: int, num_validation: int) -> tuple[str, ...
             "scores are not comparable to published ones"
         )
     return tuple(notes)
-
-
-def _task_folder(data_dir: Path, name: str, official: str) -> Path:
-    if not data_dir.is_dir():
-        raise TaskError(f"the data folder {data_dir} does not exist; expected one with {name}/ or {official}/ in it")
-    for folder in (data_dir / name, data_dir / official):
-        if folder.is_dir():
-            return folder
-    raise TaskError(
-        f"{data_dir} has neither {name}/ nor {official}/; put the task's files there, choose another data folder, "
-        "or give none (and unset SPARSEPEFT_DATA) to load from the hub"
-    )
 
 
 def _read(
@@ -176,10 +166,6 @@ def _label(path: Path, row: Row, layout: Layout) -> int | float:
             "correct the row"
         )
     return layout.written.index(text)
-
-
-def _pair_ids(path: Path) -> frozenset[tuple[str, str]]:
-    return frozenset(_ids(row) for row in read_rows(path, RAW_TSV, required=MSR_IDS))
 
 
 def _ids(row: Row) -> tuple[str, str]:

@@ -9,6 +9,9 @@ from typing import Final, Literal, Unpack
 
 from sparsepeft.errors import TaskError
 from sparsepeft.tasks.bbc import find_bbc_file, load_bbc_files, load_bbc_hub
+from sparsepeft.tasks.columns import Columns
+from sparsepeft.tasks.files import sha256
+from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
 from sparsepeft.tasks.local import (
     FileOptions,
@@ -16,7 +19,7 @@ from sparsepeft.tasks.local import (
     files_by_part,
     find_columns,
     find_formats,
-    load_fixed,
+    load_labelled,
     load_local,
     read_local,
 )
@@ -143,4 +146,7 @@ def _load_topics(source: str) -> TaskData:
         if not folder.is_dir():
             raise TaskError(f"the built-in sample is missing at {folder}; the installation is incomplete, reinstall it")
         paths = {part: folder / f"{part}.jsonl" for part in ("train", "validation", "test")}
-        return load_fixed(SPECS["topics"], paths, source="topics (built in)")
+        spec, columns = SPECS["topics"], Columns(("text",), "label")
+        sets = {part: load_labelled(path, spec, columns, find_format(path)) for part, path in paths.items()}
+        sums = {path.name: sha256(path) for path in paths.values()}
+        return TaskData(spec, **sets, source="topics (built in)", fingerprints=sums)

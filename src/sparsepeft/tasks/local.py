@@ -212,16 +212,6 @@ def load_labelled(path: Path, spec: TaskSpec, columns: Columns, file_format: Fil
     return build_dataset(spec, _rows(path, examples, LabelReader.for_task(spec, _labels(examples))))
 
 
-def load_fixed(spec: TaskSpec, paths: dict[str, Path], source: str) -> TaskData:
-    """Load train, validation and test files with the columns ``text`` and ``label`` for a known task."""
-    columns = Columns(spec.text_columns, "label")
-    reader = LabelReader.for_names(spec.label_names or ())
-    examples = {part: list(_read(path, find_format(path), columns)) for part, path in paths.items()}
-    sets = {part: build_dataset(spec, _rows(path, examples[part], reader)) for part, path in paths.items()}
-    sums = {path.name: sha256(path) for path in paths.values()}
-    return TaskData(spec, sets["train"], sets["validation"], test=sets["test"], source=source, fingerprints=sums)
-
-
 def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
     for row in read_rows(path, file_format, required=columns.all):
         where = f"{path}:{row.line}"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Metric = Callable[[Any, Any], float]  # of answers and truths, NumPy arrays
 
-
 _MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearson", "spearman")}
 _WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest that float32 holds
 
@@ -39,7 +38,6 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     """Scores for each label of a classification.
 
     Args:
-        spec: the task.
         logits: (N, C).
         labels: class indices, (N,); for a multi-label task ones and zeros, (N, C).
 
@@ -83,16 +81,8 @@ def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple
         return logits[:, 0].astype(np.float64), truth
     if spec.multi_label:
         return logits > 0, truth > 0.5  # a NaN is no label; logit 0 is the probability 0.5
-    return _classes(logits), truth
-
-
-def _classes(logits: NDArray[Any]) -> NDArray[Any]:
     # argmax would answer with the NaN's own index; class -1 is never right.
-    return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1))
-
-
-def _accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return float((guess == truth).mean())
+    return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1)), truth
 
 
 def _f1(
@@ -100,10 +90,6 @@ def _f1(
 ) -> float:
     metrics = require("sklearn.metrics", "train", "F1")
     return float(metrics.f1_score(truth, guess, labels=classes, average=average, zero_division=0.0))
-
-
-def _macro_f1(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return _f1(guess, truth, classes=[label for label in np.union1d(guess, truth) if label >= 0])
 
 
 def _matthews(guess: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -127,34 +113,22 @@ def _correlation(name: str, guess: NDArray[Any], truth: NDArray[Any]) -> float:
             return 0.0
 
 
-def _mae(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return float(np.abs(_finite(guess) - truth).mean())
-
-
-def _rmse(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return float(np.sqrt(np.square(_finite(guess) - truth).mean()))
-
-
 def _finite(values: NDArray[Any]) -> NDArray[Any]:
     return np.clip(np.nan_to_num(values, nan=_WORST, posinf=_WORST, neginf=-_WORST), -_WORST, _WORST)
 
 
-def _subset_accuracy(guess: NDArray[Any], truth: NDArray[Any]) -> float:
-    return float((guess == truth).all(axis=1).mean())
-
-
 _METRICS: Final[dict[str, Metric]] = {
-    "accuracy": _accuracy,
+    "accuracy": lambda guess, truth: float((guess == truth).mean()),
     "f1": _f1,
-    "macro_f1": _macro_f1,
+    "macro_f1": lambda guess, truth: _f1(guess, truth, classes=[c for c in np.union1d(guess, truth) if c >= 0]),
     "matthews_correlation": _matthews,
     "pearson": partial(_correlation, "pearsonr"),
     "spearman": partial(_correlation, "spearmanr"),
-    "mae": _mae,
-    "rmse": _rmse,
+    "mae": lambda guess, truth: float(np.abs(_finite(guess) - truth).mean()),
+    "rmse": lambda guess, truth: float(np.sqrt(np.square(_finite(guess) - truth).mean())),
 }
 _MULTI_LABEL: Final[dict[str, Metric]] = {
     "micro_f1": partial(_f1, average="micro", classes=None),
     "macro_f1": partial(_f1, classes=None),
-    "subset_accuracy": _subset_accuracy,
+    "subset_accuracy": lambda guess, truth: float((guess == truth).all(axis=1).mean()),
 }

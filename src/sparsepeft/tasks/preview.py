@@ -47,8 +47,6 @@ def describe_lengths(data: TaskData, tokenizer: PreTrainedTokenizerBase, limit: 
     """How many tokens the inputs of all parts have.
 
     Args:
-        data: a loaded task.
-        tokenizer: the model's.
         limit: tokens that the model takes.
 
     Returns:

@@ -132,6 +132,8 @@ PAIR: Final = ("text", "text_pair")
 CUSTOM: Final = "custom"
 LANGUAGE_MODEL: Final = "lm"  # has text, but neither labels nor a `TaskSpec`
 
+_NEWS: Final = ("business", "entertainment", "politics", "sport", "tech")
+_TOPICS: Final = ("business", "health", "science", "sport", "travel")
 # Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
 _SPECS: Final = (
     TaskSpec("cola", ONE, ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation", 20),
@@ -143,17 +145,8 @@ _SPECS: Final = (
     TaskSpec("qnli", PAIR, ("entailment", "not_entailment"), ("accuracy",), "accuracy", 20),
     TaskSpec("rte", PAIR, ("entailment", "not_entailment"), ("accuracy",), "accuracy", 20),
     TaskSpec("wnli", PAIR, ("not_entailment", "entailment"), ("accuracy",), "accuracy", 3),
-    TaskSpec(
-        "bbc-news",
-        ONE,
-        ("business", "entertainment", "politics", "sport", "tech"),
-        ("accuracy", "macro_f1"),
-        "accuracy",
-        10,
-    ),
-    TaskSpec(
-        "topics", ONE, ("business", "health", "science", "sport", "travel"), ("accuracy", "macro_f1"), "accuracy", 10
-    ),
+    TaskSpec("bbc-news", ONE, _NEWS, ("accuracy", "macro_f1"), "accuracy", 10),
+    TaskSpec("topics", ONE, _TOPICS, ("accuracy", "macro_f1"), "accuracy", 10),
 )
 SPECS: Final = MappingProxyType({spec.name: spec for spec in _SPECS})
 GLUE_TASKS: Final = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")

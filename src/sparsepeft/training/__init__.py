@@ -5,12 +5,19 @@ from typing import TYPE_CHECKING
 from sparsepeft.lazy import lazily
 
 if TYPE_CHECKING:
-    from sparsepeft.inference.answers import Answer, answer
-    from sparsepeft.inference.evaluation import Evaluation, evaluate
-    from sparsepeft.inference.generation import GenerationSettings, Generator
-    from sparsepeft.inference.portable import Prediction
-    from sparsepeft.inference.predictor import Predictor
-    from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
+    from sparsepeft.inference import (
+        Answer,
+        Evaluation,
+        GenerationSettings,
+        Generator,
+        Prediction,
+        Predictor,
+        TableOptions,
+        answer,
+        evaluate,
+        read_lines,
+        read_questions,
+    )
     from sparsepeft.runs.config import RunConfig
     from sparsepeft.runs.config_file import load_config, parse_settings
     from sparsepeft.training.run import train
@@ -38,12 +45,10 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "sparsepeft.inference.answers": ("Answer", "answer"),
-        "sparsepeft.inference.evaluation": ("Evaluation", "evaluate"),
-        "sparsepeft.inference.generation": ("GenerationSettings", "Generator"),
-        "sparsepeft.inference.portable": ("Prediction",),
-        "sparsepeft.inference.predictor": ("Predictor",),
-        "sparsepeft.inference.questions": ("TableOptions", "read_lines", "read_questions"),
+        "sparsepeft.inference": (
+            *("Answer", "Evaluation", "GenerationSettings", "Generator", "Prediction", "Predictor", "TableOptions"),
+            *("answer", "evaluate", "read_lines", "read_questions"),
+        ),
         "sparsepeft.runs.config": ("RunConfig",),
         "sparsepeft.runs.config_file": ("load_config", "parse_settings"),
         "sparsepeft.training.run": ("train",),

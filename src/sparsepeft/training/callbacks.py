@@ -13,10 +13,12 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations import integration_utils
 
+from sparsepeft.backbones import describe_backbone
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import write_bytes
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.history import read_lines
+from sparsepeft.training.data import RunData
 
 _NOT_KEPT = ("runtime", "_per_second", "flos", "train_loss", "epoch")  # ends of names: timings, and sums over a run
 
@@ -58,22 +60,10 @@ class Announcer(TrainerCallback):
 
     Args:
         announce: is told.
-        config: of the run.
-        model: the backbone's name.
-        sizes, notes: as in the plan.
     """
 
-    def __init__(
-        self,
-        announce: Callable[[RunPlan], None],
-        config: RunConfig,
-        *,
-        model: str,
-        sizes: Mapping[str, int],
-        notes: tuple[str, ...],
-    ) -> None:
-        self._announce, self._config = announce, config
-        self._model, self._sizes, self._notes = model, sizes, notes
+    def __init__(self, announce: Callable[[RunPlan], None], config: RunConfig, data: RunData) -> None:
+        self._announce, self._config, self._data = announce, config, data
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell it."""
@@ -81,15 +71,15 @@ class Announcer(TrainerCallback):
         plan = RunPlan(
             task=self._config.task,
             method=self._config.method,
-            model=self._model,
+            model=describe_backbone(self._data.model),
             device=str(args.device),
             precision=self._config.precision,
-            sizes=self._sizes,
+            sizes=self._data.sizes,
             steps=state.max_steps,
             steps_done=state.global_step,
-            epochs=state.max_steps / -(-next(iter(self._sizes.values())) // batch_size),
+            epochs=state.max_steps / -(-len(self._data.train) // batch_size),
             batch_size=batch_size,
-            notes=self._notes,
+            notes=self._data.notes,
             folder=Path(self._config.output_dir),
         )
         self._announce(plan)
@@ -112,9 +102,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what belongs to the steps that are done."""
-        kept = (
-            [line for line in read_lines(self._path) if line["step"] <= state.global_step] if state.global_step else []
-        )
+        done = state.global_step
+        kept = [line for line in read_lines(self._path) if line["step"] <= done] if done else []
         write_bytes(self._path, "".join(map(_line, kept)).encode())
         self._start = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 

@@ -144,7 +144,7 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
     model = resolve_model(config.model)
     data = load_task_data(config)
     spec = data.spec
-    check_loss(spec, config.class_weights, config.label_smoothing_factor)
+    check_loss(spec, config)
     tokenizer = load_tokenizer(model)
     max_length = longest_input(tokenizer, load_model_config(model), config.max_length)
     if max_length <= (special := tokenizer.num_special_tokens_to_add(spec.is_pair)):

@@ -53,16 +53,13 @@ class _Measure(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
         if len(self.seconds) > _NUM_STEPS or state.global_step >= state.max_steps:
             self.trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-            self.saved_bytes = self._size(model, kwargs.get("processing_class"))
+            if isinstance(model, PeftModel):
+                tokenizer: Any = kwargs.get("processing_class")
+                self.saved_bytes = write_weights(self._folder, model, tokenizer, self._save_dtype)
+            else:
+                size = _BYTES.get(str(self._save_dtype))
+                self.saved_bytes = sum(one.numel() * (size or one.element_size()) for one in model.parameters())
             raise _Enough
-
-    def _size(self, model: Any, tokenizer: Any) -> int:
-        if isinstance(model, PeftModel):
-            return write_weights(self._folder, model, tokenizer, self._save_dtype)
-        sizes = (
-            weight.numel() * _BYTES.get(str(self._save_dtype), weight.element_size()) for weight in model.parameters()
-        )
-        return sum(sizes)
 
 
 def dry_run(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:

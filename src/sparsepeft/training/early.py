@@ -37,7 +37,8 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
         if value is not None and value not in valid:
             raise UserError(unknown_name(name, str(value), valid))
     for name in _FILES:
-        for path in _paths(values.get(name)):
+        value = values.get(name)
+        for path in [value] if isinstance(value, (str, Path)) else value or ():
             if not Path(path).is_file():
                 what = "that is a folder" if Path(path).is_dir() else "there is no such file"
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
@@ -83,7 +84,3 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
     described_files = describe_files(files) if canonical_name(task) == CUSTOM else {}
     lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
     return {**describe_data(data), **described_files, "tokens": lengths}
-
-
-def _paths(value: Any) -> list[Any]:
-    return [value] if isinstance(value, (str, Path)) else list(value or ())

@@ -6,9 +6,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,7 @@ class Fitted:
 def fit(
     config: RunConfig, data: LabelledData | TextData, built: RunModel, work: Path, callbacks: Sequence[TrainerCallback]
 ) -> Fitted:
-    """Train a model in place, from its last complete checkpoint if there is one.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        built: the model.
-        work: folder for checkpoints.
-        callbacks: of the trainer.
+    """Train a model in place, from its last complete checkpoint in the folder ``work`` if there is one.
 
     Raises:
         UserError: frozen layers cannot be cached in this model.
@@ -82,14 +76,8 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": _scorer(data.spec),
-            "compute_loss_func": task_loss(
-                data.spec,
-                data.labels,
-                config.class_weights,
-                config.label_smoothing_factor,
-                config.gradient_accumulation_steps,
-            ),
+            "compute_metrics": partial(_score, data.spec),
+            "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
         rows = [{"input_ids": block, "labels": block} for block in rows]
@@ -106,7 +94,10 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     with cache.attached() if cache else nullcontext():
-        trainer.train(resume_from_checkpoint=resumable(checkpoints))
+        checkpoint = last_checkpoint(checkpoints)
+        if checkpoint is not None:
+            logger.info("Resuming from %s.", checkpoint.name)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
@@ -196,15 +187,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def resumable(folder: Path) -> str | None:
-    """The newest complete checkpoint in ``folder``, for a trainer to go on from; None if there is none."""
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        return None
-    logger.info("Resuming from %s.", checkpoint.name)
-    return str(checkpoint)
-
-
 def training_device(name: str | None) -> torch.device:
     """Where to train: the device of a name, or for None the accelerator if there is one.
 
@@ -221,13 +203,7 @@ def training_device(name: str | None) -> torch.device:
 
 
 def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpoints: Path) -> TrainingArguments:
-    """What transformers' trainer is told.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        checkpoints: their folder.
-    """
+    """What transformers' trainer is told; ``checkpoints`` is their folder."""
     recipe, device = config.recipe_values(), training_device(config.device)
     steps_per_epoch = -(-len(data.train) // (recipe.batch_size * config.gradient_accumulation_steps))
     epochs = (
@@ -281,12 +257,9 @@ def logits_of(predictions: Any) -> np.ndarray:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
-def _scorer(spec: TaskSpec) -> Callable[[EvalPrediction], dict[str, float]]:
-    def score(output: EvalPrediction) -> dict[str, float]:
-        metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
-        return {**metrics, "score": metrics[spec.main_metric]}
-
-    return score
+def _score(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
+    metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+    return {**metrics, "score": metrics[spec.main_metric]}
 
 
 def _has_weights(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.runs.config import RunConfig
 from sparsepeft.tasks import TaskSpec
 
 _MULTI_LABEL = "multi_label_classification"
@@ -61,21 +62,20 @@ class TaskLoss:
         return torch.stack([self.weights.to(each.device)[each].sum() for each in labels]).sum()
 
 
-def check_loss(
-    spec: TaskSpec, class_weights: str | Mapping[str, float] | None, label_smoothing_factor: float | None
-) -> None:
+def check_loss(spec: TaskSpec, config: RunConfig) -> None:
     """See that a task has what its loss is to be changed by.
 
     Raises:
         UserError: the task has no classes to weight or to smooth, or not the labels named.
     """
-    values = {"class_weights": class_weights, "label_smoothing_factor": label_smoothing_factor or None}
+    class_weights = config.class_weights
+    values = {"class_weights": class_weights, "label_smoothing_factor": config.label_smoothing_factor or None}
     for name, value in values.items():
         if value is not None and spec.label_names is None:
             raise UserError(
                 f"`{name}` was given, but the task {spec.name} is a regression, without classes; leave it out."
             )
-    if label_smoothing_factor and spec.problem_type == _MULTI_LABEL:
+    if config.label_smoothing_factor and spec.problem_type == _MULTI_LABEL:
         raise UserError(
             f"`label_smoothing_factor` was given, but the examples of {spec.name} have several labels each; leave it "
             "out."
@@ -85,27 +85,22 @@ def check_loss(
             raise UserError(unknown_name("`class_weights`: the label", label, spec.label_names or ()))
 
 
-def task_loss(
-    spec: TaskSpec,
-    labels: Sequence[Any] | np.ndarray,
-    class_weights: str | Mapping[str, float] | None,
-    label_smoothing_factor: float | None,
-    gradient_accumulation_steps: int,
-) -> TaskLoss | None:
+def task_loss(spec: TaskSpec, labels: Sequence[Any] | np.ndarray, config: RunConfig) -> TaskLoss | None:
     """The loss that a run's options ask for, which :func:`check_loss` has seen; None where the model's own does.
+
+    Where there are several batches in a step, models differ in whether their loss is a mean over one batch or over all
+    of them; this one always is the latter.
 
     Args:
         spec: the task.
         labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
-        class_weights: as in :class:`sparsepeft.runs.config.RunConfig`; labels that are not named have weight 1.
-        label_smoothing_factor: share of the target that is spread over all classes.
-        gradient_accumulation_steps: batches in a step. Models differ in whether their loss is a mean over one batch or
-            over all of them; this one always is the latter.
+        config: of the run; labels that its ``class_weights`` do not name have weight 1.
     """
-    if class_weights is None and not label_smoothing_factor and gradient_accumulation_steps == 1:
+    class_weights, smoothing = config.class_weights, config.label_smoothing_factor or 0.0
+    if class_weights is None and not smoothing and config.gradient_accumulation_steps == 1:
         return None
     weights = None if class_weights is None else torch.tensor(_weights(spec, np.asarray(labels), class_weights))
-    return TaskLoss(spec.problem_type, weights, label_smoothing_factor or 0.0)
+    return TaskLoss(spec.problem_type, weights, smoothing)
 
 
 def _weights(spec: TaskSpec, labels: np.ndarray, class_weights: str | Mapping[str, float]) -> list[float]:

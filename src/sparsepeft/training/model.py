@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from sparsepeft.methods.language_models import add_adapter, load_language_model, perplexity
+from sparsepeft.methods.language_models import load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
 from sparsepeft.runs.config import RunConfig
@@ -44,7 +44,7 @@ def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
     Raises:
         UserError: the model cannot be loaded, or method and settings do not fit it.
     """
-    spt, recipe, before = config.spt_config(), config.recipe_values(), {}
+    spt, before = config.spt_config(), {}
     set_seed(config.seed)
     if isinstance(data, LabelledData):
         backbone = load_backbone(data.model, data.spec)
@@ -59,10 +59,8 @@ def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
         sparsification = make_sparse(backbone, spt, data.calibration_batch())
         if isinstance(data, TextData):
             before["sparse"] = text_scores(config, backbone, data)
-    if isinstance(data, LabelledData):
-        model = extend(backbone, config.method, data.spec, recipe.adapter)
-    else:
-        model = add_adapter(backbone, config.method, recipe)
+    spec = data.spec if isinstance(data, LabelledData) else None
+    model = extend(backbone, config.method, spec, config.recipe_values().adapter)
     return RunModel(model, run_values, sparsification, before)
 
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import Trainer
 
 from sparsepeft.backbones import describe_backbone
-from sparsepeft.methods.language_models import count_trained
 from sparsepeft.methods.models import backbone_bytes, count_parameters
 from sparsepeft.methods.saving import write_weights
 from sparsepeft.methods.sparse import count_routers, describe
@@ -35,17 +34,10 @@ _NOT_SHARED = ("output_dir", "data_dir", "model", "text", "validation_text", "de
 def save_and_score(
     config: RunConfig, data: LabelledData | TextData, built: RunModel, fitted: Fitted, work: Path
 ) -> dict[str, Any]:
-    """Save the weights and score them as they were saved: the content of ``results.json``.
+    """Save the weights in the folder ``work`` and score them as they were saved: the content of ``results.json``.
 
     ``score`` is the main metric on the test part if there is one, or else on what was scored (the validation set, or
     the part of the training data that ``score_on`` asked for).
-
-    Args:
-        config: of the run.
-        data: of the run.
-        built: the model, which is trained now.
-        fitted: how it was trained.
-        work: folder for the weights.
 
     Raises:
         RunFailed: the weights could not be written.
@@ -116,7 +108,7 @@ def _score_text(config: RunConfig, data: TextData, built: RunModel) -> dict[str,
         "metrics": {"validation": text_scores(config, built.model, data)},
         "before": built.before,
         "spt": None,
-        "parameters": count_trained(built.model),
+        "parameters": {"trained": count_parameters(built.model)["trained"], "routers": count_routers(built.model)},
         "block_length": data.max_length,
         "bos_token": None if data.begin is None else data.tokenizer.convert_ids_to_tokens(data.begin),
         "num_train_tokens": num_predicted(data.train),
@@ -133,7 +125,6 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
     """What to compare a part's scores with.
 
     Args:
-        spec: the task.
         logits, labels: of the part that is scored, (N, C) and (N,) or (N, C).
         trained_on: the labels of the training examples.
 
@@ -162,13 +153,7 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
 
 
 def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: Trainer) -> dict[str, Any]:
-    """What a run was trained with, by the names of ``transformers.TrainingArguments``: nothing is left to defaults.
-
-    Args:
-        config: of the run.
-        data: of the run.
-        trainer: that trained.
-    """
+    """What a run was trained with, by the names of ``transformers.TrainingArguments``: nothing is left to defaults."""
     recipe, arguments, loss = config.recipe_values(), trainer.args, trainer.compute_loss_func
     values = {
         "learning_rate": recipe.learning_rate,

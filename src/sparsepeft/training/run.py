@@ -9,7 +9,6 @@ from typing import Any
 from peft import TaskType
 from transformers import TrainerCallback
 
-from sparsepeft.backbones import describe_backbone
 from sparsepeft.extras import require
 from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.methods.models import adapter_config
@@ -74,8 +73,7 @@ def train(
         built = build_model(config, data)
         work = begin(run | data.run_values | built.run_values)
         write_held_out(work, data.held_out)
-        announcer = Announcer(announce, config, model=describe_backbone(data.model), sizes=data.sizes, notes=data.notes)
-        watching = [announcer, Recorder(work / HISTORY), *reporters, *callbacks]
+        watching = [Announcer(announce, config, data), Recorder(work / HISTORY), *reporters, *callbacks]
         fitted = fit(config, data, built, work, watching)
         results = save_and_score(config, data, built, fitted, work)
         write_json(work / RESULTS, results)

@@ -12,23 +12,11 @@ from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.folders import check_output, replacing, write_json
 from sparsepeft.inference.encoding import longest_input
-from sparsepeft.methods.language_models import (
-    CALIBRATION_BLOCKS,
-    load_language_model,
-    perplexity,
-)
+from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, load_language_model, perplexity
 from sparsepeft.methods.models import load_model_config, load_tokenizer, to_accelerator
 from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings
 from sparsepeft.provenance import environment
-from sparsepeft.runs.corpus import (
-    begin_token,
-    cut,
-    evenly_spaced,
-    fingerprints,
-    join,
-    num_predicted,
-    read_documents,
-)
+from sparsepeft.runs.corpus import begin_token, cut, evenly_spaced, fingerprints, join, num_predicted, read_documents
 from sparsepeft.spt import save_sparse
 from sparsepeft.spt.loading import SPARSE_WEIGHTS
 

@@ -17,14 +17,7 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.heads import (
-    HeadModule,
-    HeadSpec,
-    LinearHead,
-    copy_with_labels,
-    find_head,
-    move_unless_meta,
-)
+from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, copy_with_labels, find_head, move_unless_meta
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
@@ -79,7 +72,7 @@ class TaskTuner(BaseTuner):
         self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")
-        if _has_labels(model):
+        if hasattr(getattr(model, "config", None), "num_labels"):
             head = find_head(model, self._find_layers(model, config), config.head_modules)
         self._check_head(model, config, head)
         self._check_identity(model, config, head)
@@ -340,8 +333,8 @@ class TaskTuner(BaseTuner):
                 for container in module.adapter_layer_names:
                     added = getattr(module, container)
                     if adapter_name in added:
-                        dtype = torch.float32 if autocast_adapter_dtype else _float_dtype(module.base_layer)
-                        _cast(added[adapter_name], dtype)
+                        dtypes = (p.dtype for p in module.base_layer.parameters() if p.is_floating_point())
+                        _cast(added[adapter_name], torch.float32 if autocast_adapter_dtype else next(dtypes, None))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -411,14 +404,6 @@ def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[Forwar
         id(other): other for m in model.modules() if isinstance(other := getattr(m, "context", None), ForwardContext)
     }
     return [other for other in contexts.values() if other is not context]
-
-
-def _has_labels(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "config", None), "num_labels")
-
-
-def _float_dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.ops import routed_ffn_cases as cases
 from tests.ops.routed_ffn_cases import FORMS, TILE_SIZES, Form, Sizes
 from tests.ops.triton_aot import needs_triton
 
@@ -18,25 +19,19 @@ pytestmark = [
 LARGE = Sizes(1030, 256, 64, 8, 4)
 
 
-def check(name: str, *args: object) -> None:
-    """Call a function of the cases, which import Triton."""
-    from tests.ops import routed_ffn_triton_cases
-
-    getattr(routed_ffn_triton_cases, name)(*args, device="cuda")
-
-
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("sizes", TILE_SIZES)
 def test_matches_reference(sizes: str, form: Form) -> None:
     for activation in ("relu", "silu"):
-        check("check_case", form, TILE_SIZES[sizes], activation)
+        cases.check_case(form, TILE_SIZES[sizes], activation, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("sizes", [TILE_SIZES["several of many"], LARGE], ids=str)
 def test_half_precision(sizes: Sizes, form: Form, dtype: torch.dtype) -> None:
-    check("check_half", form, sizes, dtype)
+    case = cases.make_case(form, sizes, torch.float32)
+    cases.check_half(case, dtype, {"triton": "looped"}, "silu", device="cuda")
 
 
 def test_auto_is_triton() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ops import sparse_attention_triton_cases as cases
+from tests.ops import sparse_attention_cases as cases
 from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_close, grad_like, make_inputs, run
 
 from sparsepeft.ops import explain, sparse_attention
@@ -18,9 +18,8 @@ LARGE = Case(2, 4, 2, 1500, 1500, 64, 64, 8, 190, "left", {"causal": True})
 
 
 def on_gpu(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, Any]]:
-    tensors, options = make_inputs(case, dtype)
-    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    return [tensor.cuda() for tensor in tensors], grad_like(case, dtype).cuda(), options
+    tensors, options = make_inputs(case, dtype, "cuda")
+    return tensors, grad_like(case, dtype, "cuda"), options
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +44,7 @@ def test_encoding_matches_the_plain_one(sizes: tuple[int, int, int], dtype: torc
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["several tiles", "grouped heads", "values of another size", "odd heads"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    cases.check_half(name, dtype, "cuda")
+    cases.check_half(CASES[name], dtype, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from sparsepeft.ops.routed_ffn.backward import TileBackward
 from sparsepeft.ops.routed_ffn.blocks import (
     Arguments,
     Draws,
-    Inlet,
     Plan,
     draw_seed,
     masked,
@@ -152,13 +151,12 @@ def _gradients(
 
 def _enter(products: Products, tile: Tile, arguments: Arguments) -> list[Tensor]:
     """Return what enters the activation, (n, W) for each inlet."""
-    return [_enter_one(products, tile, arguments.x, inlet) for inlet in arguments.inlets]
-
-
-def _enter_one(products: Products, tile: Tile, x: Tensor, inlet: Inlet) -> Tensor:
-    inner = products.inner(tile, x, inlet.weight)
-    if inlet.reads is not None and inlet.low_up is not None:
-        inner.add_(products.inner(tile, inlet.reads, inlet.low_up))
-    if inlet.bias is not None:
-        inner.add_(products.bias(tile, inlet.bias).to(inner.dtype))
-    return inner
+    entering = []
+    for inlet in arguments.inlets:
+        inner = products.inner(tile, arguments.x, inlet.weight)
+        if inlet.reads is not None and inlet.low_up is not None:
+            inner.add_(products.inner(tile, inlet.reads, inlet.low_up))
+        if inlet.bias is not None:
+            inner.add_(products.bias(tile, inlet.bias).to(inner.dtype))
+        entering.append(inner)
+    return entering

@@ -43,15 +43,8 @@ class TritonProducts(OneTile):
         grid = (num_blocks, triton.cdiv(width, sizes["BLOCK_W"]), triton.cdiv(size, sizes["BLOCK_D"]))
         with torch.cuda.device_of(x):
             _grouped_bwd_kernel[grid](
-                h.contiguous(),
-                x,
-                total,
-                self._ends,
-                tile.tokens,
-                width,
-                size,
-                x.stride(0),
-                *total.stride(),
+                *(h.contiguous(), x, total, self._ends, tile.tokens),
+                *(width, size, x.stride(0), *total.stride()),
                 num_warps=8,
                 **sizes,
             )
@@ -65,17 +58,8 @@ class TritonProducts(OneTile):
         grid = (num_rows // sizes["BLOCK_M"] + num_blocks, triton.cdiv(size, sizes["BLOCK_N"]))
         with torch.cuda.device_of(x):
             _grouped_fwd_kernel[grid](
-                x,
-                weight,
-                output,
-                self._ends,
-                x_rows,
-                y_rows,
-                num_blocks,
-                size,
-                weight.shape[2],
-                x.stride(0),
-                *weight.stride(),
+                *(x, weight, output, self._ends, x_rows, y_rows),
+                *(num_blocks, size, weight.shape[2], x.stride(0), *weight.stride()),
                 GATHER=x_rows is not None,
                 SCATTER=y_rows is not None,
                 num_warps=8,

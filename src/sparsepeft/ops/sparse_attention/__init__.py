@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, check_arguments
+from sparsepeft.ops.sparse_attention.arguments import resolve_arguments
 from sparsepeft.ops.sparse_attention.dispatch import dispatch_sparse_attention
 from sparsepeft.ops.sparse_attention.quantization import encode, fit_codebooks, refresh_codebooks
 from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
@@ -90,28 +90,19 @@ def sparse_attention(
         >>> sparse_attention(query, key, value, codebooks, top_l=8, causal=True).shape
         torch.Size([1, 4, 64, 16])
     """
-    check_arguments(
-        *(query, key, value, codebooks, top_l, causal, key_mask, query_positions, window, scale, softcap),
+    visibility, settings = resolve_arguments(
+        *(query, key, value, codebooks),
+        top_l=top_l,
+        causal=causal,
+        key_mask=key_mask,
+        query_positions=query_positions,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        keep_self=keep_self,
+        keep_first=keep_first,
         granularity=granularity,
         block_size=block_size,
-    )
-    settings = Settings(
-        top_l=top_l,
-        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-        softcap=float(softcap or 0.0),
-        keep_self=bool(keep_self),
-        keep_first=bool(keep_first),
-        block_size=block_size if granularity == "block" else 0,
-    )
-    visibility = Visibility.of(
-        query.shape[0],
-        query.shape[2],
-        key.shape[2],
-        causal=causal,
-        window=window,
-        query_positions=query_positions,
-        key_mask=key_mask,
-        device=query.device,
     )
     if impl == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -140,22 +131,18 @@ def selection_recall(
     Queries with no more than ``top_l`` valid keys keep them all and say nothing: they are left out, and if all queries
     are such, the recall is 1. Arguments and errors as for :func:`sparse_attention`.
     """
-    check_arguments(
-        *(query, key, key, codebooks, top_l, causal, key_mask, query_positions, window, None, None),
+    num_keys, precise = key.shape[2], softmax_dtype(query.dtype)
+    visibility, settings = resolve_arguments(
+        *(query, key, key, codebooks),
+        top_l=top_l,
+        causal=causal,
+        key_mask=key_mask,
+        query_positions=query_positions,
+        window=window,
+        keep_self=keep_self,
+        keep_first=keep_first,
         granularity=granularity,
         block_size=block_size,
-    )
-    num_keys, precise = key.shape[2], softmax_dtype(query.dtype)
-    settings = Settings(top_l, 1.0, 0.0, keep_self, keep_first, block_size if granularity == "block" else 0)
-    visibility = Visibility.of(
-        query.shape[0],
-        query.shape[2],
-        num_keys,
-        causal=causal,
-        window=window,
-        query_positions=query_positions,
-        key_mask=key_mask,
-        device=query.device,
     )
     query_codes, key_codes = encode(query, codebooks), encode(key, codebooks)
     codes = (

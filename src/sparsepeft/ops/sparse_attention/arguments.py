@@ -86,23 +86,25 @@ def words_shape(shape: torch.Size, num_subvectors: int) -> tuple[int, int, int, 
     return shape[0], shape[1], -(-num_subvectors // 8), shape[2]
 
 
-def check_arguments(
+def resolve_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     codebooks: Tensor,
+    *,
     top_l: int,
     causal: bool,
     key_mask: Tensor | None,
     query_positions: Tensor | None,
     window: int | None,
-    scale: float | None,
-    softcap: float | None,
-    *,
+    keep_self: bool,
+    keep_first: bool,
     granularity: str,
     block_size: int,
-) -> None:
-    """Raise what :func:`sparse_attention` documents."""
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Visibility, Settings]:
+    """Return what the arguments of :func:`sparse_attention` say, or raise what it documents."""
     if granularity not in ("token", "block"):
         raise ValueError(f"granularity is {granularity!r}; expected 'token' or 'block'.")
     _check_tensors(query, key, value)
@@ -139,6 +141,18 @@ def check_arguments(
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} is {number}; expected a positive finite number, or None.")
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    block_size = block_size if granularity == "block" else 0
+    settings = Settings(top_l, scale, float(softcap or 0.0), bool(keep_self), bool(keep_first), block_size)
+    visibility = Visibility.of(
+        *(batch, num_queries, num_keys),
+        causal=causal,
+        window=window,
+        query_positions=query_positions,
+        key_mask=key_mask,
+        device=query.device,
+    )
+    return visibility, settings
 
 
 def check_codebooks(codebooks: Tensor, head_size: int) -> None:

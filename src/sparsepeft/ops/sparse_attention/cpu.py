@@ -167,11 +167,8 @@ def _problem(
     (batch, heads, num_queries, head_size), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     problem = _Problem(batch, heads, kv_heads, num_queries, num_keys, head_size, value.shape[-1])
     problem.top_l, problem.scale, problem.softcap = settings.top_l, settings.scale, settings.softcap
-    problem.keep_self, problem.keep_first, problem.block_size = (
-        settings.keep_self,
-        settings.keep_first,
-        settings.block_size,
-    )
+    problem.keep_self, problem.keep_first = settings.keep_self, settings.keep_first
+    problem.block_size = settings.block_size
     problem.query, problem.key, problem.value = map(_view, tensors)
     problem.dtype = _DTYPES[query.dtype]
     problem.threads, problem.parallel = torch.get_num_threads(), native.openmp_parallel()

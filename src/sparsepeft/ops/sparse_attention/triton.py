@@ -47,23 +47,14 @@ def select_triton(
     query_words = _launch_encode(query, codebooks, _words_like(query, codebooks), _QUERY_FILLER)
     key_words = _launch_encode(key, codebooks, _words_like(key, codebooks), _KEY_FILLER)
     thresholds = torch.empty(query.shape[:3], dtype=torch.int32, device=query.device)
-    heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    num_keys = key.shape[2]
     levels = max(4, triton.next_power_of_2(codebooks.shape[1]))
     block = 32 if levels <= 32 else 16  # no register spills
-    num_tiles = triton.cdiv(num_queries, block)
+    num_tiles = triton.cdiv(query.shape[2], block)
     with torch.cuda.device_of(query):
-        _select_kernel[(num_tiles * query.shape[0] * heads,)](
-            query_words,
-            key_words,
-            selection_limits(visibility, settings, num_keys),
-            _as_bytes(visibility.key_mask),
-            thresholds,
-            num_queries,
-            num_keys,
-            heads,
-            heads // key.shape[1],
-            num_tiles,
-            settings.top_l,
+        _select_kernel[(num_tiles * query.shape[0] * query.shape[1],)](
+            *(query_words, key_words, selection_limits(visibility, settings, num_keys), _as_bytes(visibility.key_mask)),
+            *(thresholds, *_sizes(query, key, num_tiles), settings.top_l),
             WORDS=query_words.shape[2],
             LEVELS=levels,
             HAS_MASK=visibility.key_mask is not None,
@@ -110,16 +101,11 @@ def triton_forward(
     num_tiles = triton.cdiv(query.shape[2], tile["BLOCK_Q"])
     with torch.cuda.device_of(query):
         _attention_fwd_kernel[(num_tiles * query.shape[0] * query.shape[1],)](
-            query,
-            key,
-            value,
-            output,
-            log_sum_exp,
+            *(query, key, value, output, log_sum_exp),
             *_selected(selection, visibility, settings, key),
             *_sizes(query, key, num_tiles),
             *(stride for tensor in (query, key, value) for stride in tensor.stride()[:3]),
-            settings.scale,
-            settings.softcap,
+            *(settings.scale, settings.softcap),
             **_constants(query, value, selection, visibility, settings),
             **tile,
         )
@@ -183,14 +169,8 @@ def _launch_encode(vectors: Tensor, codebooks: Tensor, codes: Tensor, filler: in
     num_tiles = triton.cdiv(num_tokens, block)
     with torch.cuda.device_of(vectors):
         _encode_kernel[(num_tiles * batch * heads,)](
-            vectors,
-            codebooks.to(torch.float32).contiguous(),
-            codes,
-            num_tokens,
-            heads,
-            heads // kv_heads,
-            num_tiles,
-            *vectors.stride()[:3],
+            *(vectors, codebooks.to(torch.float32).contiguous(), codes),
+            *(num_tokens, heads, heads // kv_heads, num_tiles, *vectors.stride()[:3]),
             M=num_subvectors,
             C=num_codewords,
             W=width,
