@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.cli.test_cli import ran, refused
+from tests.cli.test_cli import ran, refused, sparsepeft
 from tests.tiny import save_tiny_backbone, topics_text
 
 pytestmark = pytest.mark.slow
@@ -150,6 +150,11 @@ def test_one_sentence_and_nothing_else(case: str, places: dict[str, Path], tmp_p
 
 def test_options_that_are_missing_or_out_of_range(topics_run: Path, tiny_backbone: Path) -> None:
     refused("train", "--model", tiny_backbone, "--task", "topics", words="No --output-dir was given")
-    refused("export", topics_run, words="--output-dir")
-    refused("storage", "--num-tasks", 0, words="--num-tasks")
-    refused("inspect", topics_run, "--max-examples", 0, words="--max-examples")
+    for *arguments, option in (
+        ("export", topics_run, "--output-dir"),
+        ("storage", "--num-tasks", 0, "--num-tasks"),
+        ("inspect", topics_run, "--max-examples", 0, "--max-examples"),
+    ):
+        done = sparsepeft(*arguments)
+        assert done.returncode == 2
+        assert option in done.stderr

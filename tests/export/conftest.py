@@ -58,23 +58,20 @@ def folders(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return saved | {name: root / name for name in RUNS}
 
 
-@pytest.fixture(scope="session")
-def exported(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "float32"
-    export_tasks(list(folders.values()), folder)
+def _exported(kind: str, **options: Any) -> Any:
+    """A fixture: the folder of all tasks, exported with some options."""
+
+    @pytest.fixture(scope="session")
+    def folder(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+        if kind == "openvino":
+            pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
+        folder = tmp_path_factory.mktemp("export") / kind
+        export_tasks(list(folders.values()), folder, **options)
+        return folder
+
     return folder
 
 
-@pytest.fixture(scope="session")
-def exported_int8(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "int8"
-    export_tasks(list(folders.values()), folder, int8=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def exported_openvino(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
-    folder = tmp_path_factory.mktemp("export") / "openvino"
-    export_tasks(list(folders.values()), folder, format="openvino")
-    return folder
+exported = _exported("float32")
+exported_int8 = _exported("int8", int8=True)
+exported_openvino = _exported("openvino", format="openvino")

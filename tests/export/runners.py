@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -38,4 +39,6 @@ def run_py(
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
     command = [sys.executable, "-c", code, str(folder / "run.py"), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, cwd=folder.parent)
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as most systems have it
+    text = {"encoding": "utf-8", "errors": "surrogateescape"}
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, cwd=folder.parent, env=strict, **text)

@@ -53,7 +53,7 @@ def test_any_shape_with_and_without_bias(
     assert calls == [torch.Size(shape), torch.Size((9, 5))]
 
 
-def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size]) -> None:
+def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, given = fast((6, 4)), torch.randn(3, 6)
     layer(given).sum().backward()
     assert layer.weight.grad is not None
@@ -62,11 +62,7 @@ def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size]) -> None:
             assert layer(given).dtype == torch.bfloat16
         assert layer.double()(given.double()).dtype == torch.float64
     assert calls == []
-
-
-def test_a_processor_without_bfloat16_is_left_to_pytorch(
-    calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # A processor without bfloat16.
     monkeypatch.setattr(onednn, "can_onednn_compute", lambda dtype: dtype == torch.float32)
     layer, given = fast((6, 4)).bfloat16(), torch.randn(3, 6, dtype=torch.bfloat16)
     with torch.inference_mode():

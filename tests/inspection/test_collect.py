@@ -23,9 +23,8 @@ def inputs(name: str = "bert", **extra: Any) -> dict[str, Any]:
 
 
 def hooks(model: PeftModel) -> int:
-    memories = [
-        m for layer in model.modules() if isinstance(layer, SpartanLayer) for m in layer.spartan_memory.values()
-    ]
+    layers = (layer for layer in model.modules() if isinstance(layer, SpartanLayer))
+    memories = (memory for layer in layers for memory in layer.spartan_memory.values())
     return sum(len(memory._forward_pre_hooks) + len(memory._forward_hooks) for memory in memories)
 
 
@@ -171,14 +170,8 @@ def test_other_architectures(name: str) -> None:
 
 
 def test_classes_of_positions() -> None:
-    config = hf.BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        id2label={0: "O", 1: "NAME"},
-    )
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.BertConfig(**sizes, intermediate_size=64, id2label={0: "O", 1: "NAME"})
     torch.manual_seed(0)
     backbone = hf.BertForTokenClassification(config)
     model = get_peft_model(backbone, SpartanConfig(num_parents=4, top_k=2, task_type="TOKEN_CLS"))

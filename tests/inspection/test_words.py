@@ -66,9 +66,8 @@ def test_tokens_of_a_slow_tokenizer() -> None:
 def counted(*parents: dict[str, int]) -> WordCounts:
     """A memory whose parents have met so many of each word, every occurrence in a text of its own."""
     counts = WordCounts(num_memories=1, num_parents=len(parents))
-    met = [
-        (word, parent) for parent, words in enumerate(parents) for word, count in words.items() for _ in range(count)
-    ]
+    times = [(word, parent, count) for parent, words in enumerate(parents) for word, count in words.items()]
+    met = [(word, parent) for word, parent, count in times for _ in range(count)]
     positions = np.arange(len(met))
     words = Words([word for word, _ in met], positions[:, None])
     counts.add(0, words, positions, np.array([parent for _, parent in met]))
@@ -124,7 +123,7 @@ def test_a_word_goes_to_the_parent_of_most_of_its_pieces() -> None:
     assert counts._counts[0, :2].tolist() == [[0, 0, 1], [0, 1, 0]]
 
 
-def test_rare_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_words_are_forgotten_and_the_table_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = WordCounts(1, 2)
     monkeypatch.setattr(counts, "_max_words", 4)
     for batch in range(300):
@@ -136,9 +135,6 @@ def test_rare_words_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.has_forgotten
     assert {word: counts._counts[0, i].tolist() for word, i in counts._index.items()}["often"] == [300, 0]
     assert counts._texts[counts._index["usual"]] == 300
-
-
-def test_the_table_grows() -> None:
     counts = WordCounts(1, 2)
     texts = [f"word{i}" for i in range(3000)]
     positions = np.arange(3000)

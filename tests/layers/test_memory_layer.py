@@ -18,6 +18,9 @@ def test_it_reads_its_own_parameters() -> None:
     torch.testing.assert_close(memory(states), expected)
     assert not torch.allclose(memory(states), states)
     assert sum(p.numel() for p in memory.parameters()) == 5 * (1 + 2 * 3) * 8
+    assert "hidden_size=8, num_parents=5, num_children=3, top_k=2" in repr(memory)
+    with pytest.raises(ValueError, match=r"shape \(2, 7\).*width 8"):
+        memory(torch.zeros(2, 7))
 
 
 def test_fresh_it_is_the_identity_and_its_keys_are_spread_as_asked() -> None:
@@ -26,10 +29,6 @@ def test_fresh_it_is_the_identity_and_its_keys_are_spread_as_asked() -> None:
     assert torch.equal(memory(states), states)
     assert memory.child_keys.std().item() == pytest.approx(0.5, rel=0.05)
     assert memory.child_keys.mean().item() == pytest.approx(0.0, abs=0.02)
-
-
-def test_printed_it_shows_its_sizes() -> None:
-    assert "hidden_size=8, num_parents=5, num_children=3, top_k=2" in repr(SparseMemory(8, 5, 3, 2))
 
 
 def test_without_storage_it_is_given_values_later() -> None:
@@ -47,8 +46,3 @@ def test_wrong_sizes_are_refused(wrong: dict) -> None:
     sizes = {"num_parents": 5, "num_children": 3, "top_k": 2} | wrong
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         SparseMemory(8, **sizes)
-
-
-def test_states_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2, 7\).*width 8"):
-        SparseMemory(8, 5, 3, 2)(torch.zeros(2, 7))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 from unittest import mock
 
@@ -151,14 +152,26 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tol
         )
 
 
-def check_case(form: Form, sizes: Sizes, activation: str, recompute: bool = False, device: str = "cpu") -> None:
-    case = make_case(form, sizes, torch.float32)
+def check_case(
+    form: Form,
+    sizes: Sizes,
+    activation: str,
+    runs: Iterable[tuple[str, bool]] = (("triton", False), ("triton", True)),
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 2e-5,
+    device: str = "cpu",
+) -> None:
+    """Implementations, with and without recomputing in backward, against the reference in float64.
+
+    The tolerance for Triton is some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's
+    gradient cancel to unit size; how many meet depends on the order in which a processor's matrix products sum up.
+    """
+    case = make_case(form, sizes, dtype)
     case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
     expected = run(case.to(torch.float64), activation=activation, impl="reference")
-    actual = run(case, activation=activation, recompute=recompute, impl="triton")
-    # Some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's gradient cancel to unit size;
-    # how many meet depends on the order in which a processor's matrix products sum up.
-    assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=2e-5)
+    for impl, recompute in runs:
+        actual = run(case, activation=activation, recompute=recompute, impl=impl)
+        assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance)
 
 
 def check_half(case: Case, dtype: torch.dtype, impls: dict[str, str], activation: str, device: str = "cpu") -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.sparse_attention import count_matches, encode, sparse_attention
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import keep_tokens
 
 NAMES = ("output", "query", "key", "value")
@@ -327,4 +327,4 @@ def launch(
     encode_triton(query, codebooks)
     selection = select_triton(query, key, codebooks, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
-    triton_backward(grad_output, query, key, value, output, log_sum_exp, selection, visibility, settings)
+    triton_backward(grad_output, Attended(query, key, value, output, log_sum_exp), selection, visibility, settings)

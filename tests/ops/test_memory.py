@@ -226,11 +226,13 @@ def test_an_implementation_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) ->
     assert "not cpu: SPARSEPEFT_DISABLE turns it off" in str(explanation)
     with pytest.raises(ValueError, match="impl is 'cpu', but SPARSEPEFT_DISABLE turns it off"):
         memory_read(*inputs, top_k=4, impl="cpu")
-    monkeypatch.setenv("SPARSEPEFT_DISABLE", "cpu, torch")
-    with pytest.raises(ValueError, match="SPARSEPEFT_DISABLE names torch; expected some of cpu, triton, flex"):
+    monkeypatch.setenv("SPARSEPEFT_DISABLE", "CPU torch")
+    with pytest.raises(ValueError, match="SPARSEPEFT_DISABLE names torch; expected some of cpu,triton,flex"):
         registry._read_names("SPARSEPEFT_DISABLE")
     with pytest.raises(ValueError, match="operator is 'print'; expected one of memory_read"):
         explain(print)
+    with pytest.raises(TypeError, match="top_k"):
+        explain(memory_read, *inputs, tok_p=4)
 
 
 # The compiled kernel, which has no gradients

@@ -14,6 +14,7 @@ from tests.ops.routed_ffn_cases import (
     Sizes,
     assert_all_close,
     call,
+    check_case,
     check_half,
     make_case,
     products,
@@ -56,25 +57,17 @@ ALIGNED = {
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_looped_matches_reference(sizes: str) -> None:
-    forms = FORMS if sizes == "odd" else FEW_FORMS
-    for form, activation in itertools.product(forms, ("relu", "silu")):
-        case = make_case(form, SIZES[sizes])
-        expected = run(case, activation=activation, impl="reference")
-        for recompute in (False, True):
-            actual = run(case, activation=activation, recompute=recompute, impl="looped")
-            assert_all_close(actual, expected, tolerance=1e-12)  # float64: only the order of summation differs
+    for form, activation in itertools.product(FORMS if sizes == "odd" else FEW_FORMS, ("relu", "silu")):
+        runs = [("looped", False), ("looped", True)]
+        check_case(form, SIZES[sizes], activation, runs, torch.float64, 1e-12)  # only the order of summation differs
 
 
 @pytest.mark.parametrize("sizes", ALIGNED)
 def test_both_match_reference_in_float32(sizes: str) -> None:
-    forms = FORMS if sizes == "odd" else FEW_FORMS
-    for form, activation in itertools.product(forms, ("relu", "silu")):
-        case = make_case(form, ALIGNED[sizes], torch.float32)
-        expected = run(case.to(torch.float64), activation=activation, impl="reference")
-        for impl, recompute in (("looped", False), ("grouped", False), ("grouped", True)):
-            actual = run(case, activation=activation, recompute=recompute, impl=impl)
-            # Some tens of float32 roundings (6e-8) in sums of at most 130 terms of unit size.
-            assert_all_close({name: value.double() for name, value in actual.items()}, expected, tolerance=3e-6)
+    for form, activation in itertools.product(FORMS if sizes == "odd" else FEW_FORMS, ("relu", "silu")):
+        runs = [("looped", False), ("grouped", False), ("grouped", True)]
+        # Some tens of float32 roundings (6e-8) in sums of at most 130 terms of unit size.
+        check_case(form, ALIGNED[sizes], activation, runs, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])

@@ -146,10 +146,12 @@ def test_balance_ignores_padding() -> None:
 
 
 def test_balance_is_that_of_a_memory() -> None:
-    x, keys = torch.randn(3, 4, 6), torch.randn(5, 6)
+    x, keys, mask = torch.randn(3, 4, 6), torch.randn(5, 6), torch.rand(3, 4) > 0.3
     routing = route(x, keys, num_active=2)
-    loss = routing_load_balancing_loss(routing.logits, routing.blocks)
-    torch.testing.assert_close(loss, load_balancing_loss(x, keys, top_k=2))
+    for counted in (None, mask):
+        loss = routing_load_balancing_loss(routing.logits, routing.blocks, counted)
+        torch.testing.assert_close(loss, load_balancing_loss(x, keys, top_k=2, mask=counted))
+    assert load_balancing_loss(x, keys, top_k=2, mask=torch.zeros(3, 4)).item() == 0
 
 
 def test_following_the_balance_evens_the_choice() -> None:

@@ -19,13 +19,15 @@ PLAIN = Form(gated=False, bias=False, trained=False, lora=False)
 )
 def test_interpreted_matches_reference(form: Form) -> None:
     # Plain ReLU has a way of its own where the weights are frozen; all else shares the looped form's code.
-    interpreted(cases.check_case, form, TILE_SIZES["several of many"], "silu" if form.gated else "relu")
+    interpreted(
+        cases.check_case, form, TILE_SIZES["several of many"], "silu" if form.gated else "relu", (("triton", False),)
+    )
 
 
 @pytest.mark.parametrize("sizes", TILE_SIZES)
 def test_interpreted_at_every_size(sizes: str) -> None:
-    interpreted(cases.check_case, FULL, TILE_SIZES[sizes], "gelu", recompute=True)
-    interpreted(cases.check_case, Form(False, True, False, True), TILE_SIZES[sizes], "relu")
+    interpreted(cases.check_case, FULL, TILE_SIZES[sizes], "gelu", (("triton", True),))
+    interpreted(cases.check_case, Form(False, True, False, True), TILE_SIZES[sizes], "relu", (("triton", False),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

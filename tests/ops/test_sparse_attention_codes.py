@@ -40,16 +40,6 @@ def test_encode_gives_ties_to_the_lowest_codeword(impl: str) -> None:
     assert encode(vectors, codebooks, impl=impl).flatten().tolist() == [1, 1, 0]
 
 
-def test_encode_refuses() -> None:
-    vectors, codebooks = torch.randn(1, 2, 3, 8), torch.randn(2, 2, 16, 4)
-    with pytest.raises(ValueError, match="H a multiple of Hkv"):
-        encode(torch.randn(1, 3, 3, 8), codebooks)
-    with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
-        encode(vectors.long(), codebooks)
-    with pytest.raises(ValueError, match="impl is 'fast'; expected one of auto, triton, cpu, torch"):
-        encode(vectors, codebooks, impl="fast")
-
-
 def clusters(num_clusters: int = 16, spread: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of two heads and three sub-vectors around known centres, far apart: (2, N, 12) and (2, 3, C, 4)."""
     centres = 10 * torch.randn(2, 3, num_clusters, 4)
@@ -128,28 +118,32 @@ def test_few_vectors_move_their_own_codewords_only(num_vectors: int) -> None:
                 torch.testing.assert_close(refreshed[head, part, code], expected)
 
 
-def test_fit_refuses() -> None:
-    cases: list[tuple[torch.Tensor, dict[str, Any], str]] = [
-        (torch.randn(2, 50, 12), {"subvector_dim": 5}, "subvector_dim is 5, the head size 12"),
-        (torch.randn(50, 12), {}, r"vectors has shape \(50, 12\); expected \(H, N, D\)"),
-        (torch.randn(2, 15, 8), {}, "15 vectors per head for 16 codewords"),
-        (torch.randn(2, 50, 8), {"num_codewords": 17}, "num_codewords is 17; expected 1 to 16"),
-        (torch.full((2, 50, 8), torch.nan), {}, "NaN or infinity"),
-        (torch.full((2, 50, 8), torch.inf), {}, "NaN or infinity"),
-    ]
-    for vectors, options, message in cases:
-        with pytest.raises(ValueError, match=message):
-            fit_codebooks(vectors, **options)
+VECTORS, BOOKS = torch.randn(1, 2, 3, 8), torch.randn(2, 2, 16, 4)
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (fit_codebooks, {"vectors": torch.randn(2, 50, 12), "subvector_dim": 5}, "subvector_dim is 5, the head size 12"),
+    (fit_codebooks, {"vectors": torch.randn(50, 12)}, r"vectors has shape \(50, 12\); expected \(H, N, D\)"),
+    (fit_codebooks, {"vectors": torch.randn(2, 15, 8)}, "15 vectors per head for 16 codewords"),
+    (fit_codebooks, {"vectors": torch.randn(2, 50, 8), "num_codewords": 17}, "num_codewords is 17; expected 1 to 16"),
+    (fit_codebooks, {"vectors": torch.full((2, 50, 8), torch.nan)}, "NaN or infinity"),
+    (fit_codebooks, {"vectors": torch.full((2, 50, 8), torch.inf)}, "NaN or infinity"),
+    (fit_codebooks, {"vectors": torch.ones(2, 50, 8, dtype=torch.long)}, r"vectors has dtype torch\.int64"),
+    (refresh_codebooks, {"codebooks": BOOKS, "vectors": torch.randn(1, 50, 8)}, "the same H"),
+    (refresh_codebooks, {"codebooks": BOOKS, "vectors": torch.full((2, 50, 8), torch.nan)}, "NaN or infinity"),
+    (encode, {"vectors": torch.randn(1, 3, 3, 8), "codebooks": BOOKS}, "H a multiple of Hkv"),
+    (encode, {"vectors": VECTORS.long(), "codebooks": BOOKS}, r"vectors has dtype torch\.int64"),
+    (
+        encode,
+        {"vectors": VECTORS, "codebooks": BOOKS, "impl": "fast"},
+        "impl is 'fast'; expected one of auto, triton, cpu",
+    ),
+]
 
 
-def test_refresh_refuses() -> None:
-    codebooks = torch.randn(2, 2, 16, 4)
-    with pytest.raises(ValueError, match="the same H"):
-        refresh_codebooks(codebooks, torch.randn(1, 50, 8))
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        refresh_codebooks(codebooks, torch.full((2, 50, 8), torch.nan))
-    with pytest.raises(TypeError, match=r"vectors has dtype torch\.int64"):
-        fit_codebooks(torch.ones(2, 50, 8, dtype=torch.long))
+def test_bad_arguments_are_refused() -> None:
+    for function, arguments, message in REFUSED:
+        error = TypeError if "dtype" in message else ValueError
+        with pytest.raises(error, match=message):
+            function(**arguments)
 
 
 # The build

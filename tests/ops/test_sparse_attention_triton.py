@@ -67,12 +67,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize(
     "check",
-    [
-        cases.check_layouts,
-        cases.check_nan,
-        cases.check_compiles_and_is_registered,
-        cases.check_saved_memory_is_linear,
-    ],
+    [cases.check_layouts, cases.check_nan, cases.check_compiles_and_is_registered, cases.check_saved_memory_is_linear],
     ids=lambda check: check.__name__,
 )
 def test_interpreted(check: Callable[[], None]) -> None:
@@ -102,11 +97,7 @@ def test_assembles_where_every_size_is_one() -> None:
 @pytest.mark.slow  # float32 products take the assembler long
 @pytest.mark.parametrize(
     ("case", "capability"),
-    [
-        ((64, 8, torch.float32, 30.0), 90),
-        ((128, 16, torch.bfloat16, 30.0), 80),
-        ((80, 10, torch.float16, 0.0), 80),
-    ],
+    [((64, 8, torch.float32, 30.0), 90), ((128, 16, torch.bfloat16, 30.0), 80), ((80, 10, torch.float16, 0.0), 80)],
     ids=str,
 )
 def test_assembles_without_spills_at_other_sizes(case: tuple[int, int, torch.dtype, float], capability: int) -> None:

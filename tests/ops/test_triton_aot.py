@@ -17,19 +17,9 @@ def launch_sum(rows: int, columns: int, num_warps: int) -> torch.Tensor:
     return y
 
 
-def launch_nothing() -> None:
-    pass
-
-
-def test_interpreter_runs_a_kernel() -> None:
+def test_interpreter_runs_a_kernel_shows_skipped_elements_and_raises_failures_here() -> None:
     assert torch.equal(interpreted(launch_sum, 4, 16, 4), torch.full((4,), 16.0))
-
-
-def test_interpreter_shows_skipped_elements() -> None:
     assert interpreted(torch.empty, 3).isnan().all()
-
-
-def test_failures_in_the_interpreter_are_raised_here() -> None:
     with pytest.raises(ZeroDivisionError):
         interpreted(divmod, 1, 0)
 
@@ -41,12 +31,9 @@ def test_assembler_reads_the_log(capability: int) -> None:
     assert 0 < kernel.registers < 255
 
 
-def test_spills_are_an_error() -> None:
+def test_spills_and_no_launch_are_errors() -> None:
     # 32 threads hold 32 x 512 numbers: 512 each, of which 255 fit.
     with pytest.raises(AssertionError, match="registers spill"):
         assert_assembles(launch_sum, 32, 512, 1, capability=90)
-
-
-def test_assembling_nothing_is_an_error() -> None:
     with pytest.raises(AssertionError, match="launched no"):
-        assert_assembles(launch_nothing, capability=90)
+        assert_assembles(int, capability=90)

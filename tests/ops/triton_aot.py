@@ -4,24 +4,10 @@ Triton decides at its import, for the whole process, whether kernels are interpr
 their own, one for each, started at first use and kept; a test passes them a function, by reference, and arguments that
 can be pickled. Nothing here imports Triton in the process of the tests.
 
-    from tests.ops.triton_aot import assert_assembles, interpreted, needs_triton
+    def check_double(size: int, device: str = "cpu") -> None: ...   # at module level; impl="triton" against another
 
-    def check_double(size: int, device: str = "cpu") -> None:       # at module level, so that it can be pickled
-        x = torch.randn(size, device=device, requires_grad=True)
-        torch.testing.assert_close(double(x, impl="triton"), 2 * x)
-
-    def launch_double(size: int) -> None:                           # any tensors of the right shapes and dtypes
-        double_triton(torch.empty(size))
-
-    @needs_triton
-    @pytest.mark.parametrize("size", [0, 1, 33])
-    def test_double_matches(size: int) -> None:
-        interpreted(check_double, size)                             # a failure is raised here, with its traceback
-
-    @needs_triton
-    @pytest.mark.parametrize("capability", CAPABILITIES)
-    def test_double_assembles(capability: int) -> None:
-        assert_assembles(launch_double, 1000, capability=capability)
+    interpreted(check_double, size)                                 # a failure is raised here, with its traceback
+    assert_assembles(launch_double, 1000, capability=90)            # launches on any tensors of the right shapes
 
 The same ``check_double`` is what a test marked ``gpu`` calls, with ``device="cuda"`` and in the test's own process.
 """

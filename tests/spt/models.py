@@ -41,10 +41,7 @@ _DEEPSEEK = {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1} | dict.fro
 )
 EXPERTS: dict[str, tuple[type, Any]] = {
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**_LLAMA, num_local_experts=4)),
-    "qwen2-moe": (
-        hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=64, num_experts=4),
-    ),
+    "qwen2-moe": (hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig(**_MOE, shared_expert_intermediate_size=64, num_experts=4)),
     "deepseek-v3": (
         hf.DeepseekV3ForCausalLM,
         hf.DeepseekV3Config(**_MOE | _DEEPSEEK, n_routed_experts=4, first_k_dense_replace=1),

@@ -31,16 +31,8 @@ def config(implementation: str, window: int | None = None):
 
 def both(create, padding, cache=None, q=T, window=None, **kwargs):
     """Our mask as a dense one, and the one that transformers makes for SDPA."""
-    found = {}
-    for implementation in ("spt-test", "sdpa"):
-        found[implementation] = create(
-            config=config(implementation, window),
-            inputs_embeds=torch.zeros(B, q, 16),
-            attention_mask=padding,
-            past_key_values=cache,
-            **kwargs,
-        )
-    return found["spt-test"], found["sdpa"]
+    given = {"inputs_embeds": torch.zeros(B, q, 16), "attention_mask": padding, "past_key_values": cache, **kwargs}
+    return [create(config=config(implementation, window), **given) for implementation in ("spt-test", "sdpa")]
 
 
 PADDINGS = {

@@ -13,8 +13,7 @@ from sparsepeft.spt import SptConfig
 
 
 @pytest.mark.parametrize(
-    ("text", "top_l", "active"),
-    [("1", 1, 1), ("1.0", 40, 8), ("0.5", 20, 4), ("3", 3, 3), ("1e-3", 1, 1)],
+    ("text", "top_l", "active"), [("1", 1, 1), ("1.0", 40, 8), ("0.5", 20, 4), ("3", 3, 3), ("1e-3", 1, 1)]
 )
 def test_an_int_is_a_count_and_a_float_a_fraction(text: str, top_l: int, active: int) -> None:
     settings = parse_settings([f"top_l={text}", f"num_active_blocks={text}"], "--spt-set")

@@ -157,7 +157,7 @@ def test_a_delimiter_that_is_given(tmp_path: Path, given: str) -> None:
         ("a.csv", "привет,слово\nда,нет\n".encode("cp1251"), {}, r"hardly in Latin letters; pass `encoding`"),
         ("a.csv", "many words,more\nof text\x81\n".encode("latin-1"), {}, r"neither in UTF-8 nor in cp1252"),
         ("a.csv", b"\x89PNG\r\n\x1a\n\x00\x00", {}, r"a\.csv is not a text file"),
-        ("a.csv", gzip.compress(b"a,b\n1,2\n"), {}, r"a\.csv is gzipped, but its name does not say so"),
+        ("a.csv", gzip.compress(b"a,b\n1,2\n", mtime=0), {}, r"a\.csv is gzipped, but its name does not say so"),
         ("a.ods", b"PK", {}, r"a\.ods is a spreadsheet .*; save it as CSV"),
         ("a.parquet", b"PAR1", {}, r"a\.parquet cannot be read as parquet"),
         ("a.json", '{"rows": []}', {}, r"a\.json:1: no column 'x'"),

@@ -31,17 +31,9 @@ SPT = {"top_l": 0.25, "num_blocks": 4, "num_active_blocks": 2, "codebook_interva
 
 def lm_config(language_model: Path, folder: Path, **changes: Any) -> RunConfig:
     """A short run on the built-in sample's text, written beside the folder."""
-    values: dict[str, Any] = {
-        "task": "lm",
-        "text": str(topics_text(folder.parent)),
-        "output_dir": str(folder),
-        "model": str(language_model),
-        "block_length": 32,
-        "max_steps": 12,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-    }
-    return RunConfig(**(values | changes))
+    values: dict[str, Any] = {"text": str(topics_text(folder.parent)), "model": str(language_model)}
+    short = {"block_length": 32, "max_steps": 12, "batch_size": 8, "learning_rate": 1e-2}
+    return RunConfig("lm", str(folder), **(values | short | changes))
 
 
 def _texts(*files: Path) -> RunConfig:
@@ -353,18 +345,8 @@ def test_a_real_sparse_model_learns_a_real_text(data_dir: Path, tmp_path: Path) 
 
     texts = [row.values["text"] for row in read_rows(data_dir / "bbc-news" / "all.tsv.gz")][:60]
     write_jsonl(tmp_path / "bbc.jsonl", [{"text": text} for text in texts])
-    config = RunConfig(
-        task="lm",
-        text=str(tmp_path / "bbc.jsonl"),
-        output_dir=str(tmp_path / "o"),
-        model=str(model),
-        block_length=128,
-        max_steps=12,
-        batch_size=4,
-        learning_rate=3e-3,
-        spt={"granularity": "token"},
-    )
-    results = train(config)
+    options = {"block_length": 128, "batch_size": 4, "learning_rate": 3e-3, "spt": {"granularity": "token"}}
+    results = train(lm_config(model, tmp_path / "o", text=str(tmp_path / "bbc.jsonl"), **options))
     assert results["score"] < 0.8 * results["before"]["sparse"]["perplexity"]  # 0.59 when this was written
     assert 500 < results["before"]["dense"]["perplexity"] < 2000  # 1,026 on other texts of the same set, longer blocks
     assert (tmp_path / "o" / RUN).is_file()

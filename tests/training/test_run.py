@@ -168,6 +168,9 @@ def test_what_cannot_be_used_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MPNetLayer hands on more than its hidden states"):
         train(run_config(backbone, tmp_path / "out", method="head", cache_frozen_layers=True, few_shot=10))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "run.json").write_text('{"a": 1}')  # called as a run's, but none
+    with pytest.raises(UserError, match=r"holds other files \(.*run.json"):
+        check_output_folder(tmp_path, overwrite=True)
 
 
 def test_run_files_of_other_versions(finished: Path) -> None:
@@ -315,20 +318,10 @@ def test_regression_of_pairs_is_scored_as_saved(
     texts = [row["text"] for row in topics_rows("train")]
     rows = [{"a": a, "b": b, "y": len(a)} for a, b in zip(texts[:40], texts[40:80], strict=True)]
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    run = run_config(
-        tiny_backbone,
-        tmp_path / "run",
-        task="custom",
-        train_file=str(file),
-        text_column="a",
-        text_pair_column="b",
-        label_column="y",
-        problem_type="regression",  # whole numbers would be classes
-        max_steps=4,
-        method=method,
-        save_dtype=save_dtype,
-    )
-    results = train(run)
+    own = {"task": "custom", "train_file": str(file), "problem_type": "regression"}  # whole numbers would be classes
+    columns = {"text_column": "a", "text_pair_column": "b", "label_column": "y"}
+    changes = {"max_steps": 4, "method": method, "save_dtype": save_dtype}
+    results = train(run_config(tiny_backbone, tmp_path / "run", **own, **columns, **changes))
     assert results["main_metric"] in results["metrics"]["validation"]
     # Of the rounded weights: those in float32 have other scores by 1e-4 and more.
     assert evaluate(tmp_path / "run")["validation"] == pytest.approx(results["metrics"]["validation"], abs=1e-6)
@@ -339,33 +332,17 @@ def test_regression_of_pairs_is_scored_as_saved(
         Predictor(tmp_path / "run").predict(["one text alone"])
 
 
-def test_predictions_are_in_order_and_independent_of_batching(trained: Trained) -> None:
-    folder = trained(method="spartan")[0]
-    texts = [row["text"] for row in topics_rows("test")][:20]
-    batched, single = (Predictor(folder, batch_size=size).predict(texts) for size in (7, 1))
-    for one, other in zip(batched, single, strict=True):
-        assert one.label == other.label
-        assert one.score == pytest.approx(other.score, abs=1e-5)
-        assert sum(one.scores.values()) == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("damage", ["truncate", "foreign", "missing", "run"])
-def test_damaged_files_are_named(finished: Path, damage: str) -> None:
-    weights = finished / WEIGHTS
-    if damage == "truncate":
-        weights.write_bytes(weights.read_bytes()[:-50])
-    elif damage == "foreign":
-        save_file({"something.else": torch.zeros(3)}, weights)
-    elif damage == "missing":
-        weights.unlink()
-    else:
-        (finished / RUN).write_text("{")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-50])),
+        (WEIGHTS, lambda path: save_file({"something.else": torch.zeros(3)}, path)),
+        (WEIGHTS, Path.unlink),
+        (RUN, lambda path: path.write_text("{")),
+    ],
+)
+def test_damaged_files_are_named(finished: Path, name: str, change: Callable[[Path], Any]) -> None:
+    change(finished / name)
     with pytest.raises(UserError) as caught:
         Predictor(finished)
     assert str(finished) in str(caught.value)
-
-
-def test_a_file_called_as_a_runs_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match=r"holds other files \(run.json\)"):
-        check_output_folder(tmp_path, overwrite=True)

@@ -215,19 +215,6 @@ def test_padding_never_counts(name: str, left_out: tuple[str, ...], use_reentran
     assert_gradients_close(balance_gradients(padded), balance_gradients(inputs))
 
 
-def test_the_loss_is_one_for_even_use_and_leaves_out_masked_positions() -> None:
-    keys = torch.eye(4)
-    even = 20 * torch.eye(4).unsqueeze(0)  # each parent is chosen by one position
-    assert load_balancing_loss(even, keys, top_k=1).item() == pytest.approx(1.0, abs=1e-4)
-    same = even[:, :1].expand(1, 4, 4)
-    assert load_balancing_loss(same, keys, top_k=1).item() == pytest.approx(4.0, abs=1e-3)
-    mask = torch.tensor([[1, 1, 0, 0]])
-    noise = torch.cat([even[:, :2], torch.randn(1, 2, 4)], 1)
-    expected = load_balancing_loss(even[:, :2], keys, top_k=1)
-    torch.testing.assert_close(load_balancing_loss(noise, keys, top_k=1, mask=mask), expected)
-    assert load_balancing_loss(even, keys, top_k=1, mask=torch.zeros(1, 4)).item() == 0
-
-
 def test_passes_without_gradients_cost_and_disturb_nothing() -> None:
     inputs = labelled_inputs("bert")
     model = _model("bert", load_balancing_coef=2.0)

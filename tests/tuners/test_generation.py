@@ -48,12 +48,11 @@ def test_each_row_of_a_mixed_batch_is_continued_by_its_own_adapter(name: str, nu
     inputs = _prompts(name)
     names = ["two", "__base__", "one"]
     mixed = _generate(model, inputs, num_beams=num_beams, adapter_names=names)
-    alone = {}
+    with model.disable_adapter():
+        alone = {"__base__": _generate(model, inputs, num_beams=num_beams)}
     for adapter in ("one", "two"):
         model.set_adapter(adapter)
         alone[adapter] = _generate(model, inputs, num_beams=num_beams)
-    with model.disable_adapter():
-        alone["__base__"] = _generate(model, inputs, num_beams=num_beams)
     for row, adapter in enumerate(names):
         assert torch.equal(mixed[row], alone[adapter][row]), adapter
     assert not torch.equal(alone["one"], alone["two"])

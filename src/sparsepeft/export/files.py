@@ -82,12 +82,10 @@ def write_onnx_adapter(tensors: Tensors, path: Path) -> None:
 
 def write_runner(folder: Path, source_name: str) -> None:
     """Write ``run.py`` from a module of this package, and the file that it answers by beside it."""
-    source = resources.files("sparsepeft.export").joinpath(source_name).read_text(encoding="utf-8")
-    portable = resources.files("sparsepeft.inference").joinpath(PORTABLE).read_bytes()
-    (folder / RUNNER).write_text(
-        source.replace("from sparsepeft.inference.portable", "from portable"), encoding="utf-8"
-    )
-    (folder / PORTABLE).write_bytes(portable)
+    source = (resources.files("sparsepeft.export") / source_name).read_text(encoding="utf-8")
+    source = source.replace("from sparsepeft.inference.portable", "from portable")
+    (folder / RUNNER).write_text(source, encoding="utf-8")
+    (folder / PORTABLE).write_bytes((resources.files("sparsepeft.inference") / PORTABLE).read_bytes())
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

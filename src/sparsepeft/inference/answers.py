@@ -126,15 +126,15 @@ def arriving(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
     try:
         while end is False:
             batch: list[Item] = []
-            while len(batch) < most:
+            while len(batch) < most and end is False:
                 try:
                     received = waiting.get(block=not batch)
                 except queue.Empty:
                     break
-                if not isinstance(received, tuple):
+                if isinstance(received, tuple):
+                    batch.append(received[0])
+                else:
                     end = received or True
-                    break
-                batch.append(received[0])
             if batch:
                 yield batch
         if isinstance(end, BaseException):

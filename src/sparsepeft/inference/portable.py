@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -250,6 +251,8 @@ class ExportedTasks:
             ValueError: the task's files are damaged, or belong to another backbone.
         """
         task = find_task(name, self.tasks)
+        if batch_size < 1:
+            raise InputError(f"`batch_size={batch_size}` was given; pass the number of inputs of a pass, at least 1.")
         inputs = [texts_of(value, task["num_texts"]) for value in as_list(texts)]
         adapter = self._adapter(name)
         for start in range(0, len(inputs), batch_size):
@@ -276,10 +279,11 @@ class ExportedTasks:
 
 def main(runner: type[Any], folder: Path, usage: str) -> None:
     """The command line of ``run.py``: a task, and a text or a pair; else each line of standard input is an input."""
-    if not sys.argv[1:]:
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
         sys.exit(usage)
     name, *texts = sys.argv[1:]
     num_failed = 0
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a bad line is an error
     try:
         tasks = runner(folder)
         find_task(name, tasks.tasks)
@@ -291,6 +295,9 @@ def main(runner: type[Any], folder: Path, usage: str) -> None:
                     raise
                 answer, num_failed = Prediction.failed(str(error)).to_dict(), num_failed + 1
             print(json.dumps(answer), flush=True)
+    except BrokenPipeError:  # whoever reads the answers has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ValueError as error:
         sys.exit(f"Error: {error}")
     if num_failed:

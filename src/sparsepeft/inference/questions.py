@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.predictor import Predictor
@@ -98,13 +98,31 @@ def read_lines(
         table: names of the columns of objects.
         must_be_json: no line is plain text; empty ones are passed over.
     """
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # text columns by all columns
+
+    def question(number: int, line: str) -> Question:
+        value: Any = line
+        if must_be_json or line.lstrip()[:1] in ("{", "[", '"'):
+            try:
+                value = json.loads(line, parse_constant=_refuse)
+            except (ValueError, RecursionError) as error:
+                if must_be_json or _OBJECT.match(line):
+                    raise UserError(f"Line {number} is not JSON ({error}); correct it.") from error
+        if value is line and len(predictor.spec.text_columns) == 2:
+            value = line.split("\t")
+        if not isinstance(value, dict):
+            return Question(value)
+        keys = tuple(value)
+        if keys not in known:
+            known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
+        return Question(_one_or_more(value[name] for name in known[keys]), value)
+
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
         if must_be_json and not line.strip():
             continue
         try:
-            yield _question(line, number, predictor, table, must_be_json, known)
+            yield question(number, line)
         except UserError as error:
             yield Question(None, error=str(error))
 
@@ -124,44 +142,15 @@ def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterat
 
 
 def _read_file(path: Path, predictor: Predictor, table: TableOptions) -> Iterator[Question]:
+    encoding = known_encoding(table.encoding) if table.encoding else UTF8
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with _open(path, known_encoding(table.encoding) if table.encoding else UTF8) as stream:
+        # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
+        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as stream:
             must_be_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
             yield from read_lines(stream, predictor, table, must_be_json=must_be_json)
     except (OSError, EOFError, LookupError) as error:
         raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error
-
-
-def _open(path: Path, encoding: str) -> TextIO:
-    # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n")
-    return path.open(encoding=encoding, errors="surrogateescape", newline="\n")
-
-
-def _question(
-    line: str,
-    number: int,
-    predictor: Predictor,
-    table: TableOptions,
-    must_be_json: bool,
-    known: dict[tuple[str, ...], tuple[str, ...]],
-) -> Question:
-    value: Any = line
-    if must_be_json or line.lstrip()[:1] in ("{", "[", '"'):
-        try:
-            value = json.loads(line, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            if must_be_json or _OBJECT.match(line):
-                raise UserError(f"Line {number} is not JSON ({error}); correct it.") from error
-    if value is line and len(predictor.spec.text_columns) == 2:
-        value = line.split("\t")
-    if not isinstance(value, dict):
-        return Question(value)
-    keys = tuple(value)
-    if keys not in known:
-        known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
-    return Question(_one_or_more(value[name] for name in known[keys]), value)
 
 
 def _text_columns(

@@ -63,12 +63,9 @@ class BatchLabels:
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]
         is_value = self._edges is not None or not np.issubdtype(values.dtype, np.integer)
-        if values.ndim == 1 and is_value:
-            self.unit, self.note = "documents", None
-            return self._binned(values), None
         if values.ndim == 1:
             self.unit, self.note = "documents", None
-            return self._checked(values), None
+            return self._binned(values) if is_value else self._checked(values), None
         if values.ndim == 2 and not is_value and self._per_position:
             self.unit = "positions"
             self.note = "Labels belong to positions, so documents have none: purity and their information are left out."

@@ -18,10 +18,13 @@ hardware on which nobody has run them yet.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from sparsepeft.errors import UserError
 
 ArgumentsT = TypeVar("ArgumentsT")
 
@@ -31,9 +34,12 @@ _OPTIONAL = ("cpu", "triton", "flex")  # "torch" and "reference" always remain
 
 
 def _read_names(variable: str) -> frozenset[str]:
-    names = frozenset(name.strip() for name in os.environ.get(variable, "").split(",")) - {""}
+    names = frozenset(os.environ.get(variable, "").lower().replace(",", " ").split())
     if unknown := names - set(_OPTIONAL):
-        raise ValueError(f"{variable} names {', '.join(sorted(unknown))}; expected some of {', '.join(_OPTIONAL)}.")
+        raise UserError(
+            f"The environment variable {variable} names {', '.join(sorted(unknown))}; expected some of "
+            f"{','.join(_OPTIONAL)}, as torch and reference always remain."
+        )
     return names
 
 
@@ -167,6 +173,7 @@ def explain(operator: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
 
     Raises:
         ValueError: ``operator`` is no operator of this package.
+        TypeError: the function takes no such arguments.
 
     Example:
         >>> import torch
@@ -177,7 +184,9 @@ def explain(operator: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         >>> sorted([explanation.impl, *explanation.others])  # print(explanation) says why it is the first
         ['cpu', 'reference', 'torch', 'triton']
     """
-    name = operator if isinstance(operator, str) else operator.__name__
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
     if name not in OPERATORS:
         raise ValueError(f"operator is {name!r}; expected one of {', '.join(OPERATORS)}.")
+    if callable(operator):
+        inspect.signature(operator).bind(*args, **kwargs)  # names what is missing, or what there is not
     return OPERATORS[name].explain(OPERATORS[name].bind(*args, **kwargs))

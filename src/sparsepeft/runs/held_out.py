@@ -84,12 +84,8 @@ def held_out_data(folder: Path, data_dir: str | None = None, *, run: dict[str, A
 
 
 def _check_there(folder: Path, task: str, config: RunConfig, is_stored: bool) -> None:
-    if (
-        is_stored
-        and task not in (CUSTOM, "topics")
-        and config.data_dir is not None
-        and not Path(config.data_dir).is_dir()
-    ):
+    needs_folder = is_stored and task not in (CUSTOM, "topics") and config.data_dir is not None
+    if needs_folder and not Path(str(config.data_dir)).is_dir():
         raise UserError(
             f"The run in {folder} was trained on data in {config.data_dir}, which is not there any more; pass the "
             "folder that it has moved to as `data_dir`."

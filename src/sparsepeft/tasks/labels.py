@@ -203,8 +203,7 @@ def _parts(path: Path, line: int, label: Label, separator: str | None) -> tuple[
             f'{path}:{line}: the label {label!r:.60} is no list; expected one such as ["a", "b"], or names with | '
             "between them, correct the row"
         )
-    parts = label.split(separator) if separator else [label]
-    return tuple(part.strip() for part in parts if part.strip())
+    return tuple(part.strip() for part in (label.split(separator) if separator else [label]) if part.strip())
 
 
 def _sorted(texts: set[str], integers: bool) -> tuple[str, ...]:

@@ -13,16 +13,7 @@ from sparsepeft.tasks.columns import Columns
 from sparsepeft.tasks.files import sha256
 from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
-from sparsepeft.tasks.local import (
-    FileOptions,
-    PathLike,
-    files_by_part,
-    find_columns,
-    find_formats,
-    load_labelled,
-    load_local,
-    read_local,
-)
+from sparsepeft.tasks.local import FileOptions, LocalFiles, PathLike, load_labelled, load_local
 from sparsepeft.tasks.spec import CUSTOM, LANGUAGE_MODEL, SPECS, TaskData, canonical_name
 
 DATA_VARIABLE: Final = "SPARSEPEFT_DATA"
@@ -92,10 +83,9 @@ def check_task(task: str | None, data_dir: PathLike | None = None, **files: Unpa
     name = canonical_name(task or CUSTOM)
     options = own_files(name, files)
     if options is not None:
-        formats = find_formats(options)
-        find_columns(options, formats)
-        if sum(path.stat().st_size for path in files_by_part(options).values()) <= CHECKED_WHOLE:
-            read_local(CUSTOM, options)
+        own = LocalFiles(options)
+        if sum(path.stat().st_size for path in own.paths.values()) <= CHECKED_WHOLE:
+            own.read(CUSTOM)
         return
     folder = data_folder(data_dir) if name in LAYOUTS or name == "bbc-news" else None
     if folder is not None and name in LAYOUTS:

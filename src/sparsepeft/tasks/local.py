@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
@@ -52,16 +51,6 @@ class FileOptions(TypedDict, total=False):
     encoding: str | None
 
 
-def files_by_part(options: FileOptions) -> dict[str, Path]:
-    """The files by part: train, validation, test."""
-    parts = {
-        "train": options.get("train_file"),
-        "validation": options.get("validation_file"),
-        "test": options.get("test_file"),
-    }
-    return {part: Path(path).expanduser() for part, path in parts.items() if path is not None}
-
-
 class Example(NamedTuple):
     """The texts and the label as the file has them, and the line."""
 
@@ -70,105 +59,82 @@ class Example(NamedTuple):
     label: Label
 
 
-@dataclass(frozen=True)
 class LocalFiles:
-    """The content of local files, before datasets are made of it.
+    """Own files as the options say; of their content, no more than the first rows is read.
 
     Attributes:
-        spec: the task that the training file describes.
-        columns: which columns were taken.
-        formats: how each file is written, by part: train, validation, test.
-        rows: ``(text[, text_pair], label)`` by part.
-        notes: what a reader of the results must know of the files.
-    """
-
-    spec: TaskSpec
-    columns: Columns
-    formats: dict[str, FileFormat]
-    rows: dict[str, list[tuple[Any, ...]]]
-    notes: tuple[str, ...]
-
-
-def find_formats(options: FileOptions) -> dict[str, FileFormat]:
-    """How the files are written, by part.
+        paths: by part: train, validation, test.
+        formats: how each is written.
+        header: columns of the training file.
+        columns: those that are taken; the other files must have them too.
 
     Raises:
-        TaskError: one is missing or cannot be read, or a delimiter was given for files that have none.
+        TaskError: a file is missing or cannot be read, a delimiter was given for files that have none, or a column
+            cannot be told or is missing.
     """
-    problem_type_of(options.get("problem_type"))
-    delimiter, encoding = options.get("delimiter"), options.get("encoding")
-    files = files_by_part(options)
-    formats = {part: find_format(path, delimiter, encoding) for part, path in files.items()}
-    for name, value in (("delimiter", delimiter), ("encoding", encoding)):
-        if value is not None and not any(getattr(file_format, name) for file_format in formats.values()):
-            raise TaskError(f"`{name}={value}` was given, but {files['train']} has none; leave it out")
-    return formats
 
+    def __init__(self, options: FileOptions) -> None:
+        self.problem_type = problem_type_of(options.get("problem_type"))
+        given: dict[str, Any] = {part: options.get(f"{part}_file") for part in ("train", "validation", "test")}
+        self.paths = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
+        delimiter, encoding = options.get("delimiter"), options.get("encoding")
+        self.formats = {part: find_format(path, delimiter, encoding) for part, path in self.paths.items()}
+        for name, value in (("delimiter", delimiter), ("encoding", encoding)):
+            if value is not None and not any(getattr(file_format, name) for file_format in self.formats.values()):
+                raise TaskError(f"`{name}={value}` was given, but {self.paths['train']} has none; leave it out")
+        self.header = list(next(iter(read_rows(self.paths["train"], self.formats["train"]))).values)
+        names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
+        self.columns = choose_columns(self.paths["train"], self.header, *names)
+        for part, path in self.paths.items():
+            next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
 
-def find_columns(options: FileOptions, formats: dict[str, FileFormat]) -> Columns:
-    """Which columns hold what, by the first row of the training file; the other files must have them too.
+    def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
+        """Read them all; the training file decides the kind of problem and the label names.
 
-    Raises:
-        TaskError: one cannot be told or is missing.
-    """
-    files = files_by_part(options)
-    first = next(iter(read_rows(files["train"], formats["train"])))
-    names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
-    columns = choose_columns(files["train"], list(first.values), *names)
-    for part, path in files.items():
-        next(iter(read_rows(path, formats[part], required=columns.all)))
-    return columns
+        Returns:
+            The task of that name, rows ``(text[, text_pair], label)`` by part, and what a reader of the results must
+            know of the files.
 
+        Raises:
+            TaskError: something in them cannot be used.
+        """
+        examples = {part: list(_read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
+        train = self.paths["train"]
+        reader = LabelReader.from_training(train, _labels(examples["train"]), self.problem_type)
+        rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
+        if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
+            raise TaskError(
+                f"{train} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
+                "one to choose a checkpoint by, one to score), add examples"
+            )
+        notes = [note for file_format in self.formats.values() for note in file_format.notes]
+        return _spec(name, self.columns, reader), rows, [*notes, *reader.notes]
 
-def read_local(name: str, options: FileOptions) -> LocalFiles:
-    """Read local files; the training file decides columns, kind of problem and label names.
-
-    Raises:
-        TaskError: something in them cannot be used.
-    """
-    formats = find_formats(options)
-    columns = find_columns(options, formats)
-    files = files_by_part(options)
-    examples = {part: list(_read(path, formats[part], columns)) for part, path in files.items()}
-    reader = LabelReader.from_training(files["train"], _labels(examples["train"]), options.get("problem_type"))
-    rows = {part: _rows(path, examples[part], reader) for part, path in files.items()}
-    if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
-        raise TaskError(
-            f"{files['train']} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
-            "one to choose a checkpoint by, one to score), add examples"
-        )
-    notes = [note for file_format in formats.values() for note in file_format.notes]
-    return LocalFiles(_spec(name, columns, reader), columns, formats, rows, (*notes, *reader.notes))
-
-
-def describe_files(options: FileOptions) -> dict[str, Any]:
-    """How own files are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
-    formats = find_formats(options)
-    columns = find_columns(options, formats)
-    files = files_by_part(options)
-    first = next(iter(read_rows(files["train"], formats["train"])))
-    return {
-        "files": {part: {"name": path.name, **formats[part].describe()} for part, path in files.items()},
-        "columns": {"text": list(columns.texts), "label": columns.label, "found": list(first.values)},
-    }
+    def describe(self) -> dict[str, Any]:
+        """How they are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
+        return {
+            "files": {part: {"name": path.name, **self.formats[part].describe()} for part, path in self.paths.items()},
+            "columns": {"text": list(self.columns.texts), "label": self.columns.label, "found": self.header},
+        }
 
 
 def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
     """Load a task from local files."""
-    local = read_local(name, options)
-    spec, paths, notes = local.spec, files_by_part(options), list(local.notes)
-    sets = {part: build_dataset(spec, rows) for part, rows in local.rows.items()}
+    files = LocalFiles(options)
+    paths = files.paths
+    spec, rows_of, notes = files.read(name)
+    sets = {part: build_dataset(spec, rows) for part, rows in rows_of.items()}
     sums = {part: sha256(path) for part, path in paths.items()}
     notes += [
         f"{path.name} has the same content as the training file: its scores say nothing about new texts"
         for part, path in paths.items()
         if part != "train" and sums[part] == sums["train"]
     ]
-    trained = {row[:-1] for row in local.rows["train"]}
+    trained = {row[:-1] for row in rows_of["train"]}
     notes += [
         f"{num_known:,} of {len(rows):,} rows of {paths[part].name} are in the training file, too: their scores say "
         "nothing about new texts"
-        for part, rows in local.rows.items()
+        for part, rows in rows_of.items()
         if part != "train" and sums[part] != sums["train"] and (num_known := sum(row[:-1] in trained for row in rows))
     ]
     if "validation" not in sets:
@@ -198,7 +164,7 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
         source=paths["train"].name,
         fingerprints=dict(zip(distinct_names([*paths.values()]), sums.values(), strict=True)),
         drawn=() if "validation" in paths else ("validation",),
-        columns=local.columns,
+        columns=files.columns,
     )
 
 

@@ -68,7 +68,7 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
 
     from sparsepeft.inference.encoding import longest_input
     from sparsepeft.tasks import load_task
-    from sparsepeft.tasks.local import describe_files
+    from sparsepeft.tasks.local import LocalFiles
     from sparsepeft.tasks.preview import describe_data, describe_lengths
 
     name = resolve_model(model)
@@ -81,6 +81,6 @@ def preview(task: str, model: str | None = None, **options: Any) -> dict[str, An
     limit = longest_input(tokenizer, config, None)
     data = load_task(task, **options)
     files: Any = {key: value for key, value in options.items() if key != "data_dir"}
-    described_files = describe_files(files) if canonical_name(task) == CUSTOM else {}
+    described_files = LocalFiles(files).describe() if canonical_name(task) == CUSTOM else {}
     lengths = {"model": describe_backbone(name), **describe_lengths(data, tokenizer, limit)}
     return {**describe_data(data), **described_files, "tokens": lengths}

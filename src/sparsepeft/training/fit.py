@@ -115,9 +115,7 @@ class SafeTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, from the cached states where a batch has them."""
-        if self.cache is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with self.cache.using(inputs.pop(STATES, None)):
+        with self.cache.using(inputs.pop(STATES, None)) if self.cache else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:

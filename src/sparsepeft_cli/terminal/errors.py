@@ -60,4 +60,4 @@ def in_options(text: str, parameters: Iterable[Any] | None = None) -> str:
 def _name(parameter: Any) -> str:
     """The longest spelling of an option; an argument in capitals, as the usage line has it."""
     options = [name for name in parameter.opts if name.startswith("-")]
-    return max(options, key=len) if options else str(parameter.name).upper()
+    return max(options, key=len) if options else parameter.metavar or str(parameter.name).upper()

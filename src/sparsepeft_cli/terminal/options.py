@@ -125,11 +125,7 @@ def settings(help: str, option: str = "--set") -> Any:
 
 def dtype(option: str, help: str) -> Any:
     """An option for a dtype: its short name, though PyTorch's is taken, too."""
-    return typer.Option(option, metavar="DTYPE", help=help, callback=_short)
-
-
-def _short(value: str | None) -> str | None:
-    return None if value is None else short_dtype(value)
+    return typer.Option(option, metavar="DTYPE", help=help, callback=lambda value: value and short_dtype(value))
 
 
 DataDir = Annotated[

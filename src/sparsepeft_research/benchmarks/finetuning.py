@@ -232,15 +232,13 @@ class Gate(TrainerCallback):
         """Answer and wait, when the steps that were asked for are done."""
         if self.left == 0:
             seconds = time.perf_counter() - self.start
-            self._say({"steps": self.asked} if self.asked else {"preparation_s": seconds})
+            answer = {"steps": self.asked} if self.asked else {"preparation_s": seconds}
+            print(json.dumps(answer), file=self.answers, flush=True)
             line = sys.stdin.readline()
             if not line:
                 raise SystemExit(0)
             self.asked = self.left = int(line)
         self.left -= 1
-
-    def _say(self, content: dict[str, Any]) -> None:
-        print(json.dumps(content), file=self.answers, flush=True)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsepeft.ops import explain, memory_read
 from sparsepeft.ops.memory.pytorch import memory_read_dense
 from sparsepeft.ops.memory.pytorch_selected import memory_read_selected
+from sparsepeft.tuners.config import dtype_name
 from sparsepeft_research.benchmarks.measuring import as_dicts, forward_backward, require_agreement, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
 
@@ -152,10 +153,15 @@ def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str
 def run(
     *, repeats: int, idle_wait: float, device: str, dtype: str, seed: int, quick: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Measure all cases."""
+    """Measure all cases.
+
+    Raises:
+        UserError: ``dtype`` is none of ours or PyTorch's.
+    """
+    torch_dtype = getattr(torch, dtype_name("dtype", dtype))
     results = []
     for case in cases(quick):
-        results.append(measure(case, repeats, seed, idle_wait, device, getattr(torch, dtype)))
+        results.append(measure(case, repeats, seed, idle_wait, device, torch_dtype))
         for direction in ("forward", "forward_backward"):
             times = ", ".join(f"{name} {timing['median_ms']:.3g}" for name, timing in results[-1][direction].items())
             shape = f"N={case.num_tokens} P={case.num_parents} C={case.num_children} K={case.top_k}"

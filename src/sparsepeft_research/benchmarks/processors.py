@@ -101,12 +101,12 @@ def run(*, processor: str, repeats: int, idle_wait: float, progress: Progress) -
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         progress("measuring in a process of its own")
         report = pool.submit(measure, repeats, idle_wait, torch.get_num_threads()).result()
-    judged: list[dict[str, Any]] = [
-        {"figure": name, "measured": value, "aim": list(TARGETS[name]), "met": _is_met(value, *TARGETS[name])}
-        for name, value in ratios(report).items()
-    ]
-    for one in judged:
-        progress(f"{one['figure']}: {one['measured']:.3f} (aim: {' '.join(map(str, one['aim']))})")
+    judged: list[dict[str, Any]] = []
+    for name, value in ratios(report).items():
+        bound, aim = TARGETS[name]
+        met = value <= aim if bound == "at most" else value >= aim
+        judged.append({"figure": name, "measured": value, "aim": [bound, aim], "met": met})
+        progress(f"{name}: {value:.3f} (aim: {bound} {aim})")
     return {"results": {"against_targets": judged, **report}, "settings": {"limits": limits}}
 
 
@@ -130,7 +130,3 @@ def measure(repeats: int, idle_wait: float, threads: int) -> dict[str, Any]:
         "sparse_attention": sparse_attention.measure(attention, few, 0, idle_wait, "cpu"),
         "spt_stack": run_benchmark("spt", lengths=(2048,), repeats=few, idle_wait_s=idle_wait).to_dict(),
     }
-
-
-def _is_met(value: float, bound: str, aim: float) -> bool:
-    return value <= aim if bound == "at most" else value >= aim

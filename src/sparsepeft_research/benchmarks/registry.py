@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -130,7 +129,7 @@ BENCHMARKS = {
             _common(
                 15,
                 _DEVICE,
-                Parameter("dtype", "float32", "Of all tensors.", ("float32", "bfloat16", "float16")),
+                Parameter("dtype", "fp32", "Of all tensors: fp32, bf16 or fp16.", metavar="DTYPE"),
                 _QUICK,
             ),
         ),
@@ -154,7 +153,7 @@ BENCHMARKS = {
             "steps per minute of every method and option, and of AdapterHub's adapters",
             _common(
                 7,
-                Parameter("data_dir", os.environ.get("SPARSEPEFT_DATA", ""), "Folder with the GLUE tasks."),
+                Parameter("data_dir", "", "Folder with the GLUE tasks; $SPARSEPEFT_DATA if left out."),
                 Parameter("task", "mrpc", "Whose examples are used."),
                 Parameter("model", "", "Hub id or folder of the backbone; MiniLM if left out."),
                 Parameter("groups", "", "methods or options (a,b); both if left out."),

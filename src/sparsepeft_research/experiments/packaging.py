@@ -55,9 +55,10 @@ def measure(source: Path, repeats: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "venv", folder)
         python = Path(folder, "bin", "python")
+        constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         install = (str(python), "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"))
         for name in BESIDE:  # torch first, alone and by its exact version: a looser request may bring CUDA's packages
-            run(*install, next(line for line in _constraints() if line.startswith(f"{name}==")))
+            run(*install, next(line for line in constraints if line.startswith(f"{name}==")))
         before = json.loads(run(str(python), "-c", _SIZES))
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(source))
         run(*install, *map(str, Path(folder).glob("*.whl")))
@@ -85,10 +86,6 @@ def run(*command: str) -> str:
     """What a command prints, in a process of its own that does not see this checkout."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables, cwd="/").stdout
-
-
-def _constraints() -> list[str]:
-    return (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 from sparsepeft.errors import RunFailed
-from sparsepeft_research.results import ROOT
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_FOLDER = ROOT / ".peers" / "adapters"
+DEFAULT_FOLDER = Path(".peers", "adapters")  # of the current folder
 REQUIREMENTS = HERE / "requirements-adapters.txt"
 
 
@@ -28,6 +27,7 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     Raises:
         RunFailed: ``folder`` holds something else, or pip could not install the requirements.
     """
+    folder = folder.absolute()
     python = folder / "bin" / "python"
     marker = folder / "complete.sha256"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()

@@ -90,15 +90,12 @@ def reproduce_figure2(
     if not _is_done(run, config):
         train(config, [*callbacks, AnnealTopK()] if anneal else callbacks, announce=announce)
     report = inspect_run(run, split="test", data_dir=config.data_dir, model=config.model, compare_untrained=True)
-    report = dataclasses.replace(report, source=report.source | {"annealed": anneal, "config": _settings(config)})
+    # What the run was made with, without the places on this machine.
+    made_with = {key: value for key, value in config.to_dict().items() if key not in (*_NOT_COMPARED, "model")}
+    report = dataclasses.replace(report, source=report.source | {"annealed": anneal, "config": made_with})
     write_inspection(report, output_dir, TITLE)
     save_figure(label_figure(report.layers[-1]), output_dir / "figure2")
     return report
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What the run was made with, without the places on this machine."""
-    return {key: value for key, value in config.to_dict().items() if key not in (*_NOT_COMPARED, "model")}
 
 
 def _is_done(run: Path, config: RunConfig) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import Diverged
@@ -28,8 +27,12 @@ class GridSearch:
         self.matrix = matrix
         folder = matrix.output_dir / "grid"
         configs: dict[str, RunConfig] = {}
+        seed = matrix.names()[2][0]
+        few = matrix.num_examples if matrix.protocol == "few-shot" else None
         for task, method in matrix.pairs():
-            configs |= _points(matrix, task, method, folder)
+            name = f"{task}-{method}-{seed}"
+            points = grid_search(task, method, seed, folder / "work" / name, few, matrix.max_epochs, **matrix.values)
+            configs |= {f"{name}-{point}": config for point, config in points.items()}
         self.points = matrix.as_runs(configs, folder)
 
     def chosen(self) -> dict[tuple[str, str], dict[str, Any] | None]:
@@ -59,12 +62,3 @@ class GridSearch:
 def has_diverged(run: Run) -> bool:
     """Whether the last attempt at a run ended because its loss was not finite."""
     return run.error_file.exists() and read_error(run.error_file)["type"] == Diverged.__name__
-
-
-def _points(matrix: Matrix, task: str, method: str, folder: Path) -> dict[str, RunConfig]:
-    _, _, seeds = matrix.names()
-    name = f"{task}-{method}-{seeds[0]}"
-    few = matrix.num_examples if matrix.protocol == "few-shot" else None
-    work = folder / "work" / name
-    configs = grid_search(task, method, seeds[0], work, few, matrix.max_epochs, **matrix.values)
-    return {f"{name}-{point}": config for point, config in configs.items()}

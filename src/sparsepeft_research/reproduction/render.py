@@ -51,11 +51,12 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for row in table.rows:
+        rates = [table.devices.get(device, {}).get(row.method) for device in devices]
         rows.append(
             [
                 row.method,
                 f"{row.storage:.2f}x" if row.storage is not None else "",
-                *(_device_text(table, device, row.method) for device in devices),
+                *(NOT_MEASURED if rate is None else f"{rate:.1f}" for rate in rates),
                 f"{row.steps_per_minute:.0f}" if row.steps_per_minute is not None else "",
                 _text(row.average, usual),
                 *(_text(row.average_as_paper, usual) for _ in as_paper),
@@ -159,11 +160,6 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     except UserError as error:
         logger.warning("%s", error)
     return written
-
-
-def _device_text(table: Table, device: str, method: str) -> str:
-    rate = table.devices.get(device, {}).get(method)
-    return NOT_MEASURED if rate is None else f"{rate:.1f}"
 
 
 def _text(score: Score | None, usual: int) -> str:

@@ -78,7 +78,11 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
     start = time.time()
     failures: dict[str, Any] = {}
     for run in runs:
-        _make_folder(run.lock_file.parent)
+        folder = run.lock_file.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as refused:
+            raise UserError(f"The folder {folder} cannot be made ({refused}); pass another `output_dir`.") from refused
         if problem := find_result(run).problem:
             logger.warning(
                 "%s is not counted: %s. The run is done again, and the file then moved aside.", run.result_file, problem
@@ -167,10 +171,3 @@ def _is_this_run(run: Run, folder: Path) -> bool:
         return False
     same_config = before.get("config") == json.loads(json.dumps(run.config.to_dict()))
     return same_config and not same_values(Recipe, before.get("recipe"), vars(run.config.recipe_values()))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made ({error}); pass another `output_dir`.") from error

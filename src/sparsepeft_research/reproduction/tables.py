@@ -164,7 +164,7 @@ def _row(method: str, results: dict[str, list[dict[str, Any]]], common: Sequence
         method=method,
         scores=scores,
         average=_average(common_results, lambda result: float(result["score"])),
-        average_as_paper=_average(common_results, _accuracy_on_mrpc),
+        average_as_paper=_average(common_results, lambda r: _accuracy(r) if r["task"] == "mrpc" else float(r["score"])),
         parameters={task: repeats[0]["parameters"]["trained"] for task, repeats in results.items()},
         saved_bytes={task: repeats[0]["saved_bytes"] for task, repeats in results.items()},
         storage=_storage(method, common_results),
@@ -179,10 +179,6 @@ def _score(values: Sequence[float]) -> Score:
 
 def _accuracy(result: dict[str, Any]) -> float:
     return float(result["metrics"][result["score_split"]]["accuracy"])
-
-
-def _accuracy_on_mrpc(result: dict[str, Any]) -> float:
-    return _accuracy(result) if result["task"] == "mrpc" else float(result["score"])
 
 
 def _average(results: dict[str, list[dict[str, Any]]], score_of: Callable[[dict[str, Any]], float]) -> Score | None:

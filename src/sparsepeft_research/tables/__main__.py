@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -113,8 +115,14 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 
 def main(root: Path = ROOT) -> None:
-    """Write all of them."""
+    """Write all of them.
+
+    Raises:
+        UserError: ``root`` is no checkout.
+    """
     docs, results = root / "docs", root / "research" / "results"
+    if not results.is_dir():
+        raise UserError(f"{root} has no research/results; run it in a checkout of the repository.")
     for name in PAGES:
         (docs / "results" / f"{name}.md").write_text(page(name, results), encoding="utf-8")
     for name, source in PICTURES.items():
@@ -127,4 +135,8 @@ def main(root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {error}")

@@ -198,7 +198,7 @@ def test_systems_that_share_a_process_share_the_weights(model: Model, planner: P
     assert torch.equal(logits["backbone"], torch.cat(list(alone)))  # type: ignore[call-overload]
     for name in shared[1:]:
         assert not torch.allclose(logits[name], logits["backbone"], atol=1e-4)
-    runners = [passes[f"{name} 4 x 16"].func.args[0] for name in shared]  # type: ignore[attr-defined]
+    runners = [passes[f"{name} 4 x 16"].args[0] for name in shared]  # type: ignore[attr-defined]
     (one, *others) = ({parameter.data_ptr() for parameter in runner.parameters()} for runner in runners)
     assert all(one <= other for other in others)
 

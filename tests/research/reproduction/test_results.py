@@ -13,49 +13,27 @@ from sparsepeft_research.reproduction import plan
 from sparsepeft_research.reproduction.results import find_result, read_error, write_result
 
 
-def test_a_runs_own_result_counts(tmp_path: Path) -> None:
+def test_a_runs_own_result_counts_also_from_before_a_field_with_a_default(tmp_path: Path) -> None:
     run = hand_made_run(tmp_path, "rte", "spartan", 1)
     assert find_result(run).result is None
     result = hand_made_result(run, 0.5)
     assert find_result(run).result == result
-
-
-def test_a_file_older_than_a_field_with_a_default_counts(tmp_path: Path) -> None:
-    run = hand_made_run(tmp_path, "rte", "spartan", 1)
-    result = hand_made_result(run, 0.5)
     del result["config"]["compile"], result["reproduction"]["recipe"]["max_grad_norm"]
     run.result_file.write_text(json.dumps(result))
     assert find_result(run).problem is None
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "score": ({"score": "0.5"}, "its score is '0.5'"),
-    "version": ({"format_version": 0}, "format version 0"),
-    "model": ({"model": "another"}, "the model another"),
-    "data": ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
-    "config": ({"config": {"task": "rte"}}, "other values of epochs, method, recipe, seed"),
-    "config is no object": ({"config": 3}, "all values"),
-    "recipe": ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
-    "no recipe": ({"reproduction": None}, "all values"),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_foreign_or_damaged_file_does_not_count_and_says_why(tmp_path: Path, case: str) -> None:
-    changes, words = CHANGES[case]
-    run = hand_made_run(tmp_path, "rte", "spartan", 1)
-    hand_made_result(run, 0.5, **changes)
-    found = find_result(run)
-    assert found.result is None
-    assert found.problem is not None
-    assert words in found.problem
-    (planned,) = plan([run])
-    assert (planned.state, planned.detail) == ("stale", found.problem)
-
-
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("content", "words"),
     [
+        ({"score": "0.5"}, "its score is '0.5'"),
+        ({"format_version": 0}, "format version 0"),
+        ({"model": "another"}, "the model another"),
+        ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
+        ({"config": {"task": "rte"}}, "other values of epochs, method, recipe, seed"),
+        ({"config": 3}, "all values"),
+        ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
+        ({"reproduction": None}, "all values"),
         ('{"task": "rte"', "damaged"),
         ("[1]", "list"),
         ('{"task": "rte"}', "lacks format_version"),
@@ -63,12 +41,19 @@ def test_a_foreign_or_damaged_file_does_not_count_and_says_why(tmp_path: Path, c
         ("\ud800", "damaged"),
     ],
 )
-def test_what_is_no_result_does_not_count(tmp_path: Path, text: str, words: str) -> None:
+def test_a_foreign_or_damaged_file_does_not_count_and_says_why(
+    tmp_path: Path, content: dict[str, Any] | str, words: str
+) -> None:
     run = hand_made_run(tmp_path, "rte", "spartan", 1)
-    run.result_file.write_bytes(text.encode(errors="surrogatepass"))
-    problem = find_result(run).problem
-    assert problem is not None
-    assert words in problem
+    if isinstance(content, dict):
+        hand_made_result(run, 0.5, **content)
+    else:
+        run.result_file.write_bytes(content.encode(errors="surrogatepass"))
+    found = find_result(run)
+    assert found.result is None
+    assert words in (found.problem or "")
+    (planned,) = plan([run])
+    assert (planned.state, planned.detail) == ("stale", found.problem)
 
 
 def test_a_file_that_does_not_count_is_moved_aside_not_overwritten(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Every weight is seen as G blocks of (W, D), W neurons of the inner dimension eac
 projections, the columns of the down projection. Three products are then all that forward and backward need.
 """
 
+# ruff: noqa: D102 - what the methods of :class:`Products` do, it says itself
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -92,11 +94,9 @@ class _ScatteredRows:
     """Rows of :meth:`Products.outer` in the tile's order."""
 
     def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
-        """See :class:`Products`."""
         total.index_add_(0, tile.tokens, rows.to(total.dtype))
 
     def agreement(self, tile: Tile, rows: Tensor, x: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return row_dot(rows, x.index_select(0, tile.tokens))
 
 
@@ -111,15 +111,12 @@ class LoopedProducts(_ScatteredRows):
         return self._groups.split(_TILE_ROWS)
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return torch.mm(x.index_select(0, tile.tokens), weight[tile.block].to(x.dtype).t())
 
     def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return torch.mm(h, weight[tile.block].to(h.dtype))
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
-        """See :class:`Products`."""
         rows = x.index_select(0, tile.tokens)
         if total.dtype == h.dtype:
             total[tile.block].addmm_(h.t(), rows)
@@ -127,11 +124,9 @@ class LoopedProducts(_ScatteredRows):
             total[tile.block].add_(torch.mm(h.t(), rows))
 
     def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return bias[tile.block]
 
     def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
-        """See :class:`Products`."""
         total[tile.block].add_(h.sum(0))
 
 
@@ -148,11 +143,9 @@ class OneTile:
             yield self._groups.whole()
 
     def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return bias.index_select(0, self._groups.blocks)
 
     def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
-        """See :class:`Products`."""
         total.index_add_(0, self._groups.blocks, h.to(total.dtype))
 
 
@@ -164,16 +157,13 @@ class GroupedProducts(OneTile, _ScatteredRows):
     """
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        """See :class:`Products`."""
         rows = _pad_rows(x.index_select(0, tile.tokens))
         return F.grouped_mm(rows, _pad_rows(weight.to(x.dtype)).mT, offs=self._ends)
 
     def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return F.grouped_mm(h, _pad_rows(weight.to(h.dtype)), offs=self._ends)[:, : weight.shape[2]]
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
-        """See :class:`Products`."""
         rows = _pad_rows(x.index_select(0, tile.tokens))
         total.add_(F.grouped_mm(h.t(), rows, offs=self._ends)[..., : total.shape[2]])
 

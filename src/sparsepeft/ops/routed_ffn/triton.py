@@ -4,6 +4,8 @@ The products that return to the tokens write a token's rows next to each other, 
 dimension: no atomics, and the same bits each time.
 """
 
+# ruff: noqa: D102 - what the methods of :class:`Products` do, it says itself
+
 from __future__ import annotations
 
 import torch
@@ -19,7 +21,6 @@ class TritonProducts(OneTile):
     """All blocks in one launch a product; float32, bfloat16 or float16, any sizes."""
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        """See :class:`Products`."""
         x = rows_contiguous(x)
         return self._product(x, weight, x_rows=tile.tokens, y_rows=None)
 
@@ -28,15 +29,12 @@ class TritonProducts(OneTile):
         return self._product(h.contiguous(), weight.mT, x_rows=None, y_rows=tile.slots)
 
     def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
-        """See :class:`Products`."""
         total.add_(rows.unflatten(0, (len(total), -1)).sum(1, dtype=total.dtype))
 
     def agreement(self, tile: Tile, rows: Tensor, x: Tensor) -> Tensor:
-        """See :class:`Products`."""
         return row_dot(rows.unflatten(0, (len(x), -1)), x.unsqueeze(1)).flatten().index_select(0, tile.slots)
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
-        """See :class:`Products`."""
         x = rows_contiguous(x)
         num_blocks, width, size = total.shape
         sizes = {"BLOCK_W": _tile_size(width, x.dtype), "BLOCK_D": _tile_size(size, x.dtype), "BLOCK_M": 32}

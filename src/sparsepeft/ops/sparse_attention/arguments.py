@@ -33,6 +33,16 @@ class Settings(NamedTuple):
         return cls(min(int(top_l), num_keys), scale, softcap, bool(keep_self), bool(keep_first), int(block_size))
 
 
+class Attended(NamedTuple):
+    """What forward took and gave, as backward needs it: the log-sum-exp is that of the scores, (B, H, Tq)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    log_sum_exp: Tensor
+
+
 class Visibility(NamedTuple):
     """The keys each query may attend to: those from ``lower`` to before ``upper`` that ``key_mask`` does not hide.
 

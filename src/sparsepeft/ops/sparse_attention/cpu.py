@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsepeft.ops import native
 from sparsepeft.ops.numerics import rows_contiguous
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import BlockLists, Codes
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -103,17 +103,10 @@ def cpu_forward(
 
 
 def cpu_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    codes: Codes,
-    visibility: Visibility,
-    settings: Settings,
+    grad_output: Tensor, attended: Attended, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value. Token granularity selects again from the codes."""
+    query, key, value, output, log_sum_exp = attended
     problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
     grad_output = rows_contiguous(grad_output)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)

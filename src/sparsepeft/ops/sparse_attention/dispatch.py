@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, words_shape
+from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility, words_shape
 from sparsepeft.ops.sparse_attention.choice import OPERATOR, AttentionArguments
 from sparsepeft.ops.sparse_attention.cpu import cpu_backward, cpu_forward
 from sparsepeft.ops.sparse_attention.pytorch import torch_backward, torch_forward
@@ -142,14 +142,15 @@ def _attend_backward(
     settings = Settings.unpack(packed_settings, key.shape[2])
     visibility = Visibility(positions, lower, upper, key_mask)
     impl = OPERATOR.choose(impl, AttentionArguments(query, value, num_subvectors, settings.block_size))
-    tensors = grad_output, query, key, value, output, log_sum_exp
+    attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from sparsepeft.ops.sparse_attention.triton import Selection, triton_backward
 
-            return triton_backward(*tensors, Selection(selection_a, selection_b, selection_c), visibility, settings)
+            selected = Selection(selection_a, selection_b, selection_c)
+            return triton_backward(grad_output, attended, selected, visibility, settings)
         selection = BlockLists(selection_a, selection_b) if settings.block_size else (selection_a, selection_b)
-        return _BACKWARD[impl](*tensors, selection, visibility, settings)
+        return _BACKWARD[impl](grad_output, attended, selection, visibility, settings)
 
 
 @_attend_backward.register_fake

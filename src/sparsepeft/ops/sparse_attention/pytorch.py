@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import Codes, kept_tiles
 
 
@@ -34,20 +34,13 @@ def torch_forward(
 
 
 def torch_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    codes: Codes,
-    visibility: Visibility,
-    settings: Settings,
+    grad_output: Tensor, attended: Attended, codes: Codes, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
     With P the weights and S the scores: dV = P^T dO, dS = P * (dO V^T - sum(dO * O)), dQ = dS K, dK = dS^T Q.
     """
+    query, key, value, output, log_sum_exp = attended
     precise, kv_heads = softmax_dtype(query.dtype), key.shape[1]
     keys, values = key.to(precise).unsqueeze(2), value.to(precise).unsqueeze(2)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)

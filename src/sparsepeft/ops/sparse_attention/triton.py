@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from sparsepeft.ops.numerics import rows_contiguous
-from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility, words_shape
+from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility, words_shape
 from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
     _attention_bwd_key_value_kernel,
     _attention_bwd_query_kernel,
@@ -113,17 +113,10 @@ def triton_forward(
 
 
 def triton_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    selection: Selection,
-    visibility: Visibility,
-    settings: Settings,
+    grad_output: Tensor, attended: Attended, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
+    query, key, value, output, log_sum_exp = attended
     grad_output, query, key, value = (rows_contiguous(tensor) for tensor in (grad_output, query, key, value))
     grad_query, grad_key, grad_value = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)

@@ -64,7 +64,7 @@ def _result(one: Measured) -> dict[str, Any]:
     peak = one.peak_flops_per_s()
     candidates = {}
     for name, timing in one.timings.items():
-        baselines = [other for other in one.timings if other != name and _is_baseline(other)]
+        baselines = [other for other in one.timings if other != name and other.split()[0] in (BACKBONE, *PEERS)]
         figures: dict[str, Any] = {
             "timing": timing._asdict(),
             "inputs_per_minute": one.inputs_per_minute(name),
@@ -178,11 +178,6 @@ def _factor(factor: str, group: str, of: Measured, candidate: str, over: Measure
 
 def _ratio(of: Measured, candidate: str, over: Measured, other: str) -> float:
     return of.inputs_per_minute(candidate) / over.inputs_per_minute(other)
-
-
-def _is_baseline(name: str) -> bool:
-    system = name.split()[0]
-    return system == BACKBONE or system in PEERS
 
 
 def device_throughput(content: Any) -> tuple[str, dict[str, Any], dict[str, float]]:
