@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 
+from sparsepeft.export.openvino_files import has_bfloat16
 from sparsepeft.inference.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.processes.exported import Run, open_onnxruntime, open_openvino
@@ -51,6 +52,8 @@ def run(*, model: str, shapes: str, repeats: int, idle_wait: float, seed: int, p
             candidates[f"onnxruntime {name}"] = _alone(open_onnxruntime(file, None, threads, name, {}))
         openvino = (("float32", "float32", "float32"), ("bfloat16", "bfloat16", "float32"), ("int8", "float32", "int8"))
         for name, precision, file in openvino if "openvino" in installed else ():
+            if precision == "bfloat16" and not has_bfloat16():
+                continue
             candidates[f"openvino {name}"] = _alone(open_openvino(files[file], None, threads, precision, {}))
         names = [one.name for one in onnx.load(files["float32"]).graph.input]
         for name in shapes.split(","):
