@@ -99,7 +99,7 @@ benchmark inference --precisions fp31 | did you mean 'fp32'
 benchmark spt --lengths many | --lengths
 benchmark spt --model opt-1025 | --model opt-1025
 benchmark spt --repeats 1 | --repeats 1
-benchmark memory --dtype int8 | valid are bfloat16, float16, float32
+benchmark memory --dtype int8 | valid are bf16, bfloat16, float16, float32, fp16, fp32
 benchmark memory --repeats 1 | --repeats 1
 benchmark finetuning --groups method | did you mean 'methods'
 """.strip().splitlines()
