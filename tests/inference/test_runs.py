@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.inference.test_engine import TEXTS, alone, values
 from tests.inference.test_sparse_backbone import sparse_backbone
-from tests.tiny import run_config, save_tiny_backbone, topics_rows, write_jsonl
+from tests.tiny import run_config, save_tiny_backbone, save_tiny_language_model, topics_rows, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsepeft import MultiTaskEngine
@@ -26,6 +26,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.export.tasks import read_tasks
 from sparsepeft.inference import Predictor
 from sparsepeft.inference.views import View
+from sparsepeft.methods.language_models import load_language_model
 from sparsepeft.training import train
 
 SPT = {"top_l": 4, "num_blocks": 4, "num_active_blocks": 2}
@@ -216,6 +217,17 @@ def test_damaged_weights_are_refused(
     for load in (lambda: Predictor(folder), lambda: engine.add("bad", folder)):
         with pytest.raises(UserError, match=words):
             load()
+
+
+def test_missing_weights_of_a_language_model_are_refused_but_tied_ones_are_not(tmp_path: Path) -> None:
+    folder = save_tiny_language_model(tmp_path / "model", tie_word_embeddings=True)
+    load_language_model(str(folder), is_trained=True)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    lost = min(name for name in tensors if name.endswith("weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(lost)):
+        load_language_model(str(folder), is_trained=True)
 
 
 def test_the_task_of_a_damaged_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
