@@ -9,6 +9,7 @@ import pytest
 from sparsepeft.folders import write_json
 from sparsepeft.paths import with_absolute_paths, without_folders
 from sparsepeft.runs.files import RUN, describe_run, read_run
+from sparsepeft.tasks import task_spec
 from sparsepeft.training import RunConfig
 
 
@@ -40,6 +41,6 @@ def test_a_link_keeps_its_name_which_says_the_format(tmp_path: Path) -> None:
 
 def test_runs_with_relative_paths_are_read_from_where_they_were_made(tmp_path: Path) -> None:
     config = RunConfig("custom", "out", train_file="mine.csv")
-    run = describe_run(config) | {"task": {"name": "custom"}}
+    run = describe_run(config) | {"task": vars(task_spec("topics"))}
     write_json(tmp_path / "out" / RUN, run | {"config": run["config"] | {"train_file": "mine.csv"}})
     assert read_run(tmp_path / "out")["config"] == config.to_dict()  # as it is compared when it is resumed

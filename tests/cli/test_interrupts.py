@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,9 @@ def _start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def _wait_for_a_step(process: subprocess.Popen, folder: Path, after: int = 0) -> None:
-    history = folder / UNFINISHED / "history.jsonl"
+def _wait_for(process: subprocess.Popen, is_there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not any(line["step"] > after for line in read_lines(history)):
+    while not is_there():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -36,19 +36,22 @@ def _wait_for_a_step(process: subprocess.Popen, folder: Path, after: int = 0) ->
 
 def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
+    unfinished = folder / UNFINISHED
+    history = unfinished / "history.jsonl"
     command = ("train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", 400)
     steps = 0
     for number, code, word in ((signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")):
         process = _start(*command)
-        _wait_for_a_step(process, folder, steps)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT:  # the folder is held long before the first step
+            _wait_for(process, unfinished.exists)
             second = sparsepeft(*command)
             assert second.returncode == 2
             assert "Another process is writing to" in second.stderr
+        _wait_for(process, lambda after=steps: any(line["step"] > after for line in read_lines(history)))
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (code, "")
-        found = (folder / UNFINISHED / "checkpoints").glob("checkpoint-*[0-9]")  # the last, and maybe the best
+        found = (unfinished / "checkpoints").glob("checkpoint-*[0-9]")  # the last, and maybe the best
         stopped = max(int(checkpoint.name.rpartition("-")[2]) for checkpoint in found)
         assert steps < stopped < 400
         assert err.splitlines()[-1].startswith(f"{word} at step {stopped} of 400; the checkpoint of step {stopped} is")
