@@ -15,11 +15,12 @@ from sparsepeft.errors import RunFailed
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_FOLDER = Path(".peers", "adapters")  # of the current folder
-REQUIREMENTS = HERE / "requirements-adapters.txt"
+# The first is torch. Too old for this project's own environment.
+REQUIREMENTS = ("torch==2.13.0", "adapters==1.3.0", "transformers==4.57.6", "safetensors==0.8.0", "numpy==2.4.6")
 
 
-def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS) -> Path:
-    """Return the Python of the environment that ``requirements`` describes, made in ``folder`` if it is not there yet.
+def peer_python(folder: Path = DEFAULT_FOLDER) -> Path:
+    """Return the Python of the environment with ``REQUIREMENTS``, made in ``folder`` if it is not there yet.
 
     An environment that was not finished, or was made from other requirements, is made anew. pip's own configuration
     says where packages come from.
@@ -30,7 +31,7 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     folder = folder.absolute()
     python = folder / "bin" / "python"
     marker = folder / "complete.sha256"
-    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    digest = hashlib.sha256("\n".join(REQUIREMENTS).encode()).hexdigest()
     if python.exists() and marker.exists() and marker.read_text() == digest:
         return python
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
@@ -40,9 +41,8 @@ def peer_python(folder: Path = DEFAULT_FOLDER, requirements: Path = REQUIREMENTS
     _run([sys.executable, "-m", "venv", str(folder)])
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # torch first and alone, by its exact version: resolved with others it may pull gigabytes of CUDA packages.
-    torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
-    _run([*pip, torch])
-    _run([*pip, "--requirement", str(requirements)])
+    _run([*pip, REQUIREMENTS[0]])
+    _run([*pip, *REQUIREMENTS])
     marker.write_text(digest)
     return python
 
