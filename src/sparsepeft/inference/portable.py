@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,7 +211,7 @@ def prediction(
 # -- exported folders --------------------------------------------------------------------------------------------------
 
 
-class ExportedTasks:
+class ExportedTasks(ABC):
     """The tasks of an exported folder. A subclass, ``Runner`` in ``run.py``, computes by one runtime.
 
     Args:
@@ -231,13 +232,13 @@ class ExportedTasks:
         }
         self._adapters: dict[str, Any] = {}
 
+    @abstractmethod
     def load(self, file: Path) -> Any:
         """A task's adapter, from its file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, adapter: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """(B, num_labels), from integers (B, T) by name: ``input_ids``, ``attention_mask``, ``token_type_ids``."""
-        raise NotImplementedError
 
     def answer(self, name: str, texts: Iterable[Input], batch_size: int = 8) -> Iterator[dict[str, Any]]:
         """Yield a dictionary with ``label``, ``score`` and ``scores`` for each input, see :meth:`Prediction.to_dict`.
