@@ -11,6 +11,9 @@ from sparsepeft.arguments import check_choice, check_flag, check_number, check_w
 from sparsepeft.reprs import changed_fields
 
 GRANULARITIES = ("token", "block")
+SIMILARITIES = ("inner_product", "matches")
+VALUES = ("exact", "routed")
+INFER = ("sparse", "dense")
 ASSIGNMENTS = ("clustered", "contiguous")
 _WHOLE: dict[str, tuple[int, int | None]] = {  # least and most
     "block_size": (1, None),
@@ -19,8 +22,23 @@ _WHOLE: dict[str, tuple[int, int | None]] = {  # least and most
     "codebook_interval": (0, None),
     "num_blocks": (1, None),
     "compensation_rank": (0, None),
+    "reconstruction_steps": (0, None),
+    "reconstruction_rank": (0, None),
+    "dense_steps": (0, None),
     "seed": (0, 2**32 - 1),
 }
+_CHOICES = {
+    "similarity": SIMILARITIES,
+    "granularity": GRANULARITIES,
+    "values": VALUES,
+    "block_assignment": ASSIGNMENTS,
+    "infer": INFER,
+}
+_OVERRIDES = {
+    *("dense", "top_l", "granularity", "block_size", "values", "num_blocks", "num_active_blocks"),
+    *("compensation_rank", "reconstruction_rank"),
+}
+_BEFORE = {"similarity": "matches", "values": "routed"}  # what files mean that do not say
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class SptConfig:
         ffn: route the FFNs.
         top_l: keys that a query attends to: an int is a count, a float up to 1 a fraction of the calibration length,
             which becomes a count at conversion (1.0 is all of it).
+        similarity: how keys are chosen: ``"inner_product"`` by the query's inner products with the decoded keys,
+            ``"matches"`` by the number of codes that query and key share, as in SPT.
         granularity: ``"token"`` selects keys for each query, ``"block"`` blocks of keys for each block of queries.
         block_size: positions in such a block.
         subvector_dim: W, channels that are quantized together; divides the head size.
@@ -41,6 +61,8 @@ class SptConfig:
         codebook_interval: optimizer steps between two refreshes of the codebooks; 0 leaves them as calibrated.
         keep_self: a query's own position is always kept.
         keep_first: the first position is always kept.
+        values: what an FFN computes: ``"exact"`` the dense FFN's values, with gradients through each token's largest
+            blocks alone; ``"routed"`` the values of the blocks that a router chooses, as in SPT.
         num_blocks: G, blocks that an FFN's inner dimension is cut into.
         num_active_blocks: G', blocks that a token uses: an int is a count, a float up to 1 a fraction of
             ``num_blocks``, which becomes a count at once.
@@ -48,6 +70,16 @@ class SptConfig:
             calibration data: of like weights), ``"contiguous"`` neighbours.
         compensation_rank: rank of a linear map of an FFN's input that stands in for the blocks a token does not use,
             fitted to the calibration batch and trained on with the router; 0 adds nothing, as SPT does.
+        reconstruction_steps: steps in which router, linear map and low-rank update of each routed FFN learn to give
+            back the dense output on the calibration batch; 0 leaves them as they start.
+        reconstruction_rank: rank of that low-rank update of a routed FFN; 0 has none.
+        dense_steps: optimizer steps at the start of training in which the model stays dense.
+        dense_labels: while training, positions whose labels count stay dense, and only their context is sparse.
+        infer: in eval mode answer as the ``"sparse"`` model, or as the ``"dense"`` one that it was made from.
+        budget: how much higher the perplexity may become, such as 0.02 for 2 %: the layers' settings are then chosen by
+            measurement on the calibration batch, see :func:`sparsepeft.sparsify`; None takes the settings above.
+        overrides: settings of single modules by name, such as ``{"model.layers.0.self_attn": {"top_l": 64},
+            "model.layers.1.mlp": {"dense": True}}``; ``"dense"`` leaves one as it is.
         load_balancing_coef: weight of the loss that keeps all blocks in use.
         layers_to_transform: positions of the layers in their stack, or of the one; all if None.
         seed: of the clusterings.
@@ -63,6 +95,7 @@ class SptConfig:
     attention: bool = True
     ffn: bool = True
     top_l: int | float = 1 / 8
+    similarity: str = "inner_product"
     granularity: str = "token"
     block_size: int = 64
     subvector_dim: int = 8
@@ -70,20 +103,28 @@ class SptConfig:
     codebook_interval: int = 20
     keep_self: bool = True
     keep_first: bool = True
+    values: str = "exact"
     num_blocks: int = 8
     num_active_blocks: int | float = 4
     block_assignment: str = "clustered"
     compensation_rank: int = 0
+    reconstruction_steps: int = 0
+    reconstruction_rank: int = 0
+    dense_steps: int = 0
+    dense_labels: bool = False
+    infer: str = "sparse"
+    budget: float | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
     load_balancing_coef: float = 0.01
     layers_to_transform: int | tuple[int, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("attention", "ffn", "keep_self", "keep_first"):
+        for name in ("attention", "ffn", "keep_self", "keep_first", "dense_labels"):
             check_flag(name, getattr(self, name))
         if not self.attention and not self.ffn:
             raise ValueError("attention and ffn are both False, so nothing would become sparse; set one of them.")
-        for name, choices in (("granularity", GRANULARITIES), ("block_assignment", ASSIGNMENTS)):
+        for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name, (least, most) in _WHOLE.items():
             check_whole(name, getattr(self, name), least=least, most=most)
@@ -102,6 +143,9 @@ class SptConfig:
                 "use at most all blocks."
             )
         check_number("load_balancing_coef", self.load_balancing_coef, least=0)
+        if self.budget is not None:
+            check_number("budget", self.budget, least=0)
+        self._check_overrides()
         layers = self.layers_to_transform
         if layers is not None:
             positions = tuple(layers) if isinstance(layers, (list, tuple, set, range)) else (layers,)
@@ -139,7 +183,20 @@ class SptConfig:
             )
         if isinstance(values["top_l"], float) and values["top_l"] > 1:  # formerly a count, too
             values["top_l"] = int(values["top_l"])
-        return cls(**values)
+        return cls(**_BEFORE | values)
+
+    def of(self, name: str) -> SptConfig | None:
+        """The settings of a module, by its name in the model; None if it stays dense."""
+        own = dict((self.overrides or {}).get(name, {}))
+        return None if own.pop("dense", False) else dataclasses.replace(self, overrides=None, **own) if own else self
+
+    def _check_overrides(self) -> None:
+        for name, own in (self.overrides or {}).items():
+            if unknown := sorted(own.keys() - _OVERRIDES):
+                raise ValueError(
+                    f"overrides of {name} has {unknown[0]!r}; expected some of {', '.join(sorted(_OVERRIDES))}."
+                )
+            self.of(name)  # raises for values out of range
 
 
 def _is_whole(value: Any) -> bool:
