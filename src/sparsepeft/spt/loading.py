@@ -90,6 +90,8 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     codebooks = {name.removesuffix(_CODEBOOKS): books for name, books in saved.items() if name.endswith(_CODEBOOKS)}
     feed_forwards = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
+        if config.of(feed_forward.name) is None:
+            continue
         router = f"{feed_forward.routed_name}.spt_router."
         order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
         start = InitialRouter(order, weight, bias)

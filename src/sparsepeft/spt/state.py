@@ -132,10 +132,14 @@ def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None
 def check_same(loaded: Tensor | None, expected: Tensor, name: str) -> None:
     """Raise if a file has another value of a tensor that all adapters of the model share."""
     if loaded is not None and not torch.equal(loaded.to(expected.device), expected):
-        raise ValueError(
-            f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
-            "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
-        )
+        raise ValueError(_other(name))
+
+
+def _other(name: str) -> str:
+    return (
+        f"The file is of a model that was made sparse in another way (its {name} differs); load it into the dense "
+        "backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
+    )
 
 
 class Settings(nn.Module):
@@ -145,10 +149,15 @@ class Settings(nn.Module):
 
     def __init__(self, config: SptConfig) -> None:
         super().__init__()
+        self.config = config
         self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_same(state_dict.get(f"{prefix}settings"), self.settings, "settings")
+        name = f"{prefix}settings"
+        if name in state_dict:  # an earlier version's may be of another length and mean the same
+            if read_settings(state_dict[name]) != self.config:
+                raise ValueError(_other("settings"))
+            state_dict[name] = self.settings
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
