@@ -67,10 +67,11 @@ def install(
     config: SptConfig,
     codebooks: dict[str, Tensor],
     feed_forwards: list[tuple[FeedForward, InitialRouter]],
+    settings: Tensor | None = None,
 ) -> Sparsification:
     """Put sparse attention and sparse FFNs into a model, given their codebooks and routers.
 
-    Modules whose settings (:meth:`SptConfig.of`) say so stay dense.
+    Modules whose settings (:meth:`SptConfig.of`) say so stay dense. ``settings`` is the config as a file has it.
     """
     state = Sparsification(config)
     for name, books in codebooks.items():
@@ -89,7 +90,7 @@ def install(
             _place(model, feed_forward, routed)
     state.context.losses.watch(model)
     state.loading = save_densely(model, state.feed_forwards)
-    model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config), state.context)
+    model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), state.context)
     setattr(model, _ATTRIBUTE, state)
     return state
 

@@ -143,18 +143,26 @@ def _other(name: str) -> str:
 
 
 class Settings(nn.Module):
-    """A config among a model's tensors, so that it is saved with each adapter."""
+    """A config among a model's tensors, so that it is saved with each adapter.
+
+    Args:
+        config: how the model was made sparse.
+        settings: the same as a file has it, if it came from one. An earlier version's is of another length; a model
+            keeps it, as the adapters that are loaded into one model have the same.
+    """
 
     settings: Tensor
 
-    def __init__(self, config: SptConfig) -> None:
+    def __init__(self, config: SptConfig, settings: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
+        if settings is None:
+            settings = torch.tensor(list(config.to_json().encode()), dtype=torch.uint8)
+        self.register_buffer("settings", settings)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = f"{prefix}settings"
-        if name in state_dict:  # an earlier version's may be of another length and mean the same
+        if name in state_dict:
             if read_settings(state_dict[name]) != self.config:
                 raise ValueError(_other("settings"))
             state_dict[name] = self.settings
