@@ -2,6 +2,7 @@
 
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import Sparsification, desparsify, sparsification, sparsify
+from sparsepeft.spt.density import answering, labelled
 from sparsepeft.spt.loading import load_sparse, save_sparse
 from sparsepeft.spt.report import SptReport
 
@@ -9,7 +10,9 @@ __all__ = [
     "Sparsification",
     "SptConfig",
     "SptReport",
+    "answering",
     "desparsify",
+    "labelled",
     "load_sparse",
     "save_sparse",
     "sparsification",

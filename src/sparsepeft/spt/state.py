@@ -146,6 +146,10 @@ class Settings(nn.Module):
     def __init__(self, config: SptConfig) -> None:
         super().__init__()
         self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
+        if config.dense_steps:
+            # Optimizer steps done, as the optimizer counts them: the first pass of a resumed training has to know
+            # before any step tells.
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_same(state_dict.get(f"{prefix}settings"), self.settings, "settings")
