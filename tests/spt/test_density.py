@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tests.spt.models import ALL, TARGETS, build, inputs, logits, sparse
+from tests.spt.models import ALL, build, logits, sparse
 
-from sparsepeft.spt import answering, sparsification
+from sparsepeft.spt import sparsification
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the same sums in another order
 
