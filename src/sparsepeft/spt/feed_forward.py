@@ -107,7 +107,7 @@ class SparseFeedForward(nn.Module):
         return outputs[torch.argsort(order)].view(*hidden_states.shape[:-1], -1)
 
     def _arguments(self, adapter_names: list[str] | None) -> dict[str, Any]:
-        """The arguments that both operators take."""
+        """The arguments that both operators take, ``adapter_names`` as :func:`read_projection` takes them."""
         names = self._names
 
         def read(name: str) -> Projection:
@@ -188,7 +188,10 @@ class RoutedFeedForward(SparseFeedForward):
         if self.training and self.config.load_balancing_coef and routing.logits.requires_grad:
             loss = routing_load_balancing_loss(routing.logits, routing.blocks, mask)
             hidden_states = self.context.losses.attach(hidden_states, self.config.load_balancing_coef * loss)
-        output = routed_ffn(hidden_states, routing=routing, **self._arguments(adapter_names))
+        arguments = self._arguments(adapter_names)
+        for part, update in router.updates.items():
+            arguments[part] = arguments[part]._replace(lora=(*arguments[part].lora, update))
+        output = routed_ffn(hidden_states, routing=routing, **arguments)
         return output if router.compensation is None else output + router.compensation(hidden_states)
 
     @torch.no_grad()

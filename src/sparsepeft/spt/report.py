@@ -27,8 +27,8 @@ class SptReport:
         recall: share of the L keys with the highest scores that are among those kept, by the attention's name.
         attention_error: norm of the output's change over the norm of the output.
         feed_forward_error: the same for FFNs; 0 for those with exact values.
-        feed_forward_operations: multiply-adds of the sparse FFNs, routers and compensation included, over those of the
-            dense ones.
+        feed_forward_operations: multiply-adds of the sparse FFNs, with routers, compensation and updates, over those of
+            the dense ones.
         feed_forward_step_operations: the same of a training step, forward and backward, in which the FFNs' weights are
             frozen.
     """
@@ -104,8 +104,8 @@ def report_feed_forwards(
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         chosen = products * int(layer.config.num_active_blocks) / layer.config.num_blocks
-        added = sum(parameter.numel() for parameter in _router(layer) if parameter.dim() > 1)
         dense += products
+        added = _added_operations(layer) if isinstance(layer, RoutedFeedForward) else 0
         forward += (chosen if isinstance(layer, RoutedFeedForward) else products) + added
         backward += chosen + 2 * added  # of its weights, which train, and of its input
     if dense:
@@ -113,8 +113,14 @@ def report_feed_forwards(
         report.feed_forward_step_operations = (forward + backward) / (2 * dense)
 
 
-def _router(layer: SparseFeedForward) -> Iterator[nn.Parameter]:
-    return layer.spt_router.original_module.parameters() if isinstance(layer, RoutedFeedForward) else iter(())
+def _added_operations(layer: RoutedFeedForward) -> int:
+    """Multiply-adds for a token of what a routed FFN has beside the dense FFN's weights."""
+    router = layer.spt_router.original_module
+    (num_blocks, hidden), inner = router.weight.shape, len(router.neuron_order)
+    active = inner * int(layer.config.num_active_blocks) // num_blocks
+    compensation = router.compensation
+    added = 0 if compensation is None else compensation.down.numel() + compensation.up.numel()
+    return hidden * num_blocks + added + sum(len(update.down) * (hidden + active) for update in router.updates.values())
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
