@@ -176,7 +176,7 @@ def _place(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForwar
 def _uninstall(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
     released = sparse.release()
     if feed_forward.is_module:
-        _replace(model, feed_forward.name, feed_forward.owner.train(routed.training))
+        _replace(model, feed_forward.name, feed_forward.owner.train(sparse.training))
     else:
         _replace(feed_forward.owner, feed_forward.names.activation, feed_forward.activation)
     for name, projection in released.items():
