@@ -163,8 +163,13 @@ def initial_router(
     config: SptConfig,
     batch: dict[str, Tensor] | None,
     seen: dict[str, tuple[Tensor, Tensor]],
-) -> InitialRouter:
-    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
+) -> InitialRouter | None:
+    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one.
+
+    None for an FFN with exact values, which has no router.
+    """
+    if config.values == "exact":
+        return None
     inner, num_blocks = feed_forward.sizes[1], config.num_blocks
     inputs = None if batch is None else _inputs(feed_forward, batch, seen)
     states = None if inputs is None else inner_states(feed_forward, inputs)

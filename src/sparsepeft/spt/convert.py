@@ -16,7 +16,7 @@ from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
-from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
@@ -40,7 +40,7 @@ class Sparsification:
     context: SparseContext
     report: SptReport = field(default_factory=SptReport)
     attention: dict[str, SparseAttention] = field(default_factory=dict)
-    feed_forwards: list[tuple[FeedForward, RoutedFeedForward]] = field(default_factory=list)
+    feed_forwards: list[tuple[FeedForward, SparseFeedForward]] = field(default_factory=list)
     attention_before: str | None = None
     steps: OptimizerSteps | None = None
     loading: RemovableHandle | None = None
@@ -68,7 +68,7 @@ def install(
     model: PreTrainedModel,
     config: SptConfig,
     codebooks: dict[str, Tensor],
-    feed_forwards: list[tuple[FeedForward, InitialRouter]],
+    feed_forwards: list[tuple[FeedForward, InitialRouter | None]],
     settings: Tensor | None = None,
 ) -> Sparsification:
     """Put sparse attention and sparse FFNs into a model, given their codebooks and routers.
@@ -86,9 +86,9 @@ def install(
         model.set_attn_implementation(NAME)
     for feed_forward, start in feed_forwards:
         if (own := config.of(feed_forward.name)) is not None:
-            routed = RoutedFeedForward(feed_forward, start, own, context)
-            state.feed_forwards.append((feed_forward, routed))
-            _place(model, feed_forward, routed)
+            sparse = make_sparse(feed_forward, start, own, context)
+            state.feed_forwards.append((feed_forward, sparse))
+            _place(model, feed_forward, sparse)
     context.watch(model)
     state.loading = save_densely(model, state.feed_forwards)
     model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), context)
@@ -133,8 +133,8 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     if state.loading is not None:
         state.loading.remove()
     del model.spt_settings
-    for feed_forward, routed in state.feed_forwards:
-        _uninstall(model, feed_forward, routed)
+    for feed_forward, sparse in state.feed_forwards:
+        _uninstall(model, feed_forward, sparse)
     for name in state.attention:
         del model.get_submodule(name).spt
     if state.attention_before is not None:
@@ -143,19 +143,19 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _place(model: nn.Module, feed_forward: FeedForward, routed: RoutedFeedForward) -> None:
-    routed.train(feed_forward.owner.training)
+def _place(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
+    sparse.train(feed_forward.owner.training)
     if feed_forward.is_module:
-        _replace(model, feed_forward.name, routed)
+        _replace(model, feed_forward.name, sparse)
         return
     names = feed_forward.names
     for name in (names.up, names.down):
         _replace(feed_forward.owner, name, _unchanged)
-    _replace(feed_forward.owner, names.activation, routed)
+    _replace(feed_forward.owner, names.activation, sparse)
 
 
-def _uninstall(model: nn.Module, feed_forward: FeedForward, routed: RoutedFeedForward) -> None:
-    released = routed.release()
+def _uninstall(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
+    released = sparse.release()
     if feed_forward.is_module:
         _replace(model, feed_forward.name, feed_forward.owner)
     else:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
-from sparsepeft.models.sublayers import find_feed_forwards, weight_of
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import InitialRouter
@@ -87,9 +87,13 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
     codebooks = {name.removesuffix(_CODEBOOKS): each for name, each in saved.items() if name.endswith(_CODEBOOKS)}
-    feed_forwards = []
+    feed_forwards: list[tuple[FeedForward, InitialRouter | None]] = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
-        if config.of(feed_forward.name) is None:
+        own = config.of(feed_forward.name)
+        if own is None:
+            continue
+        if own.values == "exact":
+            feed_forwards.append((feed_forward, None))
             continue
         router = f"{feed_forward.routed_name}.spt_router."
         tensors = {key.removeprefix(router): tensor for key, tensor in saved.items() if key.startswith(router)}

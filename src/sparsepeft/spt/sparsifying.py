@@ -11,7 +11,7 @@ from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.spt.calibration import attend_densely, calibration_batch, initial_router, layer_codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.feed_forward import inner_tensors
+from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.report import report_attention, report_feed_forwards, watching
 
 

@@ -95,6 +95,8 @@ def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
         parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
         if report["feed_forward_operations"] is not None:
             parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+        if report.get("feed_forward_step_operations") is not None:
+            parts[-1] += f", {report['feed_forward_step_operations']:.1%} of those of a training step"
     return "\n".join(parts)
 
 
