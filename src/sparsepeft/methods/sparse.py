@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.spt import Sparsification, SptConfig, sparsify
+from sparsepeft.spt import Sparsification, SptConfig, answering, sparsification, sparsify
+from sparsepeft.spt.config import INFER
+
+T = TypeVar("T")
 
 
 def read_spt_settings(values: Any) -> SptConfig:
@@ -60,6 +64,22 @@ def make_sparse(model: PreTrainedModel, config: SptConfig, calibration_data: Any
     except ValueError as error:
         raise UserError(f"The model cannot be made sparse: {error}") from error
     return sparse.sparsification
+
+
+def by_infer(model: nn.Module, score: Callable[[], T]) -> dict[str, T]:
+    """What ``score`` returns for each way in which a model can answer, by its name, the model's way first.
+
+    A dense model has one way, as has a sparse one that only trains sparsely (exact FFNs without sparse attention).
+    """
+    state = sparsification(model)
+    if state is None:
+        return {"dense": score()}
+    scores = {state.context.infer: score()}
+    if state.attention or any(routed.config.values == "routed" for _, routed in state.feed_forwards):
+        (other,) = set(INFER) - scores.keys()
+        with answering(model, other):
+            scores[other] = score()
+    return scores
 
 
 def describe(sparsification: Sparsification) -> dict[str, Any]:
