@@ -34,6 +34,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_CHUNK", 77 * 31)
 
 
+ALL = (True, True, True)
+
+
 def make(
     shape: tuple[int, ...], hidden_size: int, vocabulary: int, dtype: torch.dtype = torch.float64, ignored: float = 0.4
 ) -> tuple[list[Tensor], Tensor]:
