@@ -47,7 +47,7 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def step_memory(results: Path) -> str:
     """Where the memory of a whole step goes, by weights' dtype."""
-    parts = []
+    parts: list[str] = []
     for report in read_folder(results / "benchmarks", "step_memory_*.json").values():
         settings, rows = report.settings, []
         for one in report.results:
