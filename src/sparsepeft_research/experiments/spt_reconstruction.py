@@ -1,6 +1,6 @@
 """What training low-rank updates of routed FFNs before fine-tuning gains over regression alone.
 
-    python -m sparsepeft_research.experiments.spt_reconstruction --data-dir DATA --models LLAMA GEMMA MINILM
+    python -m sparsepeft_research.experiments.spt_reconstruction --data-dir DATA --models LLAMA GEMMA minilm
 
 For each model a file with the relative error of some layers' outputs (half of 8 blocks, each layer with the inputs that
 it has in the dense model) on the text that was calibrated on and on other text; ``--perplexity`` converts all layers of
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from sparsepeft.backbones import resolve_model
 from sparsepeft.methods.language_models import load_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.sparse import describe, make_sparse
@@ -54,7 +55,7 @@ def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="with wikitext-2")
-    parser.add_argument("--models", nargs="+", required=True, help="folders or hub ids")
+    parser.add_argument("--models", nargs="+", required=True, help="folders, hub ids, or minilm")
     parser.add_argument("--layers", nargs="+", type=int, help="positions; default: first, middle and last")
     parser.add_argument("--perplexity", action="store_true", help="convert all layers of causal models, too")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
@@ -66,7 +67,7 @@ def main() -> None:
     for path in options.models:
         for kind, measure in (("layers", _layers), *([("perplexity", _perplexity)] if options.perplexity else [])):
             file = options.results / f"{kind}-{Path(path).name}-{options.seed}.json"
-            run_once(file, partial(measure, path, options), {"kind": kind})
+            run_once(file, partial(measure, resolve_model(path), options), {"kind": kind, "model": Path(path).name})
 
 
 def _layers(path: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _layers(path: str, options: argparse.Namespace) -> dict[str, Any]:
                 "other": _error(routed, *others[feed_forward.name]),
             }
             routed.release()
-    return _result("spt_reconstruction.layers", path, options, errors) | {
+    return _result("spt_reconstruction.layers", options, errors) | {
         "num_calibration_tokens": CALIBRATION_BLOCKS * BLOCK_LENGTH,
         "num_other_tokens": ERROR_BLOCKS * BLOCK_LENGTH,
     }
@@ -107,16 +108,15 @@ def _perplexity(path: str, options: argparse.Namespace) -> dict[str, Any]:
         config = SptConfig(**BASE | SETTINGS[name], seed=options.seed)  # type: ignore[arg-type]
         sparse = make_sparse(model, config, evenly_spaced(known, CALIBRATION_BLOCKS))
         figures[name] = perplexity(model, scored, 8) | {"report": describe(sparse)["report"]}
-    result = _result("spt_reconstruction.perplexity", path, options, figures)
+    result = _result("spt_reconstruction.perplexity", options, figures)
     return result | {"num_scored_tokens": scored.numel()}
 
 
-def _result(measured: str, path: str, options: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+def _result(measured: str, options: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "measured": measured,
         "seed": options.seed,
         "settings": {
-            "model": Path(path).name,
             "block_length": BLOCK_LENGTH,
             "base": BASE,
             "differing": {name: SETTINGS[name] for name in options.settings},
