@@ -53,11 +53,12 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
         if batch is None:
             raise ValueError("Sparse attention needs calibration_data for its codebooks; pass a batch of input ids.")
         config = config.with_length(next(iter(batch.values())).shape[1])
-    if config.ffn and config.compensation_rank and batch is None:
-        raise ValueError(
-            f"compensation_rank={config.compensation_rank} needs calibration_data to be fitted to; pass a batch of "
-            "input ids, or compensation_rank=0."
-        )
+    for name in ("compensation_rank", "reconstruction_rank"):
+        if config.ffn and getattr(config, name) and batch is None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} needs calibration_data to be fitted to; pass a batch of input ids, or "
+                f"{name}=0."
+            )
     # All that can go wrong does so before the model is touched.
     feed_forwards = find_feed_forwards(model, config.layers_to_transform) if config.ffn else []
     for feed_forward in feed_forwards:
