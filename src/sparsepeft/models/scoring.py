@@ -57,10 +57,8 @@ def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor
     Raises:
         ValueError: the model is none, or there is nothing to predict.
     """
-    is_causal, is_masked = (
-        isinstance(model, mapping.get(type(model.config), ()))
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
-    )
+    mappings: tuple[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    is_causal, is_masked = (isinstance(model, mapping.get(type(model.config), ())) for mapping in mappings)
     if not (is_causal or is_masked) or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} is no causal or masked language model, so it has no perplexity to keep to; load "
@@ -154,7 +152,7 @@ def _logits(model: PreTrainedModel, text: Text) -> Tensor:
     return logits
 
 
-def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+def without_cache(model: nn.Module) -> dict[str, bool]:
     """The argument by which a model keeps no keys and values for more tokens, if it could."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 

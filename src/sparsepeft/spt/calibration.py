@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.scoring import Text, text_for
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
@@ -65,6 +66,18 @@ def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
                 f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
             )
     return {name: value.to(model.device) for name, value in tensors.items()}
+
+
+def read_text(model: PreTrainedModel, data: Any) -> Text:
+    """The calibration data as what a language model is scored on.
+
+    Raises:
+        ValueError: the model is no language model, or the data not what it could be scored on.
+    """
+    batch = calibration_batch(model, data)
+    labels = data.get("labels") if isinstance(data, Mapping) else None
+    labels = _ids(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
+    return text_for(model, batch, labels if labels is None else labels.view(batch["input_ids"].shape))
 
 
 def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
@@ -226,22 +239,26 @@ class Calibration:
                 )
         self._made: dict[str, Any] = {}
 
-    def codebooks(self, config: SptConfig) -> dict[str, Tensor]:
-        """Of all attention that becomes sparse by ``config``, by name."""
-        settings = {name: own for name in self.calls if (own := config.of(name)) is not None}
+    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Tensor]:
+        """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
         return {
             name: self._once(name, partial(layer_codebooks, name, self.calls[name], own))
-            for name, own in settings.items()
+            for name, own in self._settings(self.calls, config, only)
         }
 
-    def starts(self, config: SptConfig) -> list[tuple[FeedForward, InitialRouter]]:
-        """Of all FFNs that become sparse by ``config``."""
-        settings = {name: own for name in self.feed_forwards if (own := config.of(name)) is not None}
+    def starts(self, config: SptConfig, only: str | None = None) -> list[tuple[FeedForward, InitialRouter]]:
+        """Of all FFNs that become sparse by ``config``, or of the one of that name."""
         return [
             (each, self._once(f"{name} {own}", partial(initial_router, each, own, self.batch, self.seen)))
-            for name, own in settings.items()
+            for name, own in self._settings(self.feed_forwards, config, only)
             for each in (self.feed_forwards[name],)
         ]
+
+    @staticmethod
+    def _settings(names: Iterable[str], config: SptConfig, only: str | None) -> Iterator[tuple[str, SptConfig]]:
+        for name in names if only is None else (only,):
+            if (own := config.of(name)) is not None:
+                yield name, own
 
     def _once(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._made:

@@ -98,11 +98,11 @@ class Plan:
             for name, becomes, change, time in rows
         ]
         lines.append(f"perplexity predicted: {self.predicted_change:+.2%}, of {self.budget:.2%} allowed")
-        for name, change in self.measured_change.items():
+        for name, risen in self.measured_change.items():
             each = self.perplexity[name]
             lines.append(
                 f"perplexity, {name.replace('_', ' ')} text: {each['dense']:.2f} dense, {each['sparse']:.2f} sparse "
-                f"({change:+.2%})"
+                f"({risen:+.2%})"
             )
         sequences, tokens = self.step_shape
         lines.append(
@@ -140,8 +140,9 @@ def fastest(options: Mapping[str, Sequence[Choice]], allowance: float) -> dict[s
                 row[cost:] = best[: _BINS + 1 - cost] + choice.sparse_ms
         best, pick = times.min(0)
         picks.append(pick)
-    left, chosen = _BINS, {}
-    for name, pick in zip(reversed(options), reversed(picks), strict=True):
+    left = _BINS
+    chosen: dict[str, Choice] = {}
+    for name, pick in zip(reversed(list(options)), reversed(picks), strict=True):
         index = int(pick[left])
         chosen[name] = options[name][index]
         left -= costs[name][index]
