@@ -45,12 +45,12 @@ class _Module(NamedTuple):
     Attributes:
         families: settings that it may get, in each family from the mildest.
         shape: its kind and sizes; modules of one shape take the same time.
-        time: milliseconds of the dense module and of it with some settings, in each of some rounds.
+        time: milliseconds, in each of some rounds, of the dense module and of what it becomes with some settings.
     """
 
     families: list[list[dict[str, Any]]]
     shape: tuple[Any, ...]
-    time: Callable[[SptConfig], dict[str, list[float]]]
+    time: Callable[[list[SptConfig]], list[list[float]]]
 
 
 def keep_to_budget(
@@ -111,7 +111,7 @@ def _measure(
     timed: dict[tuple[Any, ...], list[list[Choice]]] = {}
     for module in modules.values():
         if module.shape not in timed:
-            timed[module.shape] = [_worthwhile(config, family, module.time) for family in module.families]
+            timed[module.shape] = _worthwhile(config, module)
     options: dict[str, list[Choice]] = {}
     meter = LossMeter(model, text)
     hopeless: dict[str, int] = {}
@@ -174,51 +174,50 @@ def _modules(config: SptConfig, calibration: Calibration, num_rows: int) -> dict
     return found
 
 
-def _worthwhile(
-    config: SptConfig, family: list[dict[str, Any]], time: Callable[[SptConfig], dict[str, list[float]]]
-) -> list[Choice]:
-    """Those of a family, from the mildest, that are faster than the dense module and than all that are milder."""
-    choices: list[Choice] = []
-    least = math.inf
-    for settings in family:
-        times = {name: median(each) for name, each in time(replace(config, **settings)).items()}
-        choice = Choice(settings, 0.0, times["dense"], times["sparse"])
-        if choice.sparse_ms < _WORTH * min(least, choice.dense_ms):
-            choices.append(choice)
-            least = choice.sparse_ms
-    return choices
+def _worthwhile(config: SptConfig, module: _Module) -> list[list[Choice]]:
+    """Those of each family, from the mildest, that are faster than the dense module and than all that are milder."""
+    dense, *others = module.time([replace(config, **settings) for family in module.families for settings in family])
+    dense_ms, times = median(dense), iter(others)
+    worthwhile: list[list[Choice]] = []
+    for family in module.families:
+        worthwhile.append([])
+        least = dense_ms
+        for settings in family:
+            # The machine may be slower in one round than in another: what counts is the share within a round.
+            sparse_ms = dense_ms * median(ms / of for ms, of in zip(next(times), dense, strict=True))
+            if sparse_ms < _WORTH * least:
+                worthwhile[-1].append(Choice(settings, 0.0, dense_ms, sparse_ms))
+                least = sparse_ms
+    return worthwhile
 
 
 def _attention_timer(
     name: str, call: AttentionCall, calibration: Calibration
-) -> Callable[[SptConfig], dict[str, list[float]]]:
+) -> Callable[[list[SptConfig]], list[list[float]]]:
     query, key, value, mask = call
     scale = query.shape[-1] ** -0.5
+    module: Any = nn.Module()
+    module.num_key_value_groups = query.shape[1] // key.shape[1]
 
-    def time(config: SptConfig) -> dict[str, list[float]]:
-        (books,) = calibration.codebooks(config, name).values()
-        sparse = SparseAttention(books, config, SparseContext(config)).to(query.device).train()
-        module: Any = nn.Module()
-        module.num_key_value_groups = query.shape[1] // key.shape[1]
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         whole = is_whole(mask)
         allowed = None if whole else dense_mask(mask)
+        flags = {"scaling": scale, "is_causal": whole and mask.causal}
+        attended: Tensor = sdpa_attention_forward(module, query, key, value, allowed, **flags)[0]
+        return attended
 
-        def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return sdpa_attention_forward(
-                module, query, key, value, allowed, scaling=scale, is_causal=whole and mask.causal
-            )[0]
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return sparse(query, key, value, mask, scale)
-
-        return _alternately(dense, attend, [query, key, value])
+    def time(configs: list[SptConfig]) -> list[list[float]]:
+        (books,) = calibration.codebooks(configs[0], name).values()
+        layers = [SparseAttention(books, config, SparseContext(config)).train() for config in configs]
+        forms: list[Callable[..., Tensor]] = [dense, *(partial(layer, mask=mask, scale=scale) for layer in layers)]
+        return _alternately(forms, [query, key, value])
 
     return time
 
 
 def _feed_forward_timer(
     feed_forward: FeedForward, states: Tensor, calibration: Calibration
-) -> Callable[[SptConfig], dict[str, list[float]]]:
+) -> Callable[[list[SptConfig]], list[list[float]]]:
     names = feed_forward.names
 
     def dense(states: Tensor) -> Tensor:
@@ -228,21 +227,24 @@ def _feed_forward_timer(
         output: Tensor = feed_forward.part(names.down)(inner)
         return output
 
-    def time(config: SptConfig) -> dict[str, list[float]]:
-        ((_, start),) = calibration.starts(config, feed_forward.name)
-        routed = RoutedFeedForward(feed_forward, start, config, SparseContext(config)).train()
+    def time(configs: list[SptConfig]) -> list[list[float]]:
+        starts = [start for config in configs for _, start in calibration.starts(config, feed_forward.name)]
+        # They share the weights, and each puts these into its own order: that matters for what is computed alone.
+        layers = [
+            RoutedFeedForward(feed_forward, start, config, SparseContext(config)).train()
+            for start, config in zip(starts, configs, strict=True)
+        ]
         try:
-            return _alternately(dense, routed, [states])
+            return _alternately([dense, *layers], [states])
         finally:
-            routed.release()
+            for layer in reversed(layers):
+                layer.release()
 
     return time
 
 
-def _alternately(
-    dense: Callable[..., Tensor], sparse: Callable[..., Tensor], inputs: list[Tensor]
-) -> dict[str, list[float]]:
-    """Milliseconds of forward and backward of two functions of the same inputs."""
+def _alternately(functions: list[Callable[..., Tensor]], inputs: list[Tensor]) -> list[list[float]]:
+    """Milliseconds of forward and backward of functions of the same inputs."""
     leaves = [each.detach().requires_grad_() for each in inputs]
 
     def run(function: Callable[..., Tensor]) -> None:
@@ -251,7 +253,8 @@ def _alternately(
             output.backward(torch.ones_like(output))
         _wait_for(output.device)
 
-    return alternately({"dense": lambda: run(dense), "sparse": lambda: run(sparse)}, _ROUNDS)
+    forms = {str(index): partial(run, function) for index, function in enumerate(functions)}
+    return list(alternately(forms, _ROUNDS).values())
 
 
 def _step_times(model: PreTrainedModel, config: SptConfig, calibration: Calibration, text: Text) -> dict[str, float]:
