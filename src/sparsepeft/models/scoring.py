@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
 from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.logits import deferred_logits
 
-_LOGITS = 2**27  # at most so many at once, 512 MiB in float32
-_CHUNK = 2**24  # of them in a softmax
+_TOKENS = 4096  # at most so many in a pass
 _IGNORED = -100
 
 
@@ -23,27 +23,27 @@ class Text(NamedTuple):
 
     Attributes:
         batch: the model's arguments, (B, T, ...) each.
-        targets: the token to be predicted at each position, (B, T); -100 where none is.
+        labels: as transformers takes them, (B, T), -100 where nothing is predicted.
     """
 
     batch: dict[str, Tensor]
-    targets: Tensor
+    labels: Tensor
 
     def rows(self, start: int, stop: int) -> Text:
         """Some of its sequences."""
-        return Text({name: value[start:stop] for name, value in self.batch.items()}, self.targets[start:stop])
+        return Text({name: value[start:stop] for name, value in self.batch.items()}, self.labels[start:stop])
 
     def at_most(self, count: int) -> Text:
-        """With ``count`` targets, evenly spaced, in as few sequences as have them."""
-        num_rows = max(1, min(len(self.targets), count // self.targets.shape[1]))
+        """With ``count`` labels, evenly spaced, in as few sequences as have them."""
+        num_rows = max(1, min(len(self.labels), count // self.labels.shape[1]))
         few = self.rows(0, num_rows)
-        places = (few.targets != _IGNORED).flatten().nonzero()[:, 0]
+        places = (few.labels != _IGNORED).flatten().nonzero()[:, 0]
         if len(places) <= count:
             return few
         chosen = places[torch.linspace(0, len(places) - 1, count).long()]
-        targets = torch.full_like(few.targets, _IGNORED).flatten()
-        targets[chosen] = few.targets.flatten()[chosen]
-        return Text(few.batch, targets.view_as(few.targets))
+        labels = torch.full_like(few.labels, _IGNORED).flatten()
+        labels[chosen] = few.labels.flatten()[chosen]
+        return Text(few.batch, labels.view_as(few.labels))
 
 
 def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor | None = None) -> Text:
@@ -59,7 +59,7 @@ def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor
     """
     mappings: tuple[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
     is_causal, is_masked = (isinstance(model, mapping.get(type(model.config), ())) for mapping in mappings)
-    if not (is_causal or is_masked) or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    if not (is_causal or is_masked) or model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} is no causal or masked language model, so it has no perplexity to keep to; load "
             "the model with its language-model head, or leave out the budget."
@@ -72,12 +72,12 @@ def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor
             f"{type(model).__name__} is a masked language model, and the text has no labels; mask some tokens and pass "
             "labels with input_ids, as transformers' DataCollatorForLanguageModeling makes them."
         )
-    targets = labels.to(model.device)
+    labels = labels.to(model.device, copy=True)
     if is_causal:
-        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=_IGNORED)
-    if not (targets != _IGNORED).any():
+        labels[:, 0] = _IGNORED  # nothing is before it to predict it from
+    if not (labels != _IGNORED).any():
         raise ValueError("The text has no token that the model could predict; pass longer sequences, or labels.")
-    return Text(dict(batch), targets)
+    return Text(dict(batch), labels)
 
 
 class LossMeter:
@@ -97,59 +97,34 @@ class LossMeter:
     def __init__(self, model: PreTrainedModel, text: Text, *, resumable: bool = True) -> None:
         self._model = model
         self._blocks = find_blocks(model) if resumable else []
-        num_rows = max(1, _LOGITS // (model.get_output_embeddings().weight.shape[0] * text.targets.shape[1]))
-        self._parts = [text.rows(i, i + num_rows) for i in range(0, len(text.targets), num_rows)]
-        self._given: list[dict[str, list[Any]]] = []
-        self.initial = self._loss(record=True)
+        num_rows = max(1, _TOKENS // text.labels.shape[1])
+        parts = [text.rows(i, i + num_rows) for i in range(0, len(text.labels), num_rows)]
+        self._parts = [part for part in parts if (part.labels != _IGNORED).any()]
+        with _recorded(self._blocks) as self._outputs:
+            self.initial = self._mean_loss()
 
     def loss(self, changed: str = "") -> float:
         """The loss now, if nothing but the module of that name, or modules behind it, is not as it was."""
-        return self._loss(before=self._before(changed))
-
-    def _before(self, changed: str) -> list[Block]:
         index = next((i for i, b in enumerate(self._blocks) if f"{changed}.".startswith(f"{b.name}.")), 0)
-        given = {block.name: [part[block.name] for part in self._given] for block in self._blocks[:index]}
-        is_run_once = all(len(calls) == 1 for parts in given.values() for calls in parts)  # not a layer that is shared
-        return self._blocks[:index] if is_run_once else []
+        before = {block: self._outputs[block.name] for block in self._blocks[:index]}
+        if any(len(outputs) != len(self._parts) for outputs in before.values()):  # one layer in several places
+            before = {}
+        with _skipped(before):
+            return self._mean_loss()
 
     @torch.no_grad()
-    def _loss(self, before: list[Block] | None = None, record: bool = False) -> float:
-        model, total, count = self._model, 0.0, 0
-        training = model.training
+    def _mean_loss(self) -> float:
+        model, training, total, count = self._model, self._model.training, 0.0, 0
         model.eval()
         try:
-            for index, part in enumerate(self._parts):
-                if record:
-                    with _recorded(self._blocks) as outputs:
-                        logits = _logits(model, part)
-                    self._given.append(outputs)
-                else:
-                    given = {block.name: self._given[index][block.name][0] for block in before or ()}
-                    with _skipped(before or [], given):
-                        logits = _logits(model, part)
-                targets = part.targets[part.targets != _IGNORED]
-                rows = max(1, _CHUNK // logits.shape[-1])
-                for some, expected in zip(logits.split(rows), targets.split(rows), strict=True):
-                    total += float(nn.functional.cross_entropy(some.float(), expected, reduction="sum"))
-                count += len(targets)
+            for part in self._parts:
+                with deferred_logits(model):
+                    loss = model(**part.batch, labels=part.labels, **without_cache(model)).loss
+                num_labels = int((part.labels != _IGNORED).sum())
+                total, count = total + float(loss) * num_labels, count + num_labels
         finally:
             model.train(training)
         return total / count
-
-
-def _logits(model: PreTrainedModel, text: Text) -> Tensor:
-    """Logits of the positions with a target alone, (N, V), with all that the model does to them."""
-    chosen = text.targets != _IGNORED
-
-    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][chosen][None], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
-        logits: Tensor = model(**text.batch, **without_cache(model)).logits[0]
-    finally:
-        handle.remove()
-    return logits
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
@@ -174,15 +149,15 @@ def _recorded(blocks: list[Block]) -> Iterator[dict[str, list[Any]]]:
 
 
 @contextmanager
-def _skipped(blocks: list[Block], given: dict[str, Any]) -> Iterator[None]:
-    """Inside the context, layers give what they are said to, and compute nothing."""
-    before = [block.module.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.module.forward = lambda *args, output=given[block.name], **kwargs: output
+def _skipped(given: Mapping[Block, list[Any]]) -> Iterator[None]:
+    """Inside the context, layers give in each call what they are said to, and compute nothing."""
+    before = {block: block.module.__dict__.get("forward") for block in given}
+    for block, outputs in given.items():
+        block.module.forward = lambda *args, rest=iter(outputs), **kwargs: next(rest)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, forward in before.items():
             del block.module.forward
             if forward is not None:  # accelerate has put its own there
                 block.module.forward = forward

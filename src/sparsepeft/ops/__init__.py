@@ -1,5 +1,6 @@
 """Functions from tensors to tensors; needs nothing but torch."""
 
+from sparsepeft.ops.linear_cross_entropy import linear_cross_entropy
 from sparsepeft.ops.load_balancing import load_balancing_loss, routing_load_balancing_loss
 from sparsepeft.ops.memory import memory_read, memory_read_mixed
 from sparsepeft.ops.registry import Explanation, explain
@@ -14,6 +15,7 @@ __all__ = [
     "exact_ffn",
     "explain",
     "fit_codebooks",
+    "linear_cross_entropy",
     "load_balancing_loss",
     "memory_read",
     "memory_read_mixed",

@@ -97,7 +97,7 @@ def keep_to_budget(
             name: {"dense": math.exp(meter.initial), "sparse": math.exp(losses[name])} for name, meter in meters.items()
         },
         step_ms=step_ms,
-        step_shape=(few.targets.shape[0], few.targets.shape[1]),
+        step_shape=(few.labels.shape[0], few.labels.shape[1]),
         num_tried=num_tried,
     )
     return replace(config, overrides=planned.overrides), plan
@@ -107,7 +107,7 @@ def _measure(
     model: PreTrainedModel, config: SptConfig, calibration: Calibration, text: Text, limit: float
 ) -> dict[str, list[Choice]]:
     """What may become of each module, dense first: the time of each shape once, then the loss in each module."""
-    modules = _modules(config, calibration, len(text.targets))
+    modules = _modules(config, calibration, len(text.labels))
     timed: dict[tuple[Any, ...], list[list[Choice]]] = {}
     for module in modules.values():
         if module.shape not in timed:

@@ -19,6 +19,7 @@ from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import inner_tensors
+from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.report import watching
 from sparsepeft.spt.router import (
     InitialRouter,
@@ -156,14 +157,14 @@ def _is_self_attention(module: nn.Module, name: str) -> bool:
 
 
 def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
-    """Codebooks (Hkv, M, C, W) from the queries and keys of the attention module ``name``."""
+    """Codebooks (Hkv, M, C, W) for the attention module ``name``."""
     size = call.query.shape[-1]
     if size % config.subvector_dim:
         raise ValueError(
             f"{name} has heads of {size} channels, which subvector_dim={config.subvector_dim} does not divide; choose "
             "a divisor."
         )
-    vectors = vectors_of(call.query, call.key, call.mask)
+    vectors = vectors_of(call.query, call.key, call.mask, config)
     if not vectors.isfinite().all():
         raise ValueError(
             f"Queries or keys of {name} are NaN or infinite on the calibration data; check data, weights and dtype."
@@ -191,9 +192,14 @@ def initial_router(
     if inputs is None or states is None:
         return start_from_weights(feed_forward, order, num_blocks)
     start = start_from_outputs(feed_forward, order, num_blocks, inputs, states)
-    if not config.compensation_rank or config.num_active_blocks == num_blocks:
+    if config.num_active_blocks == num_blocks:
         return start
-    return compensated(feed_forward, start, int(config.num_active_blocks), config.compensation_rank, inputs, states)
+    if config.compensation_rank:
+        active = int(config.num_active_blocks)
+        start = compensated(feed_forward, start, active, config.compensation_rank, inputs, states)
+    if config.reconstruction_rank and config.reconstruction_steps:
+        start = reconstruct(feed_forward, start, config, inputs, states)
+    return start
 
 
 def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -242,7 +248,7 @@ class Calibration:
     def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Tensor]:
         """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
         return {
-            name: self._once(name, partial(layer_codebooks, name, self.calls[name], own))
+            name: self._once(f"{name} {own.granularity}", partial(layer_codebooks, name, self.calls[name], own))
             for name, own in self._settings(self.calls, config, only)
         }
 

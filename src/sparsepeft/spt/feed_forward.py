@@ -213,15 +213,17 @@ class RoutedFeedForward(nn.Module):
             loss = routing_load_balancing_loss(routing.logits, routing.blocks, mask)
             hidden_states = self.context.losses.attach(hidden_states, self.config.load_balancing_coef * loss)
 
-        def read(name: str) -> Projection:
-            return read_projection(self.get_submodule(name), name, adapter_names)
+        def read(part: str, name: str) -> Projection:
+            projection = read_projection(self.get_submodule(name), name, adapter_names)
+            return projection._replace(lora=(*projection.lora, updates[part])) if part in updates else projection
 
+        updates = router.updates
         output = routed_ffn(
             hidden_states,
-            read(names.up),
-            read(names.down),
+            read("up", names.up),
+            read("down", names.down),
             routing,
-            gate=None if names.gate is None else read(names.gate),
+            gate=None if names.gate is None else read("gate", names.gate),
             activation=self._activation,
             dropout=self._dropout(names.inner_dropout),
         )

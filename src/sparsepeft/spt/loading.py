@@ -16,9 +16,8 @@ from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
 from sparsepeft.models.sublayers import find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
-from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.router import COMPENSATION, InitialRouter
+from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.tuners.files import plain_name
 
@@ -93,12 +92,13 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
         if config.of(feed_forward.name) is None:
             continue
         router = f"{feed_forward.routed_name}.spt_router."
-        order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
-        start = InitialRouter(order, weight, bias)
-        if any(router + part in saved for part in COMPENSATION):
-            start = start._replace(
-                compensation=Compensation(*(_saved(saved, router + p, adapter) for p in COMPENSATION))
-            )
+        tensors = {key.removeprefix(router): tensor for key, tensor in saved.items() if key.startswith(router)}
+        try:
+            start = InitialRouter.of(tensors)
+        except KeyError as error:
+            raise UserError(
+                f"{adapter} has no {router}{error.args[0]}, so it does not belong to this model; pass its own backbone."
+            ) from error
         sizes = start.weight.shape[1], len(start.neuron_order)
         if sizes != feed_forward.sizes:
             raise UserError(
@@ -131,9 +131,3 @@ def _adapter_tensors(adapter: str | Path) -> dict[str, Tensor]:
             f"The adapter {adapter} could not be loaded ({first_line(error)}); pass the folder of an adapter or of "
             "what save_sparse wrote, or an id on the hub."
         ) from error
-
-
-def _saved(saved: dict[str, Tensor], name: str, adapter: str | Path) -> Tensor:
-    if name not in saved:
-        raise UserError(f"{adapter} has no {name}, so it does not belong to this model; pass its own backbone.")
-    return saved[name]
