@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ def _skipped(given: Mapping[Block, list[Any]]) -> Iterator[None]:
     """Inside the context, layers give in each call what they are said to, and compute nothing."""
     before = {block: block.module.__dict__.get("forward") for block in given}
     for block, outputs in given.items():
-        block.module.forward = lambda *args, rest=iter(outputs), **kwargs: next(rest)
+        block.module.forward = partial(_next, iter(outputs))
     try:
         yield
     finally:
@@ -161,3 +162,8 @@ def _skipped(given: Mapping[Block, list[Any]]) -> Iterator[None]:
             del block.module.forward
             if forward is not None:  # accelerate has put its own there
                 block.module.forward = forward
+
+
+def _next(outputs: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+    """In a layer's place."""
+    return next(outputs)
