@@ -59,9 +59,9 @@ class Codebooks(nn.Module):
         self.coming: Tensor | None = None
 
     @torch.no_grad()
-    def prepare(self, query: Tensor, key: Tensor, mask: SparseMask) -> None:
+    def prepare(self, query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> None:
         """Compute the next codebooks, not used yet: gradient checkpointing will run the layer again with these."""
-        vectors = vectors_of(query, key, mask)
+        vectors = vectors_of(query, key, mask, config)
         if vectors.numel() and vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
             self.coming = refresh_codebooks(self.codebooks, vectors)
 
@@ -98,7 +98,7 @@ class SparseAttention(nn.Module):
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
             row_mask = mask._replace(key_mask=key_mask)
             if self.training and codebooks.expected and self.config.codebook_interval:
-                codebooks.prepare(query, key, row_mask)
+                codebooks.prepare(query, key, row_mask, self.config)
             return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(row_mask))
 
         return self.state.by_row(attend, query, key, value, mask.key_mask)
@@ -114,18 +114,23 @@ class SparseAttention(nn.Module):
             "window": mask.window,
             "keep_self": config.keep_self,
             "keep_first": config.keep_first,
+            "similarity": config.similarity,
             "granularity": config.granularity,
             "block_size": config.block_size,
         }
 
 
-def vectors_of(query: Tensor, key: Tensor, mask: SparseMask) -> Tensor:
-    """Queries and keys of each key head, as codebooks are made from: (Hkv, N, D), without padding."""
-    num_kv_heads, size = key.shape[1], key.shape[-1]
+def vectors_of(query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> Tensor:
+    """What codebooks are made from, for each key head: (Hkv, N, D), without padding.
+
+    Keys alone where a query's inner products with them count; queries as well where these have codes, too.
+    """
+    keys = evenly_spaced(key.transpose(1, 2)[mask.key_mask].transpose(0, 1)).detach()  # (Hkv, N, D)
+    if config.similarity == "inner_product":
+        return keys
     queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
-    keys = key.transpose(1, 2)[mask.key_mask].transpose(0, 1)  # (Hkv, N, D)
-    queries = queries.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).reshape(num_kv_heads, -1, size)
-    return torch.cat([evenly_spaced(queries), evenly_spaced(keys)], dim=1).detach()
+    queries = queries.unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 2)
+    return torch.cat([evenly_spaced(queries).detach(), keys], dim=1)
 
 
 def evenly_spaced(vectors: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ def evenly_spaced(vectors: Tensor) -> Tensor:
 def _standard_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     """The query as if scores were divided by sqrt(D) later: some models (OPT) have scaled it already.
 
-    Queries and keys share codebooks, which a query of another length would not fit.
+    Codebooks that queries and keys share would not fit a query of another length.
     """
     standard = query.shape[-1] ** -0.5
     return (query, scale) if math.isclose(scale, standard, rel_tol=1e-3) else (query * (scale / standard), standard)

@@ -140,14 +140,14 @@ def _is_self_attention(module: nn.Module, name: str) -> bool:
 
 
 def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
-    """Codebooks (Hkv, M, C, W) from the queries and keys of the attention module ``name``."""
+    """Codebooks (Hkv, M, C, W) for the attention module ``name``."""
     size = call.query.shape[-1]
     if size % config.subvector_dim:
         raise ValueError(
             f"{name} has heads of {size} channels, which subvector_dim={config.subvector_dim} does not divide; choose "
             "a divisor."
         )
-    vectors = vectors_of(call.query, call.key, call.mask)
+    vectors = vectors_of(call.query, call.key, call.mask, config)
     if not vectors.isfinite().all():
         raise ValueError(
             f"Queries or keys of {name} are NaN or infinite on the calibration data; check data, weights and dtype."
