@@ -46,8 +46,11 @@ def encode_triton(vectors: Tensor, codebooks: Tensor) -> Tensor:
     return _encode(vectors, codebooks, codes)
 
 
-def tables_triton(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor:
-    """Return what :func:`query_tables` does, or by matches ones for the query's codes, as kernels take it."""
+def query_tables(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor:
+    """Return the tables of :func:`.similarity.query_tables`, or by matches ones for the query's codes.
+
+    They are as ``triton_selection_kernels.py`` has them: int8, (B, H, Tq, words * 128).
+    """
     words = words_shape(query.shape, codebooks.shape[1])[2]
     if not settings.inner_product:
         ones = encode_triton(query, codebooks).unsqueeze(-1) == torch.arange(16, device=query.device)
@@ -61,7 +64,7 @@ def select_triton(
     query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
 ) -> Selection:
     """Make queries' tables, encode keys and find, for each query, what it keeps."""
-    tables, num_subvectors = tables_triton(query, codebooks, settings), codebooks.shape[1]
+    tables, num_subvectors = query_tables(query, codebooks, settings), codebooks.shape[1]
     words = words_shape(key.shape, num_subvectors)
     key_words = _encode(key, codebooks, torch.empty(words, dtype=torch.int32, device=key.device))
     batch, heads, num_queries, _ = query.shape

@@ -226,9 +226,13 @@ def _select_kernel(
     farthest = (1 << (distance_digits * 4)) - 1
 
     common = (tables_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries, position, lower, upper)
-    common = (*common, own_key, first, farthest, one_sided)
-    cut, wanted, tied = _find(*common, DIGITS, wanted, searching, position, False, WORDS, HAS_MASK, BLOCK_K)
-    nearness, _, _ = _find(*common, distance_digits, wanted, tied, cut, True, WORDS, HAS_MASK, BLOCK_K)
+    forced = (own_key, first)
+    cut, wanted, tied = _find(
+        *common, *forced, farthest, one_sided, DIGITS, wanted, searching, position, False, WORDS, HAS_MASK, BLOCK_K
+    )
+    nearness, _, _ = _find(
+        *common, *forced, farthest, one_sided, distance_digits, wanted, tied, cut, True, WORDS, HAS_MASK, BLOCK_K
+    )
     reach = tl.where(tied, (farthest - nearness) << one_sided, _LARGEST)
     cut = tl.where(searching, cut, tl.where(num_valid <= top_l, -1, _LARGEST))
     thresholds_ptr += row * 2 * num_queries
