@@ -80,7 +80,7 @@ def select_triton(
             DIGITS=len(f"{num_subvectors * (255 if settings.inner_product else 1):x}"),
             HAS_MASK=visibility.key_mask is not None,
             BLOCK_Q=block,
-            BLOCK_K=64,
+            BLOCK_K=64 if words[2] <= 2 else 32,  # no register spills
             num_warps=4,
         )
     return Selection(tables, key_words, thresholds)
@@ -229,7 +229,7 @@ def _tile(kernel: str, query: Tensor, value: Tensor) -> dict[str, int]:
     """
     size = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
     if query.element_size() > 2:
-        numbers = (32, 32, 8 if size > 64 or kernel == "query" else 4, 2)
+        numbers = (16 if kernel == "key_value" else 32, 32, 8, 2)
     elif size <= 64:
         numbers = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key_value": (32, 64, 4, 2)}[kernel]
     elif size <= 128:
