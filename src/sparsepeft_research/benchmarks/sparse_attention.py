@@ -106,7 +106,9 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     codes = Codes(encode(key, codebooks), encode(query, codebooks), codebooks)
     common = {
         "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
-        "block lists": lambda: keep_blocks(encode(query, codebooks), codes.keys, visibility, settings._replace(block_size=64)),
+        "block lists": lambda: keep_blocks(
+            encode(query, codebooks), codes.keys, visibility, settings._replace(block_size=64)
+        ),
     }
     if query.is_cuda:
         from sparsepeft.ops.sparse_attention.triton import select_triton
