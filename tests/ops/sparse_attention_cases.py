@@ -328,14 +328,7 @@ def check_encoding(
 
 
 def launch(
-    head_size: int,
-    num_subvectors: int,
-    dtype: torch.dtype,
-    softcap: float,
-    *,
-    inner_product: bool = True,
-    heads: int = 4,
-    num_queries: int = 256,
+    head_size: int, num_subvectors: int, dtype: torch.dtype, softcap: float, *, heads: int = 4, num_queries: int = 256
 ) -> None:
     """Encode, select, forward and backward on any numbers."""
     from sparsepeft.ops.sparse_attention.triton import select_triton, triton_backward, triton_forward
@@ -346,7 +339,7 @@ def launch(
     codebooks = torch.zeros(kv_heads, num_subvectors, 16, head_size // num_subvectors)
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
-    settings = Settings(inner_product, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
+    settings = Settings(True, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
     selection = select_triton(query, key, codebooks, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
     triton_backward(grad_output, Attended(query, key, value, output, log_sum_exp), selection, visibility, settings)

@@ -42,9 +42,8 @@ def test_matches_reference(name: str) -> None:
 
 
 @needs_triton
-def test_matches_reference_by_matches() -> None:
-    for name in ("several tiles", "window and padding", "values of another size"):
-        interpreted(cases.check_case, name, similarity="matches")
+def test_matches_reference_where_equal_codes_are_counted() -> None:
+    interpreted(cases.check_case, "window and padding", similarity="matches")
 
 
 @needs_triton
@@ -111,13 +110,6 @@ def test_assembles_where_every_size_is_one() -> None:
 )
 def test_assembles_without_spills_at_other_sizes(case: tuple[int, int, torch.dtype, float], capability: int) -> None:
     assert_assembles(cases.launch, *case, capability=capability)
-
-
-@needs_triton
-@pytest.mark.slow
-def test_matches_assemble_without_spills() -> None:
-    kernels = assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, inner_product=False, capability=90)
-    assert [kernel.name for kernel in kernels] == ["_encode_kernel", "_encode_kernel", "_select_kernel", *ATTENTION]
 
 
 # FlexAttention, block granularity: forward alone without a GPU

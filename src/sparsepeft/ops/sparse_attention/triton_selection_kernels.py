@@ -104,7 +104,8 @@ def _table_kernel(
     for m in range(M):
         above = _above_least(query + m * W, codebook + m * C * W, in_tile, in_codebook, W)
         largest = tl.maximum(largest, tl.max(above, axis=1))
-    scale = tl.where(largest > 0.0, tl.div_rn(tl.full((BLOCK_T,), 255.0, tl.float32), largest), 0.0)
+    divisor = tl.where(largest > 0.0, largest, 1.0)  # with a largest of 0 all entries are
+    scale = tl.div_rn(tl.full((BLOCK_T,), 255.0, tl.float32), divisor)
     table = tables_ptr + (row * num_tokens + tokens)[:, None] * (WORDS * 128) + codewords[None, :]
     for m in range(WORDS * 8):
         entry = tl.zeros((BLOCK_T, 16), tl.float32)
@@ -217,7 +218,7 @@ def _select_kernel(
     wanted = top_l - ((own_key >= 0).to(tl.int32) + ((first >= 0) & (first != own_key)).to(tl.int32))
     searching = (num_valid > top_l) & (wanted > 0)
 
-    # Where no valid key is after its query, distances need not be told apart from those after: a bit less.
+    # Where no valid key is after its query, distances to both sides need not be told apart, which takes a bit less.
     one_sided = (tl.max(upper - position) <= 1).to(tl.int32)
     farthest = tl.max(tl.where(searching, tl.maximum(position - lower, upper - position), 0)) << (1 - one_sided)
     distance_digits = 0
