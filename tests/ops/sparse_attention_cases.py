@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepeft.ops.sparse_attention import count_matches, encode, sparse_attention
+from sparsepeft.ops.sparse_attention import encode, sparse_attention
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import keep_tokens
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 NAMES = ("output", "query", "key", "value")
 
@@ -95,16 +96,24 @@ def make_mask(name: str, batch: int, num_keys: int) -> Tensor | None:
     return mask
 
 
+def on_grid(tensor: Tensor) -> Tensor:
+    """To multiples of 1/8, which every dtype has."""
+    return (tensor * 8).round() / 8
+
+
 def make_inputs(
     case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return query, key, value, and the keyword arguments of the call, codebooks included."""
+    """Return query, key, value, and the keyword arguments of the call, codebooks included.
+
+    What keys are chosen by is on a grid: products and their sums are exact, and all implementations choose the same.
+    """
     tensors = [
-        torch.randn(case.batch, case.heads, case.num_queries, case.head_size).to(dtype),
-        torch.randn(case.batch, case.kv_heads, case.num_keys, case.head_size).to(dtype),
+        on_grid(torch.randn(case.batch, case.heads, case.num_queries, case.head_size)).to(dtype),
+        on_grid(torch.randn(case.batch, case.kv_heads, case.num_keys, case.head_size)).to(dtype),
         torch.randn(case.batch, case.kv_heads, case.num_keys, case.value_size).to(dtype),
     ]
-    codebooks = torch.randn(case.kv_heads, case.head_size // case.width, 16, case.width)
+    codebooks = on_grid(torch.randn(case.kv_heads, case.head_size // case.width, 16, case.width))
     options = dict(case.options)
     if "query_positions" in options:
         options["query_positions"] = torch.tensor(list(options["query_positions"]))
@@ -119,7 +128,8 @@ def selection_arguments(case: Case, options: Mapping[str, Any], device: str = "c
     limits = {name: options[name] for name in ("causal", "window", "query_positions", "key_mask") if name in options}
     visibility = Visibility.of(case.batch, case.num_queries, case.num_keys, device=device, **limits)
     always = options.get("keep_self", True), options.get("keep_first", True)
-    return visibility, Settings(min(case.top_l, case.num_keys), 1.0, 0.0, *always, 0)
+    inner_product = options.get("similarity", "inner_product") == "inner_product"
+    return visibility, Settings(inner_product, min(case.top_l, case.num_keys), 1.0, 0.0, *always, 0)
 
 
 def run(
@@ -230,10 +240,11 @@ def check_compiles(name: str, device: str = "cpu", impl: str = "triton", **granu
 def check_compiles_and_is_registered(device: str = "cpu", impl: str = "triton", block_size: int = 0) -> None:
     check_compiles("seven tokens", device, impl, granularity="block" if block_size else "token")
     tensors, options = make_inputs(CASES["seven tokens"], device=device)
-    packed = Settings(3, 0.25, 0.0, True, True, block_size).pack()
-    arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
+    for inner_product in (True, False):
+        packed = Settings(inner_product, 3, 0.25, 0.0, True, True, block_size).pack()
+        arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
+        torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
 
 def check_saved_memory_is_linear(impl: str = "triton", num_tokens: int = 128, **granularity: Any) -> None:
@@ -285,16 +296,17 @@ def check_selection(index: int, device: str = "cpu") -> None:
     case = Case(batch, heads, kv_heads, num_queries, num_keys, num_subvectors * width, 4, width, *rest)
     (query, key, _), options = make_inputs(case, device=device)
     codebooks = options["codebooks"][:, :, :num_codewords]
-    visibility, settings = selection_arguments(case, options, device)
-    codes = encode(query, codebooks, impl="triton"), encode(key, codebooks, impl="triton")
-    expected = keep_tokens(*codes, visibility, settings)
+    visibility, settings = selection_arguments(case, options | {"similarity": "matches"}, device)
+    codes = Codes(encode(key, codebooks, impl="triton"), encode(query, codebooks, impl="triton"), codebooks)
+    scores = codes.scores(query, slice(None))
+    expected = keep_tokens(scores, visibility, settings)
 
     thresholds = select_triton(query, key, codebooks, visibility, settings).thresholds.long().unsqueeze(-1)
     keys = torch.arange(num_keys, device=device)
     position, _, _, first, own, _ = selection_limits(visibility, settings, num_keys).unsqueeze(-1).unbind(1)
     offset = keys - position
     distance = torch.where(offset > 0, 2 * offset, -2 * offset - 1).where(offset != 0, 0)
-    above = (count_matches(*codes).long() << 24) - distance.unsqueeze(1) >= thresholds
+    above = (scores.long() << 24) - distance.unsqueeze(1) >= thresholds
     forced = ((keys == own) | (keys == first)).unsqueeze(1)
     assert torch.equal((above | forced) & visibility.pairs(num_keys), expected)
 
@@ -323,7 +335,7 @@ def launch(
     codebooks = torch.zeros(kv_heads, num_subvectors, 16, head_size // num_subvectors)
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
-    settings = Settings(max(1, num_keys // 8), 0.125, softcap, True, True, 0)
+    settings = Settings(False, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
     encode_triton(query, codebooks)
     selection = select_triton(query, key, codebooks, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)

@@ -26,6 +26,7 @@ FAST = ("cpu", "torch")
 ALL = ("reference", *FAST)
 GRANULARITIES = (
     {"granularity": "token"},
+    {"granularity": "token", "similarity": "matches"},
     {"granularity": "block", "block_size": 16},
     {"granularity": "block", "block_size": 7},
 )
@@ -55,7 +56,7 @@ def test_torch_matches_reference_in_float64(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["several tiles", "grouped heads", "values of another size", "odd heads"])
 def test_cpu_and_torch_in_half_precision(name: str) -> None:
-    for dtype, granularity in itertools.product((torch.bfloat16, torch.float16), GRANULARITIES[:2]):
+    for dtype, granularity in itertools.product((torch.bfloat16, torch.float16), GRANULARITIES[:3]):
         cases.check_half(CASES[name], dtype, impls=FAST, **granularity)
 
 

@@ -2,24 +2,72 @@
 
 from __future__ import annotations
 
+import operator
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
 from tests.ops.sparse_attention_cases import CASES, Case, make_inputs, selection_arguments
 from torch import Tensor
 
 from sparsepeft.ops import selection_recall, sparse_attention
-from sparsepeft.ops.sparse_attention import count_matches
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.cpu import cpu_keep_tokens
 from sparsepeft.ops.sparse_attention.selection import block_scores, keep_blocks, keep_tokens
+from sparsepeft.ops.sparse_attention.similarity import Codes, count_matches
 
 
-def make_codes(case: Case, num_codewords: int) -> tuple[Tensor, Tensor, Visibility, Settings]:
+class Chosen(NamedTuple):
+    """What a selection of single keys is given."""
+
+    query: Tensor
+    codes: Codes
+    visibility: Visibility
+    settings: Settings
+
+    def expected(self) -> Tensor:
+        """What plain PyTorch keeps."""
+        return keep_tokens(self.codes.scores(self.query, slice(None)), self.visibility, self.settings)
+
+
+def make_codes(case: Case, num_codewords: int, similarity: str = "inner_product") -> Chosen:
     """Random codes (few codewords: many ties), and the rest of what a selection is given."""
     num_subvectors = case.head_size // case.width
     shapes = (case.batch, case.heads, case.num_queries), (case.batch, case.kv_heads, case.num_keys)
-    query_codes, key_codes = (torch.randint(num_codewords, (*s, num_subvectors), dtype=torch.uint8) for s in shapes)
-    return query_codes, key_codes, *selection_arguments(case, make_inputs(case)[1])
+    queries, keys = (torch.randint(num_codewords, (*s, num_subvectors), dtype=torch.uint8) for s in shapes)
+    (query, *_), options = make_inputs(case)
+    codebooks = options["codebooks"][:, :, :num_codewords]
+    arguments = selection_arguments(case, options | {"similarity": similarity})
+    return Chosen(query, Codes(keys, None if arguments[1].inner_product else queries, codebooks), *arguments)
+
+
+def naive_scores(chosen: Chosen) -> list:
+    """Similarities as nested lists, (B, H, Tq, Tk); inner products in Python's numbers, which are exact here."""
+    codes, (batch, heads, num_queries, _) = chosen.codes, chosen.query.shape
+    group, width = heads // codes.keys.shape[1], codes.codebooks.shape[-1]
+
+    def table(query: list[float], books: list) -> list[list[int]]:
+        subvectors = [query[i : i + width] for i in range(0, len(query), width)]
+        products = [
+            [sum(map(operator.mul, sub, word)) for word in words] for sub, words in zip(subvectors, books, strict=True)
+        ]
+        above = [[p - min(row) for p in row] for row in products]
+        largest = max(map(max, above))
+        return [[round(float32(float32(255 / largest) * u)) if largest else 0 for u in row] for row in above]
+
+    def row(b: int, h: int, i: int) -> list[int]:
+        keys = codes.keys[b, h // group].tolist()
+        if codes.queries is not None:
+            return [sum(map(operator.eq, key, codes.queries[b, h, i].tolist())) for key in keys]
+        entries = table(chosen.query[b, h, i].tolist(), codes.codebooks[h // group].tolist())
+        return [sum(entry[c] for entry, c in zip(entries, key, strict=True)) for key in keys]
+
+    return [[[row(b, h, i) for i in range(num_queries)] for h in range(heads)] for b in range(batch)]
+
+
+def float32(number: float) -> float:
+    return float(np.float32(number))
 
 
 def valid_keys(case: Case, visibility: Visibility, batch: int, query: int) -> list[int]:
@@ -34,23 +82,19 @@ def valid_keys(case: Case, visibility: Visibility, batch: int, query: int) -> li
     ]
 
 
-def naive_tokens(
-    case: Case, query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings
-) -> Tensor:
+def naive_tokens(case: Case, chosen: Chosen) -> Tensor:
     kept = torch.zeros(case.batch, case.heads, case.num_queries, case.num_keys, dtype=torch.bool)
+    visibility, settings, scores = chosen.visibility, chosen.settings, naive_scores(chosen)
     for b in range(case.batch):
         for i in range(case.num_queries):
             valid, position = valid_keys(case, visibility, b, i), int(visibility.positions[b, i])
             for h in range(case.heads):
-                codes = key_codes[b, h * case.kv_heads // case.heads].tolist()
-                query_code = query_codes[b, h, i].tolist()
 
-                def order(j: int, codes=codes, query_code=query_code, valid=valid, position=position) -> tuple:
-                    matches = sum(x == y for x, y in zip(codes[j], query_code, strict=True))
+                def order(j: int, row=scores[b][h][i], valid=valid, position=position) -> tuple:
                     return (
                         not (settings.keep_self and j == position),
                         not (settings.keep_first and j == valid[0]),
-                        -matches,
+                        -row[j],
                         abs(j - position),
                         j,
                     )
@@ -59,30 +103,42 @@ def naive_tokens(
     return kept
 
 
+@pytest.mark.parametrize("similarity", ["inner_product", "matches"])
 @pytest.mark.parametrize("name", CASES)
-def test_cpu_and_torch_keep_tokens_as_defined(name: str) -> None:
+def test_cpu_and_torch_keep_tokens_as_defined(name: str, similarity: str) -> None:
     case = CASES[name]._replace(batch=min(2, CASES[name].batch))
     for num_codewords in (1, 16) if case.num_keys > 20 else (1, 3, 16):  # with one codeword everything is a tie
-        codes = make_codes(case, num_codewords)
-        expected = naive_tokens(case, *codes)
-        assert torch.equal(keep_tokens(*codes), expected)
-        assert torch.equal(cpu_keep_tokens(*codes), expected)
+        chosen = make_codes(case, num_codewords, similarity)
+        expected = naive_tokens(case, chosen)
+        assert torch.equal(chosen.expected(), expected)
+        assert torch.equal(cpu_keep_tokens(*chosen), expected)
 
 
-def test_cpu_selection_at_the_edges_of_words() -> None:
+@pytest.mark.parametrize("similarity", ["inner_product", "matches"])
+def test_cpu_selection_at_the_edges_of_words(similarity: str) -> None:
     for top_l in (1, 2, 3, 63, 64, 65, 127, 128, 129, 200, 1000):
         for num_keys in (64, 128, 200):
             for options in ({}, {"causal": True}, {"causal": True, "window": 65}):
                 case = Case(1, 2, 1, num_keys, num_keys, 8, 8, 2, top_l, "scattered", options)
-                codes = make_codes(case, 2)
-                assert torch.equal(cpu_keep_tokens(*codes), keep_tokens(*codes))
+                chosen = make_codes(case, 2, similarity)
+                assert torch.equal(cpu_keep_tokens(*chosen), chosen.expected())
 
 
-def test_cpu_many_subvectors_are_counted_without_overflow() -> None:
-    case = Case(1, 1, 1, 80, 80, 250, 8, 1, 20)
-    codes = make_codes(case, 1)
-    codes[1][:, :, ::3] = 0
-    assert torch.equal(cpu_keep_tokens(*codes), keep_tokens(*codes))
+@pytest.mark.parametrize("similarity", ["inner_product", "matches"])
+def test_cpu_selection_with_any_number_of_subvectors(similarity: str) -> None:
+    for num_subvectors in (*range(1, 34), 250):
+        case = Case(1, 2, 1, 80, 80, num_subvectors, 8, 1, 20)
+        chosen = make_codes(case, 1 + num_subvectors % 16, similarity)
+        assert torch.equal(cpu_keep_tokens(*chosen), chosen.expected())
+
+
+def test_cpu_sums_do_not_overflow() -> None:
+    chosen = make_codes(Case(1, 1, 1, 80, 80, 256, 8, 1, 20), 2)
+    chosen.query[:] = 1  # each entry is 0 or 255
+    chosen.codes.codebooks[:] = torch.tensor([0.0, 1.0]).view(2, 1)
+    chosen.codes.keys[:, :, ::3] = 1
+    assert chosen.codes.scores(chosen.query, slice(None)).max() == 255 * 256
+    assert torch.equal(cpu_keep_tokens(*chosen), chosen.expected())
 
 
 def test_count_matches() -> None:
@@ -143,7 +199,7 @@ def naive_blocks(case: Case, scores: Tensor, visibility: Visibility, settings: S
 @pytest.mark.parametrize("name", [name for name in CASES if name != "positions outside"])  # not consecutive
 def test_blocks_are_kept_as_defined(name: str, block_size: int, num_codewords: int) -> None:
     case = CASES[name]
-    query_codes, key_codes, visibility, settings = make_codes(case, num_codewords)
+    _, (key_codes, query_codes, _), visibility, settings = make_codes(case, num_codewords, "matches")
     settings = settings._replace(block_size=block_size)
     scores = block_scores(query_codes, key_codes, visibility, settings)
     # Whole numbers up to the one division: equal to the bit, ties included.

@@ -164,8 +164,12 @@ class SptConfig:
         return changed_fields(self)
 
     def with_length(self, length: int) -> SptConfig:
-        """A copy with ``top_l`` as a count, for a calibration batch of ``length`` positions."""
-        return dataclasses.replace(self, top_l=_count(self.top_l, length))
+        """A copy with every ``top_l`` as a count, for a calibration batch of ``length`` positions."""
+        overrides = self.overrides and {
+            name: own | ({"top_l": _count(own["top_l"], length)} if "top_l" in own else {})
+            for name, own in self.overrides.items()
+        }
+        return dataclasses.replace(self, top_l=_count(self.top_l, length), overrides=overrides)
 
     def to_json(self) -> str:
         """As one line of JSON."""

@@ -87,9 +87,11 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     if _SETTINGS not in saved:
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
-    codebooks = {name.removesuffix(_CODEBOOKS): books for name, books in saved.items() if name.endswith(_CODEBOOKS)}
+    codebooks = {name.removesuffix(_CODEBOOKS): each for name, each in saved.items() if name.endswith(_CODEBOOKS)}
     feed_forwards = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
+        if config.of(feed_forward.name) is None:
+            continue
         router = f"{feed_forward.routed_name}.spt_router."
         order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
         start = InitialRouter(order, weight, bias)
@@ -107,7 +109,8 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     modules = dict(model.named_modules())
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
-    install(model, config, {name: books.to(model.device) for name, books in codebooks.items()}, feed_forwards)
+    books = {name: each.to(model.device) for name, each in codebooks.items()}
+    install(model, config, books, feed_forwards, saved[_SETTINGS])
     return model if bare else PeftModel.from_pretrained(model, str(adapter), **kwargs)
 
 

@@ -16,7 +16,6 @@ from sparsepeft.models.masks import dense_mask
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
-from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 
 
@@ -89,7 +88,6 @@ def report_feed_forwards(
     report: SptReport,
     routed: list[tuple[FeedForward, RoutedFeedForward]],
     seen: dict[str, tuple[Tensor, Tensor]],
-    config: SptConfig,
 ) -> None:
     """Add all FFNs."""
     dense = left = 0
@@ -101,6 +99,7 @@ def report_feed_forwards(
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         dense += products
+        config = layer.config
         left += products * int(config.num_active_blocks) // config.num_blocks + hidden * config.num_blocks
         compensation = layer.spt_router.original_module.compensation
         left += 0 if compensation is None else compensation.down.numel() + compensation.up.numel()

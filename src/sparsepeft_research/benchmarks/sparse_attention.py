@@ -24,6 +24,7 @@ from sparsepeft.ops.sparse_attention import encode
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.cpu import cpu_forward
 from sparsepeft.ops.sparse_attention.selection import keep_blocks
+from sparsepeft.ops.sparse_attention.similarity import Codes
 from sparsepeft_research.benchmarks.measuring import (
     as_dicts,
     forward_backward,
@@ -101,11 +102,11 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
     query, key, _ = tensors
     none = {"window": None, "query_positions": None, "key_mask": None}
     visibility = Visibility.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
-    settings = Settings(case.top_l, 1.0, 0.0, True, True, 0)
-    codes = encode(query, codebooks), encode(key, codebooks)
+    settings = Settings(False, case.top_l, 1.0, 0.0, True, True, 0)
+    codes = Codes(encode(key, codebooks), encode(query, codebooks), codebooks)
     common = {
         "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
-        "block lists": lambda: keep_blocks(*codes, visibility, settings._replace(block_size=64)),
+        "block lists": lambda: keep_blocks(encode(query, codebooks), codes.keys, visibility, settings._replace(block_size=64)),
     }
     if query.is_cuda:
         from sparsepeft.ops.sparse_attention.triton import select_triton

@@ -8,9 +8,10 @@ from torch import Tensor
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import resolve_arguments
 from sparsepeft.ops.sparse_attention.dispatch import dispatch_sparse_attention
-from sparsepeft.ops.sparse_attention.quantization import encode, fit_codebooks, refresh_codebooks
+from sparsepeft.ops.sparse_attention.quantization import encode, fit_codebooks, refresh_codebooks, select
 from sparsepeft.ops.sparse_attention.reference import sparse_attention_reference
-from sparsepeft.ops.sparse_attention.selection import count_matches, keep_blocks, kept_tiles
+from sparsepeft.ops.sparse_attention.selection import kept_tiles
+from sparsepeft.ops.sparse_attention.similarity import count_matches
 
 __all__ = ["count_matches", "encode", "fit_codebooks", "refresh_codebooks", "selection_recall", "sparse_attention"]
 
@@ -30,6 +31,7 @@ def sparse_attention(
     softcap: float | None = None,
     keep_self: bool = True,
     keep_first: bool = True,
+    similarity: str = "inner_product",
     granularity: str = "token",
     block_size: int = 64,
     impl: str = "auto",
@@ -101,6 +103,7 @@ def sparse_attention(
         softcap=softcap,
         keep_self=keep_self,
         keep_first=keep_first,
+        similarity=similarity,
         granularity=granularity,
         block_size=block_size,
     )
@@ -123,6 +126,7 @@ def selection_recall(
     window: int | None = None,
     keep_self: bool = True,
     keep_first: bool = True,
+    similarity: str = "inner_product",
     granularity: str = "token",
     block_size: int = 64,
 ) -> float:
@@ -141,16 +145,14 @@ def selection_recall(
         window=window,
         keep_self=keep_self,
         keep_first=keep_first,
+        similarity=similarity,
         granularity=granularity,
         block_size=block_size,
     )
-    query_codes, key_codes = encode(query, codebooks), encode(key, codebooks)
-    codes = (
-        keep_blocks(query_codes, key_codes, visibility, settings) if settings.block_size else (query_codes, key_codes)
-    )
+    selection = select(query, key, codebooks, visibility, settings)
     num_kept = total = 0
     keys = key.to(precise).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    for rows, kept in kept_tiles(query.shape, codes, num_keys, visibility, settings):
+    for rows, kept in kept_tiles(query, selection, num_keys, visibility, settings):
         valid = visibility.queries(rows.start, rows.stop).pairs(num_keys)
         scores = (query[:, :, rows].to(precise) @ keys.mT).masked_fill(~valid, -torch.inf)
         best = scores.topk(min(top_l, num_keys), dim=-1).indices

@@ -15,6 +15,7 @@ MAX_CODEWORDS = 16
 class Settings(NamedTuple):
     """The settings of one call; see :func:`sparse_attention`. A ``block_size`` of 0 means token granularity."""
 
+    inner_product: bool  # the similarity; else matches
     top_l: int
     scale: float
     softcap: float
@@ -29,8 +30,9 @@ class Settings(NamedTuple):
     @classmethod
     def unpack(cls, numbers: Sequence[float], num_keys: int) -> Settings:
         """Return what was packed, with no more keys to keep than there are."""
-        top_l, scale, softcap, keep_self, keep_first, block_size = numbers
-        return cls(min(int(top_l), num_keys), scale, softcap, bool(keep_self), bool(keep_first), int(block_size))
+        inner_product, top_l, scale, softcap, keep_self, keep_first, block_size = numbers
+        top_l, always = min(int(top_l), num_keys), (bool(keep_self), bool(keep_first))
+        return cls(bool(inner_product), top_l, scale, softcap, *always, int(block_size))
 
 
 class Attended(NamedTuple):
@@ -109,6 +111,7 @@ def resolve_arguments(
     window: int | None,
     keep_self: bool,
     keep_first: bool,
+    similarity: str,
     granularity: str,
     block_size: int,
     scale: float | None = None,
@@ -117,6 +120,8 @@ def resolve_arguments(
     """Return what the arguments of :func:`sparse_attention` say, or raise what it documents."""
     if granularity not in ("token", "block"):
         raise ValueError(f"granularity is {granularity!r}; expected 'token' or 'block'.")
+    if similarity not in ("inner_product", "matches"):
+        raise ValueError(f"similarity is {similarity!r}; expected 'inner_product' or 'matches'.")
     _check_tensors(query, key, value)
     check_codebooks(codebooks, query.shape[-1])
     if codebooks.shape[0] != key.shape[1]:
@@ -152,8 +157,10 @@ def resolve_arguments(
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} is {number}; expected a positive finite number, or None.")
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    block_size = block_size if granularity == "block" else 0
-    settings = Settings(top_l, scale, float(softcap or 0.0), bool(keep_self), bool(keep_first), block_size)
+    settings = Settings(
+        *(similarity == "inner_product", top_l, scale, float(softcap or 0.0), bool(keep_self), bool(keep_first)),
+        block_size=block_size if granularity == "block" else 0,
+    )
     visibility = Visibility.of(
         *(batch, num_queries, num_keys),
         causal=causal,

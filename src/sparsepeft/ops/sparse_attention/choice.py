@@ -15,6 +15,7 @@ from sparsepeft.ops.registry import Implementation, Operator
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.cpu import cpu_forward, encode_cpu, why_not_built, why_not_cpu
 from sparsepeft.ops.sparse_attention.pytorch import torch_forward
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 _MAX_HEAD_SIZE = 256
 _MAX_SUBVECTORS = 64  # ranks are 32 bits: 7 for matches, 24 for distances, which are up to twice the number of keys
@@ -31,6 +32,7 @@ class AttentionArguments(NamedTuple):
     value: Tensor
     num_subvectors: int
     block_size: int
+    inner_product: bool
 
     @classmethod
     def bind(
@@ -40,12 +42,14 @@ class AttentionArguments(NamedTuple):
         value: Tensor,
         codebooks: Tensor,
         *,
+        similarity: str = "inner_product",
         granularity: str = "token",
         block_size: int = 64,
         **_: Any,
     ) -> AttentionArguments:
         """Take the arguments of :func:`sparse_attention`."""
-        return cls(query, value, codebooks.shape[1], block_size if granularity == "block" else 0)
+        block_size = block_size if granularity == "block" else 0
+        return cls(query, value, codebooks.shape[1], block_size, similarity == "inner_product")
 
     @property
     def largest_head(self) -> int:
@@ -53,9 +57,17 @@ class AttentionArguments(NamedTuple):
         return max(self.query.shape[-1], self.value.shape[-1])
 
 
+def _why_not_cpu(arguments: AttentionArguments) -> str | None:
+    if arguments.inner_product and not arguments.block_size:
+        return "similarity is 'inner_product', the compiled kernels count matches"
+    return why_not_cpu(arguments.query, arguments.value, arguments.num_subvectors)
+
+
 def _why_not_triton(arguments: AttentionArguments) -> str | None:
     if arguments.block_size:
         return "granularity is 'block', the Triton kernels keep single tokens"
+    if arguments.inner_product:
+        return "similarity is 'inner_product', the Triton kernels count matches"
     reason = gpu.why_not_triton(arguments.query)
     if reason is not None:
         return reason
@@ -69,7 +81,7 @@ def _why_not_triton(arguments: AttentionArguments) -> str | None:
 
 
 def _why_not_flex(arguments: AttentionArguments) -> str | None:
-    query, value, _, block_size = arguments
+    query, value, _, block_size, _ = arguments
     if not block_size:
         return "granularity is 'token', FlexAttention takes lists of blocks"
     if not query.is_cuda:
@@ -103,9 +115,9 @@ def why_slower_here() -> str | None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 256, 64, generator=generator)
     codebooks = torch.randn(2, 8, 16, 8, generator=generator)
-    settings = Settings(32, 0.125, 0.0, True, True, 0)
+    settings = Settings(False, 32, 0.125, 0.0, True, True, 0)
     visibility = Visibility.of(1, 256, 256, causal=True)
-    codes = encode_cpu(query, codebooks), encode_cpu(key, codebooks)
+    codes = Codes(encode_cpu(key, codebooks), encode_cpu(query, codebooks), codebooks)
     forms = {
         name: functools.partial(form, query, key, value, codes, visibility, settings)
         for name, form in (("cpu", cpu_forward), ("torch", torch_forward))
@@ -139,7 +151,7 @@ OPERATOR = Operator(
             20,
             "the compiled kernels compute kept pairs alone",
             why_unavailable=why_not_built,
-            why_not=lambda arguments: why_not_cpu(arguments.query, arguments.value, arguments.num_subvectors),
+            why_not=_why_not_cpu,
             why_not_automatic=lambda _: why_slower_here(),
         ),
         Implementation(

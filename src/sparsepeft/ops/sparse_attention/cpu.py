@@ -17,7 +17,8 @@ from torch import Tensor
 from sparsepeft.ops import native
 from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
-from sparsepeft.ops.sparse_attention.selection import BlockLists, Codes
+from sparsepeft.ops.sparse_attention.selection import BlockLists, Selection
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 SOURCES = Path(__file__).parent / "csrc"
 _MAX_HEAD_SIZE = 256
@@ -90,12 +91,12 @@ def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int) -> str | None
 
 
 def cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, float32, (B, H, Tq)."""
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = torch.empty(query.shape[:3])
-    problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
+    problem, keep_alive = _problem(query, key, value, selection, visibility, settings)
     problem.output, problem.log_sum_exp = _view(output), log_sum_exp.data_ptr()
     _run(problem, backward=False)
     del keep_alive
@@ -103,11 +104,11 @@ def cpu_forward(
 
 
 def cpu_backward(
-    grad_output: Tensor, attended: Attended, codes: Codes, visibility: Visibility, settings: Settings
+    grad_output: Tensor, attended: Attended, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value. Token granularity selects again from the codes."""
     query, key, value, output, log_sum_exp = attended
-    problem, keep_alive = _problem(query, key, value, codes, visibility, settings)
+    problem, keep_alive = _problem(query, key, value, selection, visibility, settings)
     grad_output = rows_contiguous(grad_output)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     # Threads that share a head's keys add up in float32.
@@ -122,13 +123,11 @@ def cpu_backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def cpu_keep_tokens(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
-    """Return what :func:`keep_tokens` returns, bool, (B, H, Tq, Tk): the kernel's own selection, to be looked at."""
-    batch, heads, num_queries, _ = query_codes.shape
-    query = torch.empty(batch, heads, num_queries, 1)
-    key = torch.empty(batch, key_codes.shape[1], key_codes.shape[2], 1)
-    kept = torch.zeros(batch, heads, num_queries, key_codes.shape[2], dtype=torch.bool)
-    problem, keep_alive = _problem(query, key, key, (query_codes, key_codes), visibility, settings)
+def cpu_keep_tokens(query: Tensor, codes: Codes, visibility: Visibility, settings: Settings) -> Tensor:
+    """Return which keys each query keeps, bool, (B, H, Tq, Tk): the kernel's own selection, to be looked at."""
+    key = query.new_empty(*codes.keys.shape[:3], query.shape[-1])
+    kept = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool)
+    problem, keep_alive = _problem(query, key, key, codes, visibility, settings)
     scratch = _scratch(problem, backward=False)
     _library().sparse_attention_select(ctypes.byref(problem), ctypes.c_void_p(kept.data_ptr()))
     del keep_alive, scratch
@@ -153,7 +152,7 @@ def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def _problem(
-    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[_Problem, list[Tensor]]:
     """Return the kernel's arguments, and the tensors that must outlive the call."""
     tensors = [rows_contiguous(tensor) for tensor in (query, key, value)]
@@ -167,19 +166,21 @@ def _problem(
     problem.threads, problem.parallel = torch.get_num_threads(), native.openmp_parallel()
     problem.parts = _num_parts(batch * kv_heads, problem.threads)
 
-    selection = [tensor.contiguous() for tensor in codes]
-    if isinstance(codes, BlockLists):
-        problem.lists, problem.counts = (tensor.data_ptr() for tensor in selection)
-        problem.list_stride = codes.indices.shape[-1]
+    if isinstance(selection, BlockLists):
+        selected = [tensor.contiguous() for tensor in selection]
+        problem.lists, problem.counts = (tensor.data_ptr() for tensor in selected)
+        problem.list_stride = selection.indices.shape[-1]
     else:
-        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in selection)
-        problem.subvectors = codes[0].shape[-1]
+        assert selection.queries is not None
+        selected = [selection.queries.contiguous(), selection.keys.contiguous()]
+        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in selected)
+        problem.subvectors = selection.keys.shape[-1]
     limits = [visibility.positions, visibility.lower, visibility.upper]
     problem.positions, problem.lower, problem.upper = (tensor.data_ptr() for tensor in limits)
     if visibility.key_mask is not None:
         limits.append(visibility.key_mask)
         problem.key_mask = visibility.key_mask.data_ptr()
-    return problem, [*tensors, *selection, *limits]
+    return problem, [*tensors, *selected, *limits]
 
 
 def _num_parts(groups: int, threads: int) -> int:

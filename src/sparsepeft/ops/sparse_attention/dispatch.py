@@ -1,8 +1,8 @@
 """One operator, opaque to ``torch.compile``, in front of the implementations that have a backward of their own.
 
-Kept for backward are the inputs, the output, the log-sum-exp, and what was selected, in three tensors: codes of queries
-and keys (token granularity, which selects again), the same packed with a threshold per query (Triton), or block lists
-and their counts; what is not needed is empty. Memory is linear in the number of tokens.
+Kept for backward are the inputs, the output, the log-sum-exp, and what was selected, in three tensors: codes of keys
+and queries (token granularity, which selects again), the same packed with a threshold per query (Triton), or block
+lists and their counts; what is not needed is empty. Memory is linear in the number of tokens.
 
 FlexAttention has its own derivative, so it stands outside, and only the selection before it is an operator.
 """
@@ -19,8 +19,9 @@ from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibi
 from sparsepeft.ops.sparse_attention.choice import OPERATOR, AttentionArguments
 from sparsepeft.ops.sparse_attention.cpu import cpu_backward, cpu_forward
 from sparsepeft.ops.sparse_attention.pytorch import torch_backward, torch_forward
-from sparsepeft.ops.sparse_attention.quantization import encode
-from sparsepeft.ops.sparse_attention.selection import BlockLists, keep_blocks, list_shape
+from sparsepeft.ops.sparse_attention.quantization import select
+from sparsepeft.ops.sparse_attention.selection import BlockLists, Selection, list_shape
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 _FORWARD = {"cpu": cpu_forward, "torch": torch_forward}
 _BACKWARD = {"cpu": cpu_backward, "torch": torch_backward}
@@ -31,7 +32,7 @@ def dispatch_sparse_attention(
 ) -> Tensor:
     """Attend by the implementation ``impl``, which is not the reference; see :func:`sparse_attention`."""
     packed = settings.pack()
-    if OPERATOR.means("flex", impl, AttentionArguments(query, value, codebooks.shape[1], settings.block_size)):
+    if OPERATOR.means("flex", impl, _arguments(query, value, codebooks, settings)):
         from sparsepeft.ops.sparse_attention.flex import flex_block_attention  # slow to import
 
         lists = BlockLists(*_select_blocks(query.detach(), key.detach(), codebooks.detach(), *visibility, packed))
@@ -57,8 +58,8 @@ def _select_blocks(
     """Return the block lists and their counts."""
     settings = Settings.unpack(packed_settings, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
-        codes = encode(query, codebooks), encode(key, codebooks)
-        lists = keep_blocks(*codes, Visibility(positions, lower, upper, key_mask), settings)
+        lists = select(query, key, codebooks, Visibility(positions, lower, upper, key_mask), settings)
+    assert isinstance(lists, BlockLists)
     return lists.indices, lists.counts
 
 
@@ -88,17 +89,15 @@ def _attend(
     """Return the output, the log-sum-exp and what was selected."""
     settings = Settings.unpack(packed_settings, key.shape[2])
     visibility = Visibility(positions, lower, upper, key_mask)
-    impl = OPERATOR.choose(impl, AttentionArguments(query, value, codebooks.shape[1], settings.block_size))
+    impl = OPERATOR.choose(impl, _arguments(query, value, codebooks, settings))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
             selected = select_triton(query, key, codebooks, visibility, settings)
             return *triton_forward(query, key, value, selected, visibility, settings), *selected
-        codes = encode(query, codebooks), encode(key, codebooks)
-        selection = keep_blocks(*codes, visibility, settings) if settings.block_size else codes
-        nothing = query.new_empty(0, dtype=torch.int32)
-        return *_FORWARD[impl](query, key, value, selection, visibility, settings), *selection, nothing
+        selection = select(query, key, codebooks, visibility, settings)
+        return *_FORWARD[impl](query, key, value, selection, visibility, settings), *_as_three(selection)
 
 
 @_attend.register_fake
@@ -109,15 +108,25 @@ def _(
     settings, num_subvectors = Settings.unpack(packed_settings, key.shape[2]), codebooks.shape[1]
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=softmax_dtype(query.dtype))
-    if OPERATOR.means("triton", impl, AttentionArguments(query, value, num_subvectors, settings.block_size)):
+    if OPERATOR.means("triton", impl, _arguments(query, value, codebooks, settings)):
         shapes = *(words_shape(t.shape, num_subvectors) for t in (query, key)), query.shape[:3]
         a, b, c = (query.new_empty(shape, dtype=torch.int32) for shape in shapes)
         return output, log_sum_exp, a, b, c
-    nothing = query.new_empty(0, dtype=torch.int32)
     if settings.block_size:
-        return output, log_sum_exp, *_empty_lists(query, key, settings), nothing
-    codes = [t.new_empty((*t.shape[:3], num_subvectors), dtype=torch.uint8) for t in (query, key)]
-    return output, log_sum_exp, codes[0], codes[1], nothing
+        return output, log_sum_exp, *_as_three(BlockLists(*_empty_lists(query, key, settings)))
+    keys, queries = (t.new_empty((*t.shape[:3], num_subvectors), dtype=torch.uint8) for t in (key, query))
+    return output, log_sum_exp, *_as_three(Codes(keys, None if settings.inner_product else queries, codebooks))
+
+
+def _as_three(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what was selected as tensors to be kept; the codebooks are kept anyway."""
+    first, second = selection[:2]
+    nothing = [first.new_empty(0, dtype=torch.int32) for _ in range(2)]  # an operator returns no tensor twice
+    return first, nothing[0] if second is None else second, nothing[1]
+
+
+def _arguments(query: Tensor, value: Tensor, codebooks: Tensor, settings: Settings) -> AttentionArguments:
+    return AttentionArguments(query, value, codebooks.shape[1], settings.block_size, settings.inner_product)
 
 
 @torch.library.custom_op("sparsepeft::sparse_attention_backward", mutates_args=())
@@ -126,6 +135,7 @@ def _attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    codebooks: Tensor,
     output: Tensor,
     log_sum_exp: Tensor,
     selection_a: Tensor,
@@ -135,21 +145,25 @@ def _attend_backward(
     lower: Tensor,
     upper: Tensor,
     key_mask: Tensor | None,
-    num_subvectors: int,
     packed_settings: list[float],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = Settings.unpack(packed_settings, key.shape[2])
     visibility = Visibility(positions, lower, upper, key_mask)
-    impl = OPERATOR.choose(impl, AttentionArguments(query, value, num_subvectors, settings.block_size))
+    impl = OPERATOR.choose(impl, _arguments(query, value, codebooks, settings))
     attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
-            from sparsepeft.ops.sparse_attention.triton import Selection, triton_backward
+            from sparsepeft.ops.sparse_attention.triton import Selection as TritonSelection
+            from sparsepeft.ops.sparse_attention.triton import triton_backward
 
-            selected = Selection(selection_a, selection_b, selection_c)
+            selected = TritonSelection(selection_a, selection_b, selection_c)
             return triton_backward(grad_output, attended, selected, visibility, settings)
-        selection = BlockLists(selection_a, selection_b) if settings.block_size else (selection_a, selection_b)
+        selection: Selection
+        if settings.block_size:
+            selection = BlockLists(selection_a, selection_b)
+        else:
+            selection = Codes(selection_a, None if settings.inner_product else selection_b, codebooks)
         return _BACKWARD[impl](grad_output, attended, selection, visibility, settings)
 
 
@@ -160,8 +174,8 @@ def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, codebooks, *visibility = inputs[:8]
-    ctx.save_for_backward(query, key, value, *output, *visibility)
-    ctx.settings = codebooks.shape[1], *inputs[8:]
+    ctx.save_for_backward(query, key, value, codebooks, *output, *visibility)
+    ctx.settings = inputs[8:]
 
 
 def _autograd(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
-from sparsepeft.ops.sparse_attention.selection import Codes, kept_tiles
+from sparsepeft.ops.sparse_attention.selection import Selection, kept_tiles
 
 
 def torch_forward(
-    query: Tensor, key: Tensor, value: Tensor, codes: Codes, visibility: Visibility, settings: Settings
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return the output, (B, H, Tq, Dv), and the log-sum-exp of the scores, (B, H, Tq)."""
     precise = softmax_dtype(query.dtype)
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = torch.empty(query.shape[:3], dtype=precise, device=query.device)
     values = value.to(precise).unsqueeze(2)
-    for rows, scores in _score_tiles(query, key, codes, visibility, settings):  # (B, Hkv, G, rows, Tk)
+    for rows, scores in _score_tiles(query, key, selection, visibility, settings):  # (B, Hkv, G, rows, Tk)
         # A row without a kept key: every weight is exp(-inf - 0), hence zero, here and in backward.
         total = scores.logsumexp(-1, keepdim=True)
         total = total.masked_fill(total == -torch.inf, 0)
@@ -34,7 +34,7 @@ def torch_forward(
 
 
 def torch_backward(
-    grad_output: Tensor, attended: Attended, codes: Codes, visibility: Visibility, settings: Settings
+    grad_output: Tensor, attended: Attended, selection: Selection, visibility: Visibility, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
@@ -45,7 +45,7 @@ def torch_backward(
     keys, values = key.to(precise).unsqueeze(2), value.to(precise).unsqueeze(2)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (torch.zeros_like(t, dtype=precise) for t in (keys, values))
-    for rows, scores in _score_tiles(query, key, codes, visibility, settings):
+    for rows, scores in _score_tiles(query, key, selection, visibility, settings):
         queries, grads, outputs, total = (
             tensor[:, :, rows].to(precise).unflatten(1, (kv_heads, -1))
             for tensor in (query, grad_output, output, log_sum_exp.unsqueeze(-1))
@@ -62,12 +62,12 @@ def torch_backward(
 
 
 def _score_tiles(
-    query: Tensor, key: Tensor, codes: Codes, visibility: Visibility, settings: Settings
+    query: Tensor, key: Tensor, selection: Selection, visibility: Visibility, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of queries with their scores, (B, Hkv, G, rows, Tk), -inf where a key is not kept."""
     kv_heads, num_keys, precise = key.shape[1], key.shape[2], softmax_dtype(query.dtype)
     keys = key.to(precise).unsqueeze(2).mT
-    for rows, kept in kept_tiles(query.shape, codes, num_keys, visibility, settings):
+    for rows, kept in kept_tiles(query, selection, num_keys, visibility, settings):
         scores = query[:, :, rows].to(precise).unflatten(1, (kv_heads, -1)) @ keys * settings.scale
         if settings.softcap > 0:
             scores = settings.softcap * torch.tanh(scores / settings.softcap)

@@ -11,9 +11,11 @@ from sparsepeft.ops import gpu
 from sparsepeft.ops.native import has_plain_memory
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.registry import Implementation, Operator
-from sparsepeft.ops.sparse_attention.arguments import MAX_CODEWORDS, check_codebooks
+from sparsepeft.ops.sparse_attention.arguments import MAX_CODEWORDS, Settings, Visibility, check_codebooks
 from sparsepeft.ops.sparse_attention.choice import why_slower_here
 from sparsepeft.ops.sparse_attention.cpu import encode_cpu, why_not_built
+from sparsepeft.ops.sparse_attention.selection import Selection, keep_blocks
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 # So many tokens at a time that a tile of distances has about this many entries.
 _TILE_ENTRIES = 1 << 22
@@ -119,6 +121,15 @@ def _encode(vectors: Tensor, codebooks: Tensor) -> Tensor:
         part = vectors[:, :, begin : begin + step].to(precise).unflatten(-1, (num_subvectors, width))
         codes[:, :, begin : begin + step] = nearest_codewords(part, codebooks)[1]
     return codes
+
+
+@torch.no_grad()
+def select(query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings) -> Selection:
+    """Return by what each query selects its keys, or the lists of blocks that were selected."""
+    if settings.block_size:
+        return keep_blocks(encode(query, codebooks), encode(key, codebooks), visibility, settings)
+    keys = encode(key, codebooks)
+    return Codes(keys, None if settings.inner_product else encode(query, codebooks), codebooks)
 
 
 # Codebooks, by k-means on calibration vectors

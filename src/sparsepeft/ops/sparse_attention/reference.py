@@ -7,15 +7,15 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
-from sparsepeft.ops.sparse_attention.quantization import encode
-from sparsepeft.ops.sparse_attention.selection import keep_blocks, keep_tokens
+from sparsepeft.ops.sparse_attention.quantization import select
+from sparsepeft.ops.sparse_attention.selection import BlockLists, keep_tokens
 
 
 def sparse_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
 ) -> Tensor:
     """Attend to the kept keys alone; see :func:`sparse_attention`. It holds several (B, H, Tq, Tk) tensors."""
-    kept = kept_pairs(encode(query, codebooks), encode(key, codebooks), visibility, settings)  # (B, H, Tq, Tk)
+    kept = kept_pairs(query, key, codebooks, visibility, settings)  # (B, H, Tq, Tk)
     group, precise = query.shape[1] // key.shape[1], softmax_dtype(query.dtype)
     keys, values = (tensor.repeat_interleave(group, dim=1).to(precise) for tensor in (key, value))
 
@@ -29,10 +29,11 @@ def sparse_attention_reference(
     return (weights @ values).to(query.dtype)
 
 
-def kept_pairs(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+@torch.no_grad()
+def kept_pairs(query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return which pairs of query and key take part in the attention, bool, (B, H, Tq, Tk)."""
-    if settings.block_size == 0:
-        return keep_tokens(query_codes, key_codes, visibility, settings)
-    num_queries, num_keys = query_codes.shape[2], key_codes.shape[2]
-    lists = keep_blocks(query_codes, key_codes, visibility, settings)
-    return lists.pairs(num_queries, num_keys, settings.block_size) & visibility.pairs(num_keys)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    selection = select(query, key, codebooks, visibility, settings)
+    if isinstance(selection, BlockLists):
+        return selection.pairs(num_queries, num_keys, settings.block_size) & visibility.pairs(num_keys)
+    return keep_tokens(selection.scores(query, slice(num_queries)), visibility, settings)

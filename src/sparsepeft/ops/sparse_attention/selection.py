@@ -1,4 +1,4 @@
-"""Which keys are kept, by the number of equal codes.
+"""Which keys are kept, by their similarity.
 
 Token granularity: every query keeps keys of its own. Block granularity: a block of queries keeps blocks of keys, chosen
 by histograms of their codes.
@@ -14,51 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
+from sparsepeft.ops.sparse_attention.similarity import Codes
 
 _ABOVE_ANY_DISTANCE = 1 << 34  # positions are int32
+_ABOVE_ANY_SCORE = 1 << 24
 # So many queries at a time that a tile of scores has about this many entries (int64 while selecting: 32 MiB).
 _TILE_ENTRIES = 1 << 22
 
 
-def count_matches(query_codes: Tensor, key_codes: Tensor) -> Tensor:
-    """Return the number of equal codes of every query and key, 0 to M.
+def keep_tokens(scores: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+    """Return which keys each query keeps, bool, (B, H, Tq, Tk), by the scores of all pairs: whole numbers.
 
-    Args:
-        query_codes: (B, H, Tq, M), from :func:`encode`.
-        key_codes: (B, Hkv, Tk, M); H is a multiple of Hkv.
-
-    Returns:
-        int32, (B, H, Tq, Tk).
+    Kept are the query's own position and the first valid key, where asked for and valid, then the keys with the
+    largest scores; of equal ones the nearest, of equally near the earlier; ``top_l`` in all, or all that are valid.
     """
-    batch, heads, num_queries, num_subvectors = query_codes.shape
-    _, kv_heads, num_keys, _ = key_codes.shape
-    grouped = query_codes.unflatten(1, (kv_heads, heads // kv_heads))
-    matches = torch.zeros(
-        batch, kv_heads, heads // kv_heads, num_queries, num_keys, dtype=torch.int32, device=query_codes.device
-    )
-    for m in range(num_subvectors):
-        matches += grouped[..., m].unsqueeze(-1) == key_codes[..., m][:, :, None, None]
-    return matches.flatten(1, 2)
-
-
-def keep_tokens(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
-    """Return which keys each query keeps, bool, (B, H, Tq, Tk).
-
-    Kept are the query's own position and the first valid key, where asked for and valid, then the keys with the most
-    equal codes; of equally many the nearest, of equally near the earlier; ``top_l`` in all, or all that are valid.
-    """
-    matches = count_matches(query_codes, key_codes).long()
-    num_subvectors, num_keys = query_codes.shape[-1], key_codes.shape[2]
+    num_keys = scores.shape[-1]
     valid = visibility.pairs(num_keys)  # (B, 1, Tq, Tk)
-    index = torch.arange(num_keys, device=matches.device)
+    index = torch.arange(num_keys, device=scores.device)
     positions = visibility.positions.long()[:, None, :, None]
 
-    priority = matches  # one integer says it all: priority first, then nearness
+    priority = scores.long()  # one integer says it all: priority first, then nearness
     if settings.keep_first:
         first = valid & (valid.cumsum(-1) == 1)
-        priority = priority.masked_fill(first, num_subvectors + 1)
+        priority = priority.masked_fill(first, _ABOVE_ANY_SCORE)
     if settings.keep_self:
-        priority = priority.masked_fill(index == positions, num_subvectors + 2)
+        priority = priority.masked_fill(index == positions, _ABOVE_ANY_SCORE + 1)
     distance = 2 * (index - positions).abs() + (index > positions)
     rank = (priority * _ABOVE_ANY_DISTANCE - distance).masked_fill(~valid, torch.iinfo(torch.int64).min)
 
@@ -89,8 +69,8 @@ class BlockLists(NamedTuple):
         return mask.scatter(-1, self.indices.long().masked_fill(~used, num_key_blocks), True)[..., :-1]
 
 
-# What was selected: codes of queries and keys, from which each query selects its keys again, or lists of blocks.
-Codes = tuple[Tensor, Tensor] | BlockLists
+# What each query selects its keys by again, or what was selected: lists of blocks.
+Selection = Codes | BlockLists
 
 
 def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
@@ -175,22 +155,22 @@ def list_shape(query_shape: torch.Size, num_keys: int, top_l: int, block_size: i
 
 
 def kept_tiles(
-    shape: torch.Size, codes: Codes, num_keys: int, visibility: Visibility, settings: Settings
+    query: Tensor, selection: Selection, num_keys: int, visibility: Visibility, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of the queries, ``shape`` (B, H, Tq, ...), with the pairs they keep, bool, (B, H, rows, Tk)."""
-    batch, heads, num_queries = shape[:3]
+    """Yield slices of the queries, (B, H, Tq, D), with the pairs they keep, bool, (B, H, rows, Tk)."""
+    batch, heads, num_queries, _ = query.shape
     step = max(1, _TILE_ENTRIES // (batch * heads * num_keys))
     if settings.block_size:
         step = -(-step // settings.block_size) * settings.block_size
     for begin in range(0, num_queries, step):
         rows = slice(begin, min(begin + step, num_queries))
         part = visibility.queries(rows.start, rows.stop)
-        if isinstance(codes, BlockLists):
+        if isinstance(selection, BlockLists):
             blocks = slice(begin // settings.block_size, -(-rows.stop // settings.block_size))
-            lists = BlockLists(codes.indices[:, :, blocks], codes.counts[:, :, blocks])
+            lists = BlockLists(selection.indices[:, :, blocks], selection.counts[:, :, blocks])
             kept = lists.pairs(rows.stop - rows.start, num_keys, settings.block_size) & part.pairs(num_keys)
         else:
-            kept = keep_tokens(codes[0][:, :, rows], codes[1], part, settings)
+            kept = keep_tokens(selection.scores(query, rows), part, settings)
         yield rows, kept
 
 
