@@ -2,6 +2,7 @@
 
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import Sparsification, desparsify, sparsification
+from sparsepeft.spt.density import answering, labelled
 from sparsepeft.spt.loading import load_sparse, save_sparse
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.sparsifying import sparsify
@@ -10,7 +11,9 @@ __all__ = [
     "Sparsification",
     "SptConfig",
     "SptReport",
+    "answering",
     "desparsify",
+    "labelled",
     "load_sparse",
     "save_sparse",
     "sparsification",

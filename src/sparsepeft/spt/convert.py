@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
+from sparsepeft.spt.steps import OptimizerSteps
 
 _ATTRIBUTE = "sparsification"
 
@@ -35,12 +37,12 @@ class Sparsification:
     """
 
     config: SptConfig
+    context: SparseContext
     report: SptReport = field(default_factory=SptReport)
     attention: dict[str, SparseAttention] = field(default_factory=dict)
     feed_forwards: list[tuple[FeedForward, RoutedFeedForward]] = field(default_factory=list)
-    context: ForwardContext = field(default_factory=ForwardContext)
     attention_before: str | None = None
-    refresh: CodebookRefresh | None = None
+    steps: OptimizerSteps | None = None
     loading: RemovableHandle | None = None
 
 
@@ -73,24 +75,31 @@ def install(
 
     Modules whose settings (:meth:`SptConfig.of`) say so stay dense. ``settings`` is the config as a file has it.
     """
-    state = Sparsification(config)
+    context = SparseContext(config)
+    state = Sparsification(config, context)
     for name, books in codebooks.items():
         if (own := config.of(name)) is not None:
             module: Any = model.get_submodule(name)
-            module.spt = state.attention[name] = SparseAttention(books, own, state.context)
+            module.spt = state.attention[name] = SparseAttention(books, own, context)
     if state.attention:
         state.attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
-        if config.codebook_interval:
-            state.refresh = CodebookRefresh(model, list(state.attention.values()), config.codebook_interval)
     for feed_forward, start in feed_forwards:
         if (own := config.of(feed_forward.name)) is not None:
-            routed = RoutedFeedForward(feed_forward, start, own, state.context)
+            routed = RoutedFeedForward(feed_forward, start, own, context)
             state.feed_forwards.append((feed_forward, routed))
             _place(model, feed_forward, routed)
-    state.context.losses.watch(model)
+    context.watch(model)
     state.loading = save_densely(model, state.feed_forwards)
-    model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), state.context)
+    model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), context)
+    listeners: list[Callable[[int], None]] = []
+    if state.attention and config.codebook_interval:
+        listeners.append(CodebookRefresh(list(state.attention.values()), config.codebook_interval).after_step)
+    if config.dense_steps:
+        context.steps = model.spt_settings
+        listeners.append(context.count_step)
+    if listeners:
+        state.steps = OptimizerSteps(model, listeners)
     setattr(model, _ATTRIBUTE, state)
     return state
 
@@ -117,7 +126,7 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     state = sparsification(model)
     if state is None:
         raise ValueError("The model is not sparse, so there is nothing to undo.")
-    state.context.losses.unwatch()
+    state.context.unwatch()
     settings: Any = model.spt_settings
     settings.detach()
     del model.save_pretrained

@@ -159,6 +159,10 @@ class Settings(nn.Module):
         if settings is None:
             settings = torch.tensor(list(config.to_json().encode()), dtype=torch.uint8)
         self.register_buffer("settings", settings)
+        if config.dense_steps:
+            # Optimizer steps done, as the optimizer counts them: the first pass of a resumed training has to know
+            # before any step tells.
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = f"{prefix}settings"
