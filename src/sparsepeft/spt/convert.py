@@ -17,6 +17,7 @@ from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
+from sparsepeft.spt.plan import Plan
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
@@ -35,11 +36,13 @@ class Sparsification:
         report: how well it fits, on the calibration batch.
         attention: the sparse layers, by the attention module's name.
         feed_forwards: what was replaced, and by what.
+        plan: how the settings of single modules were chosen, where a budget was given.
     """
 
     config: SptConfig
     context: SparseContext
     report: SptReport = field(default_factory=SptReport)
+    plan: Plan | None = None
     attention: dict[str, SparseAttention] = field(default_factory=dict)
     feed_forwards: list[tuple[FeedForward, SparseFeedForward]] = field(default_factory=list)
     attention_before: str | None = None

@@ -18,8 +18,8 @@ def print_summary(results: Mapping[str, Any], folder: str) -> None:
 
     is_text = results["task"] == "lm"
     if is_text and results["spt"]:
-        for part in report_parts(results["spt"]["config"], results["spt"]["report"], "before fine-tuning"):
-            out.print(part, highlight=False)
+        for part in report_parts(results["spt"], "before fine-tuning"):
+            out.print(part, highlight=False, soft_wrap=True)
     first, *rest = text_summary(results, folder) if is_text else summary(results, folder)
     out.print(first, style="bold", highlight=False, markup=False, soft_wrap=True)
     for line in rest:
@@ -67,10 +67,12 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     ]
 
 
-def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
-    """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
+def report_parts(spt: Mapping[str, Any], title: str) -> list[Any]:
+    """What a conversion changed, for the screen: a table of the layers, and what they became."""
+    from sparsepeft.spt import Plan
     from sparsepeft_cli.terminal.console import table
 
+    report = spt["report"]
     columns = {
         "recall": report["recall"],
         "attention error": report["attention_error"],
@@ -85,7 +87,8 @@ def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> 
         [layer, *(f"{values[column]:.3f}" if column in values else "" for column in shown)]
         for layer, values in layers.items()
     ]
-    return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
+    became = sparse_line(spt["config"], report) if spt["plan"] is None else str(Plan.from_dict(spt["plan"]))
+    return [*([table(title, ["layer", *shown], rows)] if rows else []), became]
 
 
 def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
