@@ -243,7 +243,7 @@ def check_compiles_and_is_registered(device: str = "cpu", impl: str = "triton", 
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for inner_product in (True, False):
         packed = Settings(inner_product, 3, 0.25, 0.0, True, True, block_size).pack()
-        arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
+        arguments = (options["codebooks"], None, *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
         torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
 
