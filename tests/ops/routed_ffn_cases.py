@@ -1,5 +1,7 @@
 """FFNs of every form, one run of each (output and all gradients, by name), and what implementations must satisfy.
 
+A case with a router is one of ``routed_ffn``, a case without one of ``exact_ffn``.
+
 Functions at module level, so that they can be handed to the processes of ``triton_aot`` by reference.
 """
 
@@ -8,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from sparsepeft.ops import LowRank, Projection, Routing, route, routed_ffn
+from sparsepeft.ops import LowRank, Projection, Routing, exact_ffn, route, routed_ffn
 from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, Groups, LoopedProducts
+from sparsepeft.ops.routed_ffn.routing import largest_blocks
 
 LORA_RANKS = (2, 3)
 # The two ways of ``impl="torch"``, of which it chooses one by device and dtype.
@@ -32,6 +35,21 @@ def products(impl: str):
         return
     with mock.patch.object(_PACKAGE, "choose_torch_products", return_value=PRODUCTS[impl]):
         yield "torch"
+
+
+@contextlib.contextmanager
+def one_choice() -> Iterator[None]:
+    """Inside the context every exact FFN chooses the blocks that the first one does: of few tokens, in one chunk."""
+    chosen: list[Tensor] = []
+
+    def choose(active: Tensor, weights: Tensor, num_active: int) -> Tensor:
+        chosen.extend([] if chosen else [largest_blocks(active, weights, num_active)])
+        return chosen[0]
+
+    with contextlib.ExitStack() as stack:
+        for module in ("exact", "reference"):
+            stack.enter_context(mock.patch(f"{_PACKAGE.__name__}.{module}.largest_blocks", choose))
+        yield
 
 
 class Form(NamedTuple):
@@ -78,6 +96,10 @@ class Case(NamedTuple):
     def to(self, dtype: torch.dtype) -> Case:
         return self._replace(tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
+    @property
+    def is_routed(self) -> bool:
+        return "router.weight" in self.tensors
+
     def projection(self, name: str, tensors: dict[str, Tensor], dropout: float = 0.0) -> Projection:
         lora = [
             LowRank(tensors[f"{name}.lora{i}.down"], tensors[f"{name}.lora{i}.up"], 0.5 + i, dropout)
@@ -89,17 +111,15 @@ class Case(NamedTuple):
         return self.form.trained or "lora" in name or name in ("x", "router.weight", "router.bias")
 
 
-def make_case(form: Form, sizes: Sizes, dtype: torch.dtype = torch.float64) -> Case:
+def make_case(form: Form, sizes: Sizes, dtype: torch.dtype = torch.float64, *, routed: bool = True) -> Case:
     inner = sizes.block * sizes.blocks
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype) / max(shape[-1], 1) ** 0.5  # every product is of unit size
 
-    tensors = {
-        "x": torch.randn(sizes.tokens, sizes.hidden, dtype=dtype),
-        "router.weight": normal(sizes.blocks, sizes.hidden),
-        "router.bias": normal(sizes.blocks),
-    }
+    tensors = {"x": torch.randn(sizes.tokens, sizes.hidden, dtype=dtype)}
+    if routed:
+        tensors |= {"router.weight": normal(sizes.blocks, sizes.hidden), "router.bias": normal(sizes.blocks)}
     maps = {"up": (inner, sizes.hidden), "down": (sizes.hidden, inner)}
     if form.gated:
         maps["gate"] = maps["up"]
@@ -114,21 +134,18 @@ def make_case(form: Form, sizes: Sizes, dtype: torch.dtype = torch.float64) -> C
 
 
 def call(case: Case, tensors: dict[str, Tensor], *, blocks: Tensor | None = None, lora_dropout: float = 0.0, **options):
-    """Route and compute; ``blocks`` overrides what the router chooses."""
+    """Compute; ``blocks`` overrides what the router chooses."""
     x = tensors["x"]
-    routing = route(x, tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
-    if blocks is not None:
-        routing = Routing(blocks, torch.log_softmax(routing.logits, -1).gather(-1, blocks), routing.logits)
+    up, down = (case.projection(name, tensors, lora_dropout) for name in ("up", "down"))
+    options["gate"] = case.projection("gate", tensors, lora_dropout) if case.form.gated else None
     with products(options.pop("impl", "auto")) as impl:
-        return routed_ffn(
-            x,
-            case.projection("up", tensors, lora_dropout),
-            case.projection("down", tensors, lora_dropout),
-            routing,
-            gate=case.projection("gate", tensors, lora_dropout) if case.form.gated else None,
-            impl=impl,
-            **options,
-        )
+        if not case.is_routed:
+            counts = {"num_blocks": case.sizes.blocks, "num_active": case.sizes.active}
+            return exact_ffn(x, up, down, impl=impl, **counts, **options)
+        routing = route(x, tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
+        if blocks is not None:
+            routing = Routing(blocks, torch.log_softmax(routing.logits, -1).gather(-1, blocks), routing.logits)
+        return routed_ffn(x, up, down, routing, impl=impl, **options)
 
 
 def run(case: Case, **options) -> dict[str, Tensor]:
@@ -160,13 +177,15 @@ def check_case(
     dtype: torch.dtype = torch.float32,
     tolerance: float = 2e-5,
     device: str = "cpu",
+    *,
+    routed: bool = True,
 ) -> None:
     """Implementations, with and without recomputing in backward, against the reference in float64.
 
     The tolerance for Triton is some tens of float32 roundings (6e-8) of terms of up to 10, which in the router's
     gradient cancel to unit size; how many meet depends on the order in which a processor's matrix products sum up.
     """
-    case = make_case(form, sizes, dtype)
+    case = make_case(form, sizes, dtype, routed=routed)
     case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
     expected = run(case.to(torch.float64), activation=activation, impl="reference")
     for impl, recompute in runs:
@@ -178,11 +197,13 @@ def check_half(case: Case, dtype: torch.dtype, impls: dict[str, str], activation
     """Each implementation is as close to float32 as the plainer one beside it, the reference or the looped form."""
     case = case.to(dtype)
     case = case._replace(tensors={name: tensor.to(device) for name, tensor in case.tensors.items()})
-    tensors = case.tensors
-    routing = route(tensors["x"], tensors["router.weight"], tensors["router.bias"], num_active=case.sizes.active)
-    options = {"activation": activation, "blocks": routing.blocks}  # a rounded logit must not change the choice
-    exact = run(case.to(torch.float32), impl="reference", **options)
-    results = {impl: run(case, impl=impl, **options) for impl in {*impls, *impls.values()}}
+    tensors, options = case.tensors, {"activation": activation}
+    if case.is_routed:
+        logits = tensors["x"], tensors["router.weight"], tensors["router.bias"]
+        options["blocks"] = route(*logits, num_active=case.sizes.active).blocks
+    with one_choice():  # a rounding must not change the choice
+        exact = run(case.to(torch.float32), impl="reference", **options)
+        results = {impl: run(case, impl=impl, **options) for impl in {*impls, *impls.values()}}
     for (impl, plainer), (name, value) in itertools.product(impls.items(), exact.items()):
         assert results[impl][name].dtype == dtype
         error, allowed = ((results[each][name].float() - value).abs().max() for each in (impl, plainer))

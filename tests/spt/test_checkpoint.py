@@ -62,6 +62,19 @@ def test_other_settings_are_refused() -> None:
         sparse("llama").load_state_dict(sparse("llama", top_l=6).state_dict())
 
 
+def test_settings_are_compared_by_their_meaning() -> None:
+    """An earlier version's file has fewer keys."""
+    model = sparse("llama", similarity="matches", values="routed")
+    state = model.state_dict()
+    (key,) = [key for key in state if key.endswith("spt_settings.original_module.settings")]
+    settings = json.loads(bytes(state[key].tolist()))
+    state[key] = torch.tensor(
+        list(json.dumps({k: v for k, v in settings.items() if k not in ("similarity", "values", "budget")}).encode()),
+        dtype=torch.uint8,
+    )
+    model.load_state_dict(state)
+
+
 def test_a_dense_model_saves_as_it_did(tmp_path: Path) -> None:
     model = desparsify(sparse("bert"))
     assert "save_pretrained" not in vars(model)

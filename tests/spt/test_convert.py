@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ from tests.spt.models import (
 
 from sparsepeft.spt.attention import NAME
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.spt.convert import desparsify, sparsification, sparsify
+from sparsepeft.spt.convert import desparsify, sparsification
+from sparsepeft.spt.loading import load_sparse, save_sparse
+from sparsepeft.spt.sparsifying import sparsify
 
 BART = {"d_model": 32, "vocab_size": 99, "pad_token_id": 0} | {
     f"{stack}_{what}": value
@@ -84,6 +87,42 @@ def test_only_some_layers(name: str) -> None:
     assert len(done.attention) == (name not in FEED_FORWARD_ONLY)
     assert len(done.feed_forwards) == (2 if name in FEED_FORWARD_ONLY else 1)
     logits(model, name)
+
+
+OVERRIDES = {
+    "llama": {
+        "model.layers.0.self_attn": {"dense": True},
+        "model.layers.1.self_attn": {"top_l": 0.5},
+        "model.layers.1.mlp": {"dense": True},
+    },
+    "bert": {"bert.encoder.layer.0": {"num_active_blocks": 1}, "bert.encoder.layer.1.attention.self": {"dense": True}},
+    "opt": {"model.decoder.layers.1": {"dense": True}, "model.decoder.layers.1.self_attn": {"granularity": "block"}},
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_single_modules_with_settings_of_their_own(name: str, tmp_path: Path) -> None:
+    overrides = OVERRIDES[name]
+    model = sparse(name, overrides=overrides)
+    done = sparsification(model)
+    layers = dict(done.attention) | {each.name: layer for each, layer in done.feed_forwards}
+    assert len(layers) == 4 - sum("dense" in own for own in overrides.values())
+    for module, layer in layers.items():
+        assert layer.config == done.config.of(module)
+    save_sparse(model, tmp_path)
+    again = load_sparse(build(name), tmp_path)
+    assert sparsification(again).config == done.config
+    assert torch.equal(logits(again, name), logits(model, name))
+    assert torch.equal(logits(desparsify(model), name), logits(build(name), name))
+
+
+def test_all_modules_left_dense() -> None:
+    model = build("llama")
+    names = [f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn", "mlp")]
+    before = model.config._attn_implementation
+    sparsify(model, SptConfig(overrides={key: {"dense": True} for key in names}), inputs("llama")["input_ids"])
+    assert model.config._attn_implementation == before
+    assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
 
 
 def put_in_order(model: Any) -> None:
@@ -178,6 +217,12 @@ def test_refused_before_anything_is_changed() -> None:
             {"num_blocks": 5, "num_active_blocks": 1},
             ids,
             "num_blocks=5 does not divide; choose one of 1, 2",
+        ),
+        (
+            build("llama"),
+            {"overrides": {"model.layers.0": {"dense": True}}},
+            ids,
+            r"'model.layers.0', but .*0.self_attn",
         ),
         (build("llama"), {"layers_to_transform": (7,)}, ids, "7"),
         (build("llama"), {"layers_to_transform": (-1,), "ffn": False}, ids, "numbered 0 to 1"),

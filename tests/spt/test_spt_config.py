@@ -58,3 +58,23 @@ def test_layers() -> None:
 def test_files_of_before_hold_whole_floats_as_counts() -> None:
     saved = SptConfig(attention=False).to_json().replace('"top_l": 0.125', '"top_l": 6.0')
     assert SptConfig.from_json(saved).top_l == 6
+
+
+def test_settings_of_single_modules() -> None:
+    config = SptConfig(
+        overrides={"a": {"top_l": 0.25}, "b": {"dense": True}, "c": {"num_blocks": 4, "values": "routed"}}
+    )
+    config = SptConfig.from_json(config.with_length(40).to_json())
+    assert (config.of("a").top_l, config.top_l, config.of("b"), config.of("d")) == (10, 5, None, config)
+    assert (config.of("c").num_blocks, config.of("c").values, config.of("c").overrides) == (4, "routed", None)
+    with pytest.raises(ValueError, match=r"overrides of a has 'topl'; expected some of .*top_l"):
+        SptConfig(overrides={"a": {"topl": 3}})
+    with pytest.raises(ValueError, match="num_active_blocks=9"):
+        SptConfig(overrides={"a": {"num_active_blocks": 9}})
+
+
+def test_files_of_before_mean_the_first_version() -> None:
+    before = json.loads(SptConfig().to_json())
+    del before["similarity"], before["values"]
+    config = SptConfig.from_json(json.dumps(before))
+    assert (config.similarity, config.values) == ("matches", "routed")

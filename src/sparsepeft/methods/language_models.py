@@ -24,6 +24,7 @@ from sparsepeft.methods.models import (
     load_model_config,
     not_loaded,
 )
+from sparsepeft.models import language_model_loss
 
 CALIBRATION_BLOCKS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,7 +89,7 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
         for batch in blocks.split(batch_size):
             ids = batch.to(device)
             with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
-                total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(ids)
+                total += float(language_model_loss(model, ids)) * len(ids)
     finally:
         model.train(training)
     loss = total / len(blocks)

@@ -5,6 +5,7 @@
 - which model it is: :func:`fingerprint`, :func:`check_fingerprint`
 - a forward pass: what adapted layers share (:class:`ForwardContext`), masks (:class:`SparseMask`), auxiliary losses
   (:class:`AuxiliaryLosses`), passes that run a part of the layers (:class:`PartialPasses`)
+- its loss without all of its logits at once (:func:`language_model_loss`, :func:`deferred_logits`)
 - labels (:class:`Labels`, :class:`LabelState`), and tensors in a lower precision (:func:`quantize`,
   :func:`cast_for_saving`)
 """
@@ -16,6 +17,7 @@ from sparsepeft.models.context import BASE, ForwardContext, Routing
 from sparsepeft.models.heads import HeadSpec, count_head_parameters, find_head, is_language_model
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, is_quantized
 from sparsepeft.models.labels import Labels, LabelState
+from sparsepeft.models.logits import DeferredLogits, deferred_logits, language_model_loss
 from sparsepeft.models.masks import SparseMask
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.quantized import cast_for_saving, dequantize, quantize
@@ -26,6 +28,7 @@ __all__ = [
     "AdapterDict",
     "AuxiliaryLosses",
     "Block",
+    "DeferredLogits",
     "FeedForward",
     "ForwardContext",
     "HeadSpec",
@@ -38,6 +41,7 @@ __all__ = [
     "cast_for_saving",
     "check_fingerprint",
     "count_head_parameters",
+    "deferred_logits",
     "dequantize",
     "find_blocks",
     "find_feed_forwards",
@@ -47,6 +51,7 @@ __all__ = [
     "is_language_model",
     "is_norm",
     "is_quantized",
+    "language_model_loss",
     "named_modules",
     "quantize",
     "unwrap",

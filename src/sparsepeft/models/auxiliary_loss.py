@@ -66,7 +66,7 @@ class LossScale:
         (used,) = torch.autograd.grad(loss, self._total, retain_graph=True, allow_unused=True)
         if used is None:
             return 1.0
-        if named.get("shift_labels") is None and _shifts_labels(model):
+        if named.get("shift_labels") is None and shifts_labels(model):
             labels = labels[..., 1:]
         return labels.ne(-100).sum().to(loss.device) / self._total.detach().to(loss.device)
 
@@ -106,7 +106,7 @@ def cross_entropy_weight(logits: torch.Tensor, gradient: torch.Tensor) -> torch.
     return total
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Whether labels predict the next position, so that the first of each row is no item; as Trainer counts them."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not is_encoder_decoder
@@ -165,7 +165,7 @@ class AuxiliaryLosses:
         # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
         if not torch.is_grad_enabled():
             return None
-        named = _by_name(model, args, kwargs)
+        named = by_name(model, args, kwargs)
         self.attention_mask = named.get("attention_mask")
         is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.decoder_attention_mask = _decoder_mask(model, named) if is_encoder_decoder else self.attention_mask
@@ -174,10 +174,10 @@ class AuxiliaryLosses:
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
-            self.scale.watch(model, _by_name(model, args, kwargs), output)
+            self.scale.watch(model, by_name(model, args, kwargs), output)
 
 
-def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, all by name."""
     bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     return {**bound.get("kwargs", {}), **bound}

@@ -84,14 +84,26 @@ def read_mask(mask: Tensor | None, batch_size: int, q_length: int, kv_length: in
 
 
 def dense_mask(mask: SparseMask) -> Tensor:
-    """The same as (B, 1, Tq, Tk) of bool, for layers that stay dense; True may be attended."""
+    """The same as (B, 1, Tq, Tk) of bool, for layers that stay dense; True may be attended.
+
+    Positions of queries that differ from row to row, (B, Tq), are understood, too.
+    """
     index = torch.arange(mask.key_mask.shape[1], device=mask.key_mask.device)
-    allowed = torch.ones(len(mask.query_positions), len(index), dtype=torch.bool, device=index.device)
+    queries = mask.query_positions[..., None]
+    allowed = torch.ones_like(queries, dtype=torch.bool)
     if mask.causal:
-        allowed &= index <= mask.query_positions[:, None]
+        allowed = allowed & (index <= queries)
     if mask.window is not None:
-        allowed &= index > mask.query_positions[:, None] - mask.window
+        allowed = allowed & (index > queries - mask.window)
     return (allowed & mask.key_mask[:, None])[:, None]
+
+
+def is_whole(mask: SparseMask) -> bool:
+    """Whether all positions attend to all, or to all before them, so that attention needs no mask but a flag."""
+    length = mask.key_mask.shape[1]
+    if mask.causal and (len(mask.query_positions) != length or mask.query_positions[0] != 0):
+        return False
+    return (mask.window is None or mask.window >= length) and bool(mask.key_mask.all())
 
 
 def _pattern(

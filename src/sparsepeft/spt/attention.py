@@ -7,30 +7,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
-from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.masks import SparseMask, dense_mask, read_mask, sparse_mask
+from sparsepeft.models.masks import SparseMask, dense_mask, is_whole, read_mask, sparse_mask
 from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.state import SptState
 
 logger = logging.get_logger(__name__)
 
 NAME = "spt"  # as transformers knows it
 _REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
-
-_STEPS = "sparsepeft_steps"  # in an optimizer's parameter groups
 
 
 class AttentionCall(NamedTuple):
@@ -83,12 +78,22 @@ class SparseAttention(nn.Module):
         codebooks: (Hkv, M, C, W).
         config: with ``top_l`` as a count.
         context: of the sparse model.
+
+    Attributes:
+        dense: attend as the dense model, whatever the settings say; may be switched at any time.
     """
 
-    def __init__(self, codebooks: Tensor, config: SptConfig, context: ForwardContext | None = None) -> None:
+    def __init__(self, codebooks: Tensor, config: SptConfig, context: SparseContext | None = None) -> None:
         super().__init__()
-        self.state = SptState(Codebooks(codebooks), context)
+        self.context = context or SparseContext(config)
+        self.state = SptState(Codebooks(codebooks), self.context)
         self.config = config
+        self.dense = False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it attends as the dense model now."""
+        return self.dense or self.context.is_dense(self.training)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: SparseMask, scale: float) -> Tensor:
         """(B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv)."""
@@ -97,11 +102,22 @@ class SparseAttention(nn.Module):
 
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
             row_mask = mask._replace(key_mask=key_mask)
-            if self.training and codebooks.expected and self.config.codebook_interval:
-                codebooks.prepare(query, key, row_mask, self.config)
+            self._prepare(codebooks, query, key, row_mask)
             return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(row_mask))
 
-        return self.state.by_row(attend, query, key, value, mask.key_mask)
+        attended = self.state.by_row(attend, query, key, value, mask.key_mask)
+        positions = self.context.positions_for(attended[:, 0], is_decoder=mask.causal) if self.training else None
+        return attended if positions is None else _densely_at(positions, attended, query, key, value, mask, scale)
+
+    def note(self, query: Tensor, key: Tensor, mask: SparseMask, scale: float) -> None:
+        """What a pass that attends densely does for the codebooks."""
+        query, _ = _standard_scale(query, scale)
+        query, key = _of_one_dtype(query, key)
+        self._prepare(self.state.current, query, key, mask)
+
+    def _prepare(self, codebooks: Codebooks, query: Tensor, key: Tensor, mask: SparseMask) -> None:
+        if self.training and codebooks.expected and self.config.codebook_interval:
+            codebooks.prepare(query, key, mask, self.config)
 
     def selection(self, mask: SparseMask) -> dict[str, Any]:
         """Which keys a query may see and which it keeps, as the op's arguments."""
@@ -118,6 +134,21 @@ class SparseAttention(nn.Module):
             "granularity": config.granularity,
             "block_size": config.block_size,
         }
+
+
+def _densely_at(
+    positions: Tensor, attended: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: SparseMask, scale: float
+) -> Tensor:
+    """``attended`` (B, H, Tq, Dv), with the queries at ``positions`` (B, Tq) attending to all keys they may see."""
+    most = int(positions.sum(1).max())
+    if not most:
+        return attended
+    order = torch.argsort(positions.logical_not().int(), dim=1, stable=True)[:, :most]
+    is_one = positions.gather(1, order)  # else it fills up the rows that have fewer
+    queries = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    allowed = dense_mask(mask._replace(query_positions=mask.query_positions[order])) | ~is_one[:, None, :, None]
+    dense = scaled_dot_product_attention(queries, key, value, allowed, scale=scale, enable_gqa=True).transpose(1, 2)
+    return attended.transpose(1, 2).masked_scatter(positions[..., None, None], dense[is_one]).transpose(1, 2)
 
 
 def vectors_of(query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> Tensor:
@@ -192,22 +223,32 @@ def attention_forward(
         ValueError: the mask is not the one that belongs to it, or the layer adds something to its scores.
     """
     mask = read_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     calls = _recorder.get()
     sparse: SparseAttention | None = getattr(module, "spt", None)
-    if sparse is None or calls is not None:
-        if calls is not None:
-            refuse_additions(module, kwargs)
-            scaled, _ = _standard_scale(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
-            calls[module] = AttentionCall(scaled.detach(), key.detach(), value.detach(), mask)
+    if sparse is not None or calls is not None:
+        refuse_additions(module, kwargs)
+    if calls is not None:
+        calls[module] = AttentionCall(_standard_scale(query, scale)[0].detach(), key.detach(), value.detach(), mask)
+    if sparse is None or calls is not None or sparse.is_dense:
+        if sparse is not None and calls is None:
+            sparse.note(query, key, mask, scale)
+        whole = is_whole(mask)
         output: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, dense_mask(mask), dropout=dropout, scaling=scaling, is_causal=False, **kwargs
+            module,
+            query,
+            key,
+            value,
+            None if whole else dense_mask(mask),
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=whole and mask.causal,
+            **kwargs,
         )
         return output
-    refuse_additions(module, kwargs)
     if dropout > 0:
         logger.warning_once("Sparse attention has no dropout of attention weights; the model's is left out.")
-    attended = sparse(query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return attended.transpose(1, 2).contiguous(), None
+    return sparse(query, key, value, mask, scale).transpose(1, 2).contiguous(), None
 
 
 def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -225,58 +266,22 @@ AttentionMaskInterface.register(NAME, sparse_mask)
 
 
 class CodebookRefresh:
-    """Recomputes codebooks after every ``interval`` steps of the optimizer that trains the model.
+    """Recomputes codebooks after every ``interval`` optimizer steps.
 
     The pass after such a step computes new codebooks, and the next step puts them into use: never within a step, in
-    which gradient checkpointing may run layers twice. No callback of a trainer is needed. It acts as long as it lives.
-
-    Steps are counted in the optimizer's parameter groups, which are saved with its state: a training that is resumed
-    with that state goes on as if it had not been interrupted.
+    which gradient checkpointing may run layers twice.
 
     Args:
-        model: the sparse model.
-        layers: its sparse attention.
+        layers: the sparse attention of a model.
         interval: steps between two refreshes.
     """
 
-    def __init__(self, model: nn.Module, layers: list[SparseAttention], interval: int) -> None:
-        self.interval = interval
-        self._model, self._layers = ref(model), layers
-        self._trains: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
-        _alive.add(self)
-        _watch_optimizers()
+    def __init__(self, layers: list[SparseAttention], interval: int) -> None:
+        self._layers, self._interval = layers, interval
 
-    def __reduce__(self) -> tuple[type[CodebookRefresh], tuple[Any, ...]]:
-        return CodebookRefresh, (self._model(), self._layers, self.interval)  # a copied model gets its own
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Count a step, if it was one of the model's."""
-        model = self._model()
-        if model is None:
-            return
-        if optimizer not in self._trains:
-            trained = {id(parameter) for parameter in model.parameters()}
-            self._trains[optimizer] = any(id(p) in trained for group in optimizer.param_groups for p in group["params"])
-        if not self._trains[optimizer]:
-            return
-        before = optimizer.param_groups[0].get(_STEPS, 0)
-        for group in optimizer.param_groups:
-            group[_STEPS] = before + 1
+    def after_step(self, before: int) -> None:
+        """An optimizer step was done after ``before`` others."""
         for layer in self._layers:
             codebooks = layer.state.current
-            codebooks.step(is_due=before > 0 and before % self.interval == 0)
-            codebooks.expected = (before + 1) % self.interval == 0
-
-
-_alive: WeakSet[CodebookRefresh] = WeakSet()
-
-
-def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for each in list(_alive):
-        each.after_step(optimizer)
-
-
-@cache
-def _watch_optimizers() -> None:
-    """Once, and not before there is something to refresh."""
-    register_optimizer_step_post_hook(_after_any_step)
+            codebooks.step(is_due=before > 0 and before % self._interval == 0)
+            codebooks.expected = (before + 1) % self._interval == 0

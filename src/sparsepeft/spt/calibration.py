@@ -16,6 +16,7 @@ from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.router import (
     InitialRouter,
     activity,
@@ -175,9 +176,14 @@ def initial_router(
     if inputs is None or states is None:
         return start_from_weights(feed_forward, order, num_blocks)
     start = start_from_outputs(feed_forward, order, num_blocks, inputs, states)
-    if not config.compensation_rank or config.num_active_blocks == num_blocks:
+    if config.num_active_blocks == num_blocks:
         return start
-    return compensated(feed_forward, start, int(config.num_active_blocks), config.compensation_rank, inputs, states)
+    if config.compensation_rank:
+        active = int(config.num_active_blocks)
+        start = compensated(feed_forward, start, active, config.compensation_rank, inputs, states)
+    if config.reconstruction_rank and config.reconstruction_steps:
+        start = reconstruct(feed_forward, start, config, inputs, states)
+    return start
 
 
 def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

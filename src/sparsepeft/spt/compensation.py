@@ -29,6 +29,11 @@ def fit_ridge(inputs: Tensor, targets: Tensor, ridge: float) -> Ridge:
     return Ridge(torch.linalg.solve(gram, centred.T @ (targets - mean_out)), mean_in, mean_out, gram)
 
 
+def held_out(num_tokens: int, device: torch.device) -> Tensor:
+    """Which tokens are held out to choose on, (N,), bool: a quarter of them, spread evenly."""
+    return torch.arange(num_tokens, device=device) % _HELD_OUT == 0
+
+
 class Compensation(NamedTuple):
     """What is added to a routed FFN's output, ``up @ (down @ x) + bias``."""
 
@@ -60,11 +65,11 @@ def fit_compensation(inputs: Tensor, missing: Tensor, rank: int) -> Compensation
     if len(inputs) < 2:
         raise ValueError(f"A compensation cannot be fitted to {len(inputs)} tokens; pass more calibration_data.")
     inputs, missing = inputs.float(), missing.float()
-    held_out = torch.arange(len(inputs), device=inputs.device) % _HELD_OUT == 0
-    best, fewest = None, missing[held_out].square().sum()
+    is_held_out = held_out(len(inputs), inputs.device)
+    best, fewest = None, missing[is_held_out].square().sum()
     for ridge in _RIDGES:
-        fitted = _fit(inputs[~held_out], missing[~held_out], rank, ridge)
-        left = (missing[held_out] - fitted(inputs[held_out])).square().sum()
+        fitted = _fit(inputs[~is_held_out], missing[~is_held_out], rank, ridge)
+        left = (missing[is_held_out] - fitted(inputs[is_held_out])).square().sum()
         if left < fewest:
             best, fewest = ridge, left
     fitted = _fit(inputs, missing, rank, _RIDGES[0] if best is None else best)

@@ -70,9 +70,9 @@ class SptConfig:
             calibration data: of like weights), ``"contiguous"`` neighbours.
         compensation_rank: rank of a linear map of an FFN's input that stands in for the blocks a token does not use,
             fitted to the calibration batch and trained on with the router; 0 adds nothing, as SPT does.
-        reconstruction_steps: steps in which router, linear map and low-rank update of each routed FFN learn to give
-            back the dense output on the calibration batch; 0 leaves them as they start.
-        reconstruction_rank: rank of that low-rank update of a routed FFN; 0 has none.
+        reconstruction_steps: steps in which a low-rank update of each routed FFN, and with it the linear map, learn to
+            give back the dense output on the calibration batch; 0 leaves the update out.
+        reconstruction_rank: rank of that update of a routed FFN's projections, trained on with the router; 0 has none.
         dense_steps: optimizer steps at the start of training in which the model stays dense.
         dense_labels: while training, positions whose labels count stay dense, and only their context is sparse.
         infer: in eval mode answer as the ``"sparse"`` model, or as the ``"dense"`` one that it was made from.
@@ -108,7 +108,7 @@ class SptConfig:
     num_active_blocks: int | float = 4
     block_assignment: str = "clustered"
     compensation_rank: int = 0
-    reconstruction_steps: int = 0
+    reconstruction_steps: int = 200
     reconstruction_rank: int = 0
     dense_steps: int = 0
     dense_labels: bool = False
@@ -164,8 +164,12 @@ class SptConfig:
         return changed_fields(self)
 
     def with_length(self, length: int) -> SptConfig:
-        """A copy with ``top_l`` as a count, for a calibration batch of ``length`` positions."""
-        return dataclasses.replace(self, top_l=_count(self.top_l, length))
+        """A copy with every ``top_l`` as a count, for a calibration batch of ``length`` positions."""
+        overrides = self.overrides and {
+            name: own | ({"top_l": _count(own["top_l"], length)} if "top_l" in own else {})
+            for name, own in self.overrides.items()
+        }
+        return dataclasses.replace(self, top_l=_count(self.top_l, length), overrides=overrides)
 
     def to_json(self) -> str:
         """As one line of JSON."""

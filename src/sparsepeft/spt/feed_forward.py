@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.models.blocks import unwrap
-from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward, weight_of
 from sparsepeft.ops.load_balancing import routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn import LowRank, Projection, route, routed_ffn
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.router import InitialRouter, Router
 from sparsepeft.spt.state import SptState, in_use
 from sparsepeft.tuners.bitfit import BiasShift
@@ -133,14 +134,17 @@ class RoutedFeedForward(nn.Module):
         feed_forward: the FFN it replaces.
         start: of its router, of which every adapter trains a copy; the neurons are put into its order.
         config: number of blocks, and the weight of the load-balancing loss.
-        context: knows which positions are padding, and how losses are scaled.
+        context: knows which positions are padding, how losses are scaled, and when the FFN is dense.
+
+    Attributes:
+        dense: compute as the dense model, whatever the settings say; may be switched at any time.
     """
 
     def __init__(
-        self, feed_forward: FeedForward, start: InitialRouter, config: SptConfig, context: ForwardContext
+        self, feed_forward: FeedForward, start: InitialRouter, config: SptConfig, context: SparseContext
     ) -> None:
         super().__init__()
-        self.config, self.context = config, context
+        self.config, self.context, self.dense = config, context, False
         self._names, self._is_decoder = feed_forward.names, feed_forward.is_decoder
         self._projection_names = feed_forward.projection_names
         self._activation = feed_forward.activation
@@ -152,29 +156,74 @@ class RoutedFeedForward(nn.Module):
                 _place(self, dropout, feed_forward.part(dropout))
         self._reorder(start.neuron_order)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it computes as the dense model now."""
+        return self.dense or self.context.is_dense(self.training)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        output = self.spt_router.by_row(self._compute, hidden_states)
+        mask = positions = None
+        if self.training:
+            mask = self.context.losses.mask_for(hidden_states, self._is_decoder)
+            positions = self.context.positions_for(hidden_states, self._is_decoder)
+        if self.is_dense:
+            output = self._compute_densely(self._with_router(hidden_states))
+        elif positions is None:
+            output = self.spt_router.by_row(partial(self._compute, mask), hidden_states)
+        else:
+            output = self._compute_in_parts(positions, mask, self._with_router(hidden_states))
         outer = self._names.outer_dropout
         return output if outer is None else self.get_submodule(outer)(output)
 
-    def _compute(self, router: Router, adapter_names: list[str] | None, hidden_states: Tensor) -> Tensor:
+    def _with_router(self, hidden_states: Tensor) -> Tensor:
+        """The states, with the router in their graph also where no token uses it: DDP waits for its gradients."""
+        trained = [p for p in self.spt_router.current.parameters() if p.requires_grad]
+        if not trained or not self.training:
+            return hidden_states
+        return self.context.losses.attach(hidden_states, torch.stack([0.0 * p.sum() for p in trained]).sum())
+
+    def _compute_densely(self, hidden_states: Tensor) -> Tensor:
+        """What the FFN computes in the dense model, through the projections and what PEFT has put around them."""
+        names = self._names
+        inner = self._activation(self.get_submodule(names.gate or names.up)(hidden_states))
+        if names.gate is not None:
+            inner = inner * self.get_submodule(names.up)(hidden_states)
+        if names.inner_dropout is not None:
+            inner = self.get_submodule(names.inner_dropout)(inner)
+        output: Tensor = self.get_submodule(names.down)(inner)
+        return output
+
+    def _compute_in_parts(self, positions: Tensor, mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+        """Dense at ``positions``, of the shape (...) of the states (..., D), and sparse at the others."""
+        states, is_dense = hidden_states.flatten(0, -2), positions.flatten()
+        order = torch.argsort(is_dense.int(), stable=True)
+        num_sparse = len(order) - int(is_dense.sum())
+        sparse, dense = states[order].split([num_sparse, len(order) - num_sparse])
+        mask = None if mask is None else mask.flatten()[order[:num_sparse]]
+        outputs = torch.cat([self._compute(mask, self.spt_router.current, None, sparse), self._compute_densely(dense)])
+        return outputs[torch.argsort(order)].view(*hidden_states.shape[:-1], -1)
+
+    def _compute(
+        self, mask: Tensor | None, router: Router, adapter_names: list[str] | None, hidden_states: Tensor
+    ) -> Tensor:
         names = self._names
         routing = route(hidden_states, router.weight, router.bias, num_active=int(self.config.num_active_blocks))
         if self.training and self.config.load_balancing_coef and routing.logits.requires_grad:
-            mask = self.context.losses.mask_for(hidden_states, self._is_decoder)
             loss = routing_load_balancing_loss(routing.logits, routing.blocks, mask)
             hidden_states = self.context.losses.attach(hidden_states, self.config.load_balancing_coef * loss)
 
-        def read(name: str) -> Projection:
-            return read_projection(self.get_submodule(name), name, adapter_names)
+        def read(part: str, name: str) -> Projection:
+            projection = read_projection(self.get_submodule(name), name, adapter_names)
+            return projection._replace(lora=(*projection.lora, updates[part])) if part in updates else projection
 
+        updates = router.updates
         output = routed_ffn(
             hidden_states,
-            read(names.up),
-            read(names.down),
+            read("up", names.up),
+            read("down", names.down),
             routing,
-            gate=None if names.gate is None else read(names.gate),
+            gate=None if names.gate is None else read("gate", names.gate),
             activation=self._activation,
             dropout=self._dropout(names.inner_dropout),
         )

@@ -16,9 +16,8 @@ from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
 from sparsepeft.models.sublayers import find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
-from sparsepeft.spt.compensation import Compensation
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.router import COMPENSATION, InitialRouter
+from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.tuners.files import plain_name
 
@@ -87,16 +86,19 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     if _SETTINGS not in saved:
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
-    codebooks = {name.removesuffix(_CODEBOOKS): books for name, books in saved.items() if name.endswith(_CODEBOOKS)}
+    codebooks = {name.removesuffix(_CODEBOOKS): each for name, each in saved.items() if name.endswith(_CODEBOOKS)}
     feed_forwards = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
+        if config.of(feed_forward.name) is None:
+            continue
         router = f"{feed_forward.routed_name}.spt_router."
-        order, weight, bias = (_saved(saved, router + part, adapter) for part in ("neuron_order", "weight", "bias"))
-        start = InitialRouter(order, weight, bias)
-        if any(router + part in saved for part in COMPENSATION):
-            start = start._replace(
-                compensation=Compensation(*(_saved(saved, router + p, adapter) for p in COMPENSATION))
-            )
+        tensors = {key.removeprefix(router): tensor for key, tensor in saved.items() if key.startswith(router)}
+        try:
+            start = InitialRouter.of(tensors)
+        except KeyError as error:
+            raise UserError(
+                f"{adapter} has no {router}{error.args[0]}, so it does not belong to this model; pass its own backbone."
+            ) from error
         sizes = start.weight.shape[1], len(start.neuron_order)
         if sizes != feed_forward.sizes:
             raise UserError(
@@ -107,7 +109,8 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     modules = dict(model.named_modules())
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
-    install(model, config, {name: books.to(model.device) for name, books in codebooks.items()}, feed_forwards)
+    books = {name: each.to(model.device) for name, each in codebooks.items()}
+    install(model, config, books, feed_forwards, saved[_SETTINGS])
     return model if bare else PeftModel.from_pretrained(model, str(adapter), **kwargs)
 
 
@@ -128,9 +131,3 @@ def _adapter_tensors(adapter: str | Path) -> dict[str, Tensor]:
             f"The adapter {adapter} could not be loaded ({first_line(error)}); pass the folder of an adapter or of "
             "what save_sparse wrote, or an id on the hub."
         ) from error
-
-
-def _saved(saved: dict[str, Tensor], name: str, adapter: str | Path) -> Tensor:
-    if name not in saved:
-        raise UserError(f"{adapter} has no {name}, so it does not belong to this model; pass its own backbone.")
-    return saved[name]

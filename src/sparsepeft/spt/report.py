@@ -16,7 +16,6 @@ from sparsepeft.models.masks import dense_mask
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
-from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 
 
@@ -28,8 +27,8 @@ class SptReport:
         recall: share of the L keys with the highest scores that are among those kept, by the attention's name.
         attention_error: norm of the output's change over the norm of the output.
         feed_forward_error: the same for FFNs.
-        feed_forward_operations: multiply-adds of the routed FFNs, routers and compensation included, over those of the
-            dense ones.
+        feed_forward_operations: multiply-adds of the routed FFNs, with routers, compensation and updates, over those of
+            the dense ones.
     """
 
     recall: dict[str, float] = field(default_factory=dict)
@@ -89,7 +88,6 @@ def report_feed_forwards(
     report: SptReport,
     routed: list[tuple[FeedForward, RoutedFeedForward]],
     seen: dict[str, tuple[Tensor, Tensor]],
-    config: SptConfig,
 ) -> None:
     """Add all FFNs."""
     dense = left = 0
@@ -101,9 +99,13 @@ def report_feed_forwards(
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         dense += products
-        left += products * int(config.num_active_blocks) // config.num_blocks + hidden * config.num_blocks
-        compensation = layer.spt_router.original_module.compensation
-        left += 0 if compensation is None else compensation.down.numel() + compensation.up.numel()
+        config = layer.config
+        router = layer.spt_router.original_module
+        active = inner * int(config.num_active_blocks) // config.num_blocks
+        left += products // inner * active + hidden * config.num_blocks
+        if router.compensation is not None:
+            left += router.compensation.down.numel() + router.compensation.up.numel()
+        left += sum(len(update.down) * (hidden + active) for update in router.updates.values())
     report.feed_forward_operations = left / dense if dense else None
 
 

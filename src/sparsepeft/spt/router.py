@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from sparsepeft.extras import require
 from sparsepeft.models.sublayers import FeedForward, weight_of
-from sparsepeft.ops.routed_ffn import Projection, project
+from sparsepeft.ops.routed_ffn import LowRank, Projection, project
 from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridge
 
 _ROUNDS = 20
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512
-COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
+_COMPENSATION = tuple(f"compensation_{name}" for name in Compensation._fields)  # a router's parameters
+_PARTS = ("gate", "up", "down")
 
 
 def clustered_order(features: Tensor, num_blocks: int, seed: int) -> Tensor:
@@ -72,43 +74,79 @@ class InitialRouter(NamedTuple):
         neuron_order: the neurons in an order in which every I / G neighbours are a block, (I,).
         weight, bias: of the blocks' logits, (G, D) and (G,).
         compensation: of the blocks that are not chosen, if there is one.
+        updates: of the ``"gate"``, ``"up"`` and ``"down"`` projections, the neurons in blocks, if there are any.
     """
 
     neuron_order: Tensor  # (I,)
     weight: Tensor  # (G, D)
     bias: Tensor  # (G,)
     compensation: Compensation | None = None
+    updates: dict[str, LowRank] | None = None
 
     def to(self, device: torch.device) -> InitialRouter:
         """The same on a device."""
-        order, weight, bias, compensation = self
-        moved = None if compensation is None else Compensation(*(tensor.to(device) for tensor in compensation))
-        return InitialRouter(order.to(device), weight.to(device), bias.to(device), moved)
+        return InitialRouter.of({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def detach(self) -> InitialRouter:
+        """The same without a graph."""
+        return InitialRouter.of({name: tensor.detach() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, under the names that it is saved by."""
+        named = {"neuron_order": self.neuron_order, "weight": self.weight, "bias": self.bias}
+        named |= dict(zip(_COMPENSATION, self.compensation or (), strict=False))
+        for part, update in (self.updates or {}).items():
+            named |= {f"update_{part}_in": update.down, f"update_{part}_out": update.up}
+        return named
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> InitialRouter:
+        """From what :meth:`tensors` gave.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        compensation = None
+        if _COMPENSATION[0] in tensors:
+            compensation = Compensation(*(tensors[name] for name in _COMPENSATION))
+        updates = {
+            part: LowRank(tensors[f"update_{part}_in"], tensors[f"update_{part}_out"])
+            for part in _PARTS
+            if f"update_{part}_in" in tensors
+        }
+        return cls(tensors["neuron_order"], tensors["weight"], tensors["bias"], compensation, updates or None)
 
 
 class Router(nn.Module):
     """Logits of blocks: ``weight`` (G, D) and ``bias`` (G,), and the order of neurons that says what the blocks are.
 
-    With a compensation its three tensors are parameters, too.
+    The tensors of a compensation and of low-rank updates are parameters, too.
     """
 
     shared = ("neuron_order",)  # the weights are in it, for all adapters
     neuron_order: Tensor
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, start: InitialRouter) -> None:
         super().__init__()
         self.register_buffer("neuron_order", start.neuron_order)
-        self.weight = nn.Parameter(start.weight.to(torch.float32, copy=True))
-        self.bias = nn.Parameter(start.bias.to(torch.float32, copy=True))
-        for name, tensor in zip(COMPENSATION, start.compensation or (), strict=False):
-            self.register_parameter(name, nn.Parameter(tensor.to(torch.float32, copy=True)))
+        for name, tensor in start.tensors().items():
+            if name not in self.shared:
+                self.register_parameter(name, nn.Parameter(tensor.to(torch.float32, copy=True)))
 
     @property
     def compensation(self) -> Compensation | None:
         """What stands in for the blocks that are not used, if anything does."""
-        if COMPENSATION[0] not in self._parameters:
-            return None
-        return Compensation(*(self.get_parameter(name) for name in COMPENSATION))
+        return self._now().compensation
+
+    @property
+    def updates(self) -> dict[str, LowRank]:
+        """Low-rank updates of the projections, by their part."""
+        return self._now().updates or {}
+
+    def _now(self) -> InitialRouter:
+        return InitialRouter.of({"neuron_order": self.neuron_order, **dict(self.named_parameters())})
 
 
 @torch.no_grad()
@@ -134,7 +172,7 @@ def start_from_outputs(
     """
     inputs = inputs.float()
     parts = inner[:, order].chunk(num_blocks, dim=1)
-    columns = _projection(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
+    columns = projection_of(feed_forward, feed_forward.names.down).weight[:, order].chunk(num_blocks, dim=1)
     norms = torch.stack([(part @ rows.T).norm(dim=1) for part, rows in zip(parts, columns, strict=True)], dim=1)
     targets = norms.clamp_min(1e-6).log()  # (N, G)
     fitted = fit_ridge(inputs, targets, _RIDGE)
@@ -159,7 +197,7 @@ def compensated(
     logits = torch.nn.functional.linear(inputs.float(), start.weight.float(), start.bias.float())
     is_left_out = torch.ones_like(logits).scatter_(1, logits.topk(num_active, dim=1).indices, 0.0)  # (N, G)
     left_out = inner[:, start.neuron_order] * is_left_out.repeat_interleave(inner.shape[1] // logits.shape[1], dim=1)
-    down = _projection(feed_forward, feed_forward.names.down).weight[:, start.neuron_order]
+    down = projection_of(feed_forward, feed_forward.names.down).weight[:, start.neuron_order]
     return start._replace(compensation=fit_compensation(inputs, left_out @ down.T, rank))
 
 
@@ -172,7 +210,7 @@ def activity(feed_forward: FeedForward, inner: Tensor, seed: int) -> Tensor:
         inner: see :func:`inner_states`.
         seed: of the projection.
     """
-    weights = _projection(feed_forward, feed_forward.names.down).weight.norm(dim=0)
+    weights = projection_of(feed_forward, feed_forward.names.down).weight.norm(dim=0)
     added = inner.abs() * weights  # (N, I)
     added = (added - added.mean(0)).T
     generator = torch.Generator().manual_seed(seed)
@@ -189,11 +227,12 @@ def deciding_weight(feed_forward: FeedForward) -> Tensor:
 def inner_states(feed_forward: FeedForward, inputs: Tensor) -> Tensor:
     """What goes into the down projection, (N, I) in float32, for hidden states (N, D)."""
     names, inputs = feed_forward.names, inputs.float()
-    inner = feed_forward.activation(project(inputs, _projection(feed_forward, names.gate or names.up)))
-    return inner if names.gate is None else inner * project(inputs, _projection(feed_forward, names.up))
+    inner = feed_forward.activation(project(inputs, projection_of(feed_forward, names.gate or names.up)))
+    return inner if names.gate is None else inner * project(inputs, projection_of(feed_forward, names.up))
 
 
-def _projection(feed_forward: FeedForward, name: str) -> Projection:
+def projection_of(feed_forward: FeedForward, name: str) -> Projection:
+    """A linear map of an FFN by its name, in float32."""
     module = feed_forward.part(name)
     bias = getattr(module, "bias", None)
     return Projection(weight_of(module).float(), None if bias is None else bias.float())

@@ -132,23 +132,44 @@ def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None
 def check_same(loaded: Tensor | None, expected: Tensor, name: str) -> None:
     """Raise if a file has another value of a tensor that all adapters of the model share."""
     if loaded is not None and not torch.equal(loaded.to(expected.device), expected):
-        raise ValueError(
-            f"The file is of a model that was made sparse in another way (its {name} differs); load it into the "
-            "dense backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
-        )
+        raise ValueError(_other(name))
+
+
+def _other(name: str) -> str:
+    return (
+        f"The file is of a model that was made sparse in another way (its {name} differs); load it into the dense "
+        "backbone by sparsepeft.spt.load_sparse, or make the backbone sparse with its settings and data."
+    )
 
 
 class Settings(nn.Module):
-    """A config among a model's tensors, so that it is saved with each adapter."""
+    """A config among a model's tensors, so that it is saved with each adapter.
+
+    Args:
+        config: how the model was made sparse.
+        settings: the same as a file has it, if it came from one. An earlier version's is of another length; a model
+            keeps it, as the adapters that are loaded into one model have the same.
+    """
 
     settings: Tensor
 
-    def __init__(self, config: SptConfig) -> None:
+    def __init__(self, config: SptConfig, settings: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("settings", torch.tensor(list(config.to_json().encode()), dtype=torch.uint8))
+        self.config = config
+        if settings is None:
+            settings = torch.tensor(list(config.to_json().encode()), dtype=torch.uint8)
+        self.register_buffer("settings", settings)
+        if config.dense_steps:
+            # Optimizer steps done, as the optimizer counts them: the first pass of a resumed training has to know
+            # before any step tells.
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_same(state_dict.get(f"{prefix}settings"), self.settings, "settings")
+        name = f"{prefix}settings"
+        if name in state_dict:
+            if read_settings(state_dict[name]) != self.config:
+                raise ValueError(_other("settings"))
+            state_dict[name] = self.settings
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

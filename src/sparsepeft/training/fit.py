@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
+from sparsepeft.models import deferred_logits
 from sparsepeft.provenance import OtherLoad
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import CHECKPOINTS
@@ -114,8 +115,9 @@ class SafeTrainer(Trainer):
         self.cache = cache
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss, from the cached states where a batch has them."""
-        with self.cache.using(inputs.pop(STATES, None)) if self.cache else nullcontext():
+        """The model's loss, from the cached states where a batch has them; a language model's without its logits."""
+        using = self.cache.using(inputs.pop(STATES, None)) if self.cache else nullcontext()
+        with using, deferred_logits(model):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -1,4 +1,4 @@
-"""An FFN that uses, for each token, some blocks of its neurons: one signature, several implementations."""
+"""FFNs that use, for each token, some blocks of their neurons: in both passes, or in the backward pass alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsepeft.ops import gpu
 from sparsepeft.ops.registry import Implementation, Operator
 from sparsepeft.ops.routed_ffn.blockwise import routed_ffn_blockwise
+from sparsepeft.ops.routed_ffn.exact import exact_ffn_blockwise
 from sparsepeft.ops.routed_ffn.projections import (
     Activation,
     LowRank,
@@ -19,23 +20,26 @@ from sparsepeft.ops.routed_ffn.projections import (
     resolve_activation,
 )
 from sparsepeft.ops.routed_ffn.pytorch import MakeProducts, choose_torch_products
-from sparsepeft.ops.routed_ffn.reference import routed_ffn_reference
+from sparsepeft.ops.routed_ffn.reference import exact_ffn_reference, routed_ffn_reference
 from sparsepeft.ops.routed_ffn.routing import Routing, compute_dtype, route
 
-__all__ = ["LowRank", "Projection", "Routing", "project", "route", "routed_ffn"]
+__all__ = ["LowRank", "Projection", "Routing", "exact_ffn", "project", "route", "routed_ffn"]
 
 
 class FFNArguments(NamedTuple):
-    """What the choice depends on; see :func:`routed_ffn`."""
+    """What the choice of an implementation depends on; see :func:`routed_ffn`."""
 
     x: Tensor
     dtype: torch.dtype  # of the products
     block_size: int  # neurons in a block, I / G
 
-    @classmethod
-    def bind(cls, x: Tensor, up: Projection, down: Projection, routing: Routing, **_: Any) -> FFNArguments:
-        """Take the arguments of :func:`routed_ffn`."""
-        return cls(x, _product_dtype(x, up), up.weight.shape[0] // routing.logits.shape[-1])
+
+def _bind_routed(x: Tensor, up: Projection, down: Projection, routing: Routing, **_: Any) -> FFNArguments:
+    return FFNArguments(x, _product_dtype(x, up), up.weight.shape[0] // routing.logits.shape[-1])
+
+
+def _bind_exact(x: Tensor, up: Projection, down: Projection, *, num_blocks: int, **_: Any) -> FFNArguments:
+    return FFNArguments(x, _product_dtype(x, up), up.weight.shape[0] // num_blocks)
 
 
 def _product_dtype(x: Tensor, up: Projection) -> torch.dtype:
@@ -54,24 +58,20 @@ def _why_not_triton_by_itself(arguments: FFNArguments) -> str | None:
     return _why_not_exported(arguments) or gpu.why_not_triton_by_itself(arguments.x)
 
 
-OPERATOR = Operator(
-    "routed_ffn",
-    FFNArguments.bind,
-    [
-        Implementation("reference", 0, "the definition, which alone can be exported"),
-        Implementation(
-            "torch", 10, "tokens are batched by block, on every device", why_not_automatic=_why_not_exported
-        ),
-        Implementation(
-            "triton",
-            30,
-            "gathering and scattering of tokens is part of the products",
-            why_unavailable=gpu.why_no_triton,
-            why_not=lambda arguments: gpu.why_not_triton(arguments.x, dtype=arguments.dtype),
-            why_not_automatic=_why_not_triton_by_itself,
-        ),
-    ],
-)
+_IMPLEMENTATIONS = [
+    Implementation("reference", 0, "the definition, which alone can be exported"),
+    Implementation("torch", 10, "tokens are batched by block, on every device", why_not_automatic=_why_not_exported),
+    Implementation(
+        "triton",
+        30,
+        "gathering and scattering of tokens is part of the products",
+        why_unavailable=gpu.why_no_triton,
+        why_not=lambda arguments: gpu.why_not_triton(arguments.x, dtype=arguments.dtype),
+        why_not_automatic=_why_not_triton_by_itself,
+    ),
+]
+ROUTED = Operator("routed_ffn", _bind_routed, _IMPLEMENTATIONS)
+EXACT = Operator("exact_ffn", _bind_exact, _IMPLEMENTATIONS)
 
 
 def routed_ffn(
@@ -139,9 +139,10 @@ def routed_ffn(
         torch.Size([2, 7, 32])
     """
     function = resolve_activation(activation)
-    _check(x, up, down, gate, routing, dropout)
-    arguments = FFNArguments.bind(x, up, down, routing)
-    impl = OPERATOR.choose(impl, arguments)
+    _check(x, up, down, gate, routing.logits.shape[-1], dropout)
+    _check_routing(x, routing)
+    arguments = _bind_routed(x, up, down, routing)
+    impl = ROUTED.choose(impl, arguments)
     tokens = x.reshape(-1, x.shape[-1]).to(arguments.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if impl == "reference":
@@ -151,8 +152,99 @@ def routed_ffn(
             output = routed_ffn_blockwise(
                 tokens, up, down, gate, function, routing, dropout, make_products=make_products, recompute=recompute
             )
-    output_dtype = arguments.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return output.view(*x.shape[:-1], down.weight.shape[0]).to(output_dtype)
+    return _like(output, x, arguments)
+
+
+def exact_ffn(
+    x: Tensor,
+    up: Projection,
+    down: Projection,
+    *,
+    num_blocks: int,
+    num_active: int,
+    gate: Projection | None = None,
+    activation: str | Activation,
+    dropout: float = 0.0,
+    recompute: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Compute an FFN as it is, and its gradients through each token's largest blocks of neurons alone.
+
+    The I neurons are cut into G blocks of I / G neighbours. With a what enters the down projection (after dropout) and
+    d_i the columns of that, a token's chosen blocks S are the G' with the largest sum of a_i^2 ||d_i||^2; of equal ones
+    the lowest. The value is the dense FFN's, y = D a + d. The gradient is that of
+
+    y' = D (m * a) + d,  m_i = 1 if neuron i belongs to a chosen block, else 0, held constant.
+
+    So with all blocks chosen gradients are the dense FFN's, too. For a low-rank update of D, B (A a), the same holds of
+    what A reads; B's gradient is the dense one, as is the bias's.
+
+    Of a dense FFN's three passes (forward, and two backward: of the inputs, and of weights where these train) the first
+    costs the same, the others G' / G. For backward, ReLU in a plain FFN whose down projection is frozen keeps one bit
+    for each of a token's N G' I / G neurons; anything else keeps what enters the activation, or with ``recompute``
+    nothing. Dropout keeps one more bit. All (N, I) activations never exist at once.
+
+    Source: ours; after meProp, arXiv:1706.06197, whose backward pass is sparse under an exact forward pass. Differs:
+    chosen are blocks, and by activations, so that what backward does not need is not kept.
+
+    Dtypes: products are taken in the common dtype of ``x`` and ``up.weight``, or in autocast's where it is on; low-rank
+    updates are rounded to it; gradients of ``x`` are summed over blocks in float32 at least.
+
+    Args:
+        x: hidden states, (..., D), N tokens in all.
+        up: weight (I, D).
+        down: weight (D', I); D' is D in a Transformer.
+        num_blocks: G, a divisor of I.
+        num_active: G', blocks per token that backward goes through, 1 <= G' <= G.
+        gate: weight (I, D), for a gated FFN.
+        activation: a Hugging Face name (``"relu"``, ``"gelu_new"``, ``"silu"``, ...) or an elementwise function. It is
+            called again in backward, so it must not depend on a random generator.
+        dropout: probability of zeroing an activation, as T5 does; drawn anew in each call.
+        recompute: whether backward takes the first products of chosen blocks again instead of keeping what enters the
+            activation.
+        impl: ``"auto"``, ``"reference"``, ``"torch"`` or, on a GPU, ``"triton"``; see :func:`sparsepeft.ops.explain`.
+
+    Returns:
+        Tensor (..., D'), in the dtype of ``x``, or autocast's where it is on.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: shapes do not fit, G does not divide I, ``num_active`` is out of range, the activation or ``impl``
+            is unknown, or the chosen implementation does not take these dtypes.
+        RuntimeError: this machine does not have ``impl``.
+
+    Example:
+        >>> import torch
+        >>> from sparsepeft.ops import Projection, exact_ffn
+        >>> x = torch.randn(2, 7, 32, requires_grad=True)  # (B, T, D)
+        >>> up, down = Projection(torch.randn(64, 32)), Projection(torch.randn(32, 64))
+        >>> y = exact_ffn(x, up, down, num_blocks=8, num_active=2, activation="relu")
+        >>> dense = torch.relu(x @ up.weight.T) @ down.weight.T
+        >>> torch.allclose(y, dense, atol=1e-4)
+        True
+    """
+    function = resolve_activation(activation)
+    _check(x, up, down, gate, num_blocks, dropout)
+    if not 1 <= num_active <= num_blocks:
+        raise ValueError(
+            f"num_active is {num_active}, but there are {num_blocks} blocks: choose 1 <= num_active <= {num_blocks}."
+        )
+    arguments = _bind_exact(x, up, down, num_blocks=num_blocks)
+    impl = EXACT.choose(impl, arguments)
+    tokens = x.reshape(-1, x.shape[-1]).to(arguments.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        values = tokens, up, down, gate, function, num_blocks, num_active, dropout
+        if impl == "reference":
+            output = exact_ffn_reference(*values)
+        else:
+            output = exact_ffn_blockwise(*values, make_products=_products(impl, arguments), recompute=recompute)
+    return _like(output, x, arguments)
+
+
+def _like(output: Tensor, x: Tensor, arguments: FFNArguments) -> Tensor:
+    """Return the output with the leading dimensions and the dtype that the caller expects."""
+    dtype = arguments.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return output.view(*x.shape[:-1], output.shape[-1]).to(dtype)
 
 
 def _products(impl: str, arguments: FFNArguments) -> MakeProducts:
@@ -164,7 +256,7 @@ def _products(impl: str, arguments: FFNArguments) -> MakeProducts:
 
 
 def _check(
-    x: Tensor, up: Projection, down: Projection, gate: Projection | None, routing: Routing, dropout: float
+    x: Tensor, up: Projection, down: Projection, gate: Projection | None, num_blocks: int, dropout: float
 ) -> None:
     if x.ndim < 1:
         raise ValueError("x is a scalar; expected hidden states of shape (..., D).")
@@ -180,15 +272,18 @@ def _check(
     check_projection("down", down, down.weight.shape[0], inner)
     if gate is not None:
         check_projection("gate", gate, inner, hidden)
-    num_tokens, num_blocks = x.numel() // hidden if hidden else 0, routing.logits.shape[-1]
-    if routing.blocks.ndim != 2 or routing.blocks.shape[0] != num_tokens:
-        raise ValueError(
-            f"routing.blocks has shape {tuple(routing.blocks.shape)}, but x has {num_tokens} tokens: route the same x."
-        )
-    if inner % num_blocks:
+    if num_blocks < 1 or inner % num_blocks:
         divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)
         raise ValueError(
             f"the inner size {inner} cannot be cut into {num_blocks} equal blocks: choose a divisor, one of {divisors}."
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; expected a probability, 0 <= p < 1.")
+
+
+def _check_routing(x: Tensor, routing: Routing) -> None:
+    num_tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if routing.blocks.ndim != 2 or routing.blocks.shape[0] != num_tokens:
+        raise ValueError(
+            f"routing.blocks has shape {tuple(routing.blocks.shape)}, but x has {num_tokens} tokens: route the same x."
+        )

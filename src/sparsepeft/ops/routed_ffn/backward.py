@@ -1,4 +1,4 @@
-"""Backward through one tile of the blockwise form.
+"""The backward pass through the blocks that each token uses, shared by the routed and the exact FFN.
 
 The output is linear in each block's activation a, so <grad_output, the block's output> = <grad_a, a>: the gradient of
 the block's log-weight. With ReLU that equals <grad_h, h> of what enters it, h = W x + b, hence
@@ -8,12 +8,83 @@ the block's log-weight. With ReLU that equals <grad_h, h> of what enters it, h =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.blocks import Arguments, Inlet, masked
-from sparsepeft.ops.routed_ffn.pytorch import Products, Tile, row_dot
+from sparsepeft.ops.numerics import softmax_dtype
+from sparsepeft.ops.routed_ffn.blocks import Arguments, Inlet, Plan, masked, precise_places
+from sparsepeft.ops.routed_ffn.pytorch import Groups, Products, Tile, row_dot
+
+
+class Kept(Protocol):
+    """What a forward pass has kept of the pairs of a tile; asked once a tile, in the order of the tiles."""
+
+    def inner(self, tile: Tile) -> list[Tensor]:
+        """Return what entered the activation, (n, W) for each inlet; nothing where it has to be computed again."""
+
+    def signs(self, tile: Tile, shape: tuple[int, ...]) -> Tensor:
+        """Return where it was positive, (n, W) of zeros and ones; asked instead of :meth:`inner`."""
+
+    def masks(self, tile: Tile, like: Tensor) -> list[Tensor | None]:
+        """Return dropout's factors for the activation and for each update of the down projection, (n, W)."""
+
+
+def gradients(
+    plan: Plan,
+    blocks: Tensor,
+    tensors: Sequence[Any],
+    kept: Kept,
+    needed: tuple[bool, ...],
+    grad_outputs: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """Return the gradients of the differentiable arguments, None for those not needed.
+
+    Args:
+        plan: of the forward pass.
+        blocks: of each token, (N, G').
+        tensors: the differentiable arguments, flat; see :meth:`Arguments.of`.
+        kept: by the forward pass.
+        needed: of each of ``tensors``, whether its gradient is.
+        grad_outputs: of the output, (N, D), and of what the down projection's updates read, (N, r) each.
+    """
+    arguments, precise_at = Arguments.of(plan, tensors), precise_places(plan)
+    precise = softmax_dtype(arguments.x.dtype)
+    grads: list[Any] = [
+        torch.zeros_like(tensor, dtype=precise if index in precise_at else tensor.dtype) if need else None
+        for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
+    ]
+    totals = Arguments.of(plan, grads)
+    products = plan.make_products(Groups(blocks, plan.num_blocks))
+    for tile in products.tiles():
+        step = TileBackward(products, tile, arguments, totals)
+        grad = products.inner(tile, grad_outputs[0], arguments.outlets[0])  # of the activation, (n, W)
+        masks = kept.masks(tile, grad)
+        if plan.keep == "signs":
+            grad = step.through_outlets(grad, grad_outputs, None, masks)
+            grad.mul_(kept.signs(tile, grad.shape))
+            step.through_inlets([grad], agreement_with_inputs=True)
+            continue
+        inner = [t.detach().requires_grad_() for t in kept.inner(tile) or enter(products, tile, arguments)]
+        with torch.enable_grad():
+            active = plan.activate(inner)
+        grad = step.through_outlets(grad, grad_outputs, active.detach(), masks)
+        step.through_inlets(torch.autograd.grad(active, inner, grad), agreement_with_inputs=False)
+    return [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
+
+
+def enter(products: Products, tile: Tile, arguments: Arguments) -> list[Tensor]:
+    """Return what enters the activation of a tile's pairs, (n, W) for each inlet."""
+    entering = []
+    for inlet in arguments.inlets:
+        inner = products.inner(tile, arguments.x, inlet.weight)
+        if inlet.reads is not None and inlet.low_up is not None:
+            inner.add_(products.inner(tile, inlet.reads, inlet.low_up))
+        if inlet.bias is not None:
+            inner.add_(products.bias(tile, inlet.bias).to(inner.dtype))
+        entering.append(inner)
+    return entering
 
 
 class TileBackward(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsepeft.ops.routed_ffn.projections import Activation
+from sparsepeft.ops.routed_ffn.projections import Activation, Projection, read_low_rank
 from sparsepeft.ops.routed_ffn.pytorch import MakeProducts
 
 
@@ -43,7 +43,7 @@ class Arguments(NamedTuple):
     """The differentiable arguments, or their gradients, of which any may be None."""
 
     x: Tensor  # (N, D)
-    log_weights: Tensor  # (N, G')
+    log_weights: Tensor  # (N, G'); None where no router chose the blocks
     inlets: list[Inlet]
     outlets: list[Tensor]  # (G, W, D) of the down projection, then (G, W, r) of each of its updates
 
@@ -57,6 +57,41 @@ class Arguments(NamedTuple):
             weight, bias, reads, low_up = rest[start : start + 4]
             inlets.append(Inlet(_rows(weight, plan), _rows(bias, plan), reads, _rows(low_up, plan)))
         return cls(x, log_weights, inlets, [_columns(tensor, plan) for tensor in rest[count:]])
+
+
+def differentiable(
+    x: Tensor, log_weights: Tensor | None, inlets: Sequence[Projection], down: Projection
+) -> list[Tensor | None]:
+    """Return the differentiable arguments, flat, as :meth:`Arguments.of` takes them.
+
+    What a low-rank update reads from x, and what it adds to the output, is small and dense: it stays outside of the
+    functions that take these, as does the down projection's bias; see :func:`add_updates`.
+    """
+    tensors: list[Tensor | None] = [x, log_weights]
+    for projection in inlets:
+        reads = [read_low_rank(x, low) for low in projection.lora]
+        low_ups = [low.up.to(x.dtype) for low in projection.lora]
+        tensors += [projection.weight, projection.bias]
+        tensors += [torch.cat(reads, 1), torch.cat(low_ups, 1)] if reads else [None, None]
+    return [*tensors, down.weight, *(low.down.to(x.dtype) for low in down.lora)]
+
+
+def add_updates(output: Tensor, reads: Sequence[Tensor], down: Projection) -> Tensor:
+    """Return the output, (N, D), with what the down projection's updates add, given what they read, and its bias."""
+    for low, read in zip(down.lora, reads, strict=True):
+        output = output + low.scaling * F.linear(read, low.up.to(output.dtype))
+    return output if down.bias is None else output + down.bias.to(output.dtype)
+
+
+def what_to_keep(tensors: Sequence[Any], num_inlets: int, activation: Activation, *, recompute: bool) -> str:
+    """Return :attr:`Plan.keep` for the differentiable arguments."""
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "nothing"
+    # A plain ReLU's derivative is a sign; its values matter where they meet a trainable weight.
+    outlets = tensors[2 + 4 * num_inlets :]
+    if activation is F.relu and num_inlets == 1 and not any(tensor.requires_grad for tensor in outlets):
+        return "signs"
+    return "nothing" if recompute else "inner"
 
 
 def precise_places(plan: Plan) -> set[int]:

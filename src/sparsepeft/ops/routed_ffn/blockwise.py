@@ -1,28 +1,30 @@
-"""The routed FFN with tokens batched by block, forward and backward."""
+"""The routed FFN with tokens batched by block."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsepeft.ops.numerics import softmax_dtype
-from sparsepeft.ops.routed_ffn.backward import TileBackward
+from sparsepeft.ops.routed_ffn.backward import enter, gradients
 from sparsepeft.ops.routed_ffn.blocks import (
     Arguments,
     Draws,
     Plan,
+    add_updates,
+    differentiable,
     draw_seed,
     masked,
     pack_signs,
-    precise_places,
     unpack_signs,
+    what_to_keep,
 )
-from sparsepeft.ops.routed_ffn.projections import Activation, Projection, read_low_rank
-from sparsepeft.ops.routed_ffn.pytorch import Groups, MakeProducts, Products, Tile
+from sparsepeft.ops.routed_ffn.projections import Activation, Projection
+from sparsepeft.ops.routed_ffn.pytorch import Groups, MakeProducts, Tile
 from sparsepeft.ops.routed_ffn.routing import Routing
 
 
@@ -39,21 +41,9 @@ def routed_ffn_blockwise(
     make_products: MakeProducts,
     recompute: bool,
 ) -> Tensor:
-    """Compute the routed FFN of ``x``, (N, D), block by block; see :func:`routed_ffn`.
-
-    What a low-rank update reads from x, and what it adds to the output, is small and dense: it stays outside of the
-    function below, as does the down projection's bias.
-    """
+    """Compute the routed FFN of ``x``, (N, D), block by block; see :func:`routed_ffn`."""
     inlets = [up] if gate is None else [gate, up]
-    tensors: list[Tensor | None] = [x, routing.log_weights]
-    for projection in inlets:
-        reads = [read_low_rank(x, low) for low in projection.lora]
-        low_ups = [low.up.to(x.dtype) for low in projection.lora]
-        tensors += [projection.weight, projection.bias]
-        tensors += [torch.cat(reads, 1), torch.cat(low_ups, 1)] if reads else [None, None]
-    outlets = [down.weight, *(low.down.to(x.dtype) for low in down.lora)]
-    tensors += outlets
-
+    tensors = differentiable(x, routing.log_weights, inlets, down)
     dropouts = (dropout, *(low.dropout for low in down.lora))
     plan = Plan(
         make_products=make_products,
@@ -62,24 +52,13 @@ def routed_ffn_blockwise(
         activation=activation,
         dropouts=dropouts,
         seed=draw_seed() if any(dropouts) else 0,
-        keep=_what_to_keep(tensors, outlets, plain_relu=activation is F.relu and gate is None, recompute=recompute),
+        keep=what_to_keep(tensors, len(inlets), activation, recompute=recompute),
     )
-    output, *reads = _Blockwise.apply(plan, routing.blocks, *tensors)
-    for low, read in zip(down.lora, reads, strict=True):
-        output = output + low.scaling * F.linear(read, low.up.to(x.dtype))
-    return output if down.bias is None else output + down.bias.to(x.dtype)
+    output, *reads = _Routed.apply(plan, routing.blocks, *tensors)
+    return add_updates(output, reads, down)
 
 
-def _what_to_keep(tensors: list[Any], outlets: list[Tensor], *, plain_relu: bool, recompute: bool) -> str:
-    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return "nothing"
-    # ReLU's derivative is a sign; its values matter where they meet a trainable weight.
-    if plain_relu and not any(tensor.requires_grad for tensor in outlets):
-        return "signs"
-    return "nothing" if recompute else "inner"
-
-
-class _Blockwise(torch.autograd.Function):
+class _Routed(torch.autograd.Function):
     """Returns the output, (N, D), and what each update of the down projection reads, (N, r)."""
 
     @staticmethod
@@ -90,7 +69,7 @@ class _Blockwise(torch.autograd.Function):
         products, draws = plan.make_products(Groups(blocks, plan.num_blocks)), Draws(plan.seed, x.device)
         kept: list[Tensor] = []
         for tile in products.tiles():
-            inner = _enter(products, tile, arguments)
+            inner = enter(products, tile, arguments)
             if plan.keep == "signs":
                 kept.append(pack_signs(inner[0]))
             elif plan.keep == "inner":
@@ -109,54 +88,23 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         blocks, *saved = ctx.saved_tensors
-        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        tensors, kept = saved[: ctx.num_tensors], _KeptByTile(ctx.plan, saved[ctx.num_tensors :], blocks.device)
         with torch.autocast(blocks.device.type, enabled=False):
-            return None, None, *_gradients(ctx.plan, blocks, tensors, kept, ctx.needs_input_grad[2:], grad_outputs)
+            return None, None, *gradients(ctx.plan, blocks, tensors, kept, ctx.needs_input_grad[2:], grad_outputs)
 
 
-def _gradients(
-    plan: Plan,
-    blocks: Tensor,
-    tensors: list[Any],
-    kept: list[Tensor],
-    needed: tuple[bool, ...],
-    grad_outputs: tuple[Tensor, ...],
-) -> list[Tensor | None]:
-    """Return the gradients of the differentiable arguments, None for those not needed."""
-    arguments, precise_at = Arguments.of(plan, tensors), precise_places(plan)
-    precise = softmax_dtype(arguments.x.dtype)
-    grads: list[Any] = [
-        torch.zeros_like(tensor, dtype=precise if index in precise_at else tensor.dtype) if need else None
-        for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
-    ]
-    totals, remaining = Arguments.of(plan, grads), iter(kept)
-    products, draws = plan.make_products(Groups(blocks, plan.num_blocks)), Draws(plan.seed, blocks.device)
-    for tile in products.tiles():
-        step = TileBackward(products, tile, arguments, totals)
-        grad = products.inner(tile, grad_outputs[0], arguments.outlets[0])  # of the activation, (n, W)
-        masks = draws.masks(grad, plan.dropouts)
-        if plan.keep == "signs":
-            grad = step.through_outlets(grad, grad_outputs, None, masks)
-            grad.mul_(unpack_signs(next(remaining), grad.shape))
-            step.through_inlets([grad], agreement_with_inputs=True)
-            continue
-        inner = [next(remaining) for _ in arguments.inlets] if kept else _enter(products, tile, arguments)
-        inner = [tensor.detach().requires_grad_() for tensor in inner]
-        with torch.enable_grad():
-            active = plan.activate(inner)
-        grad = step.through_outlets(grad, grad_outputs, active.detach(), masks)
-        step.through_inlets(torch.autograd.grad(active, inner, grad), agreement_with_inputs=False)
-    return [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
+class _KeptByTile:
+    """Tensors of each tile, in the order of the tiles; dropout is drawn again."""
 
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self._plan, self._remaining = plan, iter(tensors)
+        self._draws = Draws(plan.seed, device)
 
-def _enter(products: Products, tile: Tile, arguments: Arguments) -> list[Tensor]:
-    """Return what enters the activation, (n, W) for each inlet."""
-    entering = []
-    for inlet in arguments.inlets:
-        inner = products.inner(tile, arguments.x, inlet.weight)
-        if inlet.reads is not None and inlet.low_up is not None:
-            inner.add_(products.inner(tile, inlet.reads, inlet.low_up))
-        if inlet.bias is not None:
-            inner.add_(products.bias(tile, inlet.bias).to(inner.dtype))
-        entering.append(inner)
-    return entering
+    def inner(self, tile: Tile) -> list[Tensor]:
+        return [next(self._remaining) for _ in range(self._plan.num_inlets)] if self._plan.keep == "inner" else []
+
+    def signs(self, tile: Tile, shape: tuple[int, ...]) -> Tensor:
+        return unpack_signs(next(self._remaining), shape)
+
+    def masks(self, tile: Tile, like: Tensor) -> list[Tensor | None]:
+        return self._draws.masks(like, self._plan.dropouts)

@@ -54,6 +54,26 @@ def route(x: Tensor, router_weight: Tensor, router_bias: Tensor | None = None, *
         return Routing(blocks, torch.log_softmax(logits, -1).gather(-1, blocks), logits)
 
 
+def column_weights(columns: Tensor) -> Tensor:
+    """Return ||d_i||^2 of the down projection's columns, cut into blocks: (G, W, D) -> (G, W), in float32 at least."""
+    return torch.linalg.vector_norm(columns, dim=-1, dtype=softmax_dtype(columns.dtype)).square()
+
+
+def largest_blocks(active: Tensor, weights: Tensor, num_active: int) -> Tensor:
+    """Choose the blocks that add most to the output, sum of a_i^2 ||d_i||^2; of equal ones the lowest.
+
+    Args:
+        active: what enters the down projection, (N, I).
+        weights: ||d_i||^2, (G, I / G).
+        num_active: G'.
+
+    Returns:
+        (N, G'), in no particular order.
+    """
+    contributions = active.to(weights.dtype).square().unflatten(-1, weights.shape).mul_(weights).sum(-1)
+    return top_k_lowest_index(contributions, num_active)[1]
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which products with ``x`` are taken: autocast's, where it is on and applies, else its own."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
