@@ -100,6 +100,7 @@ def _attend(
     impl = OPERATOR.choose(impl, _arguments(query, value, codebooks, settings))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
             selected = select_triton(query, key, codebooks, channel_weights, visibility, settings)
@@ -163,6 +164,7 @@ def _attend_backward(
     attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention import triton
 
             selected = triton.Selection(triton.query_tables(query, codebooks, settings), selection_a, selection_b)
