@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.spt import Sparsification, SptConfig, sparsify
+from sparsepeft.spt import Plan, Sparsification, SptConfig, sparsify
 
 _MASKED = 0.15
 
@@ -60,18 +60,28 @@ def check_spt(method: str, values: Any, is_language_model: bool) -> SptConfig:
 
 
 def make_sparse(
-    model: PreTrainedModel, config: SptConfig, calibration_data: Any, held_out_data: Any = None
+    model: PreTrainedModel,
+    config: SptConfig,
+    calibration_data: Any,
+    held_out_data: Any = None,
+    plan: Plan | None = None,
 ) -> Sparsification:
     """:func:`sparsepeft.spt.sparsify`, with what was converted and how far from the dense model it is.
+
+    With a ``plan`` that was made before, no other is.
 
     Raises:
         UserError: the model lacks a structure that is needed, or sizes do not fit.
     """
+    if plan is not None:
+        config = dataclasses.replace(config, overrides=plan.overrides)
     try:
         sparse: Any = sparsify(model, config, calibration_data, held_out_data=held_out_data)
     except ValueError as error:
         raise UserError(f"The model cannot be made sparse: {error}") from error
-    return sparse.sparsification
+    made: Sparsification = sparse.sparsification
+    made.plan = made.plan or plan
+    return made
 
 
 def with_masks(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, seed: int) -> dict[str, Tensor]:
