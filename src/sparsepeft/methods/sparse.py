@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.spt import Plan, Sparsification, SptConfig, sparsify
+from sparsepeft.spt import Plan, Sparsification, SptConfig, answering, sparsification, sparsify
+from sparsepeft.spt.config import INFER
 
 _MASKED = 0.15
+T = TypeVar("T")
 
 
 def read_spt_settings(values: Any) -> SptConfig:
@@ -93,6 +96,22 @@ def with_masks(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, seed: int) ->
     """
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=_MASKED, seed=seed)
     return dict(collator([{"input_ids": block} for block in blocks]))
+
+
+def by_infer(model: nn.Module, score: Callable[[], T]) -> dict[str, T]:
+    """What ``score`` returns for each way in which a model can answer, by its name, the model's way first.
+
+    A dense model has one way, as has a sparse one that only trains sparsely (exact FFNs without sparse attention).
+    """
+    state = sparsification(model)
+    if state is None:
+        return {"dense": score()}
+    scores = {state.context.infer: score()}
+    if state.attention or any(routed.config.values == "routed" for _, routed in state.feed_forwards):
+        (other,) = set(INFER) - scores.keys()
+        with answering(model, other):
+            scores[other] = score()
+    return scores
 
 
 def describe(sparsification: Sparsification) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sparsepeft.spt.calibration import Calibration
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import desparsify, install
 from sparsepeft.spt.density import SparseContext
-from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.feed_forward import make_sparse
 from sparsepeft.spt.plan import DENSE, Choice, Plan, fastest
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def _feed_forward_timer(
         starts = [start for config in configs for _, start in calibration.starts(config, feed_forward.name)]
         # They share the weights, and each puts these into its own order: that matters for what is computed alone.
         layers = [
-            RoutedFeedForward(feed_forward, start, config, SparseContext(config)).train()
+            make_sparse(feed_forward, start, config, SparseContext(config)).train()
             for start, config in zip(starts, configs, strict=True)
         ]
         try:

@@ -18,7 +18,7 @@ from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.sparse_attention import fit_codebooks
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.spt.feed_forward import inner_tensors
+from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.report import watching
 from sparsepeft.spt.router import (
@@ -179,8 +179,13 @@ def initial_router(
     config: SptConfig,
     batch: dict[str, Tensor] | None,
     seen: dict[str, tuple[Tensor, Tensor]],
-) -> InitialRouter:
-    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
+) -> InitialRouter | None:
+    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one.
+
+    None for an FFN with exact values, which has no router.
+    """
+    if config.values == "exact":
+        return None
     inner, num_blocks = feed_forward.sizes[1], config.num_blocks
     inputs = None if batch is None else _inputs(feed_forward, batch, seen)
     states = None if inputs is None else inner_states(feed_forward, inputs)
@@ -252,7 +257,7 @@ class Calibration:
             for name, own in self._settings(self.calls, config, only)
         }
 
-    def starts(self, config: SptConfig, only: str | None = None) -> list[tuple[FeedForward, InitialRouter]]:
+    def starts(self, config: SptConfig, only: str | None = None) -> list[tuple[FeedForward, InitialRouter | None]]:
         """Of all FFNs that become sparse by ``config``, or of the one of that name."""
         return [
             (each, self._once(f"{name} {own}", partial(initial_router, each, own, self.batch, self.seen)))

@@ -59,11 +59,12 @@ def sparsify(
                 needed = f"budget={config.budget} needs calibration_data to be kept on"
             raise ValueError(f"{needed}; pass a batch of input ids.")
         config = config.with_length(next(iter(batch.values())).shape[1])
-    if config.ffn and config.compensation_rank and batch is None:
-        raise ValueError(
-            f"compensation_rank={config.compensation_rank} needs calibration_data to be fitted to; pass a batch of "
-            "input ids, or compensation_rank=0."
-        )
+    for name in ("compensation_rank", "reconstruction_rank"):
+        if config.ffn and getattr(config, name) and batch is None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} needs calibration_data to be fitted to; pass a batch of input ids, or "
+                f"{name}=0."
+            )
     # All that can go wrong does so before the model is touched.
     plan, texts = None, {}
     if config.budget is not None and config.overrides is None:

@@ -35,6 +35,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     lines = [f"{results['task']}, {results['method']}: {main} {results['score']:.4f} on {part} ({rows[part]:,} rows)"]
     lines += [f"  {line}" for line in _wrapped([*others, *_errors(results)], ", ", 78)]
     lines.append("  " + _baseline(results["baseline"], main))
+    lines += [f"  {line}" for line in _by_infer(results)]
     if "spt" in results:
         lines.append(sparse_line(results["spt"]["config"], results["spt"]["report"]))
     lines += _wrapped([f"rows: {rows['training']:,} to train on", *_counts(rows)], ", ", 80)
@@ -56,6 +57,7 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     return [
         f"lm, {results['method']}: perplexity {results['score']:.2f} on {results['num_validation_tokens']:,} held-out "
         f"tokens (before: {before})",
+        *_by_infer(results),
         f"{results['num_train_tokens']:,} training tokens in blocks of {results['block_length']}{first}",
         f"{results['steps']:,} steps in {duration(results['train_seconds'])}",
         f"trained: {parameters['trained']:,} parameters{routers}",
@@ -98,6 +100,8 @@ def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
         parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
         if report["feed_forward_operations"] is not None:
             parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+        if report.get("feed_forward_step_operations") is not None:
+            parts[-1] += f", {report['feed_forward_step_operations']:.1%} of those of a training step"
     return "\n".join(parts)
 
 
@@ -139,6 +143,14 @@ def _notes(notes: Iterable[str]) -> list[str]:
 
 def _counts(rows: Mapping[str, int]) -> list[str]:
     return [f"{count:,} {_PARTS.get(name, name)}" for name, count in rows.items() if name != "training"]
+
+
+def _by_infer(results: Mapping[str, Any]) -> list[str]:
+    """What a sparse model scores as it is, and as the dense model that it was made from."""
+    part, main = results["score_split"], results["main_metric"]
+    scores = results.get("metrics_by_infer", {})
+    said = ", ".join(f"{infer} {metrics[part][main]:.4f}" for infer, metrics in scores.items())
+    return [f"{main} by how the model answers: {said}"] if said else []
 
 
 def _errors(results: Mapping[str, Any]) -> list[str]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import record_function
+from transformers import AutoConfig
 
 from sparsepeft.errors import UserError
 from sparsepeft.spt import sparsification
-from sparsepeft_research.benchmarks import spt
+from sparsepeft_research.benchmarks import spt, step_memory
+from sparsepeft_research.benchmarks.measuring import memory_by_phase
 from sparsepeft_research.benchmarks.spt import SptBenchmark, candidates, run
 from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
 
@@ -115,3 +118,39 @@ def test_models_that_cannot_be_measured(tiny_language_model: Path, tmp_path: Pat
     benchmark = small(tiny_language_model, num_blocks=7)
     with pytest.raises(UserError, match="num_blocks=7"):
         run(benchmark)
+
+
+def test_a_phase_is_where_its_tensors_are() -> None:
+    def function() -> None:
+        kept = torch.empty(1000)
+        with record_function("second"):
+            pass
+        torch.empty(3000)
+        with record_function("third"):
+            pass
+        del kept
+        torch.empty(500)
+
+    phases = memory_by_phase(function, ("second", "third"))
+    assert phases == {"": (0, 4000), "second": (4000, 16_000), "third": (4000, 4000)}
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step(tiny_language_model: Path) -> None:
+    report = step_memory.run(
+        model=str(tiny_language_model), length=48, dtypes="float32", only="", seed=0, progress=lambda _: None
+    )
+    found = {one["candidate"]: one for one in report["results"]}
+    assert list(found) == list(step_memory.CANDIDATES)
+    dense, chunked = found[step_memory.BASELINE], found["loss in chunks"]
+    vocabulary = AutoConfig.from_pretrained(tiny_language_model).vocab_size
+    assert dense["loss_bytes"] > 2 * 4 * 48 * vocabulary
+    assert dense["kept_activations_bytes"] == chunked["kept_activations_bytes"]
+    assert chunked["loss_bytes"] < dense["loss_bytes"]
+    for name, less in (("exact FFN at a quarter", chunked), ("checkpointing", chunked)):
+        assert found[f"loss in chunks, {name}"]["kept_activations_bytes"] < less["kept_activations_bytes"]
+    for one in found.values():
+        outside = one["weights_bytes"] + one["adapter_and_optimizer_bytes"]
+        assert one["peak_bytes"] == outside + one["step_bytes"]
+        assert one["step_bytes"] >= one["kept_activations_bytes"] + one["loss_bytes"]
+    assert dense["share_of_transformers"] == 1
