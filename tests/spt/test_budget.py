@@ -15,7 +15,7 @@ from tests.spt.models import SIZES, V, build, inputs
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.scoring import LossMeter, Text, text_for
 from sparsepeft.spt import Plan, SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
-from sparsepeft.spt import budget as module_under_test
+from sparsepeft.spt import budget as budget_module
 from sparsepeft.spt.plan import DENSE, Choice, fastest
 
 
@@ -83,16 +83,21 @@ def test_some_of_a_text() -> None:
     assert fewer.labels[fewer.labels != -100].tolist() == [1, 5, 10, 14, 19]
 
 
+def faster_when_sparser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for larger models: forms are listed from the mildest."""
+    monkeypatch.setattr(budget_module, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
+
+
 @pytest.mark.parametrize(("name", "budget"), [("llama", 0.5), ("opt", 0.05), ("masked", 0.5)])
 def test_a_plan_keeps_to_its_budget(name: str, budget: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "_WORTH", 1e9)  # nothing of a tiny model is faster
+    faster_when_sparser(monkeypatch)
     model, data = masked() if name == "masked" else (build(name), inputs(name, "left"))
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     held_out = {key: tensor.flip(0) for key, tensor in data.items()}
     sparsify(model, SptConfig(budget=budget, num_blocks=4, num_active_blocks=2), data, held_out_data=held_out)
     done = sparsification(model)
     plan = done.plan
-    assert set(plan.modules) == {f"{module}" for module in done.config.overrides}
+    assert plan.modules.keys() == done.config.overrides.keys()
     assert len(plan.modules) == 4
     for text, change in plan.measured_change.items():
         assert change <= budget + 1e-6, text
@@ -113,12 +118,13 @@ def test_a_plan_keeps_to_its_budget(name: str, budget: float, tmp_path: Any, mon
 
 
 def test_without_any_budget_only_what_costs_nothing_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "_WORTH", 1e9)
+    faster_when_sparser(monkeypatch)
     model = build("llama")
     sparsify(model, SptConfig(budget=0.0, num_blocks=4, num_active_blocks=2), inputs("llama")["input_ids"])
     plan = sparsification(model).plan
     assert plan.measured_change["calibration"] <= 1e-6
-    assert all(choice.settings["values"] == "exact" for name, choice in plan.modules.items() if name.endswith("mlp"))
+    assert all(choice.loss_change <= 0 for choice in plan.modules.values())
+    assert all(choice.settings != DENSE for name, choice in plan.modules.items() if name.endswith("mlp"))
 
 
 def test_what_has_no_perplexity_is_refused() -> None:
