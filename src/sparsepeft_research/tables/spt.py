@@ -118,7 +118,7 @@ def encoders(results: Path) -> str:
 def conversion(results: Path) -> str:
     """Perplexity right after conversion."""
     rows = []
-    for run in read_folder(results / "spt_quality", "conversion-*.json").values():
+    for run in read_folder(results / "spt_quality", "starts-*.json").values():
         dense, sparse = (run.results["before"][kind]["perplexity"] for kind in ("dense", "sparse"))
         report = run.results["spt"]["report"]
         errors = list(report["feed_forward_error"].values()) or list(report["attention_error"].values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.profiler import record_function
 from transformers import AutoConfig
 
 from sparsepeft.errors import UserError
-from sparsepeft.spt import sparsification
+from sparsepeft.spt import SptConfig, sparsification
 from sparsepeft_research.benchmarks import spt, step_memory
 from sparsepeft_research.benchmarks.measuring import memory_by_phase
 from sparsepeft_research.benchmarks.spt import SptBenchmark, candidates, run
@@ -30,6 +32,8 @@ def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
     for name, stack in stacks.items():
         done, base = sparsification(stack.model), stack.model.get_base_model()
         is_sparse = {"attention": name.startswith(("sparse", "both")), "ffn": name.startswith(("FFN", "both"))}
+        values = done.config.values if done is not None else None
+        assert not is_sparse["ffn"] or values == name.rpartition(" ")[2]
         assert (done is not None) == any(is_sparse.values())
         if done is not None:
             assert {"attention": bool(done.attention), "ffn": bool(done.feed_forwards)} == is_sparse
@@ -41,7 +45,7 @@ def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
 
 def test_a_step_trains_lora_and_routers_and_leaves_no_gradients(tiny_language_model: Path) -> None:
     benchmark = small(tiny_language_model, batch_size=2)
-    stack = Stack(benchmark, stack_config(benchmark.model, 2, 48), 48, spt=benchmark.spt(48, active=2))
+    stack = Stack(benchmark, stack_config(benchmark.model, 2, 48), 48, spt=benchmark.spt(48, active=2, values="routed"))
     trained = {n: p for n, p in stack.model.named_parameters() if p.requires_grad}
     assert {"lora" in name or "spt_router" in name for name in trained} == {True}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
@@ -57,15 +61,29 @@ def test_a_step_trains_lora_and_routers_and_leaves_no_gradients(tiny_language_mo
     assert not torch.equal(codebooks.codebooks, old)
 
 
+def test_a_plan_holds_for_the_layers_that_there_are(tiny_language_model: Path, tmp_path: Path) -> None:
+    own = {"model.layers.0.self_attn": {"dense": True}, "model.layers.1.mlp": {"num_active_blocks": 1}}
+    planned = SptConfig(values="routed", num_blocks=4, top_l=6, num_active_blocks=2, budget=0.1, overrides=own)
+    plan = tmp_path / "spt.json"
+    plan.write_text(json.dumps({"config": asdict(planned)}))
+    benchmark = small(tiny_language_model, plan=str(plan), layers=1)
+    arguments = candidates(benchmark, 48)["plan"]
+    done = sparsification(Stack(benchmark, stack_config(benchmark.model, 1, 48), 48, **arguments).model)
+    assert done is not None
+    assert not done.attention
+    assert done.config.overrides == {"layers.0.self_attn": {"dense": True}}
+    assert done.config.budget is None
+
+
 @pytest.mark.slow
 def test_figures_fit_together(tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    report = run(small(tiny_language_model, lengths=(32, 48)), told.append)
+    report = run(small(tiny_language_model, lengths=(32, 48), values=("routed",)), told.append)
     assert [result["length"] for result in report["results"]] == [32, 48]
     assert any("48 tokens: timing" in message for message in told)
     for result in report["results"]:
-        found = result["candidates"]
-        assert list(found) == ["sdpa", "sdpa, checkpointing", "eager", "sparse attention", "FFN 2/4", "both 2/4"]
+        found, chosen = result["candidates"], ["FFN 2/4 routed", "both 2/4 routed"]
+        assert list(found) == ["sdpa", "sdpa, checkpointing", "eager", "sparse attention", *chosen]
         for name, each in found.items():
             for other, speedup in each["speedup_over"].items():
                 assert speedup == found[other]["step"]["median_ms"] / each["step"]["median_ms"]
@@ -101,6 +119,8 @@ def test_named_stacks_can_be_built(name: str) -> None:
         ({"device": "tpu"}, "tpu"),
         ({"active_blocks": (5,)}, "num_active_blocks=5"),
         ({"granularity": "row"}, "row"),
+        ({"values": ("dense",)}, "'dense' is unknown"),
+        ({"plan": "nowhere.json"}, "plan=nowhere.json"),
     ],
 )
 def test_bad_values(changes: dict, words: str) -> None:

@@ -18,7 +18,7 @@ from sparsepeft.ops.sparse_attention.pytorch import torch_forward
 from sparsepeft.ops.sparse_attention.similarity import Codes
 
 _MAX_HEAD_SIZE = 256
-_MAX_SUBVECTORS = 64  # ranks are 32 bits: 7 for matches, 24 for distances, which are up to twice the number of keys
+_MAX_SUBVECTORS = 64  # a query's table has 16 bytes for each
 _MAX_KEYS = 1 << 22
 _MIN_FLEX_HEAD_SIZE = 16
 # FlexAttention's tuned kernels have tiles of 64, those that an outer torch.compile takes of 128 (backward on an H100).
@@ -65,8 +65,6 @@ def _why_not_cpu(arguments: AttentionArguments) -> str | None:
 def _why_not_triton(arguments: AttentionArguments) -> str | None:
     if arguments.block_size:
         return "granularity is 'block', the Triton kernels keep single tokens"
-    if arguments.inner_product:
-        return "similarity is 'inner_product', the Triton kernels count matches"
     reason = gpu.why_not_triton(arguments.query)
     if reason is not None:
         return reason

@@ -1,7 +1,7 @@
 """One operator, opaque to ``torch.compile``, in front of the implementations that have a backward of their own.
 
 Kept for backward are the inputs, the output, the log-sum-exp, and what was selected, in three tensors: codes of keys
-and queries (token granularity, which selects again), the same packed with a threshold per query (Triton), or block
+and queries (token granularity, which selects again), those of keys packed and thresholds of queries (Triton), or block
 lists and their counts; what is not needed is empty. Memory is linear in the number of tokens.
 
 FlexAttention has its own derivative, so it stands outside, and only the selection before it is an operator.
@@ -95,7 +95,8 @@ def _attend(
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
             selected = select_triton(query, key, codebooks, visibility, settings)
-            return *triton_forward(query, key, value, selected, visibility, settings), *selected
+            nothing = query.new_empty(0, dtype=torch.int32)
+            return *triton_forward(query, key, value, selected, visibility, settings), *selected[1:], nothing
         selection = select(query, key, codebooks, visibility, settings)
         return *_FORWARD[impl](query, key, value, selection, visibility, settings), *_as_three(selection)
 
@@ -109,7 +110,7 @@ def _(
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=softmax_dtype(query.dtype))
     if OPERATOR.means("triton", impl, _arguments(query, value, codebooks, settings)):
-        shapes = *(words_shape(t.shape, num_subvectors) for t in (query, key)), query.shape[:3]
+        shapes = words_shape(key.shape, num_subvectors), (*query.shape[:2], 2, query.shape[2]), (0,)
         a, b, c = (query.new_empty(shape, dtype=torch.int32) for shape in shapes)
         return output, log_sum_exp, a, b, c
     if settings.block_size:
@@ -154,11 +155,10 @@ def _attend_backward(
     attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
-            from sparsepeft.ops.sparse_attention.triton import Selection as TritonSelection
-            from sparsepeft.ops.sparse_attention.triton import triton_backward
+            from sparsepeft.ops.sparse_attention import triton
 
-            selected = TritonSelection(selection_a, selection_b, selection_c)
-            return triton_backward(grad_output, attended, selected, visibility, settings)
+            selected = triton.Selection(triton.query_tables(query, codebooks, settings), selection_a, selection_b)
+            return triton.triton_backward(grad_output, attended, selected, visibility, settings)
         selection: Selection
         if settings.block_size:
             selection = BlockLists(selection_a, selection_b)
