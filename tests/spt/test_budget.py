@@ -13,10 +13,8 @@ import transformers as hf
 from tests.spt.models import SIZES, V, build, inputs
 
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.scoring import LossMeter, Text, text_for
+from sparsepeft.planning import DENSE, Choice, LossMeter, Text, fastest, search, text_for
 from sparsepeft.spt import Plan, SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
-from sparsepeft.spt import budget as budget_module
-from sparsepeft.spt.plan import DENSE, Choice, fastest
 
 
 def masked() -> tuple[Any, dict[str, torch.Tensor]]:
@@ -85,7 +83,7 @@ def test_some_of_a_text() -> None:
 
 def faster_when_sparser(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is for larger models: forms are listed from the mildest."""
-    monkeypatch.setattr(budget_module, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
+    monkeypatch.setattr(search, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
 
 
 @pytest.mark.parametrize(("name", "budget"), [("llama", 0.5), ("opt", 0.05), ("masked", 0.5)])

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.scoring import Text, text_for
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.sparse_attention import fit_codebooks
+from sparsepeft.planning import Text, text_for
 from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.projections import inner_tensors
