@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.scoring import Text, text_for
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.planning import Text, text_for
 from sparsepeft.spt.attention import NAME, AttentionCall, recording
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
