@@ -22,8 +22,7 @@ from torch import Tensor
 from sparsepeft.ops import fit_codebooks, selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
-from sparsepeft.ops.sparse_attention.cpu import cpu_forward
-from sparsepeft.ops.sparse_attention.selection import keep_blocks
+from sparsepeft.ops.sparse_attention.cpu import cpu_select
 from sparsepeft.ops.sparse_attention.similarity import Codes
 from sparsepeft_research.benchmarks.measuring import (
     as_dicts,
@@ -98,18 +97,13 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Te
 
 
 def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Callable[[], object]]:
-    """Return what can be timed by itself: codes, the block lists, and selection with almost no attention."""
+    """Return what can be timed by itself: codes, and selection alone."""
     query, key, _ = tensors
     none = {"window": None, "query_positions": None, "key_mask": None}
     visibility = Visibility.of(1, case.num_tokens, case.num_tokens, causal=case.causal, device=query.device, **none)
-    settings = Settings(False, case.top_l, 1.0, 0.0, True, True, 0)
-    codes = Codes(encode(key, codebooks), encode(query, codebooks), codebooks)
-    common = {
-        "encode": lambda: (encode(query, codebooks), encode(key, codebooks)),
-        "block lists": lambda: keep_blocks(
-            encode(query, codebooks), codes.keys, visibility, settings._replace(block_size=64)
-        ),
-    }
+    settings = Settings(True, case.top_l, 1.0, 0.0, True, True, 0)
+    codes = Codes(encode(key, codebooks), None, codebooks)
+    common = {"encode": lambda: encode(key, codebooks)}
     if query.is_cuda:
         from sparsepeft.ops.sparse_attention.triton import select_triton
 
@@ -117,13 +111,7 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
             **common,
             "encode and token selection": lambda: select_triton(query, key, codebooks, visibility, settings),
         }
-    narrow = [tensor[..., :1].contiguous() for tensor in tensors]  # the kernel pads it to 16 numbers
-    return {
-        **common,
-        "token selection and attention over vectors of 1": lambda: cpu_forward(
-            narrow[0], narrow[1], narrow[2], codes, visibility, settings
-        ),
-    }
+    return {**common, "token selection": lambda: cpu_select(query, codes, visibility, settings)}
 
 
 def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str) -> dict[str, Any]:

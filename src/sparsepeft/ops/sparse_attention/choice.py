@@ -58,9 +58,8 @@ class AttentionArguments(NamedTuple):
 
 
 def _why_not_cpu(arguments: AttentionArguments) -> str | None:
-    if arguments.inner_product and not arguments.block_size:
-        return "similarity is 'inner_product', the compiled kernels count matches"
-    return why_not_cpu(arguments.query, arguments.value, arguments.num_subvectors)
+    query, value, num_subvectors, _, inner_product = arguments
+    return why_not_cpu(query, value, num_subvectors, inner_product=inner_product)
 
 
 def _why_not_triton(arguments: AttentionArguments) -> str | None:
@@ -113,9 +112,9 @@ def why_slower_here() -> str | None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 256, 64, generator=generator)
     codebooks = torch.randn(2, 8, 16, 8, generator=generator)
-    settings = Settings(False, 32, 0.125, 0.0, True, True, 0)
+    settings = Settings(True, 32, 0.125, 0.0, True, True, 0)
     visibility = Visibility.of(1, 256, 256, causal=True)
-    codes = Codes(encode_cpu(key, codebooks), encode_cpu(query, codebooks), codebooks)
+    codes = Codes(encode_cpu(key, codebooks), None, codebooks)
     forms = {
         name: functools.partial(form, query, key, value, codes, visibility, settings)
         for name, form in (("cpu", cpu_forward), ("torch", torch_forward))
