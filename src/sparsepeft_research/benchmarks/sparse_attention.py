@@ -109,7 +109,7 @@ def parts(case: Case, tensors: list[Tensor], codebooks: Tensor) -> dict[str, Cal
 
         return {
             **common,
-            "encode and token selection": lambda: select_triton(query, key, codebooks, visibility, settings),
+            "encode and token selection": lambda: select_triton(query, key, codebooks, None, visibility, settings),
         }
     return {**common, "token selection": lambda: cpu_select(query, codes, visibility, settings)}
 
