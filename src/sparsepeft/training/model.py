@@ -56,7 +56,8 @@ def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
     sparsification = None
     if spt is not None:
         to_accelerator(backbone, config.device)
-        sparsification = make_sparse(backbone, spt, data.calibration_batch())
+        held_out = data.held_out_batch() if isinstance(data, TextData) and spt.budget is not None else None
+        sparsification = make_sparse(backbone, spt, data.calibration_batch(), held_out)
         if isinstance(data, TextData):
             before["sparse"] = text_scores(config, backbone, data)
     spec = data.spec if isinstance(data, LabelledData) else None
