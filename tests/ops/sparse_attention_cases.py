@@ -243,7 +243,7 @@ def check_compiles_and_is_registered(device: str = "cpu", impl: str = "triton", 
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for inner_product in (True, False):
         packed = Settings(inner_product, 3, 0.25, 0.0, True, True, block_size).pack()
-        arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
+        arguments = (options["codebooks"], None, *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
         torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
 
@@ -301,7 +301,7 @@ def check_selection(index: int, similarity: str, device: str = "cpu") -> None:
     scores = Codes(encode(key, codebooks), queries, codebooks).scores(query, slice(None))
     expected = keep_tokens(scores, visibility, settings)
 
-    selection = select_triton(query, key, codebooks, visibility, settings)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
     if settings.inner_product:
         tables = selection.tables.unflatten(-1, (-1, 16))[..., :num_subvectors, :num_codewords].int() + 128
         assert torch.equal(tables, query_tables(query, codebooks).int())
@@ -340,6 +340,6 @@ def launch(
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
     settings = Settings(True, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
-    selection = select_triton(query, key, codebooks, visibility, settings)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
     triton_backward(grad_output, Attended(query, key, value, output, log_sum_exp), selection, visibility, settings)

@@ -40,8 +40,9 @@ class Selection(NamedTuple):
     thresholds: Tensor
 
 
-def encode_triton(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def encode_triton(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None = None) -> Tensor:
     """Return codes as :func:`encode` does, uint8, (B, H, T, M)."""
+    vectors, codebooks = _weighted(vectors, codebooks, channel_weights)
     codes = torch.empty(*vectors.shape[:3], codebooks.shape[1], dtype=torch.uint8, device=vectors.device)
     return _encode(vectors, codebooks, codes)
 
@@ -60,13 +61,28 @@ def query_tables(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor
     return _launch_on_codebooks(_table_kernel, query, codebooks, tables, WORDS=words, enable_fp_fusion=False)
 
 
+def _weighted(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return vectors and codewords whose plain distances are the weighted ones."""
+    if channel_weights is None:
+        return vectors, codebooks
+    group = vectors.shape[1] // codebooks.shape[0]
+    scaled = vectors.float() * channel_weights.float().repeat_interleave(group, 0).unsqueeze(1)
+    return scaled, codebooks * channel_weights.unflatten(-1, (codebooks.shape[1], 1, -1))
+
+
 def select_triton(
-    query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
+    query: Tensor,
+    key: Tensor,
+    codebooks: Tensor,
+    channel_weights: Tensor | None,
+    visibility: Visibility,
+    settings: Settings,
 ) -> Selection:
     """Make queries' tables, encode keys and find, for each query, what it keeps."""
     tables, num_subvectors = query_tables(query, codebooks, settings), codebooks.shape[1]
     words = words_shape(key.shape, num_subvectors)
-    key_words = _encode(key, codebooks, torch.empty(words, dtype=torch.int32, device=key.device))
+    key_words = torch.empty(words, dtype=torch.int32, device=key.device)
+    _encode(*_weighted(key, codebooks, channel_weights), key_words)
     batch, heads, num_queries, _ = query.shape
     thresholds = torch.empty(batch, heads, 2, num_queries, dtype=torch.int32, device=query.device)
     limits = selection_limits(visibility, settings, key.shape[2])
