@@ -90,9 +90,13 @@ def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
 
 
 def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Tensor) -> dict[str, float]:
-    """Compare each form with the reference, in outputs and gradients; its numbers are float32."""
+    """Compare each form with the reference, in outputs and gradients; its numbers are float32.
+
+    What keys are chosen by is rounded to eighths: sums of products are exact, and no key is chosen by their rounding.
+    """
     dtype = tensors[0].dtype
     few = [tensor[:, :, :VERIFIED_TOKENS].contiguous() for tensor in (*tensors, grad_output)]
+    few[:2], codebooks = [(tensor * 8).round() / 8 for tensor in few[:2]], (codebooks * 8).round() / 8
     exact = [tensor.float() for tensor in few]
     top_l = max(1, case.top_l * few[0].shape[2] // case.num_tokens)
     attentions, errors = candidates(case._replace(top_l=top_l), codebooks), {}
