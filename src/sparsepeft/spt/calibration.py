@@ -247,7 +247,7 @@ class Calibration:
                 )
         self._made: dict[str, Any] = {}
 
-    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Tensor]:
+    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:
         """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
         return {
             name: self._once(f"{name} {own.granularity}", partial(layer_codebooks, name, self.calls[name], own))
