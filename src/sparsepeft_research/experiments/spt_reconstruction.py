@@ -85,6 +85,7 @@ def _layers(path: str, options: argparse.Namespace) -> dict[str, Any]:
         for name in options.settings:
             config = SptConfig(**BASE | SETTINGS[name], seed=options.seed)  # type: ignore[arg-type]
             start = initial_router(feed_forward, config, {}, seen)
+            assert start is not None  # of routed values
             routed = RoutedFeedForward(feed_forward, start, config, SparseContext(config)).eval()
             errors.setdefault(name, {})[str(position)] = {
                 "calibration": _error(routed, *seen[feed_forward.name]),
