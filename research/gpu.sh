@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test and every figure that needs a GPU, in under eight minutes:
+# Every test and every figure that needs a GPU, in under ten minutes:
 #
 #   research/gpu.sh                   # results in research/results/benchmarks
 #   OUT=/some/folder research/gpu.sh
@@ -45,15 +45,15 @@ if sys.argv[1] == "cuda" and not torch.cuda.is_available():
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without a GPU")
 PYTHON
 
-part tests_gpu 195 "$python" -m pytest -q -m gpu "${tests[@]}" tests
+part tests_gpu 220 "$python" -m pytest -q -m gpu "${tests[@]}" tests
 benchmark=("$python" -m sparsepeft_cli benchmark)
-part memory_gpu 60 "${benchmark[@]}" memory --device "$device" --dtype bfloat16 "${quick[@]}" \
+part memory_gpu 50 "${benchmark[@]}" memory --device "$device" --dtype bfloat16 "${quick[@]}" \
     --output "$out/memory_gpu.json"
-part sparse_attention_gpu 75 "${benchmark[@]}" sparse_attention --device "$device" "${quick[@]}" \
+part sparse_attention_gpu 120 "${benchmark[@]}" sparse_attention --device "$device" "${quick[@]}" \
     --output "$out/sparse_attention_gpu.json"
 part routed_ffn_gpu 60 "${benchmark[@]}" routed_ffn --device "$device" "${quick[@]}" \
     --output "$out/routed_ffn_gpu.json"
-part spt_stack_gpu 80 "${benchmark[@]}" spt --device "$device" "${stack[@]}" \
+part spt_stack_gpu 110 "${benchmark[@]}" spt --device "$device" "${stack[@]}" \
     --output "$out/spt_stack_gpu.json"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsepeft.ops.sparse_attention import encode, sparse_attention
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import keep_tokens
-from sparsepeft.ops.sparse_attention.similarity import Codes
+from sparsepeft.ops.sparse_attention.similarity import Codes, query_tables
 
 NAMES = ("output", "query", "key", "value")
 
@@ -243,7 +243,7 @@ def check_compiles_and_is_registered(device: str = "cpu", impl: str = "triton", 
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for inner_product in (True, False):
         packed = Settings(inner_product, 3, 0.25, 0.0, True, True, block_size).pack()
-        arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
+        arguments = (options["codebooks"], None, *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
         torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
 
@@ -287,8 +287,8 @@ SELECTIONS = [
 ]
 
 
-def check_selection(index: int, device: str = "cpu") -> None:
-    """The same keys, whatever ties: no rounding is involved."""
+def check_selection(index: int, similarity: str, device: str = "cpu") -> None:
+    """The same tables and keys, whatever ties: what is chosen by is exact."""
     from sparsepeft.ops.sparse_attention.triton import select_triton, selection_limits
 
     batch, heads, kv_heads, num_queries, num_keys, num_subvectors, num_codewords, *rest = SELECTIONS[index]
@@ -296,17 +296,21 @@ def check_selection(index: int, device: str = "cpu") -> None:
     case = Case(batch, heads, kv_heads, num_queries, num_keys, num_subvectors * width, 4, width, *rest)
     (query, key, _), options = make_inputs(case, device=device)
     codebooks = options["codebooks"][:, :, :num_codewords]
-    visibility, settings = selection_arguments(case, options | {"similarity": "matches"}, device)
-    codes = Codes(encode(key, codebooks, impl="triton"), encode(query, codebooks, impl="triton"), codebooks)
-    scores = codes.scores(query, slice(None))
+    visibility, settings = selection_arguments(case, options | {"similarity": similarity}, device)
+    queries = None if settings.inner_product else encode(query, codebooks)
+    scores = Codes(encode(key, codebooks), queries, codebooks).scores(query, slice(None))
     expected = keep_tokens(scores, visibility, settings)
 
-    thresholds = select_triton(query, key, codebooks, visibility, settings).thresholds.long().unsqueeze(-1)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
+    if settings.inner_product:
+        tables = selection.tables.unflatten(-1, (-1, 16))[..., :num_subvectors, :num_codewords].int() + 128
+        assert torch.equal(tables, query_tables(query, codebooks).int())
+    cut, reach = selection.thresholds.unsqueeze(-1).unbind(2)
     keys = torch.arange(num_keys, device=device)
     position, _, _, first, own, _ = selection_limits(visibility, settings, num_keys).unsqueeze(-1).unbind(1)
     offset = keys - position
-    distance = torch.where(offset > 0, 2 * offset, -2 * offset - 1).where(offset != 0, 0)
-    above = (scores.long() << 24) - distance.unsqueeze(1) >= thresholds
+    distance = torch.where(offset > 0, 2 * offset, -2 * offset - 1).where(offset != 0, 0).unsqueeze(1)
+    above = (scores > cut) | ((scores == cut) & (distance <= reach))
     forced = ((keys == own) | (keys == first)).unsqueeze(1)
     assert torch.equal((above | forced) & visibility.pairs(num_keys), expected)
 
@@ -314,20 +318,21 @@ def check_selection(index: int, device: str = "cpu") -> None:
 def check_encoding(
     num_subvectors: int, width: int, num_codewords: int, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    vectors = torch.randn(2, 4, 130, num_subvectors * width).to(device, dtype)
-    codebooks = torch.randn(2, num_subvectors, num_codewords, width).to(device)
+    vectors = on_grid(torch.randn(2, 4, 130, num_subvectors * width)).to(device, dtype)
+    codebooks = on_grid(torch.randn(2, num_subvectors, num_codewords, width)).to(device)
     codebooks[:, :, num_codewords // 2 + 1 :] = codebooks[:, :, :1]  # exact ties: the lowest is taken
     strided = vectors.transpose(1, 2).contiguous().transpose(1, 2)
-    codes = encode(strided, codebooks, impl="triton")
-    assert codes.dtype == torch.uint8
-    assert torch.equal(codes, encode(vectors, codebooks, impl="torch"))
+    for weights in (None, torch.randint(1, 8, (2, num_subvectors * width)).to(device) / 2):
+        codes = encode(strided, codebooks, channel_weights=weights, impl="triton")
+        assert codes.dtype == torch.uint8
+        assert torch.equal(codes, encode(vectors, codebooks, channel_weights=weights, impl="torch"))
 
 
 def launch(
     head_size: int, num_subvectors: int, dtype: torch.dtype, softcap: float, *, heads: int = 4, num_queries: int = 256
 ) -> None:
     """Encode, select, forward and backward on any numbers."""
-    from sparsepeft.ops.sparse_attention.triton import encode_triton, select_triton, triton_backward, triton_forward
+    from sparsepeft.ops.sparse_attention.triton import select_triton, triton_backward, triton_forward
 
     kv_heads, num_keys = max(1, heads // 2), num_queries
     query, grad_output = (torch.zeros(1, heads, num_queries, head_size, dtype=dtype) for _ in range(2))
@@ -335,8 +340,7 @@ def launch(
     codebooks = torch.zeros(kv_heads, num_subvectors, 16, head_size // num_subvectors)
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
-    settings = Settings(False, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
-    encode_triton(query, codebooks)
-    selection = select_triton(query, key, codebooks, visibility, settings)
+    settings = Settings(True, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
     triton_backward(grad_output, Attended(query, key, value, output, log_sum_exp), selection, visibility, settings)

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsepeft.ops import explain, sparse_attention
 from sparsepeft.ops.sparse_attention import choice, cpu, pytorch, selection
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
-from sparsepeft.ops.sparse_attention.quantization import encode
-from sparsepeft.ops.sparse_attention.selection import keep_blocks
+from sparsepeft.ops.sparse_attention.quantization import select
 
 FAST = ("cpu", "torch")
 ALL = ("reference", *FAST)
@@ -28,7 +27,7 @@ GRANULARITIES = (
     {"granularity": "token"},
     {"granularity": "token", "similarity": "matches"},
     {"granularity": "block", "block_size": 16},
-    {"granularity": "block", "block_size": 7},
+    {"granularity": "block", "block_size": 7, "similarity": "matches"},
 )
 
 
@@ -65,14 +64,16 @@ def test_gradcheck_of_the_reference(name: str) -> None:
     sizes = {"batch": 2, "num_queries": 5, "num_keys": 6, "head_size": 4, "value_size": 3, "width": 2, "top_l": 3}
     case = CASES[name]._replace(**sizes, heads=2, kv_heads=1)
     tensors, options = make_inputs(case, torch.float64)
-    for vectors in tensors[:2]:  # away from ties between codewords: no code flips
-        books = options["codebooks"].double().repeat_interleave(vectors.shape[1] // case.kv_heads, 0)
-        distances = torch.cdist(vectors.unflatten(-1, (-1, 2)).movedim(2, 3), books).sort(-1).values
-        assert (distances[..., 1] - distances[..., 0]).min() > 1e-4
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    for granularity in ({"granularity": "token"}, {"granularity": "block", "block_size": 2}):
-        attend = functools.partial(sparse_attention, **options, **granularity, impl="reference")
-        assert torch.autograd.gradcheck(attend, leaves)
+    query, key, _ = tensors = [tensor + 0.01 * torch.randn_like(tensor) for tensor in tensors]  # away from ties
+    for similarity in ("inner_product", "matches"):
+        for vectors in (key,) if similarity == "inner_product" else (query, key):  # no code flips
+            books = options["codebooks"].double().repeat_interleave(vectors.shape[1] // case.kv_heads, 0)
+            distances = torch.cdist(vectors.unflatten(-1, (-1, 2)).movedim(2, 3), books).sort(-1).values
+            assert (distances[..., 1] - distances[..., 0]).min() > 1e-4
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        for granularity in ({"granularity": "token"}, {"granularity": "block", "block_size": 2}):
+            how = options | granularity | {"similarity": similarity}
+            assert torch.autograd.gradcheck(functools.partial(sparse_attention, **how, impl="reference"), leaves)
 
 
 @pytest.mark.parametrize("granularity", ["token", "block"])
@@ -191,10 +192,9 @@ def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatc
     for num_tokens in (512, 1024):
         tensors, options = make_inputs(Case(1, 1, 1, num_tokens, num_tokens, 16, 16, 8, 16))
         visibility = Visibility.of(1, num_tokens, num_tokens)
-        settings = Settings(16, 0.25, 0.0, True, True, 64 if granularity == "block" else 0)
+        settings = Settings(True, 16, 0.25, 0.0, True, True, 64 if granularity == "block" else 0)
         with _Largest() as largest:
-            codes = tuple(encode(tensor, options["codebooks"]) for tensor in tensors[:2])
-            selected = keep_blocks(*codes, visibility, settings) if settings.block_size else codes
+            selected = select(*tensors[:2], options["codebooks"], None, visibility, settings)
             output, total = getattr(module, f"{impl}_forward")(*tensors, selected, visibility, settings)
             getattr(module, f"{impl}_backward")(
                 output, Attended(*tensors, output, total), selected, visibility, settings
@@ -271,6 +271,7 @@ BAD_ARGUMENTS = [
     ({"top_l": 0}, ValueError, "top_l is 0; expected at least 1"),
     ({"top_l": 0.125}, TypeError, "top_l is 0.125; expected an int"),
     ({"block_size": 0}, ValueError, "block_size is 0"),
+    ({"similarity": "cosine"}, ValueError, "similarity is 'cosine'; expected 'inner_product' or 'matches'"),
     ({"granularity": "row"}, ValueError, "granularity is 'row'; expected 'token' or 'block'"),
     ({"key_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"expected \(B, Tk\), \(2, 6\)"),
     ({"key_mask": torch.ones(2, 6)}, TypeError, "expected bool, True where"),

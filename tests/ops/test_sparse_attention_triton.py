@@ -42,9 +42,20 @@ def test_matches_reference(name: str) -> None:
 
 
 @needs_triton
-def test_keeps_the_same_keys_as_the_reference() -> None:
+def test_matches_reference_where_equal_codes_are_counted() -> None:
+    interpreted(cases.check_case, "window and padding", similarity="matches")
+
+
+@needs_triton
+def test_matches_reference_with_channel_weights() -> None:
+    interpreted(cases.check_case, "grouped heads", channel_weights=torch.randint(1, 8, (2, 16)) / 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("similarity", ["inner_product", "matches"])
+def test_keeps_the_same_keys_as_the_reference(similarity: str) -> None:
     for index in range(len(cases.SELECTIONS)):
-        interpreted(cases.check_selection, index)
+        interpreted(cases.check_selection, index, similarity)
 
 
 @needs_triton
@@ -74,16 +85,13 @@ def test_interpreted(check: Callable[[], None]) -> None:
     interpreted(check)
 
 
-KERNELS = [
-    *["_encode_kernel"] * 3,
-    *("_select_kernel", "_attention_fwd_kernel", "_attention_bwd_query_kernel", "_attention_bwd_key_value_kernel"),
-]
+ATTENTION = ["_attention_fwd_kernel", "_attention_bwd_query_kernel", "_attention_bwd_key_value_kernel"]
 
 
 @needs_triton
 def test_assembles_without_spills() -> None:
     kernels = assert_assembles(cases.launch, 64, 8, torch.bfloat16, 0.0, capability=90)
-    assert [kernel.name for kernel in kernels] == KERNELS
+    assert [kernel.name for kernel in kernels] == ["_table_kernel", "_encode_kernel", "_select_kernel", *ATTENTION]
 
 
 @needs_triton
@@ -97,7 +105,12 @@ def test_assembles_where_every_size_is_one() -> None:
 @pytest.mark.slow  # float32 products take the assembler long
 @pytest.mark.parametrize(
     ("case", "capability"),
-    [((64, 8, torch.float32, 30.0), 90), ((128, 16, torch.bfloat16, 30.0), 80), ((80, 10, torch.float16, 0.0), 80)],
+    [
+        ((64, 8, torch.float32, 30.0), 90),
+        ((128, 16, torch.bfloat16, 30.0), 80),
+        ((80, 10, torch.float16, 0.0), 80),
+        ((256, 32, torch.bfloat16, 0.0), 90),
+    ],
     ids=str,
 )
 def test_assembles_without_spills_at_other_sizes(case: tuple[int, int, torch.dtype, float], capability: int) -> None:

@@ -138,3 +138,8 @@ def test_saved_without_an_adapter(tmp_path: Path) -> None:
     again = load_sparse(build("llama"), tmp_path)
     assert updates(again)[0].keys() == {"gate", "up", "down"}
     torch.testing.assert_close(logits(again, "llama"), logits(model, "llama"), rtol=0, atol=0)
+
+
+def test_it_needs_calibration() -> None:
+    with pytest.raises(ValueError, match="reconstruction_rank=4 needs calibration_data"):
+        sparsify(build("llama"), CONFIG)

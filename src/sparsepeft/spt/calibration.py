@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.sublayers import FeedForward
-from sparsepeft.ops.sparse_attention import fit_codebooks
-from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.planning import Text, text_for
+from sparsepeft.spt.attention import NAME, AttentionCall, recording
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
+from sparsepeft.spt.report import watching
 from sparsepeft.spt.router import (
     InitialRouter,
     activity,
@@ -63,6 +67,18 @@ def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
                 f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
             )
     return {name: value.to(model.device) for name, value in tensors.items()}
+
+
+def read_text(model: PreTrainedModel, data: Any) -> Text:
+    """The calibration data as what a language model is scored on.
+
+    Raises:
+        ValueError: the model is no language model, or the data not what it could be scored on.
+    """
+    batch = calibration_batch(model, data)
+    labels = data.get("labels") if isinstance(data, Mapping) else None
+    labels = _ids(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
+    return text_for(model, batch, labels if labels is None else labels.view(batch["input_ids"].shape))
 
 
 def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
@@ -140,22 +156,19 @@ def _is_self_attention(module: nn.Module, name: str) -> bool:
     return not (getattr(module, "is_cross_attention", False) or "cross" in words or "encoder_attn" in words)
 
 
-def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
-    """Codebooks (Hkv, M, C, W) for the attention module ``name``."""
+def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Codebooks:
+    """Codebooks for the attention module ``name``."""
     size = call.query.shape[-1]
     if size % config.subvector_dim:
         raise ValueError(
             f"{name} has heads of {size} channels, which subvector_dim={config.subvector_dim} does not divide; choose "
             "a divisor."
         )
-    vectors = vectors_of(call.query, call.key, call.mask, config)
-    if not vectors.isfinite().all():
+    if not (call.query.isfinite().all() and call.key.isfinite().all()):
         raise ValueError(
             f"Queries or keys of {name} are NaN or infinite on the calibration data; check data, weights and dtype."
         )
-    return fit_codebooks(
-        vectors, subvector_dim=config.subvector_dim, num_codewords=config.num_codewords, seed=config.seed
-    )
+    return Codebooks.fit(call.query, call.key, call.mask, config)
 
 
 def initial_router(
@@ -196,3 +209,83 @@ def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str,
     inputs = seen[feed_forward.name][0].flatten(0, -2)
     mask = batch.get("decoder_attention_mask" if feed_forward.is_decoder else "attention_mask")
     return inputs[mask.flatten().bool()] if mask is not None and mask.numel() == len(inputs) else inputs
+
+
+class Calibration:
+    """What a model does on a calibration batch, and the sparse parts that are made from that; each is made once.
+
+    Args:
+        model: the dense model.
+        config: with ``top_l`` as a count.
+        batch: see :func:`calibration_batch`; None where nothing is to be learnt from one.
+
+    Attributes:
+        feed_forwards: those that may become sparse, by name.
+        calls: how the attention that may become sparse was called, by name.
+        seen: each FFN's input and output, by name.
+
+    Raises:
+        ValueError: the model lacks a structure that is needed, sizes do not fit, or the data is unusable.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SptConfig, batch: dict[str, Tensor] | None) -> None:
+        self.batch = batch
+        self.feed_forwards = {
+            each.name: each for each in (find_feed_forwards(model, config.layers_to_transform) if config.ffn else [])
+        }
+        for name, feed_forward in self.feed_forwards.items():
+            if (own := config.of(name)) is not None:
+                check_blocks(feed_forward, own)
+        with watching(list(self.feed_forwards.values())) as self.seen:
+            self.calls = attend_densely(model, config, batch) if batch is not None else {}
+        names = [*self.calls, *self.feed_forwards]
+        for name in config.overrides or {}:
+            if name not in names:
+                raise ValueError(
+                    f"overrides has settings for {name!r}, but what becomes sparse is {', '.join(names)}; use one of "
+                    "these names."
+                )
+        self._made: dict[str, Any] = {}
+
+    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:
+        """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
+        return {
+            name: self._once(f"{name} {own.granularity}", partial(layer_codebooks, name, self.calls[name], own))
+            for name, own in self._settings(self.calls, config, only)
+        }
+
+    def starts(self, config: SptConfig, only: str | None = None) -> list[tuple[FeedForward, InitialRouter | None]]:
+        """Of all FFNs that become sparse by ``config``, or of the one of that name."""
+        return [
+            (each, self._once(f"{name} {own}", partial(initial_router, each, own, self.batch, self.seen)))
+            for name, own in self._settings(self.feed_forwards, config, only)
+            for each in (self.feed_forwards[name],)
+        ]
+
+    @staticmethod
+    def _settings(names: Iterable[str], config: SptConfig, only: str | None) -> Iterator[tuple[str, SptConfig]]:
+        for name in names if only is None else (only,):
+            if (own := config.of(name)) is not None:
+                yield name, own
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def check_blocks(feed_forward: FeedForward, config: SptConfig) -> None:
+    """Refuse an FFN whose neurons cannot be cut into the blocks, or not be put in another order.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for name in feed_forward.projection_names:  # raises where they cannot be reordered
+        list(inner_tensors(feed_forward.part(name), name, name != feed_forward.names.down))
+    inner = feed_forward.sizes[1]
+    if inner % config.num_blocks:
+        divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)
+        raise ValueError(
+            f"{feed_forward.name} has {inner} neurons, which num_blocks={config.num_blocks} does not divide; choose "
+            f"one of {divisors}."
+        )

@@ -12,8 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.planning import Plan
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
@@ -21,6 +23,7 @@ from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
 from sparsepeft.spt.steps import OptimizerSteps
+from sparsepeft.tuners.config import TaskAdapterConfig
 
 _ATTRIBUTE = "sparsification"
 
@@ -34,11 +37,13 @@ class Sparsification:
         report: how well it fits, on the calibration batch.
         attention: the sparse layers, by the attention module's name.
         feed_forwards: what was replaced, and by what.
+        plan: how the settings of single modules were chosen, where a budget was given.
     """
 
     config: SptConfig
     context: SparseContext
     report: SptReport = field(default_factory=SptReport)
+    plan: Plan | None = None
     attention: dict[str, SparseAttention] = field(default_factory=dict)
     feed_forwards: list[tuple[FeedForward, SparseFeedForward]] = field(default_factory=list)
     attention_before: str | None = None
@@ -67,7 +72,7 @@ def check_bare(caller: str, model: Any) -> None:
 def install(
     model: PreTrainedModel,
     config: SptConfig,
-    codebooks: dict[str, Tensor],
+    codebooks: dict[str, Codebooks],
     feed_forwards: list[tuple[FeedForward, InitialRouter | None]],
     settings: Tensor | None = None,
 ) -> Sparsification:
@@ -80,7 +85,7 @@ def install(
     for name, books in codebooks.items():
         if (own := config.of(name)) is not None:
             module: Any = model.get_submodule(name)
-            module.spt = state.attention[name] = SparseAttention(books, own, context)
+            module.spt = state.attention[name] = SparseAttention(books, own, context).train(module.training)
     if state.attention:
         state.attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
@@ -104,11 +109,14 @@ def install(
     return state
 
 
-def desparsify(model: PreTrainedModel) -> PreTrainedModel:
+def desparsify(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """Make a sparse model dense again, in place: the weights are those from before, bit for bit, or as trained since.
 
+    Adapters of ``peft`` may be on it: they stay, as adapters of the dense model, which can be saved for, or merged by,
+    somebody without this package.
+
     Raises:
-        ValueError: the model is not sparse, or is still wrapped by PEFT.
+        ValueError: the model is not sparse, or an adapter acts on its sparse parts themselves.
 
     Example:
         >>> import torch
@@ -121,11 +129,27 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
         >>> torch.equal(model(ids).logits, dense)
         True
     """
-    if isinstance(model, PeftModel):
-        raise ValueError("desparsify got a PeftModel; call its merge_and_unload or unload first.")
     state = sparsification(model)
     if state is None:
         raise ValueError("The model is not sparse, so there is nothing to undo.")
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+        _take_out(model.get_base_model(), state)
+    else:
+        _take_out(model, state)
+    return model
+
+
+def _check_adapters(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        if isinstance(config, TaskAdapterConfig):
+            raise ValueError(
+                f"desparsify got a model with an adapter of {type(config).__name__}, which belongs to the sparse "
+                "backbone; call the model's unload first, or answer densely inside sparsepeft.spt.answering."
+            )
+
+
+def _take_out(model: Any, state: Sparsification) -> None:
     state.context.unwatch()
     settings: Any = model.spt_settings
     settings.detach()
@@ -140,7 +164,6 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     if state.attention_before is not None:
         model.set_attn_implementation(state.attention_before)
     delattr(model, _ATTRIBUTE)
-    return model
 
 
 def _place(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
@@ -157,7 +180,7 @@ def _place(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForwar
 def _uninstall(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
     released = sparse.release()
     if feed_forward.is_module:
-        _replace(model, feed_forward.name, feed_forward.owner)
+        _replace(model, feed_forward.name, feed_forward.owner.train(sparse.training))
     else:
         _replace(feed_forward.owner, feed_forward.names.activation, feed_forward.activation)
     for name, projection in released.items():

@@ -1,4 +1,4 @@
-"""The Triton products of routed_ffn on a real GPU: every form at every size, larger ones, and the choice."""
+"""The Triton products of routed_ffn and exact_ffn on a real GPU: all forms and sizes, larger ones, and the choice."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ LARGE = Sizes(1030, 256, 64, 8, 4)
 def test_matches_reference(sizes: str, form: Form) -> None:
     for activation in ("relu", "silu"):
         cases.check_case(form, TILE_SIZES[sizes], activation, device="cuda")
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[-1]], ids=str)
+@pytest.mark.parametrize("sizes", TILE_SIZES)
+def test_exact_matches_reference(sizes: str, form: Form) -> None:
+    for activation in ("relu", "silu"):
+        cases.check_case(form, TILE_SIZES[sizes], activation, device="cuda", routed=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from sparsepeft.ops import explain, sparse_attention
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 HALF = [torch.bfloat16, torch.float16]
+SIMILARITIES = ["inner_product", "matches"]
 LARGE = Case(2, 4, 2, 1500, 1500, 64, 64, 8, 190, "left", {"causal": True})
 
 
@@ -22,14 +23,16 @@ def on_gpu(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Te
     return tensors, grad_like(case, dtype, "cuda"), options
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("name", CASES)
-def test_matches_reference(name: str) -> None:
-    cases.check_case(name, "cuda")
+def test_matches_reference(name: str, similarity: str) -> None:
+    cases.check_case(name, "cuda", similarity=similarity)
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("index", range(len(cases.SELECTIONS)))
-def test_keeps_the_same_keys_as_the_reference(index: int) -> None:
-    cases.check_selection(index, "cuda")
+def test_keeps_the_same_keys_as_the_reference(index: int, similarity: str) -> None:
+    cases.check_selection(index, similarity, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,16 @@ from sparsepeft.ops.sparse_attention.pytorch import torch_forward
 from sparsepeft.ops.sparse_attention.similarity import Codes
 
 _MAX_HEAD_SIZE = 256
-_MAX_SUBVECTORS = 64  # ranks are 32 bits: 7 for matches, 24 for distances, which are up to twice the number of keys
+_MAX_SUBVECTORS = 64  # a query's table has 16 bytes for each
 _MAX_KEYS = 1 << 22
 _MIN_FLEX_HEAD_SIZE = 16
 # FlexAttention's tuned kernels have tiles of 64, those that an outer torch.compile takes of 128 (backward on an H100).
 _FLEX_TILE, _FLEX_UNTUNED_TILE = 64, 128
+
+
+def num_subvectors(codebooks: Tensor | None) -> int:
+    """Return M of codebooks (Hkv, M, C, W), 0 of none."""
+    return 0 if codebooks is None else codebooks.shape[1]
 
 
 class AttentionArguments(NamedTuple):
@@ -40,7 +45,7 @@ class AttentionArguments(NamedTuple):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        codebooks: Tensor,
+        codebooks: Tensor | None,
         *,
         similarity: str = "inner_product",
         granularity: str = "token",
@@ -49,7 +54,7 @@ class AttentionArguments(NamedTuple):
     ) -> AttentionArguments:
         """Take the arguments of :func:`sparse_attention`."""
         block_size = block_size if granularity == "block" else 0
-        return cls(query, value, codebooks.shape[1], block_size, similarity == "inner_product")
+        return cls(query, value, num_subvectors(codebooks), block_size, similarity == "inner_product")
 
     @property
     def largest_head(self) -> int:
@@ -58,16 +63,13 @@ class AttentionArguments(NamedTuple):
 
 
 def _why_not_cpu(arguments: AttentionArguments) -> str | None:
-    if arguments.inner_product and not arguments.block_size:
-        return "similarity is 'inner_product', the compiled kernels count matches"
-    return why_not_cpu(arguments.query, arguments.value, arguments.num_subvectors)
+    query, value, num_codes, _, inner_product = arguments
+    return why_not_cpu(query, value, num_codes, inner_product=inner_product)
 
 
 def _why_not_triton(arguments: AttentionArguments) -> str | None:
     if arguments.block_size:
         return "granularity is 'block', the Triton kernels keep single tokens"
-    if arguments.inner_product:
-        return "similarity is 'inner_product', the Triton kernels count matches"
     reason = gpu.why_not_triton(arguments.query)
     if reason is not None:
         return reason
@@ -115,9 +117,9 @@ def why_slower_here() -> str | None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 256, 64, generator=generator)
     codebooks = torch.randn(2, 8, 16, 8, generator=generator)
-    settings = Settings(False, 32, 0.125, 0.0, True, True, 0)
+    settings = Settings(True, 32, 0.125, 0.0, True, True, 0)
     visibility = Visibility.of(1, 256, 256, causal=True)
-    codes = Codes(encode_cpu(key, codebooks), encode_cpu(query, codebooks), codebooks)
+    codes = Codes(encode_cpu(key, codebooks), None, codebooks)
     forms = {
         name: functools.partial(form, query, key, value, codes, visibility, settings)
         for name, form in (("cpu", cpu_forward), ("torch", torch_forward))

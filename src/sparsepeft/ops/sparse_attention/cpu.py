@@ -18,7 +18,7 @@ from sparsepeft.ops import native
 from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import BlockLists, Selection
-from sparsepeft.ops.sparse_attention.similarity import Codes
+from sparsepeft.ops.sparse_attention.similarity import Codes, weighted_words
 
 SOURCES = Path(__file__).parent / "csrc"
 _MAX_HEAD_SIZE = 256
@@ -38,12 +38,14 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_size")),
-        *((n, ctypes.c_int64) for n in ("subvectors", "top_l", "keep_self", "keep_first", "block_size", "list_stride")),
+        *((n, ctypes.c_int64) for n in ("subvectors", "codewords", "width")),
+        *((n, ctypes.c_int64) for n in ("top_l", "keep_self", "keep_first", "block_size", "list_stride")),
         *((n, ctypes.c_int64) for n in ("dtype", "grad_dtype", "threads", "parts")),
         *((n, ctypes.c_double) for n in ("scale", "softcap")),
         *((n, _View) for n in ("query", "key", "value", "output", "grad_output")),
         *((n, _View) for n in ("grad_query", "grad_key", "grad_value")),
-        *((n, ctypes.c_void_p) for n in ("query_codes", "key_codes", "key_mask", "positions", "lower", "upper")),
+        *((n, ctypes.c_void_p) for n in ("query_codes", "key_codes", "key_mask", "codebooks")),
+        *((n, ctypes.c_void_p) for n in ("positions", "lower", "upper")),
         *((n, ctypes.c_void_p) for n in ("lists", "counts", "log_sum_exp", "scratch")),
         ("scratch_bytes", ctypes.c_int64),
         ("parallel", ctypes.c_void_p),
@@ -77,7 +79,7 @@ def why_not_built() -> str | None:
     return None
 
 
-def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int) -> str | None:
+def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int, *, inner_product: bool) -> str | None:
     """Return why the kernels cannot take these tensors, or None; whether they can be built is not asked here."""
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}, the compiled kernels run on a CPU"
@@ -85,7 +87,7 @@ def why_not_cpu(query: Tensor, value: Tensor, num_subvectors: int) -> str | None
         return f"the tensors are {query.dtype}, the compiled kernels take float32, bfloat16 and float16"
     if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_SIZE:
         return f"the head size is {max(query.shape[-1], value.shape[-1])}, the compiled kernels take {_MAX_HEAD_SIZE}"
-    if num_subvectors > _MAX_SUBVECTORS:
+    if num_subvectors > _MAX_SUBVECTORS and not inner_product:
         return f"there are {num_subvectors} sub-vectors, the compiled kernels take {_MAX_SUBVECTORS}"
     return None
 
@@ -124,28 +126,38 @@ def cpu_backward(
 
 
 def cpu_keep_tokens(query: Tensor, codes: Codes, visibility: Visibility, settings: Settings) -> Tensor:
-    """Return which keys each query keeps, bool, (B, H, Tq, Tk): the kernel's own selection, to be looked at."""
-    key = query.new_empty(*codes.keys.shape[:3], query.shape[-1])
-    kept = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool)
-    problem, keep_alive = _problem(query, key, key, codes, visibility, settings)
-    scratch = _scratch(problem, backward=False)
-    _library().sparse_attention_select(ctypes.byref(problem), ctypes.c_void_p(kept.data_ptr()))
-    del keep_alive, scratch
+    """Return which keys each query keeps, bool, (B, H, Tq, Tk): the kernel's selection, to be looked at."""
+    kept = torch.zeros(*query.shape[:3], codes.keys.shape[2], dtype=torch.bool)
+    _select(query, codes, visibility, settings, kept)
     return kept
 
 
-def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def cpu_select(query: Tensor, codes: Codes, visibility: Visibility, settings: Settings) -> None:
+    """Select the keys of each query and forget them: what the selection by itself takes."""
+    _select(query, codes, visibility, settings, None)
+
+
+def _select(query: Tensor, codes: Codes, visibility: Visibility, settings: Settings, kept: Tensor | None) -> None:
+    key = query.new_empty(1).expand(*codes.keys.shape[:3], query.shape[-1])  # it is not read
+    problem, keep_alive = _problem(query, key, key, codes, visibility, settings)
+    scratch = _scratch(problem, backward=False)
+    _library().sparse_attention_select(
+        ctypes.byref(problem), ctypes.c_void_p(kept.data_ptr() if kept is not None else None)
+    )
+    del keep_alive, scratch
+
+
+def encode_cpu(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None = None) -> Tensor:
     """Return the codes; see :func:`encode`."""
     vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
-    codebooks = codebooks.float().contiguous()
-    half_norms = codebooks.square().sum(-1) / 2
+    words, half_norms = (tensor.contiguous() for tensor in weighted_words(codebooks.float(), channel_weights))
     codes = torch.empty(batch, heads, num_tokens, num_subvectors, dtype=torch.uint8)
     encoding = _Encoding(batch, heads, kv_heads, num_tokens, num_subvectors, num_codewords, width)
     encoding.dtype, encoding.threads = _DTYPES[vectors.dtype], torch.get_num_threads()
     encoding.vectors, encoding.codes = _view(vectors), codes.data_ptr()
-    encoding.codebooks, encoding.half_norms = codebooks.data_ptr(), half_norms.data_ptr()
+    encoding.codebooks, encoding.half_norms = words.data_ptr(), half_norms.data_ptr()
     encoding.parallel = native.openmp_parallel()
     _library().sparse_attention_encode(ctypes.byref(encoding))
     return codes
@@ -171,10 +183,11 @@ def _problem(
         problem.lists, problem.counts = (tensor.data_ptr() for tensor in selected)
         problem.list_stride = selection.indices.shape[-1]
     else:
-        assert selection.queries is not None
-        selected = [selection.queries.contiguous(), selection.keys.contiguous()]
-        problem.query_codes, problem.key_codes = (tensor.data_ptr() for tensor in selected)
-        problem.subvectors = selection.keys.shape[-1]
+        keys, queries, codebooks = selection
+        selected = [keys.contiguous(), codebooks.float().contiguous() if queries is None else queries.contiguous()]
+        problem.key_codes, other = (tensor.data_ptr() for tensor in selected)
+        problem.codebooks, problem.query_codes = (other, None) if queries is None else (None, other)
+        problem.subvectors, problem.codewords, problem.width = codebooks.shape[1:]
     limits = [visibility.positions, visibility.lower, visibility.upper]
     problem.positions, problem.lower, problem.upper = (tensor.data_ptr() for tensor in limits)
     if visibility.key_mask is not None:

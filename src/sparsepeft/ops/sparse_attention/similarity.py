@@ -33,6 +33,25 @@ class Codes(NamedTuple):
         return sum_entries(query_tables(query[:, :, rows], self.codebooks), self.keys)
 
 
+def weighted_words(codebooks: Tensor, channel_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return words z and halved norms n such that the nearest codeword of a vector x is the one of least n - x . z.
+
+    Nearest by sum_d w_d^2 (x_d - c_d)^2, which is a constant less 2 sum_d w_d^2 x_d c_d plus sum_d w_d^2 c_d^2.
+
+    Args:
+        codebooks: (Hkv, M, C, W).
+        channel_weights: w, (Hkv, M * W); 1 if None.
+
+    Returns:
+        (Hkv, M, C, W) and (Hkv, M, C), dtype of ``codebooks``.
+    """
+    words = codebooks
+    if channel_weights is not None:
+        squares = channel_weights.to(codebooks.dtype).square()
+        words = codebooks * squares.unflatten(-1, (codebooks.shape[1], 1, -1))
+    return words, (words * codebooks).sum(-1) / 2
+
+
 def count_matches(query_codes: Tensor, key_codes: Tensor) -> Tensor:
     """Return the number of equal codes of every query and key, 0 to M.
 
@@ -79,7 +98,8 @@ def query_tables(query: Tensor, codebooks: Tensor) -> Tensor:
     products = torch.einsum("bkgtmw,kmcw->bkgtmc", grouped, codebooks.to(precise))
     above = products - products.amin(-1, keepdim=True)
     largest = above.amax((-2, -1), keepdim=True)
-    scale = torch.where(largest > 0, _LARGEST_ENTRY / largest, 0)
+    # Not 255 / largest, which PyTorch takes for 255 times the rounded reciprocal.
+    scale = torch.where(largest > 0, torch.full_like(largest, _LARGEST_ENTRY) / largest, 0)
     return torch.round(above * scale).to(torch.uint8).flatten(1, 2)
 
 

@@ -16,53 +16,81 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility, words_shape
+from sparsepeft.ops.sparse_attention.similarity import weighted_words
 from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
     _attention_bwd_key_value_kernel,
     _attention_bwd_query_kernel,
 )
 from sparsepeft.ops.sparse_attention.triton_forward_kernel import _attention_fwd_kernel
-from sparsepeft.ops.sparse_attention.triton_selection_kernels import _encode_kernel, _select_kernel
-
-_QUERY_FILLER, _KEY_FILLER = 0, -1  # words of codes 0 and 15, which fill up the last word: never equal
+from sparsepeft.ops.sparse_attention.triton_selection_kernels import (
+    _encode_kernel,
+    _select_kernel,
+    _table_kernel,
+)
 
 
 class Selection(NamedTuple):
-    """Packed codes of queries, (B, H, words, Tq), and keys, (B, Hkv, words, Tk), and thresholds, (B, H, Tq); int32."""
+    """Tables of queries, int8, (B, H, Tq, words * 128), packed codes of keys, (B, Hkv, words, Tk), and thresholds.
 
-    query_words: Tensor
+    Thresholds are (B, H, 2, Tq), these and codes int32; see ``triton_selection_kernels.py``. The tables, as large as
+    queries in half precision, are not kept for backward.
+    """
+
+    tables: Tensor
     key_words: Tensor
     thresholds: Tensor
 
 
-def encode_triton(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def encode_triton(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None = None) -> Tensor:
     """Return codes as :func:`encode` does, uint8, (B, H, T, M)."""
     codes = torch.empty(*vectors.shape[:3], codebooks.shape[1], dtype=torch.uint8, device=vectors.device)
-    return _launch_encode(vectors, codebooks, codes, filler=None)
+    return _encode(vectors, codebooks, channel_weights, codes)
+
+
+def query_tables(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor:
+    """Return the tables of :func:`.similarity.query_tables`, or by matches ones for the query's codes.
+
+    They are as ``triton_selection_kernels.py`` has them: int8, (B, H, Tq, words * 128).
+    """
+    words = words_shape(query.shape, codebooks.shape[1])[2]
+    if not settings.inner_product:
+        ones = encode_triton(query, codebooks).unsqueeze(-1) == torch.arange(16, device=query.device)
+        return F.pad(ones.flatten(-2).to(torch.int8), (0, words * 128 - ones.shape[-2] * 16)) - 128
+    tables = torch.empty(*query.shape[:3], words * 128, dtype=torch.int8, device=query.device)
+    # Fused operations would be rounded otherwise than those of the reference.
+    return _launch_on_codebooks(_table_kernel, query, codebooks, tables, WORDS=words, enable_fp_fusion=False)
 
 
 def select_triton(
-    query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
+    query: Tensor,
+    key: Tensor,
+    codebooks: Tensor,
+    channel_weights: Tensor | None,
+    visibility: Visibility,
+    settings: Settings,
 ) -> Selection:
-    """Encode queries and keys and find, for each query, what it keeps."""
-    query_words = _launch_encode(query, codebooks, _words_like(query, codebooks), _QUERY_FILLER)
-    key_words = _launch_encode(key, codebooks, _words_like(key, codebooks), _KEY_FILLER)
-    thresholds = torch.empty(query.shape[:3], dtype=torch.int32, device=query.device)
-    num_keys = key.shape[2]
-    levels = max(4, triton.next_power_of_2(codebooks.shape[1]))
-    block = 32 if levels <= 32 else 16  # no register spills
-    num_tiles = triton.cdiv(query.shape[2], block)
+    """Make queries' tables, encode keys and find, for each query, what it keeps."""
+    tables, num_subvectors = query_tables(query, codebooks, settings), codebooks.shape[1]
+    words = words_shape(key.shape, num_subvectors)
+    key_words = torch.empty(words, dtype=torch.int32, device=key.device)
+    _encode(key, codebooks, channel_weights, key_words)
+    batch, heads, num_queries, _ = query.shape
+    thresholds = torch.empty(batch, heads, 2, num_queries, dtype=torch.int32, device=query.device)
+    limits = selection_limits(visibility, settings, key.shape[2])
+    block = 32
+    num_tiles = triton.cdiv(num_queries, block)
     with torch.cuda.device_of(query):
-        _select_kernel[(num_tiles * query.shape[0] * query.shape[1],)](
-            *(query_words, key_words, selection_limits(visibility, settings, num_keys), _as_bytes(visibility.key_mask)),
-            *(thresholds, *_sizes(query, key, num_tiles), settings.top_l),
-            WORDS=query_words.shape[2],
-            LEVELS=levels,
+        _select_kernel[(num_tiles * batch * heads,)](
+            *(tables, key_words, limits, _as_bytes(visibility.key_mask), thresholds),
+            *(*_sizes(query, key, num_tiles), settings.top_l),
+            WORDS=words[2],
+            DIGITS=len(f"{num_subvectors * (255 if settings.inner_product else 1):x}"),
             HAS_MASK=visibility.key_mask is not None,
             BLOCK_Q=block,
-            BLOCK_K=64,
-            num_warps=8,
+            BLOCK_K=64 if words[2] <= 2 else 32,  # no register spills
+            num_warps=4,
         )
-    return Selection(query_words, key_words, thresholds)
+    return Selection(tables, key_words, thresholds)
 
 
 def selection_limits(visibility: Visibility, settings: Settings, num_keys: int) -> Tensor:
@@ -149,31 +177,35 @@ def triton_backward(
     return grad_query, grad_key, grad_value
 
 
-def _words_like(vectors: Tensor, codebooks: Tensor) -> Tensor:
-    return torch.empty(words_shape(vectors.shape, codebooks.shape[1]), dtype=torch.int32, device=vectors.device)
+def _encode(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None, codes: Tensor) -> Tensor:
+    """Write ``codes``: int32 are packed, uint8 are not."""
+    words, half_norms = weighted_words(codebooks.to(torch.float32), channel_weights)
+    return _launch_on_codebooks(
+        *(_encode_kernel, vectors, words, half_norms.contiguous(), codes),
+        PADDED_W=triton.next_power_of_2(codebooks.shape[-1]),
+        PACKED=codes.dtype == torch.int32,
+    )
 
 
-def _launch_encode(vectors: Tensor, codebooks: Tensor, codes: Tensor, filler: int | None) -> Tensor:
-    """Write ``codes``: packed, the last word filled up with this one, or a byte each where it is None."""
+def _launch_on_codebooks(kernel: Any, vectors: Tensor, codebooks: Tensor, *tensors: Tensor, **constants: Any) -> Tensor:
+    """Launch a kernel that makes the last of the tensors of each vector with the codebooks of its head."""
     vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
     block = 128
     num_tiles = triton.cdiv(num_tokens, block)
     with torch.cuda.device_of(vectors):
-        _encode_kernel[(num_tiles * batch * heads,)](
-            *(vectors, codebooks.to(torch.float32).contiguous(), codes),
+        kernel[(num_tiles * batch * heads,)](
+            *(vectors, codebooks.to(torch.float32).contiguous(), *tensors),
             *(num_tokens, heads, heads // kv_heads, num_tiles, *vectors.stride()[:3]),
             M=num_subvectors,
             C=num_codewords,
             W=width,
-            PADDED_W=triton.next_power_of_2(width),
-            FILLER=filler or 0,
-            PACKED=filler is not None,
             BLOCK_T=block,
             num_warps=4,
+            **constants,
         )
-    return codes
+    return tensors[-1]
 
 
 def _selected(selection: Selection, visibility: Visibility, settings: Settings, key: Tensor) -> tuple[Any, ...]:
@@ -193,7 +225,7 @@ def _constants(
         "DV": value_size,
         "PADDED_D": _padded(size),
         "PADDED_DV": _padded(value_size),
-        "WORDS": selection.query_words.shape[2],
+        "WORDS": selection.key_words.shape[2],
         "HAS_MASK": visibility.key_mask is not None,
         "KEEP_SELF": settings.keep_self,
         "SOFTCAP": settings.softcap > 0,
@@ -208,7 +240,7 @@ def _tile(kernel: str, query: Tensor, value: Tensor) -> dict[str, int]:
     """
     size = max(_padded(query.shape[-1]), _padded(value.shape[-1]))
     if query.element_size() > 2:
-        numbers = (32, 32, 8 if size > 64 or kernel == "query" else 4, 2)
+        numbers = (16 if kernel == "key_value" else 32, 32, 8, 2)
     elif size <= 64:
         numbers = {"forward": (64, 64, 4, 3), "query": (64, 64, 4, 2), "key_value": (32, 64, 4, 2)}[kernel]
     elif size <= 128:

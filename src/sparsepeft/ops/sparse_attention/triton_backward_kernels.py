@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsepeft.ops.sparse_attention.triton_forward_kernel import LOG2_E, kept_pairs, load_rows, scores_of, store_rows
+from sparsepeft.ops.sparse_attention.triton_forward_kernel import (
+    LOG2_E,
+    kept_pairs,
+    load_rows,
+    load_thresholds,
+    scores_of,
+    store_rows,
+)
 from sparsepeft.ops.sparse_attention.triton_selection_kernels import load_limits
 
 
@@ -23,9 +30,9 @@ def _attention_bwd_query_kernel(
     log_sum_exp_ptr: tl.tensor,  # (B, H, Tq), float32
     delta_ptr: tl.tensor,  # (B, H, Tq), float32, written here for the other kernel: sum(dO * O)
     grad_query_ptr: tl.tensor,  # (B, H, Tq, D)
-    query_words_ptr: tl.tensor,  # (B, H, WORDS, Tq)
+    tables_ptr: tl.tensor,  # (B, H, Tq, WORDS * 128)
     key_words_ptr: tl.tensor,  # (B, Hkv, WORDS, Tk)
-    thresholds_ptr: tl.tensor,  # (B, H, Tq)
+    thresholds_ptr: tl.tensor,  # (B, H, 2, Tq)
     limits_ptr: tl.tensor,  # (B, 6, Tq)
     key_mask_ptr: tl.tensor,  # (B, Tk), uint8, if HAS_MASK
     num_queries: tl.tensor,
@@ -63,7 +70,7 @@ def _attention_bwd_query_kernel(
     kv_head = head // group
     queries = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # longest rows first
     in_tile = queries < num_queries
-    query_words_ptr += row * WORDS * num_queries
+    tables_ptr += row * num_queries * (WORDS * 128)
     key_words_ptr += (batch * (num_heads // group) + kv_head) * WORDS * num_keys
     if HAS_MASK:
         key_mask_ptr += batch * num_keys
@@ -72,7 +79,7 @@ def _attention_bwd_query_kernel(
     position, lower, upper, first = load_limits(
         limits_ptr + batch * 6 * num_queries, num_queries, num_keys, queries, in_tile
     )
-    threshold = tl.load(thresholds_ptr + row * num_queries + queries, mask=in_tile, other=0)
+    cut, reach = load_thresholds(thresholds_ptr + row * 2 * num_queries, num_queries, queries, in_tile)
     log_sum_exp = tl.load(log_sum_exp_ptr + row * num_queries + queries, mask=in_tile, other=0.0)
     query = load_rows(query_ptr + batch * stride_qb + head * stride_qh, queries, num_queries, stride_qt, D, PADDED_D)
     grad = load_rows(
@@ -87,9 +94,8 @@ def _attention_bwd_query_kernel(
     for start in range(begin, tl.max(upper), BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         kept = kept_pairs(
-            *(query_words_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries[:, None], keys[None, :]),
-            *(position[:, None], lower[:, None], upper[:, None], first[:, None], threshold[:, None]),
-            *(WORDS, HAS_MASK, KEEP_SELF),
+            *(tables_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries, keys),
+            *(position, lower, upper, first, cut, reach, WORDS, HAS_MASK, KEEP_SELF, False),
         )
         key = load_rows(key_ptr, keys, num_keys, stride_kt, D, PADDED_D)
         scores, slope = scores_of(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, softcap, SOFTCAP)
@@ -111,9 +117,9 @@ def _attention_bwd_key_value_kernel(
     delta_ptr: tl.tensor,  # (B, H, Tq), float32
     grad_key_ptr: tl.tensor,  # (B, Hkv, Tk, D)
     grad_value_ptr: tl.tensor,  # (B, Hkv, Tk, DV)
-    query_words_ptr: tl.tensor,  # (B, H, WORDS, Tq)
+    tables_ptr: tl.tensor,  # (B, H, Tq, WORDS * 128)
     key_words_ptr: tl.tensor,  # (B, Hkv, WORDS, Tk)
-    thresholds_ptr: tl.tensor,  # (B, H, Tq)
+    thresholds_ptr: tl.tensor,  # (B, H, 2, Tq)
     limits_ptr: tl.tensor,  # (B, 6, Tq)
     key_mask_ptr: tl.tensor,  # (B, Tk), uint8, if HAS_MASK
     num_queries: tl.tensor,
@@ -168,11 +174,10 @@ def _attention_bwd_key_value_kernel(
         in_tile = queries < num_queries
         position, lower, upper, first = load_limits(limits_ptr, num_queries, num_keys, queries, in_tile)
         if (tl.max(upper) > start) & (tl.min(lower) < start + BLOCK_K):
-            threshold = tl.load(thresholds_ptr + row * num_queries + queries, mask=in_tile, other=0)
+            cut, reach = load_thresholds(thresholds_ptr + row * 2 * num_queries, num_queries, queries, in_tile)
             kept = kept_pairs(
-                *(query_words_ptr + row * WORDS * num_queries, key_words_ptr, key_mask_ptr, num_queries, num_keys),
-                *(queries[None, :], keys[:, None], position[None, :], lower[None, :], upper[None, :]),
-                *(first[None, :], threshold[None, :], WORDS, HAS_MASK, KEEP_SELF),
+                *(tables_ptr + row * num_queries * (WORDS * 128), key_words_ptr, key_mask_ptr, num_queries, num_keys),
+                *(queries, keys, position, lower, upper, first, cut, reach, WORDS, HAS_MASK, KEEP_SELF, True),
             )
             place = row * num_queries + queries
             log_sum_exp = tl.load(log_sum_exp_ptr + place, mask=in_tile, other=0.0)

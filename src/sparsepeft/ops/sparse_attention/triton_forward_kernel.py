@@ -1,9 +1,9 @@
 """Triton kernel of sparse attention, forward, and what it shares with backward: flash attention over kept pairs.
 
-Which pairs of a tile take part is worked out again from codes and thresholds, see ``triton_selection_kernels.py``:
-nothing is stored per pair. A tile without such a pair is computed all the same: among thousands of pairs some are kept
-as a rule, and a branch would keep the loads of the next tile from running ahead. Tiles beyond every query's limits are
-left out.
+Which pairs of a tile take part is worked out again from tables, codes and thresholds, see
+``triton_selection_kernels.py``: nothing is stored per pair. A tile without such a pair is computed all the same: among
+thousands of pairs some are kept as a rule, and a branch would keep the loads of the next tile from running ahead. Tiles
+beyond every query's limits are left out.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsepeft.ops.sparse_attention.triton_selection_kernels import count_equal, load_limits, rank_of
+from sparsepeft.ops.sparse_attention.triton_selection_kernels import distance_of, load_limits, similarity
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def kept_pairs(
-    query_words: tl.tensor,
+    tables: tl.tensor,
     key_words: tl.tensor,
     key_mask: tl.tensor,
     num_queries: tl.tensor,
@@ -29,23 +29,33 @@ def kept_pairs(
     lower: tl.tensor,
     upper: tl.tensor,
     first: tl.tensor,
-    threshold: tl.tensor,
+    cut: tl.tensor,
+    reach: tl.tensor,
     WORDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     KEEP_SELF: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ) -> tl.tensor:
-    """Return which pairs take part, for queries and keys in shapes that broadcast to that of the tile."""
-    in_keys = keys < num_keys
-    matches = count_equal(
-        query_words, key_words, num_queries, num_keys, queries, keys, queries < num_queries, in_keys, WORDS
-    )
-    kept = (rank_of(matches, keys - position) >= threshold) | (keys == first)
+    """Return which pairs take part, (queries, keys), or (keys, queries) if KEYS_FIRST."""
+    scores = similarity(tables, key_words, num_queries, num_keys, queries, keys, WORDS, KEYS_FIRST)
+    own: tl.constexpr = 0 if KEYS_FIRST else 1  # the axis that queries' numbers lack
+    key, position = tl.expand_dims(keys, 1 - own), tl.expand_dims(position, own)
+    is_near = distance_of(key - position) <= tl.expand_dims(reach, own)
+    kept = (scores + is_near.to(tl.int32) > tl.expand_dims(cut, own)) | (key == tl.expand_dims(first, own))
     if KEEP_SELF:
-        kept |= keys == position
-    kept &= (keys >= lower) & (keys < upper)
+        kept |= key == position
+    kept &= (key >= tl.expand_dims(lower, own)) & (key < tl.expand_dims(upper, own))
     if HAS_MASK:
-        kept &= tl.load(key_mask + keys, mask=in_keys, other=0) != 0
+        is_shown = tl.load(key_mask + keys, mask=keys < num_keys, other=0) != 0
+        kept &= tl.expand_dims(is_shown, 1 - own)
     return kept
+
+
+@triton.jit
+def load_thresholds(thresholds: tl.tensor, num_queries: tl.tensor, queries: tl.tensor, in_tile: tl.tensor) -> tl.tensor:
+    """Return the score and the reach of queries, from which pairs are kept."""
+    cut = tl.load(thresholds + queries, mask=in_tile, other=0)
+    return cut, tl.load(thresholds + num_queries + queries, mask=in_tile, other=0)
 
 
 @triton.jit
@@ -87,9 +97,9 @@ def _attention_fwd_kernel(
     value_ptr: tl.tensor,  # (B, Hkv, Tk, DV), the same
     output_ptr: tl.tensor,  # (B, H, Tq, DV), contiguous as all below
     log_sum_exp_ptr: tl.tensor,  # (B, H, Tq), float32
-    query_words_ptr: tl.tensor,  # (B, H, WORDS, Tq)
+    tables_ptr: tl.tensor,  # (B, H, Tq, WORDS * 128)
     key_words_ptr: tl.tensor,  # (B, Hkv, WORDS, Tk)
-    thresholds_ptr: tl.tensor,  # (B, H, Tq)
+    thresholds_ptr: tl.tensor,  # (B, H, 2, Tq)
     limits_ptr: tl.tensor,  # (B, 6, Tq)
     key_mask_ptr: tl.tensor,  # (B, Tk), uint8, if HAS_MASK
     num_queries: tl.tensor,
@@ -125,7 +135,7 @@ def _attention_fwd_kernel(
     kv_row = batch * (num_heads // group) + kv_head
     queries = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # longest rows first
     in_tile = queries < num_queries
-    query_words_ptr += row * WORDS * num_queries
+    tables_ptr += row * num_queries * (WORDS * 128)
     key_words_ptr += kv_row * WORDS * num_keys
     if HAS_MASK:
         key_mask_ptr += batch * num_keys
@@ -134,7 +144,7 @@ def _attention_fwd_kernel(
     position, lower, upper, first = load_limits(
         limits_ptr + batch * 6 * num_queries, num_queries, num_keys, queries, in_tile
     )
-    threshold = tl.load(thresholds_ptr + row * num_queries + queries, mask=in_tile, other=0)
+    cut, reach = load_thresholds(thresholds_ptr + row * 2 * num_queries, num_queries, queries, in_tile)
     query = load_rows(query_ptr + batch * stride_qb + head * stride_qh, queries, num_queries, stride_qt, D, PADDED_D)
 
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -144,9 +154,8 @@ def _attention_fwd_kernel(
     for start in range(begin, tl.max(upper), BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         kept = kept_pairs(
-            *(query_words_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries[:, None], keys[None, :]),
-            *(position[:, None], lower[:, None], upper[:, None], first[:, None], threshold[:, None]),
-            *(WORDS, HAS_MASK, KEEP_SELF),
+            *(tables_ptr, key_words_ptr, key_mask_ptr, num_queries, num_keys, queries, keys),
+            *(position, lower, upper, first, cut, reach, WORDS, HAS_MASK, KEEP_SELF, False),
         )
         key = load_rows(key_ptr, keys, num_keys, stride_kt, D, PADDED_D)
         scores, _ = scores_of(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, softcap, SOFTCAP)

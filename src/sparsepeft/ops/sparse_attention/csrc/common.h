@@ -44,12 +44,13 @@ struct View {
     int64_t batch, head, token;
 };
 struct Problem {
-    int64_t batch, heads, kv_heads, queries, keys, head_size, value_size, subvectors;
+    int64_t batch, heads, kv_heads, queries, keys, head_size, value_size, subvectors, codewords, width;
     int64_t top_l, keep_self, keep_first, block_size, list_stride;
     int64_t dtype, grad_dtype, threads, parts;
     double scale, softcap;
     View query, key, value, output, grad_output, grad_query, grad_key, grad_value;
     const uint8_t *query_codes, *key_codes, *key_mask;        // (B, H, Tq, M), (B, Hkv, Tk, M), (B, Tk) or null
+    const float* codebooks;                                   // (Hkv, M, C, W) if keys are chosen by products, or null
     const int32_t *positions, *lower, *upper;                 // (B, Tq)
     const int32_t *lists, *counts;                            // (B, H, Iq, list_stride), (B, H, Iq)
     float* log_sum_exp;                                       // (B, H, Tq)

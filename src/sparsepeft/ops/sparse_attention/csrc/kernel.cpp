@@ -33,20 +33,21 @@ void sparse_attention_run(const Problem* p, int64_t backward) {
 
 void sparse_attention_encode(const Encoding* e) { encode(*e); }
 
-// The kept keys of every query as one byte per pair, for tests and for the recall: (B, H, Tq, Tk), zeroed before.
+// The kept keys of every query as one byte per pair: (B, H, Tq, Tk), zeroed before. With null they are selected and not
+// written: what selection alone takes.
 void sparse_attention_select(const Problem* p, uint8_t* kept) {
     run_threads(p->parallel, p->threads, [&](std::atomic<int64_t>& next, int64_t thread) {
         Arena arena{p->scratch + thread * p->scratch_bytes};
-        TokenScratch<16> scratch(*p, arena, false);
+        AnySelector selector(*p, arena);
+        float* query = arena.take<float>(p->head_size);
+        int32_t* list = arena.take<int32_t>(std::min(p->top_l, p->keys) + AT_ONCE);
         for (int64_t item; (item = next++) < p->batch * p->heads;) {
             const int64_t batch = item / p->heads, head = item % p->heads;
-            scratch.selector.read(*p, batch, head / (p->heads / p->kv_heads));
+            selector.read(*p, batch, head / (p->heads / p->kv_heads));
             for (int64_t t = 0; t < p->queries; t++) {
-                const int64_t at = batch * p->queries + t;
-                const int64_t n = scratch.selector.keep(p->query_codes + (item * p->queries + t) * p->subvectors,
-                                                        p->positions[at], p->lower[at], p->upper[at], p->top_l,
-                                                        p->keep_self, p->keep_first, scratch.kept);
-                for (int64_t i = 0; i < n; i++) kept[(item * p->queries + t) * p->keys + scratch.kept[i]] = 1;
+                read_rows(p->query, p->dtype, batch, head, t, t + 1, p->head_size, p->head_size, query);
+                const int64_t n = selector.keep(*p, batch, head, t, query, list);
+                for (int64_t i = 0; kept && i < n; i++) kept[(item * p->queries + t) * p->keys + list[i]] = 1;
             }
         }
     });

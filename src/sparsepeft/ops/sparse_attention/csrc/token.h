@@ -31,7 +31,7 @@ INLINE vec products(const vec* row, const float* rows, const int32_t* index) {
 template <int64_t WIDTH>
 struct TokenScratch {
     static constexpr int NV = WIDTH / LANES;
-    Selector selector;
+    AnySelector selector;
     int64_t list_size;
     float *key, *value, *query, *result, *scores, *slopes, *grad_output, *grad_key, *grad_value;
     int32_t *kept, *count, *next;
@@ -75,11 +75,8 @@ struct TokenScratch {
         read_rows(p.query, p.dtype, batch, head, begin, end, p.head_size, WIDTH, query);
         std::fill(result, result + QUERIES * WIDTH, 0.0f);
         for (int64_t t = begin, row = 0; t < end; t++, row++) {
-            const int64_t at = batch * p.queries + t;
             int32_t* list = kept + row * list_size;
-            const int64_t n =
-                selector.keep(p.query_codes + ((batch * p.heads + head) * p.queries + t) * p.subvectors,
-                              p.positions[at], p.lower[at], p.upper[at], p.top_l, p.keep_self, p.keep_first, list);
+            const int64_t n = selector.keep(p, batch, head, t, query + row * WIDTH, list);
             count[row] = static_cast<int32_t>(n);
             if (n) std::fill(list + n, list + round_up(n, LANES), list[n - 1]);
         }
