@@ -28,6 +28,7 @@ def command(
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = None,
+    infer: options.Infer = None,
     report: Annotated[
         bool, typer.Option("--report", help="Also print precision, recall and F1 of each class, and the confusions.")
     ] = False,
@@ -56,6 +57,7 @@ def command(
             table=TableOptions(**rows),
             batch_size=batch_size,
             device=device,
+            infer=infer,
         )
     if output is not None:
         write_json(output, result.to_dict())
@@ -77,9 +79,18 @@ def _scores(result: Evaluation, title: str) -> Any:
     from sparsepeft_cli.terminal.console import table
 
     names = list(next(iter(result.metrics.values())))
+    scores = {
+        f"{part}, {infer}": (part, values)
+        for infer, metrics in result.metrics_by_infer.items()
+        for part, values in metrics.items()
+    } or {part: (part, values) for part, values in result.metrics.items()}
     rows = [
-        [part, *([f"{result.num_rows[part]:,}"] if result.num_rows else []), *(f"{values[name]:.4f}" for name in names)]
-        for part, values in result.metrics.items()
+        [
+            shown,
+            *([f"{result.num_rows[part]:,}"] if result.num_rows else []),
+            *(f"{values[name]:.4f}" for name in names),
+        ]
+        for shown, (part, values) in scores.items()
     ]
     return table(title, ["part", *(["rows"] if result.num_rows else []), *names], rows)
 

@@ -32,6 +32,7 @@ def command(
     chat: Annotated[bool, typer.Option("--chat", help="Put the model's chat template around a prompt.")] = False,
     model: options.TrainedModel = None,
     device: options.Device = None,
+    infer: options.Infer = None,
     dtype: Annotated[str, options.dtype("--dtype", "Of the weights: fp32, bf16 or fp16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Prompts continued together.")] = 8,
     as_json: Annotated[
@@ -54,7 +55,7 @@ def command(
     drawing = {name: value for name, value in drawing.items() if value is not None}
     settings = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop_strings or ()), **drawing)
     keep_freed_memory()
-    generator = Generator(folder, model, device=device, dtype=dtype, batch_size=batch_size)
+    generator = Generator(folder, model, device=device, dtype=dtype, batch_size=batch_size, infer=infer)
     if len(prompts) == 1 and settings.num_return_sequences == 1 and not stop_strings and not as_json:
         continuations = generator.generate(prompts, settings, chat=chat, on_text=_show)
         _show("" if chat else prompts[0])

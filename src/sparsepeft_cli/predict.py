@@ -38,6 +38,7 @@ def command(
     model: options.TrainedModel = None,
     batch_size: options.BatchSize = 32,
     device: options.Device = None,
+    infer: options.Infer = None,
     **rows: Any,
 ) -> None:
     """Label texts: a row out for each input, in order and as soon as it can be given.
@@ -65,7 +66,7 @@ def command(
     from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
 
     keep_freed_memory()
-    predictor = Predictor(folder, model, batch_size, device)
+    predictor = Predictor(folder, model, batch_size, device, infer)
     table = TableOptions(**rows)
     if text is not None:
         texts = text if text_pair is None else [text, text_pair]

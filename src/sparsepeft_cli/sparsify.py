@@ -30,6 +30,14 @@ def command(
             help="Begin each with the begin-of-text token. [default: if the tokenizer does so by itself]",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How much higher the perplexity may become, such as 2% or 0.02: measure each module, and choose its "
+            "settings by that.",
+        ),
+    ] = None,
     set_: Annotated[list[str] | None, options.settings("A setting of SptConfig")] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -39,13 +47,17 @@ def command(
     Saves routers, codebooks and settings, not the model's weights; `sparsepeft.spt.load_sparse` puts them together.
 
     Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=6`
+
+    Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --budget 2%`
     """
     from sparsepeft.training import parse_settings, sparsify_language_model
     from sparsepeft_cli.terminal.console import err, out, print_json
     from sparsepeft_cli.terminal.summary import report_parts
 
     settings = parse_settings(set_ or [], example="num_active_blocks=6")
-    with err.status("converting"):
+    if budget is not None:
+        settings["budget"] = budget
+    with err.status("converting" if budget is None else "measuring what each module may become"):
         results = sparsify_language_model(
             model,
             output_dir,
@@ -59,8 +71,8 @@ def command(
     if json:
         print_json(results)
         return
-    for part in report_parts(results["config"], results["report"], results["model"]):
-        out.print(part, highlight=False)
+    for part in report_parts(results, results["model"]):
+        out.print(part, highlight=False, soft_wrap=True)
     perplexity = results["perplexity"]
     if perplexity["dense"] is not None:
         out.print(

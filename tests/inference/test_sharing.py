@@ -148,7 +148,7 @@ def test_a_sparse_model_is_left_and_tasks_leave_it(backbone: Path, tmp_path: Pat
         return len(list(adapted.model.state_dict())), sum(type(one) is nn.Parameter for one in gc.get_objects())
 
     ids, tokenizer = torch.randint(4, 40, (4, 12)), AutoTokenizer.from_pretrained(backbone)
-    model = sparsify(load(backbone), SptConfig(top_l=3, num_blocks=4, num_active_blocks=2), ids)
+    model = sparsify(load(backbone), SptConfig(top_l=3, values="routed", num_blocks=4, num_active_blocks=2), ids)
     get_peft_model(copy.deepcopy(model), METHODS["spartan"](num_labels=2)).save_pretrained(str(tmp_path))
     before = state(model)
     engine = MultiTaskEngine(model, {"one": tmp_path}, tokenizer=tokenizer, onednn=False)

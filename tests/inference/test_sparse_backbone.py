@@ -21,7 +21,7 @@ TEXTS = ("one text", "another text that is longer", "a third")
 def sparse_backbone(folder: Path) -> Any:
     ids = torch.randint(4, 40, (4, 12), generator=torch.Generator().manual_seed(0))
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    return sparsify(model, SptConfig(top_l=3, num_blocks=4, num_active_blocks=2), ids).eval()
+    return sparsify(model, SptConfig(top_l=3, values="routed", num_blocks=4, num_active_blocks=2), ids).eval()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ SIZES = {
     "no token": ((0,), 5, 11),
     "several chunks": ((130,), 9, 77),
 }
+ALL = (True, True, True)
 
 
 @pytest.fixture(autouse=True)

@@ -89,6 +89,7 @@ def inputs(name: str, padding: str | None = "left", batch: int = 3, length: int 
 def sparse(name: str, padding: str | None = None, batch: int = 3, **values: Any) -> Any:
     """A model made sparse, attention and FFNs."""
     settings = {"attention": name not in FEED_FORWARD_ONLY, "top_l": 5, "num_blocks": 4, "num_active_blocks": 2}
+    settings["values"] = "routed"
     return sparsify(build(name), SptConfig(**settings | values), inputs(name, padding, batch))
 
 

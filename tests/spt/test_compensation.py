@@ -69,7 +69,7 @@ def test_every_ffn_comes_closer_to_the_dense_one(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    config = SptConfig(attention=False, num_blocks=4, num_active_blocks=1, compensation_rank=4)
+    config = SptConfig(attention=False, values="routed", num_blocks=4, num_active_blocks=1, compensation_rank=4)
     model = sparsify(build("llama").to(dtype), config, inputs("llama", batch=40))
     assert model(**inputs("llama")).logits.dtype == dtype
     assert all(tensor.dtype == torch.float32 for found in compensations(model) for tensor in found)
@@ -107,6 +107,6 @@ def test_saved_without_an_adapter(active: int, tmp_path: Path) -> None:
 
 def test_what_it_needs() -> None:
     with pytest.raises(ValueError, match="to 1 tokens"):
-        sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4), torch.tensor([[5]]))
+        sparsify(build("llama"), SptConfig(attention=False, values="routed", compensation_rank=4), torch.tensor([[5]]))
     with pytest.raises(ValueError, match="needs calibration_data"):
-        sparsify(build("llama"), SptConfig(attention=False, compensation_rank=4))
+        sparsify(build("llama"), SptConfig(attention=False, values="routed", compensation_rank=4))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.spt.models import ALL, build, logits, sparse
+import transformers as hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.spt.models import ALL, SIZES, TARGETS, T, build, inputs, logits, sparse
 
-from sparsepeft.spt import sparsification
+from sparsepeft import SpartanConfig
+from sparsepeft.spt import SptConfig, answering, desparsify, labelled, load_sparse, sparsification, sparsify
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the same sums in another order
 
@@ -18,10 +22,22 @@ def layers(model: Any) -> list[Any]:
     return [*state.attention.values(), *(routed for _, routed in state.feed_forwards)]
 
 
+def with_lora(name: str, **values: Any) -> Any:
+    model = sparse(name, values="routed", **values)
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules=TARGETS[name], r=3, init_lora_weights=False)
+    return get_peft_model(model, lora).eval().double()
+
+
+def densely(model: Any, name: str) -> torch.Tensor:
+    with answering(model, "dense"):
+        return logits(model, name)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_dense_layer_is_the_dense_models(name: str) -> None:
     padding = "right" if name == "mistral" else "left"
-    model, expected = sparse(name).double(), logits(build(name).double(), name, padding)
+    model, expected = sparse(name, values="routed").double(), logits(build(name).double(), name, padding)
     before = logits(model, name, padding)
     for layer in layers(model):
         layer.dense = True
@@ -30,3 +46,159 @@ def test_a_dense_layer_is_the_dense_models(name: str) -> None:
     partly = logits(model, name, padding)
     assert not torch.allclose(partly, expected, **CLOSE)
     assert not torch.allclose(partly, before, **CLOSE)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_dense_answers_are_those_of_the_adapter_on_the_dense_model(name: str, tmp_path: Path) -> None:
+    model = with_lora(name)
+    expected, before = densely(model, name), logits(model, name)
+    assert not torch.allclose(expected, before, **CLOSE)
+    model.float().save_pretrained(str(tmp_path / "sparse"))
+    loaded = load_sparse(build(name), tmp_path / "sparse", infer="dense").double()
+    torch.testing.assert_close(logits(loaded, name), expected, **CLOSE)
+    with answering(loaded, "sparse"):
+        torch.testing.assert_close(logits(loaded, name), before, **CLOSE)
+
+    assert desparsify(loaded) is loaded
+    assert sparsification(loaded) is None
+    loaded.float().save_pretrained(str(tmp_path / "dense"))
+    plain = PeftModel.from_pretrained(build(name), str(tmp_path / "dense")).eval().double()  # needs PEFT alone
+    assert plain.state_dict().keys() == loaded.state_dict().keys()
+    torch.testing.assert_close(logits(plain, name), expected, **CLOSE)
+    torch.testing.assert_close(logits(loaded.double().merge_and_unload(), name), expected, **CLOSE)
+
+
+def test_only_what_the_dense_model_can_take_stays_on_it() -> None:
+    model = get_peft_model(sparse("bert"), SpartanConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="SpartanConfig, which belongs to the sparse backbone"):
+        desparsify(model)
+    with pytest.raises(ValueError, match="dense LlamaForCausalLM"), answering(build("llama"), "dense"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
+def test_texts_are_continued_densely(name: str) -> None:
+    """With a cache, and a padded prompt."""
+    model, given = sparse(name, values="routed"), inputs(name)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with answering(model, "dense"):
+        found = model.generate(**given, **settings)
+    assert torch.equal(found, build(name).generate(**given, **settings))
+    assert not torch.equal(found, model.generate(**given, **settings))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_the_first_steps_are_dense(checkpointing: bool | None) -> None:
+    """``checkpointing`` is whether it is reentrant."""
+    given, found = inputs("llama"), []
+    for dense_steps in (2, 0):
+        model = with_lora("llama", dense_steps=dense_steps, codebook_interval=1, load_balancing_coef=0.0).train()
+        assert all(layer.dense is False for layer in layers(model))
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        books = sparsification(model).attention["model.layers.0.self_attn"].state
+        for _ in range(3):
+            dense, its_own = densely(model.eval(), "llama"), logits(model, "llama")
+            output = model.train()(**given, labels=given["input_ids"])
+            shown = output.logits.detach() * given["attention_mask"][..., None]
+            found.append((torch.allclose(shown, dense), torch.allclose(shown, its_own)))
+            output.loss.backward()
+            routers = [p.grad for n, p in model.named_parameters() if "spt_router" in n and p.requires_grad]
+            assert all(grad is not None for grad in routers)  # which DDP waits for
+            assert any(grad.any() for grad in routers) != found[-1][0]
+            if checkpointing is not None:
+                expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+                model.zero_grad()
+                model.gradient_checkpointing_disable()
+                model(**given, labels=given["input_ids"]).loss.backward()
+                for gradient, parameter in zip(
+                    expected, [p for p in model.parameters() if p.grad is not None], strict=True
+                ):
+                    torch.testing.assert_close(gradient, parameter.grad)
+                model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(books.current.codebooks, books.original_module.codebooks)  # by dense steps, too
+    assert found == [(True, False)] * 2 + [(False, True)] * 4
+
+
+def masked_language_model(name: str) -> Any:
+    if name != "bert":
+        return build(name)
+    torch.manual_seed(0)
+    model = hf.BertForMaskedLM(hf.BertConfig(**SIZES)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+@pytest.mark.parametrize("values", ["routed", "exact"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "bert"])
+def test_where_labels_count_training_is_dense(name: str, values: str) -> None:
+    """Sparse is the last layer, so that there is one dense state and one sparse state for each position to have."""
+    given = inputs(name)
+    labels = given["input_ids"].clone()
+    labels[:, :-7] = -100  # ragged: each row learns at other positions
+    labels[0, -3:] = -100
+    counts = labels.ne(-100)
+    if name != "bert":
+        counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
+    settings = {"top_l": 4, "num_blocks": 4, "num_active_blocks": 1, "load_balancing_coef": 0.0, "values": values}
+    config = SptConfig(**settings, layers_to_transform=1, dense_labels=True)
+    model = without_dropout(sparsify(masked_language_model(name), config, given)).double()
+    dense = without_dropout(masked_language_model(name)).double().train()
+    its_own = logits(model, name)
+    output, expected = model.train()(**given, labels=labels), dense(**given, labels=labels)
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[counts], expected.logits[counts])
+    torch.testing.assert_close(output.logits[~counts & real], its_own[~counts & real])
+    assert not torch.allclose(its_own[counts], expected.logits[counts], **CLOSE)
+
+    output.loss.backward()
+    expected.loss.backward()
+    gradients = {plain: parameter.grad for plain, parameter in desparsify(model).named_parameters()}
+    for key, parameter in dense.named_parameters():
+        if parameter.grad is not None and "mlp" not in key and "fc" not in key and "layer.1" not in key:
+            torch.testing.assert_close(gradients[key], parameter.grad, msg=key)
+
+
+def test_labels_of_a_loss_outside_the_model_and_of_whole_texts(caplog: pytest.LogCaptureFixture) -> None:
+    model = with_lora("llama", dense_labels=True, load_balancing_coef=0.0).train()
+    given = inputs("llama")
+    labels = given["input_ids"].clone()
+    labels[:, : T // 2] = -100
+    inside = model(**given, labels=labels).logits
+    alone = model(**given).logits
+    assert not torch.allclose(inside, alone, **CLOSE)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with labelled(model, labels):
+            outside = model(**given).logits
+        torch.testing.assert_close(outside, inside)
+        outside.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+    texts = without_dropout(sparse("bert", values="routed", dense_labels=True)).train()
+    with torch.no_grad():
+        expected = texts(**inputs("bert")).logits
+    torch.testing.assert_close(texts(**inputs("bert"), labels=torch.tensor([0, 1, 0])).logits, expected)

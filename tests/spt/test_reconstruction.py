@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.spt.models import TARGETS, build, inputs, logits, sparse
 
-from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.ops.routed_ffn import project
 from sparsepeft.spt import SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
 from sparsepeft.spt.compensation import held_out
+from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.router import InitialRouter, compensated, inner_states, projection_of, start_from_outputs
@@ -55,7 +55,7 @@ def test_new_tokens_come_closer_to_the_dense_output(name: str) -> None:
     dense = project(expected, projection_of(feed_forward, feed_forward.names.down))
     errors = []
     for each in (start, better):  # the layer itself, which has the update among LoRA's
-        layer = RoutedFeedForward(find_feed_forwards(build(name))[0], each, CONFIG, ForwardContext()).eval()
+        layer = RoutedFeedForward(find_feed_forwards(build(name))[0], each, CONFIG, SparseContext(CONFIG)).eval()
         with torch.no_grad():
             errors.append(float((layer(new) - dense).norm()))
     assert errors[1] < errors[0]
@@ -138,3 +138,8 @@ def test_saved_without_an_adapter(tmp_path: Path) -> None:
     again = load_sparse(build("llama"), tmp_path)
     assert updates(again)[0].keys() == {"gate", "up", "down"}
     torch.testing.assert_close(logits(again, "llama"), logits(model, "llama"), rtol=0, atol=0)
+
+
+def test_it_needs_calibration() -> None:
+    with pytest.raises(ValueError, match="reconstruction_rank=4 needs calibration_data"):
+        sparsify(build("llama"), CONFIG)

@@ -69,7 +69,7 @@ def test_neurons_that_fire_alike_are_alike(name: str) -> None:
 def test_without_calibration_the_weights_decide() -> None:
     model = build("llama")
     rows = model.model.layers[0].mlp.gate_proj.weight.detach().clone()
-    sparsify(model, SptConfig(attention=False, num_blocks=4, num_active_blocks=2))
+    sparsify(model, SptConfig(attention=False, values="routed", num_blocks=4, num_active_blocks=2))
     router = sparsification(model).feed_forwards[0][1].spt_router.current
     torch.testing.assert_close(router.weight, rows[router.neuron_order].view(4, -1, 32).mean(1))
     feed_forward = find_feed_forwards(build("llama"))[0]
@@ -82,7 +82,7 @@ def test_padding_has_no_part_in_calibration() -> None:
     for token in (0, 7):
         given = inputs("llama", padding="right")
         given["input_ids"] = torch.where(given["attention_mask"].bool(), given["input_ids"], token)
-        model = sparsify(build("llama"), SptConfig(num_blocks=4, num_active_blocks=2), given)
+        model = sparsify(build("llama"), SptConfig(values="routed", num_blocks=4, num_active_blocks=2), given)
         found.append(sparsification(model).feed_forwards[0][1].spt_router.current)
         codebooks.append(model.model.layers[0].self_attn.spt.state.current.codebooks)
     torch.testing.assert_close(*codebooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from tests.spt.models import DECODERS, SIZES, TARGETS, V, inputs, sparse
+from tests.tiny import topics_text
 from torch import Tensor, nn
 
 from sparsepeft.models import DeferredLogits, deferred_logits, language_model_loss
+from sparsepeft.training import RunConfig, train
 
 _TAKEN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "head_dim")
 _SIZES = {name: getattr(DECODERS["gemma"][1], name) for name in (*_TAKEN, "num_key_value_heads")}
@@ -144,3 +147,20 @@ def test_by_itself(taken: list[dict[str, Any]]) -> None:
     assert len(taken) == 3
     with deferred_logits(nn.Linear(2, 2)):  # nothing to defer
         pass
+
+
+@pytest.mark.slow
+def test_training_and_perplexity_take_it(
+    tiny_language_model: Path, tmp_path: Path, taken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(tiny_language_model), "text": str(topics_text(tmp_path)), "block_length": 32}
+    short = {"max_steps": 2, "batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    results = []
+    for name in ("deferred", "dense"):
+        config = RunConfig("lm", str(tmp_path / name), **(options | short))  # type: ignore[arg-type]
+        results.append(train(config)["metrics"]["validation"]["loss"])
+        assert taken
+        taken.clear()
+        for module in ("sparsepeft.training.fit", "sparsepeft.models.logits"):
+            monkeypatch.setattr(f"{module}.deferred_logits", lambda model: nullcontext(taken.append({})))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)

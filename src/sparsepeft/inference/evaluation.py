@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import longest_input
@@ -14,6 +14,7 @@ from sparsepeft.inference.questions import TableOptions
 from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
+from sparsepeft.methods.sparse import by_infer
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
@@ -24,6 +25,8 @@ from sparsepeft.tasks.formats import FileFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Evaluation(Mapping[str, dict[str, float]]):
             confusion matrix (rows are true, columns predicted classes), see :func:`sparsepeft.tasks.metrics.report`.
         notes: what a reader of the scores must know, such as that the data has changed since training.
         data_fingerprints: SHA-256 of the files, by name.
+        metrics_by_infer: for a sparse model whose answers are other than the dense one's: ``metrics`` in either way,
+            under ``"sparse"`` and ``"dense"``.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -44,6 +49,7 @@ class Evaluation(Mapping[str, dict[str, float]]):
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     data_fingerprints: dict[str, str] = field(default_factory=dict)
+    metrics_by_infer: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def __getitem__(self, part: str) -> dict[str, float]:
         return self.metrics[part]
@@ -69,6 +75,7 @@ def evaluate(
     table: TableOptions | None = None,
     batch_size: int = 32,
     device: str | None = None,
+    infer: str | None = None,
 ) -> Evaluation:
     """Score a run's model on every labelled part that it was not trained on, or on a file.
 
@@ -82,6 +89,8 @@ def evaluate(
         table: how to read them.
         batch_size: inputs per forward pass.
         device: where to compute; None is the accelerator, if there is one.
+        infer: score a sparse model as it is or as the dense model that it was made from, see
+            :class:`sparsepeft.spt.SptConfig`; None scores both.
 
     Raises:
         UserError: the folder holds no finished training, data or backbone are gone or damaged, a label is none of the
@@ -99,8 +108,8 @@ def evaluate(
     if test_file is None and table != TableOptions():
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     if run["task"] == LM:
-        return _evaluate_language_model(folder, run, model, test_file, table, device)
-    predictor = Predictor(folder, model, batch_size, device)
+        return _evaluate_language_model(folder, run, model, test_file, table, device, infer)
+    predictor = Predictor(folder, model, batch_size, device, infer)
     if test_file is not None:
         path = Path(test_file)
         file_format, digest = table.format_of(path), sha256(path)
@@ -108,9 +117,9 @@ def evaluate(
         notes = file_format.notes
         if next(iter((run.get("data_fingerprints") or {}).values()), None) == digest:
             notes += (f"{path.name} is the file that the run was trained on: its scores say nothing about new texts",)
-        return _evaluation(predictor, {"test": part}, notes, {path.name: digest})
+        return _evaluation(predictor, {"test": part}, notes, {path.name: digest}, infer)
     data = held_out_data(folder, data_dir, run=run)
-    return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints)
+    return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints, infer)
 
 
 def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:
@@ -131,20 +140,41 @@ def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: Fi
 
 
 def _evaluation(
-    predictor: Predictor, parts: dict[str, Dataset], notes: tuple[str, ...], fingerprints: dict[str, str]
+    predictor: Predictor,
+    parts: dict[str, Dataset],
+    notes: tuple[str, ...],
+    fingerprints: dict[str, str],
+    infer: str | None,
 ) -> Evaluation:
     from sparsepeft.tasks.metrics import report
 
     spec = predictor.spec
-    metrics, reports = {}, {}
+    texts = {}
     for name, part in parts.items():
         columns = [part[column][:] for column in spec.text_columns]
-        logits = predictor.logits(columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)))
-        labels = part["label"][:]
-        metrics[name] = spec.compute_metrics(logits, labels)
-        if of_classes := report(spec, logits, labels):
-            reports[name] = of_classes
-    return Evaluation(metrics, {name: len(part) for name, part in parts.items()}, reports, notes, dict(fingerprints))
+        texts[name] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    labels = {name: part["label"][:] for name, part in parts.items()}
+    answers = _by_infer(predictor.model, lambda: {n: predictor.logits(part) for n, part in texts.items()}, infer)
+    scores = {
+        way: {name: spec.compute_metrics(logits, labels[name]) for name, logits in answer.items()}
+        for way, answer in answers.items()
+    }
+    reports = {
+        name: of_classes
+        for name, logits in next(iter(answers.values())).items()
+        if (of_classes := report(spec, logits, labels[name]))
+    }
+    sizes = {name: len(part) for name, part in parts.items()}
+    return Evaluation(next(iter(scores.values())), sizes, reports, notes, dict(fingerprints), _if_several(scores))
+
+
+def _by_infer(model: Any, score: Callable[[], T], infer: str | None) -> dict[str, T]:
+    """A score for each way in which a model answers, or for the one that it was loaded for."""
+    return by_infer(model, score) if infer is None else {infer: score()}
+
+
+def _if_several(scores: dict[str, Any]) -> dict[str, Any]:
+    return scores if len(scores) > 1 else {}
 
 
 def _evaluate_language_model(
@@ -154,9 +184,10 @@ def _evaluate_language_model(
     test_file: str | Path | None,
     table: TableOptions,
     device: str | None,
+    infer: str | None,
 ) -> Evaluation:
     """Perplexity of a run's model on its validation text, or on a file."""
-    config, trained = RunConfig(**run["config"]), trained_run(folder, run, model)
+    config, trained = RunConfig(**run["config"]), trained_run(folder, run, model, infer)
     files = [*config.text, *config.validation_text] if test_file is None else [str(test_file)]
     if test_file is None:
         held_out, notes = _held_out_text(folder, config, run)
@@ -178,8 +209,10 @@ def _evaluate_language_model(
         trained_on = list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
         if set(digests.values()) & set(trained_on):
             notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
-    measured = perplexity(loaded, blocks, config.recipe_values().batch_size, config.precision)
-    return Evaluation({part: measured}, notes=notes, data_fingerprints=digests)
+    batch_size = config.recipe_values().batch_size
+    scores = _by_infer(loaded, lambda: {part: perplexity(loaded, blocks, batch_size, config.precision)}, infer)
+    metrics = next(iter(scores.values()))
+    return Evaluation(metrics, notes=notes, data_fingerprints=digests, metrics_by_infer=_if_several(scores))
 
 
 def _held_out_text(folder: Path, config: RunConfig, run: dict[str, Any]) -> tuple[list[str] | None, tuple[str, ...]]:

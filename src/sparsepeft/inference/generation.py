@@ -116,6 +116,7 @@ class Generator:
         device: where to compute, see :func:`sparsepeft.devices.find_device`; None takes the accelerator, if any.
         dtype: of the weights: fp32, bf16 or fp16.
         batch_size: prompts that are continued together, where nothing is drawn.
+        infer: answer as the ``"sparse"`` model, or as the ``"dense"`` one that it was made from; None as in training.
 
     Raises:
         UserError: the folder holds no finished training or that of a classifier, its files are damaged, or the
@@ -130,6 +131,7 @@ class Generator:
         device: str | None = None,
         dtype: str = "fp32",
         batch_size: int = 8,
+        infer: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         run = read_run(self.folder)
@@ -144,7 +146,7 @@ class Generator:
         except ValueError as error:
             raise UserError(f"`dtype={dtype}` was given; expected fp32, bf16 or fp16.") from error
         self.device = find_device(device)
-        trained = trained_run(self.folder, run, model)
+        trained = trained_run(self.folder, run, model, infer)
         self.method = trained.method
         self.tokenizer = load_tokenizer(trained.backbone)
         loaded: Any = load_trained_language_model(trained, torch_dtype)

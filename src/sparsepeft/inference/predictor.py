@@ -30,6 +30,7 @@ class Predictor:
         model: the backbone, if it has moved since.
         batch_size: inputs per forward pass.
         device: where to compute, such as ``"cpu"``; None is the accelerator, if there is one.
+        infer: answer as the ``"sparse"`` model, or as the ``"dense"`` one that it was made from; None as in training.
 
     Attributes:
         spec: the task.
@@ -51,7 +52,12 @@ class Predictor:
     """
 
     def __init__(
-        self, folder: str | Path, model: str | None = None, batch_size: int = 32, device: str | None = None
+        self,
+        folder: str | Path,
+        model: str | None = None,
+        batch_size: int = 32,
+        device: str | None = None,
+        infer: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         run = read_run(self.folder)
@@ -63,7 +69,7 @@ class Predictor:
         self.config = RunConfig(**run["config"])
         self.columns: Columns | None = columns_of(run)
         self.batch_size = batch_size
-        trained = trained_run(self.folder, run, model)
+        trained = trained_run(self.folder, run, model, infer)
         self.model: Any = load_trained(trained, self.spec)
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(trained.backbone)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, TaskType
 
 from sparsepeft.backbones import backbone_of_run
-from sparsepeft.errors import UserError
+from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.inference.portable import check_task_name, find_task
 from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import RUN, read_run, spec_of
+from sparsepeft.spt.config import INFER
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 if TYPE_CHECKING:
@@ -176,20 +177,25 @@ def check_weights(folder: Path) -> None:
         raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
 
 
-def trained_run(folder: Path, run: dict[str, Any], model: str | None = None) -> TrainedRun:
+def trained_run(folder: Path, run: dict[str, Any], model: str | None = None, infer: str | None = None) -> TrainedRun:
     """What the model of a run is loaded from.
 
     Args:
         run: the content of its ``run.json``.
         model: the backbone, if it has moved since training.
+        infer: how the model of a sparse run is to answer, see :class:`sparsepeft.spt.SptConfig`; None as in training.
 
     Raises:
-        UserError: there are no weights yet, or nothing is left where the backbone was.
+        UserError: there are no weights yet, nothing is left where the backbone was, or ``infer`` cannot be had.
     """
     check_weights(folder)
     config = RunConfig(**run["config"])
+    if infer is not None and infer not in INFER:
+        raise UserError(unknown_name("`infer`", infer, INFER))
+    if infer is not None and config.spt is None:
+        raise UserError(f"`infer={infer}` was given, but the run in {folder} is of a dense model; leave it out.")
     backbone = str(folder) if config.method == "full" else backbone_of_run(folder, model, config.model)
-    return TrainedRun(folder, config.method, backbone, config.spt is not None, run.get("backbone_fingerprint"))
+    return TrainedRun(folder, config.method, backbone, config.spt is not None, run.get("backbone_fingerprint"), infer)
 
 
 def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ class TrainedRun:
         backbone: hub id or folder of the model that it was trained on; the run's own folder for full fine-tuning.
         is_sparse: it was trained on a sparse model.
         backbone_fingerprint: of the backbone that it was trained on, see :func:`fingerprint_of`.
+        infer: answer as the ``"sparse"`` model or the ``"dense"`` one; None as in training.
     """
 
     folder: Path
@@ -245,6 +247,7 @@ class TrainedRun:
     backbone: str
     is_sparse: bool = False
     backbone_fingerprint: dict[str, Any] | None = None
+    infer: str | None = None
 
 
 def load_trained(run: TrainedRun, spec: TaskSpec) -> Model:
@@ -280,7 +283,7 @@ def attach_trained(backbone: PreTrainedModel, run: TrainedRun, exclude: Iterable
                 f"`model={backbone.name_or_path}` is not the backbone that the adapter was trained on: its weights "
                 "differ; pass the right one."
             ) from error
-        load = load_sparse if run.is_sparse else PeftModel.from_pretrained
+        load = partial(load_sparse, infer=run.infer) if run.is_sparse else PeftModel.from_pretrained
         model = load(backbone, str(run.folder)).eval()
         check_adapter_loaded(model, run.folder)
     return model

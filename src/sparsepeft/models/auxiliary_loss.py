@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _CHUNK = 2**24  # values of the logits that are looked at together: 64 MB each in float32
 
@@ -108,8 +109,12 @@ def cross_entropy_weight(logits: torch.Tensor, gradient: torch.Tensor) -> torch.
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether labels predict the next position, so that the first of each row is no item; as Trainer counts them."""
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not is_encoder_decoder
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
+    if loss is None:  # of GPT2LMHeadModel and its like, from whose names transformers reads none
+        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return loss is ForCausalLMLoss
 
 
 class AuxiliaryLosses:

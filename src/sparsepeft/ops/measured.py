@@ -34,22 +34,23 @@ def fastest(name: str, key: tuple[object, ...], forms: Mapping[str, Callable[[],
     path = cache_folder() / "measured" / f"{name}-{digest}.json"
     times = _read(path, forms)
     if times is None:
-        times = _measure(forms)
+        times = {name: min(each) for name, each in alternately(forms, _ROUNDS).items()}
         content = {"name": name, "key": repr(key), "threads": torch.get_num_threads(), "milliseconds": times}
         with suppress(OSError):  # a cache folder that cannot be written only means measuring again next time
             write_json(path, content)
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def _measure(forms: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def alternately(forms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each form, in each round; all are called once before, to warm up."""
     for call in forms.values():
         call()
-    times = dict.fromkeys(forms, float("inf"))
-    for _ in range(_ROUNDS):
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
         for name, call in forms.items():
             start = time.perf_counter()
             call()
-            times[name] = min(times[name], 1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 

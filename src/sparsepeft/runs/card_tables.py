@@ -40,6 +40,12 @@ def scores(results: Mapping[str, Any]) -> str:
         (part, *(_number(metrics[name]) if name in metrics else "" for name in names))
         for part, metrics in results["metrics"].items()
     ]
+    own, *others = results.get("metrics_by_infer", {}) or [""]
+    for infer in others:
+        rows += [
+            (f"{part}, as the {infer} model (above: the {own} one)", *(_number(metrics[n]) for n in names))
+            for part, metrics in results["metrics_by_infer"][infer].items()
+        ]
     for kind, metrics in results.get("before", {}).items():
         rows.append((f"{results['score_split']}, {kind} model before training", *(_number(metrics[n]) for n in names)))
     parts = ["## Scores", table(("part", *map(title, names)), rows)]

@@ -221,7 +221,7 @@ class RunConfig:
             return None
         from sparsepeft.methods.sparse import check_spt  # which loads torch
 
-        return check_spt(self.method, self.spt)
+        return check_spt(self.method, self.spt, self.is_language_model)
 
     def recipe_values(self) -> Recipe:
         """The recipe for this method with this config's own values put in.

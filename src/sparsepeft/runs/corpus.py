@@ -204,6 +204,13 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
     return blocks if len(blocks) <= count else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 
+def without(blocks: Tensor, count: int) -> Tensor:
+    """The blocks that :func:`evenly_spaced` leaves out."""
+    left = torch.ones(len(blocks), dtype=torch.bool)
+    left[torch.linspace(0, len(blocks) - 1, count).long() if len(blocks) > count else slice(None)] = False
+    return blocks[left]
+
+
 def fingerprints(files: Sequence[str]) -> dict[str, Any]:
     """SHA-256 of each file, by :func:`sparsepeft.tasks.files.distinct_names`."""
     paths = [Path(name) for name in files]

@@ -1,5 +1,6 @@
 """Sparse fine-tuning (SPT): sparse attention and routed FFNs in transformers' models."""
 
+from sparsepeft.planning import Plan
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import Sparsification, desparsify, sparsification
 from sparsepeft.spt.density import answering, labelled
@@ -8,6 +9,7 @@ from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.sparsifying import sparsify
 
 __all__ = [
+    "Plan",
     "Sparsification",
     "SptConfig",
     "SptReport",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.planning import Text, text_for
 from sparsepeft.spt.attention import NAME, AttentionCall, recording
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
+from sparsepeft.spt.report import watching
 from sparsepeft.spt.router import (
     InitialRouter,
     activity,
@@ -63,6 +67,18 @@ def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
                 f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
             )
     return {name: value.to(model.device) for name, value in tensors.items()}
+
+
+def read_text(model: PreTrainedModel, data: Any) -> Text:
+    """The calibration data as what a language model is scored on.
+
+    Raises:
+        ValueError: the model is no language model, or the data not what it could be scored on.
+    """
+    batch = calibration_batch(model, data)
+    labels = data.get("labels") if isinstance(data, Mapping) else None
+    labels = _ids(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
+    return text_for(model, batch, labels if labels is None else labels.view(batch["input_ids"].shape))
 
 
 def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
@@ -160,8 +176,13 @@ def initial_router(
     config: SptConfig,
     batch: dict[str, Tensor] | None,
     seen: dict[str, tuple[Tensor, Tensor]],
-) -> InitialRouter:
-    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one."""
+) -> InitialRouter | None:
+    """How the neurons are cut into blocks, and where the router starts: from a calibration batch where there is one.
+
+    None for an FFN with exact values, which has no router.
+    """
+    if config.values == "exact":
+        return None
     inner, num_blocks = feed_forward.sizes[1], config.num_blocks
     inputs = None if batch is None else _inputs(feed_forward, batch, seen)
     states = None if inputs is None else inner_states(feed_forward, inputs)
@@ -188,3 +209,83 @@ def _inputs(feed_forward: FeedForward, batch: dict[str, Tensor], seen: dict[str,
     inputs = seen[feed_forward.name][0].flatten(0, -2)
     mask = batch.get("decoder_attention_mask" if feed_forward.is_decoder else "attention_mask")
     return inputs[mask.flatten().bool()] if mask is not None and mask.numel() == len(inputs) else inputs
+
+
+class Calibration:
+    """What a model does on a calibration batch, and the sparse parts that are made from that; each is made once.
+
+    Args:
+        model: the dense model.
+        config: with ``top_l`` as a count.
+        batch: see :func:`calibration_batch`; None where nothing is to be learnt from one.
+
+    Attributes:
+        feed_forwards: those that may become sparse, by name.
+        calls: how the attention that may become sparse was called, by name.
+        seen: each FFN's input and output, by name.
+
+    Raises:
+        ValueError: the model lacks a structure that is needed, sizes do not fit, or the data is unusable.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SptConfig, batch: dict[str, Tensor] | None) -> None:
+        self.batch = batch
+        self.feed_forwards = {
+            each.name: each for each in (find_feed_forwards(model, config.layers_to_transform) if config.ffn else [])
+        }
+        for name, feed_forward in self.feed_forwards.items():
+            if (own := config.of(name)) is not None:
+                check_blocks(feed_forward, own)
+        with watching(list(self.feed_forwards.values())) as self.seen:
+            self.calls = attend_densely(model, config, batch) if batch is not None else {}
+        names = [*self.calls, *self.feed_forwards]
+        for name in config.overrides or {}:
+            if name not in names:
+                raise ValueError(
+                    f"overrides has settings for {name!r}, but what becomes sparse is {', '.join(names)}; use one of "
+                    "these names."
+                )
+        self._made: dict[str, Any] = {}
+
+    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:
+        """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
+        return {
+            name: self._once(f"{name} {own.granularity}", partial(layer_codebooks, name, self.calls[name], own))
+            for name, own in self._settings(self.calls, config, only)
+        }
+
+    def starts(self, config: SptConfig, only: str | None = None) -> list[tuple[FeedForward, InitialRouter | None]]:
+        """Of all FFNs that become sparse by ``config``, or of the one of that name."""
+        return [
+            (each, self._once(f"{name} {own}", partial(initial_router, each, own, self.batch, self.seen)))
+            for name, own in self._settings(self.feed_forwards, config, only)
+            for each in (self.feed_forwards[name],)
+        ]
+
+    @staticmethod
+    def _settings(names: Iterable[str], config: SptConfig, only: str | None) -> Iterator[tuple[str, SptConfig]]:
+        for name in names if only is None else (only,):
+            if (own := config.of(name)) is not None:
+                yield name, own
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def check_blocks(feed_forward: FeedForward, config: SptConfig) -> None:
+    """Refuse an FFN whose neurons cannot be cut into the blocks, or not be put in another order.
+
+    Raises:
+        ValueError: it is one.
+    """
+    for name in feed_forward.projection_names:  # raises where they cannot be reordered
+        list(inner_tensors(feed_forward.part(name), name, name != feed_forward.names.down))
+    inner = feed_forward.sizes[1]
+    if inner % config.num_blocks:
+        divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)
+        raise ValueError(
+            f"{feed_forward.name} has {inner} neurons, which num_blocks={config.num_blocks} does not divide; choose "
+            f"one of {divisors}."
+        )

@@ -8,10 +8,11 @@ those of its own ``state_dict()``.
 An adapter of PEFT's own methods says in its files what it was trained on, since PEFT takes from a file what a model has
 a place for, and drops the rest without a word. So
 
-- tensors inside a routed FFN, whose neurons are in another order than the dense FFN's, are stored under the dense
-  model's names with a dimension more: PEFT refuses them there for their shape;
+- tensors inside an FFN are stored under the dense model's names; those of a routed one, whose neurons are in another
+  order than the dense FFN's, with a dimension more: PEFT refuses them there for their shape;
 - all others fit a dense model as well, and may be meant for it: ``exclude_modules`` names a module that only a sparse
-  model has, so PEFT warns where there is none, and the card says how to load them.
+  model has, so PEFT warns where there is none, and the card says how to load them. Where only FFNs with exact values
+  are sparse, the adapter is the dense model's, and there is nothing to say.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from sparsepeft.folders import write_bytes, write_json
 from sparsepeft.models.blocks import unwrap
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward
-from sparsepeft.spt.feed_forward import RoutedFeedForward, inner_dims
+from sparsepeft.spt.feed_forward import ExactFeedForward, SparseFeedForward
+from sparsepeft.spt.projections import inner_dims
 from sparsepeft.spt.state import SptState
 from sparsepeft.tuners.card import write_card
 from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.files import PEFT_PREFIX
 
-FeedForwards = list[tuple[FeedForward, RoutedFeedForward]]
+FeedForwards = list[tuple[FeedForward, SparseFeedForward]]
 SETTINGS = "spt_settings"
 _ADDED, _OWN = "spt.", "original_module."  # before an added tensor's name in a checkpoint; in SptState's
 
@@ -95,7 +97,8 @@ def _dense(model: nn.Module, feed_forwards: FeedForwards, state_dict: dict[str, 
     for key, tensor in state_dict.items():
         if key in weights:
             dense, dim, routed = weights[key]
-            result[dense] = _ordered(tensor, dim, torch.argsort(routed.spt_router.original_module.neuron_order))
+            order = routed.neuron_order
+            result[dense] = _ordered(tensor, dim, None if order is None else torch.argsort(order))
         else:
             result[f"{_ADDED}{key.replace(_OWN, '')}" if key.startswith(added) else key] = tensor
     return result
@@ -110,7 +113,7 @@ def _take_dense_weights(
         router = f"{feed_forward.routed_name}.spt_router."
         if any(key.startswith(f"{prefix}{router}{_OWN}") for key in state_dict):
             continue  # the sparse model's own
-        order = state_dict.get(f"{prefix}{_ADDED}{router}neuron_order", routed.spt_router.original_module.neuron_order)
+        order = state_dict.get(f"{prefix}{_ADDED}{router}neuron_order", routed.neuron_order)
         for sparse, dense, dim in _weights(feed_forward, routed):
             if prefix + dense in state_dict:
                 state_dict[prefix + sparse] = _ordered(state_dict.pop(prefix + dense), dim, order)
@@ -120,7 +123,7 @@ def _take_dense_weights(
                 state_dict[f"{prefix}{name}.{_OWN}{key}"] = state_dict.pop(f"{prefix}{_ADDED}{name}.{key}")
 
 
-def _weights(feed_forward: FeedForward, routed: RoutedFeedForward) -> Iterator[tuple[str, str, int | None]]:
+def _weights(feed_forward: FeedForward, routed: SparseFeedForward) -> Iterator[tuple[str, str, int | None]]:
     """Of each parameter of an FFN: its name in the sparse and in the dense model, and its inner dimension if any."""
     for name in feed_forward.projection_names:
         linear = unwrap(routed.get_submodule(name))
@@ -129,8 +132,8 @@ def _weights(feed_forward: FeedForward, routed: RoutedFeedForward) -> Iterator[t
             yield f"{feed_forward.routed_name}.{name}.{part}", f"{feed_forward.name}.{name}.{part}", dims.get(part)
 
 
-def _ordered(tensor: Tensor, dim: int | None, order: Tensor) -> Tensor:
-    return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
+def _ordered(tensor: Tensor, dim: int | None, order: Tensor | None) -> Tensor:
+    return tensor if dim is None or order is None else tensor.index_select(dim, order.to(tensor.device))
 
 
 class SparseSettings(SptState):
@@ -138,7 +141,7 @@ class SparseSettings(SptState):
 
     Args:
         model: the sparse model.
-        feed_forwards: its routed FFNs, and what they replaced.
+        feed_forwards: its sparse FFNs, and what they replaced.
         module: the settings.
         context: of the sparse model.
     """
@@ -160,28 +163,42 @@ class SparseSettings(SptState):
         config = getattr(self._model[0], "peft_config", {}).get(adapter_name)
         if isinstance(config, PeftConfig) and not isinstance(config, TaskAdapterConfig):  # these know their backbone
             # On this object, once: only the config is told which folder it is.
-            config.save_pretrained = partial(_save_once, config, self.dense_names())  # type: ignore[method-assign]
+            save = partial(_save_once, config, self.dense_names(), self._fits_dense)
+            config.save_pretrained = save  # type: ignore[method-assign]
         return super().adapter_state_dict(adapter_name, state_dict)
 
-    def dense_names(self) -> dict[str, str]:
-        """What the names of a routed FFN's projections begin with: in the sparse model -> in the dense one."""
+    @property
+    def _fits_dense(self) -> bool:
+        """Whether adapters answer in the dense model as they do here."""
+        return not self.original_module.config.attention and all(
+            isinstance(sparse, ExactFeedForward) for _, sparse in self._feed_forwards
+        )
+
+    def dense_names(self) -> dict[str, tuple[str, bool]]:
+        """What the names of a sparse FFN's projections begin with: in the sparse model -> in the dense one.
+
+        And whether its neurons are in another order there.
+        """
         paths = {module: name for name, module in self._model[0].named_modules()}
         return {
-            f"{paths[routed]}.{projection}.": f"{feed_forward.name}.{projection}."
-            for feed_forward, routed in self._feed_forwards
+            f"{paths[sparse]}.{projection}.": (f"{feed_forward.name}.{projection}.", sparse.neuron_order is not None)
+            for feed_forward, sparse in self._feed_forwards
             for projection in feed_forward.names[:3]
             if projection is not None
         }
 
 
-def _save_once(config: PeftConfig, dense_names: dict[str, str], save_directory: str, **kwargs: Any) -> None:
+def _save_once(
+    config: PeftConfig, dense_names: dict[str, tuple[str, bool]], fits_dense: bool, save_directory: str, **kwargs: Any
+) -> None:
     """``PeftConfig.save_pretrained`` of an adapter whose tensors are those of a sparse model."""
     del config.save_pretrained
     config.save_pretrained(save_directory, **kwargs)
     folder = Path(save_directory)
-    write_card(folder, config, is_sparse=True)
     values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    if "exclude_modules" in values:
+    if not fits_dense:
+        write_card(folder, config, is_sparse=True)
+    if "exclude_modules" in values and not fits_dense:
         excluded = values["exclude_modules"] or []
         values["exclude_modules"] = (
             f"({excluded})|{SETTINGS}" if isinstance(excluded, str) else sorted({*excluded, SETTINGS})
@@ -193,7 +210,7 @@ def _save_once(config: PeftConfig, dense_names: dict[str, str], save_directory: 
         write_bytes(path, save(_marked(tensors, dense_names), metadata={"format": "pt"}))
 
 
-def _marked(tensors: dict[str, Tensor], dense_names: dict[str, str]) -> dict[str, Tensor]:
+def _marked(tensors: dict[str, Tensor], dense_names: dict[str, tuple[str, bool]]) -> dict[str, Tensor]:
     result = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
@@ -201,7 +218,8 @@ def _marked(tensors: dict[str, Tensor], dense_names: dict[str, str]) -> dict[str
         if sparse is None:
             result[key] = tensor
         else:
-            result[PEFT_PREFIX + dense_names[sparse] + name.removeprefix(sparse)] = tensor[None]
+            dense, is_reordered = dense_names[sparse]
+            result[PEFT_PREFIX + dense + name.removeprefix(sparse)] = tensor[None] if is_reordered else tensor
     return result
 
 
@@ -211,12 +229,15 @@ def _unmark(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args:
     begin, end = f"{prefix}{SETTINGS}.modules_to_save.", ".settings"
     adapters = [key[len(begin) : -len(end)] for key in state_dict if key.startswith(begin) and key.endswith(end)]
     dims = {f"{prefix}{name}": parameter.dim() for name, parameter in model.named_parameters()}
-    for sparse, dense in settings.dense_names().items():
+    for sparse, (dense, is_reordered) in settings.dense_names().items():
+        if sparse == dense and not is_reordered:
+            continue
         for key in [key for key in state_dict if key.startswith(prefix + dense)]:
             name = prefix + sparse + key.removeprefix(prefix + dense)
             module, _, parameter = name.rpartition(".")
             # PEFT has put in the adapter's name, but not where it found no module of the dense model's name.
             for target in (name, *(f"{module}.{adapter}.{parameter}" for adapter in adapters)):
-                if state_dict[key].dim() == dims.get(target, 0) + 1:
-                    state_dict[target] = state_dict.pop(key)[0]
+                if target in dims and state_dict[key].dim() == dims[target] + is_reordered:
+                    tensor = state_dict.pop(key)
+                    state_dict[target] = tensor[0] if is_reordered else tensor
                     break

@@ -12,16 +12,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.planning import Plan
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
-from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
 from sparsepeft.spt.steps import OptimizerSteps
+from sparsepeft.tuners.config import TaskAdapterConfig
 
 _ATTRIBUTE = "sparsification"
 
@@ -35,13 +37,15 @@ class Sparsification:
         report: how well it fits, on the calibration batch.
         attention: the sparse layers, by the attention module's name.
         feed_forwards: what was replaced, and by what.
+        plan: how the settings of single modules were chosen, where a budget was given.
     """
 
     config: SptConfig
     context: SparseContext
     report: SptReport = field(default_factory=SptReport)
+    plan: Plan | None = None
     attention: dict[str, SparseAttention] = field(default_factory=dict)
-    feed_forwards: list[tuple[FeedForward, RoutedFeedForward]] = field(default_factory=list)
+    feed_forwards: list[tuple[FeedForward, SparseFeedForward]] = field(default_factory=list)
     attention_before: str | None = None
     steps: OptimizerSteps | None = None
     loading: RemovableHandle | None = None
@@ -69,7 +73,7 @@ def install(
     model: PreTrainedModel,
     config: SptConfig,
     codebooks: dict[str, Codebooks],
-    feed_forwards: list[tuple[FeedForward, InitialRouter]],
+    feed_forwards: list[tuple[FeedForward, InitialRouter | None]],
     settings: Tensor | None = None,
 ) -> Sparsification:
     """Put sparse attention and sparse FFNs into a model, given their codebooks and routers.
@@ -81,15 +85,15 @@ def install(
     for name, books in codebooks.items():
         if (own := config.of(name)) is not None:
             module: Any = model.get_submodule(name)
-            module.spt = state.attention[name] = SparseAttention(books, own, context)
+            module.spt = state.attention[name] = SparseAttention(books, own, context).train(module.training)
     if state.attention:
         state.attention_before = model.config._attn_implementation
         model.set_attn_implementation(NAME)
     for feed_forward, start in feed_forwards:
         if (own := config.of(feed_forward.name)) is not None:
-            routed = RoutedFeedForward(feed_forward, start, own, context)
-            state.feed_forwards.append((feed_forward, routed))
-            _place(model, feed_forward, routed)
+            sparse = make_sparse(feed_forward, start, own, context)
+            state.feed_forwards.append((feed_forward, sparse))
+            _place(model, feed_forward, sparse)
     context.watch(model)
     state.loading = save_densely(model, state.feed_forwards)
     model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), context)
@@ -105,11 +109,14 @@ def install(
     return state
 
 
-def desparsify(model: PreTrainedModel) -> PreTrainedModel:
+def desparsify(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """Make a sparse model dense again, in place: the weights are those from before, bit for bit, or as trained since.
 
+    Adapters of ``peft`` may be on it: they stay, as adapters of the dense model, which can be saved for, or merged by,
+    somebody without this package.
+
     Raises:
-        ValueError: the model is not sparse, or is still wrapped by PEFT.
+        ValueError: the model is not sparse, or an adapter acts on its sparse parts themselves.
 
     Example:
         >>> import torch
@@ -122,11 +129,27 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
         >>> torch.equal(model(ids).logits, dense)
         True
     """
-    if isinstance(model, PeftModel):
-        raise ValueError("desparsify got a PeftModel; call its merge_and_unload or unload first.")
     state = sparsification(model)
     if state is None:
         raise ValueError("The model is not sparse, so there is nothing to undo.")
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+        _take_out(model.get_base_model(), state)
+    else:
+        _take_out(model, state)
+    return model
+
+
+def _check_adapters(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        if isinstance(config, TaskAdapterConfig):
+            raise ValueError(
+                f"desparsify got a model with an adapter of {type(config).__name__}, which belongs to the sparse "
+                "backbone; call the model's unload first, or answer densely inside sparsepeft.spt.answering."
+            )
+
+
+def _take_out(model: Any, state: Sparsification) -> None:
     state.context.unwatch()
     settings: Any = model.spt_settings
     settings.detach()
@@ -134,31 +157,30 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
     if state.loading is not None:
         state.loading.remove()
     del model.spt_settings
-    for feed_forward, routed in state.feed_forwards:
-        _uninstall(model, feed_forward, routed)
+    for feed_forward, sparse in state.feed_forwards:
+        _uninstall(model, feed_forward, sparse)
     for name in state.attention:
         del model.get_submodule(name).spt
     if state.attention_before is not None:
         model.set_attn_implementation(state.attention_before)
     delattr(model, _ATTRIBUTE)
-    return model
 
 
-def _place(model: nn.Module, feed_forward: FeedForward, routed: RoutedFeedForward) -> None:
-    routed.train(feed_forward.owner.training)
+def _place(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
+    sparse.train(feed_forward.owner.training)
     if feed_forward.is_module:
-        _replace(model, feed_forward.name, routed)
+        _replace(model, feed_forward.name, sparse)
         return
     names = feed_forward.names
     for name in (names.up, names.down):
         _replace(feed_forward.owner, name, _unchanged)
-    _replace(feed_forward.owner, names.activation, routed)
+    _replace(feed_forward.owner, names.activation, sparse)
 
 
-def _uninstall(model: nn.Module, feed_forward: FeedForward, routed: RoutedFeedForward) -> None:
-    released = routed.release()
+def _uninstall(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedForward) -> None:
+    released = sparse.release()
     if feed_forward.is_module:
-        _replace(model, feed_forward.name, feed_forward.owner)
+        _replace(model, feed_forward.name, feed_forward.owner.train(sparse.training))
     else:
         _replace(feed_forward.owner, feed_forward.names.activation, feed_forward.activation)
     for name, projection in released.items():

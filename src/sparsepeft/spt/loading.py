@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsepeft.arguments import check_choice
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
-from sparsepeft.models.sublayers import find_feed_forwards, weight_of
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.codebooks import Codebooks
+from sparsepeft.spt.config import INFER
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
@@ -52,13 +54,16 @@ def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
     return file
 
 
-def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> PeftModel | PreTrainedModel:
+def load_sparse(
+    model: PreTrainedModel, adapter: str | Path, *, infer: str | None = None, **kwargs: Any
+) -> PeftModel | PreTrainedModel:
     """Make a dense model sparse in the way of an adapter's backbone, and load the adapter.
 
     Args:
         model: the dense backbone.
         adapter: folder or hub id, as for ``PeftModel.from_pretrained``; or a folder that :func:`save_sparse`, or the
             sparse model's ``save_pretrained``, wrote.
+        infer: answer as the ``"sparse"`` model, or as the ``"dense"`` one; None as the settings say.
         kwargs: for ``PeftModel.from_pretrained``.
 
     Returns:
@@ -67,7 +72,7 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     Raises:
         UserError: there is no adapter, it was not trained on a sparse model or on one of another shape, or the file is
             damaged.
-        ValueError: ``model`` is sparse already.
+        ValueError: ``model`` is sparse already, or ``infer`` is something else.
         TypeError: ``model`` is no bare transformers model.
 
     Example:
@@ -80,6 +85,8 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
         >>> again = load_sparse(AutoModelForCausalLM.from_pretrained("MODEL"), "out/sparse")
     """
     check_bare("load_sparse", model)
+    if infer is not None:
+        check_choice("infer", infer, INFER)
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; load the adapter into a dense model.")
     bare = _read(Path(adapter))
@@ -88,9 +95,13 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
     codebooks = {name.removesuffix(_CODEBOOKS): each for name, each in saved.items() if name.endswith(_CODEBOOKS)}
-    feed_forwards = []
+    feed_forwards: list[tuple[FeedForward, InitialRouter | None]] = []
     for feed_forward in find_feed_forwards(model, config.layers_to_transform) if config.ffn else []:
-        if config.of(feed_forward.name) is None:
+        own = config.of(feed_forward.name)
+        if own is None:
+            continue
+        if own.values == "exact":
+            feed_forwards.append((feed_forward, None))
             continue
         router = f"{feed_forward.routed_name}.spt_router."
         tensors = {key.removeprefix(router): tensor for key, tensor in saved.items() if key.startswith(router)}
@@ -111,7 +122,8 @@ def load_sparse(model: PreTrainedModel, adapter: str | Path, **kwargs: Any) -> P
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
     books = {name: Codebooks(each, saved.get(f"{name}{_WEIGHTS}")).to(model.device) for name, each in codebooks.items()}
-    install(model, config, books, feed_forwards, saved[_SETTINGS])
+    state = install(model, config, books, feed_forwards, saved[_SETTINGS])
+    state.context.infer = infer or config.infer
     return model if bare else PeftModel.from_pretrained(model, str(adapter), **kwargs)
 
 

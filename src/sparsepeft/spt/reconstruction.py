@@ -26,8 +26,7 @@ def reconstruct(
     minimise sum_x ||routed(x) - dense(x)||^2  by Adam, the rate falling as a cosine, over three quarters of the tokens.
 
     It is kept where the error on the last quarter is less than that of ``start``, whose regressions have seen that
-    quarter, too. The router stays as it is: the gradient of its probabilities made it worse than regression did, on
-    every layer where that was measured.
+    quarter, too. The router stays as it is: trained along, it chose worse in most layers that were measured.
 
     Args:
         feed_forward: the dense FFN.

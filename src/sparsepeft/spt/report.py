@@ -16,7 +16,7 @@ from sparsepeft.models.masks import dense_mask
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
-from sparsepeft.spt.feed_forward import RoutedFeedForward
+from sparsepeft.spt.feed_forward import RoutedFeedForward, SparseFeedForward
 
 
 @dataclass
@@ -26,15 +26,18 @@ class SptReport:
     Attributes:
         recall: share of the L keys with the highest scores that are among those kept, by the attention's name.
         attention_error: norm of the output's change over the norm of the output.
-        feed_forward_error: the same for FFNs.
-        feed_forward_operations: multiply-adds of the routed FFNs, with routers, compensation and updates, over those of
+        feed_forward_error: the same for FFNs; 0 for those with exact values.
+        feed_forward_operations: multiply-adds of the sparse FFNs, with routers, compensation and updates, over those of
             the dense ones.
+        feed_forward_step_operations: the same of a training step, forward and backward, in which the FFNs' weights are
+            frozen.
     """
 
     recall: dict[str, float] = field(default_factory=dict)
     attention_error: dict[str, float] = field(default_factory=dict)
     feed_forward_error: dict[str, float] = field(default_factory=dict)
     feed_forward_operations: float | None = None
+    feed_forward_step_operations: float | None = None
 
     def __repr__(self) -> str:
         """Means over the layers."""
@@ -42,6 +45,8 @@ class SptReport:
         means = [f"{name} {sum(by.values()) / len(by):.3f}" for name, by in named.items() if by]
         if self.feed_forward_operations is not None:
             means.append(f"{self.feed_forward_operations:.3f} of the FFNs' operations")
+        if self.feed_forward_step_operations is not None:
+            means.append(f"{self.feed_forward_step_operations:.3f} in a training step")
         num_layers = max(len(self.recall), len(self.feed_forward_error))
         return f"SptReport({', '.join([f'{num_layers} layers', *means])})"
 
@@ -86,27 +91,36 @@ def report_attention(report: SptReport, name: str, layer: SparseAttention, call:
 @torch.no_grad()
 def report_feed_forwards(
     report: SptReport,
-    routed: list[tuple[FeedForward, RoutedFeedForward]],
+    sparse: list[tuple[FeedForward, SparseFeedForward]],
     seen: dict[str, tuple[Tensor, Tensor]],
 ) -> None:
     """Add all FFNs."""
-    dense = left = 0
-    for feed_forward, layer in routed:
+    dense = forward = backward = 0.0
+    for feed_forward, layer in sparse:
         inputs, expected = seen[feed_forward.name]
         training = layer.training
         report.feed_forward_error[feed_forward.name] = _relative(layer.eval()(inputs), expected)
         layer.train(training)
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
+        chosen = products * int(layer.config.num_active_blocks) / layer.config.num_blocks
         dense += products
-        config = layer.config
-        router = layer.spt_router.original_module
-        active = inner * int(config.num_active_blocks) // config.num_blocks
-        left += products // inner * active + hidden * config.num_blocks
-        if router.compensation is not None:
-            left += router.compensation.down.numel() + router.compensation.up.numel()
-        left += sum(len(update.down) * (hidden + active) for update in router.updates.values())
-    report.feed_forward_operations = left / dense if dense else None
+        added = _added_operations(layer) if isinstance(layer, RoutedFeedForward) else 0
+        forward += (chosen if isinstance(layer, RoutedFeedForward) else products) + added
+        backward += chosen + 2 * added  # of its weights, which train, and of its input
+    if dense:
+        report.feed_forward_operations = forward / dense
+        report.feed_forward_step_operations = (forward + backward) / (2 * dense)
+
+
+def _added_operations(layer: RoutedFeedForward) -> int:
+    """Multiply-adds for a token of what a routed FFN has beside the dense FFN's weights."""
+    router = layer.spt_router.original_module
+    (num_blocks, hidden), inner = router.weight.shape, len(router.neuron_order)
+    active = inner * int(layer.config.num_active_blocks) // num_blocks
+    compensation = router.compensation
+    added = 0 if compensation is None else compensation.down.numel() + compensation.up.numel()
+    return hidden * num_blocks + added + sum(len(update.down) * (hidden + active) for update in router.updates.values())
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
-from sparsepeft.spt.calibration import attend_densely, calibration_batch, initial_router, layer_codebooks
+from sparsepeft.spt.budget import plan_within_budget
+from sparsepeft.spt.calibration import Calibration, calibration_batch, read_text
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.feed_forward import inner_tensors
-from sparsepeft.spt.report import report_attention, report_feed_forwards, watching
+from sparsepeft.spt.report import report_attention, report_feed_forwards
 
 
-def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = None) -> PreTrainedModel:
+def sparsify(
+    model: PreTrainedModel, config: SptConfig, calibration_data: Any = None, *, held_out_data: Any = None
+) -> PreTrainedModel:
     """Make a model's self-attention and FFNs sparse, in place; PEFT methods go on top afterwards.
 
     Args:
@@ -24,10 +25,13 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
         calibration_data: a typical batch: input ids (B, T), or (T,) for one sequence, as a tensor or lists, or the
             mapping that the model takes.
             Codebooks are made from its queries and keys, and a fraction ``top_l`` is of its length T. Not needed
-            without ``attention``.
+            without ``attention``. With a ``budget`` it is what modules are measured on: causal language models predict
+            its next tokens, masked ones the ``labels`` that the mapping then has.
+        held_out_data: other text, in the same form, on which a plan has to keep to the ``budget`` as well.
 
     Returns:
-        ``model``; ``model.sparsification.report`` says how much it changed.
+        ``model``; ``model.sparsification.report`` says how much it changed, and ``model.sparsification.plan`` what
+        each module became and why, where a ``budget`` was given (without ``overrides``, which are a plan).
 
     Raises:
         TypeError: ``model`` is no bare transformers model, or ``config`` no :class:`SptConfig`.
@@ -49,56 +53,32 @@ def sparsify(model: PreTrainedModel, config: SptConfig, calibration_data: Any = 
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; call desparsify first to convert it with other settings.")
     batch = None if calibration_data is None else calibration_batch(model, calibration_data)
-    if config.attention:
+    if config.attention or config.budget is not None:
         if batch is None:
-            raise ValueError("Sparse attention needs calibration_data for its codebooks; pass a batch of input ids.")
+            needed = "Sparse attention needs calibration_data for its codebooks"
+            if config.budget is not None:
+                needed = f"budget={config.budget} needs calibration_data to be kept on"
+            raise ValueError(f"{needed}; pass a batch of input ids.")
         config = config.with_length(next(iter(batch.values())).shape[1])
-    if config.ffn and config.compensation_rank and batch is None:
-        raise ValueError(
-            f"compensation_rank={config.compensation_rank} needs calibration_data to be fitted to; pass a batch of "
-            "input ids, or compensation_rank=0."
-        )
-    # All that can go wrong does so before the model is touched.
-    feed_forwards = find_feed_forwards(model, config.layers_to_transform) if config.ffn else []
-    for feed_forward in feed_forwards:
-        if (own := config.of(feed_forward.name)) is not None:
-            _check_blocks(feed_forward, own)
-    with watching(feed_forwards) as seen:
-        calls = attend_densely(model, config, batch) if batch is not None else {}
-    _check_names(config, [*calls, *(each.name for each in feed_forwards)])
-    starts = [
-        (feed_forward, initial_router(feed_forward, own, batch, seen))
-        for feed_forward in feed_forwards
-        if (own := config.of(feed_forward.name)) is not None
-    ]
-    codebooks = {
-        name: layer_codebooks(name, call, own) for name, call in calls.items() if (own := config.of(name)) is not None
-    }
-
-    state = install(model, config, codebooks, starts)
-    for name, layer in state.attention.items():
-        report_attention(state.report, name, layer, calls[name])
-    if batch is not None:
-        report_feed_forwards(state.report, state.feed_forwards, seen)
-    return model
-
-
-def _check_blocks(feed_forward: FeedForward, config: SptConfig) -> None:
-    for name in feed_forward.projection_names:  # raises where they cannot be reordered
-        list(inner_tensors(feed_forward.part(name), name, name != feed_forward.names.down))
-    inner = feed_forward.sizes[1]
-    if inner % config.num_blocks:
-        divisors = ", ".join(str(n) for n in range(1, 65) if inner % n == 0)
-        raise ValueError(
-            f"{feed_forward.name} has {inner} neurons, which num_blocks={config.num_blocks} does not divide; choose "
-            f"one of {divisors}."
-        )
-
-
-def _check_names(config: SptConfig, names: Collection[str]) -> None:
-    for name in config.overrides or {}:
-        if name not in names:
+    for name in ("compensation_rank", "reconstruction_rank"):
+        if config.ffn and getattr(config, name) and batch is None:
             raise ValueError(
-                f"overrides has settings for {name!r}, but what becomes sparse is {', '.join(names)}; use one of these "
-                "names."
+                f"{name}={getattr(config, name)} needs calibration_data to be fitted to; pass a batch of input ids, or "
+                f"{name}=0."
             )
+    # All that can go wrong does so before the model is touched.
+    plan, texts = None, {}
+    if config.budget is not None and config.overrides is None:
+        given = {"calibration": calibration_data} | ({} if held_out_data is None else {"held_out": held_out_data})
+        texts = {name: read_text(model, data) for name, data in given.items()}
+    calibration = Calibration(model, config, batch)
+    if texts:
+        plan = plan_within_budget(model, config, calibration, texts)
+        config = replace(config, overrides=plan.overrides)
+    state = install(model, config, calibration.codebooks(config), calibration.starts(config))
+    state.plan = plan
+    for name, layer in state.attention.items():
+        report_attention(state.report, name, layer, calibration.calls[name])
+    if batch is not None:
+        report_feed_forwards(state.report, state.feed_forwards, calibration.seen)
+    return model

@@ -14,7 +14,7 @@ from transformers import Trainer
 from sparsepeft.backbones import describe_backbone
 from sparsepeft.methods.models import backbone_bytes, count_parameters
 from sparsepeft.methods.saving import write_weights
-from sparsepeft.methods.sparse import count_routers, describe
+from sparsepeft.methods.sparse import by_infer, count_routers, describe
 from sparsepeft.paths import without_folders
 from sparsepeft.provenance import environment
 from sparsepeft.runs.config import LM, RunConfig
@@ -25,7 +25,7 @@ from sparsepeft.tasks.metrics import report
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.fit import Fitted, logits_of
 from sparsepeft.training.loss import TaskLoss
-from sparsepeft.training.model import RunModel, text_scores
+from sparsepeft.training.model import RunModel, Scores, text_scores
 
 _ERRORS = ("mae", "rmse")
 _NOT_SHARED = ("output_dir", "data_dir", "model", "text", "validation_text", "device", "report_to")  # of a config
@@ -78,8 +78,12 @@ def save_and_score(
 
 def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict[str, Any]:
     trainer, spec = fitted.trainer, data.spec
-    outputs = {name: trainer.predict(part) for name, part in data.reported.items()}
-    answers = {name: (logits_of(each.predictions), np.asarray(each.label_ids)) for name, each in outputs.items()}
+    answers = by_infer(built.model, lambda: {name: _answer(trainer, part) for name, part in data.reported.items()})
+    scores = {
+        infer: {name: spec.compute_metrics(*answer) for name, answer in parts.items()}
+        for infer, parts in answers.items()
+    }
+    own = next(iter(answers.values()))
     parameters = count_parameters(built.model)
     if built.sparsification is not None:
         parameters["routers"] = count_routers(built.model)
@@ -87,8 +91,8 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
     formula = getattr(adapter, "formula", None)
     return {
         "main_metric": spec.main_metric,
-        "metrics": {name: spec.compute_metrics(*answer) for name, answer in answers.items()},
-        **describe_scores(spec, *answers[scored_part(answers)], data.labels),
+        **_metrics(scores),
+        **describe_scores(spec, *own[scored_part(own)], data.labels),
         "problem_type": spec.problem_type,
         "num_texts": len(spec.text_columns),
         "num_rows": data.sizes,
@@ -102,10 +106,21 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
     }
 
 
+def _answer(trainer: Trainer, part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels."""
+    output = trainer.predict(part)
+    return logits_of(output.predictions), np.asarray(output.label_ids)
+
+
+def _metrics(scores: dict[str, dict[str, Scores]]) -> dict[str, Any]:
+    """Metrics of all parts, and beside them those of the other way in which a sparse model can answer."""
+    return {"metrics": next(iter(scores.values())), **({"metrics_by_infer": scores} if len(scores) > 1 else {})}
+
+
 def _score_text(config: RunConfig, data: TextData, built: RunModel) -> dict[str, Any]:
     return {
         "main_metric": "perplexity",
-        "metrics": {"validation": text_scores(config, built.model, data)},
+        **_metrics(by_infer(built.model, lambda: {"validation": text_scores(config, built.model, data)})),
         "before": built.before,
         "spt": None,
         "parameters": {"trained": count_parameters(built.model)["trained"], "routers": count_routers(built.model)},

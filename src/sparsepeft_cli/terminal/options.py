@@ -146,6 +146,10 @@ TrainedModel = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or mps. [default: the accelerator, else cpu]")
 ]
+Infer = Annotated[
+    str | None,
+    typer.Option(metavar="WAY", help="Of a sparse model: answer sparse, or dense as the model it was made from."),
+]
 Precision = Annotated[str, dtype("--precision", "fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")]
 MaxExamples = Annotated[int | None, typer.Option(min=1, help="A sample of so many texts. [default: all]")]

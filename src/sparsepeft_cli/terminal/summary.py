@@ -18,8 +18,8 @@ def print_summary(results: Mapping[str, Any], folder: str) -> None:
 
     is_text = results["task"] == "lm"
     if is_text and results["spt"]:
-        for part in report_parts(results["spt"]["config"], results["spt"]["report"], "before fine-tuning"):
-            out.print(part, highlight=False)
+        for part in report_parts(results["spt"], "before fine-tuning"):
+            out.print(part, highlight=False, soft_wrap=True)
     first, *rest = text_summary(results, folder) if is_text else summary(results, folder)
     out.print(first, style="bold", highlight=False, markup=False, soft_wrap=True)
     for line in rest:
@@ -35,6 +35,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     lines = [f"{results['task']}, {results['method']}: {main} {results['score']:.4f} on {part} ({rows[part]:,} rows)"]
     lines += [f"  {line}" for line in _wrapped([*others, *_errors(results)], ", ", 78)]
     lines.append("  " + _baseline(results["baseline"], main))
+    lines += [f"  {line}" for line in _by_infer(results)]
     if "spt" in results:
         lines.append(sparse_line(results["spt"]["config"], results["spt"]["report"]))
     lines += _wrapped([f"rows: {rows['training']:,} to train on", *_counts(rows)], ", ", 80)
@@ -56,6 +57,7 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     return [
         f"lm, {results['method']}: perplexity {results['score']:.2f} on {results['num_validation_tokens']:,} held-out "
         f"tokens (before: {before})",
+        *_by_infer(results),
         f"{results['num_train_tokens']:,} training tokens in blocks of {results['block_length']}{first}",
         f"{results['steps']:,} steps in {duration(results['train_seconds'])}",
         f"trained: {parameters['trained']:,} parameters{routers}",
@@ -65,10 +67,12 @@ def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     ]
 
 
-def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> list[Any]:
-    """What a conversion changed, for the screen: a table of the layers and a line on the FFNs' cost."""
+def report_parts(spt: Mapping[str, Any], title: str) -> list[Any]:
+    """What a conversion changed, for the screen: a table of the layers, and what they became."""
+    from sparsepeft.spt import Plan
     from sparsepeft_cli.terminal.console import table
 
+    report = spt["report"]
     columns = {
         "recall": report["recall"],
         "attention error": report["attention_error"],
@@ -83,7 +87,8 @@ def report_parts(config: dict[str, Any], report: dict[str, Any], title: str) -> 
         [layer, *(f"{values[column]:.3f}" if column in values else "" for column in shown)]
         for layer, values in layers.items()
     ]
-    return [*([table(title, ["layer", *shown], rows)] if rows else []), sparse_line(config, report)]
+    became = sparse_line(spt["config"], report) if spt["plan"] is None else str(Plan.from_dict(spt["plan"]))
+    return [*([table(title, ["layer", *shown], rows)] if rows else []), became]
 
 
 def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
@@ -95,6 +100,8 @@ def sparse_line(config: dict[str, Any], report: dict[str, Any]) -> str:
         parts.append(f"FFN: {config['num_active_blocks']} of {config['num_blocks']} blocks for each token")
         if report["feed_forward_operations"] is not None:
             parts[-1] += f", {report['feed_forward_operations']:.1%} of the multiply-adds"
+        if report.get("feed_forward_step_operations") is not None:
+            parts[-1] += f", {report['feed_forward_step_operations']:.1%} of those of a training step"
     return "\n".join(parts)
 
 
@@ -136,6 +143,14 @@ def _notes(notes: Iterable[str]) -> list[str]:
 
 def _counts(rows: Mapping[str, int]) -> list[str]:
     return [f"{count:,} {_PARTS.get(name, name)}" for name, count in rows.items() if name != "training"]
+
+
+def _by_infer(results: Mapping[str, Any]) -> list[str]:
+    """What a sparse model scores as it is, and as the dense model that it was made from."""
+    part, main = results["score_split"], results["main_metric"]
+    scores = results.get("metrics_by_infer", {})
+    said = ", ".join(f"{infer} {metrics[part][main]:.4f}" for infer, metrics in scores.items())
+    return [f"{main} by how the model answers: {said}"] if said else []
 
 
 def _errors(results: Mapping[str, Any]) -> list[str]:

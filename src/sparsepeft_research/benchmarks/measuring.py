@@ -115,15 +115,36 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return memory_by_phase(function)[""].peak_bytes
+
+
+class Phase(NamedTuple):
+    """Bytes of the tensors made since a function began: when a phase of it begins, and the most in the phase."""
+
+    start_bytes: int
+    peak_bytes: int
+
+
+def memory_by_phase(function: Callable[[], object], marks: Sequence[str] = ()) -> dict[str, Phase]:
+    """The memory of a function on the CPU, see :func:`peak_bytes`, in each of its phases.
+
+    Args:
+        function: is run once.
+        marks: names of ``torch.profiler.record_function`` that begin a phase; before the first it is called "".
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result  # after the profile: what is returned is alive to the end
-    alive = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    phases, name, alive = {"": Phase(0, 0)}, "", 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() in ("[memory]", *marks)]
     for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() != "[memory]":
+            name = event.name()
+            phases[name] = Phase(alive, alive)
+            continue
         alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+        phases[name] = phases[name]._replace(peak_bytes=max(phases[name].peak_bytes, alive))
+    return phases
 
 
 def require_agreement(name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], *, tolerance: float) -> float:

@@ -90,7 +90,7 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
     measured += [speeds[0], 1 / speeds[1]]
     measured += [report["sparse_attention"]["speedup_over_sdpa"][name] for name in ("token", "block")]
     stack = report["spt_stack"]["results"][0]["candidates"]
-    measured += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8", "both 2/8")]
+    measured += [stack[name]["speedup_over"][BASELINE] for name in ("both 4/8 routed", "both 2/8 routed")]
     return dict(zip(TARGETS, measured, strict=True))
 
 
@@ -128,5 +128,7 @@ def measure(repeats: int, idle_wait: float, threads: int) -> dict[str, Any]:
         "memory_read": memory_reads(repeats, idle_wait),
         "inference": inference.to_dict(),
         "sparse_attention": sparse_attention.measure(attention, few, 0, idle_wait, "cpu"),
-        "spt_stack": run_benchmark("spt", lengths=(2048,), repeats=few, idle_wait_s=idle_wait).to_dict(),
+        "spt_stack": run_benchmark(
+            "spt", lengths=(2048,), values=("routed",), repeats=few, idle_wait_s=idle_wait
+        ).to_dict(),
     }

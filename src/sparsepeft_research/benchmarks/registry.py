@@ -124,6 +124,19 @@ BENCHMARKS = {
             example="--model opt-1024 --lengths 2048,8192 --output spt.json",
         ),
         Benchmark(
+            "step_memory",
+            "where the memory of a whole LoRA step of a language model goes, head and loss included",
+            (
+                Parameter("model", "", "A causal language model: hub id or folder."),
+                Parameter("length", 2048, "Tokens of the sequence.", least=2),
+                Parameter("dtypes", "float32,bfloat16", "Of the weights (a,b).", metavar="DTYPES"),
+                Parameter("only", "", "Candidates whose name contains this."),
+                Parameter("threads", 2, "Threads; memory does not depend on them."),
+                Parameter("seed", 0, "Of adapter and tokens."),
+            ),
+            example="--model MODEL --output step_memory.json",
+        ),
+        Benchmark(
             "memory",
             "memory_read in each implementation and as a plain gather, over the number of parents",
             _common(

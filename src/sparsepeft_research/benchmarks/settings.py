@@ -91,13 +91,21 @@ class SptBenchmark:
     layers: Annotated[int, about("Transformer layers.")] = 4
     lengths: Annotated[tuple[int, ...], several("Tokens of a sequence", "2048", int, "NUMBERS")] = (2048,)
     batch_size: Annotated[int, about("Sequences in a step.")] = 1
+    similarity: Annotated[str, about("How keys are chosen: inner_product or matches.", metavar="NAME")] = (
+        "inner_product"
+    )
     granularity: Annotated[str, about("Sparse attention by token or block.", metavar="NAME")] = "block"
+    values: Annotated[tuple[str, ...], several("What FFNs compute", "exact, routed")] = ("exact", "routed")
     num_blocks: Annotated[int, about("G, blocks of neurons of an FFN.")] = 8
     active_blocks: Annotated[tuple[int, ...], several("G', blocks that a token uses", "4, 2", int, "NUMBERS")] = (4, 2)
     top_l: Annotated[
         int | float,
         about("Keys a query keeps: 64, or a fraction of the length, 0.5.", metavar="NUMBER", parse=count_or_fraction),
     ] = 1 / 8
+    plan: Annotated[
+        str,
+        about("Also as a file says that `sparsepeft sparsify --budget` wrote for the model.", metavar="FILE"),
+    ] = ""
     device: Annotated[str, about("cpu or cuda.", metavar="DEVICE")] = "cpu"
     dtype: Annotated[str, about("Of weights and activations: fp32, bf16 or fp16.", metavar="DTYPE")] = "fp32"
     repeats: Annotated[int, about("Timed steps of each candidate.")] = 5
@@ -122,9 +130,13 @@ class SptBenchmark:
         if find_device(self.device).type not in ("cpu", "cuda"):
             raise UserError(f"`device={self.device}` was given, but steps are timed on cpu and cuda only; pass cpu.")
         for active in self.active_blocks:
-            self.spt(self.lengths[0], active=active)
+            for values in self.values:
+                self.spt(self.lengths[0], active=active, values=values)
+        self.planned()
 
-    def spt(self, length: int, *, attention: bool = True, active: int | None = None) -> SptConfig:
+    def spt(
+        self, length: int, *, attention: bool = True, active: int | None = None, values: str = "exact"
+    ) -> SptConfig:
         """The settings of a sparse candidate; ``active`` None leaves its FFNs dense."""
         from sparsepeft.spt import SptConfig
 
@@ -133,13 +145,33 @@ class SptBenchmark:
                 attention=attention,
                 ffn=active is not None,
                 top_l=self.top_l,
+                similarity=self.similarity,
                 granularity=self.granularity,
+                values=values,
                 num_blocks=self.num_blocks,
                 num_active_blocks=active or 1,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
         return config.with_length(length)
+
+    def planned(self) -> SptConfig | None:
+        """The settings that ``plan`` holds, with those of single modules; None without a plan."""
+        import dataclasses
+        import json
+
+        from sparsepeft.spt import SptConfig
+
+        if not self.plan:
+            return None
+        try:
+            content = json.loads(Path(self.plan).read_text(encoding="utf-8"))
+            config = SptConfig.from_json(json.dumps(content.get("spt", content)["config"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"`plan={self.plan}` was given, but it holds no settings ({error!r}); pass a sparse model's spt.json."
+            ) from error
+        return dataclasses.replace(config, budget=None)
 
 
 @dataclass(frozen=True)

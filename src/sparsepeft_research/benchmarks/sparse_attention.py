@@ -38,6 +38,12 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-4
 # A few roundings of bfloat16 (4e-3).
 HALF_TOLERANCE = 3e-2
+FORMS: dict[str, dict[str, Any]] = {
+    "token": {"granularity": "token"},
+    "block": {"granularity": "block"},
+    "token, matches": {"granularity": "token", "similarity": "matches"},
+    "block, matches": {"granularity": "block", "similarity": "matches"},
+}
 IMPLS = {"cpu": {"token": "cpu", "block": "cpu"}, "cuda": {"token": "triton", "block": "flex"}}
 # The reference holds (heads, n, n): it is compared on so many of the first tokens.
 VERIFIED_TOKENS = 512
@@ -69,34 +75,37 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def candidates(case: Case, codebooks: Tensor) -> dict[str, Attention]:
     """Return what is compared, by name."""
-    sparse: Any = partial(sparse_attention, top_l=case.top_l, causal=case.causal)
-    impls = IMPLS[codebooks.device.type]
-    return {
-        "sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True),
-        "token": lambda *tensors: sparse(*tensors, codebooks, granularity="token", impl=impls["token"]),
-        "block": lambda *tensors: sparse(*tensors, codebooks, granularity="block", impl=impls["block"]),
+    sparse = {
+        name: partial(
+            sparse_attention,
+            codebooks=codebooks,
+            top_l=case.top_l,
+            causal=case.causal,
+            impl=IMPLS[codebooks.device.type][how["granularity"]],
+            **how,
+        )
+        for name, how in FORMS.items()
     }
+    return {"sdpa": partial(F.scaled_dot_product_attention, is_causal=case.causal, enable_gqa=True), **sparse}
 
 
 def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Tensor) -> dict[str, float]:
-    """Compare both granularities with the reference, in outputs and gradients; its numbers are float32.
+    """Compare each form with the reference, in outputs and gradients; its numbers are float32.
 
     What keys are chosen by is rounded to eighths: sums of products are exact, and no key is chosen by their rounding.
     """
-    impls, dtype = IMPLS[codebooks.device.type], tensors[0].dtype
+    dtype = tensors[0].dtype
     few = [tensor[:, :, :VERIFIED_TOKENS].contiguous() for tensor in (*tensors, grad_output)]
     few[:2], codebooks = [(tensor * 8).round() / 8 for tensor in few[:2]], (codebooks * 8).round() / 8
+    exact = [tensor.float() for tensor in few]
     top_l = max(1, case.top_l * few[0].shape[2] // case.num_tokens)
+    attentions: dict[str, Any] = candidates(case._replace(top_l=top_l), codebooks)
     errors = {}
-    for granularity in ("token", "block"):
-        attend = partial(
-            sparse_attention, codebooks=codebooks, top_l=top_l, causal=case.causal, granularity=granularity
-        )
-        exact = [tensor.float() for tensor in few]
-        expected = forward_backward(partial(attend, impl="reference"), exact[:3], exact[3])
-        actual = [t.float() for t in forward_backward(partial(attend, impl=impls[granularity]), few[:3], few[3])]
+    for name in FORMS:
+        expected = forward_backward(partial(attentions[name], impl="reference"), exact[:3], exact[3])
+        actual = [t.float() for t in forward_backward(attentions[name], few[:3], few[3])]
         tolerance = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
-        errors[granularity] = require_agreement(granularity, actual, expected, tolerance=tolerance)
+        errors[name] = require_agreement(name, actual, expected, tolerance=tolerance)
     return errors
 
 
@@ -150,8 +159,8 @@ def measure(case: Case, repeats: int, seed: int, idle_wait_s: float, device: str
         "forward_backward": as_dicts(both),
         "parts_of_forward": as_dicts(alone),
         "peak_mib": {name: size / 2**20 for name, size in peaks.items()},
-        "speedup_over_sdpa": {name: both["sdpa"].median_ms / both[name].median_ms for name in ("token", "block")},
-        "memory_of_sdpa": {name: peaks[name] / peaks["sdpa"] for name in ("token", "block")},
+        "speedup_over_sdpa": {name: both["sdpa"].median_ms / both[name].median_ms for name in FORMS},
+        "memory_of_sdpa": {name: peaks[name] / peaks["sdpa"] for name in FORMS},
         # Of random vectors, the hardest there are: the figure to report is that of a real model.
         "recall_on_random_vectors": recall,
     }

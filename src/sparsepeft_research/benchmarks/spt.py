@@ -17,6 +17,7 @@ from sparsepeft_research.benchmarks.settings import SptBenchmark
 from sparsepeft_research.benchmarks.stacks import Stack, stack_config
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
+PLAN = "plan"
 _EAGER_SHARE = 1 / 3  # of the machine's memory that attention matrices may take
 
 
@@ -27,10 +28,14 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
         by_name[COMPILED] = {"compiled": True}
     by_name[EAGER] = {"attention": "eager"}
     by_name["sparse attention"] = {"spt": benchmark.spt(length)}
-    for active in benchmark.active_blocks:
-        share = f"{active}/{benchmark.num_blocks}"
-        by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active)}
-        by_name[f"both {share}"] = {"spt": benchmark.spt(length, active=active)}
+    for values in benchmark.values:
+        for active in benchmark.active_blocks:
+            share = f"{active}/{benchmark.num_blocks} {values}"
+            chosen: dict[str, Any] = {"active": active, "values": values}
+            by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, **chosen)}
+            by_name[f"both {share}"] = {"spt": benchmark.spt(length, **chosen)}
+    if (planned := benchmark.planned()) is not None:
+        by_name[PLAN] = {"spt": planned}
     return by_name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,7 @@ class Stack:
         self.ids = torch.randint(config.vocab_size, (benchmark.batch_size, length), device=self.device)
         try:
             if spt is not None:
-                sparsify(base, spt, self.ids[:1, :_CALIBRATION_TOKENS])
+                sparsify(base, _of_modules(base, spt), self.ids[:1, :_CALIBRATION_TOKENS])
             self.model: PeftModel = get_peft_model(base, LoraConfig(r=_RANK, lora_alpha=2 * _RANK))
         except ValueError as error:
             raise UserError(f"{model} cannot be measured: {error}") from error
@@ -165,6 +166,13 @@ class Stack:
         finally:
             base.disable_input_require_grads()
         return {**spent, "rest": total - sum(spent.values())}
+
+
+def _of_modules(base: Any, spt: SptConfig) -> SptConfig:
+    """Settings of single modules by the names in a model without its head, of those that it has."""
+    by_name = {name.removeprefix(f"{base.base_model_prefix}."): own for name, own in (spt.overrides or {}).items()}
+    known = {name: own for name, own in by_name.items() if name in dict(base.named_modules())}
+    return dataclasses.replace(spt, overrides=known or None)
 
 
 def _span(each: FeedForward) -> Span:

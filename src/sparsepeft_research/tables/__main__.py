@@ -59,6 +59,7 @@ TABLES = {
     "processors": Table("Processors", kernels.processors),
     "allocator": Table("Reusing freed memory", kernels.allocator),
     "spt-step": Table("A fine-tuning step with SPT", spt.step),
+    "spt-step-memory": Table("The memory of a whole fine-tuning step", spt.step_memory),
     "spt-language-model": Table("What sparsity costs: a language model", spt.language_model),
     "spt-encoders": Table("What sparsity costs: encoders", spt.encoders),
     "spt-conversion": Table("What sparsity costs right after conversion", spt.conversion),
@@ -78,7 +79,7 @@ PAGES = {
     "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator")),
     "spt": (
         "Sparse fine-tuning (SPT)",
-        ("spt-step", "spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
+        ("spt-step", "spt-step-memory", "spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
     ),
 }
 PICTURES = {"figure2.svg": "figure2/figure2.svg"}

@@ -22,9 +22,9 @@ def ratio(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float], sign: str = "", digits: int = 1) -> str:
     """Mean, and standard deviation of the sample where there is one."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

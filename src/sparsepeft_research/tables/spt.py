@@ -45,6 +45,26 @@ def step_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [f"{result['length']} tokens", "ms", "speed-up", "peak MiB", "of SDPA's", "of eager's"], rows
 
 
+def step_memory(results: Path) -> str:
+    """Where the memory of a whole step goes, by weights' dtype."""
+    parts: list[str] = []
+    for report in read_folder(results / "benchmarks", "step_memory_*.json").values():
+        settings, rows = report.settings, []
+        for one in report.results:
+            parts_of_step = ("weights", "adapter_and_optimizer", "kept_activations", "loss", "peak")
+            mebibytes = [f"{one[f'{name}_bytes'] / 2**20:,.0f}" for name in parts_of_step]
+            rows.append([one["candidate"], *mebibytes, ratio(one["share_of_transformers"])])
+        header = [f"{report.results[0]['dtype']}, MiB", "weights", "adapter, optimizer", "kept activations"]
+        about = (
+            f"A whole LoRA step of {settings['model']} (r = {settings['rank']}, {settings['layers_of_lora']}), "
+            f"{settings['length']:,} tokens, AdamW: tensors on the CPU. `kept activations` is what the layers keep for "
+            "backward, `loss` what head and loss take above that, `peak` the most that is there at one time, weights "
+            "and all. By `sparsepeft benchmark step_memory`."
+        )
+        parts += [*([] if parts else [about]), table([*header, "loss", "peak", "of transformers'"], rows)]
+    return paragraphs(*parts)
+
+
 def language_model(results: Path) -> str:
     """Perplexity of a small Llama, fine-tuned dense and sparse."""
     runs = _runs(results, "lm")
@@ -98,7 +118,7 @@ def encoders(results: Path) -> str:
 def conversion(results: Path) -> str:
     """Perplexity right after conversion."""
     rows = []
-    for run in read_folder(results / "spt_quality", "conversion-*.json").values():
+    for run in read_folder(results / "spt_quality", "starts-*.json").values():
         dense, sparse = (run.results["before"][kind]["perplexity"] for kind in ("dense", "sparse"))
         report = run.results["spt"]["report"]
         errors = list(report["feed_forward_error"].values()) or list(report["attention_error"].values())
