@@ -17,7 +17,7 @@ from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.planning import DENSE, Candidate, Plan, Settings, Text, keep_to_budget
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
 from sparsepeft.spt.calibration import Calibration
-from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.config import SptConfig, block_size_of
 from sparsepeft.spt.convert import desparsify, install
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import make_sparse
@@ -68,12 +68,13 @@ def _attention(config: SptConfig, calibration: Calibration, name: str, num_rows:
     call = AttentionCall(query[:num_rows], key[:num_rows], value[:num_rows], mask)
     length = key.shape[2]
     counts = [count for share in _SHARES if (count := max(1, round(length * share))) < length]
-    families = [
-        [{"granularity": "token", "top_l": count} for count in dict.fromkeys(counts)],
+    sizes = {count: config.block_size or block_size_of(count) for count in counts}
+    families: list[list[Settings]] = [
+        [{"granularity": "token", "top_l": count} for count in sizes],
         [
-            {"granularity": "block", "block_size": config.block_size, "top_l": count}
-            for count in dict.fromkeys(counts)
-            if count >= 2 * config.block_size
+            {"granularity": "block", "block_size": size, "top_l": count}
+            for count, size in sizes.items()
+            if count >= 2 * size
         ],
     ]
     window = None if mask.window is None or mask.window >= length else mask.window

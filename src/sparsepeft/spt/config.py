@@ -173,7 +173,7 @@ class SptConfig:
                 return own
             count = _count(own["top_l"], length)
             size = own.get("block_size", self.block_size)
-            return own | {"top_l": count, "block_size": _block_size(count) if size is None else size}
+            return own | {"top_l": count, "block_size": block_size_of(count) if size is None else size}
 
         overrides = self.overrides and {name: resolved(own) for name, own in self.overrides.items()}
         return dataclasses.replace(self, **resolved({"top_l": self.top_l}), overrides=overrides)
@@ -219,6 +219,6 @@ def _count(value: int | float, whole: int) -> int:
     return value if isinstance(value, int) else max(1, round(value * whole))
 
 
-def _block_size(top_l: int) -> int:
+def block_size_of(top_l: int) -> int:
     """The power of two that is at most an eighth of the keys kept, 8 to 64."""
     return 1 << max(3, min(6, (top_l // 8).bit_length() - 1))
