@@ -142,12 +142,12 @@ def _feed_forward_functions(
         output: Tensor = feed_forward.part(names.down)(inner)
         return output
 
+    configs = [replace(config, **each) for each in settings]
+    starts = [start for own in configs for _, start in calibration.starts(own, feed_forward.name)]  # of its dense form
     layers = []
     try:
         # They share the weights, and each puts these into its own order: that matters for what is computed alone.
-        for each in settings:
-            own = replace(config, **each)
-            ((_, start),) = calibration.starts(own, feed_forward.name)
+        for own, start in zip(configs, starts, strict=True):
             layers.append(make_sparse(feed_forward, start, own, SparseContext(own)).train())
         yield [dense, *layers]
     finally:
