@@ -243,7 +243,7 @@ def check_compiles_and_is_registered(device: str = "cpu", impl: str = "triton", 
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for inner_product in (True, False):
         packed = Settings(inner_product, 3, 0.25, 0.0, True, True, block_size).pack()
-        arguments = (options["codebooks"], *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
+        arguments = (options["codebooks"], None, *Visibility.of(2, 7, 7, causal=True, device=device), packed, impl)
         torch.library.opcheck(torch.ops.sparsepeft.sparse_attention.default, (*leaves, *arguments))
 
 
@@ -301,7 +301,7 @@ def check_selection(index: int, similarity: str, device: str = "cpu") -> None:
     scores = Codes(encode(key, codebooks), queries, codebooks).scores(query, slice(None))
     expected = keep_tokens(scores, visibility, settings)
 
-    selection = select_triton(query, key, codebooks, visibility, settings)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
     if settings.inner_product:
         tables = selection.tables.unflatten(-1, (-1, 16))[..., :num_subvectors, :num_codewords].int() + 128
         assert torch.equal(tables, query_tables(query, codebooks).int())
@@ -318,13 +318,14 @@ def check_selection(index: int, similarity: str, device: str = "cpu") -> None:
 def check_encoding(
     num_subvectors: int, width: int, num_codewords: int, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    vectors = torch.randn(2, 4, 130, num_subvectors * width).to(device, dtype)
-    codebooks = torch.randn(2, num_subvectors, num_codewords, width).to(device)
+    vectors = on_grid(torch.randn(2, 4, 130, num_subvectors * width)).to(device, dtype)
+    codebooks = on_grid(torch.randn(2, num_subvectors, num_codewords, width)).to(device)
     codebooks[:, :, num_codewords // 2 + 1 :] = codebooks[:, :, :1]  # exact ties: the lowest is taken
     strided = vectors.transpose(1, 2).contiguous().transpose(1, 2)
-    codes = encode(strided, codebooks, impl="triton")
-    assert codes.dtype == torch.uint8
-    assert torch.equal(codes, encode(vectors, codebooks, impl="torch"))
+    for weights in (None, torch.randint(1, 8, (2, num_subvectors * width)).to(device) / 2):
+        codes = encode(strided, codebooks, channel_weights=weights, impl="triton")
+        assert codes.dtype == torch.uint8
+        assert torch.equal(codes, encode(vectors, codebooks, channel_weights=weights, impl="torch"))
 
 
 def launch(
@@ -340,6 +341,6 @@ def launch(
     mask = torch.ones(1, num_keys, dtype=torch.bool)
     visibility = Visibility.of(1, num_queries, num_keys, causal=True, key_mask=mask)
     settings = Settings(True, max(1, num_keys // 8), 0.125, softcap, True, True, 0)
-    selection = select_triton(query, key, codebooks, visibility, settings)
+    selection = select_triton(query, key, codebooks, None, visibility, settings)
     output, log_sum_exp = triton_forward(query, key, value, selection, visibility, settings)
     triton_backward(grad_output, Attended(query, key, value, output, log_sum_exp), selection, visibility, settings)

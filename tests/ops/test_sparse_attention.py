@@ -27,7 +27,7 @@ GRANULARITIES = (
     {"granularity": "token"},
     {"granularity": "token", "similarity": "matches"},
     {"granularity": "block", "block_size": 16},
-    {"granularity": "block", "block_size": 7},
+    {"granularity": "block", "block_size": 7, "similarity": "matches"},
 )
 
 
@@ -194,7 +194,7 @@ def test_no_tensor_grows_with_the_square(impl: str, granularity: str, monkeypatc
         visibility = Visibility.of(1, num_tokens, num_tokens)
         settings = Settings(True, 16, 0.25, 0.0, True, True, 64 if granularity == "block" else 0)
         with _Largest() as largest:
-            selected = select(*tensors[:2], options["codebooks"], visibility, settings)
+            selected = select(*tensors[:2], options["codebooks"], None, visibility, settings)
             output, total = getattr(module, f"{impl}_forward")(*tensors, selected, visibility, settings)
             getattr(module, f"{impl}_backward")(
                 output, Attended(*tensors, output, total), selected, visibility, settings

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsepeft.ops import selection_recall, sparse_attention
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.cpu import cpu_keep_tokens
-from sparsepeft.ops.sparse_attention.selection import block_scores, keep_blocks, keep_tokens
+from sparsepeft.ops.sparse_attention.selection import keep_blocks, keep_tokens, match_scores, pooled_scores
 from sparsepeft.ops.sparse_attention.similarity import Codes, count_matches
 
 
@@ -195,19 +195,51 @@ def naive_blocks(case: Case, scores: Tensor, visibility: Visibility, settings: S
     return kept
 
 
-@pytest.mark.parametrize(("block_size", "num_codewords"), [(7, 16), (16, 1)])
+def naive_pooled_scores(case: Case, query: Tensor, key: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+    """Query by query, what each would attend to."""
+    size, group = settings.block_size, case.heads // case.kv_heads
+    scores = torch.zeros(case.batch, case.heads, -(-case.num_queries // size), -(-case.num_keys // size))
+    for b in range(case.batch):
+        mask = [True] * case.num_keys if visibility.key_mask is None else visibility.key_mask[b].tolist()
+        seen = [{k // size for k in valid_keys(case, visibility, b, q)} for q in range(case.num_queries)]
+        positions = visibility.positions[b].tolist()
+        means = {
+            j: key[b][:, [k for k in range(j * size, min((j + 1) * size, case.num_keys)) if mask[k]]].mean(1)
+            for j in set().union(*seen)
+        }
+        for i in range(scores.shape[2]):
+            rows = range(i * size, min((i + 1) * size, case.num_queries))
+            possible = set().union(*(seen[q] for q in rows))
+            places = [positions[q] // size for q in rows]
+            anyway = set(range(min(places), max(places) + 1)) if settings.keep_self else set()
+            anyway |= {min(possible)} if possible and settings.keep_first else set()
+            for q in rows:
+                blocks = sorted(seen[q] - anyway)
+                if settings.keep_self and 0 <= positions[q] < case.num_keys and not mask[positions[q]]:
+                    continue
+                for h in range(case.heads if blocks else 0):
+                    products = torch.stack([query[b, h, q] @ means[j][h // group] for j in blocks])
+                    scores[b, h, i, blocks] += (products * settings.scale).softmax(0)
+    return scores
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "positions outside"])  # not consecutive
-def test_blocks_are_kept_as_defined(name: str, block_size: int, num_codewords: int) -> None:
+def test_blocks_are_kept_as_defined(name: str) -> None:
     case = CASES[name]
-    _, (key_codes, query_codes, _), visibility, settings = make_codes(case, num_codewords, "matches")
-    settings = settings._replace(block_size=block_size)
-    scores = block_scores(query_codes, key_codes, visibility, settings)
-    # Whole numbers up to the one division: equal to the bit, ties included.
-    assert torch.equal(scores, naive_block_scores(case, query_codes, key_codes, visibility, settings))
-    lists = keep_blocks(query_codes, key_codes, visibility, settings)
-    assert torch.equal(lists.to_mask(scores.shape[-1]), naive_blocks(case, scores, visibility, settings))
-    for row, count in zip(lists.indices.flatten(0, 2).tolist(), lists.counts.flatten().tolist(), strict=True):
-        assert row[:count] == sorted(set(row[:count]))  # ascending, as the kernels and BlockMask expect
+    for block_size, num_codewords in ((7, 16), (16, 1)):
+        query, (keys, queries, _), visibility, settings = make_codes(case, num_codewords, "matches")
+        settings = settings._replace(block_size=block_size)
+        scores = match_scores(queries, keys, visibility, settings)
+        # Whole numbers up to the one division: equal to the bit, ties included.
+        assert torch.equal(scores, naive_block_scores(case, queries, keys, visibility, settings))
+        key = make_inputs(case)[0][1]
+        pooled = pooled_scores(query, key, visibility, settings)
+        torch.testing.assert_close(pooled, naive_pooled_scores(case, query, key, visibility, settings))
+        for each in (scores, pooled):
+            lists = keep_blocks(each, case.num_keys, visibility, settings)
+            assert torch.equal(lists.to_mask(each.shape[-1]), naive_blocks(case, each, visibility, settings))
+            for row, count in zip(lists.indices.flatten(0, 2).tolist(), lists.counts.flatten().tolist(), strict=True):
+                assert row[:count] == sorted(set(row[:count]))  # ascending, as the kernels and BlockMask expect
 
 
 # Recall

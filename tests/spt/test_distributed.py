@@ -18,9 +18,9 @@ from sparsepeft.spt import sparsification
 PROCESSES, ROWS = 2, 4
 
 
-def sparse_with_lora() -> Any:
+def sparse_with_lora(dense_steps: int) -> Any:
     # Balance is judged over the tokens of a process, so its loss is the one thing that differs between the two ways.
-    model = sparse("llama", top_l=6, load_balancing_coef=0.0, codebook_interval=1)
+    model = sparse("llama", top_l=6, load_balancing_coef=0.0, codebook_interval=1, dense_steps=dense_steps)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(target_modules=TARGETS["llama"], r=3, init_lora_weights=False))
     return model.double().train()
@@ -36,11 +36,11 @@ def codebooks(model: Any) -> list[torch.Tensor]:
     return [layer.state.current.codebooks.clone() for layer in sparsification(model).attention.values()]
 
 
-def train(rank: int, folder: str) -> None:
+def train(rank: int, folder: str, dense_steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     try:
-        model = sparse_with_lora()
+        model = sparse_with_lora(dense_steps)
         parallel = DistributedDataParallel(model)
         ids = inputs("llama", padding=None, batch=ROWS)["input_ids"].chunk(PROCESSES)[rank]
         first = gradients(parallel, ids)
@@ -58,10 +58,11 @@ def train(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=PROCESSES)
+@pytest.mark.parametrize("dense_steps", [0, 1])
+def test_two_processes_take_the_step_of_one(dense_steps: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train, (str(tmp_path), dense_steps), nprocs=PROCESSES)
     left, right = (torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES))
-    expected = gradients(sparse_with_lora(), inputs("llama", padding=None, batch=ROWS)["input_ids"])
+    expected = gradients(sparse_with_lora(dense_steps), inputs("llama", padding=None, batch=ROWS)["input_ids"])
     assert any("spt_router" in name for name in expected)
     assert any("lora" in name for name in expected)
     for found in (left["gradients"], right["gradients"]):

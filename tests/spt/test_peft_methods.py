@@ -97,7 +97,7 @@ def test_what_cannot_be_computed_block_by_block_is_refused() -> None:
     ):
         model = get_peft_model(sparse("llama"), config)
         with pytest.raises(
-            ValueError, match=rf"_proj of a routed FFN carries an adapter that is no plain LoRA \(.*{kind}"
+            ValueError, match=rf"_proj of a sparse FFN carries an adapter that is no plain LoRA \(.*{kind}"
         ):
             logits(model, "llama")
         with model.disable_adapter():

@@ -26,7 +26,7 @@ from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, sparsify_language_model, train
 from sparsepeft.training.fit import last_checkpoint
 
-SPT = {"top_l": 0.25, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
+SPT = {"top_l": 0.25, "values": "routed", "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
 
 
 def lm_config(language_model: Path, folder: Path, **changes: Any) -> RunConfig:
@@ -222,7 +222,20 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
     assert list(results["before"]) == ["dense"] + ["sparse"] * (spt is not None)
     assert not (out / UNFINISHED).exists()
     # The same weights and arithmetic: the order of a sum may differ, not more.
-    assert evaluate(out)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
+    scores = evaluate(out)
+    assert scores["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
+    assert (
+        list(scores.metrics_by_infer)
+        == list(results.get("metrics_by_infer", []))
+        == ((spt and ["sparse", "dense"]) or [])
+    )
+    for infer, metrics in scores.metrics_by_infer.items():
+        expected = results["metrics_by_infer"][infer]["validation"]["perplexity"]
+        assert metrics["validation"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert evaluate(out, infer=infer)["validation"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    if spt is None:
+        with pytest.raises(UserError, match="of a dense model"):
+            evaluate(out, infer="dense")
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert results["saved_bytes"] == size
     if method != "full":
@@ -232,6 +245,7 @@ def test_a_run_leaves_weights_and_results_that_evaluate_agrees_with(
         assert results["spt"]["config"]["top_l"] == 8
         assert results["spt"]["report"]["feed_forward_operations"] == pytest.approx(0.5 + 32 * 4 / (3 * 32 * 64))
         assert results["before"]["dense"] != results["before"]["sparse"]
+        assert len({metrics["validation"]["loss"] for metrics in scores.metrics_by_infer.values()}) == 2
     with pytest.raises(UserError, match="no labels"):
         Predictor(out)
     with pytest.raises(UserError, match="finished run"):

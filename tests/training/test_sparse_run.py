@@ -17,7 +17,7 @@ from sparsepeft.spt import sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, load_config, train
 
 Trained = Callable[..., tuple[Path, dict]]
-SPT = {"top_l": 0.5, "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
+SPT = {"top_l": 0.5, "values": "routed", "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
 
 
 def test_flags_and_file_say_what_becomes_sparse(tmp_path: Path) -> None:
@@ -43,8 +43,18 @@ def test_flags_and_file_say_what_becomes_sparse(tmp_path: Path) -> None:
 def test_a_sparse_run_leaves_what_evaluate_agrees_with(method: str, trained: Trained) -> None:
     folder, results = trained(method=method, spt=SPT)
     assert json.loads((folder / RESULTS).read_text()) == results
-    for part, metrics in evaluate(folder).items():
+    scores = evaluate(folder)
+    for part, metrics in scores.items():
         assert metrics == pytest.approx(results["metrics"][part])
+    assert results["metrics_by_infer"]["sparse"] == results["metrics"]
+    for infer, parts in scores.metrics_by_infer.items():
+        for part, metrics in parts.items():
+            assert metrics == pytest.approx(results["metrics_by_infer"][infer][part])
+    texts = ["The striker scored twice.", "Shares fell again."]
+    sparse, dense = (Predictor(folder, infer=infer).logits(texts) for infer in ("sparse", "dense"))
+    assert (sparse != dense).any()
+    with pytest.raises(UserError, match="did you mean 'dense'"):
+        Predictor(folder, infer="densely")
     assert results["parameters"]["routers"] == 2 * 4 * (32 + 1)
     dense = trained(method=method)[1]
     assert "spt" not in dense

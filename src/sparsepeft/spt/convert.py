@@ -15,6 +15,7 @@ from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.planning import Plan
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
@@ -71,7 +72,7 @@ def check_bare(caller: str, model: Any) -> None:
 def install(
     model: PreTrainedModel,
     config: SptConfig,
-    codebooks: dict[str, Tensor],
+    codebooks: dict[str, Codebooks],
     feed_forwards: list[tuple[FeedForward, InitialRouter | None]],
     settings: Tensor | None = None,
 ) -> Sparsification:

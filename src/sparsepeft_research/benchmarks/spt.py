@@ -30,7 +30,8 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     by_name["sparse attention"] = {"spt": benchmark.spt(length)}
     for values in benchmark.values:
         for active in benchmark.active_blocks:
-            share, chosen = f"{active}/{benchmark.num_blocks} {values}", {"active": active, "values": values}
+            share = f"{active}/{benchmark.num_blocks} {values}"
+            chosen: dict[str, Any] = {"active": active, "values": values}
             by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, **chosen)}
             by_name[f"both {share}"] = {"spt": benchmark.spt(length, **chosen)}
     if (planned := benchmark.planned()) is not None:

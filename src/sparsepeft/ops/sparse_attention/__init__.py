@@ -20,7 +20,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
     *,
     top_l: int,
     causal: bool = False,
@@ -32,27 +32,32 @@ def sparse_attention(
     keep_self: bool = True,
     keep_first: bool = True,
     similarity: str = "inner_product",
+    channel_weights: Tensor | None = None,
     granularity: str = "token",
     block_size: int = 64,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Attend to the keys whose codes agree most with the query's, and to no others.
+    r"""Attend to the keys that are most like the query, and to no others.
 
     y_i = sum_{j in S_i} softmax_{S_i}(scale * q_i . k_j) v_j
 
-    Queries and keys are cut into M sub-vectors, each encoded by its nearest codeword; the similarity of a query and a
-    key is the number of equal codes. A key is valid for a query if ``key_mask`` does not hide it, it is no later than
-    the query (``causal``) and within the last ``window`` positions.
+    Keys are cut into M sub-vectors, each encoded by its nearest codeword. ``similarity="inner_product"``: a key's score
+    is the query's inner product with the decoded key, sum_m q_m . codebook[m, code_m], taken from a table of the
+    query's products with the codewords in eight bits, see :func:`query_tables`. ``similarity="matches"``: queries are
+    encoded, too, and the score is the number of equal codes. A key is valid for a query if ``key_mask`` does not hide
+    it, it is no later than the query (``causal``) and within the last ``window`` positions.
 
     ``granularity="token"``: S_i holds the query's own position and the first valid key (``keep_self``, ``keep_first``),
-    then the valid keys with the most equal codes; of equally many the nearest, of equally near the earlier; ``top_l``
-    in all. ``granularity="block"``: the same for blocks of queries and keys, ceil(top_l / block_size) key blocks for a
-    query block, by the mean number of equal codes over their pairs; attention in kept blocks is exact and keeps to the
-    valid pairs. A ``top_l`` of the number of keys or more is dense attention. A query without a kept valid key
-    gets zeros. The selection has no gradient.
+    then the valid keys with the largest scores; of equal ones the nearest, of equally near the earlier; ``top_l`` in
+    all. ``granularity="block"``: the same for blocks of queries and keys, ceil(top_l / block_size) key blocks for a
+    query block; attention in kept blocks is exact and keeps to the valid pairs. A block's score is then what the
+    queries attend to, were its keys all like their mean (no codes are needed), see :func:`pooled_scores`, or, by
+    matches, the mean number of equal codes over the pairs. A ``top_l`` of the number of keys or more is dense
+    attention. A query without a kept valid key gets zeros. The selection has no gradient.
 
-    Source: arXiv:2312.10365, section on sparse multi-head attention. Differs: ties go to the nearest key, always-kept
-    keys, and block granularity; the paper keeps indices and probabilities for backward, here they are computed again.
+    Source: arXiv:2312.10365, section on sparse multi-head attention. Differs: inner products instead of matches, ties
+    go to the nearest key, always-kept keys, and block granularity; the paper keeps indices and probabilities for
+    backward, here they are computed again.
 
     Memory is linear in the number of tokens (not in ``"reference"``). Scores and sums are float32 at least; query, key
     and value share one dtype. Autocast does not apply.
@@ -61,7 +66,8 @@ def sparse_attention(
         query: (B, H, Tq, D).
         key: (B, Hkv, Tk, D); H is a multiple of Hkv.
         value: (B, Hkv, Tk, Dv).
-        codebooks: (Hkv, M, C, W), M * W = D, C <= 16; for the keys and the queries of the group. See `fit_codebooks`.
+        codebooks: (Hkv, M, C, W), M * W = D, C <= 16, of the keys, for matches of the queries of the group as well; see
+            :func:`fit_codebooks`. None for inner products by block, which use none.
         top_l: keys kept per query, L >= 1.
         causal: whether a query sees only keys no later than itself.
         key_mask: bool, (B, Tk), True where a key may be attended; None for all.
@@ -71,6 +77,9 @@ def sparse_attention(
         softcap: scores become softcap * tanh(score / softcap).
         keep_self: always keep the query's own position (or block).
         keep_first: always keep the first valid key (or its block); with ``top_l`` 1, ``keep_self`` comes first.
+        similarity: ``"inner_product"`` or ``"matches"``.
+        channel_weights: (Hkv, D), positive, by which codewords are nearest to keys, those that the codebooks were
+            fitted with; None weighs channels alike. For inner products alone.
         granularity: ``"token"`` or ``"block"``.
         block_size: tokens of a query block and of a key block.
         impl: ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, on a GPU ``"triton"`` for tokens and ``"flex"``
@@ -88,12 +97,12 @@ def sparse_attention(
         >>> import torch
         >>> from sparsepeft.ops import fit_codebooks
         >>> query, key, value = torch.randn(3, 1, 4, 64, 16).unbind()  # (B, H, T, D) each
-        >>> codebooks = fit_codebooks(torch.cat([query, key], dim=2)[0])  # of 4 heads, each with 2 sub-vectors
+        >>> codebooks = fit_codebooks(key[0])  # of 4 heads, each with 2 sub-vectors
         >>> sparse_attention(query, key, value, codebooks, top_l=8, causal=True).shape
         torch.Size([1, 4, 64, 16])
     """
     visibility, settings = resolve_arguments(
-        *(query, key, value, codebooks),
+        *(query, key, value, codebooks, channel_weights),
         top_l=top_l,
         causal=causal,
         key_mask=key_mask,
@@ -109,15 +118,15 @@ def sparse_attention(
     )
     if impl == "reference":
         with torch.autocast(query.device.type, enabled=False):
-            return sparse_attention_reference(query, key, value, codebooks, visibility, settings)
-    return dispatch_sparse_attention(query, key, value, codebooks, visibility, settings, impl)
+            return sparse_attention_reference(query, key, value, codebooks, channel_weights, visibility, settings)
+    return dispatch_sparse_attention(query, key, value, codebooks, channel_weights, visibility, settings, impl)
 
 
 @torch.no_grad()
 def selection_recall(
     query: Tensor,
     key: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
     *,
     top_l: int,
     causal: bool = False,
@@ -127,6 +136,7 @@ def selection_recall(
     keep_self: bool = True,
     keep_first: bool = True,
     similarity: str = "inner_product",
+    channel_weights: Tensor | None = None,
     granularity: str = "token",
     block_size: int = 64,
 ) -> float:
@@ -137,7 +147,7 @@ def selection_recall(
     """
     num_keys, precise = key.shape[2], softmax_dtype(query.dtype)
     visibility, settings = resolve_arguments(
-        *(query, key, key, codebooks),
+        *(query, key, key, codebooks, channel_weights),
         top_l=top_l,
         causal=causal,
         key_mask=key_mask,
@@ -149,7 +159,7 @@ def selection_recall(
         granularity=granularity,
         block_size=block_size,
     )
-    selection = select(query, key, codebooks, visibility, settings)
+    selection = select(query, key, codebooks, channel_weights, visibility, settings)
     num_kept = total = 0
     keys = key.to(precise).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     for rows, kept in kept_tiles(query, selection, num_keys, visibility, settings):

@@ -102,7 +102,8 @@ def resolve_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
+    channel_weights: Tensor | None,
     *,
     top_l: int,
     causal: bool,
@@ -123,12 +124,22 @@ def resolve_arguments(
     if similarity not in ("inner_product", "matches"):
         raise ValueError(f"similarity is {similarity!r}; expected 'inner_product' or 'matches'.")
     _check_tensors(query, key, value)
-    check_codebooks(codebooks, query.shape[-1])
-    if codebooks.shape[0] != key.shape[1]:
+    tensors = {"query": query, "key": key, "value": value}
+    if codebooks is not None:
+        check_codebooks(codebooks, query.shape[-1])
+        check_channel_weights(channel_weights, codebooks)
+        if codebooks.shape[0] != key.shape[1]:
+            raise ValueError(
+                f"codebooks is for {codebooks.shape[0]} heads, key has {key.shape[1]}: give one per key-value head."
+            )
+        tensors["codebooks"] = codebooks
+    elif similarity == "matches" or granularity == "token":
         raise ValueError(
-            f"codebooks is for {codebooks.shape[0]} heads, key has {key.shape[1]}: give one per key-value head."
+            "codebooks is None; expected (Hkv, M, C, W), by which keys are chosen: fit_codebooks makes them. Inner "
+            "products by block alone go without."
         )
-    tensors = {"query": query, "key": key, "value": value, "codebooks": codebooks}
+    if channel_weights is not None and similarity == "matches":
+        raise ValueError("channel_weights is given, but similarity is 'matches', which has none: leave it out.")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         listed = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"tensors are on different devices ({listed}): move them to one.")
@@ -188,6 +199,18 @@ def check_codebooks(codebooks: Tensor, head_size: int) -> None:
         raise ValueError(
             f"codebooks has {num_subvectors} sub-vectors of width {width}, {num_subvectors * width} numbers, but the "
             f"vectors have {head_size}: choose a width that divides the head size."
+        )
+
+
+def check_channel_weights(channel_weights: Tensor | None, codebooks: Tensor) -> None:
+    """Raise unless the weights, if any, suit the codebooks."""
+    if channel_weights is None:
+        return
+    kv_heads, num_subvectors, _, width = codebooks.shape
+    if not channel_weights.is_floating_point() or channel_weights.shape != (kv_heads, num_subvectors * width):
+        raise ValueError(
+            f"channel_weights has shape {tuple(channel_weights.shape)} and {channel_weights.dtype}; expected "
+            f"floating-point (Hkv, D), ({kv_heads}, {num_subvectors * width})."
         )
 
 

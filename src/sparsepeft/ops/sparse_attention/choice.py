@@ -25,6 +25,11 @@ _MIN_FLEX_HEAD_SIZE = 16
 _FLEX_TILE, _FLEX_UNTUNED_TILE = 64, 128
 
 
+def num_subvectors(codebooks: Tensor | None) -> int:
+    """Return M of codebooks (Hkv, M, C, W), 0 of none."""
+    return 0 if codebooks is None else codebooks.shape[1]
+
+
 class AttentionArguments(NamedTuple):
     """What the choice depends on; see :func:`sparse_attention`. A ``block_size`` of 0 means token granularity."""
 
@@ -40,7 +45,7 @@ class AttentionArguments(NamedTuple):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        codebooks: Tensor,
+        codebooks: Tensor | None,
         *,
         similarity: str = "inner_product",
         granularity: str = "token",
@@ -49,7 +54,7 @@ class AttentionArguments(NamedTuple):
     ) -> AttentionArguments:
         """Take the arguments of :func:`sparse_attention`."""
         block_size = block_size if granularity == "block" else 0
-        return cls(query, value, codebooks.shape[1], block_size, similarity == "inner_product")
+        return cls(query, value, num_subvectors(codebooks), block_size, similarity == "inner_product")
 
     @property
     def largest_head(self) -> int:
@@ -58,8 +63,8 @@ class AttentionArguments(NamedTuple):
 
 
 def _why_not_cpu(arguments: AttentionArguments) -> str | None:
-    query, value, num_subvectors, _, inner_product = arguments
-    return why_not_cpu(query, value, num_subvectors, inner_product=inner_product)
+    query, value, num_codes, _, inner_product = arguments
+    return why_not_cpu(query, value, num_codes, inner_product=inner_product)
 
 
 def _why_not_triton(arguments: AttentionArguments) -> str | None:

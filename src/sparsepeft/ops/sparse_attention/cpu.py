@@ -18,7 +18,7 @@ from sparsepeft.ops import native
 from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility
 from sparsepeft.ops.sparse_attention.selection import BlockLists, Selection
-from sparsepeft.ops.sparse_attention.similarity import Codes
+from sparsepeft.ops.sparse_attention.similarity import Codes, weighted_words
 
 SOURCES = Path(__file__).parent / "csrc"
 _MAX_HEAD_SIZE = 256
@@ -147,18 +147,17 @@ def _select(query: Tensor, codes: Codes, visibility: Visibility, settings: Setti
     del keep_alive, scratch
 
 
-def encode_cpu(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def encode_cpu(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None = None) -> Tensor:
     """Return the codes; see :func:`encode`."""
     vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
-    codebooks = codebooks.float().contiguous()
-    half_norms = codebooks.square().sum(-1) / 2
+    words, half_norms = (tensor.contiguous() for tensor in weighted_words(codebooks.float(), channel_weights))
     codes = torch.empty(batch, heads, num_tokens, num_subvectors, dtype=torch.uint8)
     encoding = _Encoding(batch, heads, kv_heads, num_tokens, num_subvectors, num_codewords, width)
     encoding.dtype, encoding.threads = _DTYPES[vectors.dtype], torch.get_num_threads()
     encoding.vectors, encoding.codes = _view(vectors), codes.data_ptr()
-    encoding.codebooks, encoding.half_norms = codebooks.data_ptr(), half_norms.data_ptr()
+    encoding.codebooks, encoding.half_norms = words.data_ptr(), half_norms.data_ptr()
     encoding.parallel = native.openmp_parallel()
     _library().sparse_attention_encode(ctypes.byref(encoding))
     return codes

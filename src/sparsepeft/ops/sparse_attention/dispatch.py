@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility, words_shape
-from sparsepeft.ops.sparse_attention.choice import OPERATOR, AttentionArguments
+from sparsepeft.ops.sparse_attention.choice import OPERATOR, AttentionArguments, num_subvectors
 from sparsepeft.ops.sparse_attention.cpu import cpu_backward, cpu_forward
 from sparsepeft.ops.sparse_attention.pytorch import torch_backward, torch_forward
 from sparsepeft.ops.sparse_attention.quantization import select
@@ -28,19 +28,26 @@ _BACKWARD = {"cpu": cpu_backward, "torch": torch_backward}
 
 
 def dispatch_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings, impl: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebooks: Tensor | None,
+    channel_weights: Tensor | None,
+    visibility: Visibility,
+    settings: Settings,
+    impl: str,
 ) -> Tensor:
     """Attend by the implementation ``impl``, which is not the reference; see :func:`sparse_attention`."""
     packed = settings.pack()
     if OPERATOR.means("flex", impl, _arguments(query, value, codebooks, settings)):
         from sparsepeft.ops.sparse_attention.flex import flex_block_attention  # slow to import
 
-        lists = BlockLists(*_select_blocks(query.detach(), key.detach(), codebooks.detach(), *visibility, packed))
+        lists = BlockLists(*_select_blocks(query.detach(), key.detach(), codebooks, *visibility, packed))
         with torch.autocast(query.device.type, enabled=False):
             return flex_block_attention(query, key, value, lists, visibility, settings)
     if impl == "auto" and settings.block_size and query.is_cuda:
         impl = "torch"  # settled here: while it runs, the operator does not know that a graph was traced
-    output, *_ = _attend(query, key, value, codebooks, *visibility, packed, impl)
+    output, *_ = _attend(query, key, value, codebooks, channel_weights, *visibility, packed, impl)
     return output
 
 
@@ -48,7 +55,7 @@ def dispatch_sparse_attention(
 def _select_blocks(
     query: Tensor,
     key: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
     positions: Tensor,
     lower: Tensor,
     upper: Tensor,
@@ -58,7 +65,7 @@ def _select_blocks(
     """Return the block lists and their counts."""
     settings = Settings.unpack(packed_settings, key.shape[2])
     with torch.autocast(query.device.type, enabled=False):
-        lists = select(query, key, codebooks, Visibility(positions, lower, upper, key_mask), settings)
+        lists = select(query, key, codebooks, None, Visibility(positions, lower, upper, key_mask), settings)
     assert isinstance(lists, BlockLists)
     return lists.indices, lists.counts
 
@@ -78,7 +85,8 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
+    channel_weights: Tensor | None,
     positions: Tensor,
     lower: Tensor,
     upper: Tensor,
@@ -92,31 +100,33 @@ def _attend(
     impl = OPERATOR.choose(impl, _arguments(query, value, codebooks, settings))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
-            selected = select_triton(query, key, codebooks, visibility, settings)
+            assert codebooks is not None
+            selected = select_triton(query, key, codebooks, channel_weights, visibility, settings)
             nothing = query.new_empty(0, dtype=torch.int32)
             return *triton_forward(query, key, value, selected, visibility, settings), *selected[1:], nothing
-        selection = select(query, key, codebooks, visibility, settings)
+        selection = select(query, key, codebooks, channel_weights, visibility, settings)
         return *_FORWARD[impl](query, key, value, selection, visibility, settings), *_as_three(selection)
 
 
 @_attend.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, *others: Any
+    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     packed_settings, impl = others[-2:]
-    settings, num_subvectors = Settings.unpack(packed_settings, key.shape[2]), codebooks.shape[1]
+    settings, num_codes = Settings.unpack(packed_settings, key.shape[2]), num_subvectors(codebooks)
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     log_sum_exp = query.new_empty(query.shape[:3], dtype=softmax_dtype(query.dtype))
     if OPERATOR.means("triton", impl, _arguments(query, value, codebooks, settings)):
-        shapes = words_shape(key.shape, num_subvectors), (*query.shape[:2], 2, query.shape[2]), (0,)
+        shapes = words_shape(key.shape, num_codes), (*query.shape[:2], 2, query.shape[2]), (0,)
         a, b, c = (query.new_empty(shape, dtype=torch.int32) for shape in shapes)
         return output, log_sum_exp, a, b, c
     if settings.block_size:
         return output, log_sum_exp, *_as_three(BlockLists(*_empty_lists(query, key, settings)))
-    keys, queries = (t.new_empty((*t.shape[:3], num_subvectors), dtype=torch.uint8) for t in (key, query))
-    return output, log_sum_exp, *_as_three(Codes(keys, None if settings.inner_product else queries, codebooks))
+    keys, queries = (t.new_empty((*t.shape[:3], num_codes), dtype=torch.uint8) for t in (key, query))
+    return output, log_sum_exp, *_as_three(Codes(keys, None if settings.inner_product else queries, keys))
 
 
 def _as_three(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,8 +136,8 @@ def _as_three(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     return first, nothing[0] if second is None else second, nothing[1]
 
 
-def _arguments(query: Tensor, value: Tensor, codebooks: Tensor, settings: Settings) -> AttentionArguments:
-    return AttentionArguments(query, value, codebooks.shape[1], settings.block_size, settings.inner_product)
+def _arguments(query: Tensor, value: Tensor, codebooks: Tensor | None, settings: Settings) -> AttentionArguments:
+    return AttentionArguments(query, value, num_subvectors(codebooks), settings.block_size, settings.inner_product)
 
 
 @torch.library.custom_op("sparsepeft::sparse_attention_backward", mutates_args=())
@@ -136,7 +146,7 @@ def _attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | None,
     output: Tensor,
     log_sum_exp: Tensor,
     selection_a: Tensor,
@@ -155,14 +165,17 @@ def _attend_backward(
     attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention import triton
 
+            assert codebooks is not None
             selected = triton.Selection(triton.query_tables(query, codebooks, settings), selection_a, selection_b)
             return triton.triton_backward(grad_output, attended, selected, visibility, settings)
         selection: Selection
         if settings.block_size:
             selection = BlockLists(selection_a, selection_b)
         else:
+            assert codebooks is not None
             selection = Codes(selection_a, None if settings.inner_product else selection_b, codebooks)
         return _BACKWARD[impl](grad_output, attended, selection, visibility, settings)
 
@@ -173,9 +186,9 @@ def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, codebooks, *visibility = inputs[:8]
+    query, key, value, codebooks, _, *visibility = inputs[:9]
     ctx.save_for_backward(query, key, value, codebooks, *output, *visibility)
-    ctx.settings = inputs[8:]
+    ctx.settings = inputs[9:]
 
 
 def _autograd(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -11,11 +11,17 @@ from sparsepeft.ops import gpu
 from sparsepeft.ops.native import has_plain_memory
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.registry import Implementation, Operator
-from sparsepeft.ops.sparse_attention.arguments import MAX_CODEWORDS, Settings, Visibility, check_codebooks
+from sparsepeft.ops.sparse_attention.arguments import (
+    MAX_CODEWORDS,
+    Settings,
+    Visibility,
+    check_channel_weights,
+    check_codebooks,
+)
 from sparsepeft.ops.sparse_attention.choice import why_slower_here
 from sparsepeft.ops.sparse_attention.cpu import encode_cpu, why_not_built
-from sparsepeft.ops.sparse_attention.selection import Selection, keep_blocks
-from sparsepeft.ops.sparse_attention.similarity import Codes
+from sparsepeft.ops.sparse_attention.selection import Selection, keep_blocks, match_scores, pooled_scores
+from sparsepeft.ops.sparse_attention.similarity import Codes, weighted_words
 
 # So many tokens at a time that a tile of distances has about this many entries.
 _TILE_ENTRIES = 1 << 22
@@ -67,14 +73,15 @@ OPERATOR = Operator(
 
 
 @torch.no_grad()
-def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
+def encode(vectors: Tensor, codebooks: Tensor, *, channel_weights: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Return the index of the nearest codeword of each sub-vector; of equally near ones the lowest.
 
-    Distances are Euclidean, taken in float32 at least. Codes have no gradient.
+    Distances are Euclidean, of channels times their weights, taken in float32 at least. Codes have no gradient.
 
     Args:
         vectors: queries or keys, (B, H, T, D).
         codebooks: (Hkv, M, C, W) with M * W = D and C <= 16; H is a multiple of Hkv, and neighbouring heads share.
+        channel_weights: (Hkv, D), positive; None weighs all channels alike.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"``; see :func:`sparsepeft.ops.explain`. They may differ
             where two codewords are equally near up to rounding.
 
@@ -94,42 +101,61 @@ def encode(vectors: Tensor, codebooks: Tensor, *, impl: str = "auto") -> Tensor:
         )
     if not vectors.is_floating_point():
         raise TypeError(f"vectors has dtype {vectors.dtype}; expected a floating-point tensor: convert it first.")
+    check_channel_weights(channel_weights, codebooks)
     impl = OPERATOR.choose(impl, EncodeArguments(vectors, codebooks))
     if impl == "triton":
         from sparsepeft.ops.sparse_attention.triton import encode_triton  # Triton is optional, and slow to import
 
-        return encode_triton(vectors, codebooks)
-    return encode_cpu(vectors, codebooks) if impl == "cpu" else _encode(vectors, codebooks)
+        return encode_triton(vectors, codebooks, channel_weights)
+    form = encode_cpu if impl == "cpu" else _encode
+    return form(vectors, codebooks, channel_weights)
 
 
-def nearest_codewords(subvectors: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared distance to the nearest codeword and its index, for (..., H, N, M, W): (..., H, N, M) each."""
-    half_norms = codebooks.square().sum(-1) / 2  # (H, M, C)
-    products = torch.einsum("...hnmw,hmcw->...hnmc", subvectors, codebooks)
+def _nearest(subvectors: Tensor, words: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return half the squared distance to the nearest codeword, less a constant, and its index: (..., H, N, M) each.
+
+    ``subvectors`` is (..., H, N, M, W), the others are of :func:`weighted_words`.
+    """
+    products = torch.einsum("...hnmw,hmcw->...hnmc", subvectors, words)
     closest = (half_norms.unsqueeze(-3) - products).min(-1)
-    return 2 * closest.values + subvectors.square().sum(-1), closest.indices
+    return closest.values, closest.indices
 
 
-def _encode(vectors: Tensor, codebooks: Tensor) -> Tensor:
+def _encode(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None) -> Tensor:
     precise = softmax_dtype(vectors.dtype)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
-    codebooks = codebooks.to(precise).repeat_interleave(heads // kv_heads, dim=0)
+    weighted = weighted_words(codebooks.to(precise), channel_weights)
+    words, half_norms = (tensor.repeat_interleave(heads // kv_heads, 0) for tensor in weighted)
     codes = torch.empty(batch, heads, num_tokens, num_subvectors, dtype=torch.uint8, device=vectors.device)
     step = max(1, _TILE_ENTRIES // max(1, batch * heads * num_subvectors * num_codewords))
     for begin in range(0, num_tokens, step):
         part = vectors[:, :, begin : begin + step].to(precise).unflatten(-1, (num_subvectors, width))
-        codes[:, :, begin : begin + step] = nearest_codewords(part, codebooks)[1]
+        codes[:, :, begin : begin + step] = _nearest(part, words, half_norms)[1]
     return codes
 
 
 @torch.no_grad()
-def select(query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings) -> Selection:
+def select(
+    query: Tensor,
+    key: Tensor,
+    codebooks: Tensor | None,
+    channel_weights: Tensor | None,
+    visibility: Visibility,
+    settings: Settings,
+) -> Selection:
     """Return by what each query selects its keys, or the lists of blocks that were selected."""
+    num_keys = key.shape[2]
+    if settings.block_size and settings.inner_product:
+        return keep_blocks(pooled_scores(query, key, visibility, settings), num_keys, visibility, settings)
+    assert codebooks is not None
+    keys = encode(key, codebooks, channel_weights=channel_weights)
+    if settings.inner_product:
+        return Codes(keys, None, codebooks)
+    queries = encode(query, codebooks)
     if settings.block_size:
-        return keep_blocks(encode(query, codebooks), encode(key, codebooks), visibility, settings)
-    keys = encode(key, codebooks)
-    return Codes(keys, None if settings.inner_product else encode(query, codebooks), codebooks)
+        return keep_blocks(match_scores(queries, keys, visibility, settings), num_keys, visibility, settings)
+    return Codes(keys, queries, codebooks)
 
 
 # Codebooks, by k-means on calibration vectors
@@ -141,6 +167,7 @@ def fit_codebooks(
     *,
     subvector_dim: int = 8,
     num_codewords: int = MAX_CODEWORDS,
+    channel_weights: Tensor | None = None,
     num_iterations: int = 20,
     seed: int = 0,
 ) -> Tensor:
@@ -154,6 +181,8 @@ def fit_codebooks(
         vectors: keys, and queries of the heads that share them, (H, N, D).
         subvector_dim: numbers per sub-vector, W; divides D.
         num_codewords: C, 1 to 16; N >= C.
+        channel_weights: (H, D), positive: how much the error of each channel counts; all alike if None. For inner
+            products with queries these are the roots of the queries' second moments.
         num_iterations: Lloyd steps at most; it stops earlier when nothing changes.
         seed: of the random choice of the first codewords; torch's own random state is not touched.
 
@@ -172,14 +201,19 @@ def fit_codebooks(
         )
     if not 1 <= num_codewords <= MAX_CODEWORDS:
         raise ValueError(f"num_codewords is {num_codewords}; expected 1 to {MAX_CODEWORDS}.")
-    subvectors = _checked(vectors, num_codewords).unflatten(-1, (-1, subvector_dim))  # (H, N, M, W)
+    vectors = _checked(vectors, num_codewords)
+    scales = _scales(channel_weights, vectors, subvector_dim)
+    subvectors = vectors.unflatten(-1, (-1, subvector_dim)) * scales.unsqueeze(1)  # (H, N, M, W)
     generator = torch.Generator().manual_seed(seed)
     seeds = [_spread(head, num_codewords, generator) for head in subvectors.split(1)]
-    return torch.cat([_lloyd(*pair, num_iterations) for pair in zip(seeds, subvectors.split(1), strict=True)])
+    fitted = torch.cat([_lloyd(*pair, num_iterations) for pair in zip(seeds, subvectors.split(1), strict=True)])
+    return fitted / scales.unsqueeze(2)
 
 
 @torch.no_grad()
-def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int = 2) -> Tensor:
+def refresh_codebooks(
+    codebooks: Tensor, vectors: Tensor, *, channel_weights: Tensor | None = None, num_iterations: int = 2
+) -> Tensor:
     """Return new codebooks, a few k-means steps from the present ones towards the vectors; these stay as they are.
 
     With fewer vectors than codewords, a codeword that is nearest to none of them stays where it is.
@@ -187,6 +221,7 @@ def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int
     Args:
         codebooks: (H, M, C, W).
         vectors: (H, N, M * W), N >= 1.
+        channel_weights: (H, M * W); see :func:`fit_codebooks`.
         num_iterations: Lloyd steps.
 
     Returns:
@@ -202,10 +237,24 @@ def refresh_codebooks(codebooks: Tensor, vectors: Tensor, *, num_iterations: int
             f"vectors has shape {tuple(vectors.shape)}, codebooks {tuple(codebooks.shape)}; expected (H, N, D) with "
             "the same H."
         )
-    subvectors = _checked(vectors, 1).unflatten(-1, (codebooks.shape[1], -1))
-    present = codebooks.to(subvectors.dtype)
-    heads = zip(present.split(1), subvectors.split(1), strict=True)
-    return torch.cat([_lloyd(book, head, num_iterations) for book, head in heads]).to(codebooks.dtype)
+    vectors = _checked(vectors, 1)
+    scales = _scales(channel_weights, vectors, codebooks.shape[-1])
+    subvectors = vectors.unflatten(-1, (codebooks.shape[1], -1)) * scales.unsqueeze(1)
+    heads = zip((codebooks * scales.unsqueeze(2)).to(vectors.dtype).split(1), subvectors.split(1), strict=True)
+    refreshed = torch.cat([_lloyd(book, head, num_iterations) for book, head in heads])
+    return (refreshed / scales.unsqueeze(2)).to(codebooks.dtype)
+
+
+def _scales(channel_weights: Tensor | None, vectors: Tensor, width: int) -> Tensor:
+    """Return the weights of each sub-vector's channels, (H, M, W); of a channel of weight 0 nothing would be known."""
+    if channel_weights is None:
+        return vectors.new_ones(vectors.shape[0], vectors.shape[-1] // width, width)
+    if channel_weights.shape != (vectors.shape[0], vectors.shape[-1]) or not (channel_weights > 0).all():
+        raise ValueError(
+            f"channel_weights has shape {tuple(channel_weights.shape)}; expected (H, D), "
+            f"({vectors.shape[0]}, {vectors.shape[-1]}), and positive numbers."
+        )
+    return channel_weights.to(vectors.dtype).unflatten(-1, (-1, width))
 
 
 def _checked(vectors: Tensor, num_needed: int) -> Tensor:
@@ -245,8 +294,8 @@ def _lloyd(codebooks: Tensor, subvectors: Tensor, num_iterations: int) -> Tensor
     _, num_subvectors, num_codewords, width = codebooks.shape
     groups = subvectors[0].transpose(0, 1)  # (M, N, W)
     for _ in range(num_iterations):
-        distance, nearest = nearest_codewords(subvectors, codebooks)
-        distance, nearest = distance[0].T, nearest[0].T  # (M, N)
+        half_distance, nearest = _nearest(subvectors, *weighted_words(codebooks, None))
+        distance, nearest = 2 * half_distance[0].T + groups.square().sum(-1), nearest[0].T  # (M, N)
         counts = groups.new_zeros(num_subvectors, num_codewords).scatter_add_(1, nearest, torch.ones_like(distance))
         sums = groups.new_zeros(num_subvectors, num_codewords, width)
         sums.scatter_add_(1, nearest.unsqueeze(-1).expand_as(groups), groups)

@@ -8,14 +8,21 @@ from torch import Tensor
 from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.quantization import select
-from sparsepeft.ops.sparse_attention.selection import BlockLists, keep_tokens
+from sparsepeft.ops.sparse_attention.selection import BlockLists, Selection, keep_tokens
 
 
 def sparse_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codebooks: Tensor | None,
+    channel_weights: Tensor | None,
+    visibility: Visibility,
+    settings: Settings,
 ) -> Tensor:
     """Attend to the kept keys alone; see :func:`sparse_attention`. It holds several (B, H, Tq, Tk) tensors."""
-    kept = kept_pairs(query, key, codebooks, visibility, settings)  # (B, H, Tq, Tk)
+    selection = select(query, key, codebooks, channel_weights, visibility, settings)
+    kept = kept_pairs(query, key.shape[2], selection, visibility, settings)  # (B, H, Tq, Tk)
     group, precise = query.shape[1] // key.shape[1], softmax_dtype(query.dtype)
     keys, values = (tensor.repeat_interleave(group, dim=1).to(precise) for tensor in (key, value))
 
@@ -30,10 +37,11 @@ def sparse_attention_reference(
 
 
 @torch.no_grad()
-def kept_pairs(query: Tensor, key: Tensor, codebooks: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+def kept_pairs(
+    query: Tensor, num_keys: int, selection: Selection, visibility: Visibility, settings: Settings
+) -> Tensor:
     """Return which pairs of query and key take part in the attention, bool, (B, H, Tq, Tk)."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    selection = select(query, key, codebooks, visibility, settings)
+    num_queries = query.shape[2]
     if isinstance(selection, BlockLists):
         return selection.pairs(num_queries, num_keys, settings.block_size) & visibility.pairs(num_keys)
     return keep_tokens(selection.scores(query, slice(num_queries)), visibility, settings)

@@ -1,7 +1,7 @@
 """Which keys are kept, by their similarity.
 
 Token granularity: every query keeps keys of its own. Block granularity: a block of queries keeps blocks of keys, chosen
-by histograms of their codes.
+by their mean keys, or, by matches, by histograms of their codes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsepeft.ops.numerics import softmax_dtype
 from sparsepeft.ops.sparse_attention.arguments import Settings, Visibility
 from sparsepeft.ops.sparse_attention.similarity import Codes
 
@@ -73,7 +74,75 @@ class BlockLists(NamedTuple):
 Selection = Codes | BlockLists
 
 
-def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+class BlockLayout(NamedTuple):
+    """How query blocks I and key blocks J lie to each other, whatever they are like: (B, I, J) each.
+
+    ``possible``: the key block holds a valid key for a query of the block; ``own``: and a query's own position;
+    ``first``: it is the first possible one; ``distance``: blocks between them, twice, and one more if J comes after I.
+    """
+
+    possible: Tensor
+    own: Tensor
+    first: Tensor
+    distance: Tensor
+
+    @classmethod
+    def of(cls, visibility: Visibility, num_keys: int, size: int) -> BlockLayout:
+        """Work it out for blocks of ``size`` tokens."""
+        index = torch.arange(-(-num_keys // size), device=visibility.positions.device)
+        nearest, farthest = (torch.div(p, size, rounding_mode="floor") for p in _extent(visibility.positions, size))
+        lower, upper = _extent(visibility.lower, size)[0], _extent(visibility.upper, size)[1]  # (B, I, 1)
+        possible = _blocks_seen(lower, upper, visibility.key_mask, num_keys, size)
+        distance = 2 * torch.maximum(nearest - index, index - farthest).clamp_min(0) + (index > farthest)
+        own = possible & (index >= nearest) & (index <= farthest)
+        return cls(possible, own, possible & (possible.cumsum(-1) == 1), distance)
+
+
+def pooled_scores(query: Tensor, key: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
+    """Return how much query blocks I attend to key blocks J, were all keys of a block their mean: (B, H, I, J).
+
+    It is the sum, over the real queries of I, of softmax_J(scale * q . mean key of J). A query's softmax is over the
+    blocks with a valid key for it, apart from those kept anyway: the own positions' (``keep_self``) and the first
+    (``keep_first``). Padding does not count, see :func:`match_scores`.
+
+    Args:
+        query: (B, H, Tq, D).
+        key: (B, Hkv, Tk, D); masked keys do not count.
+    """
+    size, num_keys, precise = settings.block_size, key.shape[2], softmax_dtype(query.dtype)
+    batch, heads, num_queries, _ = query.shape
+    layout = BlockLayout.of(visibility, num_keys, size)
+    real = torch.ones(batch, num_keys, device=key.device) if visibility.key_mask is None else visibility.key_mask
+    real = F.pad(real.to(precise), (0, -num_keys % size)).unflatten(-1, (-1, size))[:, None, :, None]  # (B, 1, J, 1, S)
+    keys = F.pad(key.to(precise), (0, 0, 0, -num_keys % size)).unflatten(2, (-1, size))
+    pooled = (real @ keys).squeeze(-2) / real.sum(-1).clamp_min(1)  # (B, Hkv, J, D)
+
+    anyway = torch.zeros_like(layout.possible)
+    if settings.keep_self:
+        anyway = anyway | layout.own
+    if settings.keep_first:
+        anyway = anyway | layout.first
+    queries_real = _real_queries(visibility, num_keys, settings)
+    scores = torch.empty(batch, heads, *layout.possible.shape[1:], dtype=precise, device=query.device)
+    step = max(1, _TILE_ENTRIES // (batch * heads * scores.shape[-1] * size)) * size
+    for begin in range(0, num_queries, step):
+        rows = slice(begin, min(begin + step, num_queries))
+        blocks = slice(begin // size, -(-rows.stop // size))
+        part = visibility.queries(rows.start, rows.stop)
+        limits = part.lower.unsqueeze(-1), part.upper.unsqueeze(-1)
+        seen = _blocks_seen(*limits, visibility.key_mask, num_keys, size)
+        seen = seen & ~anyway[:, blocks].repeat_interleave(size, 1)[:, : rows.stop - rows.start]
+        products = query[:, :, rows].to(precise).unflatten(1, (key.shape[1], -1)) @ pooled.unsqueeze(2).mT
+        products = (products.flatten(1, 2) * settings.scale).masked_fill(~seen.unsqueeze(1), -torch.inf)
+        weights = torch.softmax(products, dim=-1).masked_fill(~seen.unsqueeze(1), 0)
+        if queries_real is not None:
+            weights = weights * queries_real[:, None, rows, None]
+        weights = F.pad(weights, (0, 0, 0, -weights.shape[2] % size)).unflatten(2, (-1, size))
+        scores[:, :, blocks] = weights.sum(3)
+    return scores
+
+
+def match_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> Tensor:
     """Return the similarity of query blocks I and key blocks J, float32, (B, H, I, J).
 
     It is the mean number of equal codes over the pairs of real queries in I and unmasked keys in J:
@@ -83,15 +152,9 @@ def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility,
     tokens with 64 sub-vectors.
     """
     heads, kv_heads, num_keys = query_codes.shape[1], key_codes.shape[1], key_codes.shape[2]
-    keys_real = queries_real = None
-    if visibility.key_mask is not None:
-        keys_real = visibility.key_mask
-        if settings.keep_self:
-            inside = (visibility.positions >= 0) & (visibility.positions < num_keys)
-            own_key_real = visibility.key_mask.gather(1, visibility.positions.clamp(0, num_keys - 1).long())
-            queries_real = own_key_real | ~inside
+    queries_real = _real_queries(visibility, num_keys, settings)
     query_counts = _histograms(query_codes, queries_real, settings.block_size)  # (B, H, I, 1 + M * 16)
-    key_counts = _histograms(key_codes, keys_real, settings.block_size)  # (B, Hkv, J, 1 + M * 16)
+    key_counts = _histograms(key_codes, visibility.key_mask, settings.block_size)  # (B, Hkv, J, 1 + M * 16)
     grouped = query_counts.unflatten(1, (kv_heads, heads // kv_heads))
     others = key_counts.unsqueeze(2).mT
     equal = (grouped[..., 1:] @ others[..., 1:, :]).flatten(1, 2)
@@ -99,39 +162,21 @@ def block_scores(query_codes: Tensor, key_codes: Tensor, visibility: Visibility,
     return equal / pairs.clamp_min(1)
 
 
-def keep_blocks(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, settings: Settings) -> BlockLists:
+def keep_blocks(scores: Tensor, num_keys: int, visibility: Visibility, settings: Settings) -> BlockLists:
     """Return the key blocks each query block keeps: ceil(top_l / block_size), or all that can be chosen.
 
     A block can be chosen if it holds a valid key for a query of the block. First come the blocks that hold the queries'
     own positions (if ``keep_self``; two of them even where one is to be kept), then the first block that can be chosen
-    (if ``keep_first``), then by score, of equal scores the nearest, of equally near the earlier.
+    (if ``keep_first``), then by score, (B, H, I, J), of equal scores the nearest, of equally near the earlier.
     """
-    size, num_keys = settings.block_size, key_codes.shape[2]
-    scores = block_scores(query_codes, key_codes, visibility, settings)  # (B, H, I, J)
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    nearest, farthest = (torch.div(p, size, rounding_mode="floor") for p in _extent(visibility.positions, size))
-    lower, upper = _extent(visibility.lower, size)[0], _extent(visibility.upper, size)[1]  # (B, I, 1)
-
-    if visibility.key_mask is None:
-        before = torch.arange(num_keys + 1, device=scores.device).expand(len(lower), -1)
-    else:
-        before = F.pad(visibility.key_mask.long().cumsum(-1), (1, 0))
-    starts = torch.maximum(index * size, lower).long()
-    ends = torch.minimum(((index + 1) * size).clamp_max(num_keys), upper).long()
-    possible = (starts < ends) & (
-        before.gather(1, ends.flatten(1)) > before.gather(1, starts.clamp_max(num_keys).flatten(1))
-    ).view_as(starts)  # (B, I, J)
-
-    own_blocks = possible & (index >= nearest) & (index <= farthest)
-    first = possible & (possible.cumsum(-1) == 1)
-    distance = torch.maximum(nearest - index, index - farthest).clamp_min(0)
-    distance = 2 * distance + (index > farthest)
+    size = settings.block_size
+    possible, own, first, distance = BlockLayout.of(visibility, num_keys, size)
     if settings.keep_first:
         scores = scores.masked_fill(first.unsqueeze(1), torch.inf)
-    num_kept = torch.full_like(lower, -(-settings.top_l // size))
+    num_kept = torch.full_like(possible[..., :1], -(-settings.top_l // size), dtype=torch.long)
     ahead = torch.zeros_like(possible)
     if settings.keep_self:
-        num_kept, ahead = num_kept.maximum(own_blocks.sum(-1, keepdim=True).clamp_max(2)), own_blocks
+        num_kept, ahead = num_kept.maximum(own.sum(-1, keepdim=True).clamp_max(2)), own
     scores = scores.masked_fill(~possible.unsqueeze(1), -torch.inf)
 
     # Least significant first, each sort stable: nearness, score, own blocks.
@@ -140,10 +185,11 @@ def keep_blocks(query_codes: Tensor, key_codes: Tensor, visibility: Visibility, 
     order = by_distance.gather(-1, by_score)
     ahead_in_order = ahead.unsqueeze(1).expand_as(scores).gather(-1, order).to(torch.uint8)
     order = order.gather(-1, ahead_in_order.sort(dim=-1, descending=True, stable=True).indices)
+    index = torch.arange(scores.shape[-1], device=scores.device)
     rank = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
     kept = (rank < num_kept.unsqueeze(1)) & possible.unsqueeze(1)
-    shape = list_shape(query_codes.shape, num_keys, settings.top_l, size)
-    ascending = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., : shape[-1]]
+    num_listed = max(2, -(-settings.top_l // size))
+    ascending = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :num_listed]
     return BlockLists(ascending.to(torch.int32).contiguous(), kept.sum(-1, dtype=torch.int32))
 
 
@@ -172,6 +218,26 @@ def kept_tiles(
         else:
             kept = keep_tokens(selection.scores(query, rows), part, settings)
         yield rows, kept
+
+
+def _blocks_seen(lower: Tensor, upper: Tensor, key_mask: Tensor | None, num_keys: int, size: int) -> Tensor:
+    """Return which blocks hold an unmasked key from ``lower`` to before ``upper``, (B, N, 1) each: bool, (B, N, J)."""
+    index = torch.arange(-(-num_keys // size), device=lower.device)
+    starts = torch.maximum(index * size, lower).long()
+    ends = torch.minimum(((index + 1) * size).clamp_max(num_keys), upper).long()
+    if key_mask is None:
+        return starts < ends
+    before = F.pad(key_mask.long().cumsum(-1), (1, 0))
+    counts = [before.gather(1, t.clamp_max(num_keys).flatten(1)).view_as(t) for t in (starts, ends)]
+    return (starts < ends) & (counts[1] > counts[0])
+
+
+def _real_queries(visibility: Visibility, num_keys: int, settings: Settings) -> Tensor | None:
+    """Return which queries are no padding, bool, (B, Tq), None for all: with ``keep_self`` the own key says it."""
+    if visibility.key_mask is None or not settings.keep_self:
+        return None
+    inside = (visibility.positions >= 0) & (visibility.positions < num_keys)
+    return visibility.key_mask.gather(1, visibility.positions.clamp(0, num_keys - 1).long()) | ~inside
 
 
 def _histograms(codes: Tensor, real: Tensor | None, block_size: int) -> Tensor:

@@ -33,6 +33,25 @@ class Codes(NamedTuple):
         return sum_entries(query_tables(query[:, :, rows], self.codebooks), self.keys)
 
 
+def weighted_words(codebooks: Tensor, channel_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return words z and halved norms n such that the nearest codeword of a vector x is the one of least n - x . z.
+
+    Nearest by sum_d w_d^2 (x_d - c_d)^2, which is a constant less 2 sum_d w_d^2 x_d c_d plus sum_d w_d^2 c_d^2.
+
+    Args:
+        codebooks: (Hkv, M, C, W).
+        channel_weights: w, (Hkv, M * W); 1 if None.
+
+    Returns:
+        (Hkv, M, C, W) and (Hkv, M, C), dtype of ``codebooks``.
+    """
+    words = codebooks
+    if channel_weights is not None:
+        squares = channel_weights.to(codebooks.dtype).square()
+        words = codebooks * squares.unflatten(-1, (codebooks.shape[1], 1, -1))
+    return words, (words * codebooks).sum(-1) / 2
+
+
 def count_matches(query_codes: Tensor, key_codes: Tensor) -> Tensor:
     """Return the number of equal codes of every query and key, 0 to M.
 
