@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src"
 # Of the library's packages each imports only from those before it; "" are the modules beside them.
 LAYERS = (
-    *("", "ops", "models", "layers", "tuners", "storage", "spt", "tasks", "methods", "runs", "inference"),
+    *("", "ops", "models", "layers", "tuners", "storage", "planning", "spt", "tasks", "methods", "runs", "inference"),
     *("export", "inspection", "training"),
 )
 MAX_LINES = 3_000

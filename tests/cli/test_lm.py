@@ -17,7 +17,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return topics_text(tmp_path_factory.mktemp("text"))
 
 
-SPT = ("--spt-set", "num_blocks=4", "--spt-set", "num_active_blocks=2", "--spt-set", "top_l=0.25")
+SPT = (
+    "--spt-set",
+    "values=routed",
+    "--spt-set",
+    "num_blocks=4",
+    "--spt-set",
+    "num_active_blocks=2",
+    "--spt-set",
+    "top_l=0.25",
+)
 
 
 def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path: Path) -> None:
@@ -31,6 +40,7 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
         "2 of 4 blocks",
         "perplexity",
         "in the routers",
+        "perplexity by how the model answers: sparse",
         "[CLS]",
     ):
         assert words in done.stdout
@@ -40,7 +50,13 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
 
     done = ran("evaluate", tmp_path / "o", "--json")
     assert json.loads(done.stdout)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
-    assert f"{results['score']:.4f}" in sparsepeft("evaluate", tmp_path / "o").stdout
+    scores = {infer: metrics["validation"]["perplexity"] for infer, metrics in results["metrics_by_infer"].items()}
+    assert scores["sparse"] == results["score"] != scores["dense"]
+    shown = sparsepeft("evaluate", tmp_path / "o").stdout
+    assert all(f"{score:.4f}" in shown and f"validation, {infer}" in shown for infer, score in scores.items())
+    shown = sparsepeft("evaluate", tmp_path / "o", "--infer", "dense").stdout
+    assert f"{scores['dense']:.4f}" in shown
+    assert f"{scores['sparse']:.4f}" not in shown
 
     refused("predict", tmp_path / "o", "some text", words="`sparsepeft generate`")
     (tmp_path / "prompts.txt").write_text('the team won\n{"prompt": "the striker"}\n')
@@ -48,6 +64,7 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
     done = ran(*arguments, "--file", tmp_path / "prompts.txt", "--json")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["prompt"] for line in lines] == ["the team won", "the striker"]
+    assert ran(*arguments, "the striker", "--infer", "dense").stdout.startswith("the striker")
     done = sparsepeft(*arguments, "the striker")
     assert done.stdout == f"the striker{lines[1]['generated_text']}\n", done.stderr
     refused(

@@ -318,13 +318,14 @@ def check_selection(index: int, similarity: str, device: str = "cpu") -> None:
 def check_encoding(
     num_subvectors: int, width: int, num_codewords: int, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    vectors = torch.randn(2, 4, 130, num_subvectors * width).to(device, dtype)
-    codebooks = torch.randn(2, num_subvectors, num_codewords, width).to(device)
+    vectors = on_grid(torch.randn(2, 4, 130, num_subvectors * width)).to(device, dtype)
+    codebooks = on_grid(torch.randn(2, num_subvectors, num_codewords, width)).to(device)
     codebooks[:, :, num_codewords // 2 + 1 :] = codebooks[:, :, :1]  # exact ties: the lowest is taken
     strided = vectors.transpose(1, 2).contiguous().transpose(1, 2)
-    codes = encode(strided, codebooks, impl="triton")
-    assert codes.dtype == torch.uint8
-    assert torch.equal(codes, encode(vectors, codebooks, impl="torch"))
+    for weights in (None, torch.randint(1, 8, (2, num_subvectors * width)).to(device) / 2):
+        codes = encode(strided, codebooks, channel_weights=weights, impl="triton")
+        assert codes.dtype == torch.uint8
+        assert torch.equal(codes, encode(vectors, codebooks, channel_weights=weights, impl="torch"))
 
 
 def launch(

@@ -47,6 +47,11 @@ def test_matches_reference_where_equal_codes_are_counted() -> None:
 
 
 @needs_triton
+def test_matches_reference_with_channel_weights() -> None:
+    interpreted(cases.check_case, "grouped heads", channel_weights=torch.randint(1, 8, (2, 16)) / 2)
+
+
+@needs_triton
 @pytest.mark.parametrize("similarity", ["inner_product", "matches"])
 def test_keeps_the_same_keys_as_the_reference(similarity: str) -> None:
     for index in range(len(cases.SELECTIONS)):

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError, unknown_name
-from sparsepeft.spt import Sparsification, SptConfig, answering, sparsification, sparsify
+from sparsepeft.spt import Plan, Sparsification, SptConfig, answering, sparsification, sparsify
 from sparsepeft.spt.config import INFER
 
-T = TypeVar("T")
-
 _MASKED = 0.15
+T = TypeVar("T")
 
 
 def read_spt_settings(values: Any) -> SptConfig:
@@ -64,18 +63,39 @@ def check_spt(method: str, values: Any, is_language_model: bool) -> SptConfig:
 
 
 def make_sparse(
-    model: PreTrainedModel, config: SptConfig, calibration_data: Any, held_out_data: Any = None
+    model: PreTrainedModel,
+    config: SptConfig,
+    calibration_data: Any,
+    held_out_data: Any = None,
+    plan: Plan | None = None,
 ) -> Sparsification:
     """:func:`sparsepeft.spt.sparsify`, with what was converted and how far from the dense model it is.
+
+    With a ``plan`` that was made before, no other is.
 
     Raises:
         UserError: the model lacks a structure that is needed, or sizes do not fit.
     """
+    if plan is not None:
+        config = dataclasses.replace(config, overrides=plan.overrides)
     try:
         sparse: Any = sparsify(model, config, calibration_data, held_out_data=held_out_data)
     except ValueError as error:
         raise UserError(f"The model cannot be made sparse: {error}") from error
-    return sparse.sparsification
+    made: Sparsification = sparse.sparsification
+    made.plan = made.plan or plan
+    return made
+
+
+def with_masks(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, seed: int) -> dict[str, Tensor]:
+    """Blocks of text (N, T) as a masked language model is scored on them, with 15 % of the tokens to be told.
+
+    Args:
+        tokenizer: the model's.
+        seed: of which tokens these are.
+    """
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=_MASKED, seed=seed)
+    return dict(collator([{"input_ids": block} for block in blocks]))
 
 
 def by_infer(model: nn.Module, score: Callable[[], T]) -> dict[str, T]:
@@ -92,17 +112,6 @@ def by_infer(model: nn.Module, score: Callable[[], T]) -> dict[str, T]:
         with answering(model, other):
             scores[other] = score()
     return scores
-
-
-def with_masks(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, seed: int) -> dict[str, Tensor]:
-    """Blocks of text (N, T) as a masked language model is scored on them, with 15 % of the tokens to be told.
-
-    Args:
-        tokenizer: the model's.
-        seed: of which tokens these are.
-    """
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=_MASKED, seed=seed)
-    return dict(collator([{"input_ids": block} for block in blocks]))
 
 
 def describe(sparsification: Sparsification) -> dict[str, Any]:

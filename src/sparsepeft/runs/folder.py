@@ -147,6 +147,12 @@ def can_resume(folder: Path, config: RunConfig) -> bool:
     return check_folder(folder, describe_run(config), overwrite=True) and (folder / UNFINISHED / CHECKPOINTS).exists()
 
 
+def interrupted_values(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` holds of the very same run, interrupted in ``folder`` after a checkpoint; {} without one."""
+    goes_on = check_folder(folder, run, overwrite=True) and has_checkpoint(folder)
+    return read_run_file(folder / UNFINISHED / RUN) if goes_on else {}
+
+
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the values in which two runs would train differently; only what ``now`` has is compared."""
     now = json.loads(json.dumps(now))  # tuples are lists, as in the file

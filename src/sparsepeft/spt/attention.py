@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from sparsepeft.models.masks import SparseMask, dense_mask, is_whole, read_mask, sparse_mask
-from sparsepeft.ops.sparse_attention import refresh_codebooks, sparse_attention
+from sparsepeft.ops.sparse_attention import sparse_attention
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.state import SptState
@@ -25,7 +26,6 @@ from sparsepeft.spt.state import SptState
 logger = logging.get_logger(__name__)
 
 NAME = "spt"  # as transformers knows it
-_REFRESH_VECTORS = 2048  # for each head; more make a refresh slower, not better
 
 
 class AttentionCall(NamedTuple):
@@ -37,45 +37,11 @@ class AttentionCall(NamedTuple):
     mask: SparseMask
 
 
-class Codebooks(nn.Module):
-    """The codebooks of one attention layer, (Hkv, M, C, W), and those it may have after the next optimizer step.
-
-    Attributes:
-        expected: whether the pass before that step is to compute them; so it is at first, when it is not known yet
-            whether a training begins or goes on.
-    """
-
-    codebooks: Tensor
-
-    def __init__(self, codebooks: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codebooks", codebooks)
-        self.expected = True
-        self.coming: Tensor | None = None
-
-    @torch.no_grad()
-    def prepare(self, query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> None:
-        """Compute the next codebooks, not used yet: gradient checkpointing will run the layer again with these."""
-        vectors = vectors_of(query, key, mask, config)
-        if vectors.numel() and vectors.isfinite().all():  # a diverging run fails elsewhere, with a better message
-            self.coming = refresh_codebooks(self.codebooks, vectors)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.expected, self.coming = True, None
-
-    def step(self, is_due: bool) -> None:
-        """Switch to the next codebooks if it is time, and discard them otherwise."""
-        if is_due and self.coming is not None:
-            self.codebooks.copy_(self.coming)
-        self.coming = None
-
-
 class SparseAttention(nn.Module):
     """The state of a sparse attention layer: its settings, and codebooks, of which every adapter has its own.
 
     Args:
-        codebooks: (Hkv, M, C, W).
+        codebooks: by which keys are chosen.
         config: with ``top_l`` as a count.
         context: of the sparse model.
 
@@ -83,10 +49,10 @@ class SparseAttention(nn.Module):
         dense: attend as the dense model, whatever the settings say; may be switched at any time.
     """
 
-    def __init__(self, codebooks: Tensor, config: SptConfig, context: SparseContext | None = None) -> None:
+    def __init__(self, codebooks: Codebooks, config: SptConfig, context: SparseContext | None = None) -> None:
         super().__init__()
         self.context = context or SparseContext(config)
-        self.state = SptState(Codebooks(codebooks), self.context)
+        self.state = SptState(codebooks, self.context)
         self.config = config
         self.dense = False
 
@@ -103,7 +69,8 @@ class SparseAttention(nn.Module):
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
             row_mask = mask._replace(key_mask=key_mask)
             self._prepare(codebooks, query, key, row_mask)
-            return sparse_attention(query, key, value, codebooks.codebooks, scale=scale, **self.selection(row_mask))
+            chosen_by = codebooks.choice() | self.selection(row_mask)
+            return sparse_attention(query, key, value, scale=scale, **chosen_by)
 
         attended = self.state.by_row(attend, query, key, value, mask.key_mask)
         positions = self.context.positions_for(attended[:, 0], is_decoder=mask.causal) if self.training else None
@@ -132,7 +99,7 @@ class SparseAttention(nn.Module):
             "keep_first": config.keep_first,
             "similarity": config.similarity,
             "granularity": config.granularity,
-            "block_size": config.block_size,
+            **({"block_size": config.block_size} if config.granularity == "block" else {}),
         }
 
 
@@ -149,27 +116,6 @@ def _densely_at(
     allowed = dense_mask(mask._replace(query_positions=mask.query_positions[order])) | ~is_one[:, None, :, None]
     dense = scaled_dot_product_attention(queries, key, value, allowed, scale=scale, enable_gqa=True).transpose(1, 2)
     return attended.transpose(1, 2).masked_scatter(positions[..., None, None], dense[is_one]).transpose(1, 2)
-
-
-def vectors_of(query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> Tensor:
-    """What codebooks are made from, for each key head: (Hkv, N, D), without padding.
-
-    Keys alone where a query's inner products with them count; queries as well where these have codes, too.
-    """
-    keys = evenly_spaced(key.transpose(1, 2)[mask.key_mask].transpose(0, 1)).detach()  # (Hkv, N, D)
-    if config.similarity == "inner_product":
-        return keys
-    queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
-    queries = queries.unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 2)
-    return torch.cat([evenly_spaced(queries).detach(), keys], dim=1)
-
-
-def evenly_spaced(vectors: Tensor) -> Tensor:
-    """At most :data:`_REFRESH_VECTORS` of the vectors (Hkv, N, D), evenly spaced along N."""
-    count = vectors.shape[1]
-    if count <= _REFRESH_VECTORS:
-        return vectors
-    return vectors[:, torch.linspace(0, count - 1, _REFRESH_VECTORS, device=vectors.device).long()]
 
 
 def _standard_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.scoring import Text, text_for
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
-from sparsepeft.ops.sparse_attention import fit_codebooks
-from sparsepeft.spt.attention import NAME, AttentionCall, recording, vectors_of
+from sparsepeft.planning import Text, text_for
+from sparsepeft.spt.attention import NAME, AttentionCall, recording
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
@@ -156,22 +156,19 @@ def _is_self_attention(module: nn.Module, name: str) -> bool:
     return not (getattr(module, "is_cross_attention", False) or "cross" in words or "encoder_attn" in words)
 
 
-def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Tensor:
-    """Codebooks (Hkv, M, C, W) for the attention module ``name``."""
+def layer_codebooks(name: str, call: AttentionCall, config: SptConfig) -> Codebooks:
+    """Codebooks for the attention module ``name``."""
     size = call.query.shape[-1]
     if size % config.subvector_dim:
         raise ValueError(
             f"{name} has heads of {size} channels, which subvector_dim={config.subvector_dim} does not divide; choose "
             "a divisor."
         )
-    vectors = vectors_of(call.query, call.key, call.mask, config)
-    if not vectors.isfinite().all():
+    if not (call.query.isfinite().all() and call.key.isfinite().all()):
         raise ValueError(
             f"Queries or keys of {name} are NaN or infinite on the calibration data; check data, weights and dtype."
         )
-    return fit_codebooks(
-        vectors, subvector_dim=config.subvector_dim, num_codewords=config.num_codewords, seed=config.seed
-    )
+    return Codebooks.fit(call.query, call.key, call.mask, config)
 
 
 def initial_router(
@@ -250,7 +247,7 @@ class Calibration:
                 )
         self._made: dict[str, Any] = {}
 
-    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Tensor]:
+    def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:
         """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""
         return {
             name: self._once(f"{name} {own.granularity}", partial(layer_codebooks, name, self.calls[name], own))

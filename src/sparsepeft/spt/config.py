@@ -55,7 +55,8 @@ class SptConfig:
         similarity: how keys are chosen: ``"inner_product"`` by the query's inner products with the decoded keys,
             ``"matches"`` by the number of codes that query and key share, as in SPT.
         granularity: ``"token"`` selects keys for each query, ``"block"`` blocks of keys for each block of queries.
-        block_size: positions in such a block.
+        block_size: positions in such a block; None takes, at conversion, an eighth of ``top_l``, rounded down to a
+            power of two, from 8 to 64.
         subvector_dim: W, channels that are quantized together; divides the head size.
         num_codewords: C, codewords for each sub-vector, 2 to 16: a code has 4 bits.
         codebook_interval: optimizer steps between two refreshes of the codebooks; 0 leaves them as calibrated.
@@ -97,7 +98,7 @@ class SptConfig:
     top_l: int | float = 1 / 8
     similarity: str = "inner_product"
     granularity: str = "token"
-    block_size: int = 64
+    block_size: int | None = None
     subvector_dim: int = 8
     num_codewords: int = 16
     codebook_interval: int = 20
@@ -127,7 +128,8 @@ class SptConfig:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name, (least, most) in _WHOLE.items():
-            check_whole(name, getattr(self, name), least=least, most=most)
+            if (value := getattr(self, name)) is not None or name != "block_size":
+                check_whole(name, value, least=least, most=most)
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
             is_fraction = isinstance(value, float) and 0 < value <= 1
@@ -164,12 +166,17 @@ class SptConfig:
         return changed_fields(self)
 
     def with_length(self, length: int) -> SptConfig:
-        """A copy with every ``top_l`` as a count, for a calibration batch of ``length`` positions."""
-        overrides = self.overrides and {
-            name: own | ({"top_l": _count(own["top_l"], length)} if "top_l" in own else {})
-            for name, own in self.overrides.items()
-        }
-        return dataclasses.replace(self, top_l=_count(self.top_l, length), overrides=overrides)
+        """A copy with every ``top_l`` and block size as a count, for a calibration batch of ``length`` positions."""
+
+        def resolved(own: dict[str, Any]) -> dict[str, Any]:
+            if "top_l" not in own:
+                return own
+            count = _count(own["top_l"], length)
+            size = own.get("block_size", self.block_size)
+            return own | {"top_l": count, "block_size": _block_size(count) if size is None else size}
+
+        overrides = self.overrides and {name: resolved(own) for name, own in self.overrides.items()}
+        return dataclasses.replace(self, **resolved({"top_l": self.top_l}), overrides=overrides)
 
     def to_json(self) -> str:
         """As one line of JSON."""
@@ -210,3 +217,8 @@ def _is_whole(value: Any) -> bool:
 def _count(value: int | float, whole: int) -> int:
     """A count as it is; a fraction of the whole as a count, at least 1."""
     return value if isinstance(value, int) else max(1, round(value * whole))
+
+
+def _block_size(top_l: int) -> int:
+    """The power of two that is at most an eighth of the keys kept, 8 to 64."""
+    return 1 << max(3, min(6, (top_l // 8).bit_length() - 1))

@@ -12,12 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.planning import Plan
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
-from sparsepeft.spt.plan import Plan
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
@@ -71,7 +72,7 @@ def check_bare(caller: str, model: Any) -> None:
 def install(
     model: PreTrainedModel,
     config: SptConfig,
-    codebooks: dict[str, Tensor],
+    codebooks: dict[str, Codebooks],
     feed_forwards: list[tuple[FeedForward, InitialRouter | None]],
     settings: Tensor | None = None,
 ) -> Sparsification:

@@ -17,6 +17,7 @@ from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
+from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import INFER
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.router import InitialRouter
@@ -24,7 +25,7 @@ from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.tuners.files import plain_name
 
 SPARSE_WEIGHTS = "spt.safetensors"
-_SETTINGS, _CODEBOOKS = "spt_settings.settings", ".spt.state.codebooks"
+_SETTINGS, _CODEBOOKS, _WEIGHTS = "spt_settings.settings", ".spt.state.codebooks", ".spt.state.channel_weights"
 
 
 def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -120,7 +121,7 @@ def load_sparse(
     modules = dict(model.named_modules())
     if missing := sorted(codebooks.keys() - modules.keys()):
         raise UserError(f"{adapter} has codebooks for {missing[0]}, which this model lacks; pass its own backbone.")
-    books = {name: each.to(model.device) for name, each in codebooks.items()}
+    books = {name: Codebooks(each, saved.get(f"{name}{_WEIGHTS}")).to(model.device) for name, each in codebooks.items()}
     state = install(model, config, books, feed_forwards, saved[_SETTINGS])
     state.context.infer = infer or config.infer
     return model if bare else PeftModel.from_pretrained(model, str(adapter), **kwargs)

@@ -82,7 +82,7 @@ def report_attention(report: SptReport, name: str, layer: SparseAttention, call:
     """Add one attention layer."""
     query, key, value, mask = call
     scale = query.shape[-1] ** -0.5
-    report.recall[name] = selection_recall(query, key, layer.state.current.codebooks, **layer.selection(mask))
+    report.recall[name] = selection_recall(query, key, **layer.state.current.choice(), **layer.selection(mask))
     dense = scaled_dot_product_attention(query, key, value, dense_mask(mask), scale=scale, enable_gqa=True)
     real = mask.key_mask[:, None, mask.query_positions, None]  # padding does not count
     report.attention_error[name] = _relative(layer(query, key, value, mask, scale) * real, dense.nan_to_num() * real)

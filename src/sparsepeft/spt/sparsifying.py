@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsepeft.spt.budget import keep_to_budget
+from sparsepeft.spt.budget import plan_within_budget
 from sparsepeft.spt.calibration import Calibration, calibration_batch, read_text
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import check_bare, install, sparsification
@@ -72,7 +73,8 @@ def sparsify(
         texts = {name: read_text(model, data) for name, data in given.items()}
     calibration = Calibration(model, config, batch)
     if texts:
-        config, plan = keep_to_budget(model, config, calibration, texts)
+        plan = plan_within_budget(model, config, calibration, texts)
+        config = replace(config, overrides=plan.overrides)
     state = install(model, config, calibration.codebooks(config), calibration.starts(config))
     state.plan = plan
     for name, layer in state.attention.items():

@@ -12,9 +12,10 @@ from sparsepeft.methods.language_models import load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.spt import Sparsification
+from sparsepeft.spt import Plan, Sparsification
 from sparsepeft.training.data import LabelledData, RunData, TextData
 
+PLAN = "spt_plan"  # in run.json
 Scores = dict[str, float]
 
 
@@ -35,11 +36,17 @@ class RunModel:
     before: dict[str, Scores]
 
 
-def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
+def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str, Any] | None = None) -> RunModel:
     """Load the backbone, make it sparse, put the adapter on.
 
     A language model's perplexity is measured before and after it is made sparse, so that what that alone does can be
     seen.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        plan: how its model keeps to a budget, if the run was begun before: times that are measured again would give
+            another.
 
     Raises:
         UserError: the model cannot be loaded, or method and settings do not fit it.
@@ -57,7 +64,10 @@ def build_model(config: RunConfig, data: LabelledData | TextData) -> RunModel:
     if spt is not None:
         to_accelerator(backbone, config.device)
         held_out = data.held_out_batch() if isinstance(data, TextData) and spt.budget is not None else None
-        sparsification = make_sparse(backbone, spt, data.calibration_batch(), held_out)
+        made = None if plan is None else Plan.from_dict(plan)
+        sparsification = make_sparse(backbone, spt, data.calibration_batch(), held_out, made)
+        if sparsification.plan is not None:
+            run_values[PLAN] = sparsification.plan.to_dict()
         if isinstance(data, TextData):
             before["sparse"] = text_scores(config, backbone, data)
     spec = data.spec if isinstance(data, LabelledData) else None

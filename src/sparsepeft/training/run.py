@@ -15,12 +15,12 @@ from sparsepeft.methods.models import adapter_config
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import HISTORY, LOGS, RESULTS, describe_run
-from sparsepeft.runs.folder import open_run
+from sparsepeft.runs.folder import interrupted_values, open_run
 from sparsepeft.runs.held_out import write_held_out
 from sparsepeft.training.callbacks import Announcer, Recorder, RunPlan, make_reporters
 from sparsepeft.training.data import prepare_data
 from sparsepeft.training.fit import fit, training_device
-from sparsepeft.training.model import build_model
+from sparsepeft.training.model import PLAN, build_model
 from sparsepeft.training.report import save_and_score
 
 
@@ -70,7 +70,7 @@ def train(
     run = describe_run(config)
     with open_run(folder, run, overwrite) as begin:
         data = prepare_data(config)
-        built = build_model(config, data)
+        built = build_model(config, data, interrupted_values(folder, run).get(PLAN))
         work = begin(run | data.run_values | built.run_values)
         write_held_out(work, data.held_out)
         watching = [Announcer(announce, config, data), Recorder(work / HISTORY), *reporters, *callbacks]

@@ -99,7 +99,8 @@ def verify(case: Case, tensors: list[Tensor], grad_output: Tensor, codebooks: Te
     few[:2], codebooks = [(tensor * 8).round() / 8 for tensor in few[:2]], (codebooks * 8).round() / 8
     exact = [tensor.float() for tensor in few]
     top_l = max(1, case.top_l * few[0].shape[2] // case.num_tokens)
-    attentions, errors = candidates(case._replace(top_l=top_l), codebooks), {}
+    attentions: dict[str, Any] = candidates(case._replace(top_l=top_l), codebooks)
+    errors = {}
     for name in FORMS:
         expected = forward_backward(partial(attentions[name], impl="reference"), exact[:3], exact[3])
         actual = [t.float() for t in forward_backward(attentions[name], few[:3], few[3])]

@@ -124,6 +124,7 @@ class TileBackward(NamedTuple):
         ``agreement_with_inputs`` says that the log-weights' gradients are still to be found, as <grad_h, h>.
         """
         agreement_with_inputs = agreement_with_inputs and self.totals.log_weights is not None
+        of_x: list[Tensor] = []  # of both inlets, so that they are scattered to their tokens together
         for inlet, total, grad in zip(self.arguments.inlets, self.totals.inlets, grads, strict=True):
             self._add_inlet_gradients(inlet, total, grad)
             shares = []
@@ -134,14 +135,18 @@ class TileBackward(NamedTuple):
                 if source is None or weight is None or (sink is None and not agreement_with_inputs):
                     continue
                 rows = self.products.outer(self.tile, grad, weight)
-                if sink is not None:
-                    self.products.add_to_tokens(self.tile, sink, rows)
                 if agreement_with_inputs:
                     shares.append(self.products.agreement(self.tile, rows, source))
+                if sink is not None and sink is self.totals.x:
+                    of_x.append(rows)
+                elif sink is not None:
+                    self.products.add_to_tokens(self.tile, sink, rows)
             if agreement_with_inputs:
                 if inlet.bias is not None:
                     shares.append(row_dot(grad, self.products.bias(self.tile, inlet.bias)))
                 self._set_log_weights(sum(shares[1:], shares[0]))
+        if of_x:
+            self.products.add_to_tokens(self.tile, self.totals.x, sum(of_x[1:], of_x[0]))
 
     def _add_inlet_gradients(self, inlet: Inlet, total: Inlet, grad: Tensor) -> None:
         if total.weight is not None:

@@ -29,7 +29,7 @@ from sparsepeft.ops.routed_ffn.pytorch import MakeProducts, Tile
 from sparsepeft.ops.routed_ffn.routing import column_weights, largest_blocks
 
 # Entries of (n, I) in a chunk of tokens: enough rows for products at full speed, few enough that memory is not felt.
-_CHUNK_ENTRIES = {"cpu": 1 << 20}
+_CHUNK_ENTRIES = {"cpu": 1 << 21}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
 
 

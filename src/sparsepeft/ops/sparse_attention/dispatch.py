@@ -100,8 +100,10 @@ def _attend(
     impl = OPERATOR.choose(impl, _arguments(query, value, codebooks, settings))
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention.triton import select_triton, triton_forward  # optional, and slow
 
+            assert codebooks is not None
             selected = select_triton(query, key, codebooks, channel_weights, visibility, settings)
             nothing = query.new_empty(0, dtype=torch.int32)
             return *triton_forward(query, key, value, selected, visibility, settings), *selected[1:], nothing
@@ -163,8 +165,10 @@ def _attend_backward(
     attended = Attended(query, key, value, output, log_sum_exp)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "triton":
+            assert codebooks is not None
             from sparsepeft.ops.sparse_attention import triton
 
+            assert codebooks is not None
             selected = triton.Selection(triton.query_tables(query, codebooks, settings), selection_a, selection_b)
             return triton.triton_backward(grad_output, attended, selected, visibility, settings)
         selection: Selection

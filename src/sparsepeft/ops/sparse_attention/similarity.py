@@ -98,7 +98,7 @@ def query_tables(query: Tensor, codebooks: Tensor) -> Tensor:
     products = torch.einsum("bkgtmw,kmcw->bkgtmc", grouped, codebooks.to(precise))
     above = products - products.amin(-1, keepdim=True)
     largest = above.amax((-2, -1), keepdim=True)
-    # A number divided by a tensor would be rounded twice: torch multiplies by the reciprocal.
+    # Not 255 / largest, which PyTorch takes for 255 times the rounded reciprocal.
     scale = torch.where(largest > 0, torch.full_like(largest, _LARGEST_ENTRY) / largest, 0)
     return torch.round(above * scale).to(torch.uint8).flatten(1, 2)
 

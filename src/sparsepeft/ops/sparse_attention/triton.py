@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import rows_contiguous
 from sparsepeft.ops.sparse_attention.arguments import Attended, Settings, Visibility, words_shape
+from sparsepeft.ops.sparse_attention.similarity import weighted_words
 from sparsepeft.ops.sparse_attention.triton_backward_kernels import (
     _attention_bwd_key_value_kernel,
     _attention_bwd_query_kernel,
@@ -42,9 +43,8 @@ class Selection(NamedTuple):
 
 def encode_triton(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None = None) -> Tensor:
     """Return codes as :func:`encode` does, uint8, (B, H, T, M)."""
-    vectors, codebooks = _weighted(vectors, codebooks, channel_weights)
     codes = torch.empty(*vectors.shape[:3], codebooks.shape[1], dtype=torch.uint8, device=vectors.device)
-    return _encode(vectors, codebooks, codes)
+    return _encode(vectors, codebooks, channel_weights, codes)
 
 
 def query_tables(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor:
@@ -61,15 +61,6 @@ def query_tables(query: Tensor, codebooks: Tensor, settings: Settings) -> Tensor
     return _launch_on_codebooks(_table_kernel, query, codebooks, tables, WORDS=words, enable_fp_fusion=False)
 
 
-def _weighted(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return vectors and codewords whose plain distances are the weighted ones."""
-    if channel_weights is None:
-        return vectors, codebooks
-    group = vectors.shape[1] // codebooks.shape[0]
-    scaled = vectors.float() * channel_weights.float().repeat_interleave(group, 0).unsqueeze(1)
-    return scaled, codebooks * channel_weights.unflatten(-1, (codebooks.shape[1], 1, -1))
-
-
 def select_triton(
     query: Tensor,
     key: Tensor,
@@ -82,7 +73,7 @@ def select_triton(
     tables, num_subvectors = query_tables(query, codebooks, settings), codebooks.shape[1]
     words = words_shape(key.shape, num_subvectors)
     key_words = torch.empty(words, dtype=torch.int32, device=key.device)
-    _encode(*_weighted(key, codebooks, channel_weights), key_words)
+    _encode(key, codebooks, channel_weights, key_words)
     batch, heads, num_queries, _ = query.shape
     thresholds = torch.empty(batch, heads, 2, num_queries, dtype=torch.int32, device=query.device)
     limits = selection_limits(visibility, settings, key.shape[2])
@@ -186,14 +177,18 @@ def triton_backward(
     return grad_query, grad_key, grad_value
 
 
-def _encode(vectors: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
+def _encode(vectors: Tensor, codebooks: Tensor, channel_weights: Tensor | None, codes: Tensor) -> Tensor:
     """Write ``codes``: int32 are packed, uint8 are not."""
-    constants = {"PADDED_W": triton.next_power_of_2(codebooks.shape[-1]), "PACKED": codes.dtype == torch.int32}
-    return _launch_on_codebooks(_encode_kernel, vectors, codebooks, codes, **constants)
+    words, half_norms = weighted_words(codebooks.to(torch.float32), channel_weights)
+    return _launch_on_codebooks(
+        *(_encode_kernel, vectors, words, half_norms.contiguous(), codes),
+        PADDED_W=triton.next_power_of_2(codebooks.shape[-1]),
+        PACKED=codes.dtype == torch.int32,
+    )
 
 
-def _launch_on_codebooks(kernel: Any, vectors: Tensor, codebooks: Tensor, output: Tensor, **constants: Any) -> Tensor:
-    """Launch a kernel that makes something of each vector with the codebooks of its head."""
+def _launch_on_codebooks(kernel: Any, vectors: Tensor, codebooks: Tensor, *tensors: Tensor, **constants: Any) -> Tensor:
+    """Launch a kernel that makes the last of the tensors of each vector with the codebooks of its head."""
     vectors = rows_contiguous(vectors)
     batch, heads, num_tokens, _ = vectors.shape
     kv_heads, num_subvectors, num_codewords, width = codebooks.shape
@@ -201,7 +196,7 @@ def _launch_on_codebooks(kernel: Any, vectors: Tensor, codebooks: Tensor, output
     num_tiles = triton.cdiv(num_tokens, block)
     with torch.cuda.device_of(vectors):
         kernel[(num_tiles * batch * heads,)](
-            *(vectors, codebooks.to(torch.float32).contiguous(), output),
+            *(vectors, codebooks.to(torch.float32).contiguous(), *tensors),
             *(num_tokens, heads, heads // kv_heads, num_tiles, *vectors.stride()[:3]),
             M=num_subvectors,
             C=num_codewords,
@@ -210,7 +205,7 @@ def _launch_on_codebooks(kernel: Any, vectors: Tensor, codebooks: Tensor, output
             num_warps=4,
             **constants,
         )
-    return output
+    return tensors[-1]
 
 
 def _selected(selection: Selection, visibility: Visibility, settings: Settings, key: Tensor) -> tuple[Any, ...]:

@@ -26,7 +26,8 @@ _BINS = tl.constexpr(16)  # a hexadecimal digit
 @triton.jit
 def _encode_kernel(
     vectors_ptr: tl.tensor,  # (B, H, T, D), strides below, D contiguous
-    codebooks_ptr: tl.tensor,  # (Hkv, M, C, W), contiguous, float32
+    words_ptr: tl.tensor,  # (Hkv, M, C, W), contiguous, float32, see `weighted_words`
+    half_norms_ptr: tl.tensor,  # (Hkv, M, C), the same
     codes_ptr: tl.tensor,  # (B, H, T, M) uint8, or (B, H, WORDS, T) int32 if PACKED; contiguous
     num_tokens: tl.tensor,
     num_heads: tl.tensor,
@@ -51,7 +52,8 @@ def _encode_kernel(
     in_width = channels < W
     vectors_ptr += row // num_heads * stride_b + head * stride_h
     vector = vectors_ptr + tokens.to(tl.int64)[:, None] * stride_t + channels[None, :]
-    codebooks_ptr += head // group * (M * C * W)
+    words_ptr += head // group * (M * C * W)
+    half_norms_ptr += head // group * (M * C)
     for word in range((M + 7) // 8):
         begin = word * 8
         packed = tl.zeros((BLOCK_T,), tl.int32)
@@ -60,9 +62,9 @@ def _encode_kernel(
             nearest = tl.full((BLOCK_T,), float("inf"), tl.float32)
             code = tl.zeros((BLOCK_T,), tl.int32)
             for c in range(C):
-                codeword = tl.load(codebooks_ptr + (m * C + c) * W + channels, mask=in_width, other=0.0)
+                codeword = tl.load(words_ptr + (m * C + c) * W + channels, mask=in_width, other=0.0)
                 # Half the squared distance, less half the squared length of x, which all codewords share.
-                distance = tl.sum((codeword * 0.5)[None, :] * codeword[None, :] - codeword[None, :] * x, axis=1)
+                distance = tl.load(half_norms_ptr + m * C + c) - tl.sum(codeword[None, :] * x, axis=1)
                 code = tl.where(distance < nearest, c, code)
                 nearest = tl.minimum(distance, nearest)
             if PACKED:

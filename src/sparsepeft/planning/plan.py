@@ -53,6 +53,11 @@ class Plan:
     num_tried: int
 
     @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """The settings of each module, for :class:`SptConfig`."""
+        return {name: choice.settings for name, choice in self.modules.items()}
+
+    @property
     def predicted_change(self) -> float:
         """By how much the perplexity should have risen, as a share: all modules' losses added up."""
         return math.expm1(sum(choice.loss_change for choice in self.modules.values()))
