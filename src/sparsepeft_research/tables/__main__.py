@@ -82,7 +82,10 @@ PAGES = {
     "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator")),
     "spt": (
         "Sparse fine-tuning (SPT)",
-        ("spt-step", "spt-step-memory", "spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
+        (
+            *("spt-step", "spt-step-memory", "spt-before-training", "spt-after-training", "spt-budget"),
+            *("spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
+        ),
     ),
 }
 PICTURES = {"figure2.svg": "figure2/figure2.svg"}

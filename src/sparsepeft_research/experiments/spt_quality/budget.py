@@ -24,7 +24,7 @@ from sparsepeft.inference.encoding import num_positions
 from sparsepeft.methods.language_models import load_language_model
 from sparsepeft.methods.models import load_model_config, load_tokenizer
 from sparsepeft.methods.sparse import with_masks
-from sparsepeft.models.scoring import LossMeter
+from sparsepeft.planning.scoring import LossMeter
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import read_documents
 from sparsepeft.spt import load_sparse
