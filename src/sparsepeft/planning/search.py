@@ -80,8 +80,10 @@ def keep_to_budget(
             spent = sum(max(choice.loss_change, 0.0) for choice in chosen.values())
             worst = max(losses[name] - meter.initial for name, meter in meters.items())
             logger.info("plan %d: predicted %+.4f, measured %+.4f of %.4f nats", num_tried, spent, worst, limit)
-            if worst <= limit or spent == 0:
+            if worst <= limit or not any(choice.loss_change for choice in chosen.values()):
                 break
+            if spent == 0:  # losses that fell one by one have risen together
+                options = {name: [each for each in some if not each.loss_change] for name, some in options.items()}
             allowance = spent * min(_SHRINK, limit / worst)
         step_ms = _step_times(model, partial(install, _sparse(chosen)), measured_on)
     perplexity = {

@@ -38,7 +38,7 @@ def plan_within_budget(
 
     Args:
         model: dense.
-        config: with a budget.
+        config: with a budget, before ``top_l`` and block size are counts.
         calibration: of the model.
         texts: what the plan has to keep to the budget on, by name; choices are measured on the one called
             ``"calibration"``.
@@ -46,8 +46,9 @@ def plan_within_budget(
     # Neither what is dense for a while nor what a refresh takes has to do with what a module is worth.
     plain = replace(config, infer="sparse", dense_steps=0, dense_labels=False, codebook_interval=0)
     measured_on = texts["calibration"].at_most(_TOKENS)
-    num_rows = len(measured_on.labels)
+    num_rows, length = measured_on.labels.shape
     modules = {name: _attention(plain, calibration, name, num_rows) for name in calibration.calls}
+    plain = plain.with_length(length)
     modules |= {name: _feed_forward(plain, calibration, name, num_rows) for name in calibration.feed_forwards}
 
     @contextmanager
@@ -67,15 +68,14 @@ def _attention(config: SptConfig, calibration: Calibration, name: str, num_rows:
     mask = mask._replace(key_mask=mask.key_mask[:num_rows])
     call = AttentionCall(query[:num_rows], key[:num_rows], value[:num_rows], mask)
     length = key.shape[2]
-    counts = [count for share in _SHARES if (count := max(1, round(length * share))) < length]
-    families = [
-        [{"granularity": "token", "top_l": count} for count in dict.fromkeys(counts)],
-        [
-            {"granularity": "block", "block_size": config.block_size, "top_l": count}
-            for count in dict.fromkeys(counts)
-            if count >= 2 * config.block_size
-        ],
-    ]
+    families: list[list[Settings]] = [[], []]
+    for count in dict.fromkeys(max(1, round(length * share)) for share in _SHARES):
+        block_size = int(replace(config, top_l=count).with_length(length).block_size or 0)
+        if count < length:
+            families[0].append({"granularity": "token", "top_l": count})
+        if 2 * block_size <= count < length:
+            families[1].append({"granularity": "block", "block_size": block_size, "top_l": count})
+    config = config.with_length(length)
     window = None if mask.window is None or mask.window >= length else mask.window
     shape = ("attention", *call.query.shape, *call.key.shape, mask.causal, window)
     functions = partial(_attention_functions, config, calibration, name, call)
@@ -142,12 +142,12 @@ def _feed_forward_functions(
         output: Tensor = feed_forward.part(names.down)(inner)
         return output
 
+    configs = [replace(config, **each) for each in settings]
+    starts = [start for own in configs for _, start in calibration.starts(own, feed_forward.name)]  # of its dense form
     layers = []
     try:
         # They share the weights, and each puts these into its own order: that matters for what is computed alone.
-        for each in settings:
-            own = replace(config, **each)
-            ((_, start),) = calibration.starts(own, feed_forward.name)
+        for own, start in zip(configs, starts, strict=True):
             layers.append(make_sparse(feed_forward, start, own, SparseContext(own)).train())
         yield [dense, *layers]
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsepeft.models.optimizer_steps import OptimizerSteps
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.planning import Plan
 from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
@@ -22,7 +23,6 @@ from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
 from sparsepeft.spt.report import SptReport
 from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
-from sparsepeft.spt.steps import OptimizerSteps
 from sparsepeft.tuners.config import TaskAdapterConfig
 
 _ATTRIBUTE = "sparsification"

@@ -53,13 +53,14 @@ def sparsify(
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; call desparsify first to convert it with other settings.")
     batch = None if calibration_data is None else calibration_batch(model, calibration_data)
+    counted = config
     if config.attention or config.budget is not None:
         if batch is None:
             needed = "Sparse attention needs calibration_data for its codebooks"
             if config.budget is not None:
                 needed = f"budget={config.budget} needs calibration_data to be kept on"
             raise ValueError(f"{needed}; pass a batch of input ids.")
-        config = config.with_length(next(iter(batch.values())).shape[1])
+        counted = config.with_length(next(iter(batch.values())).shape[1])
     for name in ("compensation_rank", "reconstruction_rank"):
         if config.ffn and getattr(config, name) and batch is None:
             raise ValueError(
@@ -71,11 +72,11 @@ def sparsify(
     if config.budget is not None and config.overrides is None:
         given = {"calibration": calibration_data} | ({} if held_out_data is None else {"held_out": held_out_data})
         texts = {name: read_text(model, data) for name, data in given.items()}
-    calibration = Calibration(model, config, batch)
+    calibration = Calibration(model, counted, batch)
     if texts:
         plan = plan_within_budget(model, config, calibration, texts)
-        config = replace(config, overrides=plan.overrides)
-    state = install(model, config, calibration.codebooks(config), calibration.starts(config))
+        counted = replace(counted, overrides=plan.overrides)
+    state = install(model, counted, calibration.codebooks(counted), calibration.starts(counted))
     state.plan = plan
     for name, layer in state.attention.items():
         report_attention(state.report, name, layer, calibration.calls[name])

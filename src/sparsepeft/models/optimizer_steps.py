@@ -21,7 +21,7 @@ class OptimizerSteps:
     state: a training that is resumed with that state goes on as if it had not been interrupted.
 
     Args:
-        model: the sparse model.
+        model: any.
         listeners: each is told how many steps were done before this one.
     """
 
