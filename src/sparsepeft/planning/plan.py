@@ -121,8 +121,8 @@ class Plan:
 def fastest(options: Mapping[str, Sequence[Choice]], allowance: float) -> dict[str, Choice]:
     """One choice for each module, such that the time is least and the losses add up to ``allowance`` at most.
 
-    The knapsack problem with multiple choices, by dynamic programming. A loss that falls counts as one that stays: it
-    is as likely to be chance.
+    The multiple-choice knapsack problem, by dynamic programming. A loss that falls counts as one that stays, since it
+    may well be chance.
 
     Args:
         options: of each module, one of which costs no loss.

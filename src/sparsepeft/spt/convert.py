@@ -202,5 +202,5 @@ def _replace(root: nn.Module, name: str, part: Any) -> None:
 
 
 def _unchanged(hidden_states: Tensor) -> Tensor:
-    """Stands in for a projection that the routed FFN computes; a function, so that LoRA does not target it."""
+    """Stands in for a projection that the sparse FFN computes; a function, so that LoRA does not target it."""
     return hidden_states

@@ -58,7 +58,7 @@ def sparsify(
         if batch is None:
             needed = "Sparse attention needs calibration_data for its codebooks"
             if config.budget is not None:
-                needed = f"budget={config.budget} needs calibration_data to be kept on"
+                needed = f"budget={config.budget} needs calibration_data to be measured on"
             raise ValueError(f"{needed}; pass a batch of input ids.")
         counted = config.with_length(next(iter(batch.values())).shape[1])
     for name in ("compensation_rank", "reconstruction_rank"):

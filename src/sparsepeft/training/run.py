@@ -36,10 +36,10 @@ def train(
     is trained on blocks of its text (see :mod:`sparsepeft.runs.corpus`), and its perplexity on the validation text is
     measured before and after. With ``spt`` the model is made sparse first, calibrated on a few training examples.
 
-    The output folder then holds the weights (for adapters: adapter, routers and head only), ``run.json`` (the resolved
-    config), ``results.json`` and a model card. They come there together, when the run is finished; until then it works
-    in a part of the folder. A run that was interrupted goes on from its last complete checkpoint when it is started
-    again with the same config and data.
+    The output folder then holds the weights (for adapters: adapter, head and what makes the model sparse), ``run.json``
+    (the resolved config), ``results.json`` and a model card. They come there together, when the run is finished; until
+    then it works in a part of the folder. A run that was interrupted goes on from its last complete checkpoint when it
+    is started again with the same config and data.
 
     Args:
         config: what to do.

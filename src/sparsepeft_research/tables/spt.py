@@ -92,8 +92,9 @@ def language_model(results: Path) -> str:
         f"A Llama ({first.results['model']}) fine-tuned on BBC News with LoRA, {_steps(runs)} steps, blocks of "
         f"{first.settings['block_length']} tokens: perplexity on {first.settings['num_validation_tokens']:,} tokens of "
         "held-out articles, mean and standard deviation over seeds. Keys by matches, FFNs routed, as in the paper: "
-        "`both` is L = n/8 by token and half of 8 clustered blocks; the others differ in what their names say. The change is against LoRA on the dense model, seed by "
-        "seed. By `python -m sparsepeft_research.experiments.spt_quality lm --data-dir DATA --model LLAMA`.",
+        "`both` is L = n/8 by token and half of 8 clustered blocks; the others differ in what their names say. The "
+        "change is against LoRA on the dense model, seed by seed. By `python -m "
+        "sparsepeft_research.experiments.spt_quality lm --data-dir DATA --model LLAMA`.",
         table(["setting", "L", "seeds", "dense, before", "sparse, before", "fine-tuned", "change"], rows),
     )
 
@@ -111,9 +112,9 @@ def encoders(results: Path) -> str:
             rows.append([*about, scores, _change(by_seed, runs["dense"])])
     first = next(iter(by_task["mrpc"]["dense"].values()))
     return paragraphs(
-        f"MiniLM, keys by matches, FFNs routed, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps: the "
-        "task's main metric x 100 on the validation set. L is a quarter of the longest text of the calibration batch, "
-        "so it differs by seed.",
+        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps; keys by "
+        "matches, FFNs routed, as in the paper: the task's main metric x 100 on the validation set. L is a quarter of "
+        "the longest text of the calibration batch, so it differs by seed.",
         table(["task, setting", "L", "seeds", "score", "change"], rows),
     )
 
@@ -135,9 +136,9 @@ def conversion(results: Path) -> str:
             ]
         )
     return paragraphs(
-        f"Right after conversion, nothing trained, keys by matches, FFNs routed: perplexity on {run.settings['num_validation_tokens']:,} tokens of "
-        f"WikiText-2's test part, where the dense model's is {dense:.1f}. Names of FFNs: what blocks and routers are "
-        "made from (`activity` of a calibration batch or the `weights`; `contiguous` blocks or clusters; `compensated` "
+        f"Right after conversion, nothing trained; keys by matches, FFNs routed: perplexity on "
+        f"{run.settings['num_validation_tokens']:,} tokens of WikiText-2's test part, where the dense model's is "
+        f"{dense:.1f}. Names of FFNs: what blocks and routers are made from (`activity` of a calibration batch or the `weights`; `contiguous` blocks or clusters; `compensated` "
         "with a linear map of rank 32 in the place of the blocks that are not used), and blocks in use of 8. Of "
         "attention: granularity, and L over n.",
         table(["setting", "perplexity", "change", "mean error of a layer", "recall"], rows),
