@@ -138,9 +138,9 @@ def conversion(results: Path) -> str:
     return paragraphs(
         f"Right after conversion, nothing trained; keys by matches, FFNs routed: perplexity on "
         f"{run.settings['num_validation_tokens']:,} tokens of WikiText-2's test part, where the dense model's is "
-        f"{dense:.1f}. Names of FFNs: what blocks and routers are made from (`activity` of a calibration batch or the `weights`; `contiguous` blocks or clusters; `compensated` "
-        "with a linear map of rank 32 in the place of the blocks that are not used), and blocks in use of 8. Of "
-        "attention: granularity, and L over n.",
+        f"{dense:.1f}. Names of FFNs: what blocks and routers are made from (`activity` of a calibration batch or the "
+        "`weights`; `contiguous` blocks or clusters; `compensated` with a linear map of rank 32 in the place of the "
+        "blocks that are not used), and blocks in use of 8. Of attention: granularity, and L over n.",
         table(["setting", "perplexity", "change", "mean error of a layer", "recall"], rows),
     )
 
