@@ -121,7 +121,7 @@ def desparsify(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     Example:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
-        >>> from sparsepeft import SptConfig
+        >>> from sparsepeft import SptConfig, sparsify
         >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
         >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
         >>> dense = model(ids).logits

@@ -40,7 +40,7 @@ def sparsify(
     Example:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
-        >>> from sparsepeft import SptConfig
+        >>> from sparsepeft import SptConfig, sparsify
         >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
         >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
         >>> model = sparsify(model, SptConfig(top_l=8, num_blocks=4, num_active_blocks=2), calibration_data=ids)
