@@ -15,6 +15,7 @@ device=${DEVICE:-cuda}
 out=${OUT:-research/results/benchmarks}
 mkdir -p "$out"
 failed=()
+export SPARSEPEFT_ENABLE=${SPARSEPEFT_ENABLE:-triton}  # kernels that have not run on such a GPU yet, too
 
 # part NAME SECONDS COMMAND...: runs it with a time limit, its output also in OUT/NAME.log.
 part() {

@@ -46,7 +46,7 @@ def command(
 
     Saves routers, codebooks and settings, not the model's weights; `sparsepeft.spt.load_sparse` puts them together.
 
-    Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=6`
+    Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=0.25`
 
     Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --budget 2%`
     """
@@ -54,7 +54,7 @@ def command(
     from sparsepeft_cli.terminal.console import err, out, print_json
     from sparsepeft_cli.terminal.summary import report_parts
 
-    settings = parse_settings(set_ or [], example="num_active_blocks=6")
+    settings = parse_settings(set_ or [], example="num_active_blocks=0.25")
     if budget is not None:
         settings["budget"] = budget
     with err.status("converting" if budget is None else "measuring what each module may become"):

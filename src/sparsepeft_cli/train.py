@@ -128,7 +128,7 @@ def command(**flags: Any) -> None:
     flags = {key: _plain(value) for key, value in flags.items()}
     flags["settings"] = parse_settings(set_ or [])
     if flags["spt_set"]:
-        flags["spt_set"] = parse_settings(flags["spt_set"], "--spt-set", "num_active_blocks=6")
+        flags["spt_set"] = parse_settings(flags["spt_set"], "--spt-set", "num_active_blocks=0.25")
     if push_to_hub is not None:
         from sparsepeft.runs.pushing import check_repo_id
 

@@ -135,6 +135,27 @@ def test_gradients_only_where_required(impl: str) -> None:
             torch.testing.assert_close(leaves[index].grad, expected[NAMES[1 + index]], rtol=0, atol=1e-5)
 
 
+def test_blocks_by_inner_products_take_no_codebooks() -> None:
+    tensors, options = make_inputs(CASES["left padding"])
+    options |= {"granularity": "block", "block_size": 7}
+    grad_output = grad_like(CASES["left padding"])
+    expected = run(tensors, grad_output, **options, impl="reference")
+    for impl in ALL:
+        assert_all_close(
+            run(tensors, grad_output, **options | {"codebooks": None}, impl=impl), expected, tolerance=4e-6
+        )
+
+
+def test_channel_weights_reach_every_implementation() -> None:
+    tensors, options = make_inputs(CASES["grouped heads"])
+    weights = torch.randint(1, 9, (2, 16)) / 4
+    grad_output = grad_like(CASES["grouped heads"])
+    expected = run(tensors, grad_output, **options, channel_weights=weights, impl="reference")
+    assert not torch.equal(expected["output"], run(tensors, grad_output, **options, impl="reference")["output"])
+    for impl in FAST:
+        assert_all_close(run(tensors, grad_output, **options, channel_weights=weights, impl=impl), expected, 4e-6)
+
+
 @pytest.mark.parametrize("granularity", ["token", "block"])
 def test_cached_steps_equal_one_full_pass(granularity: str) -> None:
     # Token by token with a cache, as in generation: the same keys are kept at a fixed top_l. Blocks: block by block.
@@ -271,6 +292,9 @@ BAD_ARGUMENTS = [
     ({"top_l": 0}, ValueError, "top_l is 0; expected at least 1"),
     ({"top_l": 0.125}, TypeError, "top_l is 0.125; expected an int"),
     ({"block_size": 0}, ValueError, "block_size is 0"),
+    ({"codebooks": None}, ValueError, "codebooks is None; expected"),
+    ({"channel_weights": torch.ones(8)}, ValueError, r"expected floating-point \(Hkv, D\), \(2, 8\)"),
+    ({"channel_weights": torch.ones(2, 8), "similarity": "matches"}, ValueError, "similarity is 'matches', which has"),
     ({"similarity": "cosine"}, ValueError, "similarity is 'cosine'; expected 'inner_product' or 'matches'"),
     ({"granularity": "row"}, ValueError, "granularity is 'row'; expected 'token' or 'block'"),
     ({"key_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"expected \(B, Tk\), \(2, 6\)"),

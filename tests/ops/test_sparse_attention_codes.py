@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ops.sparse_attention_cases import CASES, make_inputs
+from tests.ops.sparse_attention_cases import CASES, make_inputs, on_grid
 
 from sparsepeft.ops import fit_codebooks, native, refresh_codebooks, sparse_attention
 from sparsepeft.ops.sparse_attention import encode
@@ -118,6 +118,25 @@ def test_few_vectors_move_their_own_codewords_only(num_vectors: int) -> None:
                 torch.testing.assert_close(refreshed[head, part, code], expected)
 
 
+def test_weights_of_channels_count_in_codes_and_codebooks() -> None:
+    """As plain codes and codebooks of channels times their weights, whose products are exact here."""
+    vectors, weights = on_grid(torch.randn(2, 300, 12)), torch.randint(1, 9, (2, 12)) / 4
+    codebooks = on_grid(torch.randn(2, 3, 7, 4))
+    scales = weights.view(2, 3, 1, 4)
+    expected = encode((vectors * weights.unsqueeze(1)).unsqueeze(0), codebooks * scales, impl="torch")
+    for impl in ("torch", "cpu"):
+        codes = encode(vectors.unsqueeze(0), codebooks, channel_weights=weights, impl=impl)
+        assert torch.equal(codes, expected)
+        assert not torch.equal(codes, encode(vectors.unsqueeze(0), codebooks, impl=impl))
+    scaled = vectors * weights.unsqueeze(1)
+    fitted = fit_codebooks(vectors, subvector_dim=4, channel_weights=weights)
+    torch.testing.assert_close(fitted * scales, fit_codebooks(scaled, subvector_dim=4))
+    refreshed = refresh_codebooks(fitted, vectors + 0.5, channel_weights=weights)
+    torch.testing.assert_close(
+        refreshed * scales, refresh_codebooks(fitted * scales, (vectors + 0.5) * weights.unsqueeze(1))
+    )
+
+
 VECTORS, BOOKS = torch.randn(1, 2, 3, 8), torch.randn(2, 2, 16, 4)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (fit_codebooks, {"vectors": torch.randn(2, 50, 12), "subvector_dim": 5}, "subvector_dim is 5, the head size 12"),
@@ -130,6 +149,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (refresh_codebooks, {"codebooks": BOOKS, "vectors": torch.randn(1, 50, 8)}, "the same H"),
     (refresh_codebooks, {"codebooks": BOOKS, "vectors": torch.full((2, 50, 8), torch.nan)}, "NaN or infinity"),
     (encode, {"vectors": torch.randn(1, 3, 3, 8), "codebooks": BOOKS}, "H a multiple of Hkv"),
+    (encode, {"vectors": VECTORS, "codebooks": BOOKS, "channel_weights": torch.ones(8)}, "channel_weights has shape"),
+    (fit_codebooks, {"vectors": torch.randn(2, 50, 8), "channel_weights": torch.zeros(2, 8)}, "positive numbers"),
     (encode, {"vectors": VECTORS.long(), "codebooks": BOOKS}, r"vectors has dtype torch\.int64"),
     (
         encode,

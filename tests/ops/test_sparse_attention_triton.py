@@ -13,7 +13,7 @@ from tests.ops.sparse_attention_cases import CASES, make_inputs
 from tests.ops.triton_aot import assert_assembles, interpreted, needs_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsepeft.ops import explain, sparse_attention
+from sparsepeft.ops import explain, registry, sparse_attention
 from sparsepeft.ops.sparse_attention.quantization import encode
 from sparsepeft.ops.sparse_attention.selection import keep_blocks
 
@@ -169,7 +169,7 @@ def test_flex_refuses_what_it_cannot_do() -> None:
 
 
 @needs_triton
-def test_choice_on_a_gpu() -> None:
+def test_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(head_size: int, dtype: torch.dtype, width: int = 8, **options: object) -> tuple[str, dict[str, str]]:
         with FakeTensorMode():
             tensor = torch.empty(1, 2, 64, head_size, dtype=dtype, device="cuda")
@@ -177,6 +177,10 @@ def test_choice_on_a_gpu() -> None:
         explanation = explain(sparse_attention, tensor, tensor, tensor, codebooks, top_l=8, **options)
         return explanation.impl, explanation.others
 
+    impl, others = chosen(64, torch.bfloat16)
+    assert impl == "torch"
+    assert "not run on one yet" in others["triton"]
+    monkeypatch.setattr(registry, "ENABLED", frozenset({"triton"}))
     assert chosen(64, torch.bfloat16)[0] == "triton"
     assert chosen(64, torch.bfloat16, granularity="block")[0] == "flex"
     for arguments, granularity, kernels, why in (

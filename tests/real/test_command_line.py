@@ -48,7 +48,7 @@ def test_gemma_as_a_sparse_language_model(news: TaskData, tmp_path: Path) -> Non
     sparsepeft(
         *("train", "--task", "lm", "--model", find_model(GEMMA), "--text", text, "--validation-text", text),
         *("--output-dir", tmp_path / "lm", "--block-length", 64, "--batch-size", 1, "--max-steps", 6, "--spt"),
-        *("--learning-rate", 1e-3, "--spt-set", "top_l=0.5", "--spt-set", "num_active_blocks=6"),
+        *("--learning-rate", 1e-3, "--spt-set", "top_l=0.5", "--spt-set", "num_active_blocks=0.75"),
     )
     results = json.loads((tmp_path / "lm" / "results.json").read_text())
     before = {kind: values["perplexity"] for kind, values in results["before"].items()}

@@ -7,11 +7,10 @@ import torch
 from tests.spt.models import TARGETS, build, inputs
 
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.ops.routed_ffn.clustering import assign_evenly, clustered_order
 from sparsepeft.spt import SptConfig, sparsification, sparsify
 from sparsepeft.spt.router import (
     activity,
-    assign_evenly,
-    clustered_order,
     inner_states,
     start_from_outputs,
     start_from_weights,

@@ -36,11 +36,16 @@ def why_not_triton(*tensors: Tensor, dtype: torch.dtype | None = None) -> str | 
     return None
 
 
-def why_not_triton_by_itself(tensor: Tensor) -> str | None:
-    """Return why "auto" takes no Triton kernel for tensors on this device, or None."""
+def why_not_triton_by_itself(tensor: Tensor, *, has_run: bool = True) -> str | None:
+    """Return why "auto" takes no Triton kernel for tensors on this device, or None.
+
+    ``has_run`` says whether the kernels, as they are, were run on any GPU.
+    """
     if not tensor.is_cuda:
         return f"the tensors are on {tensor.device}, where Triton kernels are interpreted"
-    return None if "triton" in registry.ENABLED else _why_unproven()
+    if "triton" in registry.ENABLED:
+        return None
+    return _why_unproven() if has_run else "these Triton kernels have been compiled for GPUs, but not run on one yet"
 
 
 @torch.compiler.assume_constant_result

@@ -107,7 +107,7 @@ class RunConfig:
     Example:
         >>> RunConfig("topics", "out/topics", method="lora", learning_rate=3e-4, epochs=5).learning_rate
         0.0003
-        >>> RunConfig("lm", "out/lm", model="MODEL", text="mine.txt", spt={"num_active_blocks": 6}).task
+        >>> RunConfig("lm", "out/lm", model="MODEL", text="mine.txt", spt={"num_active_blocks": 0.25}).task
         'lm'
     """
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.ops.routed_ffn.clustering import clustered_order
 from sparsepeft.planning import Text, text_for
 from sparsepeft.spt.attention import NAME, AttentionCall, recording
 from sparsepeft.spt.codebooks import Codebooks
@@ -24,7 +25,6 @@ from sparsepeft.spt.report import watching
 from sparsepeft.spt.router import (
     InitialRouter,
     activity,
-    clustered_order,
     compensated,
     deciding_weight,
     inner_states,

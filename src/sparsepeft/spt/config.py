@@ -27,6 +27,8 @@ _WHOLE: dict[str, tuple[int, int | None]] = {  # least and most
     "dense_steps": (0, None),
     "seed": (0, 2**32 - 1),
 }
+_CHOSEN_LATER = ("block_size", "num_blocks")  # None has a meaning
+_NUM_BLOCKS = {"exact": 32, "routed": 8}
 _CHOICES = {
     "similarity": SIMILARITIES,
     "granularity": GRANULARITIES,
@@ -64,7 +66,8 @@ class SptConfig:
         keep_first: the first position is always kept.
         values: what an FFN computes: ``"exact"`` the dense FFN's values, with gradients through each token's largest
             blocks alone; ``"routed"`` the values of the blocks that a router chooses, as in SPT.
-        num_blocks: G, blocks that an FFN's inner dimension is cut into.
+        num_blocks: G, blocks that an FFN's inner dimension is cut into; None is 32 for exact values, whose gradients
+            gain from fine blocks, and 8 for routed ones.
         num_active_blocks: G', blocks that a token uses: an int is a count, a float up to 1 a fraction of
             ``num_blocks``, which becomes a count at once.
         block_assignment: ``"clustered"`` puts neurons into a block that add to the output at the same time (without
@@ -89,8 +92,8 @@ class SptConfig:
         ValueError: a value is out of range.
 
     Example:
-        >>> SptConfig(top_l=64, num_active_blocks=0.75).num_active_blocks  # of 8
-        6
+        >>> SptConfig(top_l=64, num_active_blocks=0.25).num_active_blocks  # of 32
+        8
     """
 
     attention: bool = True
@@ -105,8 +108,8 @@ class SptConfig:
     keep_self: bool = True
     keep_first: bool = True
     values: str = "exact"
-    num_blocks: int = 8
-    num_active_blocks: int | float = 4
+    num_blocks: int = None  # type: ignore[assignment]  # a number at once
+    num_active_blocks: int | float = 1 / 2
     block_assignment: str = "clustered"
     compensation_rank: int = 0
     reconstruction_steps: int = 200
@@ -128,7 +131,7 @@ class SptConfig:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for name, (least, most) in _WHOLE.items():
-            if (value := getattr(self, name)) is not None or name != "block_size":
+            if (value := getattr(self, name)) is not None or name not in _CHOSEN_LATER:
                 check_whole(name, value, least=least, most=most)
         for name, whole in (("top_l", "the calibration length"), ("num_active_blocks", "num_blocks")):
             value = getattr(self, name)
@@ -138,6 +141,13 @@ class SptConfig:
                     f"{name}={value!r} was given; expected an int of at least 1, which is a count, or a float above 0 "
                     f"and up to 1, which is a fraction of {whole}."
                 )
+        if self.num_blocks is None:
+            if self.values == "exact" and not isinstance(self.num_active_blocks, float):
+                raise ValueError(
+                    f"num_active_blocks={self.num_active_blocks} was given without num_blocks; pass of how many, or a "
+                    "fraction, such as 0.5."
+                )
+            object.__setattr__(self, "num_blocks", _NUM_BLOCKS[self.values])
         object.__setattr__(self, "num_active_blocks", _count(self.num_active_blocks, self.num_blocks))
         if self.num_active_blocks > self.num_blocks:
             raise ValueError(
@@ -173,7 +183,7 @@ class SptConfig:
                 return own
             count = _count(own["top_l"], length)
             size = own.get("block_size", self.block_size)
-            return own | {"top_l": count, "block_size": _block_size(count) if size is None else size}
+            return own | {"top_l": count, "block_size": block_size_of(count) if size is None else size}
 
         overrides = self.overrides and {name: resolved(own) for name, own in self.overrides.items()}
         return dataclasses.replace(self, **resolved({"top_l": self.top_l}), overrides=overrides)
@@ -219,6 +229,6 @@ def _count(value: int | float, whole: int) -> int:
     return value if isinstance(value, int) else max(1, round(value * whole))
 
 
-def _block_size(top_l: int) -> int:
+def block_size_of(top_l: int) -> int:
     """The power of two that is at most an eighth of the keys kept, 8 to 64."""
     return 1 << max(3, min(6, (top_l // 8).bit_length() - 1))

@@ -33,7 +33,7 @@ from sparsepeft_research.benchmarks.measuring import (
 )
 from sparsepeft_research.benchmarks.registry import Progress
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 # Float32 rounding; a wrongly kept key would show as 1e-2 or more.
 TOLERANCE = 1e-4
 # A few roundings of bfloat16 (4e-3).

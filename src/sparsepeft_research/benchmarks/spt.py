@@ -31,9 +31,8 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     for values in benchmark.values:
         for active in benchmark.active_blocks:
             share = f"{active}/{benchmark.num_blocks} {values}"
-            chosen: dict[str, Any] = {"active": active, "values": values}
-            by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, **chosen)}
-            by_name[f"both {share}"] = {"spt": benchmark.spt(length, **chosen)}
+            by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active, values=values)}
+            by_name[f"both {share}"] = {"spt": benchmark.spt(length, active=active, values=values)}
     if (planned := benchmark.planned()) is not None:
         by_name[PLAN] = {"spt": planned}
     return by_name

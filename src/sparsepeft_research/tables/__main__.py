@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft_research.results import RESULTS, ROOT
-from sparsepeft_research.tables import inference, kernels, scores, spt, training
+from sparsepeft_research.tables import inference, kernels, scores, spt, spt_quality, training
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -60,6 +60,9 @@ TABLES = {
     "allocator": Table("Reusing freed memory", kernels.allocator),
     "spt-step": Table("A fine-tuning step with SPT", spt.step),
     "spt-step-memory": Table("The memory of a whole fine-tuning step", spt.step_memory),
+    "spt-before-training": Table("What sparse attention costs a real model before training", spt_quality.conversion),
+    "spt-after-training": Table("What sparsity costs a real model after fine-tuning", spt_quality.finetuning),
+    "spt-budget": Table("Plans within a budget", spt_quality.budget),
     "spt-language-model": Table("What sparsity costs: a language model", spt.language_model),
     "spt-encoders": Table("What sparsity costs: encoders", spt.encoders),
     "spt-conversion": Table("What sparsity costs right after conversion", spt.conversion),
@@ -79,7 +82,10 @@ PAGES = {
     "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator")),
     "spt": (
         "Sparse fine-tuning (SPT)",
-        ("spt-step", "spt-step-memory", "spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
+        (
+            *("spt-step", "spt-step-memory", "spt-before-training", "spt-after-training", "spt-budget"),
+            *("spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
+        ),
     ),
 }
 PICTURES = {"figure2.svg": "figure2/figure2.svg"}

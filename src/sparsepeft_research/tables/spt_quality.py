@@ -23,6 +23,8 @@ def conversion(results: Path) -> str:
     for run in runs:
         about = run.results["experiment"]
         by_text.setdefault((about["text"], about["length"]), {})[about["setting"]] = run
+    if not runs:
+        return ""
     settings = list(dict.fromkeys(name for of in by_text.values() for name in of if name != _DENSE))
     rows = []
     for (text, length), of in sorted(by_text.items()):
@@ -50,6 +52,8 @@ def finetuning(results: Path) -> str:
     runs: dict[str, dict[int | None, Result]] = {}
     for run in read_folder(results / "spt_quality" / _MODEL, "finetuning-*.json").values():
         runs.setdefault(run.results["experiment"]["setting"], {})[run.seed] = run
+    if not runs:
+        return ""
     first = next(iter(runs[_DENSE].values()))
     dense = {seed: run.settings["score"] for seed, run in runs[_DENSE].items()}
     rows = []
@@ -80,7 +84,8 @@ def _score(run: Result, answering: str) -> float | None:
     """Perplexity as the dense or the sparse model; a dense model has the one alone."""
     if run.results["spt"] is None:
         return float(run.settings["score"]) if answering == "dense" else None
-    return float(run.results["answering"][answering]["perplexity"])
+    by_infer = run.results.get("metrics_by_infer")  # of the same figure where only training is sparse
+    return float(by_infer[answering]["validation"]["perplexity"] if by_infer else run.settings["score"])
 
 
 def budget(results: Path) -> str:
@@ -100,6 +105,8 @@ def budget(results: Path) -> str:
                 _summary(plan["modules"]),
             ]
         )
+    if not rows:
+        return ""
     header = ["model", "tokens", "budget", "predicted", "calibration", "held out", "time predicted", "time measured"]
     return paragraphs(
         "Plans that `SptConfig(budget=...)` makes on WikiText-2's validation part: change of perplexity as it adds up "
@@ -120,5 +127,5 @@ def _words(settings: dict[str, Any]) -> str:
     if settings.get("dense"):
         return "dense"
     if "top_l" in settings:
-        return f"with {settings['top_l']} keys"
+        return f"with {settings['top_l']} keys by {settings['granularity']}"
     return f"{settings['values']} {settings['num_active_blocks']} of {settings['num_blocks']}"

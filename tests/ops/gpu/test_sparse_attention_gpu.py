@@ -9,7 +9,7 @@ import torch
 from tests.ops import sparse_attention_cases as cases
 from tests.ops.sparse_attention_cases import CASES, NAMES, Case, assert_all_close, grad_like, make_inputs, run
 
-from sparsepeft.ops import explain, sparse_attention
+from sparsepeft.ops import explain, registry, sparse_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,7 +71,8 @@ def test_gradients_are_the_same_every_time() -> None:
         assert torch.equal(value, second[name]), name
 
 
-def test_auto_runs_what_it_should() -> None:
+def test_auto_runs_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ENABLED", frozenset({"triton"}))
     tensors, _, options = on_gpu(LARGE, torch.bfloat16)
     for granularity, impl in (("token", "triton"), ("block", "flex")):
         options["granularity"] = granularity

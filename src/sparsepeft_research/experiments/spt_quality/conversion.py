@@ -29,7 +29,6 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "matches-token": {"similarity": "matches"},
     "matches-block": {"similarity": "matches", "granularity": "block"},
 }
-BLOCK_SIZE_OF = 32  # as a share of the length: then n/8 keys are four blocks
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
@@ -39,10 +38,9 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
         for text in TEXTS:
             for setting, spt in SETTINGS.items():
                 about = {"kind": "conversion", "setting": setting, "text": text, "length": length}
-                if spt is not None:
-                    spt = {"ffn": False, "top_l": 1 / 8, "block_size": length // BLOCK_SIZE_OF} | spt
+                settings = None if spt is None else {"ffn": False, "top_l": 1 / 8} | spt
                 name = f"{model}/conversion-{text}-{length}-{setting}"
-                yield Run(name, about, partial(_measure, options, text, length, spt))
+                yield Run(name, about, partial(_measure, options, text, length, settings))
 
 
 def _measure(

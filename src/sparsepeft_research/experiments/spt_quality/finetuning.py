@@ -23,7 +23,7 @@ from sparsepeft_research.experiments.spt_quality.vocabulary import cut_vocabular
 BLOCK_LENGTH, BATCH_SIZE, STEPS = 512, 2, 150
 LEARNING_RATE = 1e-3
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-_ATTENTION = {"top_l": 1 / 8, "block_size": 16}
+_ATTENTION = {"top_l": 1 / 8}
 _ONLY_FFN = {"attention": False}
 # Of SptConfig; None is the dense model.
 SETTINGS: dict[str, dict[str, Any] | None] = {
