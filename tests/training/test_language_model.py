@@ -150,7 +150,7 @@ BAD_CONFIGS = {
     "method": ({"method": "lroa"}, ["did you mean 'lora'"]),
     "a head": ({"method": "head"}, ["head", "lora"]),
     "spt setting": ({"spt": {"num_active_block": 3}}, ["num_active_block", "did you mean 'num_active_blocks'"]),
-    "spt value": ({"spt": {"num_active_blocks": 9}}, ["num_active_blocks=9", "num_blocks=8"]),
+    "spt value": ({"spt": {"num_active_blocks": 9, "num_blocks": 8}}, ["num_active_blocks=9", "num_blocks=8"]),
     "spt number": ({"spt": {"top_l": "many"}}, ["top_l='many'", "number", "0.125"]),
     "spt budget": ({"spt": {"budget": "2 percent"}}, ["budget='2 percent'", "such as 2% or 0.02"]),
     "spt truth": ({"spt": {"attention": 0}}, ["attention=0", "true or false"]),
