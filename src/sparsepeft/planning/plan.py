@@ -81,7 +81,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy, with the figures that follow from the rest."""
         names = ("predicted_change", "measured_change", "predicted_time", "measured_time")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        return values | {"step_shape": list(self.step_shape)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:

@@ -14,13 +14,13 @@ from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import HISTORY, LOGS, RESULTS, describe_run
+from sparsepeft.runs.files import HISTORY, LOGS, PLAN, RESULTS, describe_run
 from sparsepeft.runs.folder import interrupted_values, open_run
 from sparsepeft.runs.held_out import write_held_out
 from sparsepeft.training.callbacks import Announcer, Recorder, RunPlan, make_reporters
 from sparsepeft.training.data import prepare_data
 from sparsepeft.training.fit import fit, training_device
-from sparsepeft.training.model import PLAN, build_model
+from sparsepeft.training.model import build_model
 from sparsepeft.training.report import save_and_score
 
 
