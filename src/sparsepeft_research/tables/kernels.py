@@ -64,7 +64,7 @@ def attention(results: Path) -> str:
 
 
 def _has_similarities(report: Result) -> bool:
-    """Whether a file has both ways to choose keys, named by how they differ from inner products; else it has matches."""
+    """Whether a file has both ways to choose keys, inner products and matches; an older one has matches alone."""
     return "token, matches" in report.results[0]["forward_backward"]
 
 

@@ -19,10 +19,11 @@ def step(results: Path) -> str:
     settings = reports[0].settings
     # Files of before there were other forms do not say which.
     values = ", ".join(settings.get("values", ["routed"]))
+    similarity = settings.get("similarity", "matches").replace("_", " ")
     parts = [
         f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
         f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
-        f"length by {settings['granularity']}, keys by {settings.get('similarity', 'matches')}, FFNs {values}; "
+        f"length by {settings['granularity']}, keys by {similarity}, FFNs {values}; "
         f"{reports[0].machine}; medians of alternating steps. Peak is what a step allocates above weights and "
         "optimizer state. By `sparsepeft benchmark spt`."
     ]
