@@ -135,3 +135,19 @@ def test_what_has_no_perplexity_is_refused() -> None:
         sparsify(masked()[0], config, ids)
     with pytest.raises(ValueError, match=r"budget=0.02 needs calibration_data"):
         sparsify(build("llama"), SptConfig(budget=0.02, attention=False))
+    for data, words in (
+        ({"inputs_embeds": torch.randn(2, 24, SIZES["hidden_size"])}, "has inputs_embeds; pass input_ids"),
+        ({"input_ids": ids, "labels": ids[:, 0]}, r"labels of shape \(2,\) were passed with input_ids"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sparsify(build("llama"), config, data)
+    with pytest.raises(ValueError, match=r"overrides was passed with a budget, but leaves out model.layers.0.self_attn"):
+        sparsify(build("llama"), SptConfig(budget=0.02, overrides={"model.layers.0.mlp": {"dense": True}}), ids)
+
+
+def test_a_plan_of_which_nothing_is_sparse_takes_the_dense_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_alternately", lambda forms, inputs: [[10.0 + i] for i in range(len(forms))])
+    config = SptConfig(budget=0.5, overrides={}, num_blocks=4)
+    plan = sparsification(sparsify(build("llama"), config, inputs("llama")["input_ids"])).plan
+    assert all(choice.settings == DENSE for choice in plan.modules.values())
+    assert plan.measured_time == plan.predicted_time == 1.0

@@ -69,8 +69,13 @@ def test_settings_of_single_modules() -> None:
     assert (config.of("c").num_blocks, config.of("c").num_active_blocks, config.of("c").overrides) == (4, 3, None)
     with pytest.raises(ValueError, match=r"overrides of a has 'topl'; expected some of .*top_l"):
         SptConfig(overrides={"a": {"topl": 3}})
-    with pytest.raises(ValueError, match="num_active_blocks=33"):
+    with pytest.raises(ValueError, match="overrides of a cannot be used: num_active_blocks=33"):
         SptConfig(overrides={"a": {"num_active_blocks": 33}})
+    with pytest.raises(ValueError, match="overrides of a cannot be used: `dense='yes'`"):
+        SptConfig(overrides={"a": {"dense": "yes"}})
+    for value in ("a", ["a"], {"a": None}, {"a": "dense"}):
+        with pytest.raises(ValueError, match="expected settings by the module's name, such as"):
+            SptConfig(overrides=value)  # type: ignore[arg-type]
 
 
 def test_files_of_before_mean_the_first_version() -> None:

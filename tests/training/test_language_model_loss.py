@@ -104,6 +104,16 @@ def test_a_sparse_model_keeps_its_balance(taken: list[dict[str, Any]]) -> None:
     both(model, **values, labels=labels)
     both(model, **values, labels=labels, num_items_in_batch=torch.tensor(50))
     assert len(taken) == 2
+    results = []
+    for context in (nullcontext(), deferred_logits(model)):  # the loss is outside, as Trainer's label smoothing is
+        model.zero_grad()
+        with context:
+            logits = model(**values).logits
+            loss = 0.1 * F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        loss.backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
 def test_the_logits_are_there_when_they_are_asked_for() -> None:
@@ -120,6 +130,9 @@ def test_the_logits_are_there_when_they_are_asked_for() -> None:
         lambda x: torch.tanh(x) + 1,
         lambda x: 1 - x,
         lambda x: x * -2,
+        lambda x: abs(x) ** 2 + 2**x + x % 2 + x // 3,
+        lambda x: x @ torch.ones(11),
+        lambda x: (x == x) & (x != 0),
         lambda x: x.view(-1),
         lambda x: x.to(torch.float64),
         lambda x: x.softmax(-1),

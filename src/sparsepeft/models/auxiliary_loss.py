@@ -20,6 +20,8 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from sparsepeft.models.logits import DeferredLogits
+
 _CHUNK = 2**24  # values of the logits that are looked at together: 64 MB each in float32
 
 
@@ -55,6 +57,8 @@ class LossScale:
             loss.register_hook(partial(self._from_loss, self._share(model, named, loss)))
             return
         for name, value in values.items():
+            if isinstance(value, DeferredLogits):  # a loss outside would pass by the logits that are watched
+                values[name] = value = value.compute()
             if name.endswith("logits") and isinstance(value, torch.Tensor) and value.requires_grad:
                 value.register_hook(partial(self._from_logits, name, value.detach()))
 

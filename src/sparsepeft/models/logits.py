@@ -165,7 +165,10 @@ class DeferredLogits:
 
 def _add_arithmetic() -> None:
     """Operators, which Python looks up on the class, of the logits computed."""
-    for name in ("add", "radd", "sub", "rsub", "rtruediv", "neg", "setitem", "lt", "le", "gt", "ge", "iter"):
+    for name in (
+        *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "rmatmul", "neg"),
+        *("abs", "setitem", "eq", "ne", "lt", "le", "gt", "ge", "bool", "iter"),
+    ):
 
         def method(self: DeferredLogits, *args: Any, name: str = f"__{name}__") -> Any:
             return getattr(self.compute(), name)(*map(_computed, args))

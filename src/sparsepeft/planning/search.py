@@ -86,6 +86,8 @@ def keep_to_budget(
                 options = {name: [each for each in some if not each.loss_change] for name, some in options.items()}
             allowance = spent * min(_SHRINK, limit / worst)
         step_ms = _step_times(model, partial(install, _sparse(chosen)), measured_on)
+        if not _sparse(chosen):
+            step_ms["sparse"] = step_ms["dense"]  # the same model, whatever disturbed the measurement
     perplexity = {
         name: {"dense": math.exp(meter.initial), "sparse": math.exp(losses[name])} for name, meter in meters.items()
     }

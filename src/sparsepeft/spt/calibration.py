@@ -78,7 +78,15 @@ def read_text(model: PreTrainedModel, data: Any) -> Text:
     batch = calibration_batch(model, data)
     labels = data.get("labels") if isinstance(data, Mapping) else None
     labels = _ids(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
-    return text_for(model, batch, labels if labels is None else labels.view(batch["input_ids"].shape))
+    if "input_ids" not in batch:
+        raise ValueError(f"A budget is measured on token ids, but the data has {', '.join(batch)}; pass input_ids.")
+    shape = batch["input_ids"].shape
+    if labels is not None and labels.numel() != shape.numel():
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} were passed with input_ids of shape {tuple(shape)}; a budget needs "
+            "a language model's, one for each token."
+        )
+    return text_for(model, batch, labels if labels is None else labels.view(shape))
 
 
 def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
@@ -238,13 +246,18 @@ class Calibration:
                 check_blocks(feed_forward, own)
         with watching(list(self.feed_forwards.values())) as self.seen:
             self.calls = attend_densely(model, config, batch) if batch is not None else {}
-        names = [*self.calls, *self.feed_forwards]
+        names = {**self.calls, **self.feed_forwards}.keys()
         for name in config.overrides or {}:
             if name not in names:
                 raise ValueError(
                     f"overrides has settings for {name!r}, but what becomes sparse is {', '.join(names)}; use one of "
                     "these names."
                 )
+        if config.budget is not None and config.overrides and (missing := sorted(names - config.overrides.keys())):
+            raise ValueError(
+                f"overrides was passed with a budget, but leaves out {missing[0]}; leave overrides out for a budget to "
+                "choose all settings, or pass a whole plan's."
+            )
         self._made: dict[str, Any] = {}
 
     def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,12 +213,23 @@ class SptConfig:
         return None if own.pop("dense", False) else dataclasses.replace(self, overrides=None, **own) if own else self
 
     def _check_overrides(self) -> None:
-        for name, own in (self.overrides or {}).items():
+        if self.overrides is None:
+            return
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(o, Mapping) for o in self.overrides.values()):
+            raise ValueError(
+                f"overrides={self.overrides!r:.80} was given; expected settings by the module's name, such as "
+                '{"model.layers.0.mlp": {"dense": True}}.'
+            )
+        for name, own in self.overrides.items():
             if unknown := sorted(own.keys() - _OVERRIDES):
                 raise ValueError(
                     f"overrides of {name} has {unknown[0]!r}; expected some of {', '.join(sorted(_OVERRIDES))}."
                 )
-            self.of(name)  # raises for values out of range
+            try:
+                check_flag("dense", own.get("dense", False))
+                self.of(name)  # raises for values out of range
+            except ValueError as error:
+                raise ValueError(f"overrides of {name} cannot be used: {error}") from error
 
 
 def _is_whole(value: Any) -> bool:

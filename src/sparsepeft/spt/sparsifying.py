@@ -69,7 +69,7 @@ def sparsify(
             )
     # All that can go wrong does so before the model is touched.
     plan, texts = None, {}
-    if config.budget is not None and config.overrides is None:
+    if config.budget is not None and not config.overrides:
         given = {"calibration": calibration_data} | ({} if held_out_data is None else {"held_out": held_out_data})
         texts = {name: read_text(model, data) for name, data in given.items()}
     calibration = Calibration(model, counted, batch)
