@@ -141,7 +141,9 @@ def test_what_has_no_perplexity_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             sparsify(build("llama"), config, data)
-    with pytest.raises(ValueError, match=r"overrides was passed with a budget, but leaves out model.layers.0.self_attn"):
+    with pytest.raises(
+        ValueError, match=r"overrides was passed with a budget, but leaves out model.layers.0.self_attn"
+    ):
         sparsify(build("llama"), SptConfig(budget=0.02, overrides={"model.layers.0.mlp": {"dense": True}}), ids)
 
 

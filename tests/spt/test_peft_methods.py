@@ -102,9 +102,13 @@ def test_what_cannot_be_computed_block_by_block_is_refused() -> None:
             logits(model, "llama")
         with model.disable_adapter():
             logits(model, "llama")
-    for part, other in (("mlp", "q_proj"), ("self_attn", "up_proj")):
+    for part, other, values in (
+        ("mlp", "q_proj", "routed"),
+        ("mlp", "q_proj", "exact"),
+        ("self_attn", "up_proj", "exact"),
+    ):
         with pytest.raises(ValueError, match="A part of a sparse model was to be copied by itself"):
-            get_peft_model(sparse("llama"), LoraConfig(target_modules=[other], modules_to_save=[part]))
+            get_peft_model(sparse("llama", values=values), LoraConfig(target_modules=[other], modules_to_save=[part]))
     for register in ("register_forward_hook", "register_forward_pre_hook"):
         model = sparse("llama")
         getattr(model.get_submodule("model.layers.0.mlp.up_proj"), register)(lambda *args: None)

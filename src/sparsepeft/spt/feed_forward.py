@@ -16,7 +16,7 @@ from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.projections import inner_tensors, read_projection
 from sparsepeft.spt.router import InitialRouter, Router
-from sparsepeft.spt.state import SptState
+from sparsepeft.spt.state import SptState, copied_with_model
 
 
 def make_sparse(
@@ -51,6 +51,9 @@ class SparseFeedForward(nn.Module):
         for dropout in (self._names.inner_dropout, self._names.outer_dropout):
             if dropout is not None:
                 _place(self, dropout, feed_forward.part(dropout))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseFeedForward:
+        return copied_with_model(self, self.context, memo)
 
     @property
     def is_dense(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.context import ForwardContext, Routing
 from sparsepeft.spt.config import SptConfig
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class SptState(ModulesToSaveWrapper):
@@ -40,14 +42,7 @@ class SptState(ModulesToSaveWrapper):
         self.modules_to_save = AdapterDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
-        if id(self.context.losses) not in memo:  # copied without the model, whose hooks lead there first
-            raise ValueError(
-                "A part of a sparse model was to be copied by itself, as modules_to_save does; name linear layers in "
-                "modules_to_save, since routers and codebooks are trained and saved with every adapter anyway."
-            )
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        return copied_with_model(self, self.context, memo)
 
     @property
     def current(self) -> Any:
@@ -120,6 +115,22 @@ class SptState(ModulesToSaveWrapper):
                 expected = state_dict.get(f"{prefix}original_module.{name}", getattr(self.original_module, name))
                 check_same(state_dict.get(f"{prefix}modules_to_save.{adapter_name}.{name}"), expected, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def copied_with_model(module: _Module, context: ForwardContext, memo: dict[int, Any]) -> _Module:
+    """What ``__deepcopy__`` returns of a part of a sparse model.
+
+    Raises:
+        ValueError: it is copied by itself, which would leave the copy with a context that nobody tells anything.
+    """
+    if id(context.losses) not in memo:  # copied without the model, whose hooks lead there first
+        raise ValueError(
+            "A part of a sparse model was to be copied by itself, as modules_to_save does; name linear layers in "
+            "modules_to_save, since routers and codebooks are trained and saved with every adapter anyway."
+        )
+    copied = memo[id(module)] = type(module).__new__(type(module))
+    copied.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return copied
 
 
 def in_use(wrapper: ModulesToSaveWrapper, adapter_names: list[str] | None = None) -> Any:
