@@ -103,6 +103,8 @@ def test_sparsify(tiny_language_model: Path, text: Path, tmp_path: Path) -> None
     done = ran(*command, "--overwrite", "--json")
     for key in ("config", "report", "perplexity"):
         assert json.loads(done.stdout)[key] == content[key]
+    done = ran(*command, "--set", "infer=dense", "--overwrite", "--json")
+    assert json.loads(done.stdout)["perplexity"] == content["perplexity"]
     done = ran(*command, "--overwrite", "--budget", "5%")
     for words in ("becomes", "model.layers.0.mlp", "of 5.00% allowed", "held out text", "of the dense time"):
         assert words in done.stdout

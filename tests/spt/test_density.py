@@ -202,3 +202,11 @@ def test_labels_of_a_loss_outside_the_model_and_of_whole_texts(caplog: pytest.Lo
     with torch.no_grad():
         expected = texts(**inputs("bert")).logits
     torch.testing.assert_close(texts(**inputs("bert"), labels=torch.tensor([0, 1, 0])).logits, expected)
+
+
+def test_the_report_is_of_the_sparse_model_however_it_answers() -> None:
+    values = {"values": "routed", "num_active_blocks": 1, "top_l": 6}
+    assert (
+        sparse("llama", infer="dense", **values).sparsification.report
+        == sparse("llama", **values).sparsification.report
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tests.spt.models import ALL, TARGETS, build, inputs, plain_name
+from tests.spt.models import ALL, TARGETS, build, inputs, plain_name, sparse
 
 from sparsepeft.spt import SptConfig, desparsify, load_sparse, sparsification, sparsify
 from sparsepeft.spt.feed_forward import ExactFeedForward
@@ -102,6 +102,15 @@ def test_an_adapter_fits_the_dense_model_as_it_is(name: str, tmp_path: Path) -> 
     copied = copy.deepcopy(model)
     with torch.no_grad():
         assert torch.equal(copied(**inputs(name)).logits, expected)
+
+
+def test_an_adapter_fits_the_dense_model_where_a_plan_left_all_attention_dense(tmp_path: Path) -> None:
+    overrides = {f"model.layers.{index}.self_attn": {"dense": True} for index in range(2)}
+    model = with_lora(sparse("llama", values="exact", overrides=overrides), "llama").eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path).eval()  # warnings are errors
+    with torch.no_grad():
+        assert torch.equal(again(**inputs("llama")).logits, model(**inputs("llama")).logits)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

@@ -36,6 +36,7 @@ from sparsepeft.folders import write_bytes, write_json
 from sparsepeft.models.blocks import unwrap
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.spt.attention import SparseAttention
 from sparsepeft.spt.feed_forward import ExactFeedForward, SparseFeedForward
 from sparsepeft.spt.projections import inner_dims
 from sparsepeft.spt.state import SptState
@@ -170,9 +171,8 @@ class SparseSettings(SptState):
     @property
     def _fits_dense(self) -> bool:
         """Whether adapters answer in the dense model as they do here."""
-        return not self.original_module.config.attention and all(
-            isinstance(sparse, ExactFeedForward) for _, sparse in self._feed_forwards
-        )
+        has_attention = any(isinstance(module, SparseAttention) for module in self._model[0].modules())
+        return not has_attention and all(isinstance(sparse, ExactFeedForward) for _, sparse in self._feed_forwards)
 
     def dense_names(self) -> dict[str, tuple[str, bool]]:
         """What the names of a sparse FFN's projections begin with: in the sparse model -> in the dense one.

@@ -11,6 +11,7 @@ from sparsepeft.spt.budget import plan_within_budget
 from sparsepeft.spt.calibration import Calibration, calibration_batch, read_text
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import check_bare, install, sparsification
+from sparsepeft.spt.density import answering
 from sparsepeft.spt.report import report_attention, report_feed_forwards
 
 
@@ -78,8 +79,9 @@ def sparsify(
         counted = replace(counted, overrides=plan.overrides)
     state = install(model, counted, calibration.codebooks(counted), calibration.starts(counted))
     state.plan = plan
-    for name, layer in state.attention.items():
-        report_attention(state.report, name, layer, calibration.calls[name])
-    if batch is not None:
-        report_feed_forwards(state.report, state.feed_forwards, calibration.seen)
+    with answering(model, "sparse"):
+        for name, layer in state.attention.items():
+            report_attention(state.report, name, layer, calibration.calls[name])
+        if batch is not None:
+            report_feed_forwards(state.report, state.feed_forwards, calibration.seen)
     return model

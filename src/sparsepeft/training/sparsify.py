@@ -31,7 +31,7 @@ from sparsepeft.runs.corpus import (
     read_documents,
     without,
 )
-from sparsepeft.spt import save_sparse
+from sparsepeft.spt import answering, save_sparse
 from sparsepeft.spt.loading import SPARSE_WEIGHTS
 
 REPORT = "spt.json"
@@ -106,11 +106,13 @@ def sparsify_language_model(
         if config.budget is not None and not is_causal:
             batches = [None if each is None else with_masks(tokenizer, each, config.seed) for each in batches]
         sparsification = make_sparse(loaded, config, *batches)
+        with answering(loaded, "sparse"):  # whatever the settings say, which are for later
+            sparse = _perplexity(loaded, scored)
         results = {
             "format_version": _FORMAT_VERSION,
             "model": describe_backbone(model_id),
             **describe(sparsification),
-            "perplexity": {"dense": dense, "sparse": _perplexity(loaded, scored)},
+            "perplexity": {"dense": dense, "sparse": sparse},
             "num_scored_tokens": 0 if scored is None else num_predicted(scored),
             "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
             "calibration": None if calibration is None else list(calibration.shape),
