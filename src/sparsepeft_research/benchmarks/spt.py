@@ -88,7 +88,7 @@ def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Prog
         if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
             described["split_ms"] = stack.split(attention_names)
         sparse = sparsification(stack.model)
-        if sparse is not None and sparse.attention:
+        if sparse is not None and any(layer.state.current.codebooks.numel() for layer in sparse.attention.values()):
             described["codebook_refresh"] = _refresh(stack, sparse.config, timings[name].median_ms, benchmark)
         described |= _ratios(name, timings, peaks)
         described_candidates[name] = described
