@@ -34,8 +34,8 @@ def command(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="How much higher the perplexity may become, such as 2% or 0.02: measure each module, and choose its "
-            "settings by that.",
+            help="How much higher the perplexity may become, such as 2% or 0.02: settings of each module are chosen by "
+            "measurement.",
         ),
     ] = None,
     set_: Annotated[list[str] | None, options.settings("A setting of SptConfig")] = None,
@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Make a language model's attention and FFNs sparse; report what that changes before any fine-tuning.
 
-    Saves routers, codebooks and settings, not the model's weights; `sparsepeft.spt.load_sparse` puts them together.
+    Saves what is added (settings, codebooks, routers), not the model's weights, for `sparsepeft.spt.load_sparse`.
 
     Example: `sparsepeft sparsify MODEL --output-dir out/sparse --text typical.txt --set num_active_blocks=0.25`
 

@@ -98,7 +98,11 @@ def test_sparsify(tiny_language_model: Path, text: Path, tmp_path: Path) -> None
         assert words in done.stdout
     content = json.loads((tmp_path / "o" / "spt.json").read_text())
     assert content["config"]["top_l"] == 4  # an eighth of the blocks' length, as a count
+    assert content["plan"] is None
     refused(*command, words="--overwrite")
     done = ran(*command, "--overwrite", "--json")
     for key in ("config", "report", "perplexity"):
         assert json.loads(done.stdout)[key] == content[key]
+    done = ran(*command, "--overwrite", "--budget", "5%")
+    for words in ("becomes", "model.layers.0.mlp", "of 5.00% allowed", "held out text", "of the dense time"):
+        assert words in done.stdout

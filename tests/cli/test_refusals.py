@@ -53,6 +53,7 @@ train --model {llama} --task lm --text {text} --spt --spt-set top_l | --spt-set 
 train --model {llama} --task lm --text {text} --method head | head | lora
 train --model {llama} --task lm --text {text} --method full --spt | full | lora
 sparsify {llama} | pass --text | attention=false
+sparsify {llama} --text {text} --budget some | such as 2% or 0.02
 sparsify {llama} --text {text} --set topl=3 | topl | did you mean 'top_l'
 sparsify {llama} --text {tmp}/short.txt --block-length 32 | less than one block of 32
 sparsify {t5} --text {text} | t5 | causal or masked language model

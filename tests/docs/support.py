@@ -41,7 +41,7 @@ def _sparse() -> str:
         for cls, _ in models.values():
             attention = "refused" if "Switch" in cls.__name__ else attention  # as T5's
             rows.setdefault(cls.__name__, [f"`{cls.__name__}`", attention, ffn])
-    return _table(["model", "sparse attention", "routed FFN"], rows.values())
+    return _table(["model", "sparse attention", "sparse FFN"], rows.values())
 
 
 TABLES = {"architectures": _architectures, "sparse": _sparse}

@@ -33,7 +33,7 @@ from sparsepeft import backbones
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 EXAMPLES = (  # what the API reference has to show in use
     *("SpartanConfig", "BottleneckConfig", "BitFitConfig", "HeadConfig", "load_adapterhub"),
-    *("SptConfig", "sparsify", "desparsify", "load_sparse"),
+    *("SptConfig", "sparsify", "desparsify", "load_sparse", "answering", "labelled"),
     *(
         "MultiTaskEngine",
         "Predictor",
@@ -44,7 +44,8 @@ EXAMPLES = (  # what the API reference has to show in use
         "export_tasks",
         "inspect_memories",
     ),
-    *("memory_read", "sparse_attention", "routed_ffn", "explain"),
+    *("memory_read", "sparse_attention", "routed_ffn", "exact_ffn", "linear_cross_entropy", "explain"),
+    *("deferred_logits", "language_model_loss"),
 )
 
 

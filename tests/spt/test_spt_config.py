@@ -16,7 +16,7 @@ from sparsepeft.spt import SptConfig
     ("text", "top_l", "active"), [("1", 1, 1), ("1.0", 40, 8), ("0.5", 20, 4), ("3", 3, 3), ("1e-3", 1, 1)]
 )
 def test_an_int_is_a_count_and_a_float_a_fraction(text: str, top_l: int, active: int) -> None:
-    settings = parse_settings([f"top_l={text}", f"num_active_blocks={text}"], "--spt-set")
+    settings = parse_settings([f"top_l={text}", "num_blocks=8", f"num_active_blocks={text}"], "--spt-set")
     config = read_spt_settings(settings)
     assert read_spt_settings(json.loads(json.dumps(settings))) == config
     counted = config.with_length(40)
@@ -62,15 +62,15 @@ def test_files_of_before_hold_whole_floats_as_counts() -> None:
 
 def test_settings_of_single_modules() -> None:
     config = SptConfig(
-        overrides={"a": {"top_l": 0.25}, "b": {"dense": True}, "c": {"num_blocks": 4, "values": "routed"}}
+        overrides={"a": {"top_l": 0.25}, "b": {"dense": True}, "c": {"num_blocks": 4, "num_active_blocks": 3}}
     )
     config = SptConfig.from_json(config.with_length(40).to_json())
     assert (config.of("a").top_l, config.top_l, config.of("b"), config.of("d")) == (10, 5, None, config)
-    assert (config.of("c").num_blocks, config.of("c").values, config.of("c").overrides) == (4, "routed", None)
+    assert (config.of("c").num_blocks, config.of("c").num_active_blocks, config.of("c").overrides) == (4, 3, None)
     with pytest.raises(ValueError, match=r"overrides of a has 'topl'; expected some of .*top_l"):
         SptConfig(overrides={"a": {"topl": 3}})
-    with pytest.raises(ValueError, match="num_active_blocks=9"):
-        SptConfig(overrides={"a": {"num_active_blocks": 9}})
+    with pytest.raises(ValueError, match="num_active_blocks=33"):
+        SptConfig(overrides={"a": {"num_active_blocks": 33}})
 
 
 def test_files_of_before_mean_the_first_version() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.methods.language_models import perplexity
 from sparsepeft.methods.models import load_tokenizer
-from sparsepeft.runs.corpus import begin_token, cut, evenly_spaced, join, load_corpus, num_predicted, read_documents
+from sparsepeft.planning import Plan, search
+from sparsepeft.runs.corpus import (
+    begin_token,
+    cut,
+    evenly_spaced,
+    join,
+    load_corpus,
+    num_predicted,
+    read_documents,
+    without,
+)
 from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, sparsify_language_model, train
@@ -139,8 +150,9 @@ BAD_CONFIGS = {
     "method": ({"method": "lroa"}, ["did you mean 'lora'"]),
     "a head": ({"method": "head"}, ["head", "lora"]),
     "spt setting": ({"spt": {"num_active_block": 3}}, ["num_active_block", "did you mean 'num_active_blocks'"]),
-    "spt value": ({"spt": {"num_active_blocks": 9}}, ["num_active_blocks=9", "num_blocks=8"]),
+    "spt value": ({"spt": {"num_active_blocks": 9, "num_blocks": 8}}, ["num_active_blocks=9", "num_blocks=8"]),
     "spt number": ({"spt": {"top_l": "many"}}, ["top_l='many'", "number", "0.125"]),
+    "spt budget": ({"spt": {"budget": "2 percent"}}, ["budget='2 percent'", "such as 2% or 0.02"]),
     "spt truth": ({"spt": {"attention": 0}}, ["attention=0", "true or false"]),
     "spt layers": ({"spt": {"layers_to_transform": "3"}}, ["SPT settings", "layers_to_transform='3'", "positions"]),
     "no spt layers": ({"spt": {"layers_to_transform": []}}, ["SPT settings", "layers_to_transform is empty"]),
@@ -321,6 +333,51 @@ def test_bf16_sparse_with_checkpointing(tiny_language_model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_keeps_its_plan(
+    tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times that were measured again would give another."""
+    spt = {"budget": "5%", "num_blocks": 4, "num_active_blocks": 2}
+    config = lm_config(tiny_language_model, tmp_path / "o", spt=spt)
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
+        with pytest.raises(KeyboardInterrupt):
+            train(config, callbacks=[Interrupt(7)])
+    plan = json.loads((tmp_path / "o" / UNFINISHED / RUN).read_text())["spt_plan"]
+    monkeypatch.setattr(search, "_alternately", None)
+    results = train(config)
+    assert results["spt"]["plan"] == plan
+    assert results["spt"]["config"]["overrides"] == {name: each["settings"] for name, each in plan["modules"].items()}
+    assert max(Plan.from_dict(plan).measured_change.values()) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_model_within_a_budget(
+    is_causal: bool, tiny_language_model: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
+    text, model = [str(topics_text(tmp_path))], tiny_language_model if is_causal else tiny_backbone
+    settings = {"budget": "2%", "num_blocks": 4, "num_active_blocks": 2}
+    if not is_causal:
+        with pytest.raises(UserError, match="no mask token"):
+            sparsify_language_model(str(model), tmp_path / "o", text, settings=settings, block_length=32)
+        model = Path(shutil.copytree(model, tmp_path / "masked"))
+        tokenizer = load_tokenizer(str(model))
+        tokenizer.mask_token = tokenizer.unk_token
+        tokenizer.save_pretrained(model)
+    results = sparsify_language_model(str(model), tmp_path / "o", text, settings=settings, block_length=32)
+    plan = Plan.from_dict(results["plan"])
+    assert plan.budget == 0.02
+    assert plan.measured_change.keys() == {"calibration", "held_out"}
+    assert max(plan.measured_change.values()) <= 0.02
+    assert results["config"]["overrides"] == plan.overrides
+    assert (results["num_scored_tokens"] > 0) == is_causal
+    with pytest.raises(UserError, match="no text to keep to it on; pass `text`"):
+        sparsify_language_model(str(model), tmp_path / "p", settings=settings | {"attention": False})
+
+
+@pytest.mark.slow
 def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tmp_path: Path) -> None:
     text = [str(topics_text(tmp_path))]
     model, folder = str(tiny_language_model), tmp_path / "o"
@@ -331,7 +388,7 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
     sparse = load_sparse(AutoModelForCausalLM.from_pretrained(model).eval(), folder)
     assert sparsification(sparse).config.top_l == 8  # type: ignore[union-attr]
     tokenizer = load_tokenizer(model)
-    rest = cut(join(read_documents(text), tokenizer), 32, "text", tokenizer.cls_token_id)[8:]
+    rest = without(cut(join(read_documents(text), tokenizer), 32, "text", tokenizer.cls_token_id), 8)
     assert results["bos_token"] == "[CLS]"
     assert results["num_scored_tokens"] == 31 * min(64, len(rest))
     found = perplexity(sparse, evenly_spaced(rest, 64), 4)["perplexity"]
@@ -345,9 +402,9 @@ def test_conversion_by_itself(tiny_language_model: Path, tiny_backbone: Path, tm
     masked = sparsify_language_model(str(tiny_backbone), tmp_path / "p", text, settings=SPT, block_length=32)
     assert masked["perplexity"] == {"dense": None, "sparse": None}
     assert len(masked["report"]["recall"]) == 2
-    without = sparsify_language_model(model, tmp_path / "q", settings={"attention": False})
-    assert without["calibration"] is None
-    assert without["report"]["recall"] == {}
+    no_text = sparsify_language_model(model, tmp_path / "q", settings={"attention": False})
+    assert no_text["calibration"] is None
+    assert no_text["report"]["recall"] == {}
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class OneDnnLinear(nn.Linear):
 def use_onednn(model: nn.Module) -> None:
     """Let all plain linear layers of ``model`` compute by oneDNN; parameters stay what and where they are.
 
-    Those of a routed FFN are left out: it takes their weights block by block and does not call them.
+    Those of a sparse FFN are left out: it takes their weights block by block and does not call them.
     """
     routed = {part for module in model.modules() if isinstance(module, RoutedFeedForward) for part in module.modules()}
     for module in model.modules():

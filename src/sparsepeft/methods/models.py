@@ -221,7 +221,7 @@ def attach(backbone: PreTrainedModel, config: PeftConfig, method: str, adapter_n
         choose_targets(config, backbone)
     try:
         extended = get_peft_model(backbone, config, adapter_name)
-        if sparsification(backbone) is not None:  # a routed FFN refuses in its first pass what cannot act inside it
+        if sparsification(backbone) is not None:  # a sparse FFN refuses in its first pass what cannot act inside it
             with torch.no_grad():
                 extended(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device))
     except ValueError as error:

@@ -93,7 +93,15 @@ def with_masks(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, seed: int) ->
     Args:
         tokenizer: the model's.
         seed: of which tokens these are.
+
+    Raises:
+        UserError: the tokenizer has no token that masks another.
     """
+    if tokenizer.mask_token is None:
+        raise UserError(
+            "A masked language model is scored on tokens that it has to guess, but its tokenizer has no mask token; "
+            "set its mask_token and save it with the model, or leave out the budget."
+        )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=_MASKED, seed=seed)
     return dict(collator([{"input_ids": block} for block in blocks]))
 

@@ -91,11 +91,11 @@ class DeferredLogits:
         return self.to(torch.float32)
 
     def contiguous(self) -> DeferredLogits:
-        """As they are: they will be."""
+        """Themselves: once computed, they are contiguous."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """In another dtype, or where they are."""
+        """In another dtype; on another device they are computed first."""
         if kwargs or len(args) != 1:
             return self.compute().to(*args, **kwargs)
         if isinstance(args[0], torch.dtype):
@@ -122,7 +122,7 @@ class DeferredLogits:
         return self._changed(hidden=self.hidden[index])
 
     def tanh(self) -> Any:
-        """The first of two halves of a softcap."""
+        """The first half of a softcap, whose second is a product."""
         return self.compute().tanh() if self.softcap is not None else self._changed(softcap=1.0)
 
     def __mul__(self, factor: Any) -> Any:

@@ -35,7 +35,7 @@ _FFN = (
     "mlp",
     "feed_forward",
     "ffn",
-    "activation_fn.fc2 activation_fn",  # the same made sparse: the routed FFN stands where the activation was
+    "activation_fn.fc2 activation_fn",  # the same made sparse: the sparse FFN stands where the activation was
     "fc2",  # BART, OPT, Whisper
     "block_sparse_moe",
 )

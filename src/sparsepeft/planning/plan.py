@@ -81,7 +81,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy, with the figures that follow from the rest."""
         names = ("predicted_change", "measured_change", "predicted_time", "measured_time")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        return values | {"step_shape": list(self.step_shape)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -121,8 +122,8 @@ class Plan:
 def fastest(options: Mapping[str, Sequence[Choice]], allowance: float) -> dict[str, Choice]:
     """One choice for each module, such that the time is least and the losses add up to ``allowance`` at most.
 
-    The knapsack problem with multiple choices, by dynamic programming. A loss that falls counts as one that stays: it
-    is as likely to be chance.
+    The multiple-choice knapsack problem, by dynamic programming. A loss that falls counts as one that stays, since it
+    may well be chance.
 
     Args:
         options: of each module, one of which costs no loss.

@@ -18,6 +18,7 @@ from sparsepeft.tasks.columns import Columns
 RUN, RESULTS, HISTORY = "run.json", "results.json", "history.jsonl"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 HELD_OUT = "held_out.json"  # which rows were, where they were drawn: see sparsepeft.runs.held_out
+PLAN = "spt_plan"  # in run.json: how a sparse model keeps to its budget
 RESULTS_VERSION = 1
 RUN_VERSION = 1
 # What a run leaves at most: an adapter, or a model with its tokenizer.
@@ -103,7 +104,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged (its task lacks {', '.join(lacking)}); train again with `overwrite`.")
         run["task"] = defaults_of(TaskSpec) | run["task"]
     known = {"config": config_defaults.keys(), "recipe": defaults_of(Recipe).keys(), "task": defaults_of(TaskSpec)}
-    others = {"format_version", "data_fingerprints", "bos_token_id", "columns", "backbone_fingerprint"}
+    others = {"format_version", "data_fingerprints", "bos_token_id", "columns", "backbone_fingerprint", PLAN}
     for part, valid in {"": others | known.keys(), **known}.items():
         values = run.get(part) if part else run
         for key in values if isinstance(values, dict) else ():

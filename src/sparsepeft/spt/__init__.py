@@ -1,4 +1,4 @@
-"""Sparse fine-tuning (SPT): sparse attention and routed FFNs in transformers' models."""
+"""Sparse fine-tuning (SPT): sparse attention and sparse FFNs in transformers' models."""
 
 from sparsepeft.planning import Plan
 from sparsepeft.spt.config import SptConfig

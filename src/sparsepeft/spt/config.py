@@ -47,12 +47,12 @@ _BEFORE = {"similarity": "matches", "values": "routed"}  # what files mean that 
 class SptConfig:
     """What :func:`sparsepeft.sparsify` does to a model.
 
-    Source: SPT, sparse multi-head attention and routed FFN. Differs: see ``docs/spt.md``.
+    Source: SPT, arXiv:2312.10365, sparse multi-head attention and routed FFN. Differs: see ``docs/spt.md``.
 
     Args:
         attention: make self-attention sparse.
-        ffn: route the FFNs.
-        top_l: keys that a query attends to: an int is a count, a float up to 1 a fraction of the calibration length,
+        ffn: make the FFNs sparse.
+        top_l: L, keys that a query attends to: an int is a count, a float up to 1 a fraction of the calibration length,
             which becomes a count at conversion (1.0 is all of it).
         similarity: how keys are chosen: ``"inner_product"`` by the query's inner products with the decoded keys,
             ``"matches"`` by the number of codes that query and key share, as in SPT.
@@ -68,15 +68,15 @@ class SptConfig:
             blocks alone; ``"routed"`` the values of the blocks that a router chooses, as in SPT.
         num_blocks: G, blocks that an FFN's inner dimension is cut into; None is 32 for exact values, whose gradients
             gain from fine blocks, and 8 for routed ones.
-        num_active_blocks: G', blocks that a token uses: an int is a count, a float up to 1 a fraction of
-            ``num_blocks``, which becomes a count at once.
-        block_assignment: ``"clustered"`` puts neurons into a block that add to the output at the same time (without
-            calibration data: of like weights), ``"contiguous"`` neighbours.
-        compensation_rank: rank of a linear map of an FFN's input that stands in for the blocks a token does not use,
-            fitted to the calibration batch and trained on with the router; 0 adds nothing, as SPT does.
-        reconstruction_steps: steps in which a low-rank update of each routed FFN, and with it the linear map, learn to
-            give back the dense output on the calibration batch; 0 leaves the update out.
-        reconstruction_rank: rank of that update of a routed FFN's projections, trained on with the router; 0 has none.
+        num_active_blocks: G', blocks that a token uses, with exact values in its backward pass alone: an int is a
+            count, a float up to 1 a fraction of ``num_blocks``, which becomes a count at once.
+        block_assignment: of routed FFNs: ``"clustered"`` puts neurons into a block that add to the output at the same
+            time (without calibration data: those of like weights), ``"contiguous"`` neighbours.
+        compensation_rank: of routed FFNs: rank of a linear map of the input that stands in for the blocks a token does
+            not use, fitted to the calibration batch and then trained with the router; 0 adds nothing, as in SPT.
+        reconstruction_steps: of routed FFNs: steps in which, before fine-tuning, a low-rank update and the linear map
+            learn the dense output on the calibration batch; 0 leaves the update out.
+        reconstruction_rank: rank of that update of the projections, then trained with the router; 0 has none.
         dense_steps: optimizer steps at the start of training in which the model stays dense.
         dense_labels: while training, positions whose labels count stay dense, and only their context is sparse.
         infer: in eval mode answer as the ``"sparse"`` model, or as the ``"dense"`` one that it was made from.
@@ -84,8 +84,8 @@ class SptConfig:
             measurement on the calibration batch, see :func:`sparsepeft.sparsify`; None takes the settings above.
         overrides: settings of single modules by name, such as ``{"model.layers.0.self_attn": {"top_l": 64},
             "model.layers.1.mlp": {"dense": True}}``; ``"dense"`` leaves one as it is.
-        load_balancing_coef: weight of the loss that keeps all blocks in use.
-        layers_to_transform: positions of the layers in their stack, or of the one; all if None.
+        load_balancing_coef: of routed FFNs: weight of the loss that keeps all blocks in use.
+        layers_to_transform: positions of the layers in their stack, or of a single one; all if None.
         seed: of the clusterings.
 
     Raises:
@@ -144,8 +144,8 @@ class SptConfig:
         if self.num_blocks is None:
             if self.values == "exact" and not isinstance(self.num_active_blocks, float):
                 raise ValueError(
-                    f"num_active_blocks={self.num_active_blocks} was given without num_blocks; pass of how many, or a "
-                    "fraction, such as 0.5."
+                    f"num_active_blocks={self.num_active_blocks} was given without num_blocks; pass num_blocks, "
+                    "too, or a fraction, such as 0.5."
                 )
             object.__setattr__(self, "num_blocks", _NUM_BLOCKS[self.values])
         object.__setattr__(self, "num_active_blocks", _count(self.num_active_blocks, self.num_blocks))

@@ -121,7 +121,7 @@ def desparsify(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftMode
     Example:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
-        >>> from sparsepeft import SptConfig
+        >>> from sparsepeft import SptConfig, sparsify
         >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
         >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
         >>> dense = model(ids).logits
@@ -202,5 +202,5 @@ def _replace(root: nn.Module, name: str, part: Any) -> None:
 
 
 def _unchanged(hidden_states: Tensor) -> Tensor:
-    """Stands in for a projection that the routed FFN computes; a function, so that LoRA does not target it."""
+    """Stands in for a projection that the sparse FFN computes; a function, so that LoRA does not target it."""
     return hidden_states

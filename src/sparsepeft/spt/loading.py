@@ -29,9 +29,9 @@ _SETTINGS, _CODEBOOKS, _WEIGHTS = "spt_settings.settings", ".spt.state.codebooks
 
 
 def save_sparse(model: PreTrainedModel, folder: str | Path) -> Path:
-    """Write what :func:`sparsify` added to a model: routers, order of the neurons, codebooks and settings.
+    """Write what :func:`sparsify` added to a model: settings, codebooks, routers and the order of routed neurons.
 
-    The model's own weights are not among it: :func:`load_sparse` takes a dense model and this folder.
+    The model's weights are not saved: :func:`load_sparse` takes a dense model and this folder.
 
     Returns:
         The file.

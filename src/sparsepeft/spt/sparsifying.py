@@ -40,7 +40,7 @@ def sparsify(
     Example:
         >>> import torch
         >>> from transformers import AutoModelForCausalLM
-        >>> from sparsepeft import SptConfig
+        >>> from sparsepeft import SptConfig, sparsify
         >>> model = AutoModelForCausalLM.from_pretrained("MODEL")
         >>> ids = torch.randint(5, 90, (2, 32))  # of typical text
         >>> model = sparsify(model, SptConfig(top_l=8, num_blocks=4, num_active_blocks=2), calibration_data=ids)
@@ -58,7 +58,7 @@ def sparsify(
         if batch is None:
             needed = "Sparse attention needs calibration_data for its codebooks"
             if config.budget is not None:
-                needed = f"budget={config.budget} needs calibration_data to be kept on"
+                needed = f"budget={config.budget} needs calibration_data to be measured on"
             raise ValueError(f"{needed}; pass a batch of input ids.")
         counted = config.with_length(next(iter(batch.values())).shape[1])
     for name in ("compensation_rank", "reconstruction_rank"):

@@ -12,10 +12,10 @@ from sparsepeft.methods.language_models import load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
 from sparsepeft.runs.config import RunConfig
+from sparsepeft.runs.files import PLAN
 from sparsepeft.spt import Plan, Sparsification
 from sparsepeft.training.data import LabelledData, RunData, TextData
 
-PLAN = "spt_plan"  # in run.json
 Scores = dict[str, float]
 
 

@@ -14,13 +14,13 @@ from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import HISTORY, LOGS, RESULTS, describe_run
+from sparsepeft.runs.files import HISTORY, LOGS, PLAN, RESULTS, describe_run
 from sparsepeft.runs.folder import interrupted_values, open_run
 from sparsepeft.runs.held_out import write_held_out
 from sparsepeft.training.callbacks import Announcer, Recorder, RunPlan, make_reporters
 from sparsepeft.training.data import prepare_data
 from sparsepeft.training.fit import fit, training_device
-from sparsepeft.training.model import PLAN, build_model
+from sparsepeft.training.model import build_model
 from sparsepeft.training.report import save_and_score
 
 
@@ -36,10 +36,10 @@ def train(
     is trained on blocks of its text (see :mod:`sparsepeft.runs.corpus`), and its perplexity on the validation text is
     measured before and after. With ``spt`` the model is made sparse first, calibrated on a few training examples.
 
-    The output folder then holds the weights (for adapters: adapter, routers and head only), ``run.json`` (the resolved
-    config), ``results.json`` and a model card. They come there together, when the run is finished; until then it works
-    in a part of the folder. A run that was interrupted goes on from its last complete checkpoint when it is started
-    again with the same config and data.
+    The output folder then holds the weights (for adapters: adapter, head and what makes the model sparse), ``run.json``
+    (the resolved config), ``results.json`` and a model card. They come there together, when the run is finished; until
+    then it works in a part of the folder. A run that was interrupted goes on from its last complete checkpoint when it
+    is started again with the same config and data.
 
     Args:
         config: what to do.

@@ -51,8 +51,8 @@ model = PeftModel.from_pretrained(backbone, "{folder}")
 ```
 """
 _SPARSE = """
-This `{method}` adapter was trained on a model that `sparsepeft` had made sparse (`pip install sparsepeft`). Routers,
-codebooks and settings are in its file; make the backbone sparse with them:
+This `{method}` adapter was trained on a model that `sparsepeft` had made sparse (`pip install sparsepeft`). What it
+takes to make the backbone sparse in the same way (settings, codebooks, routers) is in its file:
 
 ```python
 from sparsepeft import load_sparse
@@ -62,8 +62,7 @@ backbone = {auto_class}.from_pretrained("{base}"{num_labels})
 model = load_sparse(backbone, "{folder}")
 ```
 
-A dense `{name}` refuses what acts inside its feed-forward layers; what acts elsewhere PEFT loads, with a warning, and
-leaves the rest out.
+On a dense `{name}`, PEFT refuses what acts inside routed feed-forward layers, and loads the rest with a warning.
 """
 
 

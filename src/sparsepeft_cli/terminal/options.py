@@ -148,7 +148,7 @@ Device = Annotated[
 ]
 Infer = Annotated[
     str | None,
-    typer.Option(metavar="WAY", help="Of a sparse model: answer sparse, or dense as the model it was made from."),
+    typer.Option(metavar="WAY", help="How a sparse run answers: sparse, or dense, as the model it was made from."),
 ]
 Precision = Annotated[str, dtype("--precision", "fp32, bf16 or fp16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs per forward pass.")]

@@ -3,7 +3,7 @@
     python -m sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA
 
 The model's perplexity on the first tokens of WikiText-2's test part, cut into blocks of each length: dense, and sparse
-by ``SptConfig``'s defaults, calibrated on blocks of the validation part that begin in the same way. Then, in blocks of
+in the paper's forms, calibrated on blocks of the validation part that begin in the same way. Then, in blocks of
 the shortest length, after LoRA has been trained for a few steps on the validation part. With the token a block holds
 one token of the text less, so that all of the text's tokens are predicted; without it the first of each block is not.
 
@@ -74,10 +74,11 @@ def _convert(options: argparse.Namespace, length: int, has_token: bool) -> dict[
     model, _ = load_language_model(options.model)
     batch_size = max(1, BATCH_TOKENS // length)
     dense = perplexity(model, scored, batch_size)["perplexity"]
-    sparse = make_sparse(model, SptConfig(), calibration)
+    config = SptConfig(similarity="matches", values="routed")
+    sparse = make_sparse(model, config, calibration)
     return {
         "model": Path(options.model).name,
-        "seed": SptConfig().seed,
+        "seed": config.seed,
         "block_length": length,
         "bos_token": None if begin is None else tokenizer.convert_ids_to_tokens(begin),
         "num_scored_tokens": num_predicted(scored),

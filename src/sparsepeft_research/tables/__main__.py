@@ -63,9 +63,9 @@ TABLES = {
     "spt-before-training": Table("What sparse attention costs a real model before training", spt_quality.conversion),
     "spt-after-training": Table("What sparsity costs a real model after fine-tuning", spt_quality.finetuning),
     "spt-budget": Table("Plans within a budget", spt_quality.budget),
-    "spt-language-model": Table("What sparsity costs: a language model", spt.language_model),
-    "spt-encoders": Table("What sparsity costs: encoders", spt.encoders),
-    "spt-conversion": Table("What sparsity costs right after conversion", spt.conversion),
+    "spt-language-model": Table("What the paper's forms cost: a language model", spt.language_model),
+    "spt-encoders": Table("What the paper's forms cost: encoders", spt.encoders),
+    "spt-conversion": Table("What the paper's forms cost right after conversion", spt.conversion),
     "begin-token": Table("The begin-of-text token", spt.begin_token),
     # Shorter forms, for pages that are read from start to end.
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),

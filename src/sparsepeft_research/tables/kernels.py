@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsepeft_research.results import read_folder, read_result
+from sparsepeft_research.results import Result, read_folder, read_result
 from sparsepeft_research.tables.markdown import paragraphs, ratio, table
 
-_MATCHING = "token selection and attention over vectors of 1"
+_FORMS = ("token", "block")
+_SELECTION, _MATCHING = "token selection", "token selection and attention over vectors of 1"
 
 
 def memory(results: Path) -> str:
@@ -32,26 +33,39 @@ def memory(results: Path) -> str:
 
 
 def attention(results: Path) -> str:
-    """Time and memory of sparse attention."""
+    """Time and memory of sparse attention: keys by inner products, and by matches, which alone older files have."""
     report = read_result(results / "benchmarks" / "sparse_attention.json")
+    matches = tuple(f"{name}, matches" for name in _FORMS if _has_similarities(report))
     rows = []
     for one in sorted(report.results, key=lambda one: (one["num_tokens"], one["top_l"], one["causal"])):
         heads = f"{one['num_heads']} of {one['head_size']}"
         if one["num_kv_heads"] != one["num_heads"]:
             heads += f", {one['num_kv_heads']} of keys"
         shape = [f"{one['num_tokens']:,}", f"{one['top_l']:,}", heads, "causal" if one["causal"] else "all"]
-        times = [f"{one['forward_backward'][name]['median_ms']:.0f}" for name in ("sdpa", "token", "block")]
-        ratios = [ratio(one[of][name]) for of in ("speedup_over_sdpa", "memory_of_sdpa") for name in ("token", "block")]
-        rows.append([*shape, *times, *ratios, f"{one['parts_of_forward'][_MATCHING]['median_ms']:.0f}"])
-    header = ["n", "L", "heads", "keys", "SDPA", "token", "block"]
-    header += ["token speed-up", "block speed-up", "token memory", "block memory", "matching"]
+        times = [f"{one['forward_backward'][name]['median_ms']:.0f}" for name in ("sdpa", *_FORMS)]
+        ratios = [ratio(one["speedup_over_sdpa"][name]) for name in (*_FORMS, *matches)]
+        ratios += [ratio(one["memory_of_sdpa"][name]) for name in _FORMS]
+        selection = one["parts_of_forward"][_SELECTION if matches else _MATCHING]
+        rows.append([*shape, *times, *ratios, f"{selection['median_ms']:.0f}"])
+    header = ["n", "L", "heads", "keys", "SDPA", *_FORMS, *(f"{name} speed-up" for name in (*_FORMS, *matches))]
+    if matches:
+        about = "Keys by inner products where not said. `selection` is choosing keys by token, once, from their codes."
+    else:
+        about = (
+            "Keys by matches. `selection` is the token form forward over vectors of one number: comparing codes and "
+            "choosing keys, the part that grows with the square of n; backward does it again."
+        )
     return paragraphs(
         f"Milliseconds forward and backward, encoding and selection included, {report.results[0]['dtype']}; "
-        f"{report.machine}. Speed-up over SDPA, memory as a share of SDPA's. `matching` is the token form forward over "
-        "vectors of one number: comparing codes and choosing keys, the part that grows with the square of n; backward "
-        "does it again. By `sparsepeft benchmark sparse_attention`.",
-        table(header, rows),
+        f"{report.machine}. Speed-up over SDPA, memory as a share of SDPA's. {about} By `sparsepeft benchmark "
+        "sparse_attention`.",
+        table([*header, *(f"{name} memory" for name in _FORMS), "selection"], rows),
     )
+
+
+def _has_similarities(report: Result) -> bool:
+    """Whether a file has both ways to choose keys, inner products and matches; an older one has matches alone."""
+    return "token, matches" in report.results[0]["forward_backward"]
 
 
 def feed_forward(results: Path) -> str:
@@ -106,9 +120,11 @@ def gpu(results: Path) -> str:
         row("`routed_ffn`", f"{one['name']}, {one['active']} of {one['num_blocks']} blocks", one, "dense", "triton")
         for one in ffn.results
     ]
+    similarity = "inner products" if _has_similarities(attention) else "matches"
     return paragraphs(
         f"{memory.environment['gpu']}, bfloat16, milliseconds forward and backward; speed is that of the op over what "
-        "it replaces (for `memory_read`, dense products in plain PyTorch). By `research/gpu.sh`.",
+        f"it replaces (for `memory_read`, dense products in plain PyTorch). Attention chooses keys by {similarity}. By "
+        "`research/gpu.sh`.",
         table(["op", "case", "replaces", "ms", "op, ms", "speed"], rows),
     )
 

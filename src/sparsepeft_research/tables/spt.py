@@ -17,11 +17,15 @@ def step(results: Path) -> str:
     """Time and memory of a fine-tuning step, lengths in files of their own."""
     reports = [read_result(results / "benchmarks" / name) for name in ("spt_stack.json", "spt_stack_8192.json")]
     settings = reports[0].settings
+    # Files of before there were other forms do not say which.
+    values = ", ".join(settings.get("values", ["routed"]))
+    similarity = settings.get("similarity", "matches").replace("_", " ")
     parts = [
         f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
         f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
-        f"length by {settings['granularity']}; {reports[0].machine}; medians of alternating steps. Peak is what a step "
-        "allocates above weights and optimizer state. By `sparsepeft benchmark spt`."
+        f"length by {settings['granularity']}, keys by {similarity}, FFNs {values}; "
+        f"{reports[0].machine}; medians of alternating steps. Peak is what a step allocates above weights and "
+        "optimizer state. By `sparsepeft benchmark spt`."
     ]
     for one in (one for report in reports for one in report.results):
         parts.append(table(*step_table(one)))
@@ -88,9 +92,10 @@ def language_model(results: Path) -> str:
     return paragraphs(
         f"A Llama ({first.results['model']}) fine-tuned on BBC News with LoRA, {_steps(runs)} steps, blocks of "
         f"{first.settings['block_length']} tokens: perplexity on {first.settings['num_validation_tokens']:,} tokens of "
-        "held-out articles, mean and standard deviation over seeds. `both` is L = n/8 by token and half of 8 clustered "
-        "blocks; the others differ in what their names say. The change is against LoRA on the dense model, seed by "
-        "seed. By `python -m sparsepeft_research.experiments.spt_quality --data-dir DATA --model LLAMA`.",
+        "held-out articles, mean and standard deviation over seeds. Keys by matches, FFNs routed, as in the paper: "
+        "`both` is L = n/8 by token and half of 8 clustered blocks; the others differ in what their names say. The "
+        "change is against LoRA on the dense model, seed by seed. By `python -m "
+        "sparsepeft_research.experiments.spt_quality lm --data-dir DATA --model LLAMA`.",
         table(["setting", "L", "seeds", "dense, before", "sparse, before", "fine-tuned", "change"], rows),
     )
 
@@ -108,9 +113,9 @@ def encoders(results: Path) -> str:
             rows.append([*about, scores, _change(by_seed, runs["dense"])])
     first = next(iter(by_task["mrpc"]["dense"].values()))
     return paragraphs(
-        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps: the "
-        "task's main metric x 100 on the validation set. L is a quarter of the longest text of the calibration batch, "
-        "so it differs by seed.",
+        f"MiniLM, LoRA, {first.settings['num_train']} training examples, {_steps(by_task['mrpc'])} steps; keys by "
+        "matches, FFNs routed, as in the paper: the task's main metric x 100 on the validation set. L is a quarter of "
+        "the longest text of the calibration batch, so it differs by seed.",
         table(["task, setting", "L", "seeds", "score", "change"], rows),
     )
 
@@ -132,11 +137,11 @@ def conversion(results: Path) -> str:
             ]
         )
     return paragraphs(
-        f"Right after conversion, nothing trained: perplexity on {run.settings['num_validation_tokens']:,} tokens of "
-        f"WikiText-2's test part, where the dense model's is {dense:.1f}. Names of FFNs: what blocks and routers are "
-        "made from (`activity` of a calibration batch or the `weights`; `contiguous` blocks or clusters; `compensated` "
-        "with a linear map of rank 32 in the place of the blocks that are not used), and blocks in use of 8. Of "
-        "attention: granularity, and L over n.",
+        f"Right after conversion, nothing trained; keys by matches, FFNs routed: perplexity on "
+        f"{run.settings['num_validation_tokens']:,} tokens of WikiText-2's test part, where the dense model's is "
+        f"{dense:.1f}. Names of FFNs: what blocks and routers are made from (`activity` of a calibration batch or the "
+        "`weights`; `contiguous` blocks or clusters; `compensated` with a linear map of rank 32 in the place of the "
+        "blocks that are not used), and blocks in use of 8. Of attention: granularity, and L over n.",
         table(["setting", "perplexity", "change", "mean error of a layer", "recall"], rows),
     )
 
@@ -153,9 +158,9 @@ def begin_token(results: Path) -> str:
     return paragraphs(
         f"{first.settings['model']}, whose tokenizer puts `{first.settings['bos_token']}` before every text: "
         f"perplexity on about {round(max(run.settings['num_scored_tokens'] for run in runs.values()), -3):,} tokens of "
-        "WikiText-2's test part, cut into blocks that begin with the token or do not; sparse by `SptConfig`'s "
-        "defaults (L = n/8 by token, half of 8 blocks), before any fine-tuning. By `python -m "
-        "sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA`.",
+        "WikiText-2's test part, cut into blocks that begin with the token or do not; sparse in the "
+        "paper's forms (n/8 keys by matches, by token; routed FFNs, half of 8 blocks), before any fine-tuning. By "
+        "`python -m sparsepeft_research.experiments.begin_token --data-dir DATA --model GEMMA`.",
         table(["", "without", "with"], rows),
     )
 

@@ -58,7 +58,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    r"""Cross entropy of a linear head's logits, of which only those of some tokens are ever in memory.
+    r"""Cross entropy of a linear head's logits, of which only those of a chunk of tokens are in memory at a time.
 
     z_i = scale * (W h_i + b),  or with a softcap c  z_i = c * tanh(scale * (W h_i + b) / c)
     loss = sum over i with labels_i != ignore_index of  log(sum_v exp(z_iv)) - z_i,labels_i,
@@ -68,7 +68,7 @@ def linear_cross_entropy(
 
     The gradient of ``hidden``, and those of ``weight`` and ``bias`` where they are trained, are taken together with the
     loss, as no logits are left for later; backward multiplies them by the gradient that arrives. A frozen weight costs
-    no gradient product, a token whose label is ignored no product at all. Second derivatives are not there.
+    no gradient product, a token whose label is ignored no product at all. There are no second derivatives.
 
     Source: the fused linear cross entropy of Liger-Kernel (arXiv:2410.10989, section 3.2). Differs: in plain PyTorch,
     softmaxes in float32, chunks of as many tokens as fit a fixed size.

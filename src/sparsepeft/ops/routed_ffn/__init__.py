@@ -168,7 +168,7 @@ def exact_ffn(
     recompute: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    r"""Compute an FFN as it is, and its gradients through each token's largest blocks of neurons alone.
+    r"""Compute a dense FFN, with gradients through each token's largest blocks of neurons alone.
 
     The I neurons are cut into G blocks of I / G neighbours. With a what enters the down projection (after dropout) and
     d_i the columns of that, a token's chosen blocks S are the G' with the largest sum of a_i^2 ||d_i||^2; of equal ones
@@ -179,10 +179,10 @@ def exact_ffn(
     So with all blocks chosen gradients are the dense FFN's, too. For a low-rank update of D, B (A a), the same holds of
     what A reads; B's gradient is the dense one, as is the bias's.
 
-    Of a dense FFN's three passes (forward, and two backward: of the inputs, and of weights where these train) the first
-    costs the same, the others G' / G. For backward, ReLU in a plain FFN whose down projection is frozen keeps one bit
-    for each of a token's N G' I / G neurons; anything else keeps what enters the activation, or with ``recompute``
-    nothing. Dropout keeps one more bit. All (N, I) activations never exist at once.
+    A dense FFN takes three passes: forward, backward for the inputs, and backward for weights where these are trained.
+    The first costs the same here, the others G' / G of it. For backward, ReLU in a plain FFN whose down projection is
+    frozen keeps one bit for each of a token's N G' I / G neurons; anything else keeps what enters the activation, or
+    with ``recompute`` nothing. Dropout keeps one more bit. All (N, I) activations never exist at once.
 
     Source: ours; after meProp, arXiv:1706.06197, whose backward pass is sparse under an exact forward pass. Differs:
     chosen are blocks, and by activations, so that what backward does not need is not kept.
