@@ -30,9 +30,9 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     by_name["sparse attention"] = {"spt": benchmark.spt(length)}
     for values in benchmark.values:
         for active in benchmark.active_blocks:
-            share = f"{active}/{benchmark.num_blocks} {values}"
-            by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active, values=values)}
-            by_name[f"both {share}"] = {"spt": benchmark.spt(length, active=active, values=values)}
+            both, ffn = (benchmark.spt(length, attention=a, active=active, values=values) for a in (True, False))
+            share = f"{both.num_active_blocks}/{both.num_blocks} {values}"
+            by_name |= {f"FFN {share}": {"spt": ffn}, f"both {share}": {"spt": both}}
     if (planned := benchmark.planned()) is not None:
         by_name[PLAN] = {"spt": planned}
     return by_name
