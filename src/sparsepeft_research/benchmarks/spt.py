@@ -6,6 +6,7 @@ import gc
 import os
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sparsepeft.spt import SptConfig, sparsification
 from sparsepeft_research.benchmarks.measuring import peak_bytes, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress, silent
 from sparsepeft_research.benchmarks.settings import SptBenchmark
-from sparsepeft_research.benchmarks.stacks import Stack, stack_config
+from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
 PLAN = "plan"
@@ -57,7 +58,13 @@ def run(benchmark: SptBenchmark, progress: Progress = silent) -> dict[str, Any]:
     """
     config = stack_config(benchmark.model, benchmark.layers, max(benchmark.lengths))
     results = [_at_length(benchmark, config, length, progress) for length in benchmark.lengths]
-    settings = {**asdict(benchmark), "hidden_size": config.hidden_size, "model_type": config.model_type}
+    settings = {
+        **asdict(benchmark),
+        **{name: Path(getattr(benchmark, name)).name for name in ("model", "plan")},
+        "is_random": benchmark.model in STACKS,
+        "hidden_size": config.hidden_size,
+        "model_type": config.model_type,
+    }
     return {"settings": settings, "results": results}
 
 
