@@ -53,7 +53,7 @@ def test_spt(tiny_language_model: Path, tmp_path: Path) -> None:
     report = json.loads(output.read_text())
     assert report["environment"]["versions"]["torch"]
     assert report["settings"]["active_blocks"] == [2]
-    assert "both 2/4" in report["results"][0]["candidates"]
+    assert "both 2/4 exact" in report["results"][0]["candidates"]
 
 
 def test_every_benchmark_is_listed_and_says_what_it_measures() -> None:

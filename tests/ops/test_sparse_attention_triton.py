@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepeft.ops import explain, registry, sparse_attention
 from sparsepeft.ops.sparse_attention.quantization import encode
-from sparsepeft.ops.sparse_attention.selection import keep_blocks
+from sparsepeft.ops.sparse_attention.selection import keep_blocks, pooled_scores
 
 HALF = [torch.bfloat16, torch.float16]
 # The rest of the cases run on a GPU; what they add is a matter of the selection, tested by itself below.
@@ -138,7 +138,7 @@ def test_flex_is_given_the_lists(name: str) -> None:
     (query, key, _), options = make_inputs(CASES[name])
     visibility, settings = cases.selection_arguments(CASES[name], options)
     settings = settings._replace(block_size=7)
-    lists = keep_blocks(encode(query, options["codebooks"]), encode(key, options["codebooks"]), visibility, settings)
+    lists = keep_blocks(pooled_scores(query, key, visibility, settings), key.shape[2], visibility, settings)
     mask = _block_mask(lists, query.shape[2], key.shape[2], visibility, 7, eager=False)
     expected = lists.to_mask(-(-key.shape[2] // 7))
     assert torch.equal(mask.to_dense().bool(), expected)

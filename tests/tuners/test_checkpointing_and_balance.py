@@ -162,7 +162,7 @@ def _accumulated(model: nn.Module, passes: list[dict], compute_loss) -> dict[str
 def _sparse(name: str) -> PeftModel:
     backbone = without_dropout(build(name))
     ids = ARCHITECTURES[name].inputs()["input_ids"]
-    config = SptConfig(attention=False, load_balancing_coef=2.0, num_active_blocks=4)
+    config = SptConfig(attention=False, values="routed", load_balancing_coef=2.0)
     lora = LoraConfig(target_modules=["query", "q_proj"], task_type={"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[name])
     return get_peft_model(sparsify(backbone, config, calibration_data=ids), lora).train()
 

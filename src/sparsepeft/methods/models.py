@@ -328,7 +328,11 @@ def loading_adapter(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        reason = first_line(error)
+        if isinstance(error, KeyError):  # of PEFT, for what a sparse model adds
+            reason = (
+                f"{error} is missing, as of a model made sparse in another way or not at all; pass the dense backbone."
+            )
         raise UserError(f"The adapter in {folder} could not be loaded: {reason}") from error
 
 

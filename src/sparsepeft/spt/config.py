@@ -174,7 +174,8 @@ class SptConfig:
             object.__setattr__(self, "layers_to_transform", positions)
 
     def __repr__(self) -> str:
-        return changed_fields(self)
+        usual = {"num_blocks": _NUM_BLOCKS[self.values], "num_active_blocks": _count(1 / 2, self.num_blocks)}
+        return changed_fields(self, leave_out=[name for name, value in usual.items() if getattr(self, name) == value])
 
     def with_length(self, length: int) -> SptConfig:
         """A copy with every ``top_l`` and block size as a count, for a calibration batch of ``length`` positions."""

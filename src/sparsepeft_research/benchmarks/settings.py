@@ -96,8 +96,13 @@ class SptBenchmark:
     )
     granularity: Annotated[str, about("Sparse attention by token or block.", metavar="NAME")] = "block"
     values: Annotated[tuple[str, ...], several("What FFNs compute", "exact, routed")] = ("exact", "routed")
-    num_blocks: Annotated[int, about("G, blocks of neurons of an FFN.")] = 8
-    active_blocks: Annotated[tuple[int, ...], several("G', blocks that a token uses", "4, 2", int, "NUMBERS")] = (4, 2)
+    num_blocks: Annotated[
+        int | None, about("G, blocks of neurons of an FFN. [default: 32 with exact values, 8 with routed ones]")
+    ] = None
+    active_blocks: Annotated[
+        tuple[int | float, ...],
+        several("G', blocks that a token uses, or fractions of G", "0.5, 0.25", count_or_fraction, "NUMBERS"),
+    ] = (1 / 2, 1 / 4)
     top_l: Annotated[
         int | float,
         about("Keys a query keeps: 64, or a fraction of the length, 0.5.", metavar="NUMBER", parse=count_or_fraction),
@@ -135,11 +140,12 @@ class SptBenchmark:
         self.planned()
 
     def spt(
-        self, length: int, *, attention: bool = True, active: int | None = None, values: str = "exact"
+        self, length: int, *, attention: bool = True, active: int | float | None = None, values: str = "exact"
     ) -> SptConfig:
         """The settings of a sparse candidate; ``active`` None leaves its FFNs dense."""
         from sparsepeft.spt import SptConfig
 
+        blocks: dict[str, Any] = {} if self.num_blocks is None else {"num_blocks": self.num_blocks}
         try:
             config = SptConfig(
                 attention=attention,
@@ -148,8 +154,8 @@ class SptBenchmark:
                 similarity=self.similarity,
                 granularity=self.granularity,
                 values=values,
-                num_blocks=self.num_blocks,
-                num_active_blocks=active or 1,
+                num_active_blocks=1.0 if active is None else active,
+                **blocks,
             )
         except ValueError as error:
             raise UserError(str(error)) from error

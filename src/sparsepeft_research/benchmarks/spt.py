@@ -6,6 +6,7 @@ import gc
 import os
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sparsepeft.spt import SptConfig, sparsification
 from sparsepeft_research.benchmarks.measuring import peak_bytes, time_alternating
 from sparsepeft_research.benchmarks.registry import Progress, silent
 from sparsepeft_research.benchmarks.settings import SptBenchmark
-from sparsepeft_research.benchmarks.stacks import Stack, stack_config
+from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
 
 BASELINE, EAGER, CHECKPOINTING, COMPILED = "sdpa", "eager", "sdpa, checkpointing", "sdpa, compiled"
 PLAN = "plan"
@@ -30,9 +31,9 @@ def candidates(benchmark: SptBenchmark, length: int) -> dict[str, dict[str, Any]
     by_name["sparse attention"] = {"spt": benchmark.spt(length)}
     for values in benchmark.values:
         for active in benchmark.active_blocks:
-            share = f"{active}/{benchmark.num_blocks} {values}"
-            by_name[f"FFN {share}"] = {"spt": benchmark.spt(length, attention=False, active=active, values=values)}
-            by_name[f"both {share}"] = {"spt": benchmark.spt(length, active=active, values=values)}
+            both, ffn = (benchmark.spt(length, attention=a, active=active, values=values) for a in (True, False))
+            share = f"{both.num_active_blocks}/{both.num_blocks} {values}"
+            by_name |= {f"FFN {share}": {"spt": ffn}, f"both {share}": {"spt": both}}
     if (planned := benchmark.planned()) is not None:
         by_name[PLAN] = {"spt": planned}
     return by_name
@@ -57,7 +58,13 @@ def run(benchmark: SptBenchmark, progress: Progress = silent) -> dict[str, Any]:
     """
     config = stack_config(benchmark.model, benchmark.layers, max(benchmark.lengths))
     results = [_at_length(benchmark, config, length, progress) for length in benchmark.lengths]
-    settings = {**asdict(benchmark), "hidden_size": config.hidden_size, "model_type": config.model_type}
+    settings = {
+        **asdict(benchmark),
+        **{name: Path(getattr(benchmark, name)).name for name in ("model", "plan")},
+        "is_random": benchmark.model in STACKS,
+        "hidden_size": config.hidden_size,
+        "model_type": config.model_type,
+    }
     return {"settings": settings, "results": results}
 
 
@@ -88,7 +95,7 @@ def _at_length(benchmark: SptBenchmark, config: Any, length: int, progress: Prog
         if name not in (CHECKPOINTING, COMPILED):  # they run layers twice, or not as modules
             described["split_ms"] = stack.split(attention_names)
         sparse = sparsification(stack.model)
-        if sparse is not None and sparse.attention:
+        if sparse is not None and any(layer.state.current.codebooks.numel() for layer in sparse.attention.values()):
             described["codebook_refresh"] = _refresh(stack, sparse.config, timings[name].median_ms, benchmark)
         described |= _ratios(name, timings, peaks)
         described_candidates[name] = described

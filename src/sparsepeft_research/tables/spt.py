@@ -10,26 +10,35 @@ from sparsepeft_research.results import Result, read_folder, read_result
 from sparsepeft_research.tables.markdown import paragraphs, ratio, spread, table
 
 Runs = dict[str, dict[int | None, Result]]  # by setting, then seed
+_STEPS = ("spt_stack.json", "spt_stack_8192.json", "spt_gemma.json")
 _FIRST = ("dense", "both", "attention", "ffn")
 
 
 def step(results: Path) -> str:
-    """Time and memory of a fine-tuning step, lengths in files of their own."""
-    reports = [read_result(results / "benchmarks" / name) for name in ("spt_stack.json", "spt_stack_8192.json")]
-    settings = reports[0].settings
-    # Files of before there were other forms do not say which.
-    values = ", ".join(settings.get("values", ["routed"]))
-    similarity = settings.get("similarity", "matches").replace("_", " ")
-    parts = [
-        f"{settings['layers']} layers of {settings['model']} (random weights, no language-modelling head), LoRA on "
-        f"queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = {settings['top_l']:g} of the "
-        f"length by {settings['granularity']}, keys by {similarity}, FFNs {values}; "
-        f"{reports[0].machine}; medians of alternating steps. Peak is what a step allocates above weights and "
-        "optimizer state. By `sparsepeft benchmark spt`."
-    ]
-    for one in (one for report in reports for one in report.results):
-        parts.append(table(*step_table(one)))
-        parts += [f"{name} was left out: {reason}." for name, reason in one["left_out"].items()]
+    """Time and memory of a fine-tuning step: of random stacks, lengths in files of their own, and of a real model."""
+    folder = results / "benchmarks"
+    parts, stacks = [], ""
+    for name in _STEPS:
+        if not (folder / name).exists():
+            continue
+        report = read_result(folder / name)
+        settings = report.settings
+        weights = "random weights" if settings.get("is_random", True) else "its weights"
+        # Files of before there were other forms do not say which.
+        values = ", ".join(settings.get("values", ["routed"]))
+        similarity = settings.get("similarity", "matches").replace("_", " ")
+        about = (
+            f"{settings['layers']} layers of {settings['model']} ({weights}, no language-modelling head), "
+            f"LoRA on queries and values, batch {settings['batch_size']}, {settings['dtype']}, L = "
+            f"{settings['top_l']:g} of the length by {settings['granularity']}, keys by {similarity}, FFNs {values}; "
+            f"{report.machine}; medians of alternating steps. Peak is what a step allocates above weights and "
+            "optimizer state. By `sparsepeft benchmark spt`."
+        )
+        parts += [about] if about != stacks else []
+        stacks = about
+        for one in report.results:
+            parts.append(table(*step_table(one)))
+            parts += [f"{name} was left out: {reason}." for name, reason in one["left_out"].items()]
     return paragraphs(*parts)
 
 

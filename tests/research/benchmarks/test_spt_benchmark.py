@@ -22,7 +22,7 @@ from sparsepeft_research.benchmarks.stacks import STACKS, Stack, stack_config
 
 def small(model: Path, **changes: Any) -> SptBenchmark:
     values = {"model": str(model), "layers": 2, "lengths": (48,), "repeats": 2, "num_blocks": 4, "active_blocks": (2,)}
-    return SptBenchmark(**(values | changes))
+    return SptBenchmark(**(values | {"granularity": "token"} | changes))
 
 
 def test_candidates_are_what_their_names_say(tiny_language_model: Path) -> None:
