@@ -66,7 +66,9 @@ class SptConfig:
         keep_self: a query's own position is always kept.
         keep_first: the first position is always kept.
         values: what an FFN computes: ``"exact"`` the dense FFN's values, with gradients through each token's largest
-            blocks alone; ``"routed"`` the values of the blocks that a router chooses, as in SPT.
+            blocks alone; ``"routed"`` the values of the blocks that a router chooses, as in SPT. None is
+            ``"exact"``, but ``"routed"`` where ``num_active_blocks`` is a count without ``num_blocks``, as it was used
+            before there were exact values.
         num_blocks: G, blocks that an FFN's inner dimension is cut into; None is 32 for exact values, whose gradients
             gain from fine blocks, and 8 for routed ones.
         num_active_blocks: G', blocks that a token uses, with exact values in its backward pass alone: an int is a
@@ -108,7 +110,7 @@ class SptConfig:
     codebook_interval: int = 20
     keep_self: bool = True
     keep_first: bool = True
-    values: str = "exact"
+    values: str = None  # type: ignore[assignment]  # a word at once
     num_blocks: int = None  # type: ignore[assignment]  # a number at once
     num_active_blocks: int | float = 1 / 2
     block_assignment: str = "clustered"
@@ -125,6 +127,9 @@ class SptConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.values is None:
+            is_of_before = self.num_blocks is None and _is_whole(self.num_active_blocks)
+            object.__setattr__(self, "values", "routed" if is_of_before else "exact")
         for name in ("attention", "ffn", "keep_self", "keep_first", "dense_labels"):
             check_flag(name, getattr(self, name))
         if not self.attention and not self.ffn:
@@ -174,8 +179,10 @@ class SptConfig:
             object.__setattr__(self, "layers_to_transform", positions)
 
     def __repr__(self) -> str:
-        usual = {"num_blocks": _NUM_BLOCKS[self.values], "num_active_blocks": _count(1 / 2, self.num_blocks)}
-        return changed_fields(self, leave_out=[name for name, value in usual.items() if getattr(self, name) == value])
+        leave_out = ["values"] if self.values == "exact" else []
+        if self.num_blocks == _NUM_BLOCKS[self.values] and self.num_active_blocks == _count(1 / 2, self.num_blocks):
+            leave_out += ["num_blocks", "num_active_blocks"]
+        return changed_fields(self, leave_out)
 
     def with_length(self, length: int) -> SptConfig:
         """A copy with every ``top_l`` and block size as a count, for a calibration batch of ``length`` positions."""
