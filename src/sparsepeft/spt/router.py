@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsepeft.models.sublayers import FeedForward, weight_of
+from sparsepeft.ops.ridge import fit_ridge
 from sparsepeft.ops.routed_ffn import LowRank, Projection, project
-from sparsepeft.spt.compensation import Compensation, fit_compensation, fit_ridge
+from sparsepeft.spt.compensation import Compensation, fit_compensation
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512
