@@ -63,6 +63,9 @@ class Form(NamedTuple):
         return "-".join(pair[value] for pair, value in zip(words, self, strict=True))
 
 
+HALF = (torch.bfloat16, torch.float16)
+PLAIN = Form(gated=False, bias=True, trained=True, lora=True)
+GATED = Form(gated=True, bias=True, trained=True, lora=True)
 FORMS = [Form(*(bool(number >> bit & 1) for bit in range(4))) for number in range(16)]
 
 

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from tests.ops.routed_ffn_cases import (
     FORMS,
+    GATED,
+    HALF,
+    PLAIN,
     TILE_SIZES,
     Case,
     Form,
@@ -31,9 +34,6 @@ from sparsepeft.ops.routed_ffn import exact, project
 from sparsepeft.ops.routed_ffn.projections import ACTIVATIONS
 from sparsepeft.ops.routed_ffn.routing import largest_blocks
 
-HALF = (torch.bfloat16, torch.float16)
-PLAIN = Form(gated=False, bias=True, trained=True, lora=True)
-GATED = Form(gated=True, bias=True, trained=True, lora=True)
 SIGNS = Form(gated=False, bias=True, trained=False, lora=False)  # plain ReLU keeps signs where nothing reads it
 FEW_FORMS = (PLAIN, GATED, SIGNS, Form(gated=True, bias=False, trained=False, lora=True))
 SIZES = {

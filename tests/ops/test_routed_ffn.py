@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from tests.ops.routed_ffn_cases import (
     FORMS,
+    GATED,
+    HALF,
+    PLAIN,
     Case,
     Form,
     Sizes,
@@ -29,9 +32,6 @@ from sparsepeft.ops.routed_ffn.pytorch import GroupedProducts, LoopedProducts, c
 
 FAST = ("looped", "grouped")
 ALL = ("reference", *FAST)
-HALF = (torch.bfloat16, torch.float16)
-PLAIN = Form(gated=False, bias=True, trained=True, lora=True)
-GATED = Form(gated=True, bias=True, trained=True, lora=True)
 SIGNS = Form(gated=False, bias=True, trained=False, lora=True)  # ReLU keeps signs where its weights are frozen
 FEW_FORMS = (PLAIN, GATED, SIGNS, Form(gated=True, bias=False, trained=False, lora=False))
 

@@ -68,7 +68,8 @@ class SparseAttention(nn.Module):
 
         def attend(codebooks: Codebooks, _: Any, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
             row_mask = mask._replace(key_mask=key_mask)
-            self._prepare(codebooks, query, key, row_mask)
+            if self._refreshes(codebooks):
+                codebooks.prepare(query, key, row_mask, self.config)
             chosen_by = codebooks.choice() | self.selection(row_mask)
             return sparse_attention(query, key, value, scale=scale, **chosen_by)
 
@@ -78,13 +79,13 @@ class SparseAttention(nn.Module):
 
     def note(self, query: Tensor, key: Tensor, mask: SparseMask, scale: float) -> None:
         """What a pass that attends densely does for the codebooks."""
-        query, _ = _standard_scale(query, scale)
-        query, key = _of_one_dtype(query, key)
-        self._prepare(self.state.current, query, key, mask)
-
-    def _prepare(self, codebooks: Codebooks, query: Tensor, key: Tensor, mask: SparseMask) -> None:
-        if self.training and codebooks.expected and self.config.codebook_interval:
+        codebooks = self.state.current
+        if self._refreshes(codebooks):
+            query, key = _of_one_dtype(_standard_scale(query, scale)[0], key)
             codebooks.prepare(query, key, mask, self.config)
+
+    def _refreshes(self, codebooks: Codebooks) -> bool:
+        return self.training and codebooks.expected and self.config.codebook_interval > 0
 
     def selection(self, mask: SparseMask) -> dict[str, Any]:
         """Which keys a query may see and which it keeps, as the op's arguments."""

@@ -1,7 +1,8 @@
 """What sparsity costs after fine-tuning: LoRA on the sparse model against LoRA on the dense one, on BBC News.
 
 The model's vocabulary is cut to the tokens that occur, see :mod:`.vocabulary`. All settings see the same blocks in the
-same order, once. Perplexity is measured on articles of the test part, on which nothing is chosen.
+same order, once. Perplexity is measured on articles of the test part, on which nothing is chosen but the learning rate,
+for the dense model.
 """
 
 from __future__ import annotations
