@@ -57,7 +57,7 @@ def gradients(
     ]
     totals = Arguments.of(plan, grads)
     products = plan.make_products(Groups(blocks, plan.num_blocks))
-    for tile in products.tiles():
+    for tile in products.tiles(arguments.outlets[0].shape[1]):
         step = TileBackward(products, tile, arguments, totals)
         grad = products.inner(tile, grad_outputs[0], arguments.outlets[0])  # of the activation, (n, W)
         masks = kept.masks(tile, grad)
@@ -80,7 +80,7 @@ def enter(products: Products, tile: Tile, arguments: Arguments) -> list[Tensor]:
     for inlet in arguments.inlets:
         inner = products.inner(tile, arguments.x, inlet.weight)
         if inlet.reads is not None and inlet.low_up is not None:
-            inner.add_(products.inner(tile, inlet.reads, inlet.low_up))
+            inner = products.inner(tile, inlet.reads, inlet.low_up, inner)
         if inlet.bias is not None:
             inner.add_(products.bias(tile, inlet.bias).to(inner.dtype))
         entering.append(inner)
@@ -108,7 +108,10 @@ class TileBackward(NamedTuple):
         """
         products, tile, totals = self.products, self.tile, self.totals
         for grad_read, weight, mask in zip(grad_outputs[1:], self.arguments.outlets[1:], masks[1:], strict=True):
-            grad.add_(masked(products.inner(tile, grad_read, weight), mask))
+            if mask is None:
+                grad = products.inner(tile, grad_read, weight, grad)
+            else:
+                grad.add_(products.inner(tile, grad_read, weight).mul_(mask))
         if active is not None:
             dropped = masked(active, masks[0])
             for total, grad_output, mask in zip(totals.outlets, grad_outputs, [None, *masks[1:]], strict=True):
@@ -124,7 +127,7 @@ class TileBackward(NamedTuple):
         ``agreement_with_inputs`` says that the log-weights' gradients are still to be found, as <grad_h, h>.
         """
         agreement_with_inputs = agreement_with_inputs and self.totals.log_weights is not None
-        of_x: list[Tensor] = []  # of both inlets, so that they are scattered to their tokens together
+        of_x: Tensor | None = None  # of both inlets, so that they are scattered to their tokens together
         for inlet, total, grad in zip(self.arguments.inlets, self.totals.inlets, grads, strict=True):
             self._add_inlet_gradients(inlet, total, grad)
             shares = []
@@ -134,19 +137,20 @@ class TileBackward(NamedTuple):
             ):
                 if source is None or weight is None or (sink is None and not agreement_with_inputs):
                     continue
-                rows = self.products.outer(self.tile, grad, weight)
+                is_of_x = source is self.arguments.x
+                rows = self.products.outer(self.tile, grad, weight, of_x if is_of_x else None)
                 if agreement_with_inputs:
                     shares.append(self.products.agreement(self.tile, rows, source))
-                if sink is not None and sink is self.totals.x:
-                    of_x.append(rows)
+                if is_of_x:
+                    of_x = rows
                 elif sink is not None:
                     self.products.add_to_tokens(self.tile, sink, rows)
             if agreement_with_inputs:
                 if inlet.bias is not None:
                     shares.append(row_dot(grad, self.products.bias(self.tile, inlet.bias)))
                 self._set_log_weights(sum(shares[1:], shares[0]))
-        if of_x:
-            self.products.add_to_tokens(self.tile, self.totals.x, sum(of_x[1:], of_x[0]))
+        if of_x is not None and self.totals.x is not None:
+            self.products.add_to_tokens(self.tile, self.totals.x, of_x)
 
     def _add_inlet_gradients(self, inlet: Inlet, total: Inlet, grad: Tensor) -> None:
         if total.weight is not None:

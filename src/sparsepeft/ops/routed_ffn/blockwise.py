@@ -68,7 +68,7 @@ class _Routed(torch.autograd.Function):
         totals = [x.new_zeros(len(x), weight.shape[-1], dtype=precise) for weight in arguments.outlets]
         products, draws = plan.make_products(Groups(blocks, plan.num_blocks)), Draws(plan.seed, x.device)
         kept: list[Tensor] = []
-        for tile in products.tiles():
+        for tile in products.tiles(arguments.outlets[0].shape[1]):
             inner = enter(products, tile, arguments)
             if plan.keep == "signs":
                 kept.append(pack_signs(inner[0]))

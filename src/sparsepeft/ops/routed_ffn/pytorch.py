@@ -8,7 +8,7 @@ projections, the columns of the down projection. Three products are then all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,17 +17,19 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 
-# Rows per product: enough for a matrix product at full speed, few enough that a tile stays in a core's cache.
-_TILE_ROWS = 512
+# Rows per product, about: enough for a matrix product at full speed, few enough that they stay in a core's cache.
+_SEGMENT_ROWS = 512
+# Entries of (n, W) in a tile, about: what is done to each costs little beside its call if they are few.
+_TILE_ENTRIES = 1 << 17
 
 
 class Tile(NamedTuple):
-    """Some pairs, sorted by block: all of one block, or of all blocks where ``block`` is None."""
+    """Some pairs, sorted by block."""
 
-    block: int | None
     rows: slice  # their places in the sorted order
     slots: Tensor  # (n,), their places in the flattened (N, G') choice
     tokens: Tensor  # (n,), the token of each
+    segments: Sequence[tuple[int, slice]] = ()  # a block and its rows of the tile, where the host knows
 
 
 class Groups:
@@ -41,29 +43,42 @@ class Groups:
 
     def whole(self) -> Tile:
         """Return all pairs as one tile."""
-        return Tile(None, slice(0, len(self.order)), self.order, self.order // self.num_active)
+        return Tile(slice(0, len(self.order)), self.order, self.order // self.num_active)
 
-    def split(self, max_rows: int) -> Iterator[Tile]:
-        """Yield tiles of one block and at most ``max_rows`` pairs each; blocks without tokens have none."""
-        tokens, end = self.order // self.num_active, 0
-        for block, count in enumerate(self.counts.tolist()):
-            start, end = end, end + count
-            for first in range(start, end, max_rows):
-                rows = slice(first, min(first + max_rows, end))
-                yield Tile(block, rows, self.order[rows], tokens[rows])
+    def split(self, block_size: int) -> Iterator[Tile]:
+        """Yield tiles of some segments each, given W; a segment is of one block, and blocks without tokens have none."""
+        tokens, start, end, segments = self.order // self.num_active, 0, 0, []
+        pieces = [(block, rows) for block, count in enumerate(self.counts.tolist()) for rows in _even_pieces(count)]
+        for place, (block, rows) in enumerate(pieces, 1):
+            segments.append((block, slice(end - start, end - start + rows)))
+            end += rows
+            if (end - start) * block_size >= _TILE_ENTRIES or place == len(pieces):
+                yield Tile(slice(start, end), self.order[start:end], tokens[start:end], segments)
+                start, segments = end, []
+
+
+def _even_pieces(count: int) -> list[int]:
+    num_pieces = max(1, round(count / _SEGMENT_ROWS)) if count else 0
+    return [(count + piece) // num_pieces for piece in range(num_pieces)]
 
 
 class Products(Protocol):
     """The products of one choice of blocks."""
 
-    def tiles(self) -> Iterator[Tile]:
-        """Yield tiles that cover every (token, block) pair once, in the same order each time."""
+    def tiles(self, block_size: int) -> Iterator[Tile]:
+        """Yield tiles that cover every (token, block) pair once, in the same order each time, given W."""
 
-    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        """Return ``x[token] @ weight[block]^T``, (n, W), for ``x`` (N, D) and ``weight`` (G, W, D)."""
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``x[token] @ weight[block]^T``, (n, W), for ``x`` (N, D) and ``weight`` (G, W, D).
 
-    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
-        """Return ``h @ weight[block]``, (n, D), for ``h`` (n, W); in an order for the next two alone."""
+        What is given as ``total`` is added, and may be written over.
+        """
+
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``h @ weight[block]``, (n, D), for ``h`` (n, W); in an order for the next two alone.
+
+        ``total``, of another such product, is as in :meth:`inner`.
+        """
 
     def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
         """Add what :meth:`outer` gave to ``total[token]``, (N, D)."""
@@ -90,6 +105,11 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(precise) * b.to(precise)).sum(-1)
 
 
+def added(total: Tensor | None, product: Tensor) -> Tensor:
+    """Return the product, added to the total where there is one."""
+    return product if total is None else total.add_(product)
+
+
 class _ScatteredRows:
     """Rows of :meth:`Products.outer` in the tile's order."""
 
@@ -101,33 +121,49 @@ class _ScatteredRows:
 
 
 class LoopedProducts(_ScatteredRows):
-    """Block after block, tile after tile: a plain matrix product each. For CPUs, and for any dtype."""
+    """Segment after segment a plain matrix product. For CPUs, and for any dtype."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
 
-    def tiles(self) -> Iterator[Tile]:
-        """Yield tiles of one block each."""
-        return self._groups.split(_TILE_ROWS)
+    def tiles(self, block_size: int) -> Iterator[Tile]:
+        """Yield tiles of a few segments each."""
+        return self._groups.split(block_size)
 
-    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(x.index_select(0, tile.tokens), weight[tile.block].to(x.dtype).t())
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        result = x.new_empty(len(tile.tokens), weight.shape[1]) if total is None else total
+        for block, rows in tile.segments:
+            of_tokens = x.index_select(0, tile.tokens[rows])
+            _multiply(of_tokens, weight[block].to(x.dtype).t(), result[rows], add=total is not None)
+        return result
 
-    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(h, weight[tile.block].to(h.dtype))
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        result = h.new_empty(len(tile.tokens), weight.shape[2]) if total is None else total
+        for block, rows in tile.segments:
+            _multiply(h[rows], weight[block].to(h.dtype), result[rows], add=total is not None)
+        return result
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
-        rows = x.index_select(0, tile.tokens)
-        if total.dtype == h.dtype:
-            total[tile.block].addmm_(h.t(), rows)
-        else:
-            total[tile.block].add_(torch.mm(h.t(), rows))
+        for block, rows in tile.segments:
+            of_tokens = x.index_select(0, tile.tokens[rows])
+            if total.dtype == h.dtype:
+                total[block].addmm_(h[rows].t(), of_tokens)
+            else:
+                total[block].add_(torch.mm(h[rows].t(), of_tokens))
 
     def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        return bias[tile.block]
+        return bias.index_select(0, self._groups.blocks[tile.rows])
 
     def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
-        total[tile.block].add_(h.sum(0))
+        for block, rows in tile.segments:
+            total[block].add_(h[rows].sum(0))
+
+
+def _multiply(a: Tensor, b: Tensor, result: Tensor, *, add: bool) -> None:
+    if add:
+        result.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=result)
 
 
 class OneTile:
@@ -137,7 +173,7 @@ class OneTile:
         self._groups = groups
         self._ends = groups.counts.cumsum(0).to(torch.int32)
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self, block_size: int) -> Iterator[Tile]:
         """Yield one tile of all blocks."""
         if len(self._groups.order):
             yield self._groups.whole()
@@ -156,12 +192,12 @@ class GroupedProducts(OneTile, _ScatteredRows):
     ranks of updates are padded to it, W has to fit.
     """
 
-    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         rows = _pad_rows(x.index_select(0, tile.tokens))
-        return F.grouped_mm(rows, _pad_rows(weight.to(x.dtype)).mT, offs=self._ends)
+        return added(total, F.grouped_mm(rows, _pad_rows(weight.to(x.dtype)).mT, offs=self._ends))
 
-    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(h, _pad_rows(weight.to(h.dtype)), offs=self._ends)[:, : weight.shape[2]]
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
+        return added(total, F.grouped_mm(h, _pad_rows(weight.to(h.dtype)), offs=self._ends)[:, : weight.shape[2]])
 
     def add_gradient(self, tile: Tile, total: Tensor, h: Tensor, x: Tensor) -> None:
         rows = _pad_rows(x.index_select(0, tile.tokens))

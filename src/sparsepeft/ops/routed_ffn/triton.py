@@ -13,20 +13,20 @@ import triton
 from torch import Tensor
 
 from sparsepeft.ops.numerics import rows_contiguous
-from sparsepeft.ops.routed_ffn.pytorch import OneTile, Tile, row_dot
+from sparsepeft.ops.routed_ffn.pytorch import OneTile, Tile, added, row_dot
 from sparsepeft.ops.routed_ffn.triton_kernels import _grouped_bwd_kernel, _grouped_fwd_kernel
 
 
 class TritonProducts(OneTile):
     """All blocks in one launch a product; float32, bfloat16 or float16, any sizes."""
 
-    def inner(self, tile: Tile, x: Tensor, weight: Tensor) -> Tensor:
+    def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         x = rows_contiguous(x)
-        return self._product(x, weight, x_rows=tile.tokens, y_rows=None)
+        return added(total, self._product(x, weight, x_rows=tile.tokens, y_rows=None))
 
-    def outer(self, tile: Tile, h: Tensor, weight: Tensor) -> Tensor:
+    def outer(self, tile: Tile, h: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """See :class:`Products`; a token's rows stand next to each other."""
-        return self._product(h.contiguous(), weight.mT, x_rows=None, y_rows=tile.slots)
+        return added(total, self._product(h.contiguous(), weight.mT, x_rows=None, y_rows=tile.slots))
 
     def add_to_tokens(self, tile: Tile, total: Tensor, rows: Tensor) -> None:
         total.add_(rows.unflatten(0, (len(total), -1)).sum(1, dtype=total.dtype))
