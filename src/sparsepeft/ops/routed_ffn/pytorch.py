@@ -46,7 +46,7 @@ class Groups:
         return Tile(slice(0, len(self.order)), self.order, self.order // self.num_active)
 
     def split(self, block_size: int) -> Iterator[Tile]:
-        """Yield tiles of some segments each, given W; a segment is of one block, and blocks without tokens have none."""
+        """Yield tiles of some segments each, given W; a segment is of one block, a block without tokens has none."""
         tokens, start, end, segments = self.order // self.num_active, 0, 0, []
         pieces = [(block, rows) for block, count in enumerate(self.counts.tolist()) for rows in _even_pieces(count)]
         for place, (block, rows) in enumerate(pieces, 1):
