@@ -13,7 +13,7 @@ import transformers as hf
 from tests.spt.models import SIZES, V, build, inputs
 
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.planning import DENSE, Choice, LossMeter, Text, fastest, search, text_for
+from sparsepeft.planning import DENSE, Choice, LossMeter, Text, fastest, read_text, search
 from sparsepeft.spt import Plan, SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
 
 
@@ -52,7 +52,7 @@ def test_the_fastest_plan_is_that_of_all_combinations() -> None:
 def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     model, data = masked() if name == "masked" else (build(name), inputs(name, "left"))
     labels = data.pop("labels", None)
-    text = text_for(model, data, labels)
+    text = read_text(model, {**data, "labels": labels})
     expected = model(**data, labels=text.labels).loss.item()
     meter = LossMeter(model, text)
     assert meter.initial == pytest.approx(expected, rel=1e-5)
@@ -84,6 +84,7 @@ def test_some_of_a_text() -> None:
 def faster_when_sparser(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is for larger models: forms are listed from the mildest."""
     monkeypatch.setattr(search, "_alternately", lambda forms, inputs: [[10.0 - i] for i in range(len(forms))])
+    monkeypatch.setattr(search, "_step_times", lambda *_: {"dense": 10.0, "sparse": 9.0})
 
 
 @pytest.mark.parametrize(("name", "budget"), [("llama", 0.5), ("opt", 0.05), ("masked", 0.5)])
@@ -100,7 +101,7 @@ def test_a_plan_keeps_to_its_budget(name: str, budget: float, tmp_path: Any, mon
     for text, change in plan.measured_change.items():
         assert change <= budget + 1e-6, text
     labels = data.get("labels")
-    text = text_for(model, {key: tensor for key, tensor in data.items() if key != "labels"}, labels)
+    text = read_text(model, {**data, "labels": labels})
     assert math.exp(LossMeter(model, text).initial) == pytest.approx(plan.perplexity["calibration"]["sparse"], rel=1e-4)
     installed = dict(done.attention) | {each.name: layer for each, layer in done.feed_forwards}
     assert installed.keys() == {module for module, choice in plan.modules.items() if choice.settings != DENSE}
@@ -131,7 +132,7 @@ def test_what_has_no_perplexity_is_refused() -> None:
         sparsify(build("bert"), config, ids)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is no causal"):
         sparsify(build("t5"), SptConfig(budget=0.02, attention=False), inputs("t5"))
-    with pytest.raises(ValueError, match="masked language model, and the text has no labels; mask some tokens"):
+    with pytest.raises(ValueError, match="masked language model, and calibration_data has no labels; mask some"):
         sparsify(masked()[0], config, ids)
     with pytest.raises(ValueError, match=r"budget=0.02 needs calibration_data"):
         sparsify(build("llama"), SptConfig(budget=0.02, attention=False))
@@ -141,6 +142,10 @@ def test_what_has_no_perplexity_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             sparsify(build("llama"), config, data)
+    with pytest.raises(ValueError, match=r"held_out_data has the token id 999, but LlamaForCausalLM knows 0 to"):
+        sparsify(build("llama"), config, ids, held_out_data=torch.full((2, 24), 999))
+    with pytest.raises(ValueError, match=r"held_out_data was passed without a budget"):
+        sparsify(build("llama"), SptConfig(), ids, held_out_data=ids)
     with pytest.raises(
         ValueError, match=r"overrides was passed with a budget, but leaves out model.layers.0.self_attn"
     ):
@@ -153,3 +158,16 @@ def test_a_plan_of_which_nothing_is_sparse_takes_the_dense_time(monkeypatch: pyt
     plan = sparsification(sparsify(build("llama"), config, inputs("llama")["input_ids"])).plan
     assert all(choice.settings == DENSE for choice in plan.modules.values())
     assert plan.measured_time == plan.predicted_time == 1.0
+
+
+def test_a_plan_that_saves_no_time_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    faster_when_sparser(monkeypatch)
+    monkeypatch.setattr(search, "_step_times", lambda *_: {"dense": 10.0, "sparse": 10.5})
+    config = SptConfig(budget=0.5, num_blocks=4)
+    state = sparsification(sparsify(build("llama"), config, inputs("llama")["input_ids"]))
+    assert all(choice.settings == DENSE for choice in state.plan.modules.values())
+    assert not state.attention
+    assert not state.feed_forwards
+    assert state.plan.measured_time == 1.0
+    assert state.plan.measured_change == {"calibration": 0.0}
+    assert "saves no time" in caplog.text

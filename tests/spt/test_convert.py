@@ -224,6 +224,12 @@ def test_refused_before_anything_is_changed() -> None:
             ids,
             r"'model.layers.0', but .*0.self_attn",
         ),
+        (
+            build("llama"),
+            {"overrides": {"model.layers.0.mlp": {"top_l": 4}}},
+            ids,
+            r"overrides of model.layers.0.mlp has 'top_l', but model.layers.0.mlp is an FFN",
+        ),
         (build("llama"), {"layers_to_transform": (7,)}, ids, "7"),
         (build("llama"), {"layers_to_transform": (-1,), "ffn": False}, ids, "numbered 0 to 1"),
         (mobile, {"attention": False}, ids, "has 3 FFNs, of which only one would become sparse"),

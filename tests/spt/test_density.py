@@ -198,6 +198,10 @@ def test_labels_of_a_loss_outside_the_model_and_of_whole_texts(caplog: pytest.Lo
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
+    message = r"labelled got labels tensor\(\[1, 2\]\); expected whole numbers \(B, T\)"
+    with pytest.raises(ValueError, match=message), labelled(model, torch.tensor([1, 2])):
+        pass
+
     texts = without_dropout(sparse("bert", values="routed", dense_labels=True)).train()
     with torch.no_grad():
         expected = texts(**inputs("bert")).logits

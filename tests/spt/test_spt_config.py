@@ -67,6 +67,11 @@ def test_settings_of_single_modules() -> None:
     config = SptConfig.from_json(config.with_length(40).to_json())
     assert (config.of("a").top_l, config.top_l, config.of("b"), config.of("d")) == (10, 5, None, config)
     assert (config.of("c").num_blocks, config.of("c").num_active_blocks, config.of("c").overrides) == (4, 3, None)
+    routed = SptConfig(num_active_blocks=0.25, overrides={"a": {"values": "routed"}}).of("a")
+    assert (routed.num_blocks, routed.num_active_blocks) == (8, 2)  # the same share
+    assert SptConfig(num_blocks=16, overrides={"a": {"values": "routed"}}).of("a").num_blocks == 16
+    with pytest.raises(ValueError, match=r"budget=2 was given, which would let the perplexity rise by 200%"):
+        SptConfig(budget=2)
     with pytest.raises(ValueError, match=r"overrides of a has 'topl'; expected some of .*top_l"):
         SptConfig(overrides={"a": {"topl": 3}})
     with pytest.raises(ValueError, match="overrides of a cannot be used: num_active_blocks=33"):

@@ -1,7 +1,7 @@
 """Planning what each module of a model becomes, so that the model is fast and keeps to a budget of perplexity."""
 
 from sparsepeft.planning.plan import DENSE, Choice, Plan, fastest
-from sparsepeft.planning.scoring import LossMeter, Text, text_for
+from sparsepeft.planning.scoring import LossMeter, Text, read_text
 from sparsepeft.planning.search import Candidate, Settings, keep_to_budget
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "Text",
     "fastest",
     "keep_to_budget",
-    "text_for",
+    "read_text",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
+from sparsepeft.models.batches import as_ids, read_batch
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.logits import deferred_logits
 
@@ -47,17 +48,31 @@ class Text(NamedTuple):
         return Text(few.batch, labels.view_as(few.labels))
 
 
-def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor | None = None) -> Text:
-    """What a language model is to predict: the next tokens, or the labels of a masked model.
+def read_text(model: PreTrainedModel, data: Any, argument: str = "data") -> Text:
+    """What a language model is to predict of a batch: the next tokens, or the labels of a masked model.
 
     Args:
         model: a causal or masked language model.
-        batch: its arguments, with ``input_ids`` (B, T).
-        labels: as transformers takes them, (B, T); a causal model's may be left out.
+        data: see :func:`sparsepeft.models.batches.read_batch`, with ``input_ids``; a mapping may have ``labels`` as
+            transformers takes them, (B, T), and needs them for a masked model.
+        argument: the name of ``data``, for errors.
 
     Raises:
-        ValueError: the model is none, or there is nothing to predict.
+        ValueError: the model is none, the data no such batch, or there is nothing to predict.
     """
+    batch = read_batch(model, data, argument)
+    if "input_ids" not in batch:
+        raise ValueError(f"A budget is measured on token ids, but {argument} has {', '.join(batch)}; pass input_ids.")
+    shape = batch["input_ids"].shape
+    labels = data.get("labels") if isinstance(data, Mapping) else None
+    if labels is not None:
+        labels = labels if isinstance(labels, Tensor) else as_ids(labels, argument)
+        if labels.numel() != shape.numel():
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} were passed with input_ids of shape {tuple(shape)}; a budget "
+                "needs a language model's, one for each token."
+            )
+        labels = labels.view(shape)
     mappings: tuple[Any, Any] = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
     is_causal, is_masked = (isinstance(model, mapping.get(type(model.config), ())) for mapping in mappings)
     if not (is_causal or is_masked) or model.config.is_encoder_decoder:
@@ -70,15 +85,17 @@ def text_for(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor
         labels = ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
     if labels is None:
         raise ValueError(
-            f"{type(model).__name__} is a masked language model, and the text has no labels; mask some tokens and pass "
-            "labels with input_ids, as transformers' DataCollatorForLanguageModeling makes them."
+            f"{type(model).__name__} is a masked language model, and {argument} has no labels; mask some tokens and "
+            "pass labels with input_ids, as transformers' DataCollatorForLanguageModeling makes them."
         )
     labels = labels.to(model.device, copy=True)
     if is_causal:
         labels[:, 0] = _IGNORED  # nothing is before it to predict it from
     if not (labels != _IGNORED).any():
-        raise ValueError("The text has no token that the model could predict; pass longer sequences, or labels.")
-    return Text(dict(batch), labels)
+        raise ValueError(
+            f"{argument} has no token that the model could predict; pass longer sequences, or other labels."
+        )
+    return Text(batch, labels)
 
 
 class LossMeter:

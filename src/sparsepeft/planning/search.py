@@ -86,6 +86,10 @@ def keep_to_budget(
                 options = {name: [each for each in some if not each.loss_change] for name, some in options.items()}
             allowance = spent * min(_SHRINK, limit / worst)
         step_ms = _step_times(model, partial(install, _sparse(chosen)), measured_on)
+        if _sparse(chosen) and step_ms["sparse"] >= step_ms["dense"]:
+            logger.warning("The plan keeps to the budget, but saves no time, so all modules stay dense.")
+            chosen = {name: choices[0] for name, choices in options.items()}
+            losses = {name: meter.initial for name, meter in meters.items()}
         if not _sparse(chosen):
             step_ms["sparse"] = step_ms["dense"]  # the same model, whatever disturbed the measurement
     perplexity = {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,10 +14,9 @@ from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.routed_ffn.clustering import clustered_order
-from sparsepeft.planning import Text, text_for
 from sparsepeft.spt.attention import NAME, AttentionCall, recording
 from sparsepeft.spt.codebooks import Codebooks
-from sparsepeft.spt.config import SptConfig
+from sparsepeft.spt.config import ATTENTION_OVERRIDES, FFN_OVERRIDES, SptConfig
 from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.report import watching
@@ -31,97 +29,6 @@ from sparsepeft.spt.router import (
     start_from_outputs,
     start_from_weights,
 )
-
-
-def calibration_batch(model: PreTrainedModel, data: Any) -> dict[str, Tensor]:
-    """The calibration data as keyword arguments on the model's device: (B, T, ...) each, without labels.
-
-    Raises:
-        ValueError: it is no batch that the model could take.
-    """
-    if not isinstance(data, (Mapping, Tensor, str, list, tuple, np.ndarray)):
-        raise ValueError(
-            f"calibration_data is {data!r:.80} ({type(data).__name__}); expected token ids (B, T), as a tensor or "
-            "lists, or the mapping that the model takes."
-        )
-    batch = data if isinstance(data, Mapping) else {"input_ids": data}
-    batch = {
-        name: _ids(value) if isinstance(value, (str, list, tuple, np.ndarray)) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    if all(value.dim() == 1 for value in tensors.values()):  # one sequence
-        tensors = {name: value[None] for name, value in tensors.items()}
-    if not tensors or any(value.numel() == 0 for value in tensors.values()):
-        raise ValueError("calibration_data is empty; pass at least one sequence, for example input ids (B, T).")
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"calibration_data has NaN or infinite values in {name}; pass clean data.")
-        if value.dim() < 2:
-            raise ValueError(f"calibration_data has {name} of shape {tuple(value.shape)}; expected (B, T, ...).")
-        if name.endswith("input_ids"):
-            _check_ids(name, value, model)
-        if name.endswith("attention_mask") and value.dim() == 2 and not value.any():
-            raise ValueError(
-                f"calibration_data has 0 everywhere in {name}, as if all tokens were padding; pass the tokenizer's."
-            )
-    return {name: value.to(model.device) for name, value in tensors.items()}
-
-
-def read_text(model: PreTrainedModel, data: Any) -> Text:
-    """The calibration data as what a language model is scored on.
-
-    Raises:
-        ValueError: the model is no language model, or the data not what it could be scored on.
-    """
-    batch = calibration_batch(model, data)
-    labels = data.get("labels") if isinstance(data, Mapping) else None
-    labels = _ids(labels) if isinstance(labels, (list, tuple, np.ndarray)) else labels
-    if "input_ids" not in batch:
-        raise ValueError(f"A budget is measured on token ids, but the data has {', '.join(batch)}; pass input_ids.")
-    shape = batch["input_ids"].shape
-    if labels is not None and labels.numel() != shape.numel():
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} were passed with input_ids of shape {tuple(shape)}; a budget needs "
-            "a language model's, one for each token."
-        )
-    return text_for(model, batch, labels if labels is None else labels.view(shape))
-
-
-def _check_ids(name: str, ids: Tensor, model: PreTrainedModel) -> None:
-    """Refuse ids without an embedding; on an accelerator the failed lookup would make the device unusable."""
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(
-            f"calibration_data has {name} of shape {tuple(ids.shape)} and {ids.dtype}; expected whole numbers (B, T)."
-        )
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    least, most = (int(bound) for bound in ids.aminmax())
-    worst = least if least < 0 else most
-    if name == "input_ids" and size is not None and not 0 <= worst < size:
-        raise ValueError(
-            f"calibration_data has the token id {worst}, but {type(model).__name__} knows 0 to {size - 1}; pass what "
-            "its own tokenizer gives."
-        )
-
-
-def _ids(data: Any) -> Tensor:
-    """Lists of token ids as a tensor (B, T), or (T,) from a single list."""
-    if isinstance(data, str) or (len(data) and isinstance(data[0], str)):
-        raise ValueError(
-            "calibration_data holds texts, but a model is run on token ids; pass "
-            "tokenizer(texts, padding=True, return_tensors='pt')."
-        )
-    rows = [row for row in data if isinstance(row, (list, tuple, np.ndarray, Tensor))]
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"calibration_data has sequences of {lengths[0]} to {lengths[-1]} token ids; pad or cut them to one length."
-        )
-    try:
-        return torch.stack([torch.as_tensor(row) for row in data]) if rows else torch.as_tensor(data)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"calibration_data is {data!r:.80}; expected token ids (B, T).") from error
 
 
 @torch.no_grad()
@@ -225,7 +132,7 @@ class Calibration:
     Args:
         model: the dense model.
         config: with ``top_l`` as a count.
-        batch: see :func:`calibration_batch`; None where nothing is to be learnt from one.
+        batch: see :func:`sparsepeft.models.batches.read_batch`; None where nothing is to be learnt from one.
 
     Attributes:
         feed_forwards: those that may become sparse, by name.
@@ -247,11 +154,17 @@ class Calibration:
         with watching(list(self.feed_forwards.values())) as self.seen:
             self.calls = attend_densely(model, config, batch) if batch is not None else {}
         names = {**self.calls, **self.feed_forwards}.keys()
-        for name in config.overrides or {}:
+        for name, settings in (config.overrides or {}).items():
             if name not in names:
                 raise ValueError(
                     f"overrides has settings for {name!r}, but what becomes sparse is {', '.join(names)}; use one of "
                     "these names."
+                )
+            kind, other = ("attention", FFN_OVERRIDES) if name in self.calls else ("an FFN", ATTENTION_OVERRIDES)
+            if wrong := [key for key in settings if key in other]:
+                raise ValueError(
+                    f"overrides of {name} has {wrong[0]!r}, but {name} is {kind}, which has no such setting; leave it "
+                    "out."
                 )
         if config.budget is not None and config.overrides and (missing := sorted(names - config.overrides.keys())):
             raise ValueError(

@@ -37,10 +37,9 @@ _CHOICES = {
     "block_assignment": ASSIGNMENTS,
     "infer": INFER,
 }
-_OVERRIDES = {
-    *("dense", "top_l", "granularity", "block_size", "values", "num_blocks", "num_active_blocks"),
-    *("compensation_rank", "reconstruction_rank"),
-}
+ATTENTION_OVERRIDES = {"top_l", "granularity", "block_size"}
+FFN_OVERRIDES = {"values", "num_blocks", "num_active_blocks", "compensation_rank", "reconstruction_rank"}
+_OVERRIDES = {"dense"} | ATTENTION_OVERRIDES | FFN_OVERRIDES
 _BEFORE = {"similarity": "matches", "values": "routed"}  # what files mean that do not say
 
 
@@ -163,6 +162,11 @@ class SptConfig:
         check_number("load_balancing_coef", self.load_balancing_coef, least=0)
         if self.budget is not None:
             check_number("budget", self.budget, least=0)
+            if self.budget > 1:
+                raise ValueError(
+                    f"budget={self.budget:g} was given, which would let the perplexity rise by {self.budget:.0%}; "
+                    "expected a share of at most 1, such as 0.02 for 2 %."
+                )
         self._check_overrides()
         layers = self.layers_to_transform
         if layers is not None:
@@ -218,7 +222,11 @@ class SptConfig:
     def of(self, name: str) -> SptConfig | None:
         """The settings of a module, by its name in the model; None if it stays dense."""
         own = dict((self.overrides or {}).get(name, {}))
-        return None if own.pop("dense", False) else dataclasses.replace(self, overrides=None, **own) if own else self
+        if own.pop("dense", False):
+            return None
+        if own.get("values", self.values) != self.values and self.num_blocks == _NUM_BLOCKS[self.values]:
+            own = {"num_blocks": None, "num_active_blocks": self.num_active_blocks / self.num_blocks} | own
+        return dataclasses.replace(self, overrides=None, **own) if own else self
 
     def _check_overrides(self) -> None:
         if self.overrides is None:

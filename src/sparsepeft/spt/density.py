@@ -69,7 +69,12 @@ class SparseContext(ForwardContext):
     def told(self, labels: Tensor) -> Iterator[None]:
         """Inside the context, labels are these, and not those that reach the model."""
         if self._dense_labels:
-            self._positions, self._is_told = self._with_labels(labels, self._shifts_labels), True
+            positions = self._with_labels(labels, self._shifts_labels)
+            if positions is None:
+                raise ValueError(
+                    f"labelled got labels {labels!r:.80}; expected whole numbers (B, T), a label of each position."
+                )
+            self._positions, self._is_told = positions, True
         try:
             yield
         finally:
@@ -167,6 +172,9 @@ def labelled(model: nn.Module, labels: Tensor) -> Iterator[None]:
         model: called inside, once or more, in training mode.
         labels: (B, T) as the model would take them, -100 where nothing is learnt: those of a causal language model
             are the tokens themselves, not shifted.
+
+    Raises:
+        ValueError: ``labels`` is no such tensor.
 
     Example:
         >>> import torch

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sparsepeft.models.batches import read_batch
+from sparsepeft.planning import read_text
 from sparsepeft.spt.budget import plan_within_budget
-from sparsepeft.spt.calibration import Calibration, calibration_batch, read_text
+from sparsepeft.spt.calibration import Calibration
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.convert import check_bare, install, sparsification
 from sparsepeft.spt.density import answering
@@ -53,7 +55,9 @@ def sparsify(
         raise TypeError(f"sparsify got a {type(config).__name__} as its config; expected an SptConfig.")
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; call desparsify first to convert it with other settings.")
-    batch = None if calibration_data is None else calibration_batch(model, calibration_data)
+    batch = None if calibration_data is None else read_batch(model, calibration_data, "calibration_data")
+    if held_out_data is not None and config.budget is None:
+        raise ValueError("held_out_data was passed without a budget to keep on it; set SptConfig(budget=...), too.")
     counted = config
     if config.attention or config.budget is not None:
         if batch is None:
@@ -72,7 +76,7 @@ def sparsify(
     plan, texts = None, {}
     if config.budget is not None and not config.overrides:
         given = {"calibration": calibration_data} | ({} if held_out_data is None else {"held_out": held_out_data})
-        texts = {name: read_text(model, data) for name, data in given.items()}
+        texts = {name: read_text(model, data, f"{name}_data") for name, data in given.items()}
     calibration = Calibration(model, counted, batch)
     if texts:
         plan = plan_within_budget(model, config, calibration, texts)

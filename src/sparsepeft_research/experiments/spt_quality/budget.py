@@ -24,11 +24,10 @@ from sparsepeft.inference.encoding import num_positions
 from sparsepeft.methods.language_models import load_language_model
 from sparsepeft.methods.models import load_model_config, load_tokenizer
 from sparsepeft.methods.sparse import with_masks
-from sparsepeft.planning.scoring import LossMeter
+from sparsepeft.planning import LossMeter, read_text
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import read_documents
 from sparsepeft.spt import load_sparse
-from sparsepeft.spt.calibration import read_text
 from sparsepeft.training import sparsify_language_model
 from sparsepeft_research.experiments.spt_quality import Run
 from sparsepeft_research.experiments.spt_quality.texts import WIKITEXT, blocks, documents
