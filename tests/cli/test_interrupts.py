@@ -39,6 +39,7 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
     unfinished = folder / UNFINISHED
     history = unfinished / "history.jsonl"
     command = ("train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", 900)
+    command += ("--batch-size", 4)  # many steps, to be stopped between them, in a short time
     steps = 0
     for number, code, word in ((signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")):
         process = _start(*command)

@@ -198,7 +198,7 @@ def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None
 
 
 def test_killed_halfway_it_ends_with_the_whole_table_in_two_processes(tiny_backbone: Path, tmp_path: Path) -> None:
-    steps = 100
+    steps = 60
     process = start(tmp_path, tiny_backbone, steps)
     wait_for(process, tmp_path, "work/topics-spartan-1/unfinished/checkpoints/checkpoint-*/trainer_state.json")
     process.send_signal(signal.SIGKILL)
