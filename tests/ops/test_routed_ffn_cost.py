@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsepeft.ops import load_balancing_loss, route, routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn.blocks import pack_signs, unpack_signs
+from sparsepeft.ops.routed_ffn.pytorch import Groups, LoopedProducts
 
 SIZES = Sizes(tokens=640, hidden=32, block=24, blocks=8, active=3)
 PAIRS = SIZES.tokens * SIZES.active
@@ -167,3 +168,23 @@ def test_following_the_balance_evens_the_choice() -> None:
         losses.append(loss.item())
     assert losses[0] > 1.5
     assert losses[-1] < 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_have_each_pair_once_and_in_half_precision_few_sizes(dtype: torch.dtype) -> None:
+    """In half precision the CPU's library makes code for each number of rows, at the price of many products."""
+    blocks = torch.stack([torch.randperm(6)[:2] for _ in range(1700)])
+    products = LoopedProducts(Groups(blocks, 7))  # the last has no pair
+    slots: list[int] = []
+    for tile in products.tiles(64, dtype):
+        assert torch.equal(tile.tokens, tile.slots // 2)
+        for block, rows in tile.segments:
+            size = rows.stop - rows.start
+            assert size <= 512
+            assert dtype == torch.float32 or size % 64 == 0
+            real = slice(None) if tile.is_filler is None else ~tile.is_filler[rows]
+            assert (blocks.flatten()[tile.slots[rows][real]] == block).all()
+        h = torch.randn(len(tile.slots), 3)
+        assert torch.equal(tile.unpack(tile.pack(h)), products.without_fillers(tile, h))
+        slots += tile.pack(tile.slots).tolist()
+    assert sorted(slots) == list(range(blocks.numel()))

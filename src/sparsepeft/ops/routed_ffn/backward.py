@@ -57,7 +57,7 @@ def gradients(
     ]
     totals = Arguments.of(plan, grads)
     products = plan.make_products(Groups(blocks, plan.num_blocks))
-    for tile in products.tiles(arguments.outlets[0].shape[1]):
+    for tile in products.tiles(arguments.outlets[0].shape[1], arguments.x.dtype):
         step = TileBackward(products, tile, arguments, totals)
         grad = products.inner(tile, grad_outputs[0], arguments.outlets[0])  # of the activation, (n, W)
         masks = kept.masks(tile, grad)
@@ -112,8 +112,9 @@ class TileBackward(NamedTuple):
                 grad = products.inner(tile, grad_read, weight, grad)
             else:
                 grad.add_(products.inner(tile, grad_read, weight).mul_(mask))
+        grad = products.without_fillers(tile, grad)
         if active is not None:
-            dropped = masked(active, masks[0])
+            dropped = products.without_fillers(tile, masked(active, masks[0]))
             for total, grad_output, mask in zip(totals.outlets, grad_outputs, [None, *masks[1:]], strict=True):
                 if total is not None:
                     products.add_gradient(tile, total, masked(dropped, mask), grad_output)
@@ -161,4 +162,4 @@ class TileBackward(NamedTuple):
             self.products.add_bias_gradient(self.tile, total.bias, grad)
 
     def _set_log_weights(self, values: Tensor) -> None:
-        self.totals.log_weights.view(-1).index_copy_(0, self.tile.slots, values)
+        self.totals.log_weights.view(-1).index_add_(0, self.tile.slots, values)  # fillers add zeros

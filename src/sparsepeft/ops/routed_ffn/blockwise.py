@@ -68,15 +68,15 @@ class _Routed(torch.autograd.Function):
         totals = [x.new_zeros(len(x), weight.shape[-1], dtype=precise) for weight in arguments.outlets]
         products, draws = plan.make_products(Groups(blocks, plan.num_blocks)), Draws(plan.seed, x.device)
         kept: list[Tensor] = []
-        for tile in products.tiles(arguments.outlets[0].shape[1]):
+        for tile in products.tiles(arguments.outlets[0].shape[1], x.dtype):
             inner = enter(products, tile, arguments)
             if plan.keep == "signs":
-                kept.append(pack_signs(inner[0]))
+                kept.append(pack_signs(tile.pack(inner[0])))
             elif plan.keep == "inner":
-                kept.extend(inner)
+                kept.extend(map(tile.pack, inner))
             active = plan.activate(inner)
             mask, *read_masks = draws.masks(active, plan.dropouts)
-            active = masked(active, mask)
+            active = products.without_fillers(tile, masked(active, mask))
             for total, weight, read_mask in zip(totals, arguments.outlets, [None, *read_masks], strict=True):
                 rows = products.outer(tile, masked(active, read_mask), weight)
                 products.add_to_tokens(tile, total, rows)
@@ -101,10 +101,12 @@ class _KeptByTile:
         self._draws = Draws(plan.seed, device)
 
     def inner(self, tile: Tile) -> list[Tensor]:
-        return [next(self._remaining) for _ in range(self._plan.num_inlets)] if self._plan.keep == "inner" else []
+        count = self._plan.num_inlets if self._plan.keep == "inner" else 0
+        return [tile.unpack(next(self._remaining)) for _ in range(count)]
 
     def signs(self, tile: Tile, shape: tuple[int, ...]) -> Tensor:
-        return unpack_signs(next(self._remaining), shape)
+        num_pairs = len(tile.pack(tile.slots))
+        return tile.unpack(unpack_signs(next(self._remaining), (num_pairs, *shape[1:])))
 
     def masks(self, tile: Tile, like: Tensor) -> list[Tensor | None]:
         return self._draws.masks(like, self._plan.dropouts)

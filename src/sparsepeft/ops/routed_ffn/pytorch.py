@@ -17,19 +17,34 @@ from torch import Tensor
 
 from sparsepeft.ops.numerics import softmax_dtype
 
-# Rows per product, about: enough for a matrix product at full speed, few enough that they stay in a core's cache.
+# Rows of a product, at most: enough for full speed, few enough that they stay in a core's cache.
 _SEGMENT_ROWS = 512
+# In half precision oneDNN makes code for every number of rows that it meets, which takes longer than the product:
+# only multiples of this occur.
+_HALF_ROWS = 64
 # Entries of (n, W) in a tile, about: what is done to each costs little beside its call if they are few.
 _TILE_ENTRIES = 1 << 17
 
 
 class Tile(NamedTuple):
-    """Some pairs, sorted by block."""
+    """Some pairs, sorted by block; and fillers between them, which are taken for other pairs but must add nothing."""
 
-    rows: slice  # their places in the sorted order
     slots: Tensor  # (n,), their places in the flattened (N, G') choice
     tokens: Tensor  # (n,), the token of each
     segments: Sequence[tuple[int, slice]] = ()  # a block and its rows of the tile, where the host knows
+    is_filler: Tensor | None = None  # (n,) bool, if any is
+
+    def pack(self, h: Tensor) -> Tensor:
+        """Return the rows of ``h``, (n, W), that are no fillers."""
+        return h if self.is_filler is None else h[~self.is_filler]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Undo :meth:`pack`, with zeros in the rows of fillers."""
+        if self.is_filler is None:
+            return packed
+        result = packed.new_zeros(len(self.slots), *packed.shape[1:])
+        result[~self.is_filler] = packed
+        return result
 
 
 class Groups:
@@ -43,30 +58,43 @@ class Groups:
 
     def whole(self) -> Tile:
         """Return all pairs as one tile."""
-        return Tile(slice(0, len(self.order)), self.order, self.order // self.num_active)
+        return Tile(self.order, self.order // self.num_active)
 
-    def split(self, block_size: int) -> Iterator[Tile]:
-        """Yield tiles of some segments each, given W; a segment is of one block, a block without tokens has none."""
-        tokens, start, end, segments = self.order // self.num_active, 0, 0, []
-        pieces = [(block, rows) for block, count in enumerate(self.counts.tolist()) for rows in _even_pieces(count)]
+    def split(self, block_size: int, multiple: int = 1) -> Iterator[Tile]:
+        """Yield tiles of some segments each; a segment is of one block, and a block without tokens has none.
+
+        Args:
+            block_size: W.
+            multiple: of which every segment's number of rows is one.
+        """
+        filled = (self.counts + multiple - 1) // multiple * multiple
+        shift = (filled.cumsum(0) - filled) - (self.counts.cumsum(0) - self.counts)
+        places = torch.arange(len(self.order), device=self.order.device) + shift[self.blocks]
+        order = self.order.new_zeros(int(filled.sum())).index_copy_(0, places, self.order)
+        is_filler = torch.ones_like(order, dtype=torch.bool).index_fill_(0, places, False)
+        tokens, start, end, segments = order // self.num_active, 0, 0, []
+        pieces = [
+            (block, min(_SEGMENT_ROWS, count - first))
+            for block, count in enumerate(filled.tolist())
+            for first in range(0, count, _SEGMENT_ROWS)
+        ]
         for place, (block, rows) in enumerate(pieces, 1):
             segments.append((block, slice(end - start, end - start + rows)))
             end += rows
             if (end - start) * block_size >= _TILE_ENTRIES or place == len(pieces):
-                yield Tile(slice(start, end), self.order[start:end], tokens[start:end], segments)
+                some = is_filler[start:end]
+                yield Tile(order[start:end], tokens[start:end], segments, some if some.any() else None)
                 start, segments = end, []
-
-
-def _even_pieces(count: int) -> list[int]:
-    num_pieces = max(1, round(count / _SEGMENT_ROWS)) if count else 0
-    return [(count + piece) // num_pieces for piece in range(num_pieces)]
 
 
 class Products(Protocol):
     """The products of one choice of blocks."""
 
-    def tiles(self, block_size: int) -> Iterator[Tile]:
+    def tiles(self, block_size: int, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield tiles that cover every (token, block) pair once, in the same order each time, given W."""
+
+    def without_fillers(self, tile: Tile, h: Tensor) -> Tensor:
+        """Return ``h``, (n, W), with zeros in the rows that are fillers."""
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         """Return ``x[token] @ weight[block]^T``, (n, W), for ``x`` (N, D) and ``weight`` (G, W, D).
@@ -126,9 +154,12 @@ class LoopedProducts(_ScatteredRows):
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
 
-    def tiles(self, block_size: int) -> Iterator[Tile]:
+    def tiles(self, block_size: int, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield tiles of a few segments each."""
-        return self._groups.split(block_size)
+        return self._groups.split(block_size, _HALF_ROWS if dtype.itemsize == 2 else 1)
+
+    def without_fillers(self, tile: Tile, h: Tensor) -> Tensor:
+        return h if tile.is_filler is None else h.masked_fill(tile.is_filler.unsqueeze(1), 0.0)
 
     def inner(self, tile: Tile, x: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
         result = x.new_empty(len(tile.tokens), weight.shape[1]) if total is None else total
@@ -152,7 +183,7 @@ class LoopedProducts(_ScatteredRows):
                 total[block].add_(torch.mm(h[rows].t(), of_tokens))
 
     def bias(self, tile: Tile, bias: Tensor) -> Tensor:
-        return bias.index_select(0, self._groups.blocks[tile.rows])
+        return torch.cat([bias[block].expand(rows.stop - rows.start, -1) for block, rows in tile.segments])
 
     def add_bias_gradient(self, tile: Tile, total: Tensor, h: Tensor) -> None:
         for block, rows in tile.segments:
@@ -173,10 +204,13 @@ class OneTile:
         self._groups = groups
         self._ends = groups.counts.cumsum(0).to(torch.int32)
 
-    def tiles(self, block_size: int) -> Iterator[Tile]:
+    def tiles(self, block_size: int, dtype: torch.dtype) -> Iterator[Tile]:
         """Yield one tile of all blocks."""
         if len(self._groups.order):
             yield self._groups.whole()
+
+    def without_fillers(self, tile: Tile, h: Tensor) -> Tensor:
+        return h
 
     def bias(self, tile: Tile, bias: Tensor) -> Tensor:
         return bias.index_select(0, self._groups.blocks)
