@@ -38,7 +38,10 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "attention-exact-quarter": _ATTENTION | _QUARTER,
     "attention-block": _ATTENTION | {"ffn": False, "granularity": "block"},
     "routed-half": _ONLY_FFN | _HALF | {"values": "routed"},
-    # What brings a quarter closer to the dense gradient: upper FFNs dense (a third of Gemma's), or the first steps.
+    # What brings the gradient closer to the dense one: finer blocks, upper FFNs dense (a third of Gemma's), or first steps.
+    "exact-half-64": _ONLY_FFN | _HALF | {"num_blocks": 64},
+    "exact-half-upper-dense": _ONLY_FFN | _HALF | {"overrides": _DENSE_FFNS},
+    "exact-half-dense-start": _ONLY_FFN | _HALF | {"dense_steps": STEPS // 10},
     "exact-quarter-upper-dense": _ONLY_FFN | _QUARTER | {"overrides": _DENSE_FFNS},
     "exact-quarter-dense-start": _ONLY_FFN | _QUARTER | {"dense_steps": STEPS // 10},
 }
