@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "attention-exact-quarter": _ATTENTION | _QUARTER,
     "attention-block": _ATTENTION | {"ffn": False, "granularity": "block"},
     "routed-half": _ONLY_FFN | _HALF | {"values": "routed"},
-    # What brings the gradient closer to the dense one: finer blocks, upper FFNs dense (a third of Gemma's), or first steps.
+    # What brings the gradient closer to the dense one: finer blocks, the upper third of FFNs dense, or the first steps.
     "exact-half-64": _ONLY_FFN | _HALF | {"num_blocks": 64},
     "exact-half-upper-dense": _ONLY_FFN | _HALF | {"overrides": _DENSE_FFNS},
     "exact-half-dense-start": _ONLY_FFN | _HALF | {"dense_steps": STEPS // 10},
