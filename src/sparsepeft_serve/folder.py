@@ -28,7 +28,8 @@ def folder_of(root: Path | None, name: str) -> Path:
     inside = root.resolve()
     try:
         path = (inside / name).resolve()
-        is_inside = path.parent == inside and path.is_dir() and not name.startswith(".")
+        is_name = Path(name).name == name and not name.startswith(".")
+        is_inside = is_name and path.parent == inside and path.is_dir()
     except (OSError, ValueError):  # such as a name with a zero in it
         is_inside = False
     if not is_inside:

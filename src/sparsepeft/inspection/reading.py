@@ -96,7 +96,7 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
 
 def _memories(model: nn.Module, adapter_name: str) -> list[tuple[int, nn.Module]]:
     """The memories of an adapter, each with its layer's position."""
-    found = []
+    found: list[tuple[int, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, SpartanLayer):
             # A task that is answered alone has its adapter by PEFT's name.

@@ -85,11 +85,9 @@ def router(service: Service) -> APIRouter:
         given = request.inputs
         text = given if isinstance(given, str) else given.model_dump(exclude_none=True)
         reading = await service.read(task, text)
-        layers = [
-            LayerOfReading(
-                **{name: value if isinstance(value, int) else value.tolist() for name, value in found.items()}
-            )
-            for found in (each._asdict() for each in reading.layers)
+        layers: list[Any] = [
+            {name: value.tolist() if hasattr(value, "tolist") else value for name, value in each._asdict().items()}
+            for each in reading.layers
         ]
         return ReadingResponse(task=task, tokens=reading.tokens, layers=layers)
 
