@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from huggingface_hub import InferenceClient
 
@@ -24,19 +22,6 @@ TEXT, OTHER = "the striker scored twice", "flour prices kept climbing"
 def client(engine: MultiTaskEngine) -> Iterator[TestClient]:
     with TestClient(create_app(engine, ServeSettings(default_task="five", token_budget=64))) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def address(engine: MultiTaskEngine) -> Iterator[str]:
-    """A server in a thread, for clients that bring their own connection."""
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 def ranked(engine: MultiTaskEngine, task: str, text: Any) -> list[tuple[str, float]]:
