@@ -22,6 +22,7 @@ from sparsepeft_cli import (
     predict,
     push,
     reproduce,
+    serve,
     sparsify,
     storage,
     train,
@@ -38,7 +39,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sparse parameter-efficient fine-tuning of Transformers. `--debug` anywhere shows tracebacks.",
 )
-for _module in (data, train, history, evaluate, predict, generate, push, export, sparsify, inspect, storage, demo):
+for _module in (
+    data,
+    train,
+    history,
+    evaluate,
+    predict,
+    generate,
+    push,
+    serve,
+    export,
+    sparsify,
+    inspect,
+    storage,
+    demo,
+):
     app.command(_module.__name__.rpartition(".")[2], cls=Command)(_module.command)
 app.add_typer(reproduce.app, name="reproduce")
 app.add_typer(benchmark.app, name="benchmark")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from sparsepeft.inference.portable import (
     InputError,
     OnError,
     Prediction,
+    TruncationSide,
     as_list,
     check_on_error,
+    check_truncation_side,
     find_task,
     prediction,
     texts_of,
@@ -32,6 +34,13 @@ Request = tuple[str, Input]
 Item = TypeVar("Item")
 
 WINDOW = 4096  # inputs that are encoded and sorted by length at a time
+
+
+class Cutting(NamedTuple):
+    """What happens to an input that is too long: whether it may be cut, and where."""
+
+    allowed: bool
+    side: TruncationSide | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,12 @@ class Row:
     def answer(self, logits: np.ndarray) -> Prediction:
         """The prediction that logits (most labels,) of a batch's row stand for."""
         info = self.task.info
-        return prediction(
-            logits[: info.num_outputs], info.label_names, multi_label=info.multi_label, truncated=self.encoded.truncated
-        )
+        options: dict[str, Any] = {
+            "multi_label": info.multi_label,
+            "truncated": self.encoded.truncated,
+            "num_tokens": len(self),
+        }
+        return prediction(logits[: info.num_outputs], info.label_names, **options)
 
 
 @contextmanager
@@ -83,27 +95,45 @@ class Engine:
         """The loaded tasks."""
         return {name: task.info for name, task in self._tasks.now().items()}
 
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[LoadedTask]:
+        """A task that stays in memory while the context lasts, even if it is replaced or removed meanwhile.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        with user_errors(), self._tasks.in_use() as tasks:
+            yield find_task(name, tasks)
+
     @user_errors()
     def predict(
-        self, requests: Iterable[Request], *, truncation: bool = True, on_error: OnError = "return"
+        self,
+        requests: Iterable[Request],
+        *,
+        truncation: bool = True,
+        truncation_side: TruncationSide | None = None,
+        on_error: OnError = "return",
     ) -> list[Prediction]:
         """Answer a list of (task, text) or (task, (text, text)), in the order asked.
 
         Args:
-            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``. Memory beside the
-                answers does not grow with it.
+            requests: any number; an input may also be a dictionary with ``text`` and ``text_pair``, or with
+                ``input_ids``, special tokens included. Memory beside the answers does not grow with it.
             truncation: cut what is longer than its task takes, as in training; else such a row is an error.
+            truncation_side: where to cut, ``"left"`` or ``"right"``; None cuts where the tokenizer does.
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
         """
         check_on_error(on_error)
         check_flag("truncation", truncation)
+        check_truncation_side(truncation_side)
         _check_several(requests)
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
             for window in windows(as_list(requests), WINDOW):
                 predictions: dict[int, Prediction] = {}
-                rows = self._encode(enumerate(window), tasks, truncation, on_error, predictions)
+                cutting = Cutting(truncation, truncation_side)
+                rows = self._encode(enumerate(window), tasks, cutting, on_error, predictions)
                 for row, logits in self._run(rows):
                     predictions[row.place] = row.answer(logits)
                 answers += [predictions[place] for place in range(len(window))]
@@ -129,12 +159,13 @@ class Engine:
         self,
         requests: Iterable[tuple[int, Request]],
         tasks: Mapping[str, LoadedTask],
-        truncation: bool,
+        cutting: Cutting,
         on_error: OnError,
         failed: dict[int, Prediction],
     ) -> list[Row]:
         """Rows for the requests that can be answered; ``failed`` takes up the others, by their places."""
         readable: list[tuple[int, LoadedTask, tuple[str, ...]]] = []
+        rows: list[Row] = []
 
         def refuse(place: int, error: InputError) -> None:
             if on_error == "raise":
@@ -145,15 +176,17 @@ class Engine:
             try:
                 name, text = _request(request)
                 task = find_task(name, tasks)
-                readable.append((place, task, texts_of(text, task.info.num_texts)))
+                if isinstance(text, Mapping) and "input_ids" in text:
+                    rows.append(Row(place, task, task.encoder.of_ids(text, task.max_length)))
+                else:
+                    readable.append((place, task, texts_of(text, task.info.num_texts)))
             except InputError as error:
                 refuse(place, error)
-        rows: list[Row] = []
         for alike in grouped(readable, lambda one: (one[1].encoder, len(one[2]), one[1].max_length)):
             encoder, longest = alike[0][1].encoder, alike[0][1].max_length
-            encoded = encoder([texts for _, _, texts in alike], longest)
+            encoded = encoder([texts for _, _, texts in alike], longest, cutting.side)
             for (place, task, _), one in zip(alike, encoded, strict=True):
-                if one.truncated and not truncation:
+                if one.truncated and not cutting.allowed:
                     refuse(place, InputError(f"An input is longer than the {longest} tokens of its task; shorten it."))
                 elif not len(one):
                     refuse(place, InputError(NO_TOKENS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
+from sparsepeft.inference.portable import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,22 +136,53 @@ class Encoder:
             self._longest[wanted] = longest_input(self.tokenizer, self.config, wanted)
         return self._longest[wanted]
 
-    def __call__(self, inputs: list[tuple[str, ...]], max_length: int) -> list[Encoded]:
-        """Encode texts, or pairs of texts, and cut those that are longer than ``max_length`` tokens."""
+    def __call__(self, inputs: list[tuple[str, ...]], max_length: int, side: str | None = None) -> list[Encoded]:
+        """Encode texts, or pairs of texts, and cut those that are longer than ``max_length`` tokens.
+
+        ``side`` is where they are cut, ``"left"`` or ``"right"``; None is the tokenizer's.
+        """
         if not inputs:
             return []
         encoded = [Encoded(features, False) for features in self._tokenize(inputs, truncation=False, verbose=False)]
         long = [row for row, one in enumerate(encoded) if len(one) > max_length]
         if long:
-            cut = self._tokenize([inputs[row] for row in long], truncation=True, max_length=max_length)
+            cut = self._tokenize([inputs[row] for row in long], side, truncation=True, max_length=max_length)
             for row, features in zip(long, cut, strict=True):
                 encoded[row] = Encoded(features, True)
         return encoded
 
-    def _tokenize(self, inputs: list[tuple[str, ...]], **options: Any) -> list[dict[str, list[int]]]:
+    def of_ids(self, features: Mapping[str, Any], max_length: int) -> Encoded:
+        """An input that was encoded elsewhere, by the same tokenizer: ``input_ids``, special tokens included.
+
+        Raises:
+            InputError: it has something else, ids that there are none of, or more than ``max_length``.
+        """
+        ids = features["input_ids"]
+        is_list = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if features.keys() != {"input_ids"} or not is_list or not ids:
+            raise InputError(f"An input is {dict(features)!r:.80}; expected input_ids, a list of whole numbers.")
+        if not all(0 <= i < len(self.tokenizer) for i in ids):
+            raise InputError(
+                f"An input has the token ids {min(ids)} to {max(ids)}, but the tokenizer knows 0 to "
+                f"{len(self.tokenizer) - 1}; pass what it gives."
+            )
+        if len(ids) > max_length:
+            raise InputError(f"An input has {len(ids)} token ids, more than the {max_length} of its task; pass fewer.")
+        others = {"attention_mask": [1] * len(ids), "token_type_ids": [0] * len(ids)}
+        read = {name: values for name, values in others.items() if name in self.tokenizer.model_input_names}
+        return Encoded({"input_ids": list(ids), **read}, False)
+
+    def _tokenize(
+        self, inputs: list[tuple[str, ...]], side: str | None = None, **options: Any
+    ) -> list[dict[str, list[int]]]:
         columns = [list(column) for column in zip(*inputs, strict=True)]
         with self._lock:
-            encoded = self.tokenizer(*columns, **options)
+            before = self.tokenizer.truncation_side
+            self.tokenizer.truncation_side = side or before
+            try:
+                encoded = self.tokenizer(*columns, **options)
+            finally:
+                self.tokenizer.truncation_side = before
         return [{name: values[row] for name, values in encoded.items()} for row in range(len(inputs))]
 
     def collate(self, inputs: list[Encoded], device: torch.device) -> dict[str, torch.Tensor]:

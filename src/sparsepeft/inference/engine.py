@@ -29,7 +29,17 @@ from sparsepeft.arguments import check_flag, check_whole
 from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
-from sparsepeft.inference.answering import WINDOW, Engine, Row, batch_logits, collate, grouped, try_out, user_errors
+from sparsepeft.inference.answering import (
+    WINDOW,
+    Cutting,
+    Engine,
+    Row,
+    batch_logits,
+    collate,
+    grouped,
+    try_out,
+    user_errors,
+)
 from sparsepeft.inference.encoding import Encoder, batches_by_length, windows
 from sparsepeft.inference.onednn import is_onednn_faster, use_onednn
 from sparsepeft.inference.portable import (
@@ -182,6 +192,23 @@ class MultiTaskEngine(Engine):
     def token_budget(self, value: int) -> None:
         self._token_budget = check_whole("token_budget", value)
 
+    @property
+    def backbone_name(self) -> str:
+        """The backbone's hub id, or its folder's name."""
+        name = str(self._backbone.name_or_path)
+        return Path(name).name if Path(name).exists() else name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's."""
+        dtype: torch.dtype = self._backbone.dtype
+        return dtype
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens an input may have where its task does not say."""
+        return self._encoder.longest(None)
+
     # -- tasks -------------------------------------------------------------------------------------------------------
 
     @user_errors()
@@ -316,7 +343,7 @@ class MultiTaskEngine(Engine):
                         if tasks is not None or _takes(task, text)
                     ]
                     failed: dict[int, Prediction] = {}
-                    rows = self._encode(requests, chosen, truncation, on_error, failed)
+                    rows = self._encode(requests, chosen, Cutting(truncation), on_error, failed)
                     predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
                     for batch in batches_by_length([len(row) for row in rows], self.token_budget):
                         predictions |= self._fan_out([rows[i] for i in batch], group)

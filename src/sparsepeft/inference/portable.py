@@ -21,6 +21,7 @@ import numpy as np
 
 Text = str | tuple[str, str]
 OnError = Literal["return", "raise"]
+TruncationSide = Literal["left", "right"]
 Input = Text | Sequence[str] | Mapping[str, str]
 Task = TypeVar("Task")
 
@@ -142,6 +143,18 @@ def check_on_error(value: Any) -> None:
         raise InputError(f"`on_error={value!r}` was given; pass {' or '.join(map(repr, get_args(OnError)))}.")
 
 
+def check_truncation_side(value: Any) -> None:
+    """See that ``truncation_side`` is one of its values, or None.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is not None and value not in get_args(TruncationSide):
+        raise InputError(
+            f"`truncation_side={value!r}` was given; pass {' or '.join(map(repr, get_args(TruncationSide)))}."
+        )
+
+
 # -- predictions -------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +169,8 @@ class Prediction:
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
         labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
+        logits: what the probabilities were made of, one for each label, or the predicted value.
+        num_tokens: of the input as the model read it; 0 where it was not noted.
     """
 
     label: str | None
@@ -164,6 +179,8 @@ class Prediction:
     truncated: bool = False
     error: str | None = None
     labels: tuple[str, ...] | None = None
+    logits: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    num_tokens: int = field(default=0, repr=False, compare=False)
 
     @classmethod
     def failed(cls, error: str) -> Prediction:
@@ -180,7 +197,12 @@ class Prediction:
 
 
 def prediction(
-    logits: np.ndarray, label_names: Sequence[str] | None, *, multi_label: bool = False, truncated: bool = False
+    logits: np.ndarray,
+    label_names: Sequence[str] | None,
+    *,
+    multi_label: bool = False,
+    truncated: bool = False,
+    num_tokens: int = 0,
 ) -> Prediction:
     """The prediction that logits stand for.
 
@@ -188,15 +210,16 @@ def prediction(
         logits: (num_labels,).
         label_names: one for each; None for regression.
         multi_label: labels do not exclude each other, so that each has a probability of its own.
-        truncated: see :class:`Prediction`.
+        truncated, num_tokens: see :class:`Prediction`.
 
     Returns:
         One with an error where a logit is not finite.
     """
     if not np.isfinite(logits).all():
         return Prediction.failed(_NOT_FINITE)
+    known: dict[str, Any] = {"truncated": truncated, "logits": tuple(logits.tolist()), "num_tokens": num_tokens}
     if label_names is None:
-        return Prediction(None, float(logits[0]), truncated=truncated)
+        return Prediction(None, float(logits[0]), **known)
     if multi_label:
         probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     else:
@@ -205,7 +228,7 @@ def prediction(
     scores = dict(zip(label_names, probabilities.tolist(), strict=True))
     best = max(scores, key=lambda label: scores[label])
     several = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
-    return Prediction(best, scores[best], scores, truncated, labels=several)
+    return Prediction(best, scores[best], scores, labels=several, **known)
 
 
 # -- exported folders --------------------------------------------------------------------------------------------------

@@ -1,0 +1,34 @@
+"""What a request can be answered with instead of an answer."""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """A request that is not answered.
+
+    Args:
+        message: what was received, what was expected and what to do.
+        kind: as text-embeddings-inference names it: ``"Empty"``, ``"Validation"``, ``"Tokenizer"``, ``"Backend"``,
+            ``"Overloaded"``, ``"Unhealthy"``.
+        status: of HTTP; None is the one that goes with the kind.
+        retry_after: seconds after which it may be asked again.
+    """
+
+    def __init__(
+        self, message: str, kind: str = "Validation", *, status: int | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.kind, self.retry_after = message, kind, retry_after
+        self.status = _STATUS[kind] if status is None else status
+
+
+_STATUS = {"Empty": 400, "Validation": 422, "Tokenizer": 422, "Backend": 424, "Overloaded": 429, "Unhealthy": 503}
+
+
+def overloaded(limit: int) -> ServiceError:
+    """More texts wait than may."""
+    return ServiceError(
+        f"The service is overloaded: {limit} texts are waiting already; ask again later, or send fewer at a time.",
+        "Overloaded",
+        retry_after=1,
+    )

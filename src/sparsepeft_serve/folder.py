@@ -1,0 +1,132 @@
+"""The folder whose folders are tasks, watched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from sparsepeft.errors import UserError
+from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.service import Service
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
+_ENDINGS = (".json", ".safetensors")
+Signature = tuple[tuple[str, int, int], ...]
+
+
+def folder_of(root: Path | None, name: str) -> Path:
+    """A task's folder inside the tasks folder.
+
+    Raises:
+        ServiceError: there is no tasks folder, or none of this name inside it.
+    """
+    if root is None:
+        raise ServiceError("The service has no tasks folder to load from; start it with --tasks-dir.", status=403)
+    inside = root.resolve()
+    try:
+        path = (inside / name).resolve()
+        is_name = Path(name).name == name and not name.startswith(".")
+        is_inside = is_name and path.parent == inside and path.is_dir()
+    except (OSError, ValueError):  # such as a name with a zero in it
+        is_inside = False
+    if not is_inside:
+        raise ServiceError(f"There is no folder {name!r:.80} in the tasks folder.", status=404)
+    return path
+
+
+def task_folders(root: Path) -> dict[str, Path]:
+    """The folders of tasks, by name: those that are whole.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"The tasks folder {root} cannot be read ({error}); pass a folder.") from error
+    return {
+        path.name: path for path in folders if (path / _ADAPTER).is_file() and path.resolve().parent == root.resolve()
+    }
+
+
+def signature(folder: Path) -> Signature:
+    """What changes when a task's files do: names, sizes and times."""
+    files = []
+    for file in folder.iterdir():
+        if file.suffix in _ENDINGS:
+            status = file.stat()
+            files.append((file.name, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(files))
+
+
+class FolderWatch:
+    """Loads tasks that come into a folder or change there, and forgets those that go.
+
+    A task is loaded when its files have been the same at two looks in a row. One that cannot be loaded is told in the
+    log once, and its former version goes on answering.
+
+    Args:
+        service: whose tasks they are.
+        root: the folder.
+        interval_s: between two looks.
+    """
+
+    def __init__(self, service: Service, root: Path, interval_s: float = 1.0) -> None:
+        self._service, self._root, self._interval_s = service, root, interval_s
+        self._seen: dict[str, Signature] = {}
+        self._tried: dict[str, Signature] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def note_loaded(self, names: dict[str, Path]) -> None:
+        """These are loaded as they are now."""
+        self._seen = {name: signature(path) for name, path in names.items()}
+        self._tried = dict(self._seen)
+
+    def start(self) -> None:
+        """Begin to look, in the running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._look_again_and_again())
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def look(self) -> None:
+        """Look once."""
+        try:
+            folders = task_folders(self._root)
+        except UserError as error:
+            logger.warning("%s", error)
+            return
+        for name, path in folders.items():
+            try:
+                now = signature(path)
+            except OSError:  # it is being replaced
+                continue
+            is_still = self._seen.get(name) == now
+            self._seen[name] = now
+            if is_still and self._tried.get(name) != now:
+                self._tried[name] = now
+                try:
+                    is_new = await self._service.load(name, path)
+                    logger.info("task %s: %s", name, "loaded" if is_new else "replaced")
+                except ServiceError as error:
+                    logger.warning("task %s: left as it was: %s", name, error.message)
+        for name in [name for name in self._tried if name not in folders]:
+            del self._tried[name]
+            self._seen.pop(name, None)
+            if name in self._service.engine.tasks:
+                await self._service.unload(name)
+                logger.info("task %s: gone", name)
+
+    async def _look_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.look()
+            except Exception:  # the next look may go better
+                logger.exception("The tasks folder could not be watched.")

@@ -1,0 +1,134 @@
+"""Starting a service."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from sparsepeft.backbones import backbone_of_run
+from sparsepeft.devices import keep_freed_memory
+from sparsepeft.errors import UserError
+from sparsepeft.inference import MultiTaskEngine
+from sparsepeft.runs.files import RUN, read_run
+from sparsepeft_serve.app import create_app
+from sparsepeft_serve.folder import task_folders
+from sparsepeft_serve.service import check_weights_format
+from sparsepeft_serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+DEMO = Path("outputs/demo/spartan")
+_STOP_SECONDS = 60
+
+
+def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
+    """The folder of each task, by name: those named, and all in the tasks folder; else the demo's, trained if need be.
+
+    Args:
+        named: ``NAME=FOLDER`` each.
+        tasks_dir: see :class:`ServeSettings`.
+
+    Raises:
+        UserError: a name without a folder, or twice; or no tasks folder.
+    """
+    tasks: dict[str, Path] = {}
+    for one in named:
+        name, equals, folder = one.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--task {one} was given; expected NAME=FOLDER, such as --task mood=out/mood.")
+        if name in tasks:
+            raise UserError(f"--task {name}=... was given twice; give each task a name of its own.")
+        tasks[name] = Path(folder)
+    if tasks_dir is not None:
+        for name, path in task_folders(tasks_dir).items():
+            if name in tasks:
+                raise UserError(f"The task {name!r} is named by --task and in {tasks_dir}; rename one of them.")
+            tasks[name] = path
+    if tasks or tasks_dir is not None:
+        return tasks
+    if not (DEMO / RUN).is_file():
+        from sparsepeft.runs.config import RunConfig
+        from sparsepeft.training import train
+
+        print("No task was named: training the demo's (topics of short texts, about a minute) ...", file=sys.stderr)
+        train(RunConfig(task="topics", method="spartan", output_dir=str(DEMO), epochs=6))
+    return {"topics": DEMO}
+
+
+def load_engine(
+    tasks: Mapping[str, Path], model: str | None, settings: ServeSettings, dtype: str = "fp32"
+) -> MultiTaskEngine:
+    """An engine with the tasks; without a ``model`` on the backbone that the first of them was trained on.
+
+    Raises:
+        UserError: the backbone or a task cannot be loaded.
+    """
+    if model is None:
+        for path in tasks.values():
+            if (path / RUN).is_file():
+                model = backbone_of_run(path, None, read_run(path)["config"]["model"])
+                break
+    for path in tasks.values():
+        check_weights_format(path)
+    return MultiTaskEngine(model, tasks, dtype=dtype, token_budget=settings.token_budget)
+
+
+def serve(
+    tasks: Mapping[str, Path],
+    model: str | None,
+    settings: ServeSettings,
+    *,
+    host: str,
+    port: int,
+    dtype: str,
+    threads: int | None,
+) -> None:
+    """Answer until a signal comes; what was taken by then is answered.
+
+    Raises:
+        UserError: the engine cannot be made, or the default task is none of its tasks.
+    """
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    engine = load_engine(tasks, model, settings, dtype)
+    if settings.default_task is not None and settings.default_task not in engine.tasks:
+        raise UserError(
+            f"--default-task {settings.default_task} was given, but the tasks are {', '.join(engine.tasks) or 'none'}."
+        )
+    logging.getLogger("sparsepeft_serve").setLevel(logging.INFO)
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    server = _Server(config)
+    server.greeting = f"{engine!r} answers at http://{shown}:"
+    server.run()
+    if not server.started:
+        raise UserError(
+            f"The address {shown}:{port} cannot be used; another program may have it: choose another --port."
+        )
+
+
+class _Server(uvicorn.Server):
+    """Says where it answers, once it does."""
+
+    greeting = ""
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            print(f"{self.greeting}{port}", file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""The page in a real browser: typing, answers, maps, an error, the keyboard, a phone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
+
+BROWSER = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="the page's tests need Chromium (on Debian: apt-get install chromium)"),
+]
+TEXT = "the striker scored twice"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    page = browser.new_page()
+    asked: list[str] = []
+    problems: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{address}/")
+    page.wait_for_function("document.querySelectorAll('#task option').length > 0")
+    yield page
+    assert all(url.startswith(address) for url in asked)  # nothing from elsewhere
+    assert not problems
+    page.close()
+
+
+def test_typing_answers_and_maps(page: Any) -> None:
+    assert "8 tasks" in page.inner_text("#about")
+    page.fill("#text", TEXT)
+    page.click("button[type=submit]")
+    page.wait_for_selector("#memories:not([hidden])")
+    rows = page.locator("#rows tr")
+    assert rows.count() == 8
+    assert "LABEL_" in rows.nth(0).inner_text()
+    assert "a value" in page.inner_text("#rows")  # a regression's
+    assert page.locator(".map th[scope=col]").count() == 1 + 2 + len(TEXT.split())
+    assert page.locator(".map td[title*='weight']").count() > 4
+    page.select_option("#other", "five")
+    page.wait_for_function("document.querySelectorAll('.map').length === 2")
+    page.select_option("#layer", "0")
+    assert "layer 1" in page.inner_text(".map caption >> nth=0")
+    page.select_option("#task", "pfeiffer")
+    page.wait_for_selector("#memories", state="hidden")  # it has no memory
+    assert "curl http" in page.inner_text("#code")
+    page.click("#as-python")
+    assert "requests.post" in page.inner_text("#code")
+    assert page.get_attribute("#as-python", "aria-pressed") == "true"
+
+
+def test_an_error_is_shown_and_goes(page: Any, address: str) -> None:
+    page.route("**/v1/predict_all", lambda route: route.fulfill(status=429, json={"error": "too many texts wait"}))
+    page.fill("#text", TEXT)
+    page.click("button[type=submit]")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert page.inner_text("#problem") == "too many texts wait"
+    page.unroute("**/v1/predict_all")
+    page.click("text=Example 3")
+    page.wait_for_selector("#problem", state="hidden")
+    page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+    assert page.input_value("#pair") == "Somebody makes music."
+
+
+def test_by_keyboard_and_by_name(page: Any) -> None:
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.get_by_label("Text", exact=True).focus()
+    page.keyboard.type(TEXT)
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Answer"
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('button, select, textarea, input')].filter("
+        "(e) => !e.textContent.trim() && !e.labels?.length && !e.ariaLabel).length"
+    )
+    assert nameless == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(browser: Any, address: str, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{address}/")
+    page.click("text=Example 1")
+    page.wait_for_selector("#memories:not([hidden])")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    contrast = page.evaluate(
+        "(() => { const light = (c) => c.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b);"
+        " const style = getComputedStyle(document.body);"
+        " return Math.abs(light(style.color) - light(style.backgroundColor)); })()"
+    )
+    assert contrast > 450
+    context.close()
