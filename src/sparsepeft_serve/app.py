@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException
 
 from sparsepeft import __version__
 from sparsepeft.inference import MultiTaskEngine
+from sparsepeft_serve import all_tasks, hub, tei, vllm
 from sparsepeft_serve.access import callers_only
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.folder import FolderWatch, task_folders
 from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.settings import ServeSettings
-from sparsepeft_serve.shapes import hub, tasks, tei, vllm
 
 PAGE = Path(__file__).parent / "page"
 _VLLM = ("/classify", "/v1/classify", "/v1/models")
@@ -73,7 +73,7 @@ def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -
         responses={status: _described(text) for status, text in _ANSWERS.items()},
     )
     app.state.service = service
-    for shape in (tei, hub, vllm, tasks):
+    for shape in (tei, hub, vllm, all_tasks):
         app.include_router(shape.router(service))
     app.mount("/page", StaticFiles(directory=PAGE, html=True))
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.scores import Function, label_names, scores
 from sparsepeft_serve.service import Service
-from sparsepeft_serve.shapes.scores import Function, label_names, scores
 
 Ids = list[int]
 

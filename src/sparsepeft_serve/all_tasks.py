@@ -15,8 +15,8 @@ from sparsepeft.inference import Prediction
 from sparsepeft_serve.access import admin_only
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.folder import folder_of
+from sparsepeft_serve.hub import Pair
 from sparsepeft_serve.service import Service
-from sparsepeft_serve.shapes.hub import Pair
 
 _LINES_AT_ONCE, _PAUSE_S = 64, 0.1
 NDJSON = "application/x-ndjson"

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from sparsepeft_serve.batcher import Options
+from sparsepeft_serve.scores import Function, raised, ranked
 from sparsepeft_serve.service import Service
-from sparsepeft_serve.shapes.scores import Function, raised, ranked
 
 
 class Pair(BaseModel):

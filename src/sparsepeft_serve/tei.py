@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.scores import Function, label_names, raised, ranked
 from sparsepeft_serve.service import Service
-from sparsepeft_serve.shapes.scores import Function, label_names, raised, ranked
 
 
 class PredictRequest(BaseModel):
