@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.logits import deferred_logits
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.routed_ffn.clustering import clustered_order
 from sparsepeft.spt.attention import NAME, AttentionCall, recording
@@ -39,7 +40,7 @@ def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, T
         model.set_attn_implementation(NAME)
     model.eval()
     try:
-        with recording() as calls:
+        with recording() as calls, deferred_logits(model):  # logits of a large vocabulary would be most of the memory
             model(**batch)
     except (IndexError, TypeError, RuntimeError) as error:  # such as more positions than the model has
         if isinstance(error, torch.OutOfMemoryError):
