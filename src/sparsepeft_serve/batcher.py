@@ -154,7 +154,6 @@ class Batcher:
         job = _Job(inputs, options)
         # A request that alone is larger than the queue would never fit: it is taken where nothing waits.
         if (waiting := self.num_waiting) and waiting + job.num_waiting > self._queue_size:
-            self._metrics.failed("overloaded")
             raise overloaded(waiting)
         self._jobs.append(job)
         self._arrived.set()
