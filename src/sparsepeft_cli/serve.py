@@ -60,7 +60,6 @@ def command(
     tokens, admin_tokens = (() if file is None else read_tokens(file) for file in (token_file, admin_token_file))
     check_host(host, tokens)
     settings = ServeSettings(
-        token_budget=token_budget,
         longest_wait_ms=longest_wait,
         queue_size=queue_size,
         max_client_batch_size=max_client_batch_size,
@@ -70,4 +69,13 @@ def command(
         tasks_dir=tasks_dir,
         default_task=default_task,
     )
-    serve(read_tasks(task or [], tasks_dir), model, settings, host=host, port=port, dtype=dtype, threads=threads)
+    serve(
+        read_tasks(task or [], tasks_dir),
+        model,
+        settings,
+        host=host,
+        port=port,
+        dtype=dtype,
+        token_budget=token_budget,
+        threads=threads,
+    )

@@ -61,9 +61,7 @@ def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
     return {"topics": DEMO}
 
 
-def load_engine(
-    tasks: Mapping[str, Path], model: str | None, settings: ServeSettings, dtype: str = "fp32"
-) -> MultiTaskEngine:
+def load_engine(tasks: Mapping[str, Path], model: str | None, *, dtype: str, token_budget: int) -> MultiTaskEngine:
     """An engine with the tasks; without a ``model`` on the backbone that the first of them was trained on.
 
     Raises:
@@ -76,7 +74,7 @@ def load_engine(
                 break
     for path in tasks.values():
         check_weights_format(path)
-    return MultiTaskEngine(model, tasks, dtype=dtype, token_budget=settings.token_budget)
+    return MultiTaskEngine(model, tasks, dtype=dtype, token_budget=token_budget)
 
 
 def serve(
@@ -87,6 +85,7 @@ def serve(
     host: str,
     port: int,
     dtype: str,
+    token_budget: int,
     threads: int | None,
 ) -> None:
     """Answer until a signal comes; what was taken by then is answered.
@@ -97,7 +96,7 @@ def serve(
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    engine = load_engine(tasks, model, settings, dtype)
+    engine = load_engine(tasks, model, dtype=dtype, token_budget=token_budget)
     if settings.default_task is not None and settings.default_task not in engine.tasks:
         raise UserError(
             f"--default-task {settings.default_task} was given, but the tasks are {', '.join(engine.tasks) or 'none'}."

@@ -30,7 +30,6 @@ class Service:
 
     def __init__(self, engine: MultiTaskEngine, settings: ServeSettings) -> None:
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
-        engine.token_budget = settings.token_budget
         self.batcher = Batcher(
             engine,
             longest_wait_ms=settings.longest_wait_ms,

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsepeft.arguments import check_number, check_whole
 from sparsepeft.errors import UserError
 
-TOKEN_BUDGET, LONGEST_WAIT_MS, QUEUE_SIZE = 4096, 1.0, 2048
+LONGEST_WAIT_MS, QUEUE_SIZE = 1.0, 2048
 BATCH_SIZE, BODY_BYTES, BODY_SECONDS = 512, 2_000_000, 30.0
 _LEAST_TOKEN = 16
 
@@ -19,7 +19,6 @@ class ServeSettings:
     """How a service answers, and what it refuses.
 
     Args:
-        token_budget: tokens of a batch, padding included.
         longest_wait_ms: how long a text may wait for others to be batched with; while a batch is computed, those that
             come gather anyway.
         queue_size: texts that may wait, those of all callers together; past it a request gets 429.
@@ -32,7 +31,6 @@ class ServeSettings:
         default_task: that a request without a task's name is for; None is the only one, if there is one.
     """
 
-    token_budget: int = TOKEN_BUDGET
     longest_wait_ms: float = LONGEST_WAIT_MS
     queue_size: int = QUEUE_SIZE
     max_client_batch_size: int = BATCH_SIZE
@@ -44,7 +42,7 @@ class ServeSettings:
     default_task: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "queue_size", "max_client_batch_size", "payload_limit"):
+        for name in ("queue_size", "max_client_batch_size", "payload_limit"):
             check_whole(name, getattr(self, name))
         for name in ("longest_wait_ms", "body_timeout"):
             check_number(name, getattr(self, name), least=0)

@@ -20,7 +20,7 @@ TEXT, OTHER = "the striker scored twice", "flour prices kept climbing"
 
 @pytest.fixture(scope="module")
 def client(engine: MultiTaskEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, ServeSettings(default_task="five", token_budget=64))) as client:
+    with TestClient(create_app(engine, ServeSettings(default_task="five"))) as client:
         yield client
 
 
