@@ -59,7 +59,8 @@ def test_what_waits_is_batched_in_turn_and_bounded() -> None:
             await batcher.answer([("a", "x")], Options())
         batcher.start()
         first = asyncio.create_task(batcher.answer([("a", "x")], Options()))
-        await asyncio.sleep(0.05)  # it is being computed
+        while not engine.calls:  # until it is being computed
+            await asyncio.sleep(0.001)
         long = asyncio.create_task(batcher.answer([("a", str(i)) for i in range(25)], Options()))
         short = asyncio.create_task(batcher.answer([("b", "y")], Options()))
         await asyncio.sleep(0.05)
