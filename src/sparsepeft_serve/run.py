@@ -21,8 +21,6 @@ from sparsepeft_serve.folder import task_folders
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
 
-logger = logging.getLogger(__name__)
-
 DEMO = Path("outputs/demo/spartan")
 _STOP_SECONDS = 60
 

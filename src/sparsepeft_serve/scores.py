@@ -32,8 +32,10 @@ def scores(prediction: Prediction, info: TaskInfo, function: Function | None = N
     if function == "sigmoid":
         return [_sigmoid(value) for value in logits]
     if function == "softmax":
-        shifted = [math.exp(value - max(logits)) for value in logits]
-        return [value / sum(shifted) for value in shifted]
+        largest = max(logits)
+        powers = [math.exp(value - largest) for value in logits]
+        total = sum(powers)
+        return [power / total for power in powers]
     return logits
 
 

@@ -36,6 +36,11 @@ class AttentionCall(NamedTuple):
     value: Tensor
     mask: SparseMask
 
+    def first(self, num_rows: int) -> AttentionCall:
+        """Of the first sequences alone."""
+        query, key, value = (tensor[:num_rows] for tensor in self[:3])
+        return AttentionCall(query, key, value, self.mask._replace(key_mask=self.mask.key_mask[:num_rows]))
+
 
 class SparseAttention(nn.Module):
     """The state of a sparse attention layer: its settings, and codebooks, of which every adapter has its own.

@@ -64,10 +64,8 @@ def plan_within_budget(
 
 
 def _attention(config: SptConfig, calibration: Calibration, name: str, num_rows: int) -> Candidate:
-    query, key, value, mask = calibration.calls[name]
-    mask = mask._replace(key_mask=mask.key_mask[:num_rows])
-    call = AttentionCall(query[:num_rows], key[:num_rows], value[:num_rows], mask)
-    length = key.shape[2]
+    call = calibration.calls[name].first(num_rows)
+    mask, length = call.mask, call.key.shape[2]
     families: list[list[Settings]] = [[], []]
     for count in dict.fromkeys(max(1, round(length * share)) for share in _SHARES):
         block_size = int(replace(config, top_l=count).with_length(length).block_size or 0)

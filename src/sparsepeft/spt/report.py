@@ -83,8 +83,7 @@ def watching(feed_forwards: list[FeedForward]) -> Iterator[dict[str, tuple[Tenso
 def report_attention(report: SptReport, name: str, layer: SparseAttention, call: AttentionCall) -> None:
     """Add one attention layer, on the first sequences of the batch alone where these are long: it is (B, H, T, T)."""
     num_rows = max(1, _TOKENS // call.query.shape[2])
-    query, key, value = (tensor[:num_rows] for tensor in call[:3])
-    mask = call.mask._replace(key_mask=call.mask.key_mask[:num_rows])
+    query, key, value, mask = call.first(num_rows)
     scale = query.shape[-1] ** -0.5
     report.recall[name] = selection_recall(query, key, **layer.state.current.choice(), **layer.selection(mask))
     dense = scaled_dot_product_attention(query, key, value, dense_mask(mask), scale=scale, enable_gqa=True)
