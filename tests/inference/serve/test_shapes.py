@@ -142,6 +142,7 @@ def test_all_tasks_of_a_text(client: TestClient, engine: MultiTaskEngine) -> Non
 
 
 def test_about(client: TestClient, engine: MultiTaskEngine) -> None:
+    assert client.post("/tasks/two/predict", json={"inputs": TEXT}).status_code == 200
     about = client.get("/info").json()
     assert about["tasks"].keys() == engine.tasks.keys()
     assert about["default_task"] == "five"
