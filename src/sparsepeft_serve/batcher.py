@@ -56,6 +56,8 @@ class _Job:
 
     @property
     def num_waiting(self) -> int:
+        if self.done.done():  # the caller has left, or another of its batches failed
+            return 0
         return (len(self.inputs) - self.num_taken) * self.weight
 
     def take(self) -> tuple[int, int]:
@@ -210,7 +212,7 @@ class Batcher:
         num_tokens = 0
         while self._jobs and num_tokens < self._engine.token_budget:
             job = self._jobs.popleft()
-            if job.done.done():  # the caller has gone, or another of its batches failed
+            if not job.num_waiting:
                 continue
             place, tokens = job.take()
             batch.append((job, place))

@@ -1,4 +1,4 @@
-"""Bodies that are too large or too slow, and a line in the log for each request."""
+"""Bodies that are too large or too slow, callers who leave, and a line in the log for each request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ logger = logging.getLogger("sparsepeft_serve.requests")
 
 
 class Limits:
-    """ASGI middleware: refuses a body past its limits, and logs method, path, status and time, but no text.
+    """ASGI middleware: refuses a body past its limits, stops work for a caller who has left, and logs each request.
+
+    The log has method, path, status (499 where the caller left) and time, but no text.
 
     Args:
         app: that is asked.
@@ -46,7 +48,18 @@ class Limits:
             except ServiceError as error:
                 await _refuse(error, noted)
                 return
-            await self._app(scope, _replay(body, receive), noted)
+            answering = asyncio.ensure_future(self._app(scope, _replay(body, receive), noted))
+            leaving = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if answering.done():
+                    await answering
+                else:
+                    status = 499
+            finally:
+                for one in (answering, leaving):
+                    one.cancel()
+                await asyncio.gather(answering, leaving, return_exceptions=True)
         finally:
             logger.info(
                 "%s",
@@ -85,6 +98,12 @@ class Limits:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the caller leaves, or has the answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

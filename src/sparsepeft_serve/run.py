@@ -18,6 +18,7 @@ from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.runs.files import RUN, read_run
 from sparsepeft_serve.app import create_app
 from sparsepeft_serve.folder import task_folders
+from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
 
@@ -105,6 +106,7 @@ def serve(
         create_app(engine, settings),
         host=host,
         port=port,
+        http=HeadTimeoutProtocol,
         access_log=False,
         log_config=None,
         log_level="warning",

@@ -11,12 +11,14 @@ import uvicorn
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft_serve import ServeSettings, create_app
+from sparsepeft_serve.protocol import HeadTimeoutProtocol
 
 
 @contextmanager
 def answering(engine: MultiTaskEngine, settings: ServeSettings | None = None) -> Iterator[str]:
     """The address of a service."""
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), port=0, log_config=None))
+    app = create_app(engine, settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=HeadTimeoutProtocol, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -6,15 +6,19 @@ import asyncio
 import json
 import logging
 import shutil
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from tests.inference.conftest import TASKS, save_task
+from tests.inference.serve.conftest import answering
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
@@ -22,7 +26,9 @@ from sparsepeft_serve import ServeSettings, create_app
 from sparsepeft_serve.batcher import Batcher, Options
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.folder import FolderWatch
+from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.metrics import Metrics
+from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.settings import check_host, read_tokens
 
 TEXT, OTHER = "the striker scored twice", "flour prices kept climbing"
@@ -122,8 +128,6 @@ def test_bodies(engine: MultiTaskEngine, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_body_that_does_not_come() -> None:
-    from sparsepeft_serve.limits import Limits
-
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -269,3 +273,47 @@ def test_a_stop_answers_what_was_taken(engine: MultiTaskEngine) -> None:
         answers = [one.result() for one in asked]
     assert [answer.status_code for answer in answers] == [200] * 4
     assert not app.state.service.batcher.is_working
+
+
+def test_nothing_is_computed_for_callers_who_have_left() -> None:
+    engine = SlowEngine()
+
+    async def ask() -> None:
+        batcher = Batcher(engine, longest_wait_ms=0, queue_size=30, metrics=Metrics())  # type: ignore[arg-type]
+        batcher.start()
+        first = asyncio.create_task(batcher.answer([("a", "x")], Options()))
+        while not engine.calls:
+            await asyncio.sleep(0.001)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await batcher.answer([("a", "left")] * 20, Options())
+
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": b""})
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        request = asyncio.create_task(Limits(app, ServeSettings())(scope, messages.get, messages.put))
+        while batcher.num_waiting != 20:
+            await asyncio.sleep(0.001)
+        messages.put_nowait({"type": "http.disconnect"})
+        await request
+        assert batcher.num_waiting == 0
+        engine.may_answer.set()
+        assert await first == ["a: x"]
+        await batcher.close()
+
+    asyncio.run(ask())
+    assert engine.calls == [[("a", "x")]]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /predict HTTP/1.1\r\nHost: here\r\nX-"])
+def test_a_head_that_does_not_come(engine: MultiTaskEngine, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeadTimeoutProtocol, "head_seconds", 0.3)
+    with answering(engine) as address, socket.create_connection(address.removeprefix("http://").split(":")) as slow:
+        slow.settimeout(30)
+        slow.sendall(sent)
+        received = b"".join(iter(partial(slow.recv, 4096), b""))
+        assert received.startswith(b"HTTP/1.1 408 ")
+        with httpx.Client(base_url=address) as client:  # one that is answered may take its time
+            for _ in range(2):
+                assert client.post("/tasks/two", json={"inputs": TEXT}).status_code == 200
+                time.sleep(0.4)
