@@ -66,7 +66,7 @@ def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["sparsepeft"])
 
-    @routes.post("/v1/predict_all")
+    @routes.post("/v1/predict_all", responses={200: {"content": {NDJSON: {"schema": {"type": "string"}}}}})
     async def predict_all(request: PredictAllRequest) -> Any:
         """Answer every task for each input; with ``stream`` a line of JSON for each, in order."""
         given = request.inputs if isinstance(request.inputs, list) else [request.inputs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from sparsepeft import __version__
@@ -76,15 +77,15 @@ def router(service: Service) -> APIRouter:
         """The backbone, the limits, and the tasks."""
         return about(service)
 
-    @routes.get("/health")
-    @routes.get("/ping")
+    @routes.get("/health", response_class=Response)
+    @routes.get("/ping", response_class=Response)
     async def health() -> Response:
         """Whether requests are answered."""
         if not service.batcher.is_working:
             raise ServiceError("The service is not ready, or stopping.", "Unhealthy")
         return Response()
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters, for Prometheus."""
         return Response(service.metrics.text(service.batcher.num_waiting), media_type="text/plain; version=0.0.4")

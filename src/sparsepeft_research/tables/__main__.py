@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft_research.results import RESULTS, ROOT
-from sparsepeft_research.tables import inference, kernels, scores, spt, spt_quality, training
+from sparsepeft_research.tables import inference, kernels, scores, service, spt, spt_quality, training
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -67,6 +67,10 @@ TABLES = {
     "spt-encoders": Table("What the paper's forms cost: encoders", spt.encoders),
     "spt-conversion": Table("What the paper's forms cost right after conversion", spt.conversion),
     "begin-token": Table("The begin-of-text token", spt.begin_token),
+    "service-load": Table("Twice what the service can answer", service.load),
+    "service-speed": Table("The service beside the engine and a server of pipelines", service.speed),
+    "service-faults": Table("What can go wrong between the service and its callers", service.faults),
+    "service-fuzz": Table("Cases made from the service's description", service.fuzz),
     # Shorter forms, for pages that are read from start to end.
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
@@ -87,6 +91,7 @@ PAGES = {
             *("spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
         ),
     ),
+    "service": ("The service", ("service-load", "service-speed", "service-faults", "service-fuzz")),
 }
 PICTURES = {"figure2.svg": "figure2/figure2.svg"}
 ABOUT = (
