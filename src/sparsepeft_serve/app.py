@@ -92,7 +92,9 @@ def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -
 _ANSWERS = {
     400: "There is no input, or the body is no JSON",
     401: "No valid token",
+    403: "Tasks cannot be changed over HTTP",
     404: "No such task",
+    405: "No such method here",
     408: "The body came too slowly",
     413: "The body is too large",
     422: "What was asked cannot be answered",
