@@ -66,7 +66,7 @@ def session(address: str, token: str | None = None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         address,
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=300),
+        timeout=aiohttp.ClientTimeout(total=1800),
         headers={} if token is None else {"Authorization": f"Bearer {token}"},
     )
 
