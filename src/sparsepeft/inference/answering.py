@@ -95,9 +95,7 @@ class Answers:
 
 def _of_text(row: Row, logits: np.ndarray) -> Prediction:
     info, truncated = row.task.info, row.encoded.truncated
-    return prediction(
-        logits, info.label_names, multi_label=info.multi_label, truncated=truncated, num_tokens=len(row)
-    )
+    return prediction(logits, info.label_names, multi_label=info.multi_label, truncated=truncated, num_tokens=len(row))
 
 
 @contextmanager
@@ -232,7 +230,7 @@ class Engine:
                     continue
                 texts = texts_of(text, task.info.num_texts)
                 if task.info.labels_tokens and cutting.stride is not None:
-                    parts = task.encoder.parts(*texts, task.max_length, cutting.stride)
+                    parts = task.encoder.parts(texts[0], task.max_length, cutting.stride)
                     rows += [Row(place, task, one, part, len(parts)) for part, one in enumerate(parts)]
                 else:
                     readable.append((place, task, texts))

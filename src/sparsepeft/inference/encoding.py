@@ -117,13 +117,16 @@ class Spans(NamedTuple):
     special_tokens_mask: Sequence[int] = ()
 
 
+_NO_SPANS = Spans()
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One input: what the tokenizer made of it, whether it was cut, and if it was asked for, where its tokens are."""
 
     features: dict[str, list[int]]
     truncated: bool
-    spans: Spans = Spans()
+    spans: Spans = _NO_SPANS
 
     def __len__(self) -> int:
         return len(self.features["input_ids"])
@@ -165,7 +168,7 @@ class Encoder:
         """
         if not inputs:
             return []
-        more = _SPANS if with_spans else {}
+        more: dict[str, Any] = _SPANS if with_spans else {}
         whole = self._tokenize(inputs, truncation=False, verbose=False, **more)
         encoded = [_encoded(features, texts[0], False) for features, texts in zip(whole, inputs, strict=True)]
         long = [row for row, one in enumerate(encoded) if len(one) > max_length]
@@ -187,8 +190,9 @@ class Encoder:
                 f"`stride={stride}` was given, but a part of a text has at most {most} tokens beside the special ones; "
                 "pass less."
             )
-        options = {"truncation": True, "max_length": max_length, "stride": stride, "return_overflowing_tokens": True}
-        return [_encoded(features, text, False) for features in self._tokenize([(text,)], **options, **_SPANS)]
+        options: dict[str, Any] = {"max_length": max_length, "stride": stride, **_SPANS}
+        parts = self._tokenize([(text,)], truncation=True, return_overflowing_tokens=True, **options)
+        return [_encoded(features, text, False) for features in parts]
 
     def of_ids(self, features: Mapping[str, Any], max_length: int) -> Encoded:
         """An input that was encoded elsewhere, by the same tokenizer: ``input_ids``, special tokens included.

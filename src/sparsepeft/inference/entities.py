@@ -51,7 +51,7 @@ def entity_options(aggregation_strategy: Any, ignore_labels: Any, stride: Any = 
             raise InputError(f"`stride={stride!r}` was given; pass a whole number of tokens, 0 or more.")
         if aggregation_strategy == "none":
             raise InputError(
-                f"`stride={stride}` was given with `aggregation_strategy=none`, but parts of a text are put together by "
+                f"`stride={stride}` was given with `aggregation_strategy=none`, but the parts of a text are joined by "
                 "their entities; pass another strategy, such as simple."
             )
     return EntityOptions(aggregation_strategy, names, stride)
@@ -62,7 +62,7 @@ class _LastStep(TokenClassificationPipeline):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str]) -> None:
         # Past the pipeline's own constructor, which wants a model to run.
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.model: Any = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(label_names))))
 
 

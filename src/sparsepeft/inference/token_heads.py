@@ -36,14 +36,14 @@ class _StatesGiven(nn.Module):
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _States:
         """States (B, T, D), as an output of a backbone."""
-        return _States(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]  # annotated as FloatTensor
+        return _States(last_hidden_state=inputs_embeds)
 
 
 class TokenHeads:
     """What transformers' model for token classification does after its backbone, done after another model's.
 
     The model gets one more module, :data:`TOKEN_HEAD`: the class for token classification without its backbone. An
-    adapter's own head stands in there, as that of a text task stands in the model's head, so that adapters of both kinds
+    adapter's own head stands in there, as that of a text task stands in the model's head; so adapters of both kinds
     share the passes of the backbone.
 
     Args:
@@ -71,7 +71,6 @@ class TokenHeads:
             return config, None
         if not hasattr(self._model, TOKEN_HEAD):
             self._add_head()
-        config.task_type = None  # whose class in PEFT expects the head in its usual place
         config._foreign_modules = self._foreign
         if config.target_modules is None:
             config.target_modules = self._targets
@@ -100,7 +99,7 @@ class TokenHeads:
 
     def _add_head(self) -> None:
         model = self._model
-        config = copy.deepcopy(model.config)
+        config = copy.deepcopy(model.config)  # which some models change
         try:
             with torch.device("meta"):  # its backbone is not kept, and takes no memory
                 head: Any = AutoModelForTokenClassification.from_config(config)
@@ -110,7 +109,7 @@ class TokenHeads:
                 "pass a backbone of another architecture."
             ) from error
         blocks = find_blocks(head)
-        if config.is_encoder_decoder and not any(block.is_decoder for block in blocks):  # T5's reads the encoder alone
+        if model.config.is_encoder_decoder and not config.is_encoder_decoder:  # T5's reads the encoder alone
             self._targets = [block.name for block in blocks]
         lacking = self._names - {name for name, _ in head.named_modules()}
         outermost = {name for name in lacking if name.rpartition(".")[0] not in lacking}
