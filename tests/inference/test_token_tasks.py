@@ -100,9 +100,9 @@ def test_texts_and_tokens_share_a_pass(both: MultiTaskEngine) -> None:
     rows: list[int] = []
     hook = both._views["SPARTAN"].model.bert.embeddings.register_forward_hook(lambda m, a, o: rows.append(len(o)))
     both.predict([("names", "one two"), ("two", "three four"), ("linear", "five six"), ("five", "seven eight")])
-    both.predict_all(["one two"], ["upper names"])
+    both.predict_all(["one two"], ["upper", "upper names", "degree"])
     hook.remove()
-    assert rows == [4, 1, 1]  # below the task's lowest layer, and above it
+    assert rows == [4, 1, 3]  # below the tasks' lowest layer once, and above it for each
 
 
 @pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])

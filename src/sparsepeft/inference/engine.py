@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,18 +347,20 @@ class MultiTaskEngine(Engine):
             chosen = {name: find_task(name, loaded) for name in names}
             for window in windows(as_list(texts), WINDOW):
                 predictions: dict[tuple[str, int], Prediction] = {}
-                for group in grouped(chosen.items(), lambda named: _shareable(named[1])):
-                    first, task = group[0]
-                    requests = [
-                        (place, (first, text))
-                        for place, text in enumerate(window)
-                        if tasks is not None or _takes(task, text)
+                for alike in grouped(enumerate(window), lambda one: _num_texts(one[1])):
+                    count = _num_texts(alike[0][1])
+                    asked = [
+                        one for one in chosen.items() if tasks is not None or count is None or _takes(one[1], count)
                     ]
-                    failed: dict[int, Prediction] = {}
-                    rows = self._encode(requests, chosen, Cutting(truncation), on_error, failed)
-                    predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
-                    for batch in batches_by_length([len(row) for row in rows], self.token_budget):
-                        predictions |= self._fan_out([rows[i] for i in batch], group, options)
+                    for group in grouped(asked, partial(_shareable, count)):
+                        # What is encoded for a task that labels tokens serves all, but not the other way round.
+                        first, _ = max(group, key=lambda named: named[1].info.labels_tokens)
+                        failed: dict[int, Prediction] = {}
+                        requests = [(place, (first, text)) for place, text in alike]
+                        rows = self._encode(requests, chosen, Cutting(truncation), on_error, failed)
+                        predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
+                        for batch in batches_by_length([len(row) for row in rows], self.token_budget):
+                            predictions |= self._fan_out([rows[i] for i in batch], group, options)
                 answers += [
                     {name: predictions[name, place] for name in chosen if (name, place) in predictions}
                     for place in range(len(window))
@@ -382,17 +385,23 @@ class MultiTaskEngine(Engine):
         return {(name, place): one for name, each in found.items() for place, one in each.predictions.items()}
 
 
-def _shareable(task: LoadedTask) -> tuple[Any, ...]:
-    """What tasks must have in common to be answered for one text together."""
-    return task.view, task.info.num_texts, task.info.labels_tokens, task.max_length, task.lowest_layer > 0
+def _shareable(count: int | None, named: tuple[str, LoadedTask]) -> tuple[Any, ...]:
+    """What tasks must have in common to be answered together for inputs of ``count`` texts (None: no texts)."""
+    task = named[1]
+    errors = () if count is not None and _takes(task, count) else (task.info.num_texts, task.info.labels_tokens)
+    return task.view, errors, task.max_length, task.lowest_layer > 0
 
 
-def _takes(task: LoadedTask, text: Any) -> bool:
-    """Whether a task takes as many texts as an input has; if it is none, that is every task's answer."""
+def _takes(task: LoadedTask, count: int) -> bool:
+    return task.info.num_texts in (None, count)
+
+
+def _num_texts(value: Any) -> int | None:
+    """How many texts an input has; None if it is none, or token ids."""
     try:
-        return task.info.num_texts in (None, len(read_input(text)))
+        return len(read_input(value))
     except InputError:
-        return True
+        return None
 
 
 def _check_classifier(model: PreTrainedModel) -> None:
