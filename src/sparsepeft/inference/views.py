@@ -17,7 +17,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from sparsepeft.inference.onednn import use_onednn
-from sparsepeft.inference.token_heads import TokenHeads
 from sparsepeft.methods.models import loading_adapter
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import find_blocks
@@ -25,6 +24,7 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadSpec, copy_with_labels
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.sublayers import find_feed_forwards
+from sparsepeft.models.token_heads import TokenHeads
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 
