@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sparsepeft.inference import MultiTaskEngine, Prediction
 from sparsepeft.inference.answering import grouped
+from sparsepeft.inference.entities import EntityOptions
 from sparsepeft_serve.errors import ServiceError, overloaded
 from sparsepeft_serve.metrics import Metrics
 
@@ -31,12 +32,14 @@ class Options(NamedTuple):
         side: where, ``"left"`` or ``"right"``; None is where the tokenizer does.
         num_tasks: that answer each input, which then comes without a task; 0: each comes with its own.
         tasks: which these are; None: all that take as many texts as an input has.
+        entities: how tokens that are labelled are put together.
     """
 
     truncation: bool = True
     side: Any = None
     num_tasks: int = 0
     tasks: tuple[str, ...] | None = None
+    entities: EntityOptions = EntityOptions()
 
 
 class _Job:
@@ -226,9 +229,9 @@ class Batcher:
         for alike in grouped(enumerate(batch), lambda one: one[1][0].options):
             options = alike[0][1][0].options
             inputs = [job.inputs[place] for _, (job, place) in alike]
-            cutting = {"truncation": options.truncation, "truncation_side": options.side}
+            cutting: dict[str, Any] = {"truncation": options.truncation, "truncation_side": options.side}
             if not options.num_tasks:
-                results: list[Any] = list(self._engine.predict(inputs, **cutting))
+                results: list[Any] = list(self._engine.predict(inputs, **cutting, **options.entities._asdict()))
             else:
                 results = list(self._engine.predict_all(inputs, options.tasks, truncation=options.truncation))
             for (index, _), result in zip(alike, results, strict=True):

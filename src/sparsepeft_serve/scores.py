@@ -17,6 +17,19 @@ def label_names(info: TaskInfo) -> tuple[str, ...]:
     return info.label_names or (VALUE,)
 
 
+def check_labels_texts(task: str, info: TaskInfo) -> None:
+    """See that a task can be asked for scores of a text.
+
+    Raises:
+        ServiceError: it labels tokens.
+    """
+    if info.labels_tokens:
+        raise ServiceError(
+            f"The task {task!r} labels tokens, and was asked for the scores of a text; post to /tasks/{task}, as "
+            "InferenceClient.token_classification does, or to /v1/predict_all."
+        )
+
+
 def scores(prediction: Prediction, info: TaskInfo, function: Function | None = None) -> list[float]:
     """A number for each output of a task, in the task's order.
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, label_names, raised, ranked
+from sparsepeft_serve.scores import Function, check_labels_texts, label_names, raised, ranked
 from sparsepeft_serve.service import Service
 
 
@@ -50,6 +50,7 @@ def router(service: Service) -> APIRouter:
 
     async def answer(name: str | None, request: PredictRequest) -> Any:
         task, info = service.task(name)
+        check_labels_texts(task, info)
         inputs, is_batch = read_inputs(request.inputs)
         side = request.truncation_direction.lower()
         options = Options(bool(request.truncate), side)
@@ -123,7 +124,7 @@ def about(service: Service) -> dict[str, Any]:
     tasks: dict[str, dict[str, Any]] = {
         name: {
             "labels": list(label_names(info)),
-            "problem_type": problem_type(info),
+            "problem_type": info.problem_type,
             "num_texts": info.num_texts,
             "max_input_length": info.max_length,
         }
@@ -154,10 +155,3 @@ def about(service: Service) -> dict[str, Any]:
         "default_task": default,
         "tasks": tasks,
     }
-
-
-def problem_type(info: Any) -> str:
-    """As transformers names it."""
-    if not info.label_names:
-        return "regression"
-    return "multi_label_classification" if info.multi_label else "single_label_classification"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, label_names, scores
+from sparsepeft_serve.scores import Function, check_labels_texts, label_names, scores
 from sparsepeft_serve.service import Service
 
 Ids = list[int]
@@ -86,6 +86,7 @@ def router(service: Service) -> APIRouter:
     async def classify(request: ClassifyRequest) -> Any:
         """Name each input's label, with the probability of every one."""
         task, info = service.task(request.model)
+        check_labels_texts(task, info)
         inputs = _inputs(request.input)
         is_batch = len(inputs) > 1
         truncation = request.truncate_prompt_tokens is not None

@@ -349,12 +349,6 @@ def _of_four_labels(path: Path) -> None:
     path.write_text(json.dumps(config | {"num_labels": 4, "id2label": names}), encoding="utf-8")
 
 
-def _token_labels(backbone: Path, folders: dict[str, Path], target: Path) -> Path:
-    model = AutoModelForTokenClassification.from_pretrained(backbone)
-    get_peft_model(model, METHODS["spartan"](num_labels=3, task_type="TOKEN_CLS")).save_pretrained(str(target))
-    return target
-
-
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
 
@@ -369,7 +363,7 @@ LORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         (_damaged(CONFIG, _of_four_labels), "of another shape"),
         (_saved(LORA), "the method lora, .* can; use this one, which says nothing of its labels, through PeftModel"),
         (_saved(METHODS["spartan"](num_labels=3, problem_type="regression")), "predicts 3 values at once"),
-        (_token_labels, "TOKEN_CLS"),
+        (_saved(METHODS["spartan"](task_type="FEATURE_EXTRACTION")), r"FEATURE_EXTRACTION, .*SEQ_CLS, TOKEN_CLS"),
         (lambda backbone, folders, target: target, "There is no folder"),
         (lambda backbone, folders, target: target.parent, "adapter_config.json is missing"),
     ],

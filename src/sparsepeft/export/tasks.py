@@ -47,7 +47,13 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
                 "rename one of them."
             )
         _check_run(folder)
-        tasks[name] = ExportTask(name, *read_task(folder))
+        task = ExportTask(name, *read_task(folder))
+        if task.info.labels_tokens:
+            raise UserError(
+                f"{folder} holds a task that labels tokens, but exported graphs answer for whole texts; answer it with "
+                "MultiTaskEngine, or export tasks of whole texts."
+            )
+        tasks[name] = task
     first, *others = tasks.values()
     for other in others:
         for what in ("method", *_CONSTANTS):

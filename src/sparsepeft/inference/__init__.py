@@ -1,4 +1,4 @@
-"""From texts to answers: one backbone and many tasks, one run, or a language model; loaded when first asked for."""
+"""From texts to answers: one backbone and many tasks, or one run; loaded when first asked for."""
 
 from typing import TYPE_CHECKING
 
@@ -8,17 +8,15 @@ if TYPE_CHECKING:
     from sparsepeft.inference.answers import Answer, answer
     from sparsepeft.inference.engine import MultiTaskEngine
     from sparsepeft.inference.evaluation import Evaluation, evaluate
-    from sparsepeft.inference.generation import GenerationSettings, Generator
-    from sparsepeft.inference.portable import Prediction
+    from sparsepeft.inference.portable import Entity, Prediction
     from sparsepeft.inference.predictor import Predictor
     from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
     from sparsepeft.inference.tasks import TaskInfo
 
 __all__ = [
     "Answer",
+    "Entity",
     "Evaluation",
-    "GenerationSettings",
-    "Generator",
     "MultiTaskEngine",
     "Prediction",
     "Predictor",
@@ -36,8 +34,7 @@ __getattr__, __dir__ = lazily(
         "sparsepeft.inference.answers": ("Answer", "answer"),
         "sparsepeft.inference.engine": ("MultiTaskEngine",),
         "sparsepeft.inference.evaluation": ("Evaluation", "evaluate"),
-        "sparsepeft.inference.generation": ("GenerationSettings", "Generator"),
-        "sparsepeft.inference.portable": ("Prediction",),
+        "sparsepeft.inference.portable": ("Entity", "Prediction"),
         "sparsepeft.inference.predictor": ("Predictor",),
         "sparsepeft.inference.questions": ("TableOptions", "read_lines", "read_questions"),
         "sparsepeft.inference.tasks": ("TaskInfo",),

@@ -14,8 +14,11 @@ import torch
 from sparsepeft.arguments import check_flag
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Encoded, batches_by_length, windows
+from sparsepeft.inference.entities import EntityOptions, Strategy, entity_options, find_entities
 from sparsepeft.inference.portable import (
+    NAN,
     NO_TOKENS,
+    NOT_FINITE,
     Input,
     InputError,
     OnError,
@@ -37,32 +40,62 @@ WINDOW = 4096  # inputs that are encoded and sorted by length at a time
 
 
 class Cutting(NamedTuple):
-    """What happens to an input that is too long: whether it may be cut, and where."""
+    """What happens to an input that is too long: whether it may be cut, and where.
+
+    With ``stride`` a text whose tokens are labelled is not cut, but read in parts that share so many tokens.
+    """
 
     allowed: bool
     side: TruncationSide | None = None
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One input of one task: where its answer goes, and its tokens."""
+    """One input of one task, or a part of it: where its answer goes, and its tokens."""
 
     place: int
     task: LoadedTask
     encoded: Encoded
+    part: int = 0
+    num_parts: int = 1
 
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def answer(self, logits: np.ndarray) -> Prediction:
-        """The prediction that logits (most labels,) of a batch's row stand for."""
-        info = self.task.info
-        options: dict[str, Any] = {
-            "multi_label": info.multi_label,
-            "truncated": self.encoded.truncated,
-            "num_tokens": len(self),
-        }
-        return prediction(logits[: info.num_outputs], info.label_names, **options)
+
+class Answers:
+    """Predictions by place, from the logits of rows that come in any order.
+
+    Args:
+        options: how tokens become entities.
+    """
+
+    def __init__(self, options: EntityOptions) -> None:
+        self.predictions: dict[int, Prediction] = {}
+        self._options = options
+        self._parts: dict[int, list[tuple[Row, np.ndarray]]] = defaultdict(list)  # of inputs that lack some yet
+
+    def put(self, row: Row, logits: np.ndarray) -> None:
+        """Take in what :func:`batch_logits` gave for a row."""
+        self._parts[row.place].append((row, logits))
+        if len(self._parts[row.place]) == row.num_parts:
+            parts = sorted(self._parts.pop(row.place), key=lambda one: one[0].part)
+            self.predictions[row.place] = self._of_tokens(parts) if row.task.info.labels_tokens else _of_text(*parts[0])
+
+    def _of_tokens(self, parts: list[tuple[Row, np.ndarray]]) -> Prediction:
+        if not all(np.isfinite(logits).all() for _, logits in parts):
+            return Prediction.failed(NOT_FINITE)
+        task = parts[0][0].task
+        encoded = [(row.encoded, logits) for row, logits in parts]
+        entities = find_entities(encoded, task.encoder.tokenizer, task.info.label_names or (), self._options)
+        truncated, num_tokens = any(row.encoded.truncated for row, _ in parts), sum(len(row) for row, _ in parts)
+        return Prediction(None, NAN, truncated=truncated, num_tokens=num_tokens, entities=entities)
+
+
+def _of_text(row: Row, logits: np.ndarray) -> Prediction:
+    info, truncated = row.task.info, row.encoded.truncated
+    return prediction(logits, info.label_names, multi_label=info.multi_label, truncated=truncated, num_tokens=len(row))
 
 
 @contextmanager
@@ -113,6 +146,9 @@ class Engine:
         truncation: bool = True,
         truncation_side: TruncationSide | None = None,
         on_error: OnError = "return",
+        aggregation_strategy: Strategy = "simple",
+        ignore_labels: Iterable[str] = ("O",),
+        stride: int | None = None,
     ) -> list[Prediction]:
         """Answer a list of (task, text) or (task, (text, text)), in the order asked.
 
@@ -123,20 +159,23 @@ class Engine:
             truncation_side: where to cut, ``"left"`` or ``"right"``; None cuts where the tokenizer does.
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of a row that cannot be
                 answered (an unknown task, an empty text, ...); ``"raise"`` raises a ``UserError`` instead.
+            aggregation_strategy, ignore_labels, stride: of tasks that label tokens; others have no use for them. See
+                :class:`sparsepeft.inference.entities.EntityOptions`.
         """
         check_on_error(on_error)
         check_flag("truncation", truncation)
         check_truncation_side(truncation_side)
+        options = entity_options(aggregation_strategy, ignore_labels, stride)
         _check_several(requests)
         answers: list[Prediction] = []
         with self._tasks.in_use() as tasks:
             for window in windows(as_list(requests), WINDOW):
-                predictions: dict[int, Prediction] = {}
-                cutting = Cutting(truncation, truncation_side)
-                rows = self._encode(enumerate(window), tasks, cutting, on_error, predictions)
+                found = Answers(options)
+                cutting = Cutting(truncation, truncation_side, stride)
+                rows = self._encode(enumerate(window), tasks, cutting, on_error, found.predictions)
                 for row, logits in self._run(rows):
-                    predictions[row.place] = row.answer(logits)
-                answers += [predictions[place] for place in range(len(window))]
+                    found.put(row, logits)
+                answers += [found.predictions[place] for place in range(len(window))]
         return answers
 
     @user_errors()
@@ -144,15 +183,20 @@ class Engine:
         """(N, number of labels) of a task for texts, which may be empty.
 
         Raises:
-            UserError: the task is unknown, or an input is none of the task's.
+            UserError: the task is unknown or labels tokens, or an input is none of the task's.
         """
         with self._tasks.in_use() as tasks:
             task = find_task(name, tasks)
+            if task.info.labels_tokens:
+                raise InputError(
+                    f"The logits of {name!r} were asked for, but it labels tokens, of which texts have different "
+                    "numbers; ask predict for its entities."
+                )
             inputs = [texts_of(text, task.info.num_texts, may_be_empty=True) for text in as_list(texts)]
             rows = [Row(place, task, one) for place, one in enumerate(task.encoder(inputs, task.max_length))]
             result = np.zeros((len(rows), task.info.num_outputs), dtype=np.float32)
             for row, logits in self._run(rows):
-                result[row.place] = logits[: result.shape[1]]
+                result[row.place] = logits
         return result
 
     def _encode(
@@ -177,14 +221,30 @@ class Engine:
                 name, text = _request(request)
                 task = find_task(name, tasks)
                 if isinstance(text, Mapping) and "input_ids" in text:
+                    if task.info.labels_tokens:
+                        raise InputError(
+                            f"An input of {name!r} has input_ids, but the task says where in a text something is; pass "
+                            "the text."
+                        )
                     rows.append(Row(place, task, task.encoder.of_ids(text, task.max_length)))
+                    continue
+                texts = texts_of(text, task.info.num_texts)
+                if task.info.labels_tokens and cutting.stride is not None:
+                    parts = task.encoder.parts(texts[0], task.max_length, cutting.stride)
+                    rows += [Row(place, task, one, part, len(parts)) for part, one in enumerate(parts)]
                 else:
-                    readable.append((place, task, texts_of(text, task.info.num_texts)))
+                    readable.append((place, task, texts))
             except InputError as error:
                 refuse(place, error)
-        for alike in grouped(readable, lambda one: (one[1].encoder, len(one[2]), one[1].max_length)):
-            encoder, longest = alike[0][1].encoder, alike[0][1].max_length
-            encoded = encoder([texts for _, _, texts in alike], longest, cutting.side)
+
+        def kind(one: tuple[int, LoadedTask, tuple[str, ...]]) -> tuple[Any, ...]:
+            return one[1].encoder, len(one[2]), one[1].max_length, one[1].info.labels_tokens
+
+        for alike in grouped(readable, kind):
+            first = alike[0][1]
+            encoder, longest = first.encoder, first.max_length
+            texts_alike = [texts for _, _, texts in alike]
+            encoded = encoder(texts_alike, longest, cutting.side, with_spans=first.info.labels_tokens)
             for (place, task, _), one in zip(alike, encoded, strict=True):
                 if one.truncated and not cutting.allowed:
                     refuse(place, InputError(f"An input is longer than the {longest} tokens of its task; shorten it."))
@@ -195,7 +255,7 @@ class Engine:
         return rows
 
     def _run(self, rows: list[Row]) -> Iterator[tuple[Row, np.ndarray]]:
-        """Each row with its logits, (most labels,), in any order."""
+        """Each row with its logits, see :func:`batch_logits`, in any order."""
         for alike in grouped(rows, lambda row: row.task.view):
             for batch in batches_by_length([len(row) for row in alike], self._token_budget, self._batch_size):
                 # Rows of a task side by side, so that its adapter reads a slice.
@@ -204,11 +264,27 @@ class Engine:
 
 
 @torch.inference_mode()
-def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = None) -> np.ndarray:
-    """Logits of rows of one model, (B, most labels); from the layer ``begin`` on where ``states`` are given."""
+def batch_logits(rows: list[Row], begin: int = 0, states: torch.Tensor | None = None) -> list[np.ndarray]:
+    """Logits of rows of one model; from the layer ``begin`` on where ``states`` are given.
+
+    Returns:
+        For each row (num_labels,), or (T, num_labels) of its tokens where the task labels these. It has fewer columns
+        where the model has fewer.
+    """
     names = [row.task.adapter_name for row in rows]
-    logits = rows[0].task.view.logits(collate(rows), names, begin, states)
-    return logits.float().cpu().numpy()
+    found = rows[0].task.view.logits(collate(rows), names, begin, states)
+    of_texts = found.of_texts.float().cpu().numpy()
+    of_tokens = iter(() if found.of_tokens is None else found.of_tokens.float().cpu().numpy())
+    left = rows[0].task.encoder.tokenizer.padding_side == "left"
+    logits: list[np.ndarray] = []
+    for row, values in zip(rows, of_texts, strict=True):
+        if row.task.info.labels_tokens:
+            padded = next(of_tokens)
+            values = padded[-len(row) :] if left else padded[: len(row)]
+        # Tasks that share a model have as many columns as the one with the most labels.
+        is_wider = row.task.view.is_shared and values.shape[-1] > row.task.info.num_outputs
+        logits.append(values[..., : row.task.info.num_outputs] if is_wider else values)
+    return logits
 
 
 def try_out(task: LoadedTask) -> None:
@@ -218,15 +294,14 @@ def try_out(task: LoadedTask) -> None:
         UserError: the model gives no logits for whole texts, or some that are not finite.
     """
     (probe,) = task.encoder([("a",) * (task.info.num_texts or 1)], task.max_length)
-    logits, expected = batch_logits([Row(0, task, probe)]), task.info.num_outputs
-    # Tasks that share a model have as many columns as the one with the most labels.
-    fits = logits.ndim == 2 and (logits.shape[1] >= expected if task.view.is_shared else logits.shape[1] == expected)
-    if not fits:
+    (logits,) = batch_logits([Row(0, task, probe)])
+    expected = task.info.num_outputs
+    if logits.shape != ((len(probe), expected) if task.info.labels_tokens else (expected,)):
         raise UserError(
             f"The model gives logits of the shape {logits.shape} for one input of the task in {task.info.folder}, "
             f"which has {expected} output(s); pass a backbone as AutoModelForSequenceClassification loads it."
         )
-    if not np.isfinite(logits[0, :expected]).all():
+    if not np.isfinite(logits).all():
         raise UserError(
             f"The weights in {task.info.folder} give logits that are not finite; train or copy the task again."
         )

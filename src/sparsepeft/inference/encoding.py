@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokenizers without a limit report a huge number.
 _NO_LIMIT = 1_000_000
+_SPANS = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
 Item = TypeVar("Item")
 
 
@@ -102,12 +103,30 @@ class Collator:
         return batch
 
 
+class Spans(NamedTuple):
+    """Where in a text its T tokens are.
+
+    Attributes:
+        text: as it was given.
+        offsets: of each token's first character, and of the one after its last.
+        special_tokens_mask: 1 for tokens that the tokenizer added.
+    """
+
+    text: str = ""
+    offsets: Sequence[tuple[int, int]] = ()
+    special_tokens_mask: Sequence[int] = ()
+
+
+_NO_SPANS = Spans()
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One input: what the tokenizer made of it, and whether it was cut."""
+    """One input: what the tokenizer made of it, whether it was cut, and if it was asked for, where its tokens are."""
 
     features: dict[str, list[int]]
     truncated: bool
+    spans: Spans = _NO_SPANS
 
     def __len__(self) -> int:
         return len(self.features["input_ids"])
@@ -136,20 +155,44 @@ class Encoder:
             self._longest[wanted] = longest_input(self.tokenizer, self.config, wanted)
         return self._longest[wanted]
 
-    def __call__(self, inputs: list[tuple[str, ...]], max_length: int, side: str | None = None) -> list[Encoded]:
+    def __call__(
+        self, inputs: list[tuple[str, ...]], max_length: int, side: str | None = None, *, with_spans: bool = False
+    ) -> list[Encoded]:
         """Encode texts, or pairs of texts, and cut those that are longer than ``max_length`` tokens.
 
-        ``side`` is where they are cut, ``"left"`` or ``"right"``; None is the tokenizer's.
+        Args:
+            inputs: one or two texts each, all the same number.
+            max_length: tokens, special ones included.
+            side: where what is longer is cut, ``"left"`` or ``"right"``; None is the tokenizer's.
+            with_spans: note where tokens are in the text, which slow tokenizers cannot tell.
         """
         if not inputs:
             return []
-        encoded = [Encoded(features, False) for features in self._tokenize(inputs, truncation=False, verbose=False)]
+        more: dict[str, Any] = _SPANS if with_spans else {}
+        whole = self._tokenize(inputs, truncation=False, verbose=False, **more)
+        encoded = [_encoded(features, texts[0], False) for features, texts in zip(whole, inputs, strict=True)]
         long = [row for row, one in enumerate(encoded) if len(one) > max_length]
         if long:
-            cut = self._tokenize([inputs[row] for row in long], side, truncation=True, max_length=max_length)
+            cut = self._tokenize([inputs[row] for row in long], side, truncation=True, max_length=max_length, **more)
             for row, features in zip(long, cut, strict=True):
-                encoded[row] = Encoded(features, True)
+                encoded[row] = _encoded(features, inputs[row][0], True)
         return encoded
+
+    def parts(self, text: str, max_length: int, stride: int) -> list[Encoded]:
+        """Encode all of a text, with spans, in parts of at most ``max_length`` tokens, of which neighbours share some.
+
+        Raises:
+            InputError: ``stride``, the number that they share, leaves a part no token of its own.
+        """
+        most = max_length - self.tokenizer.num_special_tokens_to_add()
+        if stride >= most:
+            raise InputError(
+                f"`stride={stride}` was given, but a part of a text has at most {most} tokens beside the special ones; "
+                "pass less."
+            )
+        options: dict[str, Any] = {"max_length": max_length, "stride": stride, **_SPANS}
+        parts = self._tokenize([(text,)], truncation=True, return_overflowing_tokens=True, **options)
+        return [_encoded(features, text, False) for features in parts]
 
     def of_ids(self, features: Mapping[str, Any], max_length: int) -> Encoded:
         """An input that was encoded elsewhere, by the same tokenizer: ``input_ids``, special tokens included.
@@ -183,12 +226,19 @@ class Encoder:
                 encoded = self.tokenizer(*columns, **options)
             finally:
                 self.tokenizer.truncation_side = before
-        return [{name: values[row] for name, values in encoded.items()} for row in range(len(inputs))]
+        encoded.pop("overflow_to_sample_mapping", None)
+        return [{name: values[row] for name, values in encoded.items()} for row in range(len(encoded["input_ids"]))]
 
     def collate(self, inputs: list[Encoded], device: torch.device) -> dict[str, torch.Tensor]:
         """Pad to the longest: tensors (B, T)."""
         features = [encoded.features for encoded in inputs]
         return dict(self.tokenizer.pad(features, return_tensors="pt").to(device))
+
+
+def _encoded(features: dict[str, Any], text: str, truncated: bool) -> Encoded:
+    """An input, with spans if the tokenizer gave them among the ``features``."""
+    offsets, mask = features.pop("offset_mapping", ()), features.pop("special_tokens_mask", ())
+    return Encoded(features, truncated, Spans(text, offsets, mask))
 
 
 def batches_by_length(

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.inference.answering import (
     WINDOW,
+    Answers,
     Cutting,
     Engine,
     Row,
@@ -41,6 +43,7 @@ from sparsepeft.inference.answering import (
     user_errors,
 )
 from sparsepeft.inference.encoding import Encoder, batches_by_length, windows
+from sparsepeft.inference.entities import EntityOptions, Strategy, entity_options
 from sparsepeft.inference.onednn import is_onednn_faster, use_onednn
 from sparsepeft.inference.portable import (
     Input,
@@ -253,6 +256,12 @@ class MultiTaskEngine(Engine):
 
     def _load_shared(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
+        if info.labels_tokens and not self._encoder.tokenizer.is_fast:
+            raise UserError(
+                f"{folder} holds a task that labels tokens, but the engine's tokenizer, "
+                f"{type(self._encoder.tokenizer).__name__}, cannot tell where in a text they are; pass a fast one as "
+                "`tokenizer`, such as AutoTokenizer.from_pretrained gives where the library tokenizers knows the model."
+            )
         view = self._views.get(config.method) or SharedView(self._backbone, onednn=self._uses_onednn())
         adapter_name = self._next_name()
         task = LoadedTask(info, view, adapter_name, self._encoder, view.load(folder, adapter_name))
@@ -310,6 +319,8 @@ class MultiTaskEngine(Engine):
         *,
         truncation: bool = True,
         on_error: OnError = "return",
+        aggregation_strategy: Strategy = "simple",
+        ignore_labels: Iterable[str] = ("O",),
     ) -> list[dict[str, Prediction]]:
         """Answer several tasks for each input, given as for :meth:`predict`.
 
@@ -319,7 +330,7 @@ class MultiTaskEngine(Engine):
         Args:
             texts: any number; memory beside the answers does not grow with it.
             tasks: which; None for all that take as many texts as an input has.
-            truncation, on_error: as for :meth:`predict`.
+            truncation, on_error, aggregation_strategy, ignore_labels: as for :meth:`predict`.
 
         Returns:
             For each input the predictions by task.
@@ -329,24 +340,27 @@ class MultiTaskEngine(Engine):
         """
         check_on_error(on_error)
         check_flag("truncation", truncation)
+        options = entity_options(aggregation_strategy, ignore_labels)
         answers: list[dict[str, Prediction]] = []
         with self._tasks.in_use() as loaded:
             names = loaded if tasks is None else as_list(tasks)
             chosen = {name: find_task(name, loaded) for name in names}
             for window in windows(as_list(texts), WINDOW):
                 predictions: dict[tuple[str, int], Prediction] = {}
-                for group in grouped(chosen.items(), lambda named: _shareable(named[1])):
-                    first, task = group[0]
-                    requests = [
-                        (place, (first, text))
-                        for place, text in enumerate(window)
-                        if tasks is not None or _takes(task, text)
+                for alike in grouped(enumerate(window), lambda one: _num_texts(one[1])):
+                    count = _num_texts(alike[0][1])
+                    asked = [
+                        one for one in chosen.items() if tasks is not None or count is None or _takes(one[1], count)
                     ]
-                    failed: dict[int, Prediction] = {}
-                    rows = self._encode(requests, chosen, Cutting(truncation), on_error, failed)
-                    predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
-                    for batch in batches_by_length([len(row) for row in rows], self.token_budget):
-                        predictions |= self._fan_out([rows[i] for i in batch], group)
+                    for group in grouped(asked, partial(_shareable, count)):
+                        # What is encoded for a task that labels tokens serves all, but not the other way round.
+                        first, _ = max(group, key=lambda named: named[1].info.labels_tokens)
+                        failed: dict[int, Prediction] = {}
+                        requests = [(place, (first, text)) for place, text in alike]
+                        rows = self._encode(requests, chosen, Cutting(truncation), on_error, failed)
+                        predictions |= {(name, place): answer for place, answer in failed.items() for name, _ in group}
+                        for batch in batches_by_length([len(row) for row in rows], self.token_budget):
+                            predictions |= self._fan_out([rows[i] for i in batch], group, options)
                 answers += [
                     {name: predictions[name, place] for name in chosen if (name, place) in predictions}
                     for place in range(len(window))
@@ -354,32 +368,40 @@ class MultiTaskEngine(Engine):
         return answers
 
     @torch.inference_mode()
-    def _fan_out(self, rows: list[Row], tasks: list[tuple[str, LoadedTask]]) -> dict[tuple[str, int], Prediction]:
+    def _fan_out(
+        self, rows: list[Row], tasks: list[tuple[str, LoadedTask]], options: EntityOptions
+    ) -> dict[tuple[str, int], Prediction]:
         """Answer all ``tasks`` for each of the rows, the lower layers once; by task and place."""
         view = tasks[0][1].view
         num_shared = min(view.num_shareable_layers, *(task.lowest_layer for _, task in tasks))
         states = view.lower_states(collate(rows), num_shared) if num_shared else None
-        predictions: dict[tuple[str, int], Prediction] = {}
+        found: dict[str, Answers] = {name: Answers(options) for name, _ in tasks}
         for part in windows(tasks, max(1, self.token_budget // (len(rows) * max(map(len, rows))))):
             repeated = [replace(row, task=task) for _, task in part for row in rows]
             logits = batch_logits(repeated, num_shared, None if states is None else states.repeat(len(part), 1, 1))
             names = [name for name, _ in part for _ in rows]
             for name, row, values in zip(names, repeated, logits, strict=True):
-                predictions[name, row.place] = row.answer(values)
-        return predictions
+                found[name].put(row, values)
+        return {(name, place): one for name, each in found.items() for place, one in each.predictions.items()}
 
 
-def _shareable(task: LoadedTask) -> tuple[Any, ...]:
-    """What tasks must have in common to be answered for one text together."""
-    return task.view, task.info.num_texts, task.max_length, task.lowest_layer > 0
+def _shareable(count: int | None, named: tuple[str, LoadedTask]) -> tuple[Any, ...]:
+    """What tasks must have in common to be answered together for inputs of ``count`` texts (None: no texts)."""
+    task = named[1]
+    errors = () if count is not None and _takes(task, count) else (task.info.num_texts, task.info.labels_tokens)
+    return task.view, errors, task.max_length, task.lowest_layer > 0
 
 
-def _takes(task: LoadedTask, text: Any) -> bool:
-    """Whether a task takes as many texts as an input has; if it is none, that is every task's answer."""
+def _takes(task: LoadedTask, count: int) -> bool:
+    return task.info.num_texts in (None, count)
+
+
+def _num_texts(value: Any) -> int | None:
+    """How many texts an input has; None if it is none, or token ids."""
     try:
-        return task.info.num_texts in (None, len(read_input(text)))
+        return len(read_input(value))
     except InputError:
-        return True
+        return None
 
 
 def _check_classifier(model: PreTrainedModel) -> None:

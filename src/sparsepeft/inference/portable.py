@@ -13,7 +13,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -27,7 +27,8 @@ Task = TypeVar("Task")
 
 _KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
 NO_TOKENS = "An input has no character that the tokenizer knows; pass some words."
-_NOT_FINITE = "The model's output for this input is not a finite number; train it again."
+NAN = float("nan")  # the one, so that predictions which have it are equal
+NOT_FINITE = "The model's output for this input is not a finite number; train it again."
 
 
 class InputError(ValueError):
@@ -159,18 +160,37 @@ def check_truncation_side(value: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Entity:
+    """A token, or several that belong together, and what a model says about them.
+
+    Attributes:
+        label: of the token (``"B-PER"``), or of the group (``"PER"``).
+        score: its probability; that of a group is the mean.
+        word: the characters of the text from ``start`` up to ``end``.
+        start, end: places in the text.
+    """
+
+    label: str
+    score: float
+    word: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a model says about one input.
 
     Attributes:
-        label: the most probable label; None for regression, and where there is an error.
-        score: its probability, or the predicted value; NaN where there is an error.
-        scores: probability of every label; empty for regression.
+        label: the most probable label; None for regression, where tokens are labelled, and where there is an error.
+        score: its probability, or the predicted value; NaN where tokens are labelled, and where there is an error.
+        scores: probability of every label; empty for regression, and where tokens are labelled.
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
         labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
         logits: what the probabilities were made of, one for each label, or the predicted value.
         num_tokens: of the input as the model read it; 0 where it was not noted.
+        entities: where tokens are labelled, those that were found, in the text's order; else None.
     """
 
     label: str | None
@@ -181,18 +201,24 @@ class Prediction:
     labels: tuple[str, ...] | None = None
     logits: tuple[float, ...] = field(default=(), repr=False, compare=False)
     num_tokens: int = field(default=0, repr=False, compare=False)
+    entities: tuple[Entity, ...] | None = None
 
     @classmethod
     def failed(cls, error: str) -> Prediction:
         """The place of an answer that could not be given."""
-        return cls(None, float("nan"), error=error)
+        return cls(None, NAN, error=error)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ``label``, ``score``, ``scores``, and the others where they say something; or ``error`` alone."""
+        """For JSON: ``label``, ``score``, ``scores``, and the others where they say something.
+
+        Where tokens are labelled it is ``entities`` instead of these; where there is an error, ``error`` alone.
+        """
         if self.error is not None:
             return {"error": self.error}
         more = {"labels": list(self.labels)} if self.labels is not None else {}
         cut = {"truncated": True} if self.truncated else {}
+        if self.entities is not None:
+            return {"entities": [asdict(entity) for entity in self.entities], **cut}
         return {"label": self.label, "score": self.score, "scores": self.scores, **more, **cut}
 
 
@@ -216,7 +242,7 @@ def prediction(
         One with an error where a logit is not finite.
     """
     if not np.isfinite(logits).all():
-        return Prediction.failed(_NOT_FINITE)
+        return Prediction.failed(NOT_FINITE)
     known: dict[str, Any] = {"truncated": truncated, "logits": tuple(logits.tolist()), "num_tokens": num_tokens}
     if label_names is None:
         return Prediction(None, float(logits[0]), **known)

@@ -37,6 +37,7 @@ class TaskInfo:
         multi_label: whether several labels may hold at once.
         num_texts: texts per input, 1 or 2; None where the folder does not say, and both are taken.
         max_length: tokens an input was cut to in training; None for as many as the backbone takes.
+        labels_tokens: whether each token of a text has a label, and not the text.
     """
 
     folder: Path
@@ -44,14 +45,24 @@ class TaskInfo:
     multi_label: bool
     num_texts: int | None
     max_length: int | None
+    labels_tokens: bool = False
 
     def __repr__(self) -> str:
         labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
-        return f"TaskInfo({str(self.folder)!r}, {labels})"
+        return f"TaskInfo({str(self.folder)!r}, {'tokens, ' if self.labels_tokens else ''}{labels})"
+
+    @property
+    def problem_type(self) -> str:
+        """The kind of task, as transformers names it; ``"token_classification"`` where tokens are labelled."""
+        if self.labels_tokens:
+            return "token_classification"
+        if self.label_names is None:
+            return "regression"
+        return "multi_label_classification" if self.multi_label else "single_label_classification"
 
     @property
     def num_outputs(self) -> int:
-        """Logits of an input."""
+        """Logits of an input, or of each of its tokens."""
         return len(self.label_names) if self.label_names else 1
 
 
@@ -218,10 +229,11 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"adapter_config.json in {folder} is damaged ({error}); save the adapter again.") from error
-    if config.task_type not in (None, TaskType.SEQ_CLS):
+    if config.task_type not in (None, TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         raise UserError(
-            f"{folder} holds an adapter for {_plain(config.task_type)}, but what is answered together are whole texts "
-            f"({TaskType.SEQ_CLS.value}); use this one through PeftModel.from_pretrained."
+            f"{folder} holds an adapter for {_plain(config.task_type)}, but what is answered together are tasks that "
+            f"label texts or tokens ({TaskType.SEQ_CLS.value}, {TaskType.TOKEN_CLS.value}); use this one through "
+            "PeftModel.from_pretrained."
         )
     if not isinstance(config, TaskAdapterConfig):
         raise UserError(
@@ -236,6 +248,8 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
     names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
     if not names:
         raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
+    if config.task_type == TaskType.TOKEN_CLS:
+        return TaskInfo(folder, names, multi_label=False, num_texts=1, max_length=None, labels_tokens=True), config
     is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if is_regression and len(names) > 1:
         raise UserError(

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -24,10 +24,23 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadSpec, copy_with_labels
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.sublayers import find_feed_forwards
+from sparsepeft.models.token_heads import TokenHeads
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 
 AdapterSite = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router
+
+
+class Logits(NamedTuple):
+    """What a pass of B rows gives, -inf where a row's task has fewer labels than others.
+
+    Attributes:
+        of_texts: (B, most labels); rows whose tokens are labelled say nothing here.
+        of_tokens: (N, T, most labels) of the N rows whose tokens are labelled, in order; None if there are none.
+    """
+
+    of_texts: torch.Tensor
+    of_tokens: torch.Tensor | None = None
 
 
 class View:
@@ -60,12 +73,12 @@ class View:
         adapter_names: list[str],
         begin: int = 0,
         states: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run the rows of a batch, each with its adapter: (B, most labels), -inf where a row's task has fewer.
+    ) -> Logits:
+        """Run the rows of a batch, each with its adapter.
 
         With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
         """
-        return self.model(**inputs).logits
+        return Logits(self.model(**inputs).logits)
 
     def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
         """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
@@ -94,9 +107,11 @@ class SharedView(View):
         if onednn:
             use_onednn(self.model)
         self._partial = PartialPasses(self.model)
+        self._token_heads = TokenHeads(self.model)
         self._peft: Any = None  # a PeftModel once an adapter was loaded
         self._context = ForwardContext()
         self._sites: dict[str, list[AdapterSite]] = {}  # of each adapter
+        self._labels_tokens: set[str] = set()  # adapters that do
 
     def load(self, folder: Path, adapter_name: str) -> int:
         """Read an adapter. Passes that run meanwhile are not disturbed, as none of them uses it.
@@ -120,6 +135,7 @@ class SharedView(View):
 
     def delete(self, adapter_name: str) -> None:
         """As in any view."""
+        self._labels_tokens.discard(adapter_name)
         for site in self._sites.pop(adapter_name):
             site.delete_adapter(adapter_name, *(() if isinstance(site, TaskTunerLayer) else (None,)))
 
@@ -129,11 +145,16 @@ class SharedView(View):
         adapter_names: list[str],
         begin: int = 0,
         states: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Logits:
         """As in any view."""
+        rows = [row for row, name in enumerate(adapter_names) if name in self._labels_tokens]
         skipping = self._partial.beginning_after(begin - 1, states) if states is not None else nullcontext()
-        with self._context.routed(adapter_names), skipping:
-            return self.model(**inputs).logits
+        with self._context.routed(adapter_names), skipping, self._token_heads.noting(bool(rows)):
+            of_texts = self.model(**inputs).logits
+        if not rows:
+            return Logits(of_texts)
+        with self._context.routed([adapter_names[row] for row in rows]):
+            return Logits(of_texts, self._token_heads.logits(rows))
 
     @property
     def num_shareable_layers(self) -> int:
@@ -147,11 +168,17 @@ class SharedView(View):
         return self._partial.states()
 
     def _attach(self, folder: Path, adapter_name: str) -> None:
+        config, renamed = self._token_heads.config_of(folder)
+        config.inference_mode = True
+        options: dict[str, Any] = {"adapter_name": adapter_name, "key_mapping": renamed}
         if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.model, str(folder), adapter_name=adapter_name)
+            self._peft = PeftModel.from_pretrained(self.model, str(folder), config=config, **options)
             self._context = self._peft.base_model._context
         else:
-            self._peft.load_adapter(str(folder), adapter_name=adapter_name)
+            self._peft.add_adapter(adapter_name, config)
+            self._peft.load_adapter(str(folder), **options)
+        if renamed is not None:
+            self._labels_tokens.add(adapter_name)
         self._peft.eval()
         self._peft.base_model.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
 

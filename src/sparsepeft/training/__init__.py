@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from sparsepeft.lazy import lazily
 
 if TYPE_CHECKING:
+    from sparsepeft.generation import GenerationSettings, Generator
     from sparsepeft.inference import (
         Answer,
         Evaluation,
-        GenerationSettings,
-        Generator,
         Prediction,
         Predictor,
         TableOptions,
@@ -45,8 +44,9 @@ __all__ = [
 __getattr__, __dir__ = lazily(
     __name__,
     {
+        "sparsepeft.generation": ("GenerationSettings", "Generator"),
         "sparsepeft.inference": (
-            *("Answer", "Evaluation", "GenerationSettings", "Generator", "Prediction", "Predictor", "TableOptions"),
+            *("Answer", "Evaluation", "Prediction", "Predictor", "TableOptions"),
             *("answer", "evaluate", "read_lines", "read_questions"),
         ),
         "sparsepeft.runs.config": ("RunConfig",),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -181,7 +181,9 @@ class TaskTuner(BaseTuner):
                 linear = head.linear if is_output else None
                 copied = copy_with_labels(original_module, linear, num_labels, initializer_range)
             elif is_output:
-                copied = self._linear_head(model, head, original_module, num_labels, initializer_range)
+                labels_tokens = config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+                per_position = labels_tokens or (isinstance(original_module, nn.Linear) and len(head.modules) == 1)
+                copied = self._linear_head(model, head, original_module, num_labels, per_position, initializer_range)
             else:
                 copied = None
             if isinstance(module, HeadModule):
@@ -204,12 +206,17 @@ class TaskTuner(BaseTuner):
         self._label_state(model).describe(adapter_name, config)
 
     def _linear_head(
-        self, model: nn.Module, head: HeadSpec, output: nn.Module, num_labels: int, initializer_range: float
+        self,
+        model: nn.Module,
+        head: HeadSpec,
+        output: nn.Module,
+        num_labels: int,
+        per_position: bool,
+        initializer_range: float,
     ) -> LinearHead:
         first = model.get_submodule(head.modules[0])
         first = first.original_module if isinstance(first, HeadModule) else first
         linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
-        per_position = isinstance(output, nn.Linear) and len(head.modules) == 1
         created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
         move_unless_meta(created, execution_device(output))
         return created

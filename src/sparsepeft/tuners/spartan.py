@@ -189,10 +189,10 @@ class SpartanModel(TaskTuner):
 
         Kept to some layers, it gets the norms of those layers alone.
         """
-        in_head = tuple(f"{name}." for name in head.modules)
+        elsewhere = tuple(f"{name}." for name in (*head.modules, *config._foreign_modules))
         within = tuple(f"{name}." for name in self._blocks) if config.layers_to_transform is not None else ("",)
         for name, module in list(model.named_modules()):
-            if f"{name}.".startswith(in_head) or ".modules_to_save." in name or not name.startswith(within):
+            if f"{name}.".startswith(elsewhere) or ".modules_to_save." in name or not name.startswith(within):
                 continue
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)

@@ -61,6 +61,12 @@ function row(task, found) {
     made.append(element("td", found.error, { colspan: 3 }));
     return made;
   }
+  if (found.entities) {
+    const cell = element("td", undefined, { colspan: 3 });
+    cell.append(marked(asked.body.inputs, found.entities));
+    made.append(cell);
+    return made;
+  }
   if (found.label === null) {
     made.append(element("td", found.score.toFixed(3)), element("td", "a value"), element("td"));
     return made;
@@ -77,6 +83,23 @@ function row(task, found) {
   const rest = others.slice(0, 3).map(([label, score]) => `${label} ${percent(score)}`).join(", ");
   made.append(element("td", shown), confidence, element("td", rest, { class: "quiet" }));
   return made;
+}
+
+// The text with what was found in it, each with its label and score. Places are counted in characters, not in UTF-16.
+function marked(text, entities) {
+  if (!entities.length) return element("span", "nothing found", { class: "quiet" });
+  const characters = [...text];
+  const piece = (start, end) => characters.slice(start, end).join("");
+  const line = element("p", undefined, { class: "marked" });
+  let place = 0;
+  for (const { label, score, start, end } of entities) {
+    const mark = element("mark", piece(start, end));
+    mark.append(" ", element("span", `${label} ${percent(score)}`));
+    line.append(piece(place, start), mark);
+    place = end;
+  }
+  line.append(piece(place));
+  return line;
 }
 
 async function memories() {

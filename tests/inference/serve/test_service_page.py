@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.inference.serve.conftest import answering
+
+from sparsepeft import MultiTaskEngine
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 
@@ -109,3 +113,26 @@ def test_on_a_phone(browser: Any, address: str, scheme: str) -> None:
     )
     assert contrast > 450
     context.close()
+
+
+def test_what_is_found_in_a_text_is_marked(
+    browser: Any, backbone: Path, folders: dict[str, Path], token_folders: dict[str, Path]
+) -> None:
+    text = "\U0001f600 the striker scored"
+    engine = MultiTaskEngine(backbone, {"two": folders["two"], "names": token_folders["names"]})
+    expected = engine.predict([("names", text)])[0].entities
+    assert expected
+    with answering(engine) as address:
+        page = browser.new_page(color_scheme="dark")
+        page.goto(f"{address}/")
+        page.wait_for_function("document.querySelectorAll('#task option').length === 2")
+        page.fill("#text", text)
+        page.click("button[type=submit]")
+        page.wait_for_selector("mark")
+        marks = page.locator("mark")
+        assert marks.all_inner_texts() == [f"{one.word} {one.label} {100 * one.score:.1f} %" for one in expected]
+        page.click("#second summary")
+        page.fill("#pair", "another")
+        page.click("button[type=submit]")
+        page.wait_for_selector("mark", state="detached")  # the task takes no pairs
+        page.close()
