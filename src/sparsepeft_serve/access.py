@@ -9,7 +9,12 @@ from fastapi import Request
 
 from sparsepeft_serve.errors import ServiceError
 
-_OPEN = ("/health", "/ping")  # that those who watch over services ask without a token
+_OPEN = (
+    "/health",
+    "/ping",
+    "/v2/health/live",
+    "/v2/health/ready",
+)  # that those who watch over services ask without a token
 
 
 def is_allowed(authorization: str | None, tokens: tuple[str, ...]) -> bool:

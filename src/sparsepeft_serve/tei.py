@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
-from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.errors import ServiceError, kind_of
 from sparsepeft_serve.scores import Function, label_names, raised, ranked
 from sparsepeft_serve.service import Service
 
@@ -57,7 +57,9 @@ def router(service: Service) -> APIRouter:
         if not is_batch:
             return ranked(raised(predictions[0]), info, function)
         return [
-            ranked(each, info, function) if each.error is None else {"error": each.error, "error_type": "Validation"}
+            ranked(each, info, function)
+            if each.error is None
+            else {"error": each.error, "error_type": kind_of(each.error)}
             for each in predictions
         ]
 
@@ -80,8 +82,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/ping")
     async def health() -> Response:
         """Whether requests are answered."""
-        if not service.batcher.is_working:
-            raise ServiceError("The service is not ready, or stopping.", "Unhealthy")
+        service.batcher.check_working()
         return Response()
 
     @routes.get("/metrics")

@@ -27,7 +27,7 @@ Task = TypeVar("Task")
 
 _KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
 NO_TOKENS = "An input has no character that the tokenizer knows; pass some words."
-_NOT_FINITE = "The model's output for this input is not a finite number; train it again."
+NOT_FINITE = "The model's output for this input is not a finite number; train it again."
 
 
 class InputError(ValueError):
@@ -216,7 +216,7 @@ def prediction(
         One with an error where a logit is not finite.
     """
     if not np.isfinite(logits).all():
-        return Prediction.failed(_NOT_FINITE)
+        return Prediction.failed(NOT_FINITE)
     known: dict[str, Any] = {"truncated": truncated, "logits": tuple(logits.tolist()), "num_tokens": num_tokens}
     if label_names is None:
         return Prediction(None, float(logits[0]), **known)
