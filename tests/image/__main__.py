@@ -24,6 +24,7 @@ from tests.image.dockerfile import Image, only
 
 _ALONE = ("unshare", "--map-root-user", "--net", "sh", "-ec", 'ip link set lo up; exec "$@"', "sh")
 _ADDRESS = f"http://127.0.0.1:{only('EXPOSE').argument}"
+_PATIENCE_S = 3600  # training takes a minute, on a machine that does nothing else
 
 
 def _ask(path: str, token: str | None) -> object:
@@ -45,7 +46,7 @@ def serve(image: Image) -> None:
     try:
         began = time.monotonic()
         while subprocess.run(check, **environment, stderr=subprocess.DEVNULL).returncode:
-            if service.poll() is not None or time.monotonic() - began > 1800:
+            if service.poll() is not None or time.monotonic() - began > _PATIENCE_S:
                 raise SystemExit("The service did not become healthy.")
             time.sleep(2)
         print(f"healthy after {time.monotonic() - began:.0f} s")
