@@ -8,7 +8,7 @@ DOCS   := .venv-docs
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo docs test test-real test-arm check format clean
+.PHONY: env demo docs test test-real test-arm test-image check format clean
 
 env: $(READY)
 
@@ -40,6 +40,11 @@ test-real: $(READY)
 test-arm: $(READY)
 	$(BIN)/python -m tests.arm.kernels
 	$(BIN)/python -m tests.arm.compare
+
+# The Dockerfile's steps without Docker, and its service without a network: needs Linux, PyPI, and PyTorch's index, or
+# TORCH_INDEX=https://pypi.org/simple.
+test-image: $(READY)
+	$(BIN)/python -m tests.image $(if $(TORCH_INDEX),TORCH_INDEX=$(TORCH_INDEX))
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -9,7 +9,12 @@ from fastapi import Request
 
 from sparsepeft_serve.errors import ServiceError
 
-_OPEN = ("/health", "/ping")  # that those who watch over services ask without a token
+_OPEN = (
+    "/health",
+    "/ping",
+    "/v2/health/live",
+    "/v2/health/ready",
+)  # that those who watch over services ask without a token
 
 
 def is_allowed(authorization: str | None, tokens: tuple[str, ...]) -> bool:
@@ -20,11 +25,16 @@ def is_allowed(authorization: str | None, tokens: tuple[str, ...]) -> bool:
     return any(equal)
 
 
+def needs_token(path: str) -> bool:
+    """Whether an address is for those alone who show a token, where there are any."""
+    return path not in _OPEN
+
+
 def callers_only(tokens: tuple[str, ...], admin_tokens: tuple[str, ...]) -> Callable[[Request], None]:
     """A dependency that lets only those through who show a token, where there are any."""
 
     def check(request: Request) -> None:
-        if not tokens or request.url.path in _OPEN:
+        if not tokens or not needs_token(request.url.path):
             return
         if not is_allowed(request.headers.get("authorization"), (*tokens, *admin_tokens)):
             raise ServiceError("The request shows no valid token; send `Authorization: Bearer TOKEN`.", status=401)

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from sparsepeft import __version__
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft_serve import all_tasks, hub, tei, vllm
+from sparsepeft_serve import all_tasks, hub, open_inference, tei, vllm
 from sparsepeft_serve.access import callers_only
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.folder import FolderWatch, task_folders
@@ -73,14 +73,11 @@ def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -
         responses={status: _described(text) for status, text in _ANSWERS.items()},
     )
     app.state.service = service
-    for shape in (tei, hub, vllm, all_tasks):
+    for shape in (tei, hub, vllm, open_inference, all_tasks):
         app.include_router(shape.router(service))
+    # Neither asks for a token: a browser shows none, and the page has a field for it.
     app.mount("/page", StaticFiles(directory=PAGE, html=True))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> RedirectResponse:
-        """In a browser."""
-        return RedirectResponse("page/")
+    app.add_route("/", _to_page)
 
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -117,6 +114,10 @@ def _answer(request: Request, status: int, message: str, kind: str, retry_after:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(content, status, headers)
+
+
+async def _to_page(request: Request) -> RedirectResponse:
+    return RedirectResponse("page/")
 
 
 async def _on_service_error(request: Request, error: Any) -> JSONResponse:

@@ -111,6 +111,15 @@ class Batcher:
         """Whether requests are answered."""
         return self._worker is not None and not self._worker.done() and not self._is_closing
 
+    def check_working(self) -> None:
+        """Refuse where requests are not answered.
+
+        Raises:
+            ServiceError: they are not, yet or any more.
+        """
+        if not self.is_working:
+            raise ServiceError("The service is not ready, or stopping; ask again later.", "Unhealthy")
+
     def start(self) -> None:
         """Begin to answer, in the running event loop."""
         self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -147,13 +156,11 @@ class Batcher:
         Raises:
             ServiceError: nothing is answered any more.
         """
-        if not self.is_working:
-            raise ServiceError("The service is not ready, or stopping; ask again later.", "Unhealthy")
+        self.check_working()
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def _submit(self, inputs: Sequence[Any], options: Options) -> list[Any]:
-        if not self.is_working:
-            raise ServiceError("The service is not ready, or stopping; ask again later.", "Unhealthy")
+        self.check_working()
         if not inputs:
             return []
         job = _Job(inputs, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparsepeft.inference.portable import NO_TOKENS, NOT_FINITE
+
 
 class ServiceError(Exception):
     """A request that is not answered.
@@ -23,6 +25,13 @@ class ServiceError(Exception):
 
 
 _STATUS = {"Empty": 400, "Validation": 422, "Tokenizer": 422, "Backend": 424, "Overloaded": 429, "Unhealthy": 503}
+
+_KINDS = {NO_TOKENS: "Tokenizer", NOT_FINITE: "Backend"}  # of predictions with an error; the others are "Validation"
+
+
+def kind_of(error: str) -> str:
+    """The kind of the error that a prediction has in the place of an answer."""
+    return _KINDS.get(error, "Validation")
 
 
 def overloaded(limit: int) -> ServiceError:

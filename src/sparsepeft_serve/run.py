@@ -22,7 +22,6 @@ from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
 
-DEMO = Path("outputs/demo/spartan")
 _STOP_SECONDS = 60
 
 
@@ -51,13 +50,13 @@ def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
             tasks[name] = path
     if tasks or tasks_dir is not None:
         return tasks
-    if not (DEMO / RUN).is_file():
-        from sparsepeft.runs.config import RunConfig
-        from sparsepeft.training import train
+    from sparsepeft.training import demo, train
 
+    config = demo.demo_config("spartan")
+    if not (Path(config.output_dir) / RUN).is_file():
         print("No task was named: training the demo's (topics of short texts, about a minute) ...", file=sys.stderr)
-        train(RunConfig(task="topics", method="spartan", output_dir=str(DEMO), epochs=6))
-    return {"topics": DEMO}
+        train(config)
+    return {demo.TASK: Path(config.output_dir)}
 
 
 def load_engine(tasks: Mapping[str, Path], model: str | None, *, dtype: str, token_budget: int) -> MultiTaskEngine:

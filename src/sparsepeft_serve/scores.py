@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 from sparsepeft.inference import Prediction, TaskInfo
-from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.errors import ServiceError, kind_of
 
 Function = Literal["none", "sigmoid", "softmax"]
 VALUE = "LABEL_0"  # what transformers calls the only output of a regression
@@ -65,7 +65,7 @@ def raised(prediction: Prediction) -> Prediction:
         ServiceError: the input could not be answered.
     """
     if prediction.error is not None:
-        raise ServiceError(prediction.error)
+        raise ServiceError(prediction.error, kind_of(prediction.error))
     return prediction
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
-from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.errors import ServiceError, kind_of
 from sparsepeft_serve.scores import Function, check_labels_texts, label_names, raised, ranked
 from sparsepeft_serve.service import Service
 
@@ -59,7 +59,9 @@ def router(service: Service) -> APIRouter:
         if not is_batch:
             return ranked(raised(predictions[0]), info, function)
         return [
-            ranked(each, info, function) if each.error is None else {"error": each.error, "error_type": "Validation"}
+            ranked(each, info, function)
+            if each.error is None
+            else {"error": each.error, "error_type": kind_of(each.error)}
             for each in predictions
         ]
 
@@ -82,8 +84,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/ping", response_class=Response)
     async def health() -> Response:
         """Whether requests are answered."""
-        if not service.batcher.is_working:
-            raise ServiceError("The service is not ready, or stopping.", "Unhealthy")
+        service.batcher.check_working()
         return Response()
 
     @routes.get("/metrics", response_class=PlainTextResponse)

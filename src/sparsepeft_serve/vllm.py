@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, check_labels_texts, label_names, scores
+from sparsepeft_serve.scores import Function, check_labels_texts, label_names, raised, scores
 from sparsepeft_serve.service import Service
 
 Ids = list[int]
@@ -95,8 +95,8 @@ def router(service: Service) -> APIRouter:
                 "`truncate_prompt_tokens` was given as a number of tokens; pass -1, which cuts at what the task takes."
             )
         predictions = await service.predict(task, inputs, Options(truncation), "batch" if is_batch else "single")
-        if not is_batch and predictions[0].error is not None:
-            raise ServiceError(predictions[0].error)
+        if not is_batch:
+            raised(predictions[0])
         function: Function | None = "none" if request.use_activation is False else None
         num_tokens = sum(each.num_tokens for each in predictions)
         names = label_names(info)

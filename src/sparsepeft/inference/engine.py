@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from sparsepeft.arguments import check_flag, check_whole
-from sparsepeft.backbones import resolve_model
+from sparsepeft.backbones import public_name, resolve_model
 from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.inference.answering import (
@@ -183,7 +183,7 @@ class MultiTaskEngine(Engine):
         names = self.tasks
         tasks = f"{len(names)} task{'s' * (len(names) != 1)}" + (f": {first_of(names)}" if names else "")
         dtype = str(self._backbone.dtype).removeprefix("torch.")
-        return f"MultiTaskEngine({Path(str(self._backbone.name_or_path)).name!r}, {dtype} on {self._device}, {tasks})"
+        return f"MultiTaskEngine({self.backbone_name!r}, {dtype} on {self._device}, {tasks})"
 
     @property
     def token_budget(self) -> int:
@@ -198,8 +198,7 @@ class MultiTaskEngine(Engine):
     @property
     def backbone_name(self) -> str:
         """The backbone's hub id, or its folder's name."""
-        name = str(self._backbone.name_or_path)
-        return Path(name).name if Path(name).exists() else name
+        return public_name(str(self._backbone.name_or_path))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from sparsepeft.tasks import load_task
 from sparsepeft.training.run import train
 
 TASK = "topics"
+FOLDER, EPOCHS = Path("outputs/demo"), 6
 _MAY_DIFFER = ("output_dir", "epochs")
 TEXTS = (
     "The bakery chain will close forty shops after rents doubled and flour prices kept climbing.",
@@ -49,8 +50,13 @@ class DemoResult:
     predictions: list[tuple[str, Prediction]]
 
 
+def demo_config(method: str, folder: Path = FOLDER, epochs: float = EPOCHS) -> RunConfig:
+    """The run of a method; its folder is the method's inside ``folder``."""
+    return RunConfig(task=TASK, method=method, output_dir=str(folder / method), epochs=epochs)
+
+
 def run_demo(
-    folder: Path, epochs: float = 6, callbacks: Callable[[str], Sequence[TrainerCallback]] = lambda name: ()
+    folder: Path, epochs: float = EPOCHS, callbacks: Callable[[str], Sequence[TrainerCallback]] = lambda name: ()
 ) -> DemoResult:
     """Train a head alone and a SPARTAN memory on the built-in sample, and compare.
 
@@ -64,7 +70,7 @@ def run_demo(
     """
     results = {}
     for method in ("head", "spartan"):
-        config = RunConfig(task=TASK, method=method, output_dir=str(folder / method), epochs=epochs)
+        config = demo_config(method, folder, epochs)
         results[method] = train(config, callbacks(method), overwrite=_is_demo(config))
     test = load_task(TASK).test
     assert test is not None  # the built-in sample has one

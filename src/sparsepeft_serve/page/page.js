@@ -34,7 +34,7 @@ function show(error) {
   $("problem").textContent = error ? error.message : "";
 }
 
-const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const percent = (value) => `${(100 * value).toFixed(1)}\u00a0%`;
 const input = () => ($("pair").value.trim() ? { text: $("text").value, text_pair: $("pair").value } : $("text").value);
 
 async function answer() {
@@ -152,9 +152,9 @@ function map(reading, found) {
     line.append(element("th", parent, { scope: "row" }));
     reading.tokens.forEach((_, token) => {
       const [gate, share] = weights.get(`${parent},${token}`) ?? [0, 0];
-      const cell = element("td", gate ? percent(share) : "");
+      const cell = element("td", gate ? (100 * share).toFixed(1) : "");
       if (gate) {
-        cell.style.background = `color-mix(in srgb, var(--accent) ${Math.round(70 * gate)}%, transparent)`;
+        cell.style.background = `color-mix(in srgb, var(--heat) ${Math.round(70 * gate)}%, transparent)`;
         cell.title = `weight ${percent(gate)}, adds ${percent(share)}`;
       }
       line.append(cell);

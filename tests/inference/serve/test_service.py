@@ -146,12 +146,14 @@ def test_a_body_that_does_not_come() -> None:
 def test_tokens(engine: MultiTaskEngine, tmp_path: Path) -> None:
     settings = ServeSettings(default_task="two", tokens=(TOKEN,), admin_tokens=(ADMIN,), tasks_dir=tmp_path)
     with TestClient(create_app(engine, settings)) as client:
-        assert client.get("/health").status_code == 200
+        for path in ("/health", "/ping", "/v2/health/live", "/v2/health/ready", "/"):
+            assert client.get(path).status_code == 200
         for headers in ({}, bearer("wrong"), {"Authorization": f"Basic {TOKEN}"}, bearer("")):
             answer = client.post("/predict", json={"inputs": TEXT}, headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
-        assert client.get("/metrics").status_code == 401
+        assert client.get("/metrics").status_code == client.get("/v2").status_code == 401
+        assert client.post("/", json={"inputs": TEXT}).status_code == 401  # although the page is there
         for token in (TOKEN, ADMIN):
             assert client.post("/predict", json={"inputs": TEXT}, headers=bearer(token)).status_code == 200
         assert client.delete("/v1/tasks/two", headers=bearer(TOKEN)).status_code == 401

@@ -11,6 +11,7 @@ import pytest
 from tests.inference.serve.conftest import answering
 
 from sparsepeft import MultiTaskEngine
+from sparsepeft_serve import ServeSettings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 
@@ -96,6 +97,21 @@ def test_by_keyboard_and_by_name(page: Any) -> None:
         "(e) => !e.textContent.trim() && !e.labels?.length && !e.ariaLabel).length"
     )
     assert nameless == 0
+
+
+def test_a_token_is_asked_for(browser: Any, engine: MultiTaskEngine) -> None:
+    page = browser.new_page()
+    with answering(engine, ServeSettings(tokens=("a" * 32,))) as address:
+        page.goto(f"{address}/")
+        page.wait_for_selector("#problem:not([hidden])")
+        assert "no valid token" in page.inner_text("#problem")
+        page.fill("#token", "a" * 32)  # its field has been opened
+        page.click("text=Example 1")
+        page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+        assert "Authorization: Bearer TOKEN" in page.inner_text("#code")
+        assert "8 tasks" in page.inner_text("#about")
+        assert page.is_hidden("#problem")
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from huggingface_hub import InferenceClient
 
 from sparsepeft import MultiTaskEngine
+from sparsepeft.inference import Prediction
+from sparsepeft.inference.portable import NO_TOKENS, NOT_FINITE
 from sparsepeft_serve import ServeSettings, create_app
 
 TEXT, OTHER = "the striker scored twice", "flour prices kept climbing"
@@ -63,6 +66,11 @@ def test_cutting(client: TestClient, engine: MultiTaskEngine) -> None:
         assert client.post("/tasks/two/predict", json=request).json()[0]["score"] == pytest.approx(expected.score)
 
 
+def tensor(*texts: Any, **others: Any) -> dict[str, Any]:
+    """A request of the Open Inference Protocol."""
+    return {"inputs": [{"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts, **others}]}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
@@ -77,6 +85,13 @@ def test_cutting(client: TestClient, engine: MultiTaskEngine) -> None:
         ("/tasks/two", {"inputs": TEXT, "parameters": {"top_k": 0}}, 422, "`parameters.top_k` cannot be used"),
         ("/v1/predict_all", {"inputs": TEXT, "tasks": ["none"]}, 404, "unknown"),
         ("/v1/predict_all", {"inputs": []}, 400, "no input"),
+        ("/v2/models/none/infer", tensor(TEXT), 404, "The task 'none' is unknown"),
+        ("/v2/models/two/infer", tensor(TEXT) | {"outputs": [{"name": "odds"}]}, 422, "The output 'odds' is unknown"),
+        ("/v2/models/two/infer", {"inputs": []}, 422, "`inputs` cannot be used"),
+        ("/v2/models/two/infer", tensor(TEXT, shape=[2]), 422, "is BYTES [2] with 1 elements; expected `text`"),
+        ("/v2/models/two/infer", tensor(TEXT, datatype="FP32"), 422, "is FP32 [1]"),
+        ("/v2/models/two/infer", tensor(3), 422, "as many texts"),
+        ("/v2/models/two/infer", tensor(TEXT, ""), 422, "empty text"),
         ("/nowhere", {}, 404, "Not Found"),
     ],
 )
@@ -122,6 +137,89 @@ def test_vllm(client: TestClient, engine: MultiTaskEngine, backbone: Path) -> No
     assert models[0]["id"] == backbone.name
     assert models[0]["parent"] is None
     assert {one["id"]: one["parent"] for one in models[1:]} == dict.fromkeys(engine.tasks, backbone.name)
+
+
+def test_open_inference(client: TestClient, engine: MultiTaskEngine) -> None:
+    pairs = {"shape": [2, 2], "data": [[TEXT, OTHER], [OTHER, TEXT]]}
+    for body, inputs in (
+        (tensor(TEXT, OTHER), [TEXT, OTHER]),
+        (tensor(TEXT, OTHER, shape=[2, 1]), [TEXT, OTHER]),
+        (tensor(**pairs), [(TEXT, OTHER), (OTHER, TEXT)]),
+    ):
+        expected = engine.predict([("five", one) for one in inputs])
+        found = client.post("/v2/models/five/infer", json=body | {"id": "42"}).json()
+        assert (found["model_name"], found["id"]) == ("five", "42")
+        probs, logits, label = found["outputs"]
+        assert (probs["shape"], probs["datatype"]) == ([2, 5], "FP32")
+        assert probs["data"] == pytest.approx([score for one in expected for score in one.scores.values()], abs=1e-5)
+        assert logits["data"] == pytest.approx([logit for one in expected for logit in one.logits], abs=1e-4)
+        assert label == {
+            "name": "label",
+            "datatype": "BYTES",
+            "shape": [2],
+            "data": [one.label for one in expected],
+        }
+    some = client.post("/v2/models/degree/infer", json=tensor(TEXT) | {"outputs": [{"name": "probs"}]}).json()
+    assert [output["name"] for output in some["outputs"]] == ["probs"]
+    assert some["outputs"][0]["data"] == pytest.approx([engine.predict([("degree", TEXT)])[0].score])
+    assert client.post("/v2/models/two/infer", json=tensor(f"{TEXT} " * 60)).status_code == 422
+    cut = tensor(f"{TEXT} " * 60) | {"parameters": {"truncate": True}}
+    assert client.post("/v2/models/two/infer", json=cut).status_code == 200
+    model = client.get("/v2/models/five").json()
+    assert model["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    assert [(output["name"], output["shape"]) for output in model["outputs"]] == [
+        ("probs", [-1, 5]),
+        ("logits", [-1, 5]),
+        ("label", [-1]),
+    ]
+    assert client.get("/v2/models/none/ready").status_code == 404
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_triton_client(address: str, engine: MultiTaskEngine, binary: bool) -> None:
+    http = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http], which brings gevent")
+    with http.InferenceServerClient(address.removeprefix("http://")) as triton:
+        assert triton.is_server_live()
+        assert triton.is_server_ready()
+        assert triton.is_model_ready("five")
+        assert not triton.is_model_ready("none")
+        assert triton.get_server_metadata()["name"] == "sparsepeft"
+        assert triton.get_model_metadata("five")["outputs"][0]["name"] == "probs"
+        given = http.InferInput("text", [2, 2], "BYTES")
+        given.set_data_from_numpy(np.array([[TEXT, "é"], [OTHER, TEXT]], dtype=object), binary_data=binary)
+        found = triton.infer("five", [given], request_id="7")
+        expected = engine.predict([("five", (TEXT, "é")), ("five", (OTHER, TEXT))])
+        np.testing.assert_allclose(found.as_numpy("probs"), [list(one.scores.values()) for one in expected], atol=1e-5)
+        assert list(found.as_numpy("label")) == [one.label for one in expected]
+        assert found.get_response()["id"] == "7"
+        with pytest.raises(Exception, match="The task 'none' is unknown"):
+            triton.infer("none", [given])
+
+
+def test_texts_behind_the_json(client: TestClient, engine: MultiTaskEngine) -> None:
+    text = TEXT.encode()
+    head = json.dumps(tensor(data=[], shape=[1])).encode()
+    for packed, status in ((text, 200), (b"\xff", 422)):
+        body = head + len(packed).to_bytes(4, "little") + packed
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+        answer = client.post("/v2/models/two/infer", content=body, headers=headers)
+        assert answer.status_code == status
+        if status == 200:
+            (expected,) = engine.predict([("two", TEXT)])
+            assert answer.json()["outputs"][2]["data"] == [expected.label]
+        else:
+            assert "not UTF-8" in answer.json()["error"]
+
+
+def test_kinds_of_errors(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {NO_TOKENS: ("Tokenizer", 422), NOT_FINITE: ("Backend", 424), "An input is long.": ("Validation", 422)}
+    failed = iter([Prediction.failed(error) for error in [*kinds, *kinds]])
+    monkeypatch.setattr(MultiTaskEngine, "predict", lambda self, requests, **_: [next(failed) for _ in requests])
+    batch = client.post("/predict", json={"inputs": [[TEXT]] * 3}).json()
+    assert [one["error_type"] for one in batch] == [kind for kind, _ in kinds.values()]
+    for kind, status in kinds.values():
+        answer = client.post("/predict", json={"inputs": TEXT})
+        assert (answer.json()["error_type"], answer.status_code) == (kind, status)
 
 
 def test_all_tasks_of_a_text(client: TestClient, engine: MultiTaskEngine) -> None:
