@@ -146,7 +146,7 @@ def test_what_is_found_in_a_text_is_marked(
         page.click("button[type=submit]")
         page.wait_for_selector("mark")
         marks = page.locator("mark")
-        assert marks.all_inner_texts() == [f"{one.word} {one.label} {100 * one.score:.1f} %" for one in expected]
+        assert marks.all_inner_texts() == [f"{one.word} {one.label} {100 * one.score:.1f}\xa0%" for one in expected]
         page.click("#second summary")
         page.fill("#pair", "another")
         page.click("button[type=submit]")
