@@ -133,17 +133,25 @@ def _find_output(model: nn.Module, modules: list[str]) -> tuple[str | None, str]
 
 
 class LinearHead(nn.Module):
-    """One linear layer on the pooled states: what the model hands its own head, (B, D) or the first position's.
+    """One linear layer on the pooled states: what the model hands its own head, (B, D) or one position's.
 
     Args:
         in_features: width of the pooled states.
         num_labels: outputs.
         per_position: keep all positions of (B, T, D) input (token classification, question answering).
+        position: that is read of (B, T, D) input otherwise: the first, or the last (-1) as XLNet does.
     """
 
-    def __init__(self, in_features: int, num_labels: int, per_position: bool, initializer_range: float = 0.02) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        per_position: bool,
+        initializer_range: float = 0.02,
+        position: int = 0,
+    ) -> None:
         super().__init__()
-        self.per_position = per_position
+        self.per_position, self.position = per_position, position
         self.out_proj = nn.Linear(in_features, num_labels)
         nn.init.normal_(self.out_proj.weight, std=initializer_range)
         nn.init.zeros_(self.out_proj.bias)
@@ -151,7 +159,7 @@ class LinearHead(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(B, D) or (B, T, D) -> (B, num_labels), or (B, T, num_labels) if per position."""
         if states.dim() == 3 and not self.per_position:
-            states = states[:, 0]
+            states = states[:, self.position]
         return self.out_proj(states)
 
 
@@ -173,11 +181,12 @@ class HeadModule(ModulesToSaveWrapper):
         context: ForwardContext,
         is_first: bool = False,
         is_output: bool = False,
+        batch_dim: int = 0,
     ) -> None:
         self.context = context  # first of all, since looking up any attribute asks it whether adapters are on
         # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
         AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
-        self.is_first, self.is_output = is_first, is_output
+        self.is_first, self.is_output, self.batch_dim = is_first, is_output, batch_dim
         self._inference_mode = False
         self.set_adapter([])
 
@@ -258,6 +267,9 @@ class HeadModule(ModulesToSaveWrapper):
         head_input = call.head_input
         if self.is_output:
             call.head_input = None  # or it would keep the graph of the last pass alive
+        if call.routing is not None and self.batch_dim:
+            by_row = (arg.transpose(0, self.batch_dim) for arg in args)
+            return self._mixed_batch_forward(call.routing, head_input, *by_row).transpose(0, self.batch_dim)
         if call.routing is not None:
             return self._mixed_batch_forward(call.routing, head_input, *args, **kwargs)
         active = self.active_adapters[0] if self.active_adapters else BASE

@@ -217,7 +217,8 @@ class TaskTuner(BaseTuner):
         first = model.get_submodule(head.modules[0])
         first = first.original_module if isinstance(first, HeadModule) else first
         linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
-        created = LinearHead(linear.in_features, num_labels, per_position, initializer_range)
+        position = -1 if getattr(first, "summary_type", None) == "last" else 0
+        created = LinearHead(linear.in_features, num_labels, per_position, initializer_range, position)
         move_unless_meta(created, execution_device(output))
         return created
 

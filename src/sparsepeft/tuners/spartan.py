@@ -200,7 +200,8 @@ class SpartanModel(TaskTuner):
                 module.update(adapter_name, copy=copy_with_labels(module.original_module, None, 0, 0.0))
             elif _is_trainable_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
-                setattr(parent, child, HeadModule(module, adapter_name, copied, self._context))
+                batch_dim = next((b.batch_dim for n, b in self._blocks.items() if name.startswith(f"{n}.")), 0)
+                setattr(parent, child, HeadModule(module, adapter_name, copied, self._context, batch_dim=batch_dim))
 
 
 def _is_trainable_norm(module: nn.Module) -> bool:
