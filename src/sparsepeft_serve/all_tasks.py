@@ -93,7 +93,7 @@ def router(service: Service) -> APIRouter:
 
     admin = [Depends(admin_only(service.settings.admin_tokens))]
 
-    @routes.put("/v1/tasks/{task}", dependencies=admin)
+    @routes.put("/v1/tasks/{task}", dependencies=admin, responses={201: {"description": "The task is new"}})
     async def load(task: str, response: Response, request: TaskFolder | None = None) -> dict[str, str]:
         """Load a task from the tasks folder, in place of the one of that name."""
         path = folder_of(service.settings.tasks_dir, (request and request.folder) or task)

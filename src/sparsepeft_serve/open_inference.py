@@ -15,7 +15,7 @@ from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.scores import check_labels_texts, label_names, raised, scores
 from sparsepeft_serve.service import Service
-from sparsepeft_serve.tensors import InferRequest, read_request
+from sparsepeft_serve.tensors import read_request, request_schema
 
 _OUTPUTS = {"probs": "FP32", "logits": "FP32", "label": "BYTES"}
 
@@ -23,7 +23,7 @@ _OUTPUTS = {"probs": "FP32", "logits": "FP32", "label": "BYTES"}
 def router(service: Service) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["Open Inference Protocol"], prefix="/v2")
-    schema = {"requestBody": {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}}}
+    schema = {"requestBody": {"content": {"application/json": {"schema": request_schema()}}}}
 
     @routes.get("/health/live")
     async def live() -> dict[str, bool]:

@@ -29,6 +29,16 @@ class InferRequest(BaseModel):
     parameters: dict[str, Any] = {}
 
 
+def request_schema() -> dict[str, Any]:
+    """What a request looks like, for OpenAPI."""
+    schema = InferRequest.model_json_schema()
+    tensor = schema.pop("$defs")["Tensor"]
+    properties = schema["properties"]
+    properties["inputs"]["items"] = tensor
+    properties["outputs"]["anyOf"][0]["items"] = tensor
+    return schema
+
+
 def read_request(body: bytes, length: str | None) -> tuple[InferRequest, list[Any]]:
     """A request, and its texts and pairs of texts.
 
