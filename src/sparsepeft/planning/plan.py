@@ -29,6 +29,13 @@ class Choice:
     dense_ms: float
     sparse_ms: float
 
+    def cost(self, surcharge: float) -> float:
+        """Nats that it is taken to cost, where single measurements are known to say too little by a surcharge.
+
+        A loss that falls counts as one that stays, since it may well be chance; one that cannot change costs nothing.
+        """
+        return max(self.loss_change, 0.0) + surcharge if self.loss_change else 0.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -119,23 +126,23 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def fastest(options: Mapping[str, Sequence[Choice]], allowance: float) -> dict[str, Choice]:
-    """One choice for each module, such that the time is least and the losses add up to ``allowance`` at most.
+def fastest(options: Mapping[str, Sequence[Choice]], allowance: float, surcharge: float = 0.0) -> dict[str, Choice]:
+    """One choice for each module, such that the time is least and the costs add up to ``allowance`` at most.
 
-    The multiple-choice knapsack problem, by dynamic programming. A loss that falls counts as one that stays, since it
-    may well be chance.
+    The multiple-choice knapsack problem, by dynamic programming.
 
     Args:
-        options: of each module, one of which costs no loss.
+        options: of each module, one of which costs nothing.
         allowance: nats.
+        surcharge: of :meth:`Choice.cost`.
     """
     unit = allowance / _BINS
     best = torch.zeros(_BINS + 1, dtype=torch.float64)  # least time by what may be spent
     picks: list[torch.Tensor] = []
     costs = {
         name: [
-            0 if choice.loss_change <= 0 else math.ceil(choice.loss_change / unit) if unit else _BINS + 1
-            for choice in choices
+            0 if nats == 0 else math.ceil(nats / unit) if unit else _BINS + 1
+            for nats in (choice.cost(surcharge) for choice in choices)
         ]
         for name, choices in options.items()
     }

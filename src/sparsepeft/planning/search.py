@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _WORTH = 0.97  # of the time that a milder choice takes: what is no faster is not measured
 _ROUNDS = 5
-_SHRINK = 0.95  # of what the last plan was to cost, at most, in the next
 
 Settings = dict[str, Any]
 Install = Callable[[Mapping[str, Settings]], AbstractContextManager[None]]
@@ -58,7 +57,8 @@ def keep_to_budget(
     """Choose the fastest plan by which a model's perplexity stays within a budget on all texts.
 
     Each choice is measured in one module at a time, and losses are taken to add up. The plan that follows is measured
-    as a whole; as long as it exceeds the budget on a text, a smaller one is spent.
+    as a whole. As long as it exceeds the budget on a text, what it costs beyond what was predicted is shared among its
+    choices, all choices cost that much more, and the next plan is made.
 
     Args:
         model: dense.
@@ -72,19 +72,23 @@ def keep_to_budget(
     with _frozen(model):
         options = _measure(model, modules, install, measured_on, limit)
         meters = {name: LossMeter(model, text, resumable=False) for name, text in texts.items()}
-        allowance, num_tried = limit, 0
+        surcharge, num_tried = 0.0, 0
         while True:
-            chosen, num_tried = fastest(options, allowance), num_tried + 1
+            chosen, num_tried = fastest(options, limit, surcharge), num_tried + 1
+            losses, worst = {name: meter.initial for name, meter in meters.items()}, -math.inf
             with install(_sparse(chosen)):
-                losses = {name: meter.loss() for name, meter in meters.items()}
-            spent = sum(max(choice.loss_change, 0.0) for choice in chosen.values())
-            worst = max(losses[name] - meter.initial for name, meter in meters.items())
+                for name, meter in meters.items():
+                    losses[name] = meter.loss()
+                    worst = max(worst, losses[name] - meter.initial)
+                    if worst > limit:  # what the other texts say changes nothing
+                        break
+            spent = sum(choice.cost(surcharge) for choice in chosen.values())
             logger.info("plan %d: predicted %+.4f, measured %+.4f of %.4f nats", num_tried, spent, worst, limit)
-            if worst <= limit or not any(choice.loss_change for choice in chosen.values()):
+            num_lossy = sum(choice.loss_change != 0 for choice in chosen.values())
+            if worst <= limit or not num_lossy:
                 break
-            if spent == 0:  # losses that fell one by one have risen together
-                options = {name: [each for each in some if not each.loss_change] for name, some in options.items()}
-            allowance = spent * min(_SHRINK, limit / worst)
+            # Single changes are small beside their noise, and those that lower the loss by chance get picked.
+            surcharge += (worst - spent) / num_lossy
         step_ms = _step_times(model, partial(install, _sparse(chosen)), measured_on)
         if _sparse(chosen) and step_ms["sparse"] >= step_ms["dense"]:
             logger.warning("The plan keeps to the budget, but saves no time, so all modules stay dense.")
