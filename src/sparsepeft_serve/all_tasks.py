@@ -72,8 +72,9 @@ def router(service: Service) -> APIRouter:
         given = request.inputs if isinstance(request.inputs, list) else [request.inputs]
         inputs = [one if isinstance(one, str) else one.model_dump(exclude_none=True) for one in given]
         if request.stream:
-            for name in request.tasks or []:
-                service.task(name)
+            service.tasks_of(request.tasks)
+            if not inputs:
+                raise ServiceError("The request has no input; pass at least one text.", "Empty")
             return StreamingResponse(_lines(service, inputs, request.tasks), media_type=NDJSON)
         rows = await service.predict_all(inputs, request.tasks)
         return {"data": [_plain(row) for row in rows]}

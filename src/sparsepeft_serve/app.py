@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from sparsepeft import __version__
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft_serve import all_tasks, hub, open_inference, tei, vllm
 from sparsepeft_serve.access import callers_only
-from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.errors import ServiceError, content_of
 from sparsepeft_serve.folder import FolderWatch, task_folders
 from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.settings import ServeSettings
 
 PAGE = Path(__file__).parent / "page"
-_VLLM = ("/classify", "/v1/classify", "/v1/models")
+_NO_JSON = "The body is no JSON; send an object, as `/openapi.json` describes it."
 _PROBLEM = {
     "type": "object",
     "properties": {"error": {}, "error_type": {"type": "string"}},
@@ -82,6 +82,7 @@ def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
     app.add_middleware(Limits, settings=settings)
     return app
 
@@ -97,7 +98,7 @@ _ANSWERS = {
     422: "What was asked cannot be answered",
     424: "The model failed",
     429: "Too many texts wait",
-    503: "Not ready, or stopping",
+    503: "Not ready, stopping, or the task was replaced meanwhile",
 }
 
 
@@ -105,15 +106,11 @@ def _described(text: str) -> dict[str, Any]:
     return {"description": text, "content": {"application/json": {"schema": _PROBLEM}}}
 
 
-def _answer(request: Request, status: int, message: str, kind: str, retry_after: int | None = None) -> JSONResponse:
-    """An error, in the shape of the path's clients."""
-    content: dict[str, Any] = {"error": message, "error_type": kind}
-    if request.url.path in _VLLM:
-        content["error"] = {"message": message, "type": kind, "param": None, "code": status}
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(content, status, headers)
+def _answer(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    more = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        more["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(content_of(error, request.scope["path"]), error.status, {**(headers or {}), **more})
 
 
 async def _to_page(request: Request) -> RedirectResponse:
@@ -121,18 +118,33 @@ async def _to_page(request: Request) -> RedirectResponse:
 
 
 async def _on_service_error(request: Request, error: Any) -> JSONResponse:
-    return _answer(request, error.status, error.message, error.kind, error.retry_after)
+    return _answer(request, error)
 
 
 async def _on_validation_error(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return _answer(
-            request, 400, "The body is no JSON; send an object, as `/openapi.json` describes it.", "Validation"
-        )
+        return _answer(request, ServiceError(_NO_JSON, status=400))
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return _answer(request, 422, f"`{place or 'body'}` cannot be used: {first['msg']}.", "Validation")
+    kind = request.headers.get("content-type", "")
+    if not place and first["type"] != "missing" and "json" not in kind:
+        message = f"The body has the Content-Type {kind!r:.80}; send an object of JSON with `application/json`."
+    else:
+        message = f"`{place or 'body'}` cannot be used: {first['msg']}."
+    return _answer(request, ServiceError(message))
 
 
 async def _on_http_error(request: Request, error: Any) -> JSONResponse:
-    return _answer(request, error.status_code, str(error.detail), "Validation")
+    asked = f"{request.method} {request.scope['path']:.80}"
+    messages = {
+        400: _NO_JSON,  # or it is nested too deeply
+        404: f"Not Found: {asked}; `/openapi.json` lists the addresses.",
+        405: f"Method Not Allowed: {asked}; `/openapi.json` lists the methods of each address.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return _answer(request, ServiceError(message, status=error.status_code), error.headers)
+
+
+async def _on_fault(request: Request, error: Exception) -> JSONResponse:
+    """The server's log has the error, which says nothing to a caller."""
+    return _answer(request, ServiceError("The service failed; its log says why.", "Backend", status=500))

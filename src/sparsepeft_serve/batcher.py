@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from sparsepeft.errors import UserError
 from sparsepeft.inference import MultiTaskEngine, Prediction
 from sparsepeft.inference.answering import grouped
 from sparsepeft.inference.entities import EntityOptions
@@ -197,7 +198,10 @@ class Batcher:
                 continue
             self._metrics.computed(len(batch), time.perf_counter() - began)
             for (job, place), answer in zip(batch, answers, strict=True):
-                job.put(place, answer)
+                if isinstance(answer, ServiceError):
+                    job.fail(answer)
+                else:
+                    job.put(place, answer)
 
     async def _wait_for_more(self) -> None:
         """Give others until the first input has waited long enough, unless a batch is full already."""
@@ -232,6 +236,7 @@ class Batcher:
         return batch
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> list[Any]:
+        """Answers; a ``ServiceError`` where an input names a task that has gone meanwhile."""
         answers: list[Any] = [None] * len(batch)
         for alike in grouped(enumerate(batch), lambda one: one[1][0].options):
             options = alike[0][1][0].options
@@ -240,7 +245,10 @@ class Batcher:
             if not options.num_tasks:
                 results: list[Any] = list(self._engine.predict(inputs, **cutting, **options.entities._asdict()))
             else:
-                results = list(self._engine.predict_all(inputs, options.tasks, truncation=options.truncation))
+                try:
+                    results = list(self._engine.predict_all(inputs, options.tasks, truncation=options.truncation))
+                except UserError as error:  # others in the batch have nothing to do with it
+                    results = [ServiceError(str(error), status=404)] * len(inputs)
             for (index, _), result in zip(alike, results, strict=True):
                 answers[index] = result
         return answers

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparsepeft.inference.portable import NO_TOKENS, NOT_FINITE
+
+_VLLM = ("/classify", "/v1/classify", "/v1/models")
 
 
 class ServiceError(Exception):
@@ -41,3 +45,11 @@ def overloaded(limit: int) -> ServiceError:
         "Overloaded",
         retry_after=1,
     )
+
+
+def content_of(error: ServiceError, path: str) -> dict[str, Any]:
+    """The body of an answer that is an error, in the shape of the path's clients."""
+    if path in _VLLM:
+        shown = {"message": error.message, "type": error.kind, "param": None, "code": error.status}
+        return {"error": shown, "error_type": error.kind}
+    return {"error": error.message, "error_type": error.kind}

@@ -47,9 +47,14 @@ def task_folders(root: Path) -> dict[str, Path]:
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"The tasks folder {root} cannot be read ({error}); pass a folder.") from error
-    return {
-        path.name: path for path in folders if (path / _ADAPTER).is_file() and path.resolve().parent == root.resolve()
-    }
+    return {path.name: path for path in folders if _is_task(path, root)}
+
+
+def _is_task(folder: Path, root: Path) -> bool:
+    try:
+        return (folder / _ADAPTER).is_file() and folder.resolve().parent == root.resolve()
+    except OSError:  # such as a folder that may not be read; the others may
+        return False
 
 
 def signature(folder: Path) -> Signature:

@@ -12,7 +12,7 @@ from sparsepeft.inference.entities import EntityOptions, Strategy, entity_option
 from sparsepeft.inference.portable import InputError
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, raised, ranked
+from sparsepeft_serve.scores import Function, ranked
 from sparsepeft_serve.service import Service
 
 
@@ -79,9 +79,9 @@ def router(service: Service) -> APIRouter:
         predictions = await service.predict(task, texts, options, "batch" if several else "single")
         if info.labels_tokens:
             key = "entity" if entities.aggregation_strategy == "none" else "entity_group"
-            found = [_entities(raised(each), key) for each in predictions]
+            found = [_entities(each, key) for each in predictions]
             return found if several else found[0]
-        return [ranked(raised(each), info, parameters.function_to_apply)[: parameters.top_k] for each in predictions]
+        return [ranked(each, info, parameters.function_to_apply)[: parameters.top_k] for each in predictions]
 
     @routes.post("/", response_model=Answer, response_model_exclude_none=True)
     async def classify(request: ClassificationRequest) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparsepeft_serve.errors import ServiceError
+from sparsepeft_serve.errors import ServiceError, content_of
 from sparsepeft_serve.settings import ServeSettings
 
 logger = logging.getLogger("sparsepeft_serve.requests")
@@ -34,25 +34,27 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, is_answered = time.perf_counter(), 500, False  # of a fault the server tells the caller
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_answered
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "http.response.body":
+                is_answered = not message.get("more_body", False)
             await send(message)
 
         try:
             try:
                 body = await self._read(scope, receive)
             except ServiceError as error:
-                await _refuse(error, noted)
+                await _refuse(error, scope["path"], noted)
                 return
             answering = asyncio.ensure_future(self._app(scope, _replay(body, receive), noted))
             leaving = asyncio.ensure_future(_disconnected(receive))
             try:
                 await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-                if answering.done():
+                if answering.done() or is_answered:
                     await answering
                 else:
                     status = 499
@@ -120,8 +122,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _refuse(error: ServiceError, send: Any) -> None:
-    body = json.dumps({"error": error.message, "error_type": error.kind}).encode()
+async def _refuse(error: ServiceError, path: str, send: Any) -> None:
+    body = json.dumps(content_of(error, path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     # What was not read of the body would be taken for the next request.
     headers.append((b"connection", b"close"))

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import check_labels_texts, label_names, raised, scores
+from sparsepeft_serve.scores import check_labels_texts, label_names, scores
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.tensors import read_request, request_schema
 
@@ -64,8 +64,8 @@ def router(service: Service) -> APIRouter:
         wanted = list(_OUTPUTS) if asked.outputs is None else [output.name for output in asked.outputs]
         if unknown := [output for output in wanted if output not in _OUTPUTS]:
             raise ServiceError(f"The output {unknown[0]!r:.80} is unknown; ask for some of {', '.join(_OUTPUTS)}.")
-        options = Options(bool(asked.parameters.get("truncate")))
-        answers = [raised(one) for one in await service.predict(name, texts, options, "batch")]
+        options = Options(asked.parameters.truncate)
+        answers = await service.predict(name, texts, options, "batch")
         data: dict[str, list[Any]] = {
             "probs": [score for one in answers for score in scores(one, info)],
             "logits": [score for one in answers for score in scores(one, info, "none")],

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError, kind_of
-from sparsepeft_serve.scores import Function, check_labels_texts, label_names, raised, ranked
+from sparsepeft_serve.scores import Function, check_labels_texts, label_names, ranked
 from sparsepeft_serve.service import Service
 
 
@@ -54,10 +54,11 @@ def router(service: Service) -> APIRouter:
         inputs, is_batch = read_inputs(request.inputs)
         side = request.truncation_direction.lower()
         options = Options(bool(request.truncate), side)
-        predictions = await service.predict(task, inputs, options, "batch" if is_batch else "single")
+        method = "batch" if is_batch else "single"
+        predictions = await service.predict(task, inputs, options, method, in_part=is_batch)
         function: Function | None = "none" if request.raw_scores else None
         if not is_batch:
-            return ranked(raised(predictions[0]), info, function)
+            return ranked(predictions[0], info, function)
         return [
             ranked(each, info, function)
             if each.error is None
@@ -131,7 +132,7 @@ def about(service: Service) -> dict[str, Any]:
         }
         for name, info in engine.tasks.items()
     }
-    default = service.task(None)[0] if len(tasks) == 1 or settings.default_task else None
+    default = next(iter(tasks)) if len(tasks) == 1 else settings.default_task
     names: list[str] = tasks[default]["labels"] if default in tasks else []
     return {
         "model_id": engine.backbone_name,

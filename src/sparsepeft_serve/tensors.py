@@ -20,13 +20,19 @@ class Tensor(BaseModel):
     data: list[Any] = []
 
 
+class InferParameters(BaseModel):
+    """Others are of no use here, and may be there."""
+
+    truncate: bool = False
+
+
 class InferRequest(BaseModel):
     """Texts, [n] or [n, 1], or pairs, [n, 2]; ``parameters.truncate`` cuts what is longer than the task takes."""
 
     id: str | None = None
     inputs: list[Tensor] = Field(min_length=1, max_length=1)
     outputs: list[Tensor] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: InferParameters = InferParameters()
 
 
 def request_schema() -> dict[str, Any]:
@@ -50,7 +56,8 @@ def read_request(body: bytes, length: str | None) -> tuple[InferRequest, list[An
         RequestValidationError: it is no request.
         ServiceError: its tensor is none of texts.
     """
-    size = int(length) if length is not None and length.isdecimal() else len(body)
+    # Past so many digits Python reads no number.
+    size = int(length) if length is not None and length.isdecimal() and len(length) < 20 else len(body)
     try:
         request = InferRequest.model_validate_json(body[:size])
     except ValidationError as error:
@@ -81,6 +88,11 @@ def _unpacked(packed: bytes) -> Iterator[str]:
     place = 0
     while place < len(packed):
         end = place + 4 + int.from_bytes(packed[place : place + 4], "little")
+        if end > len(packed):
+            raise ServiceError(
+                f"A text behind the JSON would end at byte {end}, but there are {len(packed)} bytes; put four bytes "
+                "with its length, the lowest first, before each text."
+            )
         try:
             yield packed[place + 4 : end].decode()
         except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, check_labels_texts, label_names, raised, scores
+from sparsepeft_serve.scores import Function, check_labels_texts, label_names, scores
 from sparsepeft_serve.service import Service
 
 Ids = list[int]
@@ -94,9 +94,8 @@ def router(service: Service) -> APIRouter:
             raise ServiceError(
                 "`truncate_prompt_tokens` was given as a number of tokens; pass -1, which cuts at what the task takes."
             )
-        predictions = await service.predict(task, inputs, Options(truncation), "batch" if is_batch else "single")
-        if not is_batch:
-            raised(predictions[0])
+        method = "batch" if is_batch else "single"
+        predictions = await service.predict(task, inputs, Options(truncation), method, in_part=is_batch)
         function: Function | None = "none" if request.use_activation is False else None
         num_tokens = sum(each.num_tokens for each in predictions)
         names = label_names(info)

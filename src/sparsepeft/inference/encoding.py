@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Tokenizers without a limit report a huge number.
 _NO_LIMIT = 1_000_000
+_MOST_PARTS = 1024  # of a text, so that a stride which is nearly as long as a part does not take all memory
 _SPANS = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
 Item = TypeVar("Item")
 
@@ -182,13 +183,21 @@ class Encoder:
         """Encode all of a text, with spans, in parts of at most ``max_length`` tokens, of which neighbours share some.
 
         Raises:
-            InputError: ``stride``, the number that they share, leaves a part no token of its own.
+            InputError: ``stride``, the number that they share, leaves a part no token of its own; or they are too many.
         """
         most = max_length - self.tokenizer.num_special_tokens_to_add()
         if stride >= most:
             raise InputError(
                 f"`stride={stride}` was given, but a part of a text has at most {most} tokens beside the special ones; "
                 "pass less."
+            )
+        (whole,) = self._tokenize([(text,)], truncation=False, verbose=False)
+        num_tokens = len(whole["input_ids"]) - (max_length - most)
+        num_parts = 1 + -(-max(0, num_tokens - most) // (most - stride))
+        if num_parts > _MOST_PARTS:
+            raise InputError(
+                f"An input has {num_tokens} tokens, which `stride={stride}` makes {num_parts} parts of at most {most} "
+                f"tokens; at most {_MOST_PARTS} are read: pass a shorter text, or a smaller stride."
             )
         options: dict[str, Any] = {"max_length": max_length, "stride": stride, **_SPANS}
         parts = self._tokenize([(text,)], truncation=True, return_overflowing_tokens=True, **options)

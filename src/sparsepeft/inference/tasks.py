@@ -250,6 +250,11 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
         raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
     if config.task_type == TaskType.TOKEN_CLS:
         return TaskInfo(folder, names, multi_label=False, num_texts=1, max_length=None, labels_tokens=True), config
+    if (repeated := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise UserError(
+            f"{folder} holds an adapter with two labels named {repeated!r:.80}, but an answer has a score for each "
+            "name; give each a name of its own in the id2label of adapter_config.json."
+        )
     is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     if is_regression and len(names) > 1:
         raise UserError(
