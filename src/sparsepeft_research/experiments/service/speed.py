@@ -24,7 +24,7 @@ from sparsepeft_research.experiments.service.clients import Request, in_turn
 from sparsepeft_research.experiments.service.process import CLIENT_CORE, SERVER_CORE, Server, as_client, service
 from sparsepeft_research.experiments.service.tasks import save_tasks, texts
 
-CLIENTS, ROUNDS, NUM_REQUESTS, NUM_TEXTS, NUM_SINGLE = 32, 5, 320, 64, 20
+CLIENTS, ROUNDS, NUM_REQUESTS, NUM_TEXTS, NUM_SINGLE = 32, 3, 160, 24, 10
 _HERE = "sparsepeft_research.experiments.service"
 
 
