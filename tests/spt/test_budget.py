@@ -48,6 +48,22 @@ def test_the_fastest_plan_is_that_of_all_combinations() -> None:
         assert time(found) <= min(map(time, allowed)) + 1e-9
 
 
+def test_a_surcharge_drops_what_saves_the_least() -> None:
+    """Losses that fell by chance cost nothing alone; together they do."""
+    options = {
+        name: [Choice(DENSE, 0.0, 1.0, 1.0), Choice({"top_l": 8}, -0.001, 1.0, sparse_ms)]
+        for name, sparse_ms in (("a", 0.2), ("b", 0.5), ("c", 0.9))
+    }
+    options["d"] = [Choice(DENSE, 0.0, 1.0, 1.0), Choice({"values": "exact"}, 0.0, 1.0, 0.8)]
+
+    def sparse(surcharge: float) -> str:
+        chosen = fastest(options, 0.01, surcharge)
+        assert sum(choice.cost(surcharge) for choice in chosen.values()) <= 0.01
+        return "".join(name for name, choice in chosen.items() if choice.settings != DENSE)
+
+    assert [sparse(each) for each in (0.0, 0.004, 0.006, 0.02)] == ["abcd", "abd", "ad", "d"]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "masked"])
 def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     model, data = masked() if name == "masked" else (build(name), inputs(name, "left"))
