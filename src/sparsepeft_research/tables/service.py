@@ -13,7 +13,7 @@ _COMMAND = "`python -m sparsepeft_research.experiments.service {} --data-dir DAT
 
 def load(results: Path) -> str:
     """Twice its capacity, for each of the runs."""
-    runs = [_read(results, name) for name in ("load", "load-10-minutes")]
+    runs = [read_result(file) for file in sorted((results / "service").glob("load*.json"))]
     rows = []
     for run in runs:
         overload, memory = run.results["overload"], run.results["memory_mib"]
