@@ -46,9 +46,17 @@ def speed(results: Path) -> str:
     """Beside the engine and a server with pipelines."""
     run = _read(results, "speed")
     figures, times = run.results, run.results["times"]
+
+    def both(name: str) -> str:
+        return " and ".join(f"{value:.2f}" for value in figures[name].values())
+
     kinds = {
         "the engine alone": ("engine, 32 texts at a time", "engine, every task", "engine, one text", "engine"),
         "the service": ("service, 32 callers", "service, every task", "service, one caller", "service"),
+        "the service in bfloat16": (
+            *("service in bfloat16, 32 callers", "service in bfloat16, every task"),
+            *("service in bfloat16, one caller", "service in bfloat16"),
+        ),
         "a pipeline for each task": (
             *("pipelines, 32 callers", "pipelines, every task", "pipelines, one caller", "pipelines"),
         ),
@@ -63,16 +71,18 @@ def speed(results: Path) -> str:
         for name, (single, every, one, memory) in kinds.items()
     ]
     return paragraphs(
-        f"{_model(run)}, float32, {run.settings['callers']} callers with a sentence of SST-2 each; {_cores(run)}; "
+        f"{_model(run)}, float32 but where it says bfloat16, {run.settings['callers']} callers with a "
+        f"sentence of SST-2 each; {_cores(run)}; "
         f"medians of {run.settings['rounds']} alternating rounds. The pipelines' models are whole ones, as full "
         "fine-tuning leaves them. For every task a caller of the pipelines asks once for each. By "
         f"{_COMMAND.format('speed')}.",
         table(["", "texts a second, one task each", "texts a second, every task", "one text ms", "memory MiB"], rows),
-        f"The service over the engine: {figures['service_over_engine']:.2f} and "
-        f"{figures['every_task_service_over_engine']:.2f} (every task) of its texts a second, "
-        f"{figures['added_latency_ms']:.1f} ms more for one text. Over the pipelines: "
-        f"{figures['service_over_pipelines']:.1f} and {figures['every_task_service_over_pipelines']:.1f} times their "
-        f"texts a second; they take {figures['pipelines_memory_over_service']:.1f} times its memory.",
+        "Texts a second, with one task each and for every task: the service over the engine "
+        f"{both('service_over_engine')}; over the pipelines {both('service_over_pipelines')} (batches, and what tasks "
+        f"share), in bfloat16 {both('bfloat16_over_pipelines')} (that, and the precision). One text takes "
+        f"{figures['added_latency_ms']:.1f} ms more than in the engine. The pipelines take "
+        f"{figures['pipelines_memory_over']['service']:.1f} times the service's memory, "
+        f"{figures['pipelines_memory_over']['service in bfloat16']:.1f} times that of the one in bfloat16.",
     )
 
 

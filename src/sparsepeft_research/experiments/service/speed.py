@@ -20,11 +20,11 @@ from transformers import AutoModelForSequenceClassification
 from sparsepeft.backbones import resolve_model
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft_research.benchmarks.workers import Worker
-from sparsepeft_research.experiments.service.clients import Request, in_turn
+from sparsepeft_research.experiments.service.clients import Load, Request, in_turn
 from sparsepeft_research.experiments.service.process import CLIENT_CORE, SERVER_CORE, Server, as_client, service
 from sparsepeft_research.experiments.service.tasks import save_tasks, texts
 
-CLIENTS, ROUNDS, NUM_REQUESTS, NUM_TEXTS, NUM_SINGLE = 32, 3, 160, 24, 10
+CLIENTS, ROUNDS, NUM_REQUESTS, NUM_TEXTS, NUM_SINGLE = 32, 3, 96, 12, 10
 _HERE = "sparsepeft_research.experiments.service"
 
 
@@ -52,6 +52,7 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
     with (
         Worker([sys.executable, "-m", f"{_HERE}.engine_process"], about, work / "engine.json") as engine,
         service(options.model, tasks, work / "log", core=SERVER_CORE) as ours,
+        service(options.model, tasks, work / "log of bf16", "--dtype", "bf16", core=SERVER_CORE) as half,
         Server(arguments, work / "pipelines", SERVER_CORE) as pipelines,
     ):
 
@@ -59,28 +60,41 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
             return float(engine.ask(f"pass {name}")["ms"]) / 1e3
 
         def single(server: Server) -> float:
-            return _seconds(server, posted[:1] * NUM_SINGLE, 1) / NUM_SINGLE
+            return statistics.median(_answered(server, posted[:1] * NUM_SINGLE, 1).seconds)
 
         turns: dict[str, tuple[int, Callable[[], float]]] = {
             "engine, 32 texts at a time": (NUM_REQUESTS, lambda: alone("together")),
             "engine, all texts at once": (NUM_REQUESTS, lambda: alone("at once")),
             "service, 32 callers": (NUM_REQUESTS, lambda: _seconds(ours, posted, CLIENTS)),
+            "service in bfloat16, 32 callers": (NUM_REQUESTS, lambda: _seconds(half, posted, CLIENTS)),
             "pipelines, 32 callers": (NUM_REQUESTS, lambda: _seconds(pipelines, posted, CLIENTS)),
             "engine, every task": (NUM_TEXTS, lambda: alone("every")),
             "service, every task": (NUM_TEXTS, lambda: _seconds(ours, every, CLIENTS)),
+            "service in bfloat16, every task": (NUM_TEXTS, lambda: _seconds(half, every, CLIENTS)),
             "pipelines, every task": (NUM_TEXTS, lambda: _seconds(pipelines, apart, CLIENTS)),
             "engine, one text": (1, lambda: statistics.median(alone("one") for _ in range(NUM_SINGLE))),
             "service, one caller": (1, lambda: single(ours)),
+            "service in bfloat16, one caller": (1, lambda: single(half)),
             "pipelines, one caller": (1, lambda: single(pipelines)),
         }
         seconds = _in_rounds({name: turn for name, (_, turn) in turns.items()})
         memory = {
             "engine": engine.ask("peak")["peak_bytes"] / 2**20,
             "service": ours.memory_mib,
+            "service in bfloat16": half.memory_mib,
             "pipelines": pipelines.memory_mib,
         }
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = {name: count / medians[name] for name, (count, _) in turns.items()}
+
+    def over(name: str, base: str) -> dict[str, float]:
+        """Texts a second over another's, with one task each and for every task."""
+        one = "engine, 32 texts at a time" if base == "engine" else f"{base}, 32 callers"
+        return {
+            "one task": round(rate[f"{name}, 32 callers"] / rate[one], 3),
+            "every task": round(rate[f"{name}, every task"] / rate[f"{base}, every task"], 3),
+        }
+
     results = {
         name: {"texts": count, "seconds": round(medians[name], 4), "rounds": seconds[name]}
         for name, (count, _) in turns.items()
@@ -95,13 +109,14 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
         },
         {
             "times": results,
-            "service_over_engine": round(rate["service, 32 callers"] / rate["engine, 32 texts at a time"], 3),
-            "every_task_service_over_engine": round(rate["service, every task"] / rate["engine, every task"], 3),
-            "service_over_pipelines": round(rate["service, 32 callers"] / rate["pipelines, 32 callers"], 2),
-            "every_task_service_over_pipelines": round(rate["service, every task"] / rate["pipelines, every task"], 2),
+            "service_over_engine": over("service", "engine"),
+            "service_over_pipelines": over("service", "pipelines"),
+            "bfloat16_over_pipelines": over("service in bfloat16", "pipelines"),
             "added_latency_ms": round(1e3 * (medians["service, one caller"] - medians["engine, one text"]), 2),
             "memory_mib": {name: round(value, 1) for name, value in memory.items()},
-            "pipelines_memory_over_service": round(memory["pipelines"] / memory["service"], 2),
+            "pipelines_memory_over": {
+                name: round(memory["pipelines"] / memory[name], 2) for name in ("service", "service in bfloat16")
+            },
         },
     )
 
@@ -115,15 +130,20 @@ def _save_whole(model: str | None, folder: Path, seed: int) -> Path:
 
 
 def _seconds(server: Server, requests: Sequence[Request], clients: int) -> float:
-    """Until all are answered.
+    """Until all are answered."""
+    return _answered(server, requests, clients).duration
+
+
+def _answered(server: Server, requests: Sequence[Request], clients: int) -> Load:
+    """What callers saw, of whom each asks again as soon as it is answered.
 
     Raises:
-        RuntimeError: one was not.
+        RuntimeError: a request was not answered.
     """
     load = asyncio.run(in_turn(server.address, iter(requests), clients=clients))
     if load.statuses != {200: len(requests)}:
         raise RuntimeError(f"{len(requests)} requests were answered by {dict(load.statuses)} ({dict(load.problems)})")
-    return load.duration
+    return load
 
 
 def _in_rounds(turns: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
