@@ -82,7 +82,7 @@ def _round(address: str, seed: int, work: Path) -> dict[str, Any]:
     if not report.is_file():
         raise RuntimeError(f"Schemathesis wrote no report and said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     content = json.loads(report.read_text())
-    return {"seed": seed, "code": done.returncode, "failures": content.get("failures", []), "said": done.stdout[-3000:]}
+    return {"seed": seed, "code": done.returncode, "failures": content.get("failures", [])}
 
 
 def _requests(lines: list[str]) -> list[dict[str, Any]]:
