@@ -45,7 +45,9 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
         process = _start(*command)
         if number == signal.SIGINT:  # the folder is held long before the first step
             _wait_for(process, unfinished.exists)
+            process.send_signal(signal.SIGSTOP)  # or it might end before the other has begun
             second = sparsepeft(*command)
+            process.send_signal(signal.SIGCONT)
             assert second.returncode == 2
             assert "Another process is writing to" in second.stderr
         _wait_for(process, lambda after=steps: any(line["step"] > after for line in read_lines(history)))
