@@ -79,8 +79,7 @@ def speed(results: Path) -> str:
         table(["", "texts a second, one task each", "texts a second, every task", "one text ms", "memory MiB"], rows),
         "Texts a second, with one task each and for every task: the service over the engine "
         f"{both('service_over_engine')}; over the pipelines {both('service_over_pipelines')} (batches, and what tasks "
-        f"share), in bfloat16 {both('bfloat16_over_pipelines')} (that, and the precision). One text takes "
-        f"{figures['added_latency_ms']:.1f} ms more than in the engine. The pipelines take "
+        f"share), in bfloat16 {both('bfloat16_over_pipelines')} (that, and the precision). The pipelines take "
         f"{figures['pipelines_memory_over']['service']:.1f} times the service's memory, "
         f"{figures['pipelines_memory_over']['service in bfloat16']:.1f} times that of the one in bfloat16.",
     )
