@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="with sst2, whose validation texts are sent")
     parser.add_argument("--model", help="the backbone: folder or hub id. [default: minilm]")
     parser.add_argument("--num-tasks", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=180, help="load: how long; speed: of each turn, a tenth of it")
+    parser.add_argument("--seconds", type=float, default=180, help="load: how long")
     parser.add_argument("--cases", type=int, default=5000, help="fuzz: at least so many")
     parser.add_argument("--swaps", type=int, default=1000, help="faults: of a task")
     parser.add_argument("--seed", type=int, default=0)
@@ -37,8 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         environment = describe_machine(options.seed)
         with tempfile.TemporaryDirectory() as work:
             settings, results = KINDS[kind](options, Path(work))
+        about = {"model": Path(options.model).name if options.model else "minilm", "tasks": options.num_tasks}
         file = options.results / f"{options.name or kind}.json"
-        write_result(file, Result(f"service-{kind}", settings, results, environment, options.seed))
+        write_result(file, Result(f"service-{kind}", about | settings, results, environment, options.seed))
         print(file)
 
 

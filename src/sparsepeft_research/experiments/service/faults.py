@@ -19,18 +19,21 @@ from typing import Any
 import aiohttp
 
 from sparsepeft_research.experiments.service.clients import Load, Request, ask, in_turn, session
-from sparsepeft_research.experiments.service.process import Server, service
+from sparsepeft_research.experiments.service.process import HOST, Server, service
 from sparsepeft_research.experiments.service.tasks import expected_scores, is_close, save_tasks, texts
 
 TOKEN, ADMIN = "t" * 32, "a" * 32
 BODY_LIMIT, CLIENTS, NUM_TEXTS, MANY = 2_000_000, 8, 64, 10_000
 SWAPPED, VARIANTS, WATCHED = "swapped", ("task0", "task1"), "task2"
 _WEIGHTS = "adapter_model.safetensors"
-_SLOW = {"silent": b"", "half a head": b"POST /tasks/task0 HTTP/1.1\r\nHost: here\r\nX-"}
-_SLOW_BODY = (
-    f"POST /tasks/task0 HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {TOKEN}\r\n"
-    'Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"inputs": '
-).encode()
+_HEAD = (
+    f"POST /tasks/task0 HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+)
+_SLOW = {
+    "silent": b"",
+    "half a head": f"{_HEAD}X-".encode(),
+    "half a body": f'{_HEAD}Content-Length: 1000\r\n\r\n{{"inputs": '.encode(),
+}
 _SLOW_CALLERS, _GONE_CALLERS = 200, 100
 
 
@@ -51,7 +54,13 @@ class _Served:
     def is_right(self, request: Request, answer: Any, among: tuple[str, ...] = ()) -> bool:
         """Whether an answer is the task's, or of one ``among`` which it may be."""
         names, place = among or (request[0].rpartition("/")[2],), self.inputs.index(request[1]["inputs"])
-        return any(is_close(answer[0], self.expected[name][place]) for name in names)
+        given = {one["label"]: one["score"] for one in answer[0]}
+        return any(is_close(given, self.expected[name][place]) for name in names)
+
+    async def ask(self, count: int) -> Load:
+        """A number of requests for all tasks, by a few callers."""
+        requests = itertools.islice(self.requests(list(self.expected)), count)
+        return await in_turn(self.server.address, requests, clients=CLIENTS, check=self.is_right, token=TOKEN)
 
 
 def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,8 +94,6 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
         served = _Served(server, root, inputs, {name: expected[name] for name in left})
         results["SIGTERM"] = asyncio.run(_stop(served))
     settings = {
-        "model": Path(options.model).name if options.model else "minilm",
-        "tasks": options.num_tasks,
         "texts": f"SST-2, validation, {NUM_TEXTS}",
         "swaps": options.swaps,
         "clients": CLIENTS,
@@ -172,7 +179,7 @@ async def _many_texts(served: _Served) -> dict[str, Any]:
     """Ten thousand texts in a call are refused as a batch, and answered as a stream, beside one who asks for one."""
     many = [served.inputs[i % len(served.inputs)] for i in range(MANY)]
     body = {"inputs": many, "tasks": ["task0"], "stream": True}
-    load, wrong, lines, over = Load(), 0, 0, asyncio.Event()
+    wrong, lines, over = 0, 0, asyncio.Event()
     async with session(served.server.address, TOKEN) as asker:
         async with asker.post("/v1/predict_all", json=body | {"stream": False}) as refused:
             await refused.read()
@@ -190,8 +197,7 @@ async def _many_texts(served: _Served) -> dict[str, Any]:
         async with asker.post("/v1/predict_all", json=body) as answer:
             async for line in answer.content:
                 scores = served.expected["task0"][lines % len(served.inputs)]
-                given = json.loads(line)["task0"]["scores"]
-                wrong += not all(abs(given[name] - score) < 1e-4 for name, score in scores.items())
+                wrong += not is_close(json.loads(line)["task0"]["scores"], scores)
                 lines += 1
         seconds = time.perf_counter() - began
         over.set()
@@ -206,28 +212,20 @@ async def _many_texts(served: _Served) -> dict[str, Any]:
 
 async def _slow_callers(served: _Served) -> dict[str, Any]:
     """Connections that say nothing, half a head, or half a body; others are answered meanwhile."""
-    host, port = served.server.address.removeprefix("http://").split(":")
 
     async def slow(sent: bytes) -> tuple[int, float]:
         began = time.perf_counter()
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(HOST, served.server.port)
         writer.write(sent)
         received = await asyncio.wait_for(reader.read(), 90)
         writer.close()
         return int(received.split()[1]) if received else 0, time.perf_counter() - began
 
-    kinds = _SLOW | {"half a body": _SLOW_BODY}
     connections = {
-        name: [asyncio.ensure_future(slow(sent)) for _ in range(_SLOW_CALLERS)] for name, sent in kinds.items()
+        name: [asyncio.ensure_future(slow(sent)) for _ in range(_SLOW_CALLERS)] for name, sent in _SLOW.items()
     }
     await asyncio.sleep(1)
-    load = await in_turn(
-        served.server.address,
-        itertools.islice(served.requests(list(served.expected)), 200),
-        clients=CLIENTS,
-        check=served.is_right,
-        token=TOKEN,
-    )
+    load = await served.ask(200)
     results: dict[str, Any] = {}
     for name, each in connections.items():
         ends = await asyncio.gather(*each)
@@ -248,22 +246,15 @@ async def _callers_who_leave(served: _Served) -> dict[str, Any]:
     body = json.dumps({"inputs": [[text] for text in served.inputs]}).encode()
     head = f"POST /tasks/task0/predict HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {TOKEN}\r\n"
     request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    host, port = served.server.address.removeprefix("http://").split(":")
 
     async def leave() -> None:
-        _, writer = await asyncio.open_connection(host, int(port))
+        _, writer = await asyncio.open_connection(HOST, served.server.port)
         writer.write(request)
         await writer.drain()
         writer.transport.abort()
 
     await asyncio.gather(*(leave() for _ in range(_GONE_CALLERS)))
-    load = await in_turn(
-        served.server.address,
-        itertools.islice(served.requests(list(served.expected)), 100),
-        clients=CLIENTS,
-        check=served.is_right,
-        token=TOKEN,
-    )
+    load = await served.ask(100)
     async with session(served.server.address, TOKEN) as asker, asker.get("/metrics") as answer:
         waiting = next(line for line in (await answer.text()).splitlines() if line.startswith("te_queue_size "))
     return {
@@ -360,8 +351,4 @@ async def _stop(served: _Served) -> dict[str, Any]:
 
 def _logged(server: Server) -> Counter[int]:
     """The requests of a service's log, by status."""
-    statuses: Counter[int] = Counter()
-    for line in server.log_lines:
-        if (start := line.find('{"method"')) >= 0:
-            statuses[json.loads(line[start:])["status"]] += 1
-    return statuses
+    return Counter(request["status"] for request in server.requests)

@@ -29,9 +29,9 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
     rounds: list[dict[str, Any]] = []
     more = ("--tasks-dir", root, "--default-task", "task0", "--admin-token-file", work / "admin")
     with service(options.model, {}, work / "log", *more) as server:
-        while len(rounds) < _ROUNDS and _num_cases(server.log_lines) < options.cases:
+        while len(rounds) < _ROUNDS and len(server.requests) < options.cases:
             rounds.append(_round(server.address, options.seed + len(rounds), work))
-        requests = _requests(server.log_lines)
+        requests = server.requests
         is_well = server.process.poll() is None
         memory = server.memory_mib
         code = server.stop()
@@ -49,8 +49,6 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
         "rounds": rounds,
     }
     settings = {
-        "model": Path(options.model).name if options.model else "minilm",
-        "tasks": options.num_tasks,
         "checks": CHECKS.split(","),
         "longest_s": LONGEST_S,
     }
@@ -83,11 +81,3 @@ def _round(address: str, seed: int, work: Path) -> dict[str, Any]:
         raise RuntimeError(f"Schemathesis wrote no report and said: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     content = json.loads(report.read_text())
     return {"seed": seed, "code": done.returncode, "failures": content.get("failures", [])}
-
-
-def _requests(lines: list[str]) -> list[dict[str, Any]]:
-    return [json.loads(line[start:]) for line in lines if (start := line.find('{"method"')) >= 0]
-
-
-def _num_cases(lines: list[str]) -> int:
-    return len(_requests(lines))

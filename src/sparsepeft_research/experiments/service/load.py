@@ -24,8 +24,6 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
     with service(options.model, tasks, work / "log", "--queue-size", QUEUE, core=SERVER_CORE) as server:
         results = asyncio.run(_measure(server, list(tasks), texts(options.data_dir), options.seconds))
     settings = {
-        "model": Path(options.model).name if options.model else "minilm",
-        "tasks": options.num_tasks,
         "texts": "SST-2, validation",
         "queue_size": QUEUE,
         "factor": FACTOR,

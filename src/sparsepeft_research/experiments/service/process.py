@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 import psutil
 
+HOST = "127.0.0.1"
 SERVER_CORE, CLIENT_CORE = 0, 1
 _START_S, _STOP_S = 300, 120
 
@@ -30,18 +32,18 @@ class Server:
     """
 
     def __init__(self, module: list[str], log: Path, core: int | None = None) -> None:
-        self.log, port = log, _free_port()
+        self.log, self.port = log, _free_port()
         one_thread = {} if core is None else {"OMP_NUM_THREADS": "1"}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *module, str(port)],
+                [sys.executable, "-m", *module, str(self.port)],
                 stdout=errors,
                 stderr=errors,
                 env=os.environ | one_thread,
                 preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
             )
-        self.address = f"http://127.0.0.1:{port}"
-        self._wait_until_it_listens(port)
+        self.address = f"http://{HOST}:{self.port}"
+        self._wait_until_it_listens()
 
     @property
     def memory_mib(self) -> float:
@@ -52,6 +54,11 @@ class Server:
     def log_lines(self) -> list[str]:
         """What it said."""
         return self.log.read_text(errors="replace").splitlines()
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """Those that a service logged: method, path, status and ms."""
+        return [json.loads(line[start:]) for line in self.log_lines if (start := line.find('{"method"')) >= 0]
 
     def stop(self) -> int:
         """Ask it to end, and wait; returns its code."""
@@ -69,11 +76,11 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _wait_until_it_listens(self, port: int) -> None:
+    def _wait_until_it_listens(self) -> None:
         until = time.monotonic() + _START_S
         while time.monotonic() < until and self.process.poll() is None:
             try:
-                socket.create_connection(("127.0.0.1", port)).close()
+                socket.create_connection((HOST, self.port)).close()
                 return
             except ConnectionRefusedError:
                 time.sleep(0.05)
@@ -94,7 +101,7 @@ def service(model: str | None, tasks: dict[str, Path], log: Path, *more: Any, co
 
 def _free_port() -> int:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((HOST, 0))
         return int(free.getsockname()[1])
 
 

@@ -101,8 +101,6 @@ def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], di
     }
     return (
         {
-            "model": Path(options.model).name if options.model else "minilm",
-            "tasks": options.num_tasks,
             "callers": CLIENTS,
             "rounds": ROUNDS,
             "cores": {"server": SERVER_CORE, "clients": CLIENT_CORE},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,6 @@ def expected_scores(
     return {name: [dict(row[name].scores) for row in rows] for name in folders}
 
 
-def is_close(answer: Sequence[dict[str, float | str]], scores: dict[str, float]) -> bool:
-    """Whether an answer's ``{"label", "score"}`` are these scores."""
-    given = {str(one["label"]): float(one["score"]) for one in answer}
+def is_close(given: Mapping[str, float], scores: Mapping[str, float]) -> bool:
+    """Whether the scores of an answer are these, by label."""
     return given.keys() == scores.keys() and all(abs(given[name] - scores[name]) < TOLERANCE for name in scores)
