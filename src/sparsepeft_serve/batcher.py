@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from sparsepeft.errors import UserError
@@ -175,15 +176,14 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._arrived.wait()
-            await self._wait_for_more()
-            batch = self._take()
-            if not self._jobs and not batch:
+            while not self._jobs:
                 if self._is_closing:
                     return
                 self._arrived.clear()
-                continue
-            if not batch:
+                await self._arrived.wait()
+            await self._wait_for_more()
+            batch = self._take()
+            if not batch:  # their callers have left
                 continue
             began = time.perf_counter()
             for job, place in batch:
@@ -209,7 +209,9 @@ class Batcher:
             left = self._jobs[0].since + self._longest_wait_s - time.perf_counter()
             if left <= 0 or self._num_tokens() >= self._engine.token_budget:
                 return
-            await asyncio.sleep(min(left, 0.0005))
+            self._arrived.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left)
 
     def _num_tokens(self) -> int:
         total = 0

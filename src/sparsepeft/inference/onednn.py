@@ -7,17 +7,15 @@ a product in general instead of a linear layer's, which is a little slower.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sparsepeft.models.identity import is_quantized
+from sparsepeft.ops.measured import fastest
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 
-_ROWS, _WIDTH, _REPEATS = 256, 768, 7  # of the comparison: some ten milliseconds
+_ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
 
 
 class OneDnnLinear(nn.Linear):
@@ -63,21 +61,17 @@ def can_onednn_compute(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def is_onednn_faster(dtype: torch.dtype) -> bool:
-    """Whether oneDNN beats PyTorch's own choice on this machine, by a comparison of some ten milliseconds."""
+    """Whether oneDNN beats PyTorch's own choice on this machine, measured once; see :func:`fastest`."""
     if not can_onednn_compute(dtype):
         return False
     sizes = ((_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), (4 * _WIDTH,))
-    inputs, weight, bias = (torch.ones(size, dtype=dtype) for size in sizes)
-    forms: tuple[Callable[..., Tensor], ...] = (onednn_product, nn.functional.linear)
+    arguments = tuple(torch.ones(size, dtype=dtype) for size in sizes)
+    forms = {
+        "onednn": functools.partial(onednn_product, *arguments),
+        "default": functools.partial(nn.functional.linear, *arguments),
+    }
     with torch.no_grad():
-        times: list[list[float]] = [[], []]
-        for _ in range(_REPEATS):
-            for form, taken in zip(forms, times, strict=True):
-                start = time.perf_counter()
-                form(inputs, weight, bias)
-                taken.append(time.perf_counter() - start)
-    onednn, default = map(statistics.median, times)
-    return onednn < default
+        return next(iter(fastest("linear", (str(dtype), *sizes), forms))) == "onednn"
 
 
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
