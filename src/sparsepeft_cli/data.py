@@ -75,7 +75,7 @@ def _page(about: dict[str, Any]) -> Iterator[Any]:
     yield _cut(f"{about['task']}, {about['problem_type']}; scored by {', '.join(about['metrics'])}")
     yield from ("", _labels(about["parts"]), "")
     yield from map(_findings, about["parts"], about["parts"].values())
-    yield from _lengths(about["tokens"])
+    yield from _lengths(about["tokens"], about["problem_type"] == "token_classification")
     yield ""
     for example in about["parts"]["train"]["examples"]:
         label = example["label"]
@@ -112,14 +112,15 @@ def _findings(name: str, part: dict[str, Any]) -> str:
     return f"{name}: {said or 'no duplicates, no empty texts'}"
 
 
-def _lengths(tokens: dict[str, Any]) -> Iterator[str]:
+def _lengths(tokens: dict[str, Any], of_tokens: bool) -> Iterator[str]:
+    does, doing = ("reads sentences in parts of", "splits") if of_tokens else ("cuts texts to", "cuts")
     yield (
         f"tokens ({tokens['model']}): median {tokens['median']:,}, 95 % {tokens['p95']:,}, "
         f"longest {tokens['longest']:,}"
     )
     yield (
-        f"training cuts texts to {tokens['limit']} tokens; {_percent(tokens['over_limit'])} are longer; "
-        f"suggested: --max-length {tokens['suggested']}, which cuts {_percent(tokens['over_suggested'])}"
+        f"training {does} {tokens['limit']} tokens; {_percent(tokens['over_limit'])} are longer; "
+        f"suggested: --max-length {tokens['suggested']}, which {doing} {_percent(tokens['over_suggested'])}"
     )
 
 

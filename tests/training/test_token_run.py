@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.tiny import Interrupt, run_config, topics_rows
+from tests.inference.test_sentences import byte_level
+from tests.inference.test_token_tasks import _SIZES, ARCHITECTURES
+from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows
 from typer.testing import CliRunner
 
 from sparsepeft import MultiTaskEngine
@@ -204,3 +207,23 @@ def test_a_tag_that_training_never_saw(runs: dict[str, Path], files: dict[str, P
     (folder / RUN).write_text(json.dumps(run))
     with pytest.raises(UserError, match="B-huge"):
         evaluate(folder)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_other_architectures(architecture: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """A decoder with a byte-level tokenizer, and an encoder-decoder of which tokens see the encoder alone."""
+    backbone = save_tiny_backbone(tmp_path / "backbone", build=ARCHITECTURES[architecture], **_SIZES)
+    if architecture == "gpt2":
+        tokenizer = byte_level()
+        tokenizer.model_max_length = 64
+        tokenizer.save_pretrained(backbone)
+    for method in ("spartan", "lora"):
+        train(config(backbone, files, tmp_path / method, method=method, max_steps=2, max_train_samples=30))
+    engine = MultiTaskEngine(backbone, {method: tmp_path / method for method in ("spartan", "lora")})
+    for method in engine.tasks:
+        alone = Predictor(tmp_path / method)
+        encoded = alone.tokenizer(topics_rows("test")[0]["text"].lower(), truncation=True, max_length=20)
+        inputs = [{name: list(values) for name, values in encoded.items()}]
+        (found,), (expected,) = engine.token_logits(method, inputs), alone.token_logits(inputs)
+        assert found.shape == (len(inputs[0]["input_ids"]), 5)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
