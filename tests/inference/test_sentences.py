@@ -95,9 +95,9 @@ def test_long_sentences_are_read_in_windows(wordpiece: PreTrainedTokenizerBase, 
 def test_tokens_without_pieces_are_counted(wordpiece: PreTrainedTokenizerBase) -> None:
     bare = byte_level()
     bare.backend_tokenizer.normalizer = normalizers.Replace("€", "")
-    encoded = encode_sentences(build_dataset(SPEC, [(["€", "a"], [1, 0])]), bare, 8)
-    assert encoded.num_lost == 1
-    assert encoded.notes(8) == ["1 tokens have nothing that the tokenizer knows, and were left out"]
+    encoded = encode_sentences(build_dataset(SPEC, [(["€", "a"], [1, 0]), (["€"], [2])]), bare, 8)
+    assert encoded.notes(8) == ["2 tokens have nothing that the tokenizer knows, and were left out"]
+    assert min(encoded.rows["length"][:]) > 0
     with pytest.raises(UserError, match="CanineTokenizer, cannot tell where in a text"):
         encode_sentences(build_dataset(SPEC, [(["a"], [0])]), hf.CanineTokenizer(), 8)
 
@@ -155,4 +155,6 @@ def test_entities_by_word() -> None:
     assert [names.index(one.label) for one in every] == guesses
     assert entities_in("", [], np.zeros((0, 5)), names, by_word=True) == ()
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "B-X", "E-X"), by_word=True)
+    assert [(one.start, one.end) for one in placed] == [(0, 1), (2, 5)]
+    placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "I-X", "E-X"), by_word=True)
     assert [(one.start, one.end) for one in placed] == [(0, 1), (2, 5)]

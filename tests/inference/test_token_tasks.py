@@ -200,6 +200,8 @@ def test_what_cannot_be_answered(both: MultiTaskEngine, token_folders: dict[str,
             both.predict([("names", "fine")], **given)
     with pytest.raises(UserError, match="'names' were asked for, but it labels tokens"):
         both.logits("names", ["fine"])
+    with pytest.raises(UserError, match="'two' were asked for, but it labels texts"):
+        both.token_logits("two", [ids])
     assert len(read_text(both, "names", "one two").tokens) == 4
 
 

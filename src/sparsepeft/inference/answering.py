@@ -202,17 +202,19 @@ class Engine:
 
     @user_errors()
     def token_logits(self, name: str, inputs: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
-        """Logits (T, number of labels) of a task that labels tokens.
+        """Logits (T, number of labels) of a task that labels tokens, for inputs that are encoded already.
 
         Args:
             name: of the task.
             inputs: of at most its longest input: ``input_ids``, ... of T tokens each, special ones included.
 
         Raises:
-            UserError: the task is unknown.
+            UserError: the task is unknown, or labels texts.
         """
         with self._tasks.in_use() as tasks:
             task = find_task(name, tasks)
+            if not task.info.labels_tokens:
+                raise InputError(f"The logits of tokens of {name!r} were asked for, but it labels texts; ask logits.")
             rows = [Row(place, task, Encoded(features, False)) for place, features in enumerate(inputs)]
             found = {row.place: logits for row, logits in self._run(rows)}
         return [found[place] for place in range(len(rows))]

@@ -298,7 +298,8 @@ def entities_in(
     groups: list[list[Entity]] = []
     for unit in units:
         place, kind = _place_and_kind(unit.label)
-        if groups and place not in ("B", "S") and _place_and_kind(groups[-1][-1].label)[1] == kind:
+        before, kind_before = _place_and_kind(groups[-1][-1].label) if groups else ("", None)
+        if kind == kind_before and place not in ("B", "S") and before not in ("E", "S"):
             groups[-1].append(unit)
         else:
             groups.append([unit])

@@ -147,12 +147,12 @@ def encode_sentences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_l
 
     def encode(batch: dict[str, list], places: list[int]) -> dict[str, Any]:
         nonlocal num_split, num_lost
-        windows = windows_of(tokenizer, batch["tokens"], max_length)
+        windows = [one for one in windows_of(tokenizer, batch["tokens"], max_length) if one.tokens]
         num_split += len({one.sentence for one, other in itertools.pairwise(windows) if one.sentence == other.sentence})
         num_lost += sum(map(len, batch["tokens"])) - sum(t is not None for one in windows for t in one.tokens)
         tags = batch["label"]
         return {
-            **{name: [one.features[name] for one in windows] for name in windows[0].features},
+            **{name: [one.features[name] for one in windows] for name in (windows[0].features if windows else ())},
             "labels": [
                 [NO_TOKEN if token is None else tags[one.sentence][token] for token in one.tokens] for one in windows
             ],
