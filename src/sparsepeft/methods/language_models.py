@@ -27,7 +27,7 @@ from sparsepeft.methods.models import (
 from sparsepeft.models import language_model_loss
 
 CALIBRATION_BLOCKS = 8
-HELD_OUT_BLOCKS = 16  # on which a budget is kept, besides
+HELD_OUT_TOKENS = 8192  # on which a budget is kept, besides
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
