@@ -98,6 +98,7 @@ class Batcher:
         self._engine, self._metrics = engine, metrics
         self._longest_wait_s, self._queue_size = longest_wait_ms / 1000, queue_size
         self._jobs: deque[_Job] = deque()
+        self._num_calls = 0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._worker: asyncio.Task[None] | None = None
@@ -105,8 +106,8 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Inputs that no batch has yet, those for several tasks counted for each."""
-        return sum(job.num_waiting for job in self._jobs)
+        """Inputs that no batch has yet, those for several tasks counted for each, and calls between batches."""
+        return self._num_calls + sum(job.num_waiting for job in self._jobs)
 
     @property
     def is_working(self) -> bool:
@@ -153,13 +154,19 @@ class Batcher:
         return answers
 
     async def between_batches(self, call: Callable[[], Result]) -> Result:
-        """What ``call`` returns, made in the engine's thread.
+        """What ``call`` returns, made in the engine's thread; it waits as a text does.
 
         Raises:
-            ServiceError: nothing is answered any more.
+            ServiceError: too much waits, or nothing is answered any more.
         """
         self.check_working()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        if (waiting := self.num_waiting) >= self._queue_size:
+            raise overloaded(waiting)
+        self._num_calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        finally:
+            self._num_calls -= 1
 
     async def _submit(self, inputs: Sequence[Any], options: Options) -> list[Any]:
         self.check_working()
