@@ -195,11 +195,9 @@ def test_the_tasks_folder_at_the_start(backbone: Path, tmp_path: Path, caplog: p
     assert tasks.keys() == {"broken", "tuned", "whole"}
     engine = load_engine(tasks, str(backbone), root, dtype="fp32", token_budget=64)
     assert list(engine.tasks) == ["whole"]
-    assert [line.split(": ")[:2] for line in caplog.messages] == [
-        ["task broken", "left out"],
-        ["task tuned", "left out"],
-    ]
-    with pytest.raises(UserError, match="adapter_model"):
+    told = [line.split(": ")[:2] for line in caplog.messages if line.startswith("task ")]
+    assert told == [["task broken", "left out"], ["task tuned", "left out"]]
+    with pytest.raises(UserError, match="could not be loaded"):
         load_engine(tasks, str(backbone), dtype="fp32", token_budget=64)  # named one by one
 
 
