@@ -23,9 +23,11 @@ _OF_FILES = (
 
 def command(
     train_file: Annotated[
-        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="FILE")
+        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON, parquet or CoNLL.", metavar="FILE")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news, wnut17 or topics.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
     ] = None,

@@ -103,6 +103,13 @@ class LayerReport:
     moved: float
     parents: list[ParentReport]
 
+    def label_shares(self, parent: ParentReport) -> dict[str, float]:
+        """Of the positions with each label, the share at which a parent comes first; the largest first."""
+        counts = parent.labels_positions or {}
+        totals = {name: sum((each.labels_positions or {}).get(name, 0) for each in self.parents) for name in counts}
+        shares = {name: count / totals[name] for name, count in counts.items() if totals[name]}
+        return dict(sorted(shares.items(), key=lambda named: -named[1]))
+
     def purest_parent(self, min_share: float = 0.1) -> ParentReport | None:
         """The parent with the highest purity among those that hold at least ``min_share`` of the documents."""
         held = [p for p in self.parents if p.purity is not None and p.documents >= min_share * self.documents]

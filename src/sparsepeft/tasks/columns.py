@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sparsepeft.errors import TaskError
 
@@ -20,6 +20,8 @@ PAIRS: Final = (
 SINGLES: Final = ("text", "sentence", "review", "content", "document")
 _COUNTERS: Final = ("", "id", "idx", "index", "guid", "uid", "unnamed: 0")  # "": of pandas
 LABELS: Final = ("label", "labels", "target", "score", "class", "category", "gold_label", "is_duplicate")
+TOKENS: Final = ("tokens", "words")  # lists
+TAGS: Final = ("tags", "ner_tags", "labels", "label")  # lists, too; of several the first in this order
 
 
 class Columns(NamedTuple):
@@ -55,6 +57,37 @@ def choose_columns(
     if len({*texts, label}) != len(texts) + 1:
         raise TaskError(f"{path}: the columns {_listed((*texts, label))} must be different; name another one")
     return Columns(texts, label)
+
+
+def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | None) -> bool:
+    """Whether a row of a file has lists of tokens and tags, under the caller's names or usual ones, and no text."""
+    names = ((text,) if text is not None else TOKENS, (label,) if label is not None else TAGS)
+    tokens, tags = ([row[name] for name in each if isinstance(row.get(name), list)] for each in names)
+    has_text = text is None and any(isinstance(row.get(name), str) for name in SINGLES)
+    return bool(tokens and tags) and (not has_text or len(tokens[0]) == len(tags[0]))
+
+
+def choose_token_columns(
+    path: Path, columns: Sequence[str], text: str | None, text_pair: str | None, label: str | None
+) -> Columns:
+    """The columns of a file whose rows are lists: of tokens, and of their tags.
+
+    Raises:
+        TaskError: a named column is not there, or none has a usual name.
+    """
+    if text_pair is not None:
+        raise TaskError(f"{path}: `text_pair_column={text_pair}` was given, but tokens come in one list; leave it out")
+    chosen = []
+    for parameter, name, usual in (("text_column", text, TOKENS), ("label_column", label, TAGS)):
+        found = name if name is not None else next((one for one in usual if one in columns), None)
+        if found is None or found not in columns:
+            expected = f"`{parameter}={name}` was given" if name is not None else f"none is called {_listed(usual)}"
+            what = "the tokens" if parameter == "text_column" else "their tags"
+            raise TaskError(
+                f"{path}: which column has {what}? {expected}; the columns are {_listed(columns)}; pass `{parameter}`"
+            )
+        chosen.append(found)
+    return Columns((chosen[0],), chosen[1])
 
 
 def choose_text_columns(

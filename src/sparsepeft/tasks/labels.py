@@ -25,6 +25,7 @@ _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|i
 _DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
+TOKENS: Final = "token_classification"
 _SHORT: Final = {"single_label": SINGLE, "classification": SINGLE, "multi_label": MULTI}
 _SEPARATORS: Final = "|;,"
 
@@ -39,9 +40,10 @@ def problem_type_of(value: str | None) -> str | None:
         TaskError: it is none.
     """
     name = value if value is None else _SHORT.get(value, value)
-    if name not in (None, REGRESSION, SINGLE, MULTI):
+    if name not in (None, REGRESSION, SINGLE, MULTI, TOKENS):
         raise TaskError(
-            f"`problem_type={value}` was given; expected regression, single_label or multi_label, or leave it out"
+            f"`problem_type={value}` was given; expected regression, single_label, multi_label or "
+            "token_classification, or leave it out"
         )
     return name
 

@@ -15,6 +15,7 @@ from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
 from sparsepeft.tasks.local import FileOptions, LocalFiles, PathLike, load_labelled, load_local
 from sparsepeft.tasks.spec import CUSTOM, LANGUAGE_MODEL, SPECS, TaskData, canonical_name
+from sparsepeft.tasks.wnut import find_wnut_files, load_wnut
 
 DATA_VARIABLE: Final = "SPARSEPEFT_DATA"
 SOURCES: Final = ("auto", "files", "hub")
@@ -41,7 +42,7 @@ def load_task(
 
     Args:
         name: one of `task_names`, or another spelling of it such as ``"SST-2"``.
-        data_dir: folder with the files of GLUE and BBC News; default: the variable ``SPARSEPEFT_DATA``.
+        data_dir: folder with the files of GLUE, BBC News and WNUT 2017; default: the variable ``SPARSEPEFT_DATA``.
         seed: decides the split of BBC News and the validation part of own files without a validation file.
         source: ``"files"``, ``"hub"``, or ``"auto"``: files if there is a data folder, else the hub.
         files: own files and how to read them, for ``"custom"``: the keys of :class:`FileOptions`.
@@ -60,6 +61,8 @@ def load_task(
     if task == "topics":
         return _load_topics(source)
     spec, folder = SPECS[task], data_folder(data_dir, source)
+    if task == "wnut17":
+        return load_wnut(spec, folder)
     if task == "bbc-news":
         return load_bbc_hub(spec, seed) if folder is None else load_bbc_files(spec, folder, seed)
     return load_glue_hub(spec) if folder is None else load_glue_files(spec, folder)
@@ -87,7 +90,10 @@ def check_task(task: str | None, data_dir: PathLike | None = None, **files: Unpa
         if sum(path.stat().st_size for path in own.paths.values()) <= CHECKED_WHOLE:
             own.read(CUSTOM)
         return
-    folder = data_folder(data_dir) if name in LAYOUTS or name == "bbc-news" else None
+    folder = data_folder(data_dir) if name != "topics" else None
+    if name == "wnut17":
+        find_wnut_files(name, folder)
+        return
     if folder is not None and name in LAYOUTS:
         find_glue_files(name, folder)
     elif folder is not None:

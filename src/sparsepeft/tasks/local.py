@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.columns import Columns, choose_columns
+from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat, find_format
-from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, quoted, read_label
-from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
+from sparsepeft.tasks.labels import SINGLE, TOKENS, Label, LabelReader, problem_type_of, quoted, read_label
+from sparsepeft.tasks.spec import ENTITY_METRICS, TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
+from sparsepeft.tasks.tags import TagReader, entity_types, read_sentence
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,10 +32,12 @@ class FileOptions(TypedDict, total=False):
     """Own files, and how to read them.
 
     Attributes:
-        train_file, validation_file, test_file: .csv, .tsv, .jsonl or .json, also with .gz, or .parquet.
+        train_file, validation_file, test_file: .csv, .tsv, .jsonl, .json or .conll (also .bio, .iob or .iob2), all
+            also with .gz, or .parquet.
         text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
         problem_type: what the labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
-            longer names; by default lists mean several labels, numbers that are not whole regression, all else classes.
+            longer names, or ``"token_classification"``; by default lists of tokens and tags mean that, other lists
+            several labels, numbers that are not whole regression, all else classes.
         delimiter: between the fields of CSV or TSV files: a character, or ``"tab"``, ``"semicolon"``, ...; looked for
             by default.
         encoding: as Python names it; by default UTF-8, or what a byte order mark says, else cp1252 with a note.
@@ -52,10 +55,10 @@ class FileOptions(TypedDict, total=False):
 
 
 class Example(NamedTuple):
-    """The texts and the label as the file has them, and the line."""
+    """The texts and the label, or the tokens and their tags, as the file has them, and the line."""
 
     line: int
-    texts: tuple[str, ...]
+    texts: tuple[Any, ...]
     label: Label
 
 
@@ -67,6 +70,7 @@ class LocalFiles:
         formats: how each is written.
         header: columns of the training file.
         columns: those that are taken; the other files must have them too.
+        labels_tokens: the rows are lists of tokens with a tag for each.
 
     Raises:
         TaskError: a file is missing or cannot be read, a delimiter was given for files that have none, or a column
@@ -82,11 +86,27 @@ class LocalFiles:
         for name, value in (("delimiter", delimiter), ("encoding", encoding)):
             if value is not None and not any(getattr(file_format, name) for file_format in self.formats.values()):
                 raise TaskError(f"`{name}={value}` was given, but {self.paths['train']} has none; leave it out")
-        self.header = list(next(iter(read_rows(self.paths["train"], self.formats["train"]))).values)
+        first = next(iter(read_rows(self.paths["train"], self.formats["train"]))).values
+        self.header = list(first)
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
-        self.columns = choose_columns(self.paths["train"], self.header, *names)
+        self.labels_tokens = self._labels_tokens(first, names[0], names[2])
+        choose = choose_token_columns if self.labels_tokens else choose_columns
+        self.columns = choose(self.paths["train"], self.header, *names)
         for part, path in self.paths.items():
             next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
+
+    def _labels_tokens(self, first: dict[str, Any], text: str | None, label: str | None) -> bool:
+        path, kind, given = self.paths["train"], self.formats["train"].kind, self.problem_type
+        if kind == "conll" and given not in (None, TOKENS):
+            raise TaskError(f"`problem_type={given}` was given, but {path} has tokens with tags; leave it out")
+        if kind == "conll" and len(first) < 2:
+            raise TaskError(f"{path}: the lines have one column; expected a token and its tag on each, add the tags")
+        if kind in ("csv", "tsv") and given == TOKENS:
+            raise TaskError(
+                f"`problem_type={given}` was given, but {path} is a table of texts; pass a .conll file with a token "
+                "and its tag on each line, or JSONL or parquet with lists of them"
+            )
+        return given == TOKENS or kind == "conll" or (given is None and holds_tokens(first, text, label))
 
     def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
         """Read them all; the training file decides the kind of problem and the label names.
@@ -98,9 +118,14 @@ class LocalFiles:
         Raises:
             TaskError: something in them cannot be used.
         """
-        examples = {part: list(_read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
-        train = self.paths["train"]
-        reader = LabelReader.from_training(train, _labels(examples["train"]), self.problem_type)
+        read = _read_sentences if self.labels_tokens else _read
+        examples = {part: list(read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
+        train, labels = self.paths["train"], _labels(examples["train"])
+        reader: LabelReader | TagReader
+        if self.labels_tokens:
+            reader = TagReader.from_training(train, labels)
+        else:
+            reader = LabelReader.from_training(train, labels, self.problem_type)
         rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
         if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
             raise TaskError(
@@ -145,7 +170,7 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
             f"no validation file: {len(sets['validation']):,} of {num_rows:,} training rows "
             f"(a {kind} tenth, seed {seed}) are held out as validation"
         )
-    if spec.label_names is not None and not spec.multi_label:
+    if spec.problem_type == SINGLE and spec.label_names is not None:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
         if missing:
@@ -174,8 +199,9 @@ def load_labelled(path: Path, spec: TaskSpec, columns: Columns, file_format: Fil
     Raises:
         TaskError: the file cannot be read, or has labels that training never saw.
     """
-    examples = list(_read(path, file_format, columns))
-    return build_dataset(spec, _rows(path, examples, LabelReader.for_task(spec, _labels(examples))))
+    examples = list((_read_sentences if spec.labels_tokens else _read)(path, file_format, columns))
+    reader = (TagReader if spec.labels_tokens else LabelReader).for_task(spec, _labels(examples))
+    return build_dataset(spec, _rows(path, examples, reader))
 
 
 def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
@@ -192,16 +218,30 @@ def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Exa
         yield Example(row.line, texts, label)
 
 
-def _labels(examples: list[Example]) -> list[tuple[int, Label]]:
+def _read_sentences(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
+    for row in read_rows(path, file_format, required=columns.all):
+        where, names = f"{path}:{row.line}", (columns.texts[0], columns.label)
+        tokens, tags = read_sentence(where, row.values[names[0]], row.values[names[1]], names)
+        for text in (*tokens, *tags):
+            check_text(where, text)
+        yield Example(row.line, (tokens,), tags)
+
+
+def _labels(examples: list[Example]) -> list[tuple[int, Any]]:
     return [(example.line, example.label) for example in examples]
 
 
-def _rows(path: Path, examples: list[Example], reader: LabelReader) -> list[tuple[Any, ...]]:
+def _rows(path: Path, examples: list[Example], reader: LabelReader | TagReader) -> list[tuple[Any, ...]]:
     values = reader.read(path, _labels(examples))
     return [(*example.texts, value) for example, value in zip(examples, values, strict=True)]
 
 
-def _spec(name: str, columns: Columns, reader: LabelReader) -> TaskSpec:
+def _spec(name: str, columns: Columns, reader: LabelReader | TagReader) -> TaskSpec:
+    if isinstance(reader, TagReader):
+        if entity_types(reader.names):
+            return TaskSpec(name, ("text",), reader.names, ENTITY_METRICS, "f1", EPOCHS, labels_tokens=True)
+        of_tokens = ("accuracy", "macro_f1")
+        return TaskSpec(name, ("text",), reader.names, of_tokens, "accuracy", EPOCHS, labels_tokens=True)
     texts = ("text", "text_pair")[: len(columns.texts)]
     if reader.names is None:
         return TaskSpec(name, texts, None, ("pearson", "spearman", "mae", "rmse"), "pearson_spearman", EPOCHS)

@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsepeft.errors import TaskError
 from sparsepeft.extras import require
+from sparsepeft.tasks import token_metrics
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -25,6 +26,8 @@ _WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest th
 
 def compute(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """Score logits; see `TaskSpec.compute_metrics`."""
+    if spec.labels_tokens:
+        return token_metrics.compute(spec, predictions, labels)
     guess, truth = _answers(spec, predictions, labels)
     known = _MULTI_LABEL if spec.multi_label else _METRICS
     scores = {name: known[name](guess, truth) for name in spec.metrics}
@@ -38,18 +41,21 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     """Scores for each label of a classification.
 
     Args:
-        logits: (N, C).
-        labels: class indices, (N,); for a multi-label task ones and zeros, (N, C).
+        logits: (N, C); (N, T, C) where tokens are labelled.
+        labels: class indices, (N,); for a multi-label task ones and zeros, (N, C); where tokens are labelled (N, T),
+            with -100 for what is no token.
 
     Returns:
         What JSON can hold. ``per_class``: for each label, in order, ``precision``, ``recall``, ``f1`` and ``support``
         (how many rows have it). ``confusion_matrix``: counts by true label (row) and predicted label (column), both in
-        the order of ``per_class``; rows with a NaN are in none. A multi-label task has no such matrix, and
-        for regression the report is empty.
+        the order of ``per_class``; rows with a NaN are in none. A multi-label task has no such matrix, nor has
+        one of entities, whose ``per_class`` is by their types; for regression the report is empty.
 
     Raises:
         TaskError: shapes do not fit each other or the task, or there are no rows.
     """
+    if spec.labels_tokens:
+        return token_metrics.report(spec, logits, labels)
     guess, truth = _answers(spec, logits, labels)
     if spec.label_names is None:
         return {}

@@ -23,7 +23,7 @@ from sparsepeft.runs.files import RESULTS_VERSION
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.metrics import report
 from sparsepeft.training.data import LabelledData, TextData
-from sparsepeft.training.fit import Fitted, logits_of
+from sparsepeft.training.fit import Fitted, answers_of
 from sparsepeft.training.loss import TaskLoss
 from sparsepeft.training.model import RunModel, Scores, text_scores
 
@@ -96,7 +96,7 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
         "problem_type": spec.problem_type,
         "num_texts": len(spec.text_columns),
         "num_rows": data.sizes,
-        "num_train": len(data.train),
+        "num_train": data.sizes["training"],
         "num_cut": data.num_cut,
         "parameters": parameters,
         "best_step": trainer.state.best_global_step,
@@ -108,8 +108,8 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
 
 def _answer(trainer: Trainer, part: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels."""
-    output = trainer.predict(part)
-    return logits_of(output.predictions), np.asarray(output.label_ids)
+    trainer.compute_metrics = None  # which knows the part that checkpoints were chosen on
+    return answers_of(trainer.predict(part), part)
 
 
 def _metrics(scores: dict[str, dict[str, Scores]]) -> dict[str, Any]:
@@ -140,8 +140,9 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
     """What to compare a part's scores with.
 
     Args:
-        logits, labels: of the part that is scored, (N, C) and (N,) or (N, C).
-        trained_on: the labels of the training examples.
+        logits, labels: of the part that is scored, (N, C) and (N,) or (N, C); (N, T, C) and (N, T) where tokens are
+            labelled.
+        trained_on: the labels of the training examples, or of all their tokens.
 
     Returns:
         ``report``: :func:`sparsepeft.tasks.metrics.report`, or mean absolute and root mean square error of a
@@ -163,7 +164,8 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
             row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
             answer = spec.label_names[int(row.argmax())]
         described = report(spec, logits, labels)
-        scores = spec.compute_metrics(np.tile(row, (len(labels), 1)), labels)
+        shape = labels.shape if spec.labels_tokens else labels.shape[:1]
+        scores = spec.compute_metrics(np.broadcast_to(row, (*shape, len(row))), labels)
     return {"report": described, "baseline": {"answer": answer, "metrics": scores}}
 
 

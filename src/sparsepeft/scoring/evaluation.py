@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.inference.questions import TableOptions
+from sparsepeft.inference.sentences import SENTENCE, by_sentence, encode_sentences
 from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
@@ -19,7 +19,8 @@ from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
 from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out
-from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
+from sparsepeft.scoring.questions import TableOptions
+from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns, choose_token_columns
 from sparsepeft.tasks.files import read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
+Answered = tuple[dict[str, dict[str, Any]], dict[str, Any], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: Fi
 
     trained = predictor.columns or Columns((), "")
     header = list(next(iter(read_rows(path, file_format))).values)
+    if predictor.spec.labels_tokens:
+        names = (*trained.texts, trained.label) if {*trained.texts, trained.label} <= set(header) else (None, None)
+        named = (table.text_column or names[0], table.text_pair_column, table.label_column or names[-1])
+        columns = choose_token_columns(path, header, *named)
+        return load_labelled(path, predictor.spec, columns, file_format)
     label = choose_label_column(path, header, table.label_column, trained.label)
     texts = choose_text_columns(
         path,
@@ -149,12 +156,7 @@ def _evaluation(
     from sparsepeft.tasks.metrics import report
 
     spec = predictor.spec
-    texts = {}
-    for name, part in parts.items():
-        columns = [part[column][:] for column in spec.text_columns]
-        texts[name] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-    labels = {name: part["label"][:] for name, part in parts.items()}
-    answers = _by_infer(predictor.model, lambda: {n: predictor.logits(part) for n, part in texts.items()}, infer)
+    answers, labels, more = (_of_tokens if spec.labels_tokens else _of_texts)(predictor, parts, infer)
     scores = {
         way: {name: spec.compute_metrics(logits, labels[name]) for name, logits in answer.items()}
         for way, answer in answers.items()
@@ -165,7 +167,35 @@ def _evaluation(
         if (of_classes := report(spec, logits, labels[name]))
     }
     sizes = {name: len(part) for name, part in parts.items()}
-    return Evaluation(next(iter(scores.values())), sizes, reports, notes, dict(fingerprints), _if_several(scores))
+    first, notes = next(iter(scores.values())), (*notes, *more)
+    return Evaluation(first, sizes, reports, notes, dict(fingerprints), _if_several(scores))
+
+
+def _of_texts(predictor: Predictor, parts: dict[str, Dataset], infer: str | None) -> Answered:
+    """Logits by how the model answers and by part, labels by part, and notes."""
+    texts = {}
+    for name, part in parts.items():
+        columns = [part[column][:] for column in predictor.spec.text_columns]
+        texts[name] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    answers = _by_infer(predictor.model, lambda: {n: predictor.logits(part) for n, part in texts.items()}, infer)
+    return answers, {name: part["label"][:] for name, part in parts.items()}, ()
+
+
+def _of_tokens(predictor: Predictor, parts: dict[str, Dataset], infer: str | None) -> Answered:
+    """The same where tokens are labelled."""
+    encoded = {name: encode_sentences(part, predictor.tokenizer, predictor.max_length) for name, part in parts.items()}
+    notes = [f"{name}: {note}" for name, each in encoded.items() for note in each.notes(predictor.max_length)]
+    labels: dict[str, Any] = {}
+
+    def answer() -> dict[str, Any]:
+        answered = {}
+        for name, (rows, *_) in encoded.items():
+            tags, places = rows["labels"][:], rows[SENTENCE][:]
+            inputs = rows.remove_columns(["labels", "length", SENTENCE]).to_list()
+            answered[name], labels[name] = by_sentence(predictor.token_logits(inputs), tags, places)
+        return answered
+
+    return _by_infer(predictor.model, answer, infer), labels, tuple(notes)
 
 
 def _by_infer(model: Any, score: Callable[[], T], infer: str | None) -> dict[str, T]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.tasks.columns import choose_text_columns
+from sparsepeft.tasks.columns import TOKENS, choose_text_columns
 from sparsepeft.tasks.decoding import UTF8, known_encoding
 from sparsepeft.tasks.files import read_rows
 from sparsepeft.tasks.formats import FileFormat, find_format
@@ -115,7 +115,7 @@ def read_lines(
         keys = tuple(value)
         if keys not in known:
             known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
-        return Question(_one_or_more(value[name] for name in known[keys]), value)
+        return _question([value[name] for name in known[keys]], value, predictor)
 
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
@@ -136,7 +136,7 @@ def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterat
     for _ in read_rows(path, file_format, required=names):
         pass
     return (
-        Question(_one_or_more(row.values.get(name) for name in names), row.values)
+        _question([row.values.get(name) for name in names], row.values, predictor)
         for row in read_rows(path, file_format, required=names)
     )
 
@@ -158,13 +158,19 @@ def _text_columns(
 ) -> tuple[str, ...]:
     trained = predictor.columns.texts if predictor.columns is not None else predictor.spec.text_columns
     number = len(predictor.spec.text_columns)
+    if predictor.spec.labels_tokens and table.text_column is None:
+        trained = tuple(name for name in (*trained, *TOKENS) if name in header)[:1]
     named = (table.text_column, table.text_pair_column)
     return choose_text_columns(path, header, number, *named, trained, any_name=any_name)
 
 
-def _one_or_more(values: Iterable[Any]) -> Any:
-    texts = list(values)
-    return texts[0] if len(texts) == 1 else texts
+def _question(texts: list[Any], columns: dict[str, Any], predictor: Predictor) -> Question:
+    """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
+    first = texts[0]
+    if predictor.spec.labels_tokens and isinstance(first, list) and all(isinstance(token, str) for token in first):
+        text = " ".join(first)
+        return Question(text, columns | {"text": text})
+    return Question(first if len(texts) == 1 else texts, columns)
 
 
 def _refuse(constant: str) -> None:
