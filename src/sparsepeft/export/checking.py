@@ -15,6 +15,7 @@ from sparsepeft.inference.portable import ExportedTasks, Text
 from sparsepeft.runs.files import RUN
 from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
+from sparsepeft.tasks.thresholds import HALF
 
 Answers = list[dict[str, Any]]  # of the examples, as Prediction.to_dict has them
 
@@ -27,12 +28,14 @@ class Examples:
         source: where they come from, for the report.
         texts: inputs of the task.
         labels: theirs, with ``spec``; None where the texts are not the task's own.
+        thresholds: of the task.
     """
 
     source: str
     texts: list[Text]
     labels: list[Any] | None = None
     spec: TaskSpec | None = None
+    thresholds: tuple[float, ...] | None = None
 
 
 def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
@@ -48,7 +51,8 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
             columns = [rows[name][:] for name in data.spec.text_columns]
             texts = list(columns[0] if len(columns) == 1 else zip(*columns, strict=True))
             changes = (note for note in data.notes if CHANGED in note)
-            return Examples("; ".join(("the task's validation set", *changes)), texts, rows["label"][:], data.spec)
+            source = "; ".join(("the task's validation set", *changes))
+            return Examples(source, texts, rows["label"][:], data.spec, task.info.thresholds)
     else:
         source = "texts of the built-in sample, as the folder does not say what the task was trained on"
     sample = load_task("topics").validation["text"][:][:max_examples]
@@ -86,7 +90,8 @@ def _scores(answers: Answers) -> np.ndarray:
 
 def differences(expected: Answers, exported: Answers) -> dict[str, Any]:
     """How far two sets of answers are apart: ``max_deviation`` of scores, ``num_other_labels``, ``num_texts``."""
-    different = sum(one["label"] != other["label"] for one, other in zip(expected, exported, strict=True))
+    answered = zip(expected, exported, strict=True)
+    different = sum(any(one.get(key) != other.get(key) for key in ("label", "labels")) for one, other in answered)
     deviation = float(np.abs(_scores(expected) - _scores(exported)).max(initial=0.0))
     return {"num_texts": len(exported), "max_deviation": deviation, "num_other_labels": different}
 
@@ -96,5 +101,7 @@ def score(examples: Examples, answers: Answers) -> float | None:
     if examples.spec is None or not examples.labels:
         return None
     # Metrics take logits: of several labels those above 0 hold, of one the largest, whatever the scale.
-    spec, scores = examples.spec, _scores(answers) - 0.5 * examples.spec.multi_label
+    spec, scores = examples.spec, _scores(answers)
+    if spec.multi_label:
+        scores -= HALF if examples.thresholds is None else examples.thresholds
     return spec.compute_metrics(scores, examples.labels)[spec.main_metric]

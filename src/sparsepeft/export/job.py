@@ -146,6 +146,7 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
         description = {
             "labels": task.info.label_names,
             "multi_label": task.info.multi_label,
+            "thresholds": task.info.thresholds,
             "num_texts": task.info.num_texts,
             "max_length": max_length,
             "backbone": job.backbone_name,

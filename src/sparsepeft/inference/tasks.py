@@ -18,7 +18,7 @@ from sparsepeft.inference.portable import check_task_name, find_task
 from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import RUN, read_run, spec_of
+from sparsepeft.runs.files import RUN, read_run, spec_of, thresholds_of
 from sparsepeft.spt.config import INFER
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -38,6 +38,7 @@ class TaskInfo:
         num_texts: texts per input, 1 or 2; None where the folder does not say, and both are taken.
         max_length: tokens an input was cut to in training; None for as many as the backbone takes.
         labels_tokens: whether each token of a text has a label, and not the text.
+        thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class TaskInfo:
     num_texts: int | None
     max_length: int | None
     labels_tokens: bool = False
+    thresholds: tuple[float, ...] | None = None
 
     def __repr__(self) -> str:
         labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
@@ -174,8 +176,9 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
             f"{folder} holds a language model, which has no labels to predict; `sparsepeft generate` continues texts "
             "with it, and `sparsepeft evaluate` gives its perplexity."
         )
-    spec = spec_of(run)
-    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
+    spec, longest = spec_of(run), run["config"].get("max_length")
+    chosen = thresholds_of(run)
+    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), longest, thresholds=chosen)
 
 
 def check_weights(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
@@ -11,6 +11,7 @@ from sparsepeft.errors import TaskError
 from sparsepeft.tasks.columns import Columns, choose_columns
 from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.formats import FileFormat, find_format
+from sparsepeft.tasks.indicators import indicator_columns, read_indicators
 from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
@@ -32,7 +33,8 @@ class FileOptions(TypedDict, total=False):
 
     Attributes:
         train_file, validation_file, test_file: .csv, .tsv, .jsonl or .json, also with .gz, or .parquet.
-        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
+        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible. Several
+            label columns, in a list or with commas between them, hold 0 and 1 and are called like the labels.
         problem_type: what the labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
             longer names; by default lists mean several labels, numbers that are not whole regression, all else classes.
         delimiter: between the fields of CSV or TSV files: a character, or ``"tab"``, ``"semicolon"``, ...; looked for
@@ -45,7 +47,7 @@ class FileOptions(TypedDict, total=False):
     test_file: PathLike | None
     text_column: str | None
     text_pair_column: str | None
-    label_column: str | None
+    label_column: str | Sequence[str] | None
     problem_type: str | None
     delimiter: str | None
     encoding: str | None
@@ -60,7 +62,7 @@ class Example(NamedTuple):
 
 
 class LocalFiles:
-    """Own files as the options say; of their content, no more than the first rows is read.
+    """Own files as the options say; of their content, the first rows are read, and more only if labels are not found.
 
     Attributes:
         paths: by part: train, validation, test.
@@ -84,9 +86,13 @@ class LocalFiles:
                 raise TaskError(f"`{name}={value}` was given, but {self.paths['train']} has none; leave it out")
         self.header = list(next(iter(read_rows(self.paths["train"], self.formats["train"]))).values)
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
-        self.columns = choose_columns(self.paths["train"], self.header, *names)
+        self.columns = choose_columns(self.paths["train"], self.header, *names, self._find_indicators)
+        self._notes = [] if names[2] else _on_found(self.columns)
         for part, path in self.paths.items():
             next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
+
+    def _find_indicators(self) -> list[str]:
+        return indicator_columns(row.values for row in read_rows(self.paths["train"], self.formats["train"]))
 
     def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
         """Read them all; the training file decides the kind of problem and the label names.
@@ -100,7 +106,11 @@ class LocalFiles:
         """
         examples = {part: list(_read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
         train = self.paths["train"]
-        reader = LabelReader.from_training(train, _labels(examples["train"]), self.problem_type)
+        labels = _labels(examples["train"])
+        if isinstance(self.columns.label, str):
+            reader = LabelReader.from_training(train, labels, self.problem_type)
+        else:
+            reader = LabelReader.for_columns(self.columns.label, labels, self.problem_type)
         rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
         if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
             raise TaskError(
@@ -108,13 +118,17 @@ class LocalFiles:
                 "one to choose a checkpoint by, one to score), add examples"
             )
         notes = [note for file_format in self.formats.values() for note in file_format.notes]
-        return _spec(name, self.columns, reader), rows, [*notes, *reader.notes]
+        return _spec(name, self.columns, reader), rows, [*notes, *self._notes, *reader.notes]
 
     def describe(self) -> dict[str, Any]:
         """How they are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
         return {
             "files": {part: {"name": path.name, **self.formats[part].describe()} for part, path in self.paths.items()},
-            "columns": {"text": list(self.columns.texts), "label": self.columns.label, "found": self.header},
+            "columns": {
+                "text": list(self.columns.texts),
+                "label": self.columns.label if isinstance(self.columns.label, str) else list(self.columns.label),
+                "found": self.header,
+            },
         }
 
 
@@ -186,10 +200,26 @@ def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Exa
             if not isinstance(text, str):
                 raise TaskError(f"{where}: {name} is {text!r}; expected a text (it may be empty), correct the row")
             check_text(f"{where}: {name}", text)
-        label = read_label(f"{where}: {columns.label}", row.values[columns.label])
-        for part in (label,) if isinstance(label, str) else label:
-            check_text(f"{where}: {columns.label}", part)
-        yield Example(row.line, texts, label)
+        yield Example(row.line, texts, _label(where, row.values, columns))
+
+
+def _label(where: str, values: Mapping[str, Any], columns: Columns) -> Label:
+    if not isinstance(columns.label, str):
+        return read_indicators(where, {name: values[name] for name in columns.label})
+    label = read_label(f"{where}: {columns.label}", values[columns.label])
+    for part in (label,) if isinstance(label, str) else label:
+        check_text(f"{where}: {columns.label}", part)
+    return label
+
+
+def _on_found(columns: Columns) -> list[str]:
+    """A note on label columns that nobody named."""
+    if isinstance(columns.label, str):
+        return []
+    return [
+        f"the columns {quoted(columns.label, 5)} hold only 0 and 1 and were taken for labels, of which any may hold; "
+        "if they are not, name the one label column with `label_column`"
+    ]
 
 
 def _labels(examples: list[Example]) -> list[tuple[int, Label]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -57,12 +58,15 @@ class TaskSpec:
         """Whether an example is two texts."""
         return len(self.text_columns) == 2
 
-    def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    def compute_metrics(
+        self, predictions: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None = None
+    ) -> dict[str, float]:
         """Score logits against labels.
 
         Args:
             predictions: logits (N, C); regression also takes (N,) besides (N, 1).
             labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold.
+            thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
 
         Returns:
             ``metrics`` in order, then ``main_metric`` where it is a mean. Always finite: a constant prediction has
@@ -74,7 +78,7 @@ class TaskSpec:
         """
         from sparsepeft.tasks.metrics import compute  # numpy loads late
 
-        return compute(self, predictions, labels)
+        return compute(self, predictions, labels, thresholds)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,14 @@ LANGUAGE_MODEL: Final = "lm"  # has text, but neither labels nor a `TaskSpec`
 
 _NEWS: Final = ("business", "entertainment", "politics", "sport", "tech")
 _TOPICS: Final = ("business", "health", "science", "sport", "travel")
-# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
+_EMOTIONS: Final = (
+    *("admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire"),
+    *("disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy"),
+    *("love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral"),
+)
+_SEVERAL: Final = ("macro_f1", "micro_f1", "subset_accuracy")
+# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task;
+# GoEmotions' are those of arXiv:2005.00547.
 _SPECS: Final = (
     TaskSpec("cola", ONE, ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation", 20),
     TaskSpec("sst2", ONE, ("negative", "positive"), ("accuracy",), "accuracy", 3),
@@ -147,6 +158,7 @@ _SPECS: Final = (
     TaskSpec("wnli", PAIR, ("not_entailment", "entailment"), ("accuracy",), "accuracy", 3),
     TaskSpec("bbc-news", ONE, _NEWS, ("accuracy", "macro_f1"), "accuracy", 10),
     TaskSpec("topics", ONE, _TOPICS, ("accuracy", "macro_f1"), "accuracy", 10),
+    TaskSpec("goemotions", ONE, _EMOTIONS, _SEVERAL, "macro_f1", 4, multi_label=True),
 )
 SPECS: Final = MappingProxyType({spec.name: spec for spec in _SPECS})
 GLUE_TASKS: Final = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")

@@ -33,6 +33,7 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": partial(_score, data.spec),
+            "compute_metrics": partial(_score, data.spec, config),
             "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
@@ -257,8 +258,10 @@ def logits_of(predictions: Any) -> np.ndarray:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
-def _score(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
-    metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+def _score(spec: TaskSpec, config: RunConfig, output: EvalPrediction) -> dict[str, float]:
+    """The metrics that a checkpoint is chosen by, at the thresholds that would be chosen for it."""
+    answer = logits_of(output.predictions), np.asarray(output.label_ids)
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 
