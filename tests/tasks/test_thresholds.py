@@ -22,8 +22,8 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 def answer() -> tuple[np.ndarray, np.ndarray]:
     """Logits of four labels that are told apart more or less well, the last two by few rows, with ties."""
     rng = np.random.default_rng(0)
-    labels = rng.random((300, 4)) < [0.3, 0.1, 0.02, 0.0]
-    logits = rng.normal(size=(300, 4)) + labels * [2.0, 1.0, 2.0, 0.0] - [1.0, 3.0, 4.0, 5.0]
+    labels = rng.random((600, 4)) < [0.3, 0.1, 0.02, 0.0]
+    logits = rng.normal(size=(600, 4)) + labels * [2.0, 1.0, 2.0, 0.0] - [1.0, 3.0, 4.0, 5.0]
     return np.round(logits, 1).astype(np.float32), labels.astype(np.float32)
 
 

@@ -125,7 +125,7 @@ def test_memories_are_inspected_by_all_labels_of_a_text(run: tuple[Path, dict[st
 
 def test_thresholds_by_the_option() -> None:
     config = RunConfig("topics", "o")
-    answer = np.array([[2.0, -2.0]] * 12), np.array([[1.0, 0.0]] * 12)
+    answer = np.array([[2.0, -2.0]] * 50), np.array([[1.0, 0.0]] * 50)
     assert thresholds_by(SPEC, config, None) is None
     assert thresholds_by(SPEC, config, answer) == (pytest.approx(0.5 / (1 + np.exp(-2))), 0.5)
     assert thresholds_by(SPEC, dataclasses.replace(config, thresholds=0.3), None) == (0.3, 0.3)
