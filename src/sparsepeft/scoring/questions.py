@@ -6,7 +6,7 @@ import gzip
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ class TableOptions:
 
     Attributes:
         text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
+            Several label columns, in a list or with commas between them, hold 0 and 1.
         delimiter, encoding: of the file, see :func:`sparsepeft.tasks.formats.find_format`.
     """
 
     text_column: str | None = None
     text_pair_column: str | None = None
-    label_column: str | None = None
+    label_column: str | Sequence[str] | None = None
     delimiter: str | None = None
     encoding: str | None = None
 

@@ -23,6 +23,7 @@ from sparsepeft.runs.held_out import Digests, digests_of_drawn, load_task_data
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, split_train, subsample
 from sparsepeft.tasks.token_metrics import NO_TOKEN
 from sparsepeft.training.loss import check_loss
+from sparsepeft.training.thresholds import check_thresholds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,6 +158,7 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
     data = load_task_data(config)
     spec = data.spec
     check_loss(spec, config)
+    check_thresholds(spec, config)
     tokenizer = load_tokenizer(model)
     max_length = longest_input(tokenizer, load_model_config(model), config.max_length)
     if max_length <= (special := tokenizer.num_special_tokens_to_add(spec.is_pair)):

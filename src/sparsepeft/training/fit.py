@@ -35,6 +35,7 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": partial(_score, data.spec, data.selection),
+            "compute_metrics": partial(_score, data.spec, config, data.selection),
             "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
@@ -275,8 +276,10 @@ def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
-def _score(spec: TaskSpec, part: Any, output: EvalPrediction) -> dict[str, float]:
-    metrics = spec.compute_metrics(*answers_of(output, part))
+def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction) -> dict[str, float]:
+    """The metrics that a checkpoint is chosen by, at the thresholds that would be chosen for it."""
+    answer = answers_of(output, part)
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 

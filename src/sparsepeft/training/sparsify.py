@@ -102,8 +102,9 @@ def sparsify_language_model(
                 held_out, rest = evenly_spaced(rest, count), without(rest, count)
         loaded, is_causal = load_language_model(model_id, masked=True)
         to_accelerator(loaded)
-        is_scored = is_causal and rest is not None and len(rest)
-        scored = evenly_spaced(rest, count_for(_SCORED_TOKENS, rest)) if is_scored else None
+        scored = None
+        if is_causal and rest is not None and len(rest):
+            scored = evenly_spaced(rest, count_for(_SCORED_TOKENS, rest))
         dense = _perplexity(loaded, scored)
         batches: list[Any] = [calibration, held_out]
         if config.budget is not None and not is_causal:
