@@ -154,6 +154,10 @@ def test_a_method_that_fails_is_a_row_and_tried_again(
     weights.write_bytes(weights.read_bytes()[:-40])
     broken = by_name(compare(config, ["lora", "head"]))["head"]
     assert "could not be loaded" in broken.error
+    (tmp_path / "out" / "head-42" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        compare(config, ["head"])
+    assert not compare(config, ["head"], overwrite=True).failed
 
 
 def test_pairs_values_and_seeds(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import logging
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def _run(config: RunConfig, is_done: bool, watcher: Watcher, overwrite: bool) ->
     except Exception as error:  # the boundary between runs: whatever ends one is told, and the others go on
         logger.info("%s failed.", folder.name, exc_info=True)
         watcher.failed(folder.name, {"type": type(error).__name__, "message": sentence(error)})
+        traceback.clear_frames(error.__traceback__)  # which hold the model
         return Run(folder, error=error)
     finally:
         gc.collect()  # a Trainer and its model hold each other
