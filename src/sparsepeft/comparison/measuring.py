@@ -22,9 +22,10 @@ from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import HELD_OUT, HISTORY, RESULTS
 from sparsepeft.runs.held_out import load_task_data, rows_of
 from sparsepeft.runs.history import read_lines
+from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.callbacks import Watcher
 from sparsepeft.training.data import LabelledData
-from sparsepeft.training.report import constant_answer, shared_values
+from sparsepeft.training.report import shared_values
 
 Texts = list[tuple[str, ...]]
 
@@ -72,9 +73,9 @@ def measure(config: RunConfig, data: LabelledData, runs: Mapping[str, Sequence[R
     watcher.measuring("timing answers")
     speeds = measure_speed(engine, list(answers), texts["validation"])
     watcher.measuring("comparing scores")
-    seeds = [run.results["seed"] for run in runs[next(iter(answers))] if run.results is not None]
-    answer, row = constant_answer(data.spec, data.labels)
-    constant = np.tile(row, (len(seeds), len(texts["validation"]), 1))
+    results = [run.results for run in runs[next(iter(answers))] if run.results is not None]
+    seeds, answer = [each["seed"] for each in results], results[0]["baseline"]["answer"]
+    constant = np.tile(_logits_of(data.spec, answer), (len(seeds), len(texts["validation"]), 1))
     standings, baseline_standing = _standings(scorers["validation"], answers, constant)
     methods = tuple(
         Compared(method, FAILED, sentence(error))
@@ -125,6 +126,14 @@ def _answers(
         if number:
             engine.remove(name)
     return {part: np.stack(of_seeds) for part, of_seeds in found.items()}
+
+
+def _logits_of(spec: TaskSpec, answer: Any) -> np.ndarray:
+    """Logits (C,) that say a run's constant answer: a label, those that hold, or a value."""
+    if spec.label_names is None:
+        return np.array([answer])
+    held = [answer] if isinstance(answer, str) else answer
+    return np.array([1.0 if name in held else -1.0 for name in spec.label_names])
 
 
 def _standings(

@@ -148,37 +148,23 @@ def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trai
         regression. ``baseline``: the ``answer`` that is most frequent in training, or the mean for a regression, and
         the ``metrics`` of giving it always.
     """
-    answer, row = constant_answer(spec, trained_on)
-    constant = np.tile(row, (len(labels), 1))
+    answer: Any
     if spec.label_names is None:
+        answer = float(trained_on.mean())
+        constant = np.full((len(labels), 1), answer)
         errors = dataclasses.replace(spec, metrics=_ERRORS, main_metric="mae")
         described = errors.compute_metrics(logits, labels)
         scores = errors.compute_metrics(constant, labels)
     else:
+        if trained_on.ndim == 2:
+            row = np.where(trained_on.mean(axis=0) > 0.5, 1.0, -1.0)
+            answer = [name for name, value in zip(spec.label_names, row, strict=True) if value > 0]
+        else:
+            row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
+            answer = spec.label_names[int(row.argmax())]
         described = report(spec, logits, labels)
-        scores = spec.compute_metrics(constant, labels)
+        scores = spec.compute_metrics(np.tile(row, (len(labels), 1)), labels)
     return {"report": described, "baseline": {"answer": answer, "metrics": scores}}
-
-
-def constant_answer(spec: TaskSpec, trained_on: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The answer that is right most often without a look at the text.
-
-    Args:
-        spec: the task.
-        trained_on: labels, (N,) or (N, C).
-
-    Returns:
-        The most frequent label, the list of those that more than half the rows have, or the mean value; and the logits
-        that say so, (C,).
-    """
-    if spec.label_names is None:
-        answer = float(trained_on.mean())
-        return answer, np.array([answer])
-    if trained_on.ndim == 2:
-        row = np.where(trained_on.mean(axis=0) > 0.5, 1.0, -1.0)
-        return [name for name, value in zip(spec.label_names, row, strict=True) if value > 0], row
-    row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
-    return spec.label_names[int(row.argmax())], row
 
 
 def shared_values(config: RunConfig) -> dict[str, Any]:
