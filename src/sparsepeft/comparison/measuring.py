@@ -197,8 +197,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     busy = {name: share for name, each in results.items() if (share := each["others_cpu_share"] or 0.0) > _BUSY}
     if busy:
         notes.append(
-            f"other programs had up to {max(busy.values()):.0%} of the processors' time while {', '.join(busy)} "
-            "trained: their seconds say little"
+            f"other programs had up to {100 * max(busy.values()):.0f} % of the processors' time while "
+            f"{', '.join(busy)} trained: their seconds say little"
         )
     return notes
 

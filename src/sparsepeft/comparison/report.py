@@ -134,7 +134,7 @@ class Comparison:
         return [
             *(f"{method.method} failed: {method.error}" for method in self.methods if method.error is not None),
             f"95 %: {self.settings['interval']}. Standing: a method is within noise of the best one where a paired "
-            f"test on the same rows, at {LEVEL:.0%}, does not tell them apart.",
+            f"test on the same rows, at {100 * LEVEL:.0f} %, does not tell them apart.",
             f"+1 task: what one more task adds on disk, its weights and what goes with them; tasks share {backbone}.",
         ]
 
@@ -186,7 +186,7 @@ def _page(comparison: Comparison) -> str:
     machine = comparison.environment
     parts = [
         f"# {comparison.heading}",
-        f"On {comparison.settings['model']}; {machine['cpu']}, {machine['threads']} threads, {machine['date']}.",
+        f"On {comparison.settings['model']}; {machine['cpu']}, threads: {machine['threads']}, {machine['date']}.",
         table(header, rows),
         comparison.recommendation,
         "\n".join(f"- {note}" for note in (*comparison.explanations(), *comparison.notes)),
