@@ -74,7 +74,8 @@ options.declare(
 
 
 def _tables(report: Any, figures: Sequence[Any]) -> list[Any]:
-    from sparsepeft_cli.terminal.console import megabytes, millions, table
+    from sparsepeft.reprs import megabytes
+    from sparsepeft_cli.terminal.console import millions, table
 
     title = (
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "

@@ -71,7 +71,7 @@ def save_and_score(
         "environment": environment(),
         "notes": list(data.notes),
         "data_fingerprints": dict(data.fingerprints),
-        "config": {key: value for key, value in without_folders(config.to_dict()).items() if key not in _NOT_SHARED},
+        "config": shared_values(config),
     }
     if sparse is not None:
         results["spt"] = describe(sparse)
@@ -198,6 +198,11 @@ def baseline(spec: TaskSpec, labels: np.ndarray, trained_on: np.ndarray) -> dict
 def _errors(spec: TaskSpec) -> TaskSpec:
     """A regression, scored by its errors."""
     return dataclasses.replace(spec, metrics=_ERRORS, main_metric="mae")
+
+
+def shared_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values for a result file: nothing that names a folder of this machine, or where it computed."""
+    return {key: value for key, value in without_folders(config.to_dict()).items() if key not in _NOT_SHARED}
 
 
 def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: Trainer) -> dict[str, Any]:

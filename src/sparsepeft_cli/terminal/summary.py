@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sparsepeft.reprs import megabytes
 from sparsepeft_cli.terminal.errors import in_options
 
 _MOST_CLASSES = 12  # with a line each
@@ -49,7 +50,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
 
 def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     """The same on a language model."""
-    from sparsepeft_cli.terminal.console import megabytes, program
+    from sparsepeft_cli.terminal.console import program
 
     first = f" that begin with {results['bos_token']}" if results["bos_token"] else ""
     before = ", ".join(f"{kind} {values['perplexity']:.2f}" for kind, values in results["before"].items())
@@ -115,7 +116,7 @@ def _layer(name: str) -> str:
 
 def print_plan(measured: Mapping[str, Any]) -> None:
     """Print what a dry run has measured."""
-    from sparsepeft_cli.terminal.console import megabytes, out
+    from sparsepeft_cli.terminal.console import out
 
     plan = measured["plan"]
     sizes = plan["sizes"]
@@ -196,8 +197,6 @@ def _classes(per_class: Mapping[str, Mapping[str, float]] | None) -> list[str]:
 
 
 def _size(results: Mapping[str, Any]) -> list[str]:
-    from sparsepeft_cli.terminal.console import megabytes
-
     parameters, saved = results["parameters"], megabytes(results["saved_bytes"])
     if results["method"] == "full":
         return [f"trained: all {parameters['trained']:,} parameters; saved: {saved}, a copy of the model"]
