@@ -12,7 +12,7 @@ import pytest
 from tests.matrices import Recorder
 from tests.tiny import Interrupt, run_config, topics_rows, write_jsonl
 
-from sparsepeft.comparison import Compared, Comparison, compare, noise
+from sparsepeft.comparison import Compared, Comparison, compare, noise, speed
 from sparsepeft.comparison.speed import Repeats, _medians
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED, locked
@@ -35,8 +35,10 @@ class Watch(Recorder):
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "RESAMPLES", 50)
+    for name in ("ONE_TEXT", "A_BATCH"):
+        monkeypatch.setattr(speed, name, Repeats(2, 2, seconds=0))
 
 
 def own_file(folder: Path, count: int = 80) -> Path:
