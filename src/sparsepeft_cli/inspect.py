@@ -90,12 +90,16 @@ def report_tables(report: Any) -> list[Any]:
     title = f"{last.documents:,} documents, {last.positions:,} positions"
     layers = table(title, [*columns, "entropy", "moved", "dead"], rows)
 
-    columns = ["parent", "comes first", "picks", "documents", *(["purity", "main label"] if has_labels else [])]
+    by_position = has_labels and all(parent.purity is None for parent in last.parents)
+    of_labels = ["tags of which most come to it"] if by_position else ["purity", "main label"]
+    columns = ["parent", "comes first", "picks", "documents", *(of_labels if has_labels else [])]
     rows = []
     for parent in last.parents:
         purity = "–" if parent.purity is None else f"{parent.purity:.1%}"
+        shares = [f"{name} {share:.0%}" for name, share in last.label_shares(parent).items() if share][:3]
         row = [parent.index, f"{parent.share_first:.1%}", f"{parent.share_picked:.1%}", parent.documents]
-        rows.append(row + ([purity, parent.main_label or "–"] if has_labels else []))
+        found = [", ".join(shares) or "–"] if by_position else [purity, parent.main_label or "–"]
+        rows.append(row + (found if has_labels else []))
     words = [f"  {p.index}: {', '.join(f'“{word.word}”' for word in p.words)}" for p in last.parents if p.words]
     return [
         layers,

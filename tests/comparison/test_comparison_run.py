@@ -189,6 +189,9 @@ def test_several_labels(tiny_backbone: Path, tmp_path: Path) -> None:
     comparison = compare(own_config(tiny_backbone, tmp_path), ["head", "spartan"])
     assert comparison.metric == "micro_f1"
     assert isinstance(comparison.baseline["answer"], list)
+    for name, method in by_name(comparison).items():  # by the run's own thresholds
+        results = json.loads((tmp_path / "out" / f"{name}-42" / "results.json").read_text())
+        assert method.score == pytest.approx(results["metrics"]["validation"]["micro_f1"])
 
 
 def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -115,6 +115,11 @@ def test_a_run_of_the_command_line_is_checked_on_its_validation_set(
             assert part["metric"] == metric == results["main_metric"]
             assert part["before"] == pytest.approx(results["metrics"]["validation"][metric], abs=1e-3)
             assert -1 <= part["after"] <= 1
+    thresholds = json.loads((folders["tags"] / "results.json").read_text())["thresholds"]
+    description = json.loads((exported_int8 / "tasks" / "tags" / "task.json").read_text())
+    assert dict(zip(description["labels"], description["thresholds"], strict=True)) == thresholds
+    (answer,) = Runner(exported_int8).answer("tags", TEXTS[:1])
+    assert answer["labels"] == [name for name, score in answer["scores"].items() if score > thresholds[name]]
     stored = exported_int8 / "tasks" / "topics"
     assert len(Predictor(stored, str(backbone)).predict(TEXTS)) == len(TEXTS)
 

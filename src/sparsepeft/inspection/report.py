@@ -48,7 +48,7 @@ class ParentReport:
         documents: documents that picked it most.
         labels_documents, labels_positions: how many of its documents, and of the positions at which it came first,
             have each label; None without labels.
-        purity: share of the most frequent label among its documents; None without documents or labels.
+        purity: share of its documents that have the most frequent label; None without documents or labels.
         words: the words that tell it from the other parents, by z.
     """
 
@@ -102,6 +102,13 @@ class LayerReport:
     dead_parents: list[int]
     moved: float
     parents: list[ParentReport]
+
+    def label_shares(self, parent: ParentReport) -> dict[str, float]:
+        """Of the positions with each label, the share at which a parent comes first; the largest first."""
+        counts = parent.labels_positions or {}
+        totals = {name: sum((each.labels_positions or {}).get(name, 0) for each in self.parents) for name in counts}
+        shares = {name: count / totals[name] for name, count in counts.items() if totals[name]}
+        return dict(sorted(shares.items(), key=lambda named: -named[1]))
 
     def purest_parent(self, min_share: float = 0.1) -> ParentReport | None:
         """The parent with the highest purity among those that hold at least ``min_share`` of the documents."""
@@ -196,7 +203,8 @@ def layer_report(
 def _parent_report(
     parent: int, picks: Picks, labels: Sequence[str], words: list[tuple[str, int, float, float]]
 ) -> ParentReport:
-    picked, documents = int(picks.picked[parent]), picks.labelled_documents[parent]
+    picked, known = int(picks.picked[parent]), int(picks.known_documents[parent])
+    documents = picks.labelled_documents[parent]
     return ParentReport(
         index=parent,
         share_first=float(picks.first[parent] / max(1, picks.positions)),
@@ -207,7 +215,7 @@ def _parent_report(
         documents=int(picks.documents[parent]),
         labels_documents=_counts(labels, documents, picks.labelled_documents),
         labels_positions=_counts(labels, picks.labelled_positions[parent], picks.labelled_positions),
-        purity=float(documents.max() / documents.sum()) if documents.sum() else None,
+        purity=float(documents.max() / known) if documents.any() else None,
         words=[WordReport(*word) for word in words],
     )
 

@@ -204,6 +204,11 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
     return blocks if len(blocks) <= count else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 
+def count_for(num_tokens: int, blocks: Tensor) -> int:
+    """How many of the ``blocks`` (N, T) have about so many tokens, at least one."""
+    return max(1, num_tokens // blocks.shape[1])
+
+
 def without(blocks: Tensor, count: int) -> Tensor:
     """The blocks that :func:`evenly_spaced` leaves out."""
     left = torch.ones(len(blocks), dtype=torch.bool)

@@ -6,19 +6,10 @@ from sparsepeft.lazy import lazily
 
 if TYPE_CHECKING:
     from sparsepeft.generation import GenerationSettings, Generator
-    from sparsepeft.inference import (
-        Answer,
-        Evaluation,
-        Prediction,
-        Predictor,
-        TableOptions,
-        answer,
-        evaluate,
-        read_lines,
-        read_questions,
-    )
+    from sparsepeft.inference import Prediction, Predictor
     from sparsepeft.runs.config import RunConfig
     from sparsepeft.runs.config_file import load_config, parse_settings
+    from sparsepeft.scoring import Answer, Evaluation, TableOptions, answer, evaluate, read_lines, read_questions
     from sparsepeft.training.run import train
     from sparsepeft.training.sparsify import sparsify_language_model
 
@@ -45,12 +36,13 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "sparsepeft.generation": ("GenerationSettings", "Generator"),
-        "sparsepeft.inference": (
-            *("Answer", "Evaluation", "Prediction", "Predictor", "TableOptions"),
-            *("answer", "evaluate", "read_lines", "read_questions"),
-        ),
+        "sparsepeft.inference": ("Prediction", "Predictor"),
         "sparsepeft.runs.config": ("RunConfig",),
         "sparsepeft.runs.config_file": ("load_config", "parse_settings"),
+        "sparsepeft.scoring": (
+            *("Answer", "Evaluation", "TableOptions"),
+            *("answer", "evaluate", "read_lines", "read_questions"),
+        ),
         "sparsepeft.training.run": ("train",),
         "sparsepeft.training.sparsify": ("sparsify_language_model",),
     },

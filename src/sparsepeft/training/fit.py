@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -23,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
+from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.models import deferred_logits
 from sparsepeft.provenance import OtherLoad
 from sparsepeft.runs.config import RunConfig
@@ -33,6 +35,7 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": partial(_score, data.spec),
+            "compute_metrics": partial(_score, data.spec, config, data.selection),
             "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
@@ -132,6 +135,12 @@ class SafeTrainer(Trainer):
                     self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """By length, as transformers does; in order where rows are parts of sentences."""
+        if SENTENCE in getattr(eval_dataset, "column_names", ()):
+            return SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -252,13 +261,25 @@ def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpo
     )
 
 
-def logits_of(predictions: Any) -> np.ndarray:
-    """The logits, which some models return with other things."""
-    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of a scored part, those of a sentence together where rows are parts of one.
+
+    Args:
+        output: with ``predictions``, which some models return with other things, and ``label_ids``.
+        part: the rows, in order.
+    """
+    predictions = output.predictions
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    labels = np.asarray(output.label_ids)
+    if SENTENCE in getattr(part, "column_names", ()):
+        return by_sentence(logits, labels, part[SENTENCE][:])
+    return logits, labels
 
 
-def _score(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
-    metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction) -> dict[str, float]:
+    """The metrics that a checkpoint is chosen by, at the thresholds that would be chosen for it."""
+    answer = answers_of(output, part)
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from sparsepeft.methods.language_models import load_language_model, perplexity
+from sparsepeft.methods.language_models import HALF_DTYPES, load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
+from sparsepeft.models.frozen import hold_frozen_linears
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import PLAN
 from sparsepeft.spt import Plan, Sparsification
@@ -72,6 +73,9 @@ def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str
             before["sparse"] = text_scores(config, backbone, data)
     spec = data.spec if isinstance(data, LabelledData) else None
     model = extend(backbone, config.method, spec, config.recipe_values().adapter)
+    # Sparse modules read the weights themselves, and cached layers are computed without autocast.
+    if config.precision in HALF_DTYPES and spt is None and not config.cache_frozen_layers:
+        hold_frozen_linears(model, HALF_DTYPES[config.precision])
     return RunModel(model, run_values, sparsification, before)
 
 
