@@ -206,6 +206,10 @@ def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=words):
             compare(own_config(tiny_backbone, tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+    sentences = [{"tokens": ["Anna", "sleeps", "here"], "tags": ["B-PER", "O", "O"]} for _ in range(20)]
+    own = {"train_file": str(write_jsonl(tmp_path / "tokens.jsonl", sentences))}
+    with pytest.raises(UserError, match="labels tokens, but methods are compared on labels of whole texts"):
+        compare(run_config(tiny_backbone, tmp_path / "out", task="custom", **own))
     with pytest.raises(UserError, match="methods are compared on labelled texts"):
         compare(RunConfig("lm", str(tmp_path / "out"), model="m", text=("a.txt",)))
     (tmp_path / "out").mkdir()
