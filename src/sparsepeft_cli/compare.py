@@ -10,12 +10,11 @@ import typer
 from sparsepeft_cli.terminal import options
 from sparsepeft_cli.train import OPTIONS
 
-_FILES = ("train_file", "validation_file", "test_file", "text_column", "text_pair_column", "label_column")
-_READING = ("problem_type", "delimiter", "encoding", "data_dir", "max_train_samples", "max_length")
-_SHARED = {
-    "Data": (*_FILES, *_READING),
-    "Model and training": ("model", "epochs", "max_steps", "class_weights", "precision", "device"),
-}
+_SHARED = (
+    *("train_file", "validation_file", "test_file", "text_column", "text_pair_column", "label_column", "problem_type"),
+    *("delimiter", "encoding", "data_dir", "max_train_samples", "max_length", "model", "epochs", "max_steps"),
+    *("class_weights", "thresholds", "precision", "device"),
+)
 
 
 def command(
@@ -78,6 +77,6 @@ def command(
         )
 
 
-for _title, _names in _SHARED.items():
-    _section = {name: kind for part in OPTIONS.values() for name, kind in part.items() if name in _names}
-    options.declare(command, options.section(_title, _section))
+for _title, _section in OPTIONS.items():
+    if _taken := {name: each for name, each in _section.items() if name in _SHARED}:
+        options.declare(command, options.section(_title, _taken))

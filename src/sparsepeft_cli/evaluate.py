@@ -121,15 +121,9 @@ def _confusions(part: str, names: list[str], matrix: list[list[int]]) -> Iterato
         rows = [[name, *(f"{count:,}" for count in row)] for name, row in zip(names, matrix, strict=True)]
         yield table(title, ["true", *names], rows)
         return
-    wrong = sorted(
-        (
-            (count, true, guess)
-            for true, row in zip(names, matrix, strict=True)
-            for guess, count in zip(names, row, strict=True)
-            if true != guess and count
-        ),
-        key=lambda counted: -counted[0],
-    )
+    from sparsepeft.scoring.evaluation import confusions
+
+    wrong = confusions(names, matrix)
     rows = [[true, guess, f"{count:,}"] for count, true, guess in wrong[:20]]
     yield table(
         f"most frequent confusions of {part} ({len(wrong)} kinds; --json has all)", ["true", "predicted", "rows"], rows

@@ -74,8 +74,8 @@ options.declare(
 
 
 def _tables(report: Any, figures: Sequence[Any]) -> list[Any]:
-    from sparsepeft.reprs import megabytes
-    from sparsepeft_cli.terminal.console import millions, table
+    from sparsepeft.reprs import megabytes, millions
+    from sparsepeft_cli.terminal.console import table
 
     title = (
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "

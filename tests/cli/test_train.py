@@ -9,7 +9,8 @@ import pytest
 from tests.cli.test_cli import ran, sparsepeft
 from tests.tiny import topics_rows, topics_text, write_jsonl
 
-from sparsepeft_cli.terminal.summary import duration, summary
+from sparsepeft.reprs import duration
+from sparsepeft_cli.terminal.summary import summary
 
 RESULTS = {
     "task": "mails",

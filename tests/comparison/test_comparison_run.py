@@ -12,7 +12,7 @@ import pytest
 from tests.matrices import Recorder
 from tests.tiny import Interrupt, run_config, topics_rows, write_jsonl
 
-from sparsepeft.comparison import Compared, Comparison, compare, noise
+from sparsepeft.comparison import Compared, Comparison, compare, noise, speed
 from sparsepeft.comparison.speed import Repeats, _medians
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED, locked
@@ -35,8 +35,10 @@ class Watch(Recorder):
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "RESAMPLES", 50)
+    for name in ("ONE_TEXT", "A_BATCH"):
+        monkeypatch.setattr(speed, name, Repeats(2, 2, seconds=0))
 
 
 def own_file(folder: Path, count: int = 80) -> Path:
@@ -187,6 +189,9 @@ def test_several_labels(tiny_backbone: Path, tmp_path: Path) -> None:
     comparison = compare(own_config(tiny_backbone, tmp_path), ["head", "spartan"])
     assert comparison.metric == "micro_f1"
     assert isinstance(comparison.baseline["answer"], list)
+    for name, method in by_name(comparison).items():  # by the run's own thresholds
+        results = json.loads((tmp_path / "out" / f"{name}-42" / "results.json").read_text())
+        assert method.score == pytest.approx(results["metrics"]["validation"]["micro_f1"])
 
 
 def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -201,6 +206,10 @@ def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=words):
             compare(own_config(tiny_backbone, tmp_path, **changes))
     assert not (tmp_path / "out").exists()
+    sentences = [{"tokens": ["Anna", "sleeps", "here"], "tags": ["B-PER", "O", "O"]} for _ in range(20)]
+    own = {"train_file": str(write_jsonl(tmp_path / "tokens.jsonl", sentences))}
+    with pytest.raises(UserError, match="labels tokens, but methods are compared on labels of whole texts"):
+        compare(run_config(tiny_backbone, tmp_path / "out", task="custom", **own))
     with pytest.raises(UserError, match="methods are compared on labelled texts"):
         compare(RunConfig("lm", str(tmp_path / "out"), model="m", text=("a.txt",)))
     (tmp_path / "out").mkdir()

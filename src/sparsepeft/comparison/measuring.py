@@ -23,6 +23,7 @@ from sparsepeft.runs.files import HELD_OUT, HISTORY, RESULTS
 from sparsepeft.runs.held_out import load_task_data, rows_of
 from sparsepeft.runs.history import read_lines
 from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.thresholds import cuts
 from sparsepeft.training.callbacks import Watcher
 from sparsepeft.training.data import LabelledData
 from sparsepeft.training.report import shared_values
@@ -112,7 +113,9 @@ def measure(config: RunConfig, data: LabelledData, runs: Mapping[str, Sequence[R
 def _answers(
     engine: MultiTaskEngine, method: str, runs: Sequence[Run], texts: Mapping[str, Texts]
 ) -> dict[str, np.ndarray]:
-    """Logits (S, N, C) of each part. The first run stays in the engine, under the method's name.
+    """Logits (S, N, C) of each part; where several labels may hold, above 0 for those that do.
+
+    The first run stays in the engine, under the method's name.
 
     Raises:
         UserError: a run cannot be loaded.
@@ -122,7 +125,7 @@ def _answers(
         name = run.folder.name if number else method
         engine.add(name, run.folder)
         for part, rows in texts.items():
-            found[part].append(engine.logits(name, rows))
+            found[part].append(engine.logits(name, rows) - cuts(engine.tasks[name].thresholds))
         if number:
             engine.remove(name)
     return {part: np.stack(of_seeds) for part, of_seeds in found.items()}

@@ -84,6 +84,11 @@ def compare(
     _check_output(folder, seeds)
     data = prepare_data(config)
     assert isinstance(data, LabelledData)  # a language model was refused
+    if data.spec.labels_tokens:
+        raise UserError(
+            f"The task {data.spec.name!r} labels tokens, but methods are compared on labels of whole texts; train it "
+            "by `sparsepeft train` with each method."
+        )
     with locked(folder):
         every = itertools.chain.from_iterable(configs.values())
         done = {each.output_dir for each in every if _is_done(each, data, overwrite)}

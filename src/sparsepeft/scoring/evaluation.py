@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -271,3 +271,15 @@ def _held_out_text(folder: Path, config: RunConfig, run: dict[str, Any]) -> tupl
     if not held_out:
         raise not_held_out_any_more(folder, names, is_known=False)
     return held_out, ()
+
+
+def confusions(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[tuple[int, str, str]]:
+    """What was taken for something else: how often, what it is, and what for; the most frequent first.
+
+    Args:
+        names: of the classes.
+        matrix: counts by true class (row) and predicted class (column).
+    """
+    rows = zip(names, matrix, strict=True)
+    wrong = [(n, true, guess) for true, row in rows for guess, n in zip(names, row, strict=True) if true != guess and n]
+    return sorted(wrong, key=lambda counted: -counted[0])

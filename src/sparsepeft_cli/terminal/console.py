@@ -105,8 +105,3 @@ def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     for row in rows:
         made.add_row(*map(Text, row))
     return made
-
-
-def millions(count: int) -> str:
-    """Parameters for people; small counts exactly."""
-    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"

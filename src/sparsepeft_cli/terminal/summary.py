@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sparsepeft.reprs import megabytes
+from sparsepeft.reprs import duration, megabytes
 from sparsepeft_cli.terminal.errors import in_options
 
 _MOST_CLASSES = 12  # with a line each
@@ -130,13 +130,6 @@ def print_plan(measured: Mapping[str, Any]) -> None:
     lines += _notes(plan["notes"])
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``45 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _notes(notes: Iterable[str]) -> list[str]:
