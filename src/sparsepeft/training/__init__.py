@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     )
     from sparsepeft.runs.config import RunConfig
     from sparsepeft.runs.config_file import load_config, parse_settings
+    from sparsepeft.training.lazy_adamw import LazyAdamW
     from sparsepeft.training.run import train
+    from sparsepeft.training.sparse_gradients import SparseGradientTrainer
     from sparsepeft.training.sparsify import sparsify_language_model
 
 __all__ = [
@@ -27,9 +29,11 @@ __all__ = [
     "Evaluation",
     "GenerationSettings",
     "Generator",
+    "LazyAdamW",
     "Prediction",
     "Predictor",
     "RunConfig",
+    "SparseGradientTrainer",
     "TableOptions",
     "answer",
     "evaluate",
@@ -51,7 +55,9 @@ __getattr__, __dir__ = lazily(
         ),
         "sparsepeft.runs.config": ("RunConfig",),
         "sparsepeft.runs.config_file": ("load_config", "parse_settings"),
+        "sparsepeft.training.lazy_adamw": ("LazyAdamW",),
         "sparsepeft.training.run": ("train",),
+        "sparsepeft.training.sparse_gradients": ("SparseGradientTrainer",),
         "sparsepeft.training.sparsify": ("sparsify_language_model",),
     },
 )

@@ -1,0 +1,321 @@
+// A large memory: the best of all pairs of half-keys, and the children of a token's parents, read and learned. What
+// limits all of it is fetching rows that no cache holds, so whatever is needed next is asked for while computing.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+// The arguments; `cpu.py` mirrors these structs. All tensors are contiguous, numbers of rows are 64 bits wide.
+struct Search {
+    int64_t tokens, first_size, second_size, top_k, threads;
+    const float *first, *second;  // (N, first_size), (N, second_size): scores of the half-keys
+    int64_t* parents;             // (N, K)
+};
+struct Children {
+    int64_t tokens, hidden, top_k, children, threads;
+    double temperature;
+    const float* x;                          // (N, D)
+    const int64_t* parents;                  // (N, K)
+    const float* gate;                       // (N, K)
+    const float *child_keys, *child_values;  // (P, C, D)
+    float* attention;                        // (N, K, C): each parent's softmax over its children
+    float* output;                           // (N, D)
+};
+// With a = G . value, u = sum_c attention a and G the output's gradient: of a value gate attention G, of a child's score
+// gate attention (a - u) / temperature, of the gate u.
+struct Gradients {
+    const float* grad_output;  // (N, D)
+    float *grad_x, *grad_gate;  // (N, D), (N, K)
+    float *of_values, *of_scores;  // (N, K, C): what is above, without G
+};
+// Pairs of token and parent, sorted by parent.
+struct Cells {
+    int64_t touched;          // parents
+    const int64_t* pairs;     // (N * K): token * K + slot
+    const int64_t* ends;      // (touched): of each parent in `pairs`
+    const int64_t* rows;      // (touched): of each parent in the two below
+    float *grad_keys, *grad_values;  // (rows, C, D)
+    int64_t num_rows;
+};
+
+// scores[r] = rows[r] . x, meanwhile fetching as much of `ahead`.
+template <int R>
+INLINE void dot_rows(const float* const* rows, const float* const* ahead, const float* x, int64_t size, float* scores) {
+    vec sums[R] = {};
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) {
+        const vec part = load(x + d);
+        for (int r = 0; r < R; r++) {
+            __builtin_prefetch(ahead[r] + d);
+            sums[r] += load(rows[r] + d) * part;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        scores[r] = sum(sums[r]);
+        for (int64_t i = d; i < size; i++) scores[r] += rows[r][i] * x[i];
+    }
+}
+
+void dot_all(const float* const* rows, const float* const* ahead, int64_t count, const float* x, int64_t size,
+             float* scores) {
+    int64_t r = 0;
+    for (; r + 8 <= count; r += 8) dot_rows<8>(rows + r, ahead + r, x, size, scores + r);
+    for (; r < count; r++) dot_rows<1>(rows + r, ahead + r, x, size, scores + r);
+}
+
+// to[t] = start[t] + rows weighted by weights[t], `NV` vectors of each, which stay in registers.
+template <int T, int NV>
+INLINE void add_piece(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
+                      const float* start, float* const* to, int64_t d) {
+    vec total[T][NV];
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < NV; v++) total[t][v] = start ? load(start + d + v * LANES) : vec{};
+    for (int64_t r = 0; r < count; r++)
+        for (int v = 0; v < NV; v++) {
+            if (ahead) __builtin_prefetch(ahead[r] + d + v * LANES);
+            const vec row = load(rows[r] + d + v * LANES);
+            for (int t = 0; t < T; t++) total[t][v] += weights[t][r] * row;
+        }
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < NV; v++) store(to[t] + d + v * LANES, total[t][v]);
+}
+
+template <int T>
+void add_rows(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
+              const float* start, int64_t size, float* const* to) {
+    constexpr int NV = T == 1 ? 12 : REGISTERS / T - 2;
+    int64_t d = 0;
+    for (; d + NV * LANES <= size; d += NV * LANES) add_piece<T, NV>(rows, ahead, weights, count, start, to, d);
+    for (; d + LANES <= size; d += LANES) add_piece<T, 1>(rows, ahead, weights, count, start, to, d);
+    for (; d < size; d++)
+        for (int t = 0; t < T; t++) {
+            float total = start ? start[d] : 0;
+            for (int64_t r = 0; r < count; r++) total += weights[t][r] * rows[r][d];
+            to[t][d] = total;
+        }
+}
+
+// NaN counts as the largest score.
+INLINE bool is_better(float a, float b) { return a > b || (a != a && b == b); }
+
+struct Best {
+    float score;
+    int64_t index;
+};
+INLINE void keep(Best* best, int64_t& held, int64_t most, float score, int64_t index) {
+    const auto precedes = [&](const Best& other) {
+        return is_better(score, other.score) || (!is_better(other.score, score) && index < other.index);
+    };
+    if (held == most && !precedes(best[held - 1])) return;
+    int64_t at = held == most ? held - 1 : held++;
+    for (; at > 0 && precedes(best[at - 1]); at--) best[at] = best[at - 1];
+    best[at] = {score, index};
+}
+
+// The best `most` scores, the highest first; of equal ones the lowest index.
+int64_t keep_best(const float* scores, int64_t count, int64_t most, Best* best) {
+    int64_t held = 0;
+    for (int64_t i = 0; i < count; i++) keep(best, held, most, scores[i], i);
+    return held;
+}
+
+void search(const Search& s, int64_t begin, int64_t end) {
+    std::vector<Best> storage(3 * s.top_k);
+    Best *first = storage.data(), *second = first + s.top_k, *best = second + s.top_k;
+    for (int64_t token = begin; token < end; token++) {
+        const int64_t firsts = keep_best(s.first + token * s.first_size, s.first_size, s.top_k, first);
+        const int64_t seconds = keep_best(s.second + token * s.second_size, s.second_size, s.top_k, second);
+        int64_t held = 0;
+        // A pair of ranks a and b comes after a * b others at least, all of those of better or equal ranks.
+        for (int64_t a = 0; a < firsts; a++)
+            for (int64_t b = 0; b < seconds && (a + 1) * (b + 1) <= s.top_k; b++)
+                keep(best, held, s.top_k, first[a].score + second[b].score,
+                     first[a].index * s.second_size + second[b].index);
+        for (int64_t k = 0; k < s.top_k; k++) s.parents[token * s.top_k + k] = best[k].index;
+    }
+}
+
+// One thread's work on tokens.
+class Reader {
+  public:
+    explicit Reader(const Children& memory)
+        : m(memory), count(m.top_k * m.children), keys(2 * count), values(2 * count), weights(round_up(count, LANES)) {}
+
+    void read(int64_t begin, int64_t end) {
+        point_to(begin, now());
+        for (int64_t token = begin; token < end; token++, swap()) {
+            point_to(std::min(token + 1, end - 1), next());
+            dot_all(keys.data() + now(), values.data() + now(), count, m.x + token * m.hidden, m.hidden, weights.data());
+            attend(token);
+            float* to = m.output + token * m.hidden;
+            const float* of_rows = weights.data();
+            add_rows<1>(values.data() + now(), keys.data() + next(), &of_rows, count, m.x + token * m.hidden, m.hidden,
+                        &to);
+        }
+    }
+
+    void differentiate(const Gradients& g, int64_t begin, int64_t end) {
+        point_to(begin, now());
+        for (int64_t token = begin; token < end; token++, swap()) {
+            point_to(std::min(token + 1, end - 1), next());
+            const float* grad = g.grad_output + token * m.hidden;
+            dot_all(values.data() + now(), keys.data() + now(), count, grad, m.hidden, weights.data());
+            float *of_values = g.of_values + token * count, *of_scores = g.of_scores + token * count;
+            const float sharpness = static_cast<float>(1 / m.temperature);
+            for (int64_t k = 0; k < m.top_k; k++) {
+                const float gate = m.gate[token * m.top_k + k];
+                const float *attention = m.attention + token * count + k * m.children, *a = &weights[k * m.children];
+                float u = 0;
+                for (int64_t c = 0; c < m.children; c++) u += attention[c] * a[c];
+                for (int64_t c = 0; c < m.children; c++) {
+                    const float weight = gate * attention[c];
+                    of_values[k * m.children + c] = weight;
+                    of_scores[k * m.children + c] = weight * (a[c] - u) * sharpness;
+                }
+                g.grad_gate[token * m.top_k + k] = u;
+            }
+            float* to = g.grad_x + token * m.hidden;
+            const float* of_rows = of_scores;
+            add_rows<1>(keys.data() + now(), values.data() + next(), &of_rows, count, grad, m.hidden, &to);
+        }
+    }
+
+  private:
+    // Two sets of rows: of the token at work, and of the one after it.
+    int64_t now() const { return turn * count; }
+    int64_t next() const { return (1 - turn) * count; }
+    void swap() { turn = 1 - turn; }
+
+    void point_to(int64_t token, int64_t at) {
+        for (int64_t k = 0; k < m.top_k; k++)
+            for (int64_t c = 0; c < m.children; c++, at++) {
+                const int64_t cell = m.parents[token * m.top_k + k] * m.children + c;
+                keys[at] = m.child_keys + cell * m.hidden;
+                values[at] = m.child_values + cell * m.hidden;
+            }
+    }
+
+    // Turn the children's scores into weights: of each parent they add up to its gate.
+    void attend(int64_t token) {
+        const float sharpness = static_cast<float>(1 / m.temperature);
+        for (int64_t i = 0; i < count; i += m.children) {
+            const float largest = *std::max_element(&weights[i], &weights[i] + m.children);
+            for (int64_t c = 0; c < m.children; c++) weights[i + c] = (weights[i + c] - largest) * sharpness;
+        }
+        for (int64_t i = 0; i < count; i += LANES) store(&weights[i], exp(load(&weights[i])));
+        for (int64_t k = 0; k < m.top_k; k++) {
+            float* of_parent = &weights[k * m.children];
+            float total = 0;
+            for (int64_t c = 0; c < m.children; c++) total += of_parent[c];
+            const float gate = m.gate[token * m.top_k + k];
+            for (int64_t c = 0; c < m.children; c++) {
+                const float attention = of_parent[c] / total;
+                if (m.attention) m.attention[token * count + k * m.children + c] = attention;
+                of_parent[c] = gate * attention;
+            }
+        }
+    }
+
+    const Children& m;
+    const int64_t count;  // K * C
+    std::vector<const float*> keys, values;
+    std::vector<float> weights;
+    int64_t turn = 0;
+};
+
+// The gradients of one parent's children: for T of them at once, the vectors of its tokens, weighted.
+template <int T>
+void add_tokens(const std::vector<const float*>& tokens, const float* weights, int64_t stride, int64_t hidden,
+                float* rows) {
+    const float* of_child[T];
+    float* to[T];
+    for (int t = 0; t < T; t++) {
+        of_child[t] = weights + t * stride;
+        to[t] = rows + t * hidden;
+    }
+    add_rows<T>(tokens.data(), nullptr, of_child, tokens.size(), nullptr, hidden, to);
+}
+
+void add_cells(const Children& m, const Gradients& g, const Cells& cells, int64_t begin, int64_t end) {
+    std::vector<const float*> x, grads;
+    std::vector<float> of_values, of_scores;  // (C, pairs)
+    for (int64_t parent = begin; parent < end; parent++) {
+        const int64_t first = parent ? cells.ends[parent - 1] : 0, count = cells.ends[parent] - first;
+        x.resize(count);
+        grads.resize(count);
+        of_values.resize(m.children * count);
+        of_scores.resize(m.children * count);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t pair = cells.pairs[first + i], token = pair / m.top_k;
+            x[i] = m.x + token * m.hidden;
+            grads[i] = g.grad_output + token * m.hidden;
+            for (int64_t c = 0; c < m.children; c++) {
+                of_values[c * count + i] = g.of_values[pair * m.children + c];
+                of_scores[c * count + i] = g.of_scores[pair * m.children + c];
+            }
+        }
+        const int64_t row = cells.rows[parent] * m.children;
+        int64_t c = 0;
+        for (; c + 4 <= m.children; c += 4) {
+            add_tokens<4>(x, &of_scores[c * count], count, m.hidden, cells.grad_keys + (row + c) * m.hidden);
+            add_tokens<4>(grads, &of_values[c * count], count, m.hidden, cells.grad_values + (row + c) * m.hidden);
+        }
+        for (; c < m.children; c++) {
+            add_tokens<1>(x, &of_scores[c * count], count, m.hidden, cells.grad_keys + (row + c) * m.hidden);
+            add_tokens<1>(grads, &of_values[c * count], count, m.hidden, cells.grad_values + (row + c) * m.hidden);
+        }
+    }
+}
+
+// Fresh memory comes in pages of 4 KB, each of which costs as much as writing it; in large ones where Linux has them.
+void ask_for_large_pages(float* begin, int64_t size) {
+#ifdef __linux__
+    constexpr uintptr_t PAGE = 1 << 21;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(begin), end = address + size * sizeof(float);
+    const uintptr_t from = (address + PAGE - 1) / PAGE * PAGE, to = end / PAGE * PAGE;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
+// `work(begin, end)` on threads that take a part of the items at a time.
+template <class Work>
+void in_parts(Parallel parallel, int64_t items, int64_t threads, const Work& work) {
+    const int64_t step = std::max<int64_t>(1, (items + 8 * threads - 1) / (8 * threads));
+    run_threads(parallel, std::min(threads, items), [&](std::atomic<int64_t>& next, int64_t) {
+        for (int64_t begin; (begin = next.fetch_add(step)) < items;) work(begin, std::min(begin + step, items));
+    });
+}
+
+}  // namespace
+
+extern "C" {
+void product_memory_search(const Search* s, Parallel parallel) {
+    in_parts(parallel, s->tokens, s->threads, [&](int64_t begin, int64_t end) { search(*s, begin, end); });
+}
+
+void product_memory_read(const Children* m, Parallel parallel) {
+    in_parts(parallel, m->tokens, m->threads, [&](int64_t begin, int64_t end) { Reader(*m).read(begin, end); });
+}
+
+// Of the hidden states and the gate, and what `product_memory_cells` needs.
+void product_memory_backward(const Children* m, const Gradients* g, Parallel parallel) {
+    in_parts(parallel, m->tokens, m->threads,
+             [&](int64_t begin, int64_t end) { Reader(*m).differentiate(*g, begin, end); });
+}
+
+void product_memory_cells(const Children* m, const Gradients* g, const Cells* cells, Parallel parallel) {
+    const int64_t size = cells->num_rows * m->children * m->hidden;
+    ask_for_large_pages(cells->grad_keys, size);
+    ask_for_large_pages(cells->grad_values, size);
+    in_parts(parallel, cells->touched, m->threads,
+             [&](int64_t begin, int64_t end) { add_cells(*m, *g, *cells, begin, end); });
+}
+}
