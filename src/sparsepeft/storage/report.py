@@ -15,6 +15,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.models.quantized import INT8
 from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
 from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name
+from sparsepeft.tuners.spartan import PARENT_KEYS
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def storage_report(
         dtype = dtype_name("dtype", dtype)
         save_dtype = dtype_name("save_dtype", save_dtype, SAVE_DTYPES) if save_dtype is not None else dtype
         check_choice("head_type", head_type, HEAD_TYPES)
+        check_choice("parent_keys", parent_keys, PARENT_KEYS)
         for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
             check_whole(name, getattr(sizes, name))
         resolved = resolve_model(model)

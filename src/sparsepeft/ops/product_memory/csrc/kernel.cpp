@@ -1,7 +1,7 @@
 // A large memory: the best of all pairs of half-keys, and the children of a token's parents, read and learned. What
 // limits all of it is fetching rows that no cache holds, so whatever is needed next is asked for while computing.
 #include <algorithm>
-#include <cmath>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -46,6 +46,9 @@ struct Cells {
     int64_t num_rows;
 };
 
+// Ask for a line of a row that the second cache should have when it is needed; the first has no room for all rows.
+INLINE void fetch(const float* row) { __builtin_prefetch(row, 0, 2); }
+
 // scores[r] = rows[r] . x, meanwhile fetching as much of `ahead`.
 template <int R>
 INLINE void dot_rows(const float* const* rows, const float* const* ahead, const float* x, int64_t size, float* scores) {
@@ -54,7 +57,7 @@ INLINE void dot_rows(const float* const* rows, const float* const* ahead, const 
     for (; d + LANES <= size; d += LANES) {
         const vec part = load(x + d);
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(ahead[r] + d);
+            fetch(ahead[r] + d);
             sums[r] += load(rows[r] + d) * part;
         }
     }
@@ -71,30 +74,37 @@ void dot_all(const float* const* rows, const float* const* ahead, int64_t count,
     for (; r < count; r++) dot_rows<1>(rows + r, ahead + r, x, size, scores + r);
 }
 
-// to[t] = start[t] + rows weighted by weights[t], `NV` vectors of each, which stay in registers.
+// to[t] = start + rows weighted by weights[t], `NV` vectors of each, which stay in registers. `ahead` is fetched
+// meanwhile; `start` and `ahead` may be null.
 template <int T, int NV>
 INLINE void add_piece(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
-                      const float* start, float* const* to, int64_t d) {
+                      const float* start, float* const* to, int64_t d, bool past_cache) {
     vec total[T][NV];
     for (int t = 0; t < T; t++)
         for (int v = 0; v < NV; v++) total[t][v] = start ? load(start + d + v * LANES) : vec{};
     for (int64_t r = 0; r < count; r++)
         for (int v = 0; v < NV; v++) {
-            if (ahead) __builtin_prefetch(ahead[r] + d + v * LANES);
+            if (ahead) fetch(ahead[r] + d + v * LANES);
             const vec row = load(rows[r] + d + v * LANES);
             for (int t = 0; t < T; t++) total[t][v] += weights[t][r] * row;
         }
-    for (int t = 0; t < T; t++)
-        for (int v = 0; v < NV; v++) store(to[t] + d + v * LANES, total[t][v]);
+    for (int t = 0; t < T; t++) {
+        const bool can_stream = past_cache && reinterpret_cast<uintptr_t>(to[t] + d) % VECTOR_BYTES == 0;
+        for (int v = 0; v < NV; v++) {
+            if (can_stream) stream(to[t] + d + v * LANES, total[t][v]);
+            else store(to[t] + d + v * LANES, total[t][v]);
+        }
+    }
 }
 
 template <int T>
 void add_rows(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
-              const float* start, int64_t size, float* const* to) {
+              const float* start, int64_t size, float* const* to, bool past_cache = false) {
     constexpr int NV = T == 1 ? 12 : REGISTERS / T - 2;
     int64_t d = 0;
-    for (; d + NV * LANES <= size; d += NV * LANES) add_piece<T, NV>(rows, ahead, weights, count, start, to, d);
-    for (; d + LANES <= size; d += LANES) add_piece<T, 1>(rows, ahead, weights, count, start, to, d);
+    for (; d + NV * LANES <= size; d += NV * LANES)
+        add_piece<T, NV>(rows, ahead, weights, count, start, to, d, past_cache);
+    for (; d + LANES <= size; d += LANES) add_piece<T, 1>(rows, ahead, weights, count, start, to, d, past_cache);
     for (; d < size; d++)
         for (int t = 0; t < T; t++) {
             float total = start ? start[d] : 0;
@@ -234,19 +244,23 @@ class Reader {
 // The gradients of one parent's children: for T of them at once, the vectors of its tokens, weighted.
 template <int T>
 void add_tokens(const std::vector<const float*>& tokens, const float* weights, int64_t stride, int64_t hidden,
-                float* rows) {
+                float* rows, bool past_cache) {
     const float* of_child[T];
     float* to[T];
     for (int t = 0; t < T; t++) {
         of_child[t] = weights + t * stride;
         to[t] = rows + t * hidden;
     }
-    add_rows<T>(tokens.data(), nullptr, of_child, tokens.size(), nullptr, hidden, to);
+    add_rows<T>(tokens.data(), nullptr, of_child, tokens.size(), nullptr, hidden, to, past_cache);
 }
+
+// Gradients of so many bytes are not in the cache any more when they are used.
+constexpr size_t LARGE = 1 << 25;
 
 void add_cells(const Children& m, const Gradients& g, const Cells& cells, int64_t begin, int64_t end) {
     std::vector<const float*> x, grads;
     std::vector<float> of_values, of_scores;  // (C, pairs)
+    const bool past_cache = cells.num_rows * m.children * m.hidden * sizeof(float) > LARGE;
     for (int64_t parent = begin; parent < end; parent++) {
         const int64_t first = parent ? cells.ends[parent - 1] : 0, count = cells.ends[parent] - first;
         x.resize(count);
@@ -262,17 +276,18 @@ void add_cells(const Children& m, const Gradients& g, const Cells& cells, int64_
                 of_scores[c * count + i] = g.of_scores[pair * m.children + c];
             }
         }
-        const int64_t row = cells.rows[parent] * m.children;
+        const int64_t row = cells.rows[parent] * m.children, width = m.hidden;
+        const auto add = [&](auto at_once, int64_t c) {
+            constexpr int T = decltype(at_once)::value;
+            float *keys = cells.grad_keys + (row + c) * width, *values = cells.grad_values + (row + c) * width;
+            add_tokens<T>(x, &of_scores[c * count], count, width, keys, past_cache);
+            add_tokens<T>(grads, &of_values[c * count], count, width, values, past_cache);
+        };
         int64_t c = 0;
-        for (; c + 4 <= m.children; c += 4) {
-            add_tokens<4>(x, &of_scores[c * count], count, m.hidden, cells.grad_keys + (row + c) * m.hidden);
-            add_tokens<4>(grads, &of_values[c * count], count, m.hidden, cells.grad_values + (row + c) * m.hidden);
-        }
-        for (; c < m.children; c++) {
-            add_tokens<1>(x, &of_scores[c * count], count, m.hidden, cells.grad_keys + (row + c) * m.hidden);
-            add_tokens<1>(grads, &of_values[c * count], count, m.hidden, cells.grad_values + (row + c) * m.hidden);
-        }
+        for (; c + 4 <= m.children; c += 4) add(std::integral_constant<int, 4>(), c);
+        for (; c < m.children; c++) add(std::integral_constant<int, 1>(), c);
     }
+    finish_streaming();
 }
 
 // Fresh memory comes in pages of 4 KB, each of which costs as much as writing it; in large ones where Linux has them.
