@@ -76,7 +76,7 @@ class LazyAdamW(AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.is_sparse:
                     self._aside.append((parameter, parameter.grad))
-                    self._update(group, parameter, parameter.grad.coalesce())
+                    self._update(group, parameter, coalesced(parameter.grad))
                     parameter.grad = None
 
     def _give_back(self, args: Any, kwargs: Any) -> None:
@@ -130,3 +130,16 @@ class LazyAdamW(AdamW):
                     state[name][:held] = moments[:held]
                 state[name][held:total] = 0
         return slots[rows]
+
+
+def coalesced(gradient: Tensor) -> Tensor:
+    """A sparse gradient with each row once. The values are copied only where one occurs twice, or they are in disorder.
+
+    A gradient that arrives at a parameter is not known to be coalesced any more, even if it was.
+    """
+    rows = gradient._indices()[0]
+    if gradient.is_coalesced() or not bool((rows[1:] > rows[:-1]).all()):
+        return gradient.coalesce()
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0), gradient._values(), gradient.shape, is_coalesced=True, check_invariants=False
+    )

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from sparsepeft.errors import UserError
 from sparsepeft.layers import SparseMemory
-from sparsepeft.training.lazy_adamw import LazyAdamW
+from sparsepeft.training.lazy_adamw import LazyAdamW, coalesced
 
 # Cells of a memory from which a step that touches all of them costs more than finding those that were read.
 _MANY_CELLS = 1 << 14
@@ -102,7 +102,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # a row that occurs twice counts by the sum
+            parameter.grad = coalesced(parameter.grad)  # a row that occurs twice counts by the sum
             gradients.append(parameter.grad.values())
         elif parameter.grad is not None:
             gradients.append(parameter.grad)
