@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparsepeft.ops import explain, load_balancing_loss, memory_read, product_load_balancing_loss, product_memory_read
 from sparsepeft.ops.numerics import top_k_lowest_index
-from sparsepeft.ops.product_memory import memory_read_sparsely
-from sparsepeft.ops.product_memory.cpu import select_pairs_cpu
+from sparsepeft.ops.product_memory import memory_read_sparsely, step_of_rows
+from sparsepeft.ops.product_memory.cpu import select_pairs_cpu, update_rows_cpu
 from sparsepeft.ops.product_memory.search import select_pairs
+from sparsepeft.ops.product_memory.update import AdamStep, Rows, update_rows
 
 NAMES = ("x", "first_keys", "second_keys", "child_keys", "child_values")
 # (leading dimensions of x), D, n, C, K; P = n * n.
@@ -164,6 +165,23 @@ def test_the_loss_of_halves_is_that_of_the_marginals() -> None:
     product_load_balancing_loss(x, *leaves, top_k=top_k).backward()
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
     assert load_balancing_loss(x, parent_keys, top_k=top_k) > 0
+
+
+@pytest.mark.parametrize("width", [(3, 5), (64,)])
+def test_the_compiled_step_of_rows_is_the_plain_one(width: tuple[int, ...]) -> None:
+    rows, slots = torch.tensor([7, 0, 4]), torch.tensor([1, 0, 2])
+    table, first, second = torch.randn(9, *width), torch.randn(4, *width), torch.rand(4, *width)
+    step = AdamStep(decay=0.99, beta1=0.8, beta2=0.9, step_size=0.1, root=0.7, eps=1e-6)
+    gradient, found = torch.randn(3, *width), []
+    for update in (update_rows, step_of_rows, update_rows_cpu):
+        tensors = [tensor.clone() for tensor in (table, first, second)]
+        update(Rows(rows, slots, gradient, *tensors), step)
+        found.append(tensors)
+    for expected, *others in zip(*found, strict=True):
+        for actual in others:
+            torch.testing.assert_close(actual, expected)
+    assert torch.equal(found[2][0][[1, 2, 3, 5, 6, 8]], table[[1, 2, 3, 5, 6, 8]])
+    assert torch.equal(found[2][1][3], first[3])
 
 
 # Tracing

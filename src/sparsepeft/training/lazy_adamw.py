@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-# Numbers of a parameter that are updated together: what is computed with them stays in the processor's cache.
-_PART = 1 << 17
-_GROWTH = 1.5
+from sparsepeft.ops.product_memory import step_of_rows
+from sparsepeft.ops.product_memory.update import AdamStep, Rows
+
+_GROWTH = 1.5  # of the room for moments
 
 
 class LazyAdamW(AdamW):
@@ -97,18 +98,10 @@ class LazyAdamW(AdamW):
         step, (beta1, beta2) = state["step"].item(), group["betas"]
         rate = float(group["lr"])
         step_size, root = rate / (1 - beta1**step), (1 - beta2**step) ** 0.5
-        size = max(1, _PART // max(1, parameter[0].numel()))
-        for part in (slice(start, start + size) for start in range(0, len(rows), size)):
-            row, slot, grad = rows[part], slots[part], values[part]
-            if group["maximize"]:
-                grad = -grad
-            first = state["exp_avg"][slot].lerp_(grad, 1 - beta1)
-            second = state["exp_avg_sq"][slot].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            state["exp_avg"].index_copy_(0, slot, first)
-            state["exp_avg_sq"].index_copy_(0, slot, second)
-            value = parameter[row].mul_(1 - rate * group["weight_decay"])
-            value.addcdiv_(first, second.sqrt_().div_(root).add_(group["eps"]), value=-step_size)
-            parameter.index_copy_(0, row, value)
+        touched = Rows(
+            rows, slots, -values if group["maximize"] else values, parameter, state["exp_avg"], state["exp_avg_sq"]
+        )
+        step_of_rows(touched, AdamStep(1 - rate * group["weight_decay"], beta1, beta2, step_size, root, group["eps"]))
 
     def _find_slots(self, parameter: Tensor, state: dict[str, Any], rows: Tensor) -> Tensor:
         """Where the moments of rows are, (U,); those that are new get a place, and moments of zero."""

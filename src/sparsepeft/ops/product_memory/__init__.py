@@ -14,12 +14,13 @@ from sparsepeft.ops.memory.checks import are_valid, raise_invalid
 from sparsepeft.ops.memory.choice import common_dtype
 from sparsepeft.ops.native import has_plain_memory, is_proven
 from sparsepeft.ops.product_memory.children import GATHERED, Read, read_children
-from sparsepeft.ops.product_memory.cpu import COMPILED, select_pairs_cpu, why_not_built
+from sparsepeft.ops.product_memory.cpu import COMPILED, select_pairs_cpu, update_rows_cpu, why_not_built
 from sparsepeft.ops.product_memory.reference import product_memory_read_reference
 from sparsepeft.ops.product_memory.search import search_flat, search_pairs, select_pairs
-from sparsepeft.ops.registry import Implementation, Operator
+from sparsepeft.ops.product_memory.update import AdamStep, Rows, update_rows
+from sparsepeft.ops.registry import DISABLED, Implementation, Operator
 
-__all__ = ["memory_read_sparsely", "product_memory_read", "product_memory_read_unchecked"]
+__all__ = ["memory_read_sparsely", "product_memory_read", "product_memory_read_unchecked", "step_of_rows"]
 
 
 class ProductArguments(NamedTuple):
@@ -155,6 +156,21 @@ def memory_read_sparsely(
         return _read(impl, tokens, scores, parents, keys, values, temperature, sparse=True)
 
     return _in_common_dtype(read, impl, x, (parent_keys, child_keys, child_values))
+
+
+def step_of_rows(rows: Rows, step: AdamStep) -> None:
+    """Update rows of a table by AdamW, by the compiled kernel where it can; see :func:`update_rows`."""
+    plain = has_plain_memory(*rows) and all(tensor.is_contiguous() for tensor in rows[3:])
+    if (
+        plain
+        and all(tensor.dtype == torch.float32 for tensor in rows[2:])
+        and is_proven()
+        and "cpu" not in DISABLED
+        and why_not_built() is None
+    ):
+        update_rows_cpu(rows, step)
+    else:
+        update_rows(rows, step)
 
 
 def _read(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsepeft.ops import native
 from sparsepeft.ops.product_memory.children import Form, Pairs, Read
+from sparsepeft.ops.product_memory.update import AdamStep, Rows
 
 _SOURCES = Path(__file__).parent / "csrc"
 _SIZES = ("tokens", "hidden", "top_k", "children", "threads")
@@ -46,6 +47,14 @@ class _Cells(ctypes.Structure):
         ("touched", ctypes.c_int64),
         *_fields(ctypes.c_void_p, "pairs", "ends", "rows", "grad_keys", "grad_values"),
         ("num_rows", ctypes.c_int64),
+    )
+
+
+class _Update(ctypes.Structure):
+    _fields_ = (
+        *_fields(ctypes.c_int64, "touched", "width", "threads"),
+        *_fields(ctypes.c_void_p, "rows", "slots", "gradient", "table", "first", "second"),
+        *_fields(ctypes.c_double, *AdamStep._fields),
     )
 
 
@@ -102,6 +111,17 @@ def _differentiate(
     return grad_x, grad_gate, *grad_cells
 
 
+def update_rows_cpu(rows: Rows, step: AdamStep) -> None:
+    """As :func:`sparsepeft.ops.product_memory.update.update_rows`, for contiguous float32 on the CPU."""
+    tensors = [rows.rows.contiguous(), rows.slots.contiguous(), rows.gradient.contiguous(), *rows[3:]]
+    arguments = _Update(
+        *(len(rows.rows), rows.table[0].numel(), torch.get_num_threads()),
+        *(tensor.data_ptr() for tensor in tensors),
+        *step,
+    )
+    _library().product_memory_update(ctypes.byref(arguments), native.openmp_parallel())
+
+
 COMPILED = Form(_read, _differentiate)
 
 
@@ -125,7 +145,7 @@ def _children(read: Read, attention: Tensor, output: Tensor | None) -> _Children
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load_library(_SOURCES)
-    for name, num_arguments in (("search", 2), ("read", 2), ("backward", 3), ("cells", 4)):
+    for name, num_arguments in (("search", 2), ("read", 2), ("backward", 3), ("cells", 4), ("update", 2)):
         function = getattr(library, f"product_memory_{name}")
         function.argtypes, function.restype = [ctypes.c_void_p] * num_arguments, None
     return library

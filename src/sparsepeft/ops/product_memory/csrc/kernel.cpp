@@ -1,6 +1,7 @@
 // A large memory: the best of all pairs of half-keys, and the children of a token's parents, read and learned. What
 // limits all of it is fetching rows that no cache holds, so whatever is needed next is asked for while computing.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -44,6 +45,15 @@ struct Cells {
     const int64_t* rows;      // (touched): of each parent in the two below
     float *grad_keys, *grad_values;  // (rows, C, D)
     int64_t num_rows;
+};
+
+// A step of AdamW for some rows of a table.
+struct Update {
+    int64_t touched, width, threads;
+    const int64_t *rows, *slots;      // (touched): of the table, and of its moments
+    const float* gradient;            // (touched, width)
+    float *table, *first, *second;    // (P, width), (slots, width) twice
+    double decay, beta1, beta2, step_size, root, epsilon;
 };
 
 // Ask for a line of a row that the second cache should have when it is needed; the first has no room for all rows.
@@ -300,6 +310,17 @@ void ask_for_large_pages(float* begin, int64_t size) {
 #endif
 }
 
+void update_row(const Update& u, const float* __restrict gradient, float* __restrict table, float* __restrict first,
+                float* __restrict second) {
+    const float decay = u.decay, keep1 = u.beta1, add1 = 1 - u.beta1, keep2 = u.beta2, add2 = 1 - u.beta2;
+    const float step_size = u.step_size, scale = 1 / u.root, epsilon = u.epsilon;
+    for (int64_t d = 0; d < u.width; d++) {
+        first[d] = keep1 * first[d] + add1 * gradient[d];
+        second[d] = keep2 * second[d] + add2 * gradient[d] * gradient[d];
+        table[d] = decay * table[d] - step_size * first[d] / (std::sqrt(second[d]) * scale + epsilon);
+    }
+}
+
 // `work(begin, end)` on threads that take a part of the items at a time.
 template <class Work>
 void in_parts(Parallel parallel, int64_t items, int64_t threads, const Work& work) {
@@ -324,6 +345,16 @@ void product_memory_read(const Children* m, Parallel parallel) {
 void product_memory_backward(const Children* m, const Gradients* g, Parallel parallel) {
     in_parts(parallel, m->tokens, m->threads,
              [&](int64_t begin, int64_t end) { Reader(*m).differentiate(*g, begin, end); });
+}
+
+void product_memory_update(const Update* u, Parallel parallel) {
+    in_parts(parallel, u->touched, u->threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t slot = u->slots[i] * u->width;
+            update_row(*u, u->gradient + i * u->width, u->table + u->rows[i] * u->width, u->first + slot,
+                       u->second + slot);
+        }
+    });
 }
 
 void product_memory_cells(const Children* m, const Gradients* g, const Cells* cells, Parallel parallel) {
