@@ -68,6 +68,17 @@ def test_matches_reference(shape: str, impl: str, dtype: torch.dtype) -> None:
         assert torch.equal(product_memory_read(*inputs, **options, impl=impl), found["output"])
 
 
+def test_threads_change_nothing() -> None:
+    inputs, found, before = make_inputs("many parents", torch.float32), [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(run(inputs, torch.ones_like(inputs[0]), top_k=5, impl="cpu"))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("output", "child_keys", "child_values"))
+
+
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_gradcheck(impl: str) -> None:
     inputs = make_inputs("odd width")

@@ -58,10 +58,12 @@ def main() -> None:
             for rate in options.rates:
                 file = options.folder / "rates" / f"{task}-{memory}-lr{rate:g}.json"
                 run_once(file, partial(_run, options, task, memory, rate, options.seeds[0], "selection"))
-            rate = best_rate(options.folder, task, memory)
-            for seed in options.seeds if rate is not None else ():
+            best = best_rate(options.folder, task, memory)
+            if best is None:  # another process is at it
+                continue
+            for seed in options.seeds:
                 file = options.folder / f"{task}-{memory}-{seed}.json"
-                run_once(file, partial(_run, options, task, memory, rate, seed, "validation"))
+                run_once(file, partial(_run, options, task, memory, best, seed, "validation"))
     print("\n".join(table(options.folder)))
 
 

@@ -1,5 +1,4 @@
-// A large memory: the best of all pairs of half-keys, and the children of a token's parents, read and learned. What
-// limits all of it is fetching rows that no cache holds, so whatever is needed next is asked for while computing.
+// A large memory: the children of a token's parents, read and learned.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -9,17 +8,14 @@
 #include <sys/mman.h>
 #endif
 
+#include "rows.h"
+#include "search.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
 
 // The arguments; `cpu.py` mirrors these structs. All tensors are contiguous, numbers of rows are 64 bits wide.
-struct Search {
-    int64_t tokens, first_size, second_size, top_k, threads;
-    const float *first, *second;  // (N, first_size), (N, second_size): scores of the half-keys
-    int64_t* parents;             // (N, K)
-};
 struct Children {
     int64_t tokens, hidden, top_k, children, threads;
     double temperature;
@@ -55,113 +51,6 @@ struct Update {
     float *table, *first, *second;    // (P, width), (slots, width) twice
     double decay, beta1, beta2, step_size, root, epsilon;
 };
-
-// Ask for a line of a row that the second cache should have when it is needed; the first has no room for all rows.
-INLINE void fetch(const float* row) { __builtin_prefetch(row, 0, 2); }
-
-// scores[r] = rows[r] . x, meanwhile fetching as much of `ahead`.
-template <int R>
-INLINE void dot_rows(const float* const* rows, const float* const* ahead, const float* x, int64_t size, float* scores) {
-    vec sums[R] = {};
-    int64_t d = 0;
-    for (; d + LANES <= size; d += LANES) {
-        const vec part = load(x + d);
-        for (int r = 0; r < R; r++) {
-            fetch(ahead[r] + d);
-            sums[r] += load(rows[r] + d) * part;
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        scores[r] = sum(sums[r]);
-        for (int64_t i = d; i < size; i++) scores[r] += rows[r][i] * x[i];
-    }
-}
-
-void dot_all(const float* const* rows, const float* const* ahead, int64_t count, const float* x, int64_t size,
-             float* scores) {
-    int64_t r = 0;
-    for (; r + 8 <= count; r += 8) dot_rows<8>(rows + r, ahead + r, x, size, scores + r);
-    for (; r < count; r++) dot_rows<1>(rows + r, ahead + r, x, size, scores + r);
-}
-
-// to[t] = start + rows weighted by weights[t], `NV` vectors of each, which stay in registers. `ahead` is fetched
-// meanwhile; `start` and `ahead` may be null.
-template <int T, int NV>
-INLINE void add_piece(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
-                      const float* start, float* const* to, int64_t d, bool past_cache) {
-    vec total[T][NV];
-    for (int t = 0; t < T; t++)
-        for (int v = 0; v < NV; v++) total[t][v] = start ? load(start + d + v * LANES) : vec{};
-    for (int64_t r = 0; r < count; r++)
-        for (int v = 0; v < NV; v++) {
-            if (ahead) fetch(ahead[r] + d + v * LANES);
-            const vec row = load(rows[r] + d + v * LANES);
-            for (int t = 0; t < T; t++) total[t][v] += weights[t][r] * row;
-        }
-    for (int t = 0; t < T; t++) {
-        const bool can_stream = past_cache && reinterpret_cast<uintptr_t>(to[t] + d) % VECTOR_BYTES == 0;
-        for (int v = 0; v < NV; v++) {
-            if (can_stream) stream(to[t] + d + v * LANES, total[t][v]);
-            else store(to[t] + d + v * LANES, total[t][v]);
-        }
-    }
-}
-
-template <int T>
-void add_rows(const float* const* rows, const float* const* ahead, const float* const* weights, int64_t count,
-              const float* start, int64_t size, float* const* to, bool past_cache = false) {
-    constexpr int NV = T == 1 ? 12 : REGISTERS / T - 2;
-    int64_t d = 0;
-    for (; d + NV * LANES <= size; d += NV * LANES)
-        add_piece<T, NV>(rows, ahead, weights, count, start, to, d, past_cache);
-    for (; d + LANES <= size; d += LANES) add_piece<T, 1>(rows, ahead, weights, count, start, to, d, past_cache);
-    for (; d < size; d++)
-        for (int t = 0; t < T; t++) {
-            float total = start ? start[d] : 0;
-            for (int64_t r = 0; r < count; r++) total += weights[t][r] * rows[r][d];
-            to[t][d] = total;
-        }
-}
-
-// NaN counts as the largest score.
-INLINE bool is_better(float a, float b) { return a > b || (a != a && b == b); }
-
-struct Best {
-    float score;
-    int64_t index;
-};
-INLINE void keep(Best* best, int64_t& held, int64_t most, float score, int64_t index) {
-    const auto precedes = [&](const Best& other) {
-        return is_better(score, other.score) || (!is_better(other.score, score) && index < other.index);
-    };
-    if (held == most && !precedes(best[held - 1])) return;
-    int64_t at = held == most ? held - 1 : held++;
-    for (; at > 0 && precedes(best[at - 1]); at--) best[at] = best[at - 1];
-    best[at] = {score, index};
-}
-
-// The best `most` scores, the highest first; of equal ones the lowest index.
-int64_t keep_best(const float* scores, int64_t count, int64_t most, Best* best) {
-    int64_t held = 0;
-    for (int64_t i = 0; i < count; i++) keep(best, held, most, scores[i], i);
-    return held;
-}
-
-void search(const Search& s, int64_t begin, int64_t end) {
-    std::vector<Best> storage(3 * s.top_k);
-    Best *first = storage.data(), *second = first + s.top_k, *best = second + s.top_k;
-    for (int64_t token = begin; token < end; token++) {
-        const int64_t firsts = keep_best(s.first + token * s.first_size, s.first_size, s.top_k, first);
-        const int64_t seconds = keep_best(s.second + token * s.second_size, s.second_size, s.top_k, second);
-        int64_t held = 0;
-        // A pair of ranks a and b comes after a * b others at least, all of those of better or equal ranks.
-        for (int64_t a = 0; a < firsts; a++)
-            for (int64_t b = 0; b < seconds && (a + 1) * (b + 1) <= s.top_k; b++)
-                keep(best, held, s.top_k, first[a].score + second[b].score,
-                     first[a].index * s.second_size + second[b].index);
-        for (int64_t k = 0; k < s.top_k; k++) s.parents[token * s.top_k + k] = best[k].index;
-    }
-}
 
 // One thread's work on tokens.
 class Reader {
