@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.layers import SparseMemory
-from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
+from sparsepeft.ops.numerics import softmax_dtype
 
 # Positions are read so many at a time that the scores of their parents and children have at most this many entries.
 _ENTRIES = 1 << 22
@@ -147,12 +147,10 @@ def read(memory: SparseMemory, states: Tensor) -> Iterator[tuple[slice, Reading]
 
 def _read(memory: SparseMemory, states: Tensor) -> Reading:
     # The dtypes of ops.memory_read: products in the common dtype, softmaxes in float32 at least.
-    dtype = torch.promote_types(states.dtype, memory.parent_keys.dtype)
-    x, parent_keys, child_keys, child_values = (
-        tensor.to(dtype) for tensor in (states, memory.parent_keys, memory.child_keys, memory.child_values)
-    )
+    dtype = torch.promote_types(states.dtype, memory.child_keys.dtype)
+    x, child_keys, child_values = (tensor.to(dtype) for tensor in (states, memory.child_keys, memory.child_values))
     precise = softmax_dtype(dtype)
-    scores, parents = top_k_lowest_index((x @ parent_keys.T).to(precise), memory.top_k)
+    scores, parents = memory.select(states)
     # By index, then stably by score: of equal scores the lowest index comes first.
     by_index = parents.argsort(-1)
     order = by_index.gather(-1, scores.gather(-1, by_index).argsort(dim=-1, descending=True, stable=True))
@@ -162,7 +160,7 @@ def _read(memory: SparseMemory, states: Tensor) -> Reading:
     children, moved = torch.zeros_like(parents), torch.zeros_like(gates)
     total = torch.zeros(x.shape, dtype=precise, device=x.device)
     pairs = parents.flatten().argsort(stable=True)  # position * K + slot, grouped by parent
-    for group in pairs.split(parents.flatten().bincount(minlength=len(parent_keys)).tolist()):
+    for group in pairs.split(parents.flatten().bincount(minlength=memory.num_parents).tolist()):
         if not len(group):
             continue
         parent, positions = parents.flatten()[group[0]], group // memory.top_k

@@ -15,6 +15,8 @@ from sparsepeft.inspection.picks import Picks
 
 FORMAT_VERSION = 2  # 1 ranked words by lift and had no z
 NMI_AVERAGE = "arithmetic"
+MAX_LISTED = 1024  # parents of a memory
+MAX_NAMED = 30  # dead parents in a table
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class LayerReport:
         gate_entropy: mean entropy of the K renormalised weights, in nats; at most ``log(K)``.
         dead_parents: parents that were never among the K.
         moved: mean norm of the whole update over the norm of the state.
-        parents: every parent.
+        parents: every parent, of more than 1,024 those that were picked most, in the order of their numbers. Parent p
+            of product keys is the pair of the halves p // n and p % n, with n * n parents.
     """
 
     index: int
@@ -109,6 +112,12 @@ class LayerReport:
         totals = {name: sum((each.labels_positions or {}).get(name, 0) for each in self.parents) for name in counts}
         shares = {name: count / totals[name] for name, count in counts.items() if totals[name]}
         return dict(sorted(shares.items(), key=lambda named: -named[1]))
+
+    def describe_dead(self) -> str:
+        """The dead parents for people: of many, how many they are."""
+        if len(self.dead_parents) > MAX_NAMED:
+            return f"{len(self.dead_parents):,} of {self.num_parents:,}"
+        return ", ".join(map(str, self.dead_parents)) or "none"
 
     def purest_parent(self, min_share: float = 0.1) -> ParentReport | None:
         """The parent with the highest purity among those that hold at least ``min_share`` of the documents."""
@@ -171,6 +180,11 @@ def normalized_mutual_information(counts: np.ndarray) -> float | None:
     return float(np.clip(information / mean, 0.0, 1.0))
 
 
+def listed_parents(picks: Picks) -> list[int]:
+    """The parents that a report has: all, or those that were picked most, in the order of their numbers."""
+    return sorted(np.argsort(-picks.picked, kind="stable")[:MAX_LISTED].tolist())
+
+
 def layer_report(
     index: int, name: str, picks: Picks, labels: Sequence[str], words: list[list[tuple[str, int, float, float]]]
 ) -> LayerReport:
@@ -196,7 +210,7 @@ def layer_report(
         gate_entropy=min(picks.entropy / positions, math.log(top_k)),
         dead_parents=np.flatnonzero(picks.picked == 0).tolist(),
         moved=picks.moved_total / positions,
-        parents=[_parent_report(p, picks, labels, words[p]) for p in range(num_parents)],
+        parents=[_parent_report(p, picks, labels, words[p]) for p in listed_parents(picks)],
     )
 
 

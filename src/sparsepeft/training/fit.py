@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -35,6 +35,7 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.sparse_gradients import SparseGradientTrainer
 from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def fit(
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(SparseGradientTrainer):
     """A Trainer whose last good checkpoint survives a NaN loss and a full disk.
 
     Args:

@@ -218,7 +218,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
         "lr_scheduler_type": recipe.lr_scheduler_type,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "optimizer": _optimizer(trainer),
         "precision": config.precision,
         "seed": config.seed,
     }
@@ -236,3 +236,10 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
             weights = [round(float(weight), 6) for weight in loss.weights]
             values |= {"class_weights": dict(zip(data.spec.label_names or (), weights, strict=True))}
     return values | ({"adapter": dict(recipe.adapter)} if recipe.adapter else {})
+
+
+def _optimizer(trainer: Trainer) -> str:
+    """By transformers' name, or by that of its class if it is another one."""
+    if trainer.optimizer_cls_and_kwargs is not None:
+        return trainer.optimizer_cls_and_kwargs[0].__name__
+    return str(getattr(trainer.args.optim, "value", trainer.args.optim))
