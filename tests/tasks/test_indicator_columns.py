@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sparsepeft.rows.formats import find_format
 from sparsepeft.tasks import TaskData, TaskError, check_task, load_task
 from sparsepeft.tasks.columns import Columns, choose_label_column
-from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.local import load_labelled
 
 ROWS = [(1, 0, 0), (0, 1, 1), (0, 0, 0), (1, 0, 1), (0, 1, 0)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
-from sparsepeft.tasks.files import read_text
+from sparsepeft.rows.reading import read_text
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -15,9 +15,9 @@ from sparsepeft.arguments import check_choice, check_number, check_whole
 from sparsepeft.errors import UserError
 from sparsepeft.methods.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.paths import with_absolute_paths
+from sparsepeft.rows.decoding import known_encoding
+from sparsepeft.rows.formats import read_delimiter
 from sparsepeft.runs.config_values import SELECTION, read_class_weights, read_columns, read_thresholds, read_trackers
-from sparsepeft.tasks.decoding import known_encoding
-from sparsepeft.tasks.formats import read_delimiter
 from sparsepeft.tasks.labels import problem_type_of
 from sparsepeft.tasks.local import FileOptions
 from sparsepeft.tasks.spec import LANGUAGE_MODEL as LM

@@ -15,14 +15,14 @@ from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
 from sparsepeft.methods.sparse import by_infer
+from sparsepeft.rows.formats import FileFormat
+from sparsepeft.rows.reading import read_rows, sha256
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
 from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out
 from sparsepeft.scoring.questions import TableOptions
 from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns, choose_token_columns
-from sparsepeft.tasks.files import read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.decoding import lines
-from sparsepeft.tasks.files import find_file, read_rows, require_file, sha256
-from sparsepeft.tasks.formats import RAW_TSV
+from sparsepeft.rows.decoding import lines
+from sparsepeft.rows.formats import RAW_TSV
+from sparsepeft.rows.reading import find_file, read_rows, require_file, sha256
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Final, Literal, Unpack
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.formats import find_format
+from sparsepeft.rows.reading import sha256
 from sparsepeft.tasks.bbc import find_bbc_file, load_bbc_files, load_bbc_hub
 from sparsepeft.tasks.columns import Columns
-from sparsepeft.tasks.files import sha256
-from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
 from sparsepeft.tasks.goemotions import find_goemotions_files, load_goemotions_files, load_goemotions_hub
 from sparsepeft.tasks.local import FileOptions, LocalFiles, PathLike, load_labelled, load_local

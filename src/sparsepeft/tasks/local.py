@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.reading import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
-from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat, find_format
 from sparsepeft.tasks.indicators import indicator_columns, read_indicators
 from sparsepeft.tasks.labels import SINGLE, TOKENS, Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import ENTITY_METRICS, TaskData, TaskSpec, build_dataset
