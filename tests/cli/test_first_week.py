@@ -87,7 +87,7 @@ def test_what_a_run_leaves(at_work: Path, tmp_path: Path) -> None:
     for word in (*DEPARTMENTS, "precision", "confusions of validation"):
         assert word in typed("history out/tickets --classes").stdout
     typed(f"history out/tickets --classes --part validation --output {tmp_path}/classes.svg")
-    assert DEPARTMENTS[0] in (tmp_path / "classes.svg").read_text()
+    assert next(iter(DEPARTMENTS)) in (tmp_path / "classes.svg").read_text()
     refused("history out/tickets --classes --part tset", "--part", "tset", "validation")
     refused("history out/tickets --part validation", "--part validation goes with --classes")
     card = Path("out/tickets/README.md").read_text()

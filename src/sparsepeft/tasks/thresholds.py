@@ -17,21 +17,24 @@ HALF: Final = 0.5  # where nothing was chosen
 LEAST_POSITIVES: Final = 50
 
 
-def choose_thresholds(logits: ArrayLike, labels: ArrayLike) -> tuple[float, ...]:
+def choose_thresholds(
+    logits: ArrayLike, labels: ArrayLike, least_positives: int = LEAST_POSITIVES
+) -> tuple[float, ...]:
     """Choose for each label the probability above which it holds, so that its F1 on these rows is greatest.
 
-    Labels that fewer than 50 rows have share one, with which the micro F1 of all of these labels together is greatest;
-    it is 0.5 where no row has any of them.
+    Rare labels share one, with which the micro F1 of all of these labels together is greatest; it is 0.5 where no row
+    has any of them.
 
     Args:
         logits: (N, C).
         labels: ones and zeros, (N, C).
+        least_positives: labels that fewer rows have are rare.
 
     Returns:
         A probability for each label, halfway between two that occur.
     """
     probabilities, truth = _probabilities(np.asarray(logits, dtype=np.float64)), np.asarray(labels) > 0.5
-    is_rare = truth.sum(axis=0) < LEAST_POSITIVES
+    is_rare = truth.sum(axis=0) < least_positives
     shared = _best(probabilities[:, is_rare].ravel(), truth[:, is_rare].ravel())
     pairs = zip(is_rare, probabilities.T, truth.T, strict=True)
     return tuple(shared if rare else _best(*column) for rare, *column in pairs)

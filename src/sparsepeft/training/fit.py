@@ -278,9 +278,13 @@ def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction) -> dict[str, float]:
-    """The metrics that a checkpoint is chosen by, at the thresholds that would be chosen for it."""
+    """The metrics that a checkpoint is chosen by.
+
+    Of several labels each is at its best threshold, however rare it is: with one that rare labels share, F1 also says
+    how alike their probabilities are, by which early checkpoints would be chosen that have learned nothing yet.
+    """
     answer = answers_of(output, part)
-    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer))
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer, least_positives=1))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 

@@ -8,7 +8,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.config_values import SELECTION
 from sparsepeft.tasks import TaskSpec
-from sparsepeft.tasks.thresholds import HALF, choose_thresholds
+from sparsepeft.tasks.thresholds import HALF, LEAST_POSITIVES, choose_thresholds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,10 @@ def check_thresholds(spec: TaskSpec, config: RunConfig) -> None:
 
 
 def thresholds_by(
-    spec: TaskSpec, config: RunConfig, answer: tuple[np.ndarray, np.ndarray] | None
+    spec: TaskSpec,
+    config: RunConfig,
+    answer: tuple[np.ndarray, np.ndarray] | None,
+    least_positives: int = LEAST_POSITIVES,
 ) -> tuple[float, ...] | None:
     """The probability above which each label holds, (C,); None is 0.5 for all, and for tasks without several labels.
 
@@ -34,9 +37,10 @@ def thresholds_by(
         spec: the task.
         config: of the run.
         answer: logits and labels, (N, C), of the rows that they are to be chosen on; None where there are none.
+        least_positives: see :func:`sparsepeft.tasks.thresholds.choose_thresholds`.
     """
     if not spec.multi_label or config.thresholds == HALF:
         return None
     if config.thresholds != SELECTION:
         return (float(config.thresholds),) * spec.num_labels
-    return None if answer is None else choose_thresholds(*answer)
+    return None if answer is None else choose_thresholds(*answer, least_positives)
