@@ -26,6 +26,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.models import deferred_logits
+from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import CHECKPOINTS
@@ -121,7 +122,7 @@ class SafeTrainer(SparseGradientTrainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, from the cached states where a batch has them; a language model's without its logits."""
         using = self.cache.using(inputs.pop(STATES, None)) if self.cache else nullcontext()
-        with using, deferred_logits(model):
+        with using, deferred_logits(model), CompiledDropout() if self._compiles_dropout() else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -163,6 +164,11 @@ class SafeTrainer(SparseGradientTrainer):
                 f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
         return loss
+
+    def _compiles_dropout(self) -> bool:
+        args = self.args
+        recomputes = args.torch_compile or args.gradient_checkpointing  # or traces; neither knows the kernels
+        return args.device.type == "cpu" and not recomputes and is_compiled_dropout_faster()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
