@@ -26,7 +26,7 @@ def command(
         Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON, parquet or CoNLL.", metavar="FILE")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news, wnut17 or topics.")
+        str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news, goemotions, wnut17 or topics.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
@@ -67,9 +67,10 @@ def _page(about: dict[str, Any]) -> Iterator[Any]:
     for file in about.get("files", {}).values():
         yield _cut(", ".join(file.values()))
     if columns := about.get("columns"):
-        unused = [name for name in columns["found"] if name not in (*columns["text"], columns["label"])]
+        labels = [columns["label"]] if isinstance(columns["label"], str) else columns["label"]
+        unused = [name for name in columns["found"] if name not in (*columns["text"], *labels)]
         yield _cut(
-            f"text: {' + '.join(columns['text'])}; label: {columns['label']}"
+            f"text: {' + '.join(columns['text'])}; label: {', '.join(labels)}"
             + (f"; not used: {', '.join(name or '(unnamed)' for name in unused)}" if unused else "")
         )
     yield _cut(f"{about['task']}, {about['problem_type']}; scored by {', '.join(about['metrics'])}")

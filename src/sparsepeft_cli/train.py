@@ -15,8 +15,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "Data": {
         "task": (
             str,
-            "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, bbc-news, wnut17 (entities), topics (comes with the "
-            "package), custom with --train-file, lm with --text.",
+            "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, bbc-news, goemotions, wnut17 (entities), topics "
+            "(comes with the package), custom with --train-file, lm with --text.",
         ),
         "data_dir": (
             Path,
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "test_file": (Path, "Rows that are scored once, at the end."),
         "text_column": (str, "Column of the text."),
         "text_pair_column": (str, "Column of the second text, for pairs."),
-        "label_column": (str, "Column of the label."),
+        "label_column": (str, "Column of the label, or columns of 0 and 1: joy,anger."),
         "problem_type": (
             str,
             "Of own files: regression, single_label, multi_label or token_classification. [default: by their labels]",
@@ -75,6 +75,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
             str,
             'How much examples of each class count: balanced, or "spam=3,ham=1".',
             {"metavar": "WEIGHTS"},
+        ),
+        "thresholds": (
+            str,
+            "Of several labels: the probability above which each holds, such as 0.5. [default: selection: chosen on a "
+            "tenth of the training data]",
         ),
         "label_smoothing_factor": (float, "Share of the target spread over all classes. [default: 0]"),
         "eval_steps": (int, "Score the selection part, and save, every N steps. [default: ten times]"),

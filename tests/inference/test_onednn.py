@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from sparsepeft import MultiTaskEngine
-from sparsepeft.inference import onednn
-from sparsepeft.inference.onednn import OneDnnLinear, can_onednn_compute, is_onednn_faster, use_onednn
+from sparsepeft.models import onednn
+from sparsepeft.models.onednn import OneDnnLinear, can_onednn_compute, is_onednn_faster, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
 
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     found: list[torch.Size] = []
     product = onednn.onednn_product
 
-    def noting(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def noting(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         found.append(given.shape)
         return product(given, weight, bias)
 
@@ -71,6 +71,43 @@ def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size], monkeypatch
     assert not onednn.is_onednn_faster.__wrapped__(torch.bfloat16)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (2, 3, 5)])
+def test_a_frozen_layer_has_the_gradient_of_its_input(
+    shape: tuple[int, ...], bias: bool, calls: list[torch.Size]
+) -> None:
+    layer = fast((5, 13), bias=bias).requires_grad_(False)
+    given = torch.randn(shape, requires_grad=True)
+    output = layer(given)
+    grad_output = torch.randn(13).expand_as(output)
+    expected = nn.functional.linear(given, layer.weight, layer.bias)
+    torch.testing.assert_close(output, expected)
+    assert calls == [torch.Size(shape)]
+    actual, wanted = (torch.autograd.grad(one, given, grad_output)[0] for one in (output, expected))
+    torch.testing.assert_close(actual, wanted)
+    assert not layer(given.detach()).requires_grad
+
+    def penalty(result: torch.Tensor) -> torch.Tensor:  # its gradient has one, too
+        (grad,) = torch.autograd.grad(result.square().sum(), given, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), given)[0]
+
+    torch.testing.assert_close(penalty(layer(given)), penalty(nn.functional.linear(given, layer.weight, layer.bias)))
+
+
+def test_a_frozen_layer_under_autocast(calls: list[torch.Size]) -> None:
+    if not can_onednn_compute(torch.bfloat16):
+        pytest.skip("oneDNN does not compute bfloat16 on this processor")
+    layer, given = fast((6, 4)).requires_grad_(False), torch.randn(3, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(given)  # its weight would be cast
+        assert calls == []
+        actual = layer.to(torch.bfloat16)(given)
+    assert calls == [given.shape]
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(one, given, torch.ones_like(one))[0] for one in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_an_engine_answers_the_same_and_leaves_the_model_alone(
     backbone: Path, folders: dict[str, Path], calls: list[torch.Size]
 ) -> None:
@@ -86,9 +123,10 @@ def test_an_engine_answers_the_same_and_leaves_the_model_alone(
     assert not any(isinstance(module, OneDnnLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_comparison_says_yes_or_no_and_draws_no_random_numbers(dtype: torch.dtype) -> None:
+def test_the_comparison_says_yes_or_no_and_draws_no_random_numbers(dtype: torch.dtype, trains: bool) -> None:
     is_onednn_faster.cache_clear()
     state = torch.get_rng_state()
-    assert is_onednn_faster(dtype) in ((True, False) if can_onednn_compute(dtype) else (False,))
+    assert is_onednn_faster(dtype, trains=trains) in ((True, False) if can_onednn_compute(dtype) else (False,))
     assert torch.equal(state, torch.get_rng_state())

@@ -11,6 +11,7 @@ from tests.ops.memory_cases import FORMS, NAMES, SHAPES, assert_all_close, lowes
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from sparsepeft.ops import explain, memory_read, registry
 from sparsepeft.ops.memory import choice
@@ -34,7 +35,7 @@ def test_half_precision_is_as_close_to_float32_as_the_reference(impl: str) -> No
         cases.check_half_selects_among_the_best(dtype, impl=impl)
 
 
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("impl", [*ALL, "cpu"])
 def test_float32_memory_keeps_its_precision_on_half_precision_input(impl: str) -> None:
     for dtype in HALF:
         cases.check_float32_memory_on_half_input(dtype, impl=impl)
@@ -48,10 +49,10 @@ def test_zero_values_leave_the_input_exactly(impl: str) -> None:
             cases.check_zero_values(dtype, impl=impl, shape=shape, memory_dtype=memory_dtype)
 
 
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("impl", [*ALL, "cpu"])
 def test_layouts_autocast_and_gradients_only_where_required(impl: str) -> None:
     cases.check_layouts(impl=impl)
-    cases.check_only_needed_gradients(impl=impl, dtype=torch.float64)
+    cases.check_only_needed_gradients(impl=impl, dtype=torch.float32 if impl == "cpu" else torch.float64)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -79,13 +80,13 @@ def test_top_k_lowest_index(num_columns: int) -> None:
         assert torch.equal(values, scores.gather(-1, indices))
 
 
-@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("impl", [*ALL, "cpu"])
 def test_ties_keep_the_lowest_parent(impl: str) -> None:
     for num_parents in (16, 60):
         cases.check_ties(num_parents, impl=impl)
 
 
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", [*FAST, "cpu"])
 def test_nan_in_nan_out(impl: str) -> None:
     for shape in ("paper-like", "many parents"):
         cases.check_nan(impl=impl, shape=shape)
@@ -212,10 +213,11 @@ def test_auto_runs_what_was_measured_to_be_the_fastest(fastest: str, monkeypatch
         )
     assert torch.equal(memory_read(*inputs, top_k=5), read(*inputs, top_k=5, impl=fastest))
     choice._times.cache_clear()
-    inputs[1].requires_grad_()
-    explanation = explain("memory_read", *inputs, top_k=5)
-    assert explanation.impl == "torch"
-    assert "under torch.no_grad()" in explanation.others["cpu"]
+    inputs = [tensor.requires_grad_() for tensor in make_inputs("paper-like", torch.float32)]
+    assert explain("memory_read", *inputs, top_k=8).impl == ("cpu" if fastest == "cpu" else "torch")
+    choice._times.cache_clear()
+    inputs = [tensor.requires_grad_() for tensor in make_inputs("sparse use of many parents", torch.float32)]
+    assert "with gradients it multiplies with the whole memory" in explain(memory_read, *inputs, top_k=2).others["cpu"]
 
 
 def test_an_implementation_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +240,7 @@ def test_an_implementation_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) ->
         explain(memory_read, *inputs, tok_p=4)
 
 
-# The compiled kernel, which has no gradients
+# The compiled kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -300,20 +302,67 @@ def test_cpu_kernel_rounds_bfloat16_as_pytorch_does() -> None:
     torch.testing.assert_close(actual, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, ((1031,), 130, 12, 5, 7)]
+)  # several parts, tiles and panels, each with a rest
+def test_cpu_kernel_trains_as_the_reference_does(shape: cases.Shape) -> None:
+    cases.check_matches(shape, impls=["cpu"])
+
+
+def test_cpu_kernel_trains_with_bfloat16_states_as_with_float32_rounded_once() -> None:
+    inputs = make_inputs(((60,), 70, 16, 3, 8), torch.bfloat16, memory_dtype=torch.float32)
+    grad_output = torch.randn_like(inputs[0])
+    expected = run([inputs[0].float(), *inputs[1:]], grad_output.float(), top_k=8, impl="cpu")
+    actual = run(inputs, grad_output, top_k=8, impl="cpu")
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name].to(value.dtype)), name
+
+
+def test_gradients_of_the_cpu_kernel_are_the_same_each_time_and_on_any_thread() -> None:
+    inputs, threads_before = make_inputs(((400,), 33, 7, 2, 3), torch.float32), torch.get_num_threads()
+    grad_output = torch.randn_like(inputs[0])
+    expected = run(inputs, grad_output, top_k=3, impl="reference")
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            first, second = (run(inputs, grad_output, top_k=3, impl="cpu") for _ in range(2))
+        finally:
+            torch.set_num_threads(threads_before)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert_all_close(first, expected, **cases.tolerance(torch.float32))
+
+
+def test_the_cpu_kernels_gradients_can_be_differentiated_and_recomputed() -> None:
+    inputs, vector = make_inputs("odd", torch.float32), torch.randn(2, 5, 13)
+
+    def penalty(impl: str, *tensors: Tensor) -> Tensor:
+        grads = torch.autograd.grad((read(*tensors, top_k=4, impl=impl) * vector).sum(), tensors, create_graph=True)
+        return sum(grad.square().sum() for grad in grads)
+
+    gradients = []
+    for impl in ("cpu", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        gradients.append(dict(zip(NAMES, torch.autograd.grad(penalty(impl, *leaves), leaves), strict=True)))
+    assert_all_close(*gradients, rtol=1e-4, atol=1e-5)
+
+    def checkpointed(*tensors: Tensor, **options: object) -> Tensor:
+        return checkpoint(read, *tensors, use_reentrant=False, impl="cpu", **options)
+
+    expected = run(inputs, vector, top_k=4, impl="cpu")
+    actual = run(inputs, vector, function=checkpointed, top_k=4)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
 def test_cpu_kernel_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs("odd", torch.float32)
-    with pytest.raises(ValueError, match=r"impl is 'cpu', but the compiled kernel reads plain float32 tensors"):
+    with pytest.raises(ValueError, match=r"impl is 'cpu', but the compiled kernels read plain float32 tensors"):
         memory_read(*make_inputs("odd"), top_k=4, impl="cpu")
-    inputs[2].requires_grad_()
-    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
+    expected = memory_read(*inputs, top_k=4, impl="cpu")
+    (kernel,) = (each for each in choice.OPERATOR._ranked if each.name == "cpu")
+    monkeypatch.setitem(kernel.__dict__, "why_unavailable", lambda: "no C++ compiler was found.")
+    with pytest.raises(RuntimeError, match=r"impl is 'cpu', but no C\+\+ compiler was found"):
         memory_read(*inputs, top_k=4, impl="cpu")
-    with torch.no_grad():
-        expected = memory_read(*inputs, top_k=4, impl="cpu")
-        (kernel,) = (each for each in choice.OPERATOR._ranked if each.name == "cpu")
-        monkeypatch.setitem(kernel.__dict__, "why_unavailable", lambda: "no C++ compiler was found.")
-        with pytest.raises(RuntimeError, match=r"impl is 'cpu', but no C\+\+ compiler was found"):
-            memory_read(*inputs, top_k=4, impl="cpu")
-        torch.testing.assert_close(memory_read(*inputs, top_k=4), expected)
+    torch.testing.assert_close(memory_read(*inputs, top_k=4), expected)
 
 
 @pytest.mark.parametrize("wide", NAMES[1:])

@@ -16,6 +16,7 @@ from sparsepeft.inference.sentences import by_sentence, first_pieces
 from sparsepeft.runs.files import RUN
 from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
+from sparsepeft.tasks.thresholds import HALF
 from sparsepeft.tasks.token_metrics import NO_TOKEN
 
 Answers = list[dict[str, Any]]  # of the examples, as Prediction.to_dict has them
@@ -30,6 +31,7 @@ class Examples:
         texts: inputs of the task.
         labels: theirs, with ``spec``; None where the texts are not the task's own.
         tokens: of each text, where these are labelled.
+        thresholds: of the task.
     """
 
     source: str
@@ -37,6 +39,7 @@ class Examples:
     labels: list[Any] | None = None
     spec: TaskSpec | None = None
     tokens: list[list[str]] | None = None
+    thresholds: tuple[float, ...] | None = None
 
 
 def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
@@ -54,7 +57,7 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
             changes = (note for note in data.notes if CHANGED in note)
             source = "; ".join(("the task's validation set", *changes))
             tokens = rows["tokens"][:] if data.spec.labels_tokens else None
-            return Examples(source, texts, rows["label"][:], data.spec, tokens)
+            return Examples(source, texts, rows["label"][:], data.spec, tokens, task.info.thresholds)
     else:
         source = "texts of the built-in sample, as the folder does not say what the task was trained on"
     sample = load_task("topics").validation["text"][:][:max_examples]
@@ -102,7 +105,7 @@ def _labels(answers: Answers) -> list[Any]:
     """Labels; of tokens with their places."""
     if answers and "entities" in answers[0]:
         return [(token["label"], token["start"], token["end"]) for row in answers for token in row["entities"]]
-    return [row["label"] for row in answers]
+    return [(row.get("label"), row.get("labels")) for row in answers]
 
 
 def differences(expected: Answers, exported: Answers) -> dict[str, Any]:
@@ -119,7 +122,9 @@ def score(examples: Examples, answers: Answers) -> float | None:
     if examples.tokens is not None:
         return _score_of_tokens(examples, answers)
     # Metrics take logits: of several labels those above 0 hold, of one the largest, whatever the scale.
-    spec, scores = examples.spec, _scores(answers) - 0.5 * examples.spec.multi_label
+    spec, scores = examples.spec, _scores(answers)
+    if spec.multi_label:
+        scores -= HALF if examples.thresholds is None else examples.thresholds
     return spec.compute_metrics(scores, examples.labels)[spec.main_metric]
 
 

@@ -154,6 +154,7 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
             "labels_tokens": task.info.labels_tokens,
             "by_word": task.info.is_by_word,
             "names": {name: other for name, other in names.items() if name != other},
+            "thresholds": task.info.thresholds,
             "num_texts": task.info.num_texts,
             "max_length": max_length,
             "backbone": job.backbone_name,

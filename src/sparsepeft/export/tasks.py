@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 Shape = tuple[int | None, ...]
 
 # What the graph computes with but no tensor holds: it is the same for all tasks of a graph.
-_CONSTANTS = ("top_k", "temperature", "style", "non_linearity")
+_CONSTANTS = ("parent_keys", "top_k", "temperature", "style", "non_linearity")
 
 
 @dataclass(frozen=True)

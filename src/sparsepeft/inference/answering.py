@@ -95,8 +95,9 @@ class Answers:
 
 
 def _of_text(row: Row, logits: np.ndarray) -> Prediction:
-    info, truncated = row.task.info, row.encoded.truncated
-    return prediction(logits, info.label_names, multi_label=info.multi_label, truncated=truncated, num_tokens=len(row))
+    info = row.task.info
+    about: dict[str, Any] = {"truncated": row.encoded.truncated, "num_tokens": len(row)}
+    return prediction(logits, info.label_names, multi_label=info.multi_label, thresholds=info.thresholds, **about)
 
 
 @contextmanager

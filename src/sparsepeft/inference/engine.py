@@ -44,7 +44,6 @@ from sparsepeft.inference.answering import (
 )
 from sparsepeft.inference.encoding import Encoder, batches_by_length, windows
 from sparsepeft.inference.entities import EntityOptions, Strategy, entity_options
-from sparsepeft.inference.onednn import is_onednn_faster, use_onednn
 from sparsepeft.inference.portable import (
     Input,
     InputError,
@@ -77,6 +76,7 @@ from sparsepeft.methods.models import (
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.heads import find_head
 from sparsepeft.models.identity import is_sparse
+from sparsepeft.models.onednn import is_onednn_faster, use_onednn
 from sparsepeft.models.token_heads import token_model
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig

@@ -188,7 +188,8 @@ class Prediction:
         scores: probability of every label; empty for regression, and where tokens are labelled.
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
-        labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
+        labels: where several may hold, those whose probability is above their threshold (0.5, if training chose none),
+            in the task's order; else None.
         logits: what the probabilities were made of, one for each label, or the predicted value.
         num_tokens: of the input as the model read it; 0 where it was not noted.
         entities: where tokens are labelled, those that were found, in the text's order; else None.
@@ -228,6 +229,7 @@ def prediction(
     label_names: Sequence[str] | None,
     *,
     multi_label: bool = False,
+    thresholds: Sequence[float] | None = None,
     truncated: bool = False,
     num_tokens: int = 0,
 ) -> Prediction:
@@ -237,6 +239,7 @@ def prediction(
         logits: (num_labels,).
         label_names: one for each; None for regression.
         multi_label: labels do not exclude each other, so that each has a probability of its own.
+        thresholds: above which each of these labels holds; None is 0.5 for all.
         truncated, num_tokens: see :class:`Prediction`.
 
     Returns:
@@ -254,7 +257,10 @@ def prediction(
         probabilities = shifted / shifted.sum()
     scores = dict(zip(label_names, probabilities.tolist(), strict=True))
     best = max(scores, key=lambda label: scores[label])
-    several = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
+    several = None
+    if multi_label:
+        limits = [0.5] * len(scores) if thresholds is None else thresholds
+        several = tuple(label for (label, score), limit in zip(scores.items(), limits, strict=True) if score > limit)
     return Prediction(best, scores[best], scores, labels=several, **known)
 
 
@@ -394,7 +400,8 @@ class ExportedTasks(ABC):
                     yield _of_tokens(task, text, one, row, joined).to_dict()
                 else:
                     options = {"multi_label": task["multi_label"], "truncated": bool(one.overflowing)}
-                    yield prediction(row.astype(float), task["labels"], **options).to_dict()
+                    thresholds = task.get("thresholds")
+                    yield prediction(row.astype(float), task["labels"], thresholds=thresholds, **options).to_dict()
 
     def _adapter(self, name: str) -> Any:
         if name not in self._adapters:

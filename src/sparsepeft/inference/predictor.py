@@ -37,6 +37,7 @@ class Predictor:
         spec: the task.
         config: what the run was made with.
         columns: what texts and label were called in the training file; None where that was none of the user's own.
+        thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
         model: the trained model, in eval mode.
         tokenizer: the backbone's.
         max_length: tokens an input may have.
@@ -69,6 +70,7 @@ class Predictor:
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])
         self.columns: Columns | None = columns_of(run)
+        self.thresholds = info.thresholds
         self.batch_size = batch_size
         trained = trained_run(self.folder, run, model, infer)
         self.model: Any = load_trained(trained, self.spec)

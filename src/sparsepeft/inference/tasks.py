@@ -19,7 +19,7 @@ from sparsepeft.inference.sentences import check_fast
 from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import RUN, read_run, spec_of
+from sparsepeft.runs.files import RUN, read_run, spec_of, thresholds_of
 from sparsepeft.spt.config import INFER
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -40,6 +40,7 @@ class TaskInfo:
         max_length: tokens an input was cut to in training; None for as many as the backbone takes.
         labels_tokens: whether each token of a text has a label, and not the text.
         is_by_word: of such a task, whether the first token of a word was trained to speak for it.
+        thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class TaskInfo:
     max_length: int | None
     labels_tokens: bool = False
     is_by_word: bool = False
+    thresholds: tuple[float, ...] | None = None
 
     def __repr__(self) -> str:
         labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
@@ -191,6 +193,7 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
         max_length=run["config"].get("max_length"),
         labels_tokens=spec.labels_tokens,
         is_by_word=spec.labels_tokens,
+        thresholds=thresholds_of(run),
     )
 
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.models.blocks import Block, find_blocks, named_modules, unwrap
 from sparsepeft.models.identity import is_quantized
+from sparsepeft.models.onednn import OneDnnLinear
 
 # What gives a sublayer's output h, the last thing before "residual + h": a dropout where that is a module of its own,
 # else the sublayer. The first name that a layer has is taken, so longer paths come first.
@@ -150,7 +151,7 @@ def weight_of(projection: nn.Module) -> Tensor:
             f"The FFN has a quantized weight ({type(base).__name__}), which cannot be cut into blocks; load the model "
             "without quantization, or leave its FFNs dense with SptConfig(ffn=False)."
         )
-    if type(base) is nn.Linear:
+    if type(base) in (nn.Linear, OneDnnLinear):
         return base.weight
     if type(base) is Conv1D:
         return base.weight.t()

@@ -17,7 +17,7 @@ from sparsepeft.runs.card_tables import scores, table, title, training
 from sparsepeft.runs.config import LM
 from sparsepeft.runs.files import HISTORY, RESULTS, RUN
 from sparsepeft.runs.history import read_lines
-from sparsepeft.tasks import bbc, glue
+from sparsepeft.tasks import bbc, glue, goemotions
 from sparsepeft.tasks.spec import GLUE_TASKS, SPECS
 from sparsepeft.tuners.card import THIS_FOLDER, loadable_name, loading_section
 
@@ -207,6 +207,8 @@ def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
         return f"GLUE {task}", glue.HUB_REPOSITORY, task
     if task == "bbc-news":
         return task, bbc.HUB_REPOSITORY, None
+    if task == "goemotions":
+        return task, goemotions.HUB_REPOSITORY, goemotions.HUB_CONFIG
     if task in SPECS:
         return task, None, None
     return results.get("data_source") or ", ".join(results["data_fingerprints"]), None, None

@@ -6,17 +6,17 @@ import gzip
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.predictor import Predictor
+from sparsepeft.rows.decoding import UTF8, known_encoding
+from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.reading import read_rows
 from sparsepeft.tasks.columns import TOKENS, choose_text_columns
-from sparsepeft.tasks.decoding import UTF8, known_encoding
-from sparsepeft.tasks.files import read_rows
-from sparsepeft.tasks.formats import FileFormat, find_format
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,18 @@ class TableOptions:
 
     Attributes:
         text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
-        delimiter, encoding: of the file, see :func:`sparsepeft.tasks.formats.find_format`.
+            Several label columns, in a list or with commas between them, hold 0 and 1.
+        delimiter, encoding: of the file, see :func:`sparsepeft.rows.formats.find_format`.
     """
 
     text_column: str | None = None
     text_pair_column: str | None = None
-    label_column: str | None = None
+    label_column: str | Sequence[str] | None = None
     delimiter: str | None = None
     encoding: str | None = None
 
     def format_of(self, path: Path) -> FileFormat:
-        """How a file is written, see :func:`sparsepeft.tasks.formats.find_format`."""
+        """How a file is written, see :func:`sparsepeft.rows.formats.find_format`."""
         return find_format(path, self.delimiter, self.encoding)
 
 

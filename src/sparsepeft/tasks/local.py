@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.reading import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
-from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat, find_format
+from sparsepeft.tasks.indicators import indicator_columns, read_indicators
 from sparsepeft.tasks.labels import SINGLE, TOKENS, Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import ENTITY_METRICS, TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
@@ -34,7 +35,8 @@ class FileOptions(TypedDict, total=False):
     Attributes:
         train_file, validation_file, test_file: .csv, .tsv, .jsonl, .json or .conll (also .bio, .iob or .iob2), all
             also with .gz, or .parquet.
-        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
+        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible. Several
+            label columns, in a list or with commas between them, hold 0 and 1 and are called like the labels.
         problem_type: what the labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
             longer names, or ``"token_classification"``; by default lists of tokens and tags mean that, other lists
             several labels, numbers that are not whole regression, all else classes.
@@ -48,7 +50,7 @@ class FileOptions(TypedDict, total=False):
     test_file: PathLike | None
     text_column: str | None
     text_pair_column: str | None
-    label_column: str | None
+    label_column: str | Sequence[str] | None
     problem_type: str | None
     delimiter: str | None
     encoding: str | None
@@ -63,7 +65,7 @@ class Example(NamedTuple):
 
 
 class LocalFiles:
-    """Own files as the options say; of their content, no more than the first rows is read.
+    """Own files as the options say; of their content, the first rows are read, and more only if labels are not found.
 
     Attributes:
         paths: by part: train, validation, test.
@@ -90,12 +92,15 @@ class LocalFiles:
         self.header = list(first)
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
         self.labels_tokens = self._labels_tokens(first, names[0], names[2])
-        choose = choose_token_columns if self.labels_tokens else choose_columns
-        self.columns = choose(self.paths["train"], self.header, *names)
+        if self.labels_tokens:
+            self.columns = choose_token_columns(self.paths["train"], self.header, *names)
+        else:
+            self.columns = choose_columns(self.paths["train"], self.header, *names, self._find_indicators)
+        self._notes = [] if names[2] else _on_found(self.columns)
         for part, path in self.paths.items():
             next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
 
-    def _labels_tokens(self, first: dict[str, Any], text: str | None, label: str | None) -> bool:
+    def _labels_tokens(self, first: dict[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
         path, kind, given = self.paths["train"], self.formats["train"].kind, self.problem_type
         if kind == "conll" and given not in (None, TOKENS):
             raise TaskError(f"`problem_type={given}` was given, but {path} has tokens with tags; leave it out")
@@ -107,6 +112,9 @@ class LocalFiles:
                 "and its tag on each line, or JSONL or parquet with lists of them"
             )
         return given == TOKENS or kind == "conll" or (given is None and holds_tokens(first, text, label))
+
+    def _find_indicators(self) -> list[str]:
+        return indicator_columns(row.values for row in read_rows(self.paths["train"], self.formats["train"]))
 
     def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
         """Read them all; the training file decides the kind of problem and the label names.
@@ -124,8 +132,10 @@ class LocalFiles:
         reader: LabelReader | TagReader
         if self.labels_tokens:
             reader = TagReader.from_training(train, labels)
-        else:
+        elif isinstance(self.columns.label, str):
             reader = LabelReader.from_training(train, labels, self.problem_type)
+        else:
+            reader = LabelReader.for_columns(self.columns.label, labels, self.problem_type)
         rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
         if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
             raise TaskError(
@@ -133,13 +143,17 @@ class LocalFiles:
                 "one to choose a checkpoint by, one to score), add examples"
             )
         notes = [note for file_format in self.formats.values() for note in file_format.notes]
-        return _spec(name, self.columns, reader), rows, [*notes, *reader.notes]
+        return _spec(name, self.columns, reader), rows, [*notes, *self._notes, *reader.notes]
 
     def describe(self) -> dict[str, Any]:
         """How they are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
         return {
             "files": {part: {"name": path.name, **self.formats[part].describe()} for part, path in self.paths.items()},
-            "columns": {"text": list(self.columns.texts), "label": self.columns.label, "found": self.header},
+            "columns": {
+                "text": list(self.columns.texts),
+                "label": self.columns.label if isinstance(self.columns.label, str) else list(self.columns.label),
+                "found": self.header,
+            },
         }
 
 
@@ -212,15 +226,31 @@ def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Exa
             if not isinstance(text, str):
                 raise TaskError(f"{where}: {name} is {text!r}; expected a text (it may be empty), correct the row")
             check_text(f"{where}: {name}", text)
-        label = read_label(f"{where}: {columns.label}", row.values[columns.label])
-        for part in (label,) if isinstance(label, str) else label:
-            check_text(f"{where}: {columns.label}", part)
-        yield Example(row.line, texts, label)
+        yield Example(row.line, texts, _label(where, row.values, columns))
+
+
+def _label(where: str, values: Mapping[str, Any], columns: Columns) -> Label:
+    if not isinstance(columns.label, str):
+        return read_indicators(where, {name: values[name] for name in columns.label})
+    label = read_label(f"{where}: {columns.label}", values[columns.label])
+    for part in (label,) if isinstance(label, str) else label:
+        check_text(f"{where}: {columns.label}", part)
+    return label
+
+
+def _on_found(columns: Columns) -> list[str]:
+    """A note on label columns that nobody named."""
+    if isinstance(columns.label, str):
+        return []
+    return [
+        f"the columns {quoted(columns.label, 5)} hold only 0 and 1 and were taken for labels, of which any may hold; "
+        "if they are not, name the one label column with `label_column`"
+    ]
 
 
 def _read_sentences(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
     for row in read_rows(path, file_format, required=columns.all):
-        where, names = f"{path}:{row.line}", (columns.texts[0], columns.label)
+        where, names = f"{path}:{row.line}", (columns.texts[0], columns.labels[0])
         tokens, tags = read_sentence(where, row.values[names[0]], row.values[names[1]], names)
         for text in (*tokens, *tags):
             check_text(where, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -66,13 +67,16 @@ class TaskSpec:
         """Whether an example is two texts."""
         return len(self.text_columns) == 2
 
-    def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    def compute_metrics(
+        self, predictions: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None = None
+    ) -> dict[str, float]:
         """Score logits against labels.
 
         Args:
             predictions: logits (N, C); regression also takes (N,) besides (N, 1); (N, T, C) where tokens are labelled.
             labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold; where tokens
                 are labelled class indices, (N, T), and -100 for what is no token.
+            thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
 
         Returns:
             ``metrics`` in order, then ``main_metric`` where it is a mean. Always finite: a constant prediction has
@@ -84,7 +88,7 @@ class TaskSpec:
         """
         from sparsepeft.tasks.metrics import compute  # numpy loads late
 
-        return compute(self, predictions, labels)
+        return compute(self, predictions, labels, thresholds)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,14 @@ _NEWS: Final = ("business", "entertainment", "politics", "sport", "tech")
 _TOPICS: Final = ("business", "health", "science", "sport", "travel")
 _THINGS: Final = ("corporation", "creative-work", "group", "location", "person", "product")
 _TAGS: Final = ("O", *(f"{place}-{thing}" for thing in _THINGS for place in "BI"))
-# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
+_EMOTIONS: Final = (
+    *("admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire"),
+    *("disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy"),
+    *("love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral"),
+)
+_SEVERAL: Final = ("macro_f1", "micro_f1", "subset_accuracy")
+# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task;
+# GoEmotions' are those of arXiv:2005.00547.
 _SPECS: Final = (
     TaskSpec("cola", ONE, ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation", 20),
     TaskSpec("sst2", ONE, ("negative", "positive"), ("accuracy",), "accuracy", 3),
@@ -166,6 +177,7 @@ _SPECS: Final = (
     TaskSpec("bbc-news", ONE, _NEWS, ("accuracy", "macro_f1"), "accuracy", 10),
     TaskSpec("topics", ONE, _TOPICS, ("accuracy", "macro_f1"), "accuracy", 10),
     TaskSpec("wnut17", ONE, _TAGS, ENTITY_METRICS, "f1", 10, labels_tokens=True),
+    TaskSpec("goemotions", ONE, _EMOTIONS, _SEVERAL, "macro_f1", 4, multi_label=True),
 )
 SPECS: Final = MappingProxyType({spec.name: spec for spec in _SPECS})
 GLUE_TASKS: Final = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Final
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.formats import find_format
+from sparsepeft.rows.reading import require_file, sha256
 from sparsepeft.tasks.columns import Columns
-from sparsepeft.tasks.files import require_file, sha256
-from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.local import load_labelled
 from sparsepeft.tasks.spec import TaskData, TaskSpec
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from sparsepeft.runs.config import RunConfig
     from sparsepeft.runs.config_file import load_config, parse_settings
     from sparsepeft.scoring import Answer, Evaluation, TableOptions, answer, evaluate, read_lines, read_questions
+    from sparsepeft.training.lazy_adamw import LazyAdamW
     from sparsepeft.training.run import train
+    from sparsepeft.training.sparse_gradients import SparseGradientTrainer
     from sparsepeft.training.sparsify import sparsify_language_model
 
 __all__ = [
@@ -18,9 +20,11 @@ __all__ = [
     "Evaluation",
     "GenerationSettings",
     "Generator",
+    "LazyAdamW",
     "Prediction",
     "Predictor",
     "RunConfig",
+    "SparseGradientTrainer",
     "TableOptions",
     "answer",
     "evaluate",
@@ -43,7 +47,9 @@ __getattr__, __dir__ = lazily(
             *("Answer", "Evaluation", "TableOptions"),
             *("answer", "evaluate", "read_lines", "read_questions"),
         ),
+        "sparsepeft.training.lazy_adamw": ("LazyAdamW",),
         "sparsepeft.training.run": ("train",),
+        "sparsepeft.training.sparse_gradients": ("SparseGradientTrainer",),
         "sparsepeft.training.sparsify": ("sparsify_language_model",),
     },
 )

@@ -15,14 +15,15 @@ from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator, encode, longest_input
 from sparsepeft.inference.sentences import SENTENCE, encode_sentences
-from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, HELD_OUT_BLOCKS
+from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, HELD_OUT_TOKENS
 from sparsepeft.methods.models import load_model_config, load_tokenizer, note_on_head
 from sparsepeft.runs.config import LM, RunConfig
-from sparsepeft.runs.corpus import begin_token, evenly_spaced, fingerprints, load_corpus, without
+from sparsepeft.runs.corpus import begin_token, count_for, evenly_spaced, fingerprints, load_corpus, without
 from sparsepeft.runs.held_out import Digests, digests_of_drawn, load_task_data
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, split_train, subsample
 from sparsepeft.tasks.token_metrics import NO_TOKEN
 from sparsepeft.training.loss import check_loss
+from sparsepeft.training.thresholds import check_thresholds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,7 +119,7 @@ class TextData(RunData):
     def held_out_batch(self) -> Tensor | None:
         """Some of its other blocks, which a budget is to be kept on, too; None where there is none."""
         rest = without(self.train, CALIBRATION_BLOCKS)
-        return evenly_spaced(rest, HELD_OUT_BLOCKS) if len(rest) else None
+        return evenly_spaced(rest, count_for(HELD_OUT_TOKENS, rest)) if len(rest) else None
 
 
 def prepare_data(config: RunConfig) -> LabelledData | TextData:
@@ -157,6 +158,7 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
     data = load_task_data(config)
     spec = data.spec
     check_loss(spec, config)
+    check_thresholds(spec, config)
     tokenizer = load_tokenizer(model)
     max_length = longest_input(tokenizer, load_model_config(model), config.max_length)
     if max_length <= (special := tokenizer.num_special_tokens_to_add(spec.is_pair)):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -26,6 +26,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.models import deferred_logits
+from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import CHECKPOINTS
@@ -35,6 +36,8 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.sparse_gradients import SparseGradientTrainer
+from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": partial(_score, data.spec, data.selection),
+            "compute_metrics": partial(_score, data.spec, config, data.selection),
             "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
@@ -104,7 +107,7 @@ def fit(
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(SparseGradientTrainer):
     """A Trainer whose last good checkpoint survives a NaN loss and a full disk.
 
     Args:
@@ -119,7 +122,7 @@ class SafeTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, from the cached states where a batch has them; a language model's without its logits."""
         using = self.cache.using(inputs.pop(STATES, None)) if self.cache else nullcontext()
-        with using, deferred_logits(model):
+        with using, deferred_logits(model), CompiledDropout() if self._compiles_dropout() else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -161,6 +164,11 @@ class SafeTrainer(Trainer):
                 f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
         return loss
+
+    def _compiles_dropout(self) -> bool:
+        args = self.args
+        recomputes = args.torch_compile or args.gradient_checkpointing  # or traces; neither knows the kernels
+        return args.device.type == "cpu" and not recomputes and is_compiled_dropout_faster()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         broken = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
@@ -275,8 +283,14 @@ def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
-def _score(spec: TaskSpec, part: Any, output: EvalPrediction) -> dict[str, float]:
-    metrics = spec.compute_metrics(*answers_of(output, part))
+def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction) -> dict[str, float]:
+    """The metrics that a checkpoint is chosen by.
+
+    Of several labels each is at its best threshold, however rare it is: with one that rare labels share, F1 also says
+    how alike their probabilities are, by which early checkpoints would be chosen that have learned nothing yet.
+    """
+    answer = answers_of(output, part)
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer, least_positives=1))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sparsepeft import SpartanConfig
 from sparsepeft.backbones import resolve_model
 from sparsepeft.devices import keep_freed_memory
-from sparsepeft.inference.onednn import use_onednn
+from sparsepeft.models.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
 from sparsepeft_research.benchmarks.inference.workloads import prepare_model
 from sparsepeft_research.benchmarks.measuring import as_dicts, time_alternating

@@ -147,6 +147,12 @@ BENCHMARKS = {
             ),
         ),
         Benchmark(
+            "large_memory",
+            "a memory of up to 65,536 parents, read and trained: product keys beside a key for each parent",
+            _common(7, _QUICK),
+            module="memories.large",
+        ),
+        Benchmark(
             "sparse_attention",
             "sparse_attention against SDPA in time and memory, over the number of tokens",
             _common(7, _DEVICE, _QUICK),
@@ -168,11 +174,14 @@ BENCHMARKS = {
                 7,
                 Parameter("data_dir", "", "Folder with the GLUE tasks; $SPARSEPEFT_DATA if left out."),
                 Parameter("task", "mrpc", "Whose examples are used."),
-                Parameter("model", "", "Hub id or folder of the backbone; MiniLM if left out."),
-                Parameter("groups", "", "methods or options (a,b); both if left out."),
+                Parameter(
+                    "model", "", "Hub id or folder of the backbone, for steps several (a,b); MiniLM if left out."
+                ),
+                Parameter("groups", "", "methods, options or steps (a,b); all if left out."),
                 Parameter("peer_folder", "", "Where the peer's environment is kept; .peers/adapters if left out."),
                 _QUICK,
             ),
+            module="finetuning.report",
         ),
         Benchmark(
             "processors",

@@ -22,7 +22,7 @@ import onnx
 import torch
 
 from sparsepeft.export.openvino_files import has_bfloat16
-from sparsepeft.inference.onednn import use_onednn
+from sparsepeft.models.onednn import use_onednn
 from sparsepeft_research.benchmarks.inference.exported import export_system
 from sparsepeft_research.benchmarks.inference.processes.exported import Run, open_onnxruntime, open_openvino
 from sparsepeft_research.benchmarks.inference.systems import load_model

@@ -4,7 +4,7 @@
 
 Says ``{"preparation_s": ...}`` when it is ready; then each line with a number runs that many steps and is answered by
 ``{"steps": ..., "loss": ...}``. A bare loop (forward, backward, clipping, optimizer, scheduler) without the work that a
-Trainer does around it, which favours the peer.
+Trainer does around it, which favours the peer. Our side runs the same loop for its bare steps.
 """
 
 from __future__ import annotations
@@ -17,22 +17,45 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-import adapters
 import torch
 import transformers
 from safetensors.torch import load_file
 
-STYLES = {"pfeiffer": adapters.SeqBnConfig, "houlsby": adapters.DoubleSeqBnConfig}
+# Where a backbone has what AdapterHub's adapters need, for those that its library does not know by itself.
+INTERFACES = {
+    "mpnet": {
+        "adapter_methods": ["bottleneck"],
+        "model_embeddings": "embeddings",
+        "model_layers": "encoder.layer",
+        "layer_self_attn": "attention",
+        "layer_cross_attn": None,
+        "attn_q_proj": "attn.q",
+        "attn_k_proj": "attn.k",
+        "attn_v_proj": "attn.v",
+        "attn_o_proj": "attn.o",
+        "layer_intermediate_proj": "intermediate.dense",
+        "layer_output_proj": "output.dense",
+        "layer_pre_self_attn": "attention",
+        "layer_pre_ffn": "intermediate",
+        "layer_ln_1": "attention.LayerNorm",
+        "layer_ln_2": "output.LayerNorm",
+    }
+}
 
 
 def main() -> None:
-    """Prepare, then obey."""
+    """Train AdapterHub's."""
+    train_on_command(peer_model)
+
+
+def train_on_command(make_model: Callable[[dict], torch.nn.Module]) -> None:
+    """Prepare the model that the settings ask for, then obey."""
     start = time.perf_counter()
     answers, sys.stdout = sys.stdout, sys.stderr  # nobody else writes between the answers
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     transformers.set_seed(settings["seed"])
-    step = training_step(settings)
+    step = training_step(make_model(settings), settings)
     say(answers, preparation_s=time.perf_counter() - start)
     for line in sys.stdin:
         for _ in range(int(line)):
@@ -47,14 +70,23 @@ def say(answers: TextIO, **content: float) -> None:
     print(json.dumps(content), file=answers, flush=True)
 
 
-def training_step(settings: dict) -> Callable[[], float]:
-    """Return a function that does one step and returns its loss."""
+def peer_model(settings: dict) -> torch.nn.Module:
+    """A model with AdapterHub's adapter of the style."""
+    import adapters  # which only the peer's environment has
+
+    styles = {"pfeiffer": adapters.SeqBnConfig, "houlsby": adapters.DoubleSeqBnConfig}
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         settings["model"], num_labels=settings["num_labels"]
     )
-    adapters.init(model)
-    model.add_adapter("task", config=STYLES[settings["style"]](reduction_factor=settings["reduction_factor"]))
+    interface = INTERFACES.get(model.config.model_type)
+    adapters.init(model, interface=interface and adapters.AdapterModelInterface(**interface))
+    model.add_adapter("task", config=styles[settings["style"]](reduction_factor=settings["reduction_factor"]))
     model.train_adapter("task")
+    return model
+
+
+def training_step(model: torch.nn.Module, settings: dict) -> Callable[[], float]:
+    """Return a function that does one step and returns its loss; ``precision`` bf16 is autocast."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # As transformers' Trainer chooses it.
@@ -63,7 +95,8 @@ def training_step(settings: dict) -> Callable[[], float]:
     batches = endless_batches(load_file(settings["examples"]), settings)
 
     def step() -> float:
-        loss = model(**next(batches)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "bf16"):
+            loss = model(**next(batches)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.ops.memory.checks import are_valid, check_index, check_stack, raise_invalid
-from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, common_dtype, memory_read_torch
-from sparsepeft.ops.memory.cpu import memory_read_cpu
+from sparsepeft.ops.memory.choice import OPERATOR, MemoryArguments, common_dtype, memory_read_torch, read_compiled
 from sparsepeft.ops.memory.reference import memory_read_reference, read_memory_by_memory
 
 __all__ = ["memory_read", "memory_read_mixed", "memory_read_unchecked"]
@@ -27,7 +26,7 @@ def _read_triton(
 _READ: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]] = {
     "reference": memory_read_reference,
     "torch": memory_read_torch,
-    "cpu": memory_read_cpu,
+    "cpu": read_compiled,
     "triton": _read_triton,
 }
 
@@ -61,8 +60,8 @@ def memory_read(
         child_values: (P, C, D).
         top_k: parents kept per token, 1 <= top_k <= P.
         temperature: divides the children's scores, not the parents'; positive.
-        impl: ``"auto"``, ``"reference"``, ``"torch"``, without gradients on a CPU ``"cpu"``, or on a GPU ``"triton"``;
-            see :func:`sparsepeft.ops.explain`.
+        impl: ``"auto"``, ``"reference"``, ``"torch"``, on a CPU ``"cpu"``, or on a GPU ``"triton"``; see
+            :func:`sparsepeft.ops.explain`.
 
     Returns:
         Tensor of the shape and dtype of ``x``.

@@ -7,7 +7,9 @@ D=768, K=8: P between 64 and 128 for C=3, between 16 and 32 for C=32; they were 
 32. Neither D nor, from one token to thousands, the number of tokens moves the crossover much: the rule leaves them
 out, so that a traced graph is chosen as the eager call is.
 
-Without gradients, on a CPU, both forms and the compiled one are measured on the machine itself, once.
+On a CPU the compiled kernels are measured against these on the machine itself, once: without gradients against both
+forms; with gradients, where the kernel multiplies with the whole memory too, against the dense form, where the rule
+prefers that.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from sparsepeft.ops import gpu
 from sparsepeft.ops.measured import fastest
 from sparsepeft.ops.memory.cpu import memory_read_cpu, why_not_built
+from sparsepeft.ops.memory.cpu_training import memory_read_training
 from sparsepeft.ops.memory.pytorch import memory_read_dense, memory_read_gathered
 from sparsepeft.ops.memory.pytorch_selected import memory_read_selected
 from sparsepeft.ops.native import has_plain_memory
@@ -44,11 +47,8 @@ _GATHERED_CHILD_WORK = 100
 _TOKEN_CLASSES = (1, 4, 16, 64, 256, 1024)
 # Products of a vector with the memory, tokens times cells, that a measurement may take: some milliseconds a call.
 _MEASURED_PRODUCTS = 1 << 18
-_FORMS: dict[str, Callable[..., Tensor]] = {
-    "cpu": memory_read_cpu,
-    "dense": memory_read_dense,
-    "selected": memory_read_selected,
-}
+# With gradients a call takes three times as long, and of a large memory with fewer tokens it would be the wrong ones.
+_TRAINED_PRODUCTS = 1 << 20
 
 
 class MemoryArguments(NamedTuple):
@@ -76,9 +76,25 @@ def memory_read_torch(
     return form(x, parent_keys, child_keys, child_values, top_k, temperature)
 
 
+def read_compiled(
+    x: Tensor, parent_keys: Tensor, child_keys: Tensor, child_values: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """Read the memory by the compiled kernel without, or that with gradients; see :func:`memory_read`."""
+    needs_gradients = _needs_gradients(MemoryArguments(x, parent_keys, child_keys, child_values, top_k))
+    read = memory_read_training if needs_gradients else memory_read_cpu
+    return read(x, parent_keys, child_keys, child_values, top_k, temperature)
+
+
+_FORMS: dict[str, Callable[..., Tensor]] = {
+    "cpu": read_compiled,
+    "dense": memory_read_dense,
+    "selected": memory_read_selected,
+}
+
+
 def _choose_form(arguments: MemoryArguments) -> Callable[..., Tensor]:
     exporting = torch.compiler.is_exporting()
-    if _is_inference(arguments):
+    if _is_plain(arguments) and not _needs_gradients(arguments):
         return _FORMS[next(name for name in _measured_times(arguments) if name != "cpu")]
     num_parents, num_children = arguments.child_keys.shape[-3:-1]
     dense = 2 * num_parents * num_children
@@ -127,17 +143,20 @@ def _why_not_triton_by_itself(arguments: MemoryArguments) -> str | None:
 # Compiled kernels
 
 
-def _is_inference(arguments: MemoryArguments) -> bool:
-    """Whether products are taken in float32 on a CPU, without gradient or graph."""
+def _is_plain(arguments: MemoryArguments) -> bool:
+    """Whether products are taken in float32 on a CPU, outside of a graph and of forward-mode differentiation."""
     tensors = arguments[:4]
     return (
         not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and has_plain_memory(*tensors)
         and common_dtype(*tensors) == torch.float32
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and torch.autograd.forward_ad._current_level < 0  # no_grad does not end forward-mode differentiation
+        and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _needs_gradients(arguments: MemoryArguments) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4])
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
@@ -147,12 +166,14 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _why_not_cpu(arguments: MemoryArguments) -> str | None:
-    if _is_inference(arguments):
+    if _is_plain(arguments):
         return None
-    return "the compiled kernel reads plain float32 tensors on a CPU under torch.no_grad(), outside of traced graphs"
+    return "the compiled kernels read plain float32 tensors on a CPU, outside of traced graphs"
 
 
 def _why_slower(arguments: MemoryArguments) -> str | None:
+    if _needs_gradients(arguments) and _choose_form(arguments) is memory_read_selected:
+        return "with gradients it multiplies with the whole memory, of which K parents are too small a part here"
     times = _measured_times(arguments)
     if next(iter(times)) == "cpu":
         return None
@@ -166,34 +187,49 @@ def _measured_times(arguments: MemoryArguments) -> dict[str, float]:
     num_tokens = arguments.x.numel() // hidden
     token_class = next((size for size in _TOKEN_CLASSES if num_tokens <= size), _TOKEN_CLASSES[-1])
     sizes = token_class, hidden, num_parents, num_children, arguments.top_k
-    return _times(*sizes, arguments.x.dtype, torch.get_num_threads())
+    return _times(*sizes, arguments.x.dtype, _needs_gradients(arguments), torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=1024)
 def _times(
-    num_tokens: int, hidden: int, num_parents: int, num_children: int, top_k: int, dtype: torch.dtype, threads: int
+    num_tokens: int,
+    hidden: int,
+    num_parents: int,
+    num_children: int,
+    top_k: int,
+    dtype: torch.dtype,
+    trains: bool,
+    threads: int,
 ) -> dict[str, float]:
-    forms = (
-        ["dense"] if num_parents == top_k else ["dense", "selected"]
-    )  # with all parents there is nothing to leave out
+    forms = ["dense"]
+    if num_parents > top_k and not trains:  # with all parents there is nothing to leave out
+        forms.append("selected")
     if "cpu" not in DISABLED and why_not_built() is None:
         forms.append("cpu")
     key = num_tokens, hidden, num_parents, num_children, top_k, str(dtype)
-    measured_tokens = max(1, min(num_tokens, _MEASURED_PRODUCTS // (num_parents * (1 + 2 * num_children))))
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        shapes = (measured_tokens,), (num_parents,), (num_parents, num_children), (num_parents, num_children)
-        x, *memory = (
-            torch.randn(*shape, hidden, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes
-        )
-        calls = {name: functools.partial(_read, name, x.to(dtype), memory, top_k) for name in forms}
-        return fastest("memory_read", key, calls)
+    products = _TRAINED_PRODUCTS if trains else _MEASURED_PRODUCTS
+    measured_tokens = max(1, min(num_tokens, products // (num_parents * (1 + 2 * num_children))))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (measured_tokens,), (num_parents,), (num_parents, num_children), (num_parents, num_children)
+    x, *memory = (
+        torch.randn(*shape, hidden, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes
+    )
+    tensors = [tensor.requires_grad_(trains) for tensor in (x.to(dtype), *memory)]
+    calls = {name: functools.partial(_train if trains else _read, name, tensors, top_k) for name in forms}
+    with torch.set_grad_enabled(trains):
+        return fastest("memory_train" if trains else "memory_read", key, calls)
 
 
-def _read(name: str, x: Tensor, memory: list[Tensor], top_k: int) -> Tensor:
-    """Read as :func:`memory_read` does: only the compiled kernel takes bfloat16 as it is."""
+def _read(name: str, tensors: list[Tensor], top_k: int) -> Tensor:
+    """Read as :func:`memory_read` does: only the compiled kernels take bfloat16 as it is."""
+    x, *memory = tensors
     tokens = x if name == "cpu" and x.dtype == torch.bfloat16 else x.to(torch.float32)
     return _FORMS[name](tokens, *memory, top_k, 1.0).to(x.dtype)
+
+
+def _train(name: str, tensors: list[Tensor], top_k: int) -> None:
+    output = _read(name, tensors, top_k)
+    torch.autograd.grad(output, tensors, output.detach())
 
 
 OPERATOR = Operator(
@@ -201,13 +237,11 @@ OPERATOR = Operator(
     MemoryArguments.bind,
     [
         Implementation("reference", 0, "the definition"),
-        Implementation(
-            "torch", 10, "runs everywhere, with gradients: densely, or by the selected parents where that is less"
-        ),
+        Implementation("torch", 10, "runs everywhere: densely, or by the selected parents where that is less"),
         Implementation(
             "cpu",
             20,
-            "without gradients it was measured to be the fastest on this machine",
+            "it was measured to be the fastest on this machine",
             why_unavailable=why_not_built,
             why_not=_why_not_cpu,
             why_not_automatic=_why_slower,

@@ -1,4 +1,7 @@
-"""Compiled for CPUs, without gradients: one pass over the tokens that touches only children of kept parents."""
+"""Compiled for CPUs, without gradients: one pass over the tokens that touches only children of kept parents.
+
+With gradients it is ``cpu_training.py``, from the same library.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class _Memory(ctypes.Structure):
 def why_not_built() -> str | None:
     """Return why this machine has no compiled kernel, or None; builds it (a few seconds) at the first call."""
     try:
-        _library()
+        library()
     except native.BuildError as error:
         return str(error)
     return None
@@ -64,13 +67,15 @@ def memory_read_cpu(
         None if scores is None else scores.data_ptr(),
         output.data_ptr(),
     )
-    _library().memory_read(ctypes.byref(arguments), native.openmp_parallel())
+    library().memory_read(ctypes.byref(arguments), native.openmp_parallel())
     return output
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = native.load_library(_SOURCES)
-    library.memory_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.memory_read.restype = None
-    return library
+def library() -> ctypes.CDLL:
+    """Return the memory's kernels; see :func:`why_not_built`."""
+    loaded = native.load_library(_SOURCES)
+    for function in (loaded.memory_read, loaded.memory_forward, loaded.memory_backward):
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+    loaded.memory_columns.argtypes, loaded.memory_columns.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+    return loaded

@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sparsepeft.devices import keep_freed_memory
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft.inference.onednn import is_onednn_faster, onednn_product
 from sparsepeft.inference.views import sharing_tensors
 from sparsepeft.methods.models import adapter_config, attach, load_tokenizer
 from sparsepeft.methods.recipes import get_recipe
+from sparsepeft.models.onednn import is_onednn_faster, onednn_product
 from sparsepeft_research.benchmarks.inference.processes.serving import Pass, load_batches
 from sparsepeft_research.benchmarks.settings import (
     ADAPTED,

@@ -1,9 +1,11 @@
-// SPARTAN's memory, read without gradients: only children of parents are touched that a token, or one of a few, keeps.
+// SPARTAN's memory. Without gradients only children of parents are touched that a token, or one of a few, keeps.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "rows.h"
 #include "threads.h"
+#include "training.h"
 #include "vectors.h"
 
 namespace {
@@ -81,40 +83,6 @@ void add_rows(const float* const* rows, const float* const* weights, int64_t cou
             for (int64_t r = 0; r < count; r++) total += weights[t][r] * rows[r][d];
             to[t][d] = total;
         }
-}
-
-// Turn scores into weights that add up to one. There is room for whole vectors.
-void softmax(float* scores, int64_t count) {
-    float total = 0;
-    const float largest = *std::max_element(scores, scores + count);
-    for (int64_t i = 0; i < count; i += LANES) store(scores + i, exp(load(scores + i) - largest));
-    for (int64_t i = 0; i < count; i++) total += scores[i];
-    for (int64_t i = 0; i < count; i++) scores[i] /= total;
-}
-
-// NaN counts as the largest score.
-INLINE bool is_better(float a, float b) { return a > b || (a != a && b == b); }
-
-// The `top_k` best scores and their indices; of equal scores the lowest index.
-void keep_best(const float* scores, int64_t count, int64_t top_k, float* best, int64_t* kept) {
-    int64_t held = 0;
-    for (int64_t p = 0; p < count; p++) {
-        if (held == top_k && !is_better(scores[p], best[held - 1])) continue;
-        int64_t at = held == top_k ? held - 1 : held++;
-        for (; at > 0 && is_better(scores[p], best[at - 1]); at--) {
-            best[at] = best[at - 1];
-            kept[at] = kept[at - 1];
-        }
-        best[at] = scores[p];
-        kept[at] = p;
-    }
-}
-
-void widen(const uint16_t* from, int64_t size, float* to) {
-    for (int64_t i = 0; i < size; i++) to[i] = from_bfloat(from[i]);
-}
-void narrow(const float* from, int64_t size, uint16_t* to) {
-    for (int64_t i = 0; i < size; i++) to[i] = to_bfloat(from[i]);
 }
 
 // Read the memory for T tokens at once, with the children of all parents that one of them keeps.
@@ -243,4 +211,11 @@ void memory_read(const Memory* memory, Parallel parallel) {
             else read<1>(m, begin, std::min(begin + step, m.tokens));
     });
 }
+
+// The width of `Training::weights`.
+int64_t memory_columns(int64_t parents, int64_t children) { return group_size(parents) * (1 + children); }
+
+void memory_forward(const Training* training, Parallel parallel) { train_forward(*training, parallel); }
+
+void memory_backward(const Training* training, Parallel parallel) { train_backward(*training, parallel); }
 }

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from sparsepeft.errors import TaskError
 from sparsepeft.extras import require
-from sparsepeft.tasks.conll import read_sentences
-from sparsepeft.tasks.decoding import known_encoding, lines, marked_encoding
-from sparsepeft.tasks.formats import DELIMITERS, FileFormat, find_format, records, split_raw
+from sparsepeft.rows.conll import read_sentences
+from sparsepeft.rows.decoding import known_encoding, lines, marked_encoding
+from sparsepeft.rows.formats import DELIMITERS, FileFormat, find_format, records, split_raw
 
 
 class Row(NamedTuple):
@@ -69,7 +69,7 @@ def read_rows(
 
     Args:
         path: CSV, TSV, JSON or CoNLL, or that with .gz, or parquet.
-        file_format: how it is written; None asks :func:`sparsepeft.tasks.formats.find_format`, but guesses no encoding,
+        file_format: how it is written; None asks :func:`sparsepeft.rows.formats.find_format`, but guesses no encoding,
             as nobody would see the note on it.
         required: columns that must be there.
         header: column names where a raw TSV file may lack its header line.

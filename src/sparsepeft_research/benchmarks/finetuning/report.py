@@ -2,11 +2,12 @@
 
     sparsepeft benchmark finetuning --data-dir DATA --output finetuning.json
 
-Few-shot training (200 examples, batch 16) of MiniLM, measured in two groups, each alternating its candidates epoch by
-epoch: all methods (ours in batches by length, AdapterHub's in random batches, padded to the longest or to 128 tokens as
-``run_glue.py`` does), and SPARTAN with each option by itself and together.
-Every candidate is a process of its own with the same threads. Ours are whole runs of ``sparsepeft.training.train``,
-stopped and let go by a callback; the peer's are a bare loop in an environment of its own (see ``peers/``).
+Few-shot training (200 examples, batch 16) of MiniLM in two groups, each alternating its candidates epoch by epoch: all
+methods (ours in batches by length, AdapterHub's in random batches, padded to the longest or to 128 tokens as
+``run_glue.py`` does), and SPARTAN with each option by itself and together. Ours are whole runs of
+``sparsepeft.training.train``, stopped and let go by a callback; the peer's are a bare loop in an environment of its own
+(see ``peers/``). The third group, ``steps``, has the bare loop on both sides, with equal batches: see ``steps.py``.
+Every candidate is a process of its own with the same threads.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.methods.recipes import METHODS, get_recipe
 from sparsepeft.tasks import few_shot, load_task
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.benchmarks.finetuning import steps
 from sparsepeft_research.benchmarks.measuring import time_alternating
 from sparsepeft_research.benchmarks.registry import Progress
 from sparsepeft_research.benchmarks.workers import Worker
@@ -40,17 +42,18 @@ from sparsepeft_research.peers.environment import DEFAULT_FOLDER, HERE, peer_pyt
 
 PEER_TRAINING = HERE / "training.py"
 BATCH, EXAMPLES, LENGTH, STEPS = 16, 200, 128, 1000
-GROUPS = ("methods", "options")
+GROUPS = ("methods", "options", "steps")
 EPOCH = -(-EXAMPLES // BATCH)
 
 
 class Candidate(NamedTuple):
-    """Something to time: fields of a RunConfig for ours, settings of ``peers/training.py`` for the peer's."""
+    """Something to time: fields of a RunConfig for our runs, settings of ``peers/training.py`` for bare steps."""
 
     name: str
     settings: dict[str, Any]
     is_peer: bool = False
     random_order: bool = False
+    is_bare: bool = False  # our steps in the peer's loop
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Settings:
     idle_wait: float
     seed: int
     quick: bool
-    peer: dict[str, Any] = field(default_factory=dict)  # the examples, for a peer
+    steps: int = EPOCH  # timed at a time
+    bare: dict[str, Any] = field(default_factory=dict)  # batches of those in the bare loop
 
 
 def run(
@@ -84,24 +88,55 @@ def run(
         raise UserError(f"`repeats={repeats}` needs more than the {STEPS} steps that a run has; ask for fewer.")
     disable_progress_bars()
     python = peer_python(Path(peer_folder) if peer_folder else DEFAULT_FOLDER)
-    settings = Settings(resolve_model(model or None), python, repeats, **values)
+    models = [resolve_model(one or None) for one in model.split(",")]
+    settings = Settings(models[0], python, repeats, **values)
     num_layers = AutoConfig.from_pretrained(settings.model).num_hidden_layers
-    results, quick = {}, settings.quick
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        examples = folder / "examples.safetensors"
-        peer = {"num_labels": write_examples(settings, examples), "examples": str(examples)}
-        settings = replace(settings, peer=peer)
-        plan = {
-            "methods": methods(quick) + peers(quick),
-            "options": option_candidates(num_layers, quick) + peers(only_pfeiffer=True),
-        }
         for name in chosen:
             progress(name)
-            (folder / name).mkdir()
-            results[name] = measure(plan[name], settings, folder / name, progress)
-    about = {"model": describe_backbone(settings.model), "num_layers": num_layers}
+            folder = Path(temporary, name)
+            folder.mkdir()
+            if name == "steps":
+                for one in models:
+                    results |= measure_steps(replace(settings, model=one), folder, progress)
+            else:
+                results[name] = measure_runs(name, num_layers, settings, folder, progress)
+    about = {"model": ", ".join(map(describe_backbone, models)), "num_layers": num_layers}
     return {"results": results, "settings": about | {"batch_size": BATCH, "num_examples": EXAMPLES}}
+
+
+def measure_runs(name: str, num_layers: int, settings: Settings, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Measure a group of whole runs."""
+    examples = folder / "examples.safetensors"
+    bare = {"num_labels": write_examples(settings, examples), "examples": str(examples)}
+    quick = settings.quick
+    if name == "methods":
+        candidates = methods(quick) + peers(quick)
+    else:
+        candidates = option_candidates(num_layers, quick) + peers(only_pfeiffer=True)
+    bare |= {"batch_size": BATCH, "precision": "fp32"}
+    settings = replace(settings, bare=bare, steps=1 if quick else EPOCH)
+    return measure(candidates, settings, folder, progress)
+
+
+def measure_steps(settings: Settings, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Measure bare steps on one backbone: the candidates that are compared, and the batches, of each set."""
+    results, backbone = {}, describe_backbone(settings.model)
+    for case in steps.cases(settings.quick):
+        for name, ours in steps.candidates(settings.quick).items():
+            place = folder / str(len(list(folder.iterdir())))
+            place.mkdir()
+            bare: dict[str, Any] = {"num_labels": 2, "batch_size": case.batch_size, "precision": case.precision}
+            bare["examples"] = str(place / "examples.safetensors")
+            steps.write_tokens(settings.model, case, settings.seed, Path(bare["examples"]))
+            candidates = [Candidate(one, values, is_bare=True) for one, values in ours.items()]
+            candidates += [one for one in peers(only_pfeiffer=name != "methods") if one.settings["pad_to"] is None]
+            title = f"steps, {backbone}, {case.batch_size} x {case.length}, {case.precision}, {name}"
+            progress(title)
+            timed = replace(settings, bare=bare, steps=steps.STEPS)
+            results[title] = measure(candidates, timed, place, progress)
+    return results
 
 
 def methods(quick: bool) -> list[Candidate]:
@@ -162,29 +197,29 @@ def measure(
     candidates: list[Candidate], settings: Settings, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Time the candidates in turn; one that cannot run is reported with its reason."""
-    steps, repeats = (1, 2) if settings.quick else (EPOCH, settings.repeats)
+    repeats = 2 if settings.quick else settings.repeats
     workers: dict[str, Worker] = {}
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for number, candidate in enumerate(candidates):
             try:
                 worker = stack.enter_context(start(candidate, settings, folder / str(number)))
-                worker.ask(2 * steps)
+                worker.ask(2 * settings.steps)
             except RuntimeError as error:
                 results[candidate.name] = {"failed": str(error)}
                 progress(f"{candidate.name}: failed, {error}")
             else:
                 workers[candidate.name] = worker
-        epochs = {name: partial(worker.ask, steps) for name, worker in workers.items()}
+        epochs = {name: partial(worker.ask, settings.steps) for name, worker in workers.items()}
         timings = time_alternating(epochs, repeats=repeats, warm_up=0, idle_wait_s=settings.idle_wait)
     for name, timing in timings.items():
-        step_s = timing.median_ms / 1e3 / steps
+        step_s = timing.median_ms / 1e3 / settings.steps
         preparation_s = workers[name].ready["preparation_s"]
         results[name] = {
             "steps_per_minute": 60 / step_s,
             "preparation_s": preparation_s,
             f"steps_per_minute_of_{STEPS}_with_preparation": 60 * STEPS / (preparation_s + STEPS * step_s),
-            "timing_of_steps": steps,
+            "timing_of_steps": settings.steps,
             "timing": timing._asdict(),
         }
     for name in timings:
@@ -202,10 +237,11 @@ def start(candidate: Candidate, settings: Settings, folder: Path) -> Worker:
     """Start a candidate's process."""
     folder.mkdir()
     process_settings: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if candidate.is_peer:
-        command = [str(settings.peer_python), str(PEER_TRAINING)]
-        process_settings |= {"model": settings.model, "seed": settings.seed, "batch_size": BATCH, "learning_rate": 1e-4}
-        process_settings |= {"max_steps": STEPS} | settings.peer | candidate.settings
+    if candidate.is_peer or candidate.is_bare:
+        ours = [sys.executable, "-m", steps.__name__]
+        command = ours if candidate.is_bare else [str(settings.peer_python), str(PEER_TRAINING)]
+        process_settings |= {"model": settings.model, "seed": settings.seed, "learning_rate": 1e-4}
+        process_settings |= {"max_steps": STEPS} | settings.bare | candidate.settings
     else:
         command = [sys.executable, "-m", __spec__.name]
         config = {"model": settings.model, "output_dir": str(folder / "run"), "seed": settings.seed}

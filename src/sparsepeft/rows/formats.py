@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
+from sparsepeft.rows.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}

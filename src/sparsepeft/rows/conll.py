@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.decoding import lines
+from sparsepeft.rows.decoding import lines
 
 _TOKENS: Final = "tokens"
 _TAGS: Final = "tags"

@@ -1,0 +1,116 @@
+"""Linear layers by oneDNN.
+
+In float32 PyTorch asks MKL, which on some processors reaches half of its speed; in bfloat16 it asks oneDNN too, but for
+a product in general instead of a linear layer's, which is a little slower.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepeft.models.identity import is_quantized
+from sparsepeft.ops.measured import fastest
+from sparsepeft.ops.native import has_plain_memory
+
+_ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear layer with the same parameters, computed by oneDNN where these need no gradient.
+
+    The operator is the one that ``torch.compile`` uses; it has no backward. A frozen layer's is a product of the same
+    kind: the gradient of its input is that of its output times the weight, and nothing need be remembered for it. Under
+    autocast it is one for weights that autocast need not cast, see :func:`hold_frozen_linears`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        casts = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
+        if (
+            input.device.type != "cpu"
+            or self.weight.dtype != dtype
+            or not can_onednn_compute(dtype)
+            or is_quantized(self.weight)
+            or ((casts or torch.is_grad_enabled()) and not self._is_frozen(input))
+        ):
+            return super().forward(input)
+        if torch.is_grad_enabled() and input.requires_grad:
+            output: Tensor = _FrozenProduct.apply(input.to(dtype), self.weight, self.bias)
+            return output
+        return onednn_product(input.to(dtype), self.weight, self.bias)
+
+    def _is_frozen(self, input: Tensor) -> bool:
+        """Whether at most the plain tensor ``input`` needs a gradient, outside of traced graphs."""
+        return (
+            not self.weight.requires_grad
+            and (self.bias is None or not self.bias.requires_grad)
+            and not torch.compiler.is_compiling()
+            and has_plain_memory(input)
+            and torch.autograd.forward_ad._current_level < 0
+        )
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)  # the parameter itself
+        return onednn_product(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_output,), (weight,) = grad_outputs, ctx.saved_tensors
+        # The operator has no backward of its own, for which gradients that are differentiated again would ask.
+        grad = grad_output @ weight if torch.is_grad_enabled() else onednn_product(grad_output, weight.t())
+        return grad, None, None
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Let all plain linear layers of ``model`` compute by oneDNN; parameters stay what and where they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+
+
+@functools.cache
+def can_onednn_compute(dtype: torch.dtype) -> bool:
+    """Whether :func:`onednn_product` works on this machine: bfloat16 needs instructions that not all have."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+@functools.cache
+def is_onednn_faster(dtype: torch.dtype, *, trains: bool = False) -> bool:
+    """Whether oneDNN beats PyTorch's own choice on this machine, measured once; see :func:`fastest`.
+
+    Args:
+        dtype: of the layers.
+        trains: compare a frozen layer's forward and backward pass, not its forward pass alone.
+    """
+    if not can_onednn_compute(dtype):
+        return False
+    sizes = ((_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), (4 * _WIDTH,))
+    input, weight, bias = (torch.ones(size, dtype=dtype) for size in sizes)
+    input.requires_grad_(trains)
+
+    def call(form: Any) -> None:
+        output = form(input, weight, bias)
+        if trains:
+            output.backward(output.detach())
+
+    product = _FrozenProduct.apply if trains else onednn_product
+    forms = {"onednn": functools.partial(call, product), "default": functools.partial(call, nn.functional.linear)}
+    with torch.set_grad_enabled(trains):
+        return next(iter(fastest("linear_training" if trains else "linear", (str(dtype), *sizes), forms))) == "onednn"
+
+
+def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``nn.functional.linear`` by oneDNN, of a dtype that :func:`can_onednn_compute`; without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
