@@ -195,8 +195,8 @@ def _in_common_dtype(
     dtype = common_dtype(x, *memory)
     if sparse and torch.is_grad_enabled() and any(t.requires_grad and t.dtype != dtype for t in memory):
         raise ValueError(
-            f"sparse gradients were asked for with a memory of {memory[-1].dtype} and states of {x.dtype}, but products "
-            f"are taken in {dtype}, from which they cannot be converted back: give the memory that dtype."
+            f"sparse gradients were asked for with a memory of {memory[-1].dtype} and states of {x.dtype}, but products"
+            f" are taken in {dtype}, from which they cannot be converted back: give the memory that dtype."
         )
     # Autocast would round the residual and the memory; entered only where it is on, exported graphs are free of it.
     is_on = torch.is_autocast_enabled(x.device.type)
