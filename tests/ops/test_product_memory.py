@@ -261,3 +261,7 @@ def test_bad_arguments() -> None:
     for changes, error, message in BAD_ARGUMENTS:
         with pytest.raises(error, match=message):
             product_memory_read(**{**inputs, "top_k": 4, **changes})
+    half = {name: tensor.bfloat16().requires_grad_() for name, tensor in inputs.items()} | {"x": inputs["x"]}
+    with pytest.raises(ValueError, match=r"memory of torch.bfloat16 and states of torch.float32.*give the memory that"):
+        product_memory_read(**half, top_k=4, sparse_gradients=True)
+    assert product_memory_read(**half, top_k=4).dtype == torch.float32

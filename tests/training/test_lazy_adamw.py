@@ -89,6 +89,16 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
     optimizer.register_step_post_hook(lambda *_: hooks.append(1))
     train_on(optimizer, resumed, gradients[:1])
     assert hooks == [1]  # a step is a step, whatever is done in it
+    mixed, eager = (
+        table(),
+        table(),
+    )  # gradients become dense, as where the flag of a memory is changed, and sparse again
+    dense = [sparse_gradient(list(range(ROWS)), seed) for seed in range(3)]
+    train_on(LazyAdamW([mixed], **SETTINGS), mixed, [dense[0], dense[1].to_dense(), dense[2]])
+    train_on(torch.optim.AdamW([eager], **SETTINGS), eager, [gradient.to_dense() for gradient in dense])
+    torch.testing.assert_close(mixed, eager)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
     with pytest.raises(ValueError, match="amsgrad"):
         LazyAdamW([whole], amsgrad=True)
 

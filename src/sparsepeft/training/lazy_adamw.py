@@ -45,6 +45,7 @@ class LazyAdamW(AdamW):
         super().__init__(params, **kwargs)
         self._slots: dict[Tensor, Tensor] = {}  # of each row among those with moments; -1 without
         self._aside: list[tuple[Tensor, Tensor]] = []
+        self._step_supports_amp_scaling = False  # a scaler then unscales, and leaves out steps, before they are begun
         # As hooks, since AdamW's own step, called from another one, would call all hooks twice.
         self.register_step_pre_hook(LazyAdamW._step_sparsely)
         self.register_step_post_hook(LazyAdamW._give_back)
@@ -79,6 +80,8 @@ class LazyAdamW(AdamW):
                     self._aside.append((parameter, parameter.grad))
                     self._update(group, parameter, coalesced(parameter.grad))
                     parameter.grad = None
+                elif parameter.grad is not None and "rows" in self.state.get(parameter, {}):
+                    self._spread(parameter)
 
     def _give_back(self, args: Any, kwargs: Any) -> None:
         for parameter, gradient in self._aside:
@@ -87,7 +90,9 @@ class LazyAdamW(AdamW):
 
     def _update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
         state = self.state[parameter]
-        if not state:
+        if "exp_avg" in state and "rows" not in state:  # gradients were dense so far
+            state["rows"] = torch.arange(len(parameter), device=parameter.device)
+        elif not state:
             state["step"] = torch.tensor(0.0)
             state["rows"] = torch.empty(0, dtype=torch.long, device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
@@ -102,6 +107,16 @@ class LazyAdamW(AdamW):
             rows, slots, -values if group["maximize"] else values, parameter, state["exp_avg"], state["exp_avg_sq"]
         )
         step_of_rows(touched, AdamStep(1 - rate * group["weight_decay"], beta1, beta2, step_size, root, group["eps"]))
+
+    def _spread(self, parameter: Tensor) -> None:
+        """Give all rows moments, as AdamW has them, where a gradient is dense from now on."""
+        state = self.state[parameter]
+        rows = state.pop("rows")
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = torch.zeros_like(parameter)
+            moments[rows] = state[name][: len(rows)]
+            state[name] = moments
+        self._slots.pop(parameter, None)
 
     def _find_slots(self, parameter: Tensor, state: dict[str, Any], rows: Tensor) -> Tensor:
         """Where the moments of rows are, (U,); those that are new get a place, and moments of zero."""

@@ -137,7 +137,7 @@ def product_memory_read_unchecked(
         )
         return _read(impl, tokens, scores, parents, keys, values, temperature, sparse_gradients)
 
-    return _in_common_dtype(read, impl, x, (first_keys, second_keys, child_keys, child_values))
+    return _in_common_dtype(read, impl, x, (first_keys, second_keys, child_keys, child_values), sparse_gradients)
 
 
 def memory_read_sparsely(
@@ -155,7 +155,7 @@ def memory_read_sparsely(
         scores, parents = search_flat(tokens, parent_keys, top_k)
         return _read(impl, tokens, scores, parents, keys, values, temperature, sparse=True)
 
-    return _in_common_dtype(read, impl, x, (parent_keys, child_keys, child_values))
+    return _in_common_dtype(read, impl, x, (parent_keys, child_keys, child_values), sparse=True)
 
 
 def step_of_rows(rows: Rows, step: AdamStep) -> None:
@@ -187,10 +187,17 @@ def _read(
     return read_children(read, COMPILED if impl == "cpu" else GATHERED, sparse)
 
 
-def _in_common_dtype(read: Callable[..., Tensor], impl: str, x: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
+def _in_common_dtype(
+    read: Callable[..., Tensor], impl: str, x: Tensor, memory: tuple[Tensor, ...], sparse: bool
+) -> Tensor:
     """``read`` with the implementation that ``impl`` means, on tokens (N, D) and a memory of one dtype."""
     impl = OPERATOR.choose(impl, ProductArguments(x, memory))
     dtype = common_dtype(x, *memory)
+    if sparse and torch.is_grad_enabled() and any(t.requires_grad and t.dtype != dtype for t in memory):
+        raise ValueError(
+            f"sparse gradients were asked for with a memory of {memory[-1].dtype} and states of {x.dtype}, but products"
+            f" are taken in {dtype}, from which they cannot be converted back: give the memory that dtype."
+        )
     # Autocast would round the residual and the memory; entered only where it is on, exported graphs are free of it.
     is_on = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if is_on else nullcontext():
