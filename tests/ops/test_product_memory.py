@@ -183,11 +183,12 @@ def test_the_compiled_step_of_rows_is_the_plain_one(width: tuple[int, ...]) -> N
     rows, slots = torch.tensor([7, 0, 4]), torch.tensor([1, 0, 2])
     table, first, second = torch.randn(9, *width), torch.randn(4, *width), torch.rand(4, *width)
     step = AdamStep(decay=0.99, beta1=0.8, beta2=0.9, step_size=0.1, root=0.7, eps=1e-6)
-    gradient, found = torch.randn(3, *width), []
+    gradient, found, version = torch.randn(3, *width), [], table._version
     for update in (update_rows, step_of_rows, update_rows_cpu):
         tensors = [tensor.clone() for tensor in (table, first, second)]
         update(Rows(rows, slots, gradient, *tensors), step)
         found.append(tensors)
+        assert tensors[0]._version > version
     for expected, *others in zip(*found, strict=True):
         for actual in others:
             torch.testing.assert_close(actual, expected)

@@ -120,6 +120,7 @@ def update_rows_cpu(rows: Rows, step: AdamStep) -> None:
         *step,
     )
     _library().product_memory_update(ctypes.byref(arguments), native.openmp_parallel())
+    torch.autograd.graph.increment_version(rows.table)  # a graph that has kept it must not be used any more
 
 
 COMPILED = Form(_read, _differentiate)

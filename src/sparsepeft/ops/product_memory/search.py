@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
 
@@ -54,10 +56,52 @@ def search_pairs(
     Args:
         select: as :func:`select_pairs`.
     """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, first_keys, second_keys)):
+        return _search_with_gradients(x, first_keys, second_keys, top_k, select)
+    return _search(x, first_keys, second_keys, top_k, select)
+
+
+def _search(x: Tensor, first_keys: Tensor, second_keys: Tensor, top_k: int, select: Select) -> tuple[Tensor, Tensor]:
     first, second = half_scores(x, first_keys, second_keys)
-    parents = select(first.detach(), second.detach(), top_k)
+    parents = select(first, second, top_k)
     i, j = parents // len(second_keys), parents % len(second_keys)
     return first.gather(-1, i) + second.gather(-1, j), parents
+
+
+@torch.compiler.disable  # as what reads the children is
+def _search_with_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scores, parents = _Search.apply(*arguments)
+    return scores, parents
+
+
+class _Search(torch.autograd.Function):
+    """The search, whose gradients cost what the kept pairs do: of x no product with all half-keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, first_keys: Tensor, second_keys: Tensor, top_k: int, select: Select
+    ) -> tuple[Tensor, Tensor]:
+        scores, parents = _search(x, first_keys, second_keys, top_k, select)
+        ctx.save_for_backward(x, first_keys, second_keys, parents)
+        ctx.mark_non_differentiable(parents)
+        return scores, parents
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, first_keys, second_keys, parents = ctx.saved_tensors
+        n, width = len(second_keys), first_keys.shape[1]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        grad_keys = []
+        halves = ((first_keys, parents // n, slice(width)), (second_keys, parents % n, slice(width, None)))
+        for keys, half, columns in halves:
+            if grad_x is not None:
+                weights = grads[0].to(keys.dtype)
+                grad_x[:, columns] = F.embedding_bag(half, keys, mode="sum", per_sample_weights=weights)
+            of_scores = grads[0].new_zeros(len(x), n).scatter_add_(1, half, grads[0])  # two parents may share a half
+            grad_keys.append(of_scores.to(x.dtype).T @ x[:, columns])
+        needed = [grad if need else None for grad, need in zip(grad_keys, ctx.needs_input_grad[1:3], strict=True)]
+        return grad_x, *needed, None, None
 
 
 def search_flat(x: Tensor, parent_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
