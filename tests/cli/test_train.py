@@ -58,7 +58,7 @@ MEANS = {"answer": 2.5, "metrics": {"mae": 1.2, "rmse": 1.5}}
             {
                 "baseline": {"answer": ["joy"], "metrics": {"accuracy": 0.1}},
                 "problem_type": "multi_label_classification",
-                "metrics_at_half": {"validation": {"accuracy": 0.8, "macro_f1": 0.65}},
+                "metrics_at_half": {"validation": {"accuracy": 0.8, "macro_f1": 0.65, "subset_accuracy": 0.5}},
             },
             ["all labels that hold", "most frequent of the labels, joy, for", "threshold: accuracy 0.8000, macro_f1 0"],
             [],

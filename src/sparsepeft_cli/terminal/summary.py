@@ -151,8 +151,8 @@ def _by_infer(results: Mapping[str, Any]) -> list[str]:
 def _at_half(results: Mapping[str, Any]) -> list[str]:
     """What several labels would score without thresholds of their own."""
     scores = results.get("metrics_at_half", {}).get(results["score_split"], {})
-    said = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    return [f"with 0.5 as every label's threshold: {said}"] if said else []
+    said = [f"{name} {value:.4f}" for name, value in scores.items()]
+    return _wrapped([f"with 0.5 as every label's threshold: {said[0]}", *said[1:]], ", ", 78) if said else []
 
 
 def _errors(results: Mapping[str, Any]) -> list[str]:
