@@ -6,6 +6,7 @@
 - a forward pass: what adapted layers share (:class:`ForwardContext`), masks (:class:`SparseMask`), auxiliary losses
   (:class:`AuxiliaryLosses`), passes that run a part of the layers (:class:`PartialPasses`)
 - its loss without all of its logits at once (:func:`language_model_loss`, :func:`deferred_logits`)
+- its linear layers by oneDNN (:func:`use_onednn`)
 - labels (:class:`Labels`, :class:`LabelState`), and tensors in a lower precision (:func:`quantize`,
   :func:`cast_for_saving`)
 """
@@ -19,6 +20,7 @@ from sparsepeft.models.identity import backbone_parameters, check_fingerprint, f
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.logits import DeferredLogits, deferred_logits, language_model_loss
 from sparsepeft.models.masks import SparseMask
+from sparsepeft.models.onednn import use_onednn
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.quantized import cast_for_saving, dequantize, quantize
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards, find_sublayer
@@ -55,4 +57,5 @@ __all__ = [
     "named_modules",
     "quantize",
     "unwrap",
+    "use_onednn",
 ]

@@ -1,5 +1,6 @@
 """Functions from tensors to tensors; needs nothing but torch."""
 
+from sparsepeft.ops.dropout import CompiledDropout
 from sparsepeft.ops.linear_cross_entropy import linear_cross_entropy
 from sparsepeft.ops.load_balancing import (
     load_balancing_loss,
@@ -13,6 +14,7 @@ from sparsepeft.ops.routed_ffn import LowRank, Projection, Routing, exact_ffn, r
 from sparsepeft.ops.sparse_attention import fit_codebooks, refresh_codebooks, selection_recall, sparse_attention
 
 __all__ = [
+    "CompiledDropout",
     "Explanation",
     "LowRank",
     "Projection",

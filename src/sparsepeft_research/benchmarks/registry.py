@@ -178,6 +178,7 @@ BENCHMARKS = {
                     "model", "", "Hub id or folder of the backbone, for steps several (a,b); MiniLM if left out."
                 ),
                 Parameter("groups", "", "methods, options or steps (a,b); all if left out."),
+                Parameter("only", "", "Sets of steps whose title contains this, such as `16 x 128, fp32`."),
                 Parameter("peer_folder", "", "Where the peer's environment is kept; .peers/adapters if left out."),
                 _QUICK,
             ),

@@ -68,6 +68,7 @@ class Settings:
     idle_wait: float
     seed: int
     quick: bool
+    only: str
     steps: int = EPOCH  # timed at a time
     bare: dict[str, Any] = field(default_factory=dict)  # batches of those in the bare loop
 
@@ -125,6 +126,9 @@ def measure_steps(settings: Settings, folder: Path, progress: Progress) -> dict[
     results, backbone = {}, describe_backbone(settings.model)
     for case in steps.cases(settings.quick):
         for name, ours in steps.candidates(settings.quick).items():
+            title = f"steps, {backbone}, {case.batch_size} x {case.length}, {case.precision}, {name}"
+            if settings.only not in title:
+                continue
             place = folder / str(len(list(folder.iterdir())))
             place.mkdir()
             bare: dict[str, Any] = {"num_labels": 2, "batch_size": case.batch_size, "precision": case.precision}
@@ -132,7 +136,6 @@ def measure_steps(settings: Settings, folder: Path, progress: Progress) -> dict[
             steps.write_tokens(settings.model, case, settings.seed, Path(bare["examples"]))
             candidates = [Candidate(one, values, is_bare=True) for one, values in ours.items()]
             candidates += [one for one in peers(only_pfeiffer=name != "methods") if one.settings["pad_to"] is None]
-            title = f"steps, {backbone}, {case.batch_size} x {case.length}, {case.precision}, {name}"
             progress(title)
             timed = replace(settings, bare=bare, steps=steps.STEPS)
             results[title] = measure(candidates, timed, place, progress)

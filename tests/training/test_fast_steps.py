@@ -1,0 +1,52 @@
+"""What makes training steps faster on a CPU: used where it was measured to be, and no other model comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import run_config
+
+from sparsepeft.models.onednn import OneDnnLinear, can_onednn_compute
+from sparsepeft.ops import dropout
+from sparsepeft.training import fit, model, train
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What runs compute by, all of it being faster here."""
+    found: set[str] = set()
+    monkeypatch.setattr(fit, "is_compiled_dropout_faster", lambda: True)
+    monkeypatch.setattr(model, "is_onednn_faster", lambda dtype, *, trains: can_onednn_compute(dtype))
+    for owner, name in ((dropout, "dropout"), (dropout, "attention"), (OneDnnLinear, "_parameters_in")):
+
+        def noting(*args: Any, name: str = name, function: Any = getattr(owner, name)) -> Any:  # noqa: B008
+            found.add(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, noting)
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_runs_use_what_is_faster_and_can_be_repeated(tiny_backbone: Path, tmp_path: Path, used: set[str]) -> None:
+    for name in ("first", "second"):
+        train(run_config(tiny_backbone, tmp_path / name, method="spartan"))
+    assert used >= {"dropout", "attention"}
+    assert ("_parameters_in" in used) == can_onednn_compute(torch.float32)
+    first, second = (weights(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(tensor.isfinite().all() for tensor in first.values())
+
+
+@pytest.mark.parametrize("option", [{"gradient_checkpointing": True}, {"precision": "bf16", "method": "lora"}])
+def test_runs_with_options(option: dict[str, Any], tiny_backbone: Path, tmp_path: Path, used: set[str]) -> None:
+    train(run_config(tiny_backbone, tmp_path / "run", **option))
+    recomputes = "gradient_checkpointing" in option  # with PyTorch's dropout, as backward does
+    assert ("attention" in used) == (not recomputes)
