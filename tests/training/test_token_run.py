@@ -23,7 +23,7 @@ from sparsepeft_cli.app import app
 
 pytestmark = pytest.mark.slow
 KINDS = dict.fromkeys(("the", "a", "an"), "thing") | dict.fromkeys(("in", "of", "to", "for", "on", "at"), "place")
-METHODS = ("spartan", "houlsby", "bitfit", "head", "lora", "full")
+METHODS = ("spartan", "bitfit", "lora", "full")
 
 
 def write_conll(path: Path, part: str, most: int = 400) -> Path:
