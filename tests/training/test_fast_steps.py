@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.tiny import run_config
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsepeft.models import DeferredLogits, deferred_logits
 from sparsepeft.models.onednn import OneDnnLinear, can_onednn_compute
 from sparsepeft.ops import dropout
 from sparsepeft.training import fit, model, train
@@ -50,3 +52,14 @@ def test_runs_with_options(option: dict[str, Any], tiny_backbone: Path, tmp_path
     train(run_config(tiny_backbone, tmp_path / "run", **option))
     recomputes = "gradient_checkpointing" in option  # with PyTorch's dropout, as backward does
     assert ("attention" in used) == (not recomputes)
+
+
+def test_a_language_models_head_keeps_its_logits_deferred(used: set[str]) -> None:
+    llama = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=99)
+    )
+    model.compute_by_onednn(llama, "fp32", True)
+    ids = torch.randint(99, (2, 7))
+    with deferred_logits(llama):
+        assert isinstance(llama(input_ids=ids, labels=ids).logits, DeferredLogits)
+    assert type(llama.lm_head) is OneDnnLinear

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsepeft.models.onednn import OneDnnLinear
 from sparsepeft.ops import linear_cross_entropy
 from sparsepeft.ops.linear_cross_entropy import head_logits
 
@@ -210,21 +211,24 @@ def deferred_logits(model: nn.Module) -> Iterator[None]:
         >>> with deferred_logits(model):
         ...     model(input_ids=ids, labels=ids).loss.backward()
     """
-    heads = [] if isinstance(model, nn.DataParallel) else list(_linear_heads(model))
+    heads = () if isinstance(model, nn.DataParallel) else tuple(_linear_heads(model))
+    classes = [type(head) for head in heads]
     for head in heads:
         head.__class__ = _DeferringLinear
     try:
         yield
     finally:
-        for head in heads:
-            head.__class__ = nn.Linear
+        for head, its_class in zip(heads, classes, strict=True):
+            head.__class__ = its_class
 
 
 def _linear_heads(model: nn.Module) -> Iterator[nn.Linear]:
     language_model = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), None)
     head = None if language_model is None else language_model.get_output_embeddings()
     for module in () if head is None else head.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):  # else something has its hands on it
+        if type(module) in (nn.Linear, OneDnnLinear) and "forward" not in vars(
+            module
+        ):  # else something has its hands on it
             yield module
 
 

@@ -12,7 +12,6 @@ from sparsepeft.devices import find_device
 from sparsepeft.methods.language_models import HALF_DTYPES, load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
-from sparsepeft.models import find_blocks
 from sparsepeft.models.frozen import hold_frozen_linears
 from sparsepeft.models.onednn import is_onednn_faster, use_onednn
 from sparsepeft.runs.config import RunConfig
@@ -90,7 +89,7 @@ def text_scores(config: RunConfig, model: torch.nn.Module, data: RunData) -> Sco
 
 
 def compute_by_onednn(model: torch.nn.Module, precision: str, wanted: bool | None = None) -> None:
-    """Let the linear layers inside of a model's Transformer layers compute by oneDNN while they are frozen.
+    """Let a model's linear layers compute by oneDNN while they are frozen.
 
     Args:
         model: on a CPU.
@@ -99,5 +98,4 @@ def compute_by_onednn(model: torch.nn.Module, precision: str, wanted: bool | Non
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if is_onednn_faster(dtype, trains=True) if wanted is None else wanted:
-        for block in find_blocks(model):
-            use_onednn(block.module)
+        use_onednn(model)

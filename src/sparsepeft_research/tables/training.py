@@ -30,22 +30,24 @@ def throughput(results: Path) -> str:
         )
         parts.append(steps(sets))
     for group, candidates in report.results.items():
-        if group in sets:
-            continue
-        speeds = {name: one["steps_per_minute"] for name, one in candidates.items() if "steps_per_minute" in one}
-        baselines = [name for name in _BASELINES if name in speeds]
-        rows = [
-            [
-                name,
-                f"{speed:.0f}",
-                f"{candidates[name]['preparation_s']:.1f}",
-                *(f"{speed / speeds[baseline]:.2f}" for baseline in baselines),
-            ]
-            for name, speed in speeds.items()
-        ]
-        parts.append(table([group, "steps per minute", "preparation (s)", *(f"over {b}" for b in baselines)], rows))
+        parts += [] if group in sets else [_speeds(group, candidates)]
         parts += [f"{name}: {one['failed']}" for name, one in candidates.items() if "failed" in one]
     return paragraphs(*parts)
+
+
+def _speeds(group: str, candidates: dict[str, Any]) -> str:
+    speeds = {name: one["steps_per_minute"] for name, one in candidates.items() if "steps_per_minute" in one}
+    baselines = [name for name in _BASELINES if name in speeds]
+    rows = [
+        [
+            name,
+            f"{speed:.0f}",
+            f"{candidates[name]['preparation_s']:.1f}",
+            *(f"{speed / speeds[baseline]:.2f}" for baseline in baselines),
+        ]
+        for name, speed in speeds.items()
+    ]
+    return table([group, "steps per minute", "preparation (s)", *(f"over {b}" for b in baselines)], rows)
 
 
 def steps(sets: dict[str, Any]) -> str:
@@ -54,7 +56,8 @@ def steps(sets: dict[str, Any]) -> str:
     for title, candidates in sets.items():
         case = title.removeprefix(_STEPS).rpartition(", ")[0]
         speeds = {name: one["steps_per_minute"] for name, one in candidates.items() if "steps_per_minute" in one}
-        found = {name: speeds["spartan"] / speed for name, speed in speeds.items() if name != "spartan"}
+        spartan = speeds.pop("spartan", None)
+        found = {name: spartan / speed for name, speed in speeds.items()} if spartan else {}
         ratios[case] = found | ratios.get(case, {})  # a candidate of several sets by the first, that of all methods
     names = list(dict.fromkeys(name for found in ratios.values() for name in found))
     rows = [[case, *(f"{found[n]:.2f}" if n in found else "" for n in names)] for case, found in ratios.items()]

@@ -1,6 +1,6 @@
 """Dropout in training on a CPU, in one pass over the numbers.
 
-In PyTorch it may take a fifth of a step there: random numbers are drawn for a mask of floating-point numbers, which is
+In PyTorch it takes a good part of a step there: random numbers are drawn for a mask of floating-point numbers, which is
 divided, multiplied with and remembered. Here nothing is remembered: backward draws the same numbers again.
 """
 
