@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsepeft.runs.files import RESULTS_VERSION
-from sparsepeft_research.reproduction import Matrix, Run, Watcher
+from sparsepeft.training.callbacks import Watcher
+from sparsepeft_research.reproduction import Matrix, Run
 from sparsepeft_research.reproduction.matrix import TaskFacts
 from sparsepeft_research.reproduction.protocols import few_shot, full_data
 from sparsepeft_research.reproduction.results import about
@@ -72,11 +73,11 @@ class Recorder(Watcher):
         self.there: list[str] = []
         self.failures: dict[str, dict[str, Any]] = {}
 
-    def finished(self, run: Run, result: dict[str, Any], here: bool) -> None:
-        (self.here if here else self.there).append(run.name)
+    def finished(self, run: str, result: dict[str, Any], here: bool) -> None:
+        (self.here if here else self.there).append(run)
 
-    def failed(self, run: Run, error: dict[str, Any]) -> None:
-        self.failures[run.name] = error
+    def failed(self, run: str, error: dict[str, Any]) -> None:
+        self.failures[run] = error
 
 
 def names(runs: Sequence[Run]) -> list[str]:

@@ -94,6 +94,15 @@ def test_counts_agree_with_models_in_memory(tiny: tuple[str, int]) -> None:
     assert row["full"].total_parameters == whole
 
 
+def test_product_keys_are_counted(bert: str) -> None:
+    sizes = {"num_parents": 9, "num_children": 2, "parent_keys": "product"}
+    (row,) = storage_report(bert, 1, methods=["spartan"], **sizes).methods
+    assert row.parameters_per_task == row.formula_parameters == (3 + 2 * 9 * 2) * D * L
+    assert row.formula == "(√P+2PC)dL = (3+2·9·2)·24·3 = 2,808"
+    spartan = get_peft_model(real_model(bert, 2), SpartanConfig(top_k=2, **sizes))
+    assert trainable(spartan) == row.parameters_per_task + row.head_parameters_per_task[0]
+
+
 def size_on_disk(bert: str, folder: Path, method: str, num_labels: int, dtype: str = "float32", **changes: Any) -> int:
     """Bytes of the weights' file that PEFT or transformers writes."""
     config = hf.AutoConfig.from_pretrained(bert, num_labels=num_labels)
@@ -207,6 +216,8 @@ def test_default_backbone_and_json(roberta_base: StorageReport) -> None:
         ({"reduction_factor": 0}, "reduction_factor=0"),
         ({"num_parents": -1}, "num_parents=-1"),
         ({"head_type": "none"}, "`head_type`: 'none' is unknown"),
+        ({"parent_keys": "none"}, "`parent_keys`: 'none' is unknown"),
+        ({"parent_keys": "product", "num_parents": 17}, "num_parents=17.*a square, such as 16 or 25"),
     ],
 )
 def test_unknown_names_and_impossible_sizes_are_refused(settings: dict, message: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src"
 # Of the library's packages each imports only from those before it; "" are the modules beside them.
 LAYERS = (
-    *("", "ops", "models", "layers", "tuners", "storage", "planning", "spt", "tasks", "methods", "runs", "inference"),
-    *("generation", "export", "inspection", "training"),
+    *("", "ops", "models", "layers", "tuners", "storage", "planning", "spt", "rows", "tasks", "methods", "runs"),
+    *("inference", "scoring", "generation", "export", "inspection", "training", "comparison"),
 )
 ABOVE = {("sparsepeft_serve", "sparsepeft"), ("sparsepeft_research", "sparsepeft")}
 MAX_LINES = 3_000

@@ -25,3 +25,23 @@ def first_of(names: Collection[str], limit: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people: decimal units, as the storage industry and the paper use."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def millions(count: int) -> str:
+    """Parameters for people; small counts exactly."""
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

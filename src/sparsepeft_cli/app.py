@@ -12,6 +12,7 @@ import typer
 
 from sparsepeft_cli import (
     benchmark,
+    compare,
     data,
     demo,
     evaluate,
@@ -42,6 +43,7 @@ app = typer.Typer(
 for _module in (
     data,
     train,
+    compare,
     history,
     evaluate,
     predict,

@@ -23,9 +23,11 @@ _OF_FILES = (
 
 def command(
     train_file: Annotated[
-        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON or parquet.", metavar="FILE")
+        Path | None, typer.Argument(help="Your own CSV, TSV, JSONL, JSON, parquet or CoNLL.", metavar="FILE")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news or topics.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Instead of a file: a GLUE task, bbc-news, goemotions, wnut17 or topics.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Whose tokens are counted: hub id or folder. [default: the bundled MiniLM]")
     ] = None,
@@ -65,15 +67,16 @@ def _page(about: dict[str, Any]) -> Iterator[Any]:
     for file in about.get("files", {}).values():
         yield _cut(", ".join(file.values()))
     if columns := about.get("columns"):
-        unused = [name for name in columns["found"] if name not in (*columns["text"], columns["label"])]
+        labels = [columns["label"]] if isinstance(columns["label"], str) else columns["label"]
+        unused = [name for name in columns["found"] if name not in (*columns["text"], *labels)]
         yield _cut(
-            f"text: {' + '.join(columns['text'])}; label: {columns['label']}"
+            f"text: {' + '.join(columns['text'])}; label: {', '.join(labels)}"
             + (f"; not used: {', '.join(name or '(unnamed)' for name in unused)}" if unused else "")
         )
     yield _cut(f"{about['task']}, {about['problem_type']}; scored by {', '.join(about['metrics'])}")
     yield from ("", _labels(about["parts"]), "")
     yield from map(_findings, about["parts"], about["parts"].values())
-    yield from _lengths(about["tokens"])
+    yield from _lengths(about["tokens"], about["problem_type"] == "token_classification")
     yield ""
     for example in about["parts"]["train"]["examples"]:
         label = example["label"]
@@ -110,14 +113,15 @@ def _findings(name: str, part: dict[str, Any]) -> str:
     return f"{name}: {said or 'no duplicates, no empty texts'}"
 
 
-def _lengths(tokens: dict[str, Any]) -> Iterator[str]:
+def _lengths(tokens: dict[str, Any], of_tokens: bool) -> Iterator[str]:
+    does, doing = ("reads sentences in parts of", "splits") if of_tokens else ("cuts texts to", "cuts")
     yield (
         f"tokens ({tokens['model']}): median {tokens['median']:,}, 95 % {tokens['p95']:,}, "
         f"longest {tokens['longest']:,}"
     )
     yield (
-        f"training cuts texts to {tokens['limit']} tokens; {_percent(tokens['over_limit'])} are longer; "
-        f"suggested: --max-length {tokens['suggested']}, which cuts {_percent(tokens['over_suggested'])}"
+        f"training {does} {tokens['limit']} tokens; {_percent(tokens['over_limit'])} are longer; "
+        f"suggested: --max-length {tokens['suggested']}, which {doing} {_percent(tokens['over_suggested'])}"
     )
 
 

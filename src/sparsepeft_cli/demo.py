@@ -18,8 +18,9 @@ def command(
     """
     import dataclasses
 
+    from sparsepeft.reprs import megabytes
     from sparsepeft.training.demo import run_demo
-    from sparsepeft_cli.terminal.console import megabytes, out, print_json, program, table
+    from sparsepeft_cli.terminal.console import out, print_json, program, table
     from sparsepeft_cli.terminal.progress import TrainingProgress
 
     with TrainingProgress() as progress:

@@ -11,7 +11,7 @@ from sparsepeft_cli.terminal import options
 from sparsepeft_cli.terminal.errors import in_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sparsepeft.training import Evaluation
 
@@ -66,7 +66,7 @@ def command(
         return
     out.print(_scores(result, str(test_file or folder)))
     if report:
-        for part in _report(result):
+        for part in report_tables(result.report):
             out.print(part, highlight=False)
     for note in result.notes:
         out.print(f"note: {in_options(note)}", highlight=False, markup=False)
@@ -84,6 +84,7 @@ def _scores(result: Evaluation, title: str) -> Any:
         for infer, metrics in result.metrics_by_infer.items()
         for part, values in metrics.items()
     } or {part: (part, values) for part, values in result.metrics.items()}
+    scores |= {f"{part}, thresholds 0.5": (part, values) for part, values in result.metrics_at_half.items()}
     rows = [
         [
             shown,
@@ -95,11 +96,11 @@ def _scores(result: Evaluation, title: str) -> Any:
     return table(title, ["part", *(["rows"] if result.num_rows else []), *names], rows)
 
 
-def _report(result: Evaluation) -> Iterator[Any]:
+def report_tables(report: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
     """Tables of the classes, and for each class what it was taken for: that fits however many there are."""
     from sparsepeft_cli.terminal.console import table
 
-    for part, content in result.report.items():
+    for part, content in report.items():
         classes = content["per_class"]
         rows = [
             [name, *(f"{each[key]:.3f}" for key in ("precision", "recall", "f1")), f"{each['support']:,}"]
@@ -120,15 +121,9 @@ def _confusions(part: str, names: list[str], matrix: list[list[int]]) -> Iterato
         rows = [[name, *(f"{count:,}" for count in row)] for name, row in zip(names, matrix, strict=True)]
         yield table(title, ["true", *names], rows)
         return
-    wrong = sorted(
-        (
-            (count, true, guess)
-            for true, row in zip(names, matrix, strict=True)
-            for guess, count in zip(names, row, strict=True)
-            if true != guess and count
-        ),
-        key=lambda counted: -counted[0],
-    )
+    from sparsepeft.scoring.evaluation import confusions
+
+    wrong = confusions(names, matrix)
     rows = [[true, guess, f"{count:,}"] for count, true, guess in wrong[:20]]
     yield table(
         f"most frequent confusions of {part} ({len(wrong)} kinds; --json has all)", ["true", "predicted", "rows"], rows

@@ -58,7 +58,8 @@ def command(
 
 
 def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
-    from sparsepeft_cli.terminal.console import megabytes, table
+    from sparsepeft.reprs import megabytes
+    from sparsepeft_cli.terminal.console import table
 
     lower = [key for key in _LOWER if any(key in task for task in report["tasks"].values())]
     columns = [

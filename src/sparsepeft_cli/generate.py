@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,34 +90,6 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         raise UserError("A prompt and --file were both given; pass one of them.")
     if prompt is not None:
         return [prompt]
-    if file is None:
-        return list(_parse(sys.stdin.read(), "standard input"))
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise UserError(f"{file} {what}; pass a file with a prompt a line to --file.")
-    from sparsepeft.tasks.files import read_text
+    from sparsepeft.generation.prompts import parse_prompts, read_prompts
 
-    return list(_parse(read_text(file), str(file)))
-
-
-def _parse(text: str, source: str) -> Iterator[str]:
-    """The prompt of each line; a line that merely begins like JSON is text."""
-    from sparsepeft.errors import UserError
-
-    if not text:
-        raise UserError(f"There is no prompt in {source}; give one a line.")
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        line = line.removesuffix("\r")
-        if not line.strip():
-            raise UserError(
-                f'{source}, line {number} is empty; take it out, or write {{"prompt": ""}} for an empty prompt.'
-            )
-        value: Any = line
-        if line[:1] == "{":
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-        if isinstance(value, dict):
-            value = value.get("prompt")
-        if not isinstance(value, str):
-            raise UserError(f'{source}, line {number}: the JSON object has no text under "prompt"; correct that line.')
-        yield value
+    return list(parse_prompts(sys.stdin.read(), "standard input")) if file is None else read_prompts(file)

@@ -10,6 +10,8 @@ import typer
 
 from sparsepeft_cli.terminal import options
 
+_MOST_ROWS = 64  # of a table of parents
+
 
 def command(
     folder: Annotated[
@@ -74,6 +76,7 @@ def command(
 
 def report_tables(report: Any) -> list[Any]:
     """What a ``MemoryReport`` shows on a console: all layers, and the parents of the last."""
+    from sparsepeft.inspection.figures import most_used
     from sparsepeft_cli.terminal.console import table
 
     last, has_labels = report.layers[-1], report.label_names is not None
@@ -85,18 +88,22 @@ def report_tables(report: Any) -> list[Any]:
         name = f"{layer.index}, decoder" if "decoder" in layer.name.split(".") else layer.index
         row = [name, *([_number(layer.nmi_documents), _number(layer.nmi_positions)] if has_labels else [])]
         row += [_number(untrained.nmi_documents)] if has_labels and untrained else []
-        dead = ", ".join(map(str, layer.dead_parents)) or "none"
-        rows.append([*row, _number(layer.gate_entropy), f"{layer.moved:.1%}", dead])
+        rows.append([*row, _number(layer.gate_entropy), f"{layer.moved:.1%}", layer.describe_dead()])
     title = f"{last.documents:,} documents, {last.positions:,} positions"
     layers = table(title, [*columns, "entropy", "moved", "dead"], rows)
 
-    columns = ["parent", "comes first", "picks", "documents", *(["purity", "main label"] if has_labels else [])]
+    by_position = has_labels and all(parent.purity is None for parent in last.parents)
+    of_labels = ["tags of which most come to it"] if by_position else ["purity", "main label"]
+    columns = ["parent", "comes first", "picks", "documents", *(of_labels if has_labels else [])]
     rows = []
-    for parent in last.parents:
+    parents = last.parents if len(last.parents) <= _MOST_ROWS else most_used(last)
+    for parent in parents:
         purity = "–" if parent.purity is None else f"{parent.purity:.1%}"
+        shares = [f"{name} {share:.0%}" for name, share in last.label_shares(parent).items() if share][:3]
         row = [parent.index, f"{parent.share_first:.1%}", f"{parent.share_picked:.1%}", parent.documents]
-        rows.append(row + ([purity, parent.main_label or "–"] if has_labels else []))
-    words = [f"  {p.index}: {', '.join(f'“{word.word}”' for word in p.words)}" for p in last.parents if p.words]
+        found = [", ".join(shares) or "–"] if by_position else [purity, parent.main_label or "–"]
+        rows.append(row + (found if has_labels else []))
+    words = [f"  {p.index}: {', '.join(f'“{word.word}”' for word in p.words)}" for p in parents if p.words]
     return [
         layers,
         *_legend(has_labels, last.top_k),

@@ -25,8 +25,8 @@ def command(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="CSV, TSV, JSONL or parquet with the columns of training, or one input a line: plain text (a tab "
-            'between pairs), or JSON: "a", ["a", "b"], {...}. Also with .gz.'
+            help="CSV, TSV, JSONL, parquet or CoNLL with the columns of training, or one input a line: plain text (a "
+            'tab between pairs), or JSON: "a", ["a", "b"], {...}. Also with .gz.'
         ),
     ] = None,
     output: Annotated[
@@ -41,10 +41,11 @@ def command(
     infer: options.Infer = None,
     **rows: Any,
 ) -> None:
-    """Label texts: a row out for each input, in order and as soon as it can be given.
+    """Label texts, or find entities in them: a row out for each input, in order and as soon as it can be given.
 
-    Columns of the input come before the answer (`label`, `score`, `scores`); where one of them has the same name, the
-    answer's is `predicted_label`. An input that cannot be answered has an `error` instead, and the exit code is 1.
+    Columns of the input come before the answer (`label`, `score`, `scores`, or `entities`); where one of them has the
+    same name, the answer's is `predicted_label`. An input that cannot be answered has an `error` instead, and the exit
+    code is 1.
 
     Example: `sparsepeft predict out/topics "The striker scored twice in the second half."`
 
@@ -58,11 +59,11 @@ def command(
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
     if output is not None and (output.is_dir() or (file is not None and output.resolve() == file.resolve())):
         raise UserError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; pass another file.")
-    from sparsepeft.inference.answers import answer, format_of, formatter
+    from sparsepeft.scoring.answers import answer, format_of, formatter
 
     format = format_of(output_format, output)
     from sparsepeft.devices import keep_freed_memory
-    from sparsepeft.inference.questions import Question
+    from sparsepeft.scoring.questions import Question
     from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
 
     keep_freed_memory()

@@ -166,8 +166,8 @@ def _show_plan(matrix: Any, grid: bool, json: bool) -> None:
 
 
 def _plan_parts(planned: list[Any]) -> list[Any]:
+    from sparsepeft.reprs import duration
     from sparsepeft_cli.terminal.console import table
-    from sparsepeft_cli.terminal.summary import duration
 
     rows = []
     for p in planned:

@@ -65,6 +65,7 @@ options.declare(
             ("head_type", "model", "Head of SPARTAN and adapters: model or linear.", {"metavar": "TYPE"}),
             ("num_parents", 16, "SPARTAN's P.", {"min": 1}),
             ("num_children", 3, "SPARTAN's C.", {"min": 1}),
+            ("parent_keys", "flat", "SPARTAN's: flat or product.", {"metavar": "KIND"}),
             ("train_layer_norms", False, "SPARTAN's tasks have norms of their own (recipe best).", {}),
             ("reduction_factor", 12, "Of the adapters' bottlenecks.", {"min": 1}),
             ("lora_rank", 8, "Of LoRA.", {"min": 1}),
@@ -74,7 +75,8 @@ options.declare(
 
 
 def _tables(report: Any, figures: Sequence[Any]) -> list[Any]:
-    from sparsepeft_cli.terminal.console import megabytes, millions, table
+    from sparsepeft.reprs import megabytes, millions
+    from sparsepeft_cli.terminal.console import table
 
     title = (
         f"{report.num_tasks} tasks on {report.model} ({report.backbone_parameters:,} parameters, "

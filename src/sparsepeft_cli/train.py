@@ -15,26 +15,29 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "Data": {
         "task": (
             str,
-            "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, bbc-news, topics (comes with the package), custom "
-            "with --train-file, lm with --text.",
+            "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, bbc-news, goemotions, wnut17 (entities), topics "
+            "(comes with the package), custom with --train-file, lm with --text.",
         ),
         "data_dir": (
             Path,
             "Folder with the tasks' files. [default: $SPARSEPEFT_DATA, else the hub]",
             {"metavar": "DIR", "envvar": "SPARSEPEFT_DATA", "show_envvar": False},
         ),
-        "train_file": (Path, "Your own CSV, TSV, JSONL, JSON or parquet."),
+        "train_file": (Path, "Your own CSV, TSV, JSONL, JSON, parquet or CoNLL."),
         "validation_file": (Path, "Held-out rows; else a tenth of the training rows."),
         "test_file": (Path, "Rows that are scored once, at the end."),
         "text_column": (str, "Column of the text."),
         "text_pair_column": (str, "Column of the second text, for pairs."),
-        "label_column": (str, "Column of the label."),
-        "problem_type": (str, "Of own files: regression, single_label or multi_label. [default: by their labels]"),
+        "label_column": (str, "Column of the label, or columns of 0 and 1: joy,anger."),
+        "problem_type": (
+            str,
+            "Of own files: regression, single_label, multi_label or token_classification. [default: by their labels]",
+        ),
         "delimiter": (str, "Of CSV or TSV: a character, tab or semicolon. [default: by their rows]"),
         "encoding": (str, "Of own files. [default: UTF-8, UTF-16 by its mark, else cp1252]"),
         "max_train_samples": (int, "Use this many training examples."),
         "few_shot": (int, "Train on N examples, 1000 steps: the paper's protocol."),
-        "max_length": (int, "Cut texts to this many tokens."),
+        "max_length": (int, "Cut texts to this many tokens; sentences with tags are read in parts."),
         "score_on": (str, "validation, or selection: a tenth of the training data. [default: validation]"),
     },
     "Output": {
@@ -72,6 +75,11 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
             str,
             'How much examples of each class count: balanced, or "spam=3,ham=1".',
             {"metavar": "WEIGHTS"},
+        ),
+        "thresholds": (
+            str,
+            "Of several labels: the probability above which each holds, such as 0.5. [default: selection: chosen on a "
+            "tenth of the training data]",
         ),
         "label_smoothing_factor": (float, "Share of the target spread over all classes. [default: 0]"),
         "eval_steps": (int, "Score the selection part, and save, every N steps. [default: ten times]"),

@@ -89,7 +89,7 @@ class Batcher:
 
     Args:
         engine: that answers.
-        longest_wait_ms: how long an input waits for others while nothing is computed.
+        longest_wait_ms: how long an input waits for others while nothing is computed, where callers come together.
         queue_size: inputs that may wait.
         metrics: that are told.
     """
@@ -98,6 +98,8 @@ class Batcher:
         self._engine, self._metrics = engine, metrics
         self._longest_wait_s, self._queue_size = longest_wait_ms / 1000, queue_size
         self._jobs: deque[_Job] = deque()
+        self._num_calls = 0
+        self._num_together = 0  # requests in the batch before
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._worker: asyncio.Task[None] | None = None
@@ -105,8 +107,8 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Inputs that no batch has yet, those for several tasks counted for each."""
-        return sum(job.num_waiting for job in self._jobs)
+        """Inputs that no batch has yet, those for several tasks counted for each, and calls between batches."""
+        return self._num_calls + sum(job.num_waiting for job in self._jobs)
 
     @property
     def is_working(self) -> bool:
@@ -153,13 +155,19 @@ class Batcher:
         return answers
 
     async def between_batches(self, call: Callable[[], Result]) -> Result:
-        """What ``call`` returns, made in the engine's thread.
+        """What ``call`` returns, made in the engine's thread; it waits as a text does.
 
         Raises:
-            ServiceError: nothing is answered any more.
+            ServiceError: too much waits, or nothing is answered any more.
         """
         self.check_working()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        if (waiting := self.num_waiting) >= self._queue_size:
+            raise overloaded(waiting)
+        self._num_calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        finally:
+            self._num_calls -= 1
 
     async def _submit(self, inputs: Sequence[Any], options: Options) -> list[Any]:
         self.check_working()
@@ -185,6 +193,7 @@ class Batcher:
             batch = self._take()
             if not batch:  # their callers have left
                 continue
+            self._num_together = len({id(job) for job, _ in batch})
             began = time.perf_counter()
             for job, place in batch:
                 if place == 0:
@@ -204,8 +213,11 @@ class Batcher:
                     job.put(place, answer)
 
     async def _wait_for_more(self) -> None:
-        """Give others until the first input has waited long enough, unless a batch is full already."""
-        while self._jobs and not self._is_closing:
+        """Give others until the first input has waited long enough, unless a batch is full already.
+
+        One caller who asks again and again waits for nobody: the batch before was theirs alone.
+        """
+        while self._jobs and not self._is_closing and max(self._num_together, len(self._jobs)) > 1:
             left = self._jobs[0].since + self._longest_wait_s - time.perf_counter()
             if left <= 0 or self._num_tokens() >= self._engine.token_budget:
                 return

@@ -7,12 +7,13 @@ import logging
 from pathlib import Path
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.files import RUN
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.service import Service
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter_config.json"
+_ONE_OF_THESE = ("adapter_config.json", RUN)  # a fully tuned run has no adapter
 _ENDINGS = (".json", ".safetensors")
 Signature = tuple[tuple[str, int, int], ...]
 
@@ -52,7 +53,7 @@ def task_folders(root: Path) -> dict[str, Path]:
 
 def _is_task(folder: Path, root: Path) -> bool:
     try:
-        return (folder / _ADAPTER).is_file() and folder.resolve().parent == root.resolve()
+        return any((folder / name).is_file() for name in _ONE_OF_THESE) and folder.resolve().parent == root.resolve()
     except OSError:  # such as a folder that may not be read; the others may
         return False
 

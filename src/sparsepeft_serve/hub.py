@@ -28,7 +28,7 @@ class Parameters(BaseModel):
 
     top_k: Annotated[int | None, Field(ge=1, description="So many labels, the best ones; all by default.")] = None
     function_to_apply: Annotated[Function | None, Field(description="Of the logits; by the task's kind.")] = None
-    aggregation_strategy: Annotated[Strategy | None, Field(description="`simple` by default.")] = None
+    aggregation_strategy: Annotated[Strategy | None, Field(description="By word for runs, else `simple`.")] = None
     ignore_labels: Annotated[list[str] | None, Field(description='`["O"]` by default.')] = None
     stride: Annotated[int | None, Field(ge=0, description="Tokens that parts of a long text share.")] = None
     truncation: bool = True
@@ -120,7 +120,7 @@ def _entity_options(parameters: Parameters) -> EntityOptions:
     """
     ignored = ("O",) if parameters.ignore_labels is None else parameters.ignore_labels
     try:
-        return entity_options(parameters.aggregation_strategy or "simple", ignored, parameters.stride)
+        return entity_options(parameters.aggregation_strategy, ignored, parameters.stride)
     except InputError as error:
         raise ServiceError(str(error)) from error
 

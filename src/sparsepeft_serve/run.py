@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from sparsepeft_serve.folder import task_folders
 from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 60
 
@@ -59,20 +62,31 @@ def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
     return {demo.TASK: Path(config.output_dir)}
 
 
-def load_engine(tasks: Mapping[str, Path], model: str | None, *, dtype: str, token_budget: int) -> MultiTaskEngine:
+def load_engine(
+    tasks: Mapping[str, Path], model: str | None, tasks_dir: Path | None = None, *, dtype: str, token_budget: int
+) -> MultiTaskEngine:
     """An engine with the tasks; without a ``model`` on the backbone that the first of them was trained on.
 
+    A task in the tasks folder that cannot be loaded is told in the log and left out.
+
     Raises:
-        UserError: the backbone or a task cannot be loaded.
+        UserError: the backbone, or a task that is not in the tasks folder, cannot be loaded.
     """
-    if model is None:
-        for path in tasks.values():
+    for path in () if model is not None else tasks.values():
+        with suppress(UserError):  # told when the task is loaded
             if (path / RUN).is_file():
                 model = backbone_of_run(path, None, read_run(path)["config"]["model"])
                 break
-    for path in tasks.values():
-        check_weights_format(path)
-    return MultiTaskEngine(model, tasks, dtype=dtype, token_budget=token_budget)
+    engine = MultiTaskEngine(model, dtype=dtype, token_budget=token_budget)
+    for name, path in tasks.items():
+        try:
+            check_weights_format(path)
+            engine.add(name, path)
+        except UserError as error:
+            if path.parent != tasks_dir:
+                raise
+            logger.warning("task %s: left out: %s", name, error)
+    return engine
 
 
 def serve(
@@ -94,7 +108,7 @@ def serve(
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    engine = load_engine(tasks, model, dtype=dtype, token_budget=token_budget)
+    engine = load_engine(tasks, model, settings.tasks_dir, dtype=dtype, token_budget=token_budget)
     if settings.default_task is not None and settings.default_task not in engine.tasks:
         raise UserError(
             f"--default-task {settings.default_task} was given, but the tasks are {', '.join(engine.tasks) or 'none'}."

@@ -127,6 +127,7 @@ def about(service: Service) -> dict[str, Any]:
         name: {
             "labels": list(label_names(info)),
             "problem_type": info.problem_type,
+            "thresholds": info.thresholds and dict(zip(label_names(info), info.thresholds, strict=True)),
             "num_texts": info.num_texts,
             "max_input_length": info.max_length,
         }

@@ -84,6 +84,12 @@ def test_what_a_run_leaves(at_work: Path, tmp_path: Path) -> None:
     assert "loss" in typed("history out/tickets").stdout
     typed(f"history out/tickets --output {tmp_path}/history.png")
     assert (tmp_path / "history.png").stat().st_size > 1000
+    for word in (*DEPARTMENTS, "precision", "confusions of validation"):
+        assert word in typed("history out/tickets --classes").stdout
+    typed(f"history out/tickets --classes --part validation --output {tmp_path}/classes.svg")
+    assert next(iter(DEPARTMENTS)) in (tmp_path / "classes.svg").read_text()
+    refused("history out/tickets --classes --part tset", "--part", "tset", "validation")
+    refused("history out/tickets --part validation", "--part validation goes with --classes")
     card = Path("out/tickets/README.md").read_text()
     for word in (*DEPARTMENTS, "accuracy", "tickets.csv", "PeftModel.from_pretrained", "learning_rate"):
         assert word in card

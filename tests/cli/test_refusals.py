@@ -52,6 +52,9 @@ train --model {llama} --task lm --text {text} --spt --spt-set num_block=3 | num_
 train --model {llama} --task lm --text {text} --spt --spt-set top_l | --spt-set | key=val
 train --model {llama} --task lm --text {text} --method head | head | lora
 train --model {llama} --task lm --text {text} --method full --spt | full | lora
+compare --model {bert} --train-file {tmp}/train.csv --max-length 9999 | --max-length 9999
+compare --model {tmp} --train-file {tmp}/train.csv | config.json
+compare --model {bert} --task topics --device tpu | --device tpu was given
 sparsify {llama} | pass --text | attention=false
 sparsify {llama} --text {text} --budget some | such as 2% or 0.02
 sparsify {llama} --text {text} --set topl=3 | topl | did you mean 'top_l'
@@ -143,7 +146,7 @@ def places(
 def test_one_sentence_and_nothing_else(case: str, places: dict[str, Path], tmp_path: Path) -> None:
     command, *words = case.split(" | ")
     arguments = shlex.split(command.format_map(places))
-    if arguments[0] in ("train", "sparsify", "export", "reproduce") and "--output-dir" not in arguments:
+    if arguments[0] in ("train", "compare", "sparsify", "export", "reproduce") and "--output-dir" not in arguments:
         arguments += ["--output-dir", str(tmp_path / "out")]
     refused(*arguments, words=words)
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,8 @@ import pytest
 from tests.cli.test_cli import ran, sparsepeft
 from tests.tiny import topics_rows, topics_text, write_jsonl
 
-from sparsepeft_cli.terminal.summary import duration, summary
+from sparsepeft.reprs import duration
+from sparsepeft_cli.terminal.summary import summary
 
 RESULTS = {
     "task": "mails",
@@ -34,6 +35,7 @@ RESULTS = {
     "notes": ["mails: " + "a note that is longer than a line " * 3],
     "formula": "P(1+2C)dL = 123",
 }
+SCORES = dict.fromkeys(("precision", "recall", "f1", "support"), 1)
 MEANS = {"answer": 2.5, "metrics": {"mae": 1.2, "rmse": 1.5}}
 
 
@@ -53,14 +55,18 @@ MEANS = {"answer": 2.5, "metrics": {"mae": 1.2, "rmse": 1.5}}
             ["precision"],
         ),
         (
-            {"baseline": {"answer": [], "metrics": {"accuracy": 0.1}}, "problem_type": "multi_label_classification"},
-            ["all labels that hold"],
+            {
+                "baseline": {"answer": ["joy"], "metrics": {"accuracy": 0.1}},
+                "problem_type": "multi_label_classification",
+                "metrics_at_half": {"validation": {"accuracy": 0.8, "macro_f1": 0.65, "subset_accuracy": 0.5}},
+            },
+            ["all labels that hold", "most frequent of the labels, joy, for", "threshold: accuracy 0.8000, macro_f1 0"],
             [],
         ),
         (
-            {"report": {"per_class": {str(label): {} for label in range(13)}}},
-            ["accuracy 0.9000 on validation (250 rows)"],
-            ["precision"],
+            {"report": {"per_class": {f"c{i}": SCORES | {"f1": i / 13, "support": i} for i in range(13)}}},
+            ["c1  ", "c5  ", "(the 5 labels with the lowest f1, of 13)"],
+            ["c0", "c6"],
         ),
     ],
 )

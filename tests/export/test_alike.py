@@ -13,9 +13,10 @@ from tests.export.runners import TEXTS
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
-from sparsepeft.inference import Predictor, answer
+from sparsepeft.inference import Predictor
 from sparsepeft.inference.portable import ExportedTasks
-from sparsepeft.inference.questions import Question
+from sparsepeft.scoring import answer
+from sparsepeft.scoring.questions import Question
 
 Ask = Callable[[str, Any], dict[str, Any]]  # of a task, for one input: a row with label, score and scores, or an error
 

@@ -75,12 +75,15 @@ OTHERS = {
     "upper": SpartanConfig(
         num_parents=4, top_k=4, num_labels=3, head_type="linear", temperature=1.6, layers_to_transform=[1]
     ),
+    "product": SpartanConfig(parent_keys="product", num_parents=49, top_k=3, num_labels=2, train_layer_norms=True),
     "houlsby": METHODS["houlsby"](num_labels=2),
     "bitfit": METHODS["bitfit"](num_labels=3),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "upper" else pytest.mark.slow) for n in OTHERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("upper", "product") else pytest.mark.slow) for n in OTHERS]
+)
 def test_other_adapters(name: str, backbone: Path, tmp_path: Path) -> None:
     folder = save_task(backbone, tmp_path / name, OTHERS[name])
     export_tasks([folder], tmp_path / "out", max_examples=20)
@@ -115,6 +118,11 @@ def test_a_run_of_the_command_line_is_checked_on_its_validation_set(
             assert part["metric"] == metric == results["main_metric"]
             assert part["before"] == pytest.approx(results["metrics"]["validation"][metric], abs=1e-3)
             assert -1 <= part["after"] <= 1
+    thresholds = json.loads((folders["tags"] / "results.json").read_text())["thresholds"]
+    description = json.loads((exported_int8 / "tasks" / "tags" / "task.json").read_text())
+    assert dict(zip(description["labels"], description["thresholds"], strict=True)) == thresholds
+    (answer,) = Runner(exported_int8).answer("tags", TEXTS[:1])
+    assert answer["labels"] == [name for name, score in answer["scores"].items() if score > thresholds[name]]
     stored = exported_int8 / "tasks" / "topics"
     assert len(Predictor(stored, str(backbone)).predict(TEXTS)) == len(TEXTS)
 
@@ -134,6 +142,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_the_last_export(
         "top": SpartanConfig(**(SEQ_CLS | TASKS["two"] | {"top_k": 2})),
         "bare": SpartanConfig(**(SEQ_CLS | TASKS["two"] | {"train_layer_norms": False})),
         "adapter": METHODS["pfeiffer"](num_labels=4),
+        "product": SpartanConfig(**(SEQ_CLS | TASKS["five"] | {"parent_keys": "product"})),
     }
     saved = {name: save_task(backbone, tmp_path / name, config) for name, config in changed.items()}
     shutil.copytree(folders["two"], tmp_path / "again" / "two")
@@ -143,6 +152,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_the_last_export(
         ([tmp_path / "empty"], {}, "holds no adapter"),
         ([two, tmp_path / "again" / "two"], {}, "have the same name"),
         ([two, saved["top"]], {}, "cannot share one graph: their top_k is 3 and 2"),
+        ([two, saved["product"]], {}, "their parent_keys is flat and product"),
         ([two, saved["adapter"]], {}, "their method is SPARTAN and BOTTLENECK"),
         ([two, saved["bare"]], {}, "bare has no bert"),
         ([two, foreign], {}, "was trained on the backbone"),

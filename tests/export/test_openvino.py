@@ -13,7 +13,7 @@ from tests.export.runners import TEXTS, assert_same
 from tests.inference.conftest import save_task
 from tests.models import METHODS
 
-from sparsepeft import MultiTaskEngine
+from sparsepeft import MultiTaskEngine, SpartanConfig
 from sparsepeft.errors import UserError
 from sparsepeft.export import export_tasks
 from sparsepeft.tuners.files import plain_name
@@ -36,14 +36,21 @@ def test_the_report_says_what_was_compared(exported_openvino: Path, folders: dic
         assert own == original
 
 
-def test_pfeiffer(backbone: Path, tmp_path: Path) -> None:
+OTHERS = {
+    "pfeiffer": METHODS["pfeiffer"](num_labels=4),
+    "product": SpartanConfig(parent_keys="product", num_parents=49, top_k=3, num_labels=2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters(name: str, backbone: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason='needs OpenVINO: pip install "sparsepeft[export-openvino]"')
     from sparsepeft.export.run_openvino import Runner
 
-    folder = save_task(backbone, tmp_path / "pfeiffer", METHODS["pfeiffer"](num_labels=4))
+    folder = save_task(backbone, tmp_path / name, OTHERS[name])
     export_tasks([folder], tmp_path / "out", format="openvino", max_examples=20)
-    expected = MultiTaskEngine(backbone, {"pfeiffer": folder}).predict([("pfeiffer", text) for text in TEXTS])
-    assert_same(list(Runner(tmp_path / "out", precision="f32").answer("pfeiffer", TEXTS)), expected)
+    expected = MultiTaskEngine(backbone, {name: folder}).predict([(name, text) for text in TEXTS])
+    assert_same(list(Runner(tmp_path / "out", precision="f32").answer(name, TEXTS)), expected)
 
 
 def test_bfloat16_is_compared_where_this_machine_has_it(exported_openvino: Path, folders: dict[str, Path]) -> None:

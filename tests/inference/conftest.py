@@ -16,6 +16,7 @@ from sparsepeft import HeadConfig, MultiTaskEngine
 TASKS: dict[str, PeftConfig] = {
     "two": METHODS["spartan"](num_labels=2, train_layer_norms=True),
     "five": METHODS["spartan"](num_labels=5, num_parents=9, top_k=4, head_type="linear"),
+    "product": METHODS["spartan"](num_labels=3, num_parents=25, parent_keys="product"),
     "degree": METHODS["spartan"](num_labels=1, layers_to_transform=[1]),
     "upper": METHODS["spartan"](num_labels=3, layers_to_transform=[1], train_layer_norms=True),
     "pfeiffer": METHODS["pfeiffer"](num_labels=4),

@@ -18,7 +18,6 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 from sparsepeft import MultiTaskEngine, SpartanConfig
 from sparsepeft.errors import UserError
-from sparsepeft.export.tasks import read_tasks
 from sparsepeft.inference import Prediction
 from sparsepeft.inspection import read_text
 
@@ -201,8 +200,8 @@ def test_what_cannot_be_answered(both: MultiTaskEngine, token_folders: dict[str,
             both.predict([("names", "fine")], **given)
     with pytest.raises(UserError, match="'names' were asked for, but it labels tokens"):
         both.logits("names", ["fine"])
-    with pytest.raises(UserError, match="labels tokens, but exported graphs answer for whole texts"):
-        read_tasks([token_folders["names"]])
+    with pytest.raises(UserError, match="'two' were asked for, but it labels texts"):
+        both.token_logits("two", [ids])
     assert len(read_text(both, "names", "one two").tokens) == 4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -221,3 +222,19 @@ def test_what_cannot_be_inspected() -> None:
         inspect_memories(model, [])
     with pytest.raises(UserError, match="an iterator was given"):
         inspect_memories(model, iter([inputs()]), compare_untrained=True)
+
+
+def test_product_keys_are_inspected_and_of_many_parents_those_that_were_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsepeft.inspection.report.MAX_LISTED", 40)
+    monkeypatch.setattr("sparsepeft.inspection.collect.MAX_LISTED", 40)
+    model = adapted("bert", parent_keys="product", num_parents=900)
+    words = Words(["one"], np.zeros(inputs()["input_ids"].shape, dtype=np.int64))
+    report = inspect_memories(model, [inputs(labels=LABELS, words=words)])
+    assert report.notes == (
+        "The memories have 900 parents; the 40 of each that were picked most are listed, and no words were counted.",
+    )
+    for layer in report.layers:
+        assert (layer.num_parents, len(layer.parents)) == (900, 40)
+        picked = 900 - len(layer.dead_parents)
+        assert sum(parent.share_picked > 0 for parent in layer.parents) == min(40, picked)
+        assert layer.describe_dead() == f"{900 - picked} of 900"

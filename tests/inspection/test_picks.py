@@ -64,6 +64,24 @@ def test_shares_purity_and_distribution() -> None:
     assert [(word.word, word.count, word.lift, word.z) for word in one.words] == [("word", 2, 1.5, 3.0)]
 
 
+def test_documents_with_several_labels_count_for_each() -> None:
+    """The same documents: of those of parent 0 one has both labels, one has none."""
+    rows = [[1, 0], [0, 1], [1, 1], [1, 0], [0, 0]]
+    picks = Picks(memory(), num_classes=2)
+    states = torch.tensor([state for document, _ in DOCUMENTS for state in document])
+    places = np.array([row for row, (document, _) in enumerate(DOCUMENTS) for _ in document])
+    with torch.inference_mode():
+        picks.add(states, places, len(DOCUMENTS), np.array(rows)[places])
+    picks.finish_batch(np.array(rows))
+    zero, one, two = layer_report(0, "layer", picks, ("a", "b"), [[]] * 3).parents
+    assert [p.documents for p in (zero, one, two)] == [3, 2, 0]
+    assert zero.labels_documents == {"a": 2, "b": 1}
+    assert one.labels_documents == {"a": 1, "b": 1}
+    assert zero.labels_positions == {"a": 4, "b": 1}
+    assert one.labels_positions == {"a": 3, "b": 4}
+    assert (zero.purity, one.purity, two.purity) == (pytest.approx(2 / 3), 0.5, None)
+
+
 def test_weights_entropy_and_movement() -> None:
     picks = count([([X, Y], 0), ([YY], 0)])
     report = layer_report(0, "layer", picks, ("a", "b"), [[]] * 3)

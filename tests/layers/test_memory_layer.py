@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsepeft.layers import SparseMemory
-from sparsepeft.ops import memory_read
+from sparsepeft.layers import ProductKeyMemory, SparseMemory
+from sparsepeft.ops import memory_read, product_memory_read
 
 
 def test_it_reads_its_own_parameters() -> None:
@@ -21,6 +21,28 @@ def test_it_reads_its_own_parameters() -> None:
     assert "hidden_size=8, num_parents=5, num_children=3, top_k=2" in repr(memory)
     with pytest.raises(ValueError, match=r"shape \(2, 7\).*width 8"):
         memory(torch.zeros(2, 7))
+
+
+def test_product_keys_and_their_gradients() -> None:
+    memory = ProductKeyMemory(9, 16, 3, 5, temperature=1.6, value_initializer_range=1.0, initializer_range=1.0)
+    assert [tuple(p.shape) for p in memory.parameters()] == [(4, 5), (4, 4), (16, 3, 9), (16, 3, 9)]
+    states, tables = torch.randn(2, 4, 9), list(memory.parameters())
+    expected = product_memory_read(states, *tables, top_k=5, temperature=1.6, impl="reference")
+    torch.testing.assert_close(memory(states), expected)
+    scores, parents = memory.select(states.flatten(0, 1))
+    keys = torch.cat([memory.first_keys[parents // 4], memory.second_keys[parents % 4]], -1)
+    torch.testing.assert_close(scores, (keys * states.view(-1, 1, 9)).sum(-1))
+    for each in (memory, SparseMemory(9, 16, 3, 5)):
+        for sparse in (None, False, True):
+            each.sparse_gradients = sparse
+            each.zero_grad()
+            each(states).sum().backward()
+            assert each.child_values.grad.is_sparse == bool(sparse)
+    assert "num_parents=16" in repr(memory)
+    assert torch.equal(ProductKeyMemory(9, 16)(states), states)
+    for sizes, message in (((8, 15), "num_parents=15 .* such as 9 or 16"), ((1, 16), "hidden_size=1")):
+        with pytest.raises(ValueError, match=message):
+            ProductKeyMemory(*sizes)
 
 
 def test_fresh_it_is_the_identity_and_its_keys_are_spread_as_asked() -> None:

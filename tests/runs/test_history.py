@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.tiny import run_config
 from transformers.integrations import integration_utils
 
 from sparsepeft.errors import UserError
-from sparsepeft.runs.config import read_trackers
+from sparsepeft.runs.config_values import read_trackers
+from sparsepeft.runs.files import LOGS
 from sparsepeft.runs.history import by_step, plot_history, read_history, score_names
+from sparsepeft.training import train
 from sparsepeft.training.callbacks import Recorder, make_reporters
 
 
@@ -59,3 +62,16 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
     with pytest.raises(UserError, match=r"`report_to=tensorboard` was given, but .* requires tensorboard"):
         make_reporters(["tensorboard"], tmp_path)
+
+
+@pytest.mark.slow
+def test_scalars_arrive_at_tensorboard(tiny_backbone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(run_config(tiny_backbone, tmp_path / "run", max_steps=4, eval_steps=2, report_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run" / LOGS)).Reload()
+    lines = read_history(tmp_path / "run")
+    for tag, key in (("train/loss", "loss"), ("eval/accuracy", "eval_accuracy")):
+        found = [(scalar.step, scalar.value) for scalar in events.Scalars(tag)]
+        assert found == [(line["step"], pytest.approx(line[key], abs=1e-4)) for line in lines if key in line]

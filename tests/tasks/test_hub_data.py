@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from sparsepeft.tasks import TaskError, load_task, task_spec
 from sparsepeft.tasks.glue import LAYOUTS
@@ -87,6 +87,19 @@ def test_bbc_joins_the_parts_and_splits_anew(served: dict[tuple[str, str | None]
     assert data.spec.label_names is not None
     assert all(text.split()[0] == data.spec.label_names[label] for text, label in seen)
     assert "5 duplicate texts of 45" in data.notes[1]
+
+
+def test_several_labels(served: dict[tuple[str, str | None], Any]) -> None:
+    names = list(task_spec("goemotions").label_names or ())[::-1]  # the hub's order of indices
+    features = Features({"text": Value("string"), "labels": List(ClassLabel(names=names)), "id": Value("string")})
+    rows = {"text": ["good", "well"], "labels": [[0], [25, 27]], "id": ["x", "y"]}
+    part = Dataset.from_dict(rows, features=features)
+    served["google-research-datasets/go_emotions", "simplified"] = DatasetDict(train=part, validation=part, test=part)
+    data = load_task("goemotions")
+    held = [[i for i, value in enumerate(label) if value] for label in data.train["label"][:]]
+    assert held == [[27], [0, 2]]
+    assert (data.source, len(data.notes)) == ("hub:google-research-datasets/go_emotions", 3)
+    assert list(data.fingerprints) == ["train", "validation", "test"]
 
 
 def test_without_network(served: dict[tuple[str, str | None], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from sparsepeft.tasks.spec import GLUE_TASKS
 
 
 def test_names_and_other_spellings() -> None:
-    assert task_names() == [*GLUE_TASKS, "bbc-news", "topics", "custom"]
+    assert task_names() == [*GLUE_TASKS, "bbc-news", "topics", "wnut17", "custom"]
     others = {
         "SST-2": "sst2",
         "sst_2": "sst2",

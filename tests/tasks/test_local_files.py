@@ -144,7 +144,7 @@ def test_problem_type_overrides(tmp_path: Path) -> None:
     classes = load(tmp_path, [0.5, 1.5, "nan"], [0.5], problem_type="classification").spec
     assert classes.label_names == ("0.5", "1.5", "nan")
     assert load(tmp_path, [0.5, 1, 1], problem_type="single_label").spec.num_labels == 2
-    with pytest.raises(TaskError, match=r"`problem_type=ranking` was given; expected regression, single_label or "):
+    with pytest.raises(TaskError, match=r"`problem_type=ranking` was given; expected regression, single_label, "):
         load(tmp_path, [1, 2], [1], problem_type="ranking")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ TAGS = TaskSpec(
     "custom", ("text",), tuple("abc"), ("micro_f1", "macro_f1", "subset_accuracy"), "micro_f1", 10, multi_label=True
 )
 MAIN = {"cola": "matthews_correlation", "mrpc": "accuracy_f1", "stsb": "pearson_spearman"}
+MAIN |= {"goemotions": "macro_f1", "wnut17": "f1"}
 
 
 def logits(classes: list[int], num_labels: int) -> np.ndarray:
@@ -35,8 +37,12 @@ def no_warnings() -> object:
 @pytest.mark.parametrize("name", [name for name in task_names() if name != "custom"])
 def test_the_main_metric_is_reported(name: str) -> None:
     spec = task_spec(name)
-    labels = [0.5, 1.5, 2.5] if spec.label_names is None else [0, 1, 0]
-    predictions = labels if spec.label_names is None else logits([0, 1, 0], spec.num_labels)
+    labels: Any = [0.5, 1.5, 2.5] if spec.label_names is None else [0, 1, 0]
+    predictions: Any = labels if spec.label_names is None else logits([0, 1, 0], spec.num_labels)
+    if spec.labels_tokens:
+        labels, predictions = [labels], [predictions]
+    if spec.multi_label:
+        labels, predictions = np.eye(28), np.eye(28) - 0.5
     scores = spec.compute_metrics(predictions, labels)
     assert spec.main_metric == MAIN.get(name, "accuracy")
     assert scores == pytest.approx(dict.fromkeys(scores, 1.0))

@@ -412,7 +412,7 @@ def test_a_real_sparse_model_learns_a_real_text(data_dir: Path, tmp_path: Path) 
     model = Path(os.environ["SPARSEPEFT_DATA"]).parent / "models" / "wikitext2-llama"
     if not model.is_dir():
         pytest.skip(f"no language model found in {model.parent}: put the folder wikitext2-llama there")
-    from sparsepeft.tasks.files import read_rows
+    from sparsepeft.rows.reading import read_rows
 
     texts = [row.values["text"] for row in read_rows(data_dir / "bbc-news" / "all.tsv.gz")][:60]
     write_jsonl(tmp_path / "bbc.jsonl", [{"text": text} for text in texts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from sparsepeft import SpartanConfig, SptConfig, sparsify
+from sparsepeft.layers import ProductKeyMemory, SparseMemory
 from sparsepeft.models import auxiliary_loss
-from sparsepeft.ops.load_balancing import load_balancing_loss
+from sparsepeft.ops.load_balancing import load_balancing_loss, product_load_balancing_loss
 from sparsepeft.tuners.spartan import SpartanLayer
 
 KINDS = pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])
@@ -63,6 +65,12 @@ def test_gradients_equal_those_without_checkpointing(method: str, name: str, use
     assert torch.equal(run(copy.deepcopy(model).eval(), bare), run(model.eval(), bare))
 
 
+def _balance(memory: SparseMemory, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(memory, ProductKeyMemory):
+        return product_load_balancing_loss(x, memory.first_keys, memory.second_keys, top_k=memory.top_k, mask=mask)
+    return load_balancing_loss(x, memory.parent_keys, top_k=memory.top_k, mask=mask)
+
+
 def _by_hand(model: PeftModel, inputs: dict[str, torch.Tensor], coefficient: float) -> dict[str, torch.Tensor]:
     """d (main loss + coefficient * sum of each layer's balance loss), with each layer's input taken as given."""
     states: list[torch.Tensor] = []
@@ -80,7 +88,7 @@ def _by_hand(model: PeftModel, inputs: dict[str, torch.Tensor], coefficient: flo
         mask = inputs.get("attention_mask")
         if layer.is_decoder:
             mask = inputs.get("decoder_attention_mask")
-        loss = loss + coefficient * load_balancing_loss(x, memory.parent_keys, top_k=memory.top_k, mask=mask)
+        loss = loss + coefficient * _balance(memory, x, mask)
     loss.backward()
     for layer in layers:
         layer.load_balancing_coef["default"] = coefficient
@@ -90,18 +98,23 @@ def _by_hand(model: PeftModel, inputs: dict[str, torch.Tensor], coefficient: flo
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
-def test_the_balance_loss_is_added_to_the_main_one(name: str, use_reentrant: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "parents"),
+    [("bert", {}), ("llama", {}), ("bart", {}), ("bert", {"parent_keys": "product", "num_parents": 9})],
+)
+def test_the_balance_loss_is_added_to_the_main_one(
+    name: str, parents: dict[str, Any], use_reentrant: bool | None
+) -> None:
     inputs = labelled_inputs(name)
-    model = _model(name, load_balancing_coef=3.0)
+    model = _model(name, load_balancing_coef=3.0, **parents)
     checkpoint(model, use_reentrant)
     found = gradients(model, inputs)
-    plain = _model(name, load_balancing_coef=3.0)
+    plain = _model(name, load_balancing_coef=3.0, **parents)
     assert_gradients_close(found, _by_hand(plain, inputs, 3.0))
-    without = gradients(_model(name), inputs)
-    parents = [n for n in found if n.endswith("parent_keys")]
-    assert parents
-    assert all((found[n] - without[n]).abs().max() > 1e-3 * without[n].abs().max() for n in parents)
+    without = gradients(_model(name, **parents), inputs)
+    keys = [n for n in found if n.endswith(("parent_keys", "first_keys", "second_keys"))]
+    assert keys
+    assert all((found[n] - without[n]).abs().max() > 1e-3 * without[n].abs().max() for n in keys)
 
 
 @KINDS

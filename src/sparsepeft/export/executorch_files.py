@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from sparsepeft.errors import RunFailed, first_line
+from sparsepeft.errors import RunFailed, UserError, first_line
 from sparsepeft.export.files import TOKENIZER, WEIGHTS, write_tokenizer
 from sparsepeft.export.graph import quiet
 from sparsepeft.export.job import Job, Reports, check, write_tasks
@@ -32,8 +32,15 @@ def export_executorch(job: Job, folder: Path) -> tuple[dict[str, Any], Reports]:
         What belongs into the report on the graph, and on each task.
 
     Raises:
+        UserError: a task labels tokens.
         RunFailed: the model cannot be traced or lowered, or deviates by more than the tolerance.
     """
+    for task in job.tasks:
+        if task.info.labels_tokens:
+            raise UserError(
+                f"{task.info.folder} holds a task that labels tokens, but a program for ExecuTorch has the logits of "
+                "whole texts alone; pass `format=onnx` or `format=openvino`, or leave the task out."
+            )
     job.progress("tracing the backbone")
     longest = max(job.max_lengths)
     program = job.graph.trace(job.inputs, job.shapes, batch_size=1, max_length=longest)
@@ -78,16 +85,18 @@ class _Runner(ExportedTasks):
         self._job = job
         self._method = Runtime.get().load_program(folder / PROGRAM).load_method("forward")
 
-    def answer(self, name: str, texts: Iterable[Input], batch_size: int = 1) -> Iterator[dict[str, Any]]:
+    def answer(
+        self, name: str, texts: Iterable[Input], batch_size: int = 1, joined: bool = True
+    ) -> Iterator[dict[str, Any]]:
         """As any runner does."""
-        return super().answer(name, texts, batch_size)
+        return super().answer(name, texts, batch_size, joined)
 
     def load(self, file: Path) -> list[torch.Tensor]:
         """A task's tensors in the program's order."""
         tensors = load_file(file)
         return [tensors[PEFT_PREFIX + key] for key in self._job.shapes]
 
-    def logits(self, adapter: list[torch.Tensor], inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def logits(self, adapter: list[torch.Tensor], inputs: dict[str, np.ndarray], of_tokens: bool = False) -> np.ndarray:
         """(1, number of labels)."""
         (logits,) = self._method.execute([*(torch.from_numpy(inputs[key]) for key in self._job.inputs), *adapter])
         return np.array(logits)

@@ -19,6 +19,8 @@ from sparsepeft.errors import RunFailed, first_line
 from sparsepeft.export.tasks import ExportTask, Shape, Tensors
 from sparsepeft.layers import SparseMemory
 from sparsepeft.methods.models import loading_adapter
+from sparsepeft.models.heads import HeadModule
+from sparsepeft.models.token_heads import TOKEN_HEAD, TokenHeads
 from sparsepeft.tuners.files import saved_names
 
 _BATCH, _LENGTH = 3, 7  # of the traced example; any numbers above 1 that differ from the model's own sizes
@@ -32,7 +34,7 @@ class TaskGraph:
         tasks: of one method.
 
     Attributes:
-        tensors: of each task, by the names they have in its file (without PEFT's prefix), in float32.
+        tensors: of each task, by their names in the graph (see :func:`sparsepeft.export.tasks.file_name`), in float32.
 
     Raises:
         UserError: a task's files are damaged, or belong to another backbone.
@@ -40,24 +42,37 @@ class TaskGraph:
 
     def __init__(self, backbone: PreTrainedModel, tasks: Sequence[ExportTask]) -> None:
         names = [f"task{index}" for index in range(len(tasks))]
+        kinds = [task.info.labels_tokens for task in tasks]
+        heads = TokenHeads(backbone) if any(kinds) else None
         peft: PeftModel | None = None
         for name, task in zip(names, tasks, strict=True):
             with loading_adapter(task.info.folder):
-                if peft is None:
+                if heads is not None:
+                    peft, _ = heads.attach(peft, task.info.folder, name)
+                elif peft is None:
                     peft = PeftModel.from_pretrained(backbone, str(task.info.folder), adapter_name=name)
                 else:
                     peft.load_adapter(str(task.info.folder), adapter_name=name)
         assert peft is not None
-        peft.set_adapter(names[0])
+        active = names[kinds.index(False)] if False in kinds else names[0]
+        peft.set_adapter(active)
         self.model: Any = peft.get_base_model().eval().requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, SparseMemory):
                 module.impl = "auto"  # which, while exporting, never means an operator that runtimes do not know
         state = dict(self.model.named_parameters())
-        self._targets = {saved: target for saved, (target, _) in saved_names(self.model, names[0]).items()}
+        saved = dict(zip(names, (saved_names(self.model, name) for name in names), strict=True))
+        self._targets = {key: target for key, (target, _) in saved[active].items()}
+        if heads is not None:  # a head for tokens, of another task than the active one if that labels texts
+            labels_tokens = names[kinds.index(True)]
+            for module in self.model.get_submodule(TOKEN_HEAD).modules():
+                if isinstance(module, HeadModule):
+                    module.set_adapter(labels_tokens, inference_mode=True)
+            of_tokens = (each for each in saved[labels_tokens].items() if each[0].startswith(f"{TOKEN_HEAD}."))
+            self._targets |= {key: target for key, (target, _) in of_tokens}
+        self._answer = _Answer(self.model, heads)
         self.tensors: list[Tensors] = [
-            {saved: state[target].float() for saved, (target, _) in saved_names(self.model, name).items()}
-            for name in names
+            {key: state[target].float() for key, (target, _) in of_task.items()} for of_task in saved.values()
         ]
 
     def trace(
@@ -68,7 +83,7 @@ class TaskGraph:
         batch_size: int | None = None,
         max_length: int | None = None,
     ) -> ExportedProgram:
-        """The function ``(inputs by name, tensors by name) -> logits``.
+        """The function ``(inputs by name, tensors by name) -> logits``, and logits of tokens if a task labels some.
 
         Args:
             inputs: names of the model's inputs, each integers (B, T).
@@ -86,7 +101,7 @@ class TaskGraph:
         # Of an open size, the largest: it is above 1, which torch.export would take for a constant.
         largest = {}
         for name in shapes:
-            sizes = zip(*(tensors[name].shape for tensors in self.tensors), strict=True)
+            sizes = zip(*(tensors[name].shape for tensors in self.tensors if name in tensors), strict=True)
             largest[name] = torch.zeros([max(of_dim) for of_dim in sizes])
         open_shapes = {
             name: {
@@ -98,7 +113,7 @@ class TaskGraph:
         }
         with torch.no_grad():
             self.model(**example)  # adapters that find their place in the first pass have found it
-        return _trace(_Function(self.model, self._targets), (example, largest), (open_sizes, open_shapes))
+        return _trace(_Function(self._answer, self._targets), (example, largest), (open_sizes, open_shapes))
 
 
 def trace_alone(model: nn.Module, inputs: Sequence[str]) -> ExportedProgram:
@@ -108,7 +123,7 @@ def trace_alone(model: nn.Module, inputs: Sequence[str]) -> ExportedProgram:
         RunFailed: ``torch.export`` cannot trace this model.
     """
     open_sizes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
-    return _trace(_Function(model, {}), (_example(inputs), {}), (open_sizes, {}))
+    return _trace(_Function(_Answer(model), {}), (_example(inputs), {}), (open_sizes, {}))
 
 
 def _trace(function: _Function, example: tuple[Any, ...], dynamic_shapes: tuple[Any, ...]) -> ExportedProgram:
@@ -117,8 +132,8 @@ def _trace(function: _Function, example: tuple[Any, ...], dynamic_shapes: tuple[
             return torch.export.export(function, example, dynamic_shapes=dynamic_shapes, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:  # torch's own errors are RuntimeErrors
         raise RunFailed(
-            f"torch.export could not trace {type(function.model).__name__} ({first_line(error)}); models of this class "
-            "cannot be exported with the installed versions."
+            f"torch.export could not trace {type(function.answer.model).__name__} ({first_line(error)}); models of "
+            "this class cannot be exported with the installed versions."
         ) from error
 
 
@@ -144,13 +159,28 @@ def _open(largest: int | None) -> Any:
     return Dim.DYNAMIC if largest is None else Dim.DYNAMIC(max=largest)
 
 
-class _Function(nn.Module):
-    """The model as a function of its inputs and of the tensors named in ``targets``."""
+class _Answer(nn.Module):
+    """A model's logits, and beside them those of tokens where there are heads for these."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, heads: TokenHeads | None = None) -> None:
         super().__init__()
-        self.model, self.targets = model, dict(targets)
+        self.model, self._heads = model, heads
 
-    def forward(self, inputs: Tensors, tensors: Tensors) -> torch.Tensor:
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        if self._heads is None:
+            return self.model(**inputs).logits
+        with self._heads.noting(True):
+            of_texts = self.model(**inputs).logits
+        return of_texts, self._heads.logits()
+
+
+class _Function(nn.Module):
+    """What answers as a function of the model's inputs and of its tensors named in ``targets``."""
+
+    def __init__(self, answer: _Answer, targets: Mapping[str, str]) -> None:
+        super().__init__()
+        self.answer, self.targets = answer, {name: f"model.{target}" for name, target in targets.items()}
+
+    def forward(self, inputs: Tensors, tensors: Tensors) -> Any:
         by_target = {self.targets[name]: tensor for name, tensor in tensors.items()}
-        return functional_call(self.model, by_target, (), inputs).logits
+        return functional_call(self.answer, by_target, (), inputs)

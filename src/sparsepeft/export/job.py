@@ -22,13 +22,14 @@ from sparsepeft.export.checking import (
 )
 from sparsepeft.export.files import ADAPTER, TASKS, write_onnx_adapter, write_task
 from sparsepeft.export.graph import TaskGraph
-from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, read_tasks
+from sparsepeft.export.tasks import Tensors, backbone_of, common_shapes, file_name, read_tasks
 from sparsepeft.folders import write_json
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.engine import load_backbone
 from sparsepeft.inference.portable import ExportedTasks
 from sparsepeft.methods.models import load_tokenizer, set_pad_token
+from sparsepeft.models.quantized import SCALE
 
 Reports = dict[str, dict[str, Any]]  # of tasks, by name
 
@@ -47,6 +48,7 @@ class Job:
     Attributes:
         tensors: each task's, by name.
         shapes: of the tensors, None where tasks differ.
+        outputs: names of what the graph gives: logits, and those of tokens where a task labels these.
         inputs: names of the model's inputs, as the tokenizer gives them.
         max_lengths: tokens an input may have, task by task.
 
@@ -80,6 +82,7 @@ class Job:
         self.tensors: list[Tensors] = self.graph.tensors
         self.shapes = common_shapes(self.tasks, self.tensors)
         self.inputs = list(self.tokenizer("a"))
+        self.outputs = ["logits", *(["token_logits"] if any(task.info.labels_tokens for task in self.tasks) else [])]
         self.max_lengths = [longest_input(self.tokenizer, backbone.config, task.info.max_length) for task in self.tasks]
         self._expected: dict[str, tuple[Examples, Answers]] = {}
 
@@ -140,12 +143,18 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
     """
     for task, tensors, max_length in zip(job.tasks, job.tensors, job.max_lengths, strict=True):
         task_folder = folder / TASKS / task.name
-        stored = write_task(task, tensors, task_folder, int8)
+        names = {file_name(name): name for name in tensors}
+        stored = write_task(task, {name: tensors[names[name]] for name in names}, task_folder, int8)
         if weights == ADAPTER:
-            write_onnx_adapter(stored, task_folder / ADAPTER)
+            scales = {name + SCALE: of_graph + SCALE for name, of_graph in names.items()}
+            write_onnx_adapter({(names | scales)[key]: each for key, each in stored.items()}, task_folder / ADAPTER)
         description = {
             "labels": task.info.label_names,
             "multi_label": task.info.multi_label,
+            "labels_tokens": task.info.labels_tokens,
+            "by_word": task.info.is_by_word,
+            "names": {name: other for name, other in names.items() if name != other},
+            "thresholds": task.info.thresholds,
             "num_texts": task.info.num_texts,
             "max_length": max_length,
             "backbone": job.backbone_name,

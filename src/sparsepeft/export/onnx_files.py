@@ -59,7 +59,8 @@ def _write(job: Job, graph: onnx.ModelProto, folder: Path, *, int8: bool) -> Run
     from sparsepeft.export.run import Runner
 
     folder.mkdir(exist_ok=True)
-    open_adapter(graph, job.shapes, int8)
+    optional = [name for name in job.shapes if not all(name in tensors for tensors in job.tensors)]
+    open_adapter(graph, job.shapes, int8, optional)
     onnx.save(graph, str(folder / GRAPH))
     write_tokenizer(job.tokenizer, folder / TOKENIZER)
     write_runner(folder, RUNNER)

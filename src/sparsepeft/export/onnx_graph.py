@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,12 @@ def graph_of(job: Job) -> onnx.ModelProto:
     job.graph.model.set_attn_implementation(ATTENTION)
     program = job.graph.trace(job.inputs, job.shapes)
     job.progress("writing it as ONNX")
-    return to_onnx(program, job.inputs, list(job.shapes))
+    return to_onnx(program, job.inputs, list(job.shapes), job.outputs)
 
 
-def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[str]) -> onnx.ModelProto:
+def to_onnx(
+    program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[str], outputs: Sequence[str] = ("logits",)
+) -> onnx.ModelProto:
     """The ONNX form of ``TaskGraph.trace``'s program; the adapter's tensors are plain inputs.
 
     Raises:
@@ -59,7 +62,7 @@ def to_onnx(program: ExportedProgram, inputs: Sequence[str], tensors: Sequence[s
             made = torch.onnx.export(
                 program,
                 input_names=[*inputs, *tensors],
-                output_names=["logits"],
+                output_names=list(outputs),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -88,16 +91,19 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(str(path))
 
 
-def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool) -> onnx.ModelProto:
+def open_adapter(
+    model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool, optional: Collection[str] = ()
+) -> onnx.ModelProto:
     """Let the adapter's inputs be left out of the feeds, so that ONNX Runtime fills them from an ``.onnx_adapter``.
 
     Each gets an initial value of size zero; without one, a session calls the input missing. A graph that is run without
-    an adapter therefore ends in an error.
+    an adapter therefore ends in an error. Tensors that some adapters lack are zeros there, of as little size as fits.
 
     Args:
         model: from :func:`to_onnx` or :func:`quantize`; changed in place.
         shapes: of the adapter's tensors.
         int8: they come as :func:`sparsepeft.models.quantized.quantize` makes them.
+        optional: names of those that some adapters lack.
 
     Returns:
         ``model``, whose graph is named after its content.
@@ -110,11 +116,13 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
         if tensor.name not in shapes:
             continue
         dims = [size or f"{tensor.name}.{dim}" for dim, size in enumerate(shapes[tensor.name])]
-        dims[0] = f"{tensor.name}.0"  # open in any case: it is zero in the initial value
+        is_optional = tensor.name in optional
+        if not is_optional:
+            dims[0] = f"{tensor.name}.0"  # open in any case: it is zero in the initial value
         kind = TensorProto.FLOAT
         if int8 and is_stored_as_int8(shapes[tensor.name]):
             kind, scale = TensorProto.INT8, tensor.name + SCALE
-            _add_input(graph, scale, TensorProto.FLOAT, [*dims[:-1], 1])
+            _add_input(graph, scale, TensorProto.FLOAT, [*dims[:-1], 1], is_optional)
             used = f"{tensor.name}.float"
             for node in graph.node:
                 node.input[:] = [used if name == tensor.name else name for name in node.input]
@@ -123,7 +131,7 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
                 helper.make_node("Mul", [f"{used}.unscaled", scale], [used]),
             ]
         graph.input.remove(tensor)
-        _add_input(graph, tensor.name, kind, dims)
+        _add_input(graph, tensor.name, kind, dims, is_optional)
     nodes = [*first, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -132,9 +140,11 @@ def open_adapter(model: onnx.ModelProto, shapes: Mapping[str, Shape], int8: bool
     return model
 
 
-def _add_input(graph: onnx.GraphProto, name: str, kind: int, dims: Sequence[int | str]) -> None:
+def _add_input(graph: onnx.GraphProto, name: str, kind: int, dims: Sequence[int | str], has_zeros: bool) -> None:
     from onnx import helper
 
     graph.input.append(helper.make_tensor_value_info(name, kind, dims))
-    empty = [0, *(size if isinstance(size, int) else 1 for size in dims[1:])]
-    graph.initializer.append(helper.make_tensor(name, kind, empty, []))
+    least = [size if isinstance(size, int) else 1 for size in dims]
+    if not has_zeros:
+        least[0] = 0
+    graph.initializer.append(helper.make_tensor(name, kind, least, [0] * math.prod(least)))

@@ -27,13 +27,13 @@ class Runner(ExportedTasks):
         adapter.Load(str(file))
         return adapter
 
-    def logits(self, adapter: ort.LoraAdapter, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """(B, number of labels)."""
+    def logits(self, adapter: ort.LoraAdapter, inputs: dict[str, np.ndarray], of_tokens: bool = False) -> np.ndarray:
+        """(B, number of labels), or (B, T, number of labels) of the tokens."""
         options = ort.RunOptions()
         options.add_active_adapter(adapter)  # one: of two with the same names, one is silently ignored
         logits: np.ndarray = self.session.run(
             None, {i.name: inputs[i.name] for i in self.session.get_inputs()}, options
-        )[0]
+        )[int(of_tokens)]
         return logits
 
 

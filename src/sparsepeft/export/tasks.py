@@ -11,6 +11,7 @@ import torch
 from sparsepeft.backbones import backbone_of_run, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.inference.tasks import TaskInfo, info_of_run, read_task
+from sparsepeft.models.token_heads import TOKEN_HEAD
 from sparsepeft.runs.files import RUN, read_run
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -18,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 Shape = tuple[int | None, ...]
 
 # What the graph computes with but no tensor holds: it is the same for all tasks of a graph.
-_CONSTANTS = ("top_k", "temperature", "style", "non_linearity")
+_CONSTANTS = ("parent_keys", "top_k", "temperature", "style", "non_linearity")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class ExportTask:
     name: str
     info: TaskInfo
     config: TaskAdapterConfig
+
+    def is_of_head(self, tensor: str) -> bool:
+        """Whether a tensor of this name in the graph belongs to the task's head."""
+        return file_name(tensor).startswith(tuple(f"{name}." for name in self.config.head_modules or ()))
+
+
+def file_name(tensor: str) -> str:
+    """What a tensor of the graph is called in its task's file: heads that label tokens stand there beside the other."""
+    return tensor.removeprefix(f"{TOKEN_HEAD}.")
 
 
 def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
@@ -47,13 +57,7 @@ def read_tasks(folders: Sequence[str | Path]) -> list[ExportTask]:
                 "rename one of them."
             )
         _check_run(folder)
-        task = ExportTask(name, *read_task(folder))
-        if task.info.labels_tokens:
-            raise UserError(
-                f"{folder} holds a task that labels tokens, but exported graphs answer for whole texts; answer it with "
-                "MultiTaskEngine, or export tasks of whole texts."
-            )
-        tasks[name] = task
+        tasks[name] = ExportTask(name, *read_task(folder))
     first, *others = tasks.values()
     for other in others:
         for what in ("method", *_CONSTANTS):
@@ -101,29 +105,44 @@ def backbone_of(task: ExportTask) -> str:
 def common_shapes(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> dict[str, Shape]:
     """The shape of each tensor, None where tasks differ.
 
+    Heads for tokens and heads for texts are different tensors, of which a task has the ones or the others.
+
     Args:
         tensors: those of each task by name.
 
     Raises:
         UserError: the tasks have different tensors, or memories of which only some keep all their parents.
     """
-    for task, named in zip(tasks[1:], tensors[1:], strict=True):
-        missing, more = sorted(tensors[0].keys() - named.keys()), sorted(named.keys() - tensors[0].keys())
-        if missing or more:
-            what = f"has no {missing[0]}" if missing else f"also has {more[0]}"
-            raise _cannot_share(tasks[0], task, f"{task.name} {what}")
+    _check_names(tasks, tensors)
     shapes: dict[str, Shape] = {}
-    for name in tensors[0]:
-        of_tasks = [tuple(named[name].shape) for named in tensors]
-        for task, shape in zip(tasks, of_tasks, strict=True):
+    for name in dict.fromkeys(name for named in tensors for name in named):
+        having = [index for index, named in enumerate(tensors) if name in named]
+        of_tasks = [tuple(tensors[index][name].shape) for index in having]
+        for index, shape in zip(having, of_tasks, strict=True):
             if len(shape) != len(of_tasks[0]):
-                raise _cannot_share(tasks[0], task, f"{name} has shapes {list(of_tasks[0])} and {list(shape)}")
+                why = f"{name} has shapes {list(of_tasks[0])} and {list(shape)}"
+                raise _cannot_share(tasks[having[0]], tasks[index], why)
         shapes[name] = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*of_tasks, strict=True))
     keeps_all = [getattr(task.config, "num_parents", 0) == getattr(task.config, "top_k", None) for task in tasks]
     if len(set(keeps_all)) > 1:
         other = tasks[keeps_all.index(not keeps_all[0])]
         raise _cannot_share(tasks[0], other, "one keeps all parents (num_parents = top_k), the other selects")
     return shapes
+
+
+def _check_names(tasks: Sequence[ExportTask], tensors: Sequence[Tensors]) -> None:
+    """See that each task has the tensors of the first one, and of the first of its kind the head's, too."""
+    first_of_kind: dict[bool, int] = {}
+    for index, task in enumerate(tasks):
+        same_kind = first_of_kind.setdefault(task.info.labels_tokens, index)
+        for first, with_head in ((0, False), (same_kind, True)):
+            expected, found = (
+                {name for name in tensors[i] if with_head or not tasks[i].is_of_head(name)} for i in (first, index)
+            )
+            missing, more = sorted(expected - found), sorted(found - expected)
+            if missing or more:
+                what = f"has no {missing[0]}" if missing else f"also has {more[0]}"
+                raise _cannot_share(tasks[first], task, f"{task.name} {what}")
 
 
 def _cannot_share(first: ExportTask, other: ExportTask, why: str) -> UserError:

@@ -22,10 +22,10 @@ from sparsepeft.inference.portable import as_list
 from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model
 from sparsepeft.methods.models import load_tokenizer
+from sparsepeft.rows.reading import check_text
 from sparsepeft.runs.config import LM
 from sparsepeft.runs.corpus import end_token
 from sparsepeft.runs.files import read_run
-from sparsepeft.tasks.files import check_text
 from sparsepeft.tuners.config import dtype_name
 
 _MAX_NEW_TOKENS = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -88,14 +88,16 @@ class Answers:
             return Prediction.failed(NOT_FINITE)
         task = parts[0][0].task
         encoded = [(row.encoded, logits) for row, logits in parts]
-        entities = find_entities(encoded, task.encoder.tokenizer, task.info.label_names or (), self._options)
+        names, by_word = task.info.label_names or (), task.info.is_by_word
+        entities = find_entities(encoded, task.encoder.tokenizer, names, self._options, by_word=by_word)
         truncated, num_tokens = any(row.encoded.truncated for row, _ in parts), sum(len(row) for row, _ in parts)
         return Prediction(None, NAN, truncated=truncated, num_tokens=num_tokens, entities=entities)
 
 
 def _of_text(row: Row, logits: np.ndarray) -> Prediction:
-    info, truncated = row.task.info, row.encoded.truncated
-    return prediction(logits, info.label_names, multi_label=info.multi_label, truncated=truncated, num_tokens=len(row))
+    info = row.task.info
+    about: dict[str, Any] = {"truncated": row.encoded.truncated, "num_tokens": len(row)}
+    return prediction(logits, info.label_names, multi_label=info.multi_label, thresholds=info.thresholds, **about)
 
 
 @contextmanager
@@ -146,7 +148,7 @@ class Engine:
         truncation: bool = True,
         truncation_side: TruncationSide | None = None,
         on_error: OnError = "return",
-        aggregation_strategy: Strategy = "simple",
+        aggregation_strategy: Strategy | None = None,
         ignore_labels: Iterable[str] = ("O",),
         stride: int | None = None,
     ) -> list[Prediction]:
@@ -198,6 +200,25 @@ class Engine:
             for row, logits in self._run(rows):
                 result[row.place] = logits
         return result
+
+    @user_errors()
+    def token_logits(self, name: str, inputs: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
+        """Logits (T, number of labels) of a task that labels tokens, for inputs that are encoded already.
+
+        Args:
+            name: of the task.
+            inputs: of at most its longest input: ``input_ids``, ... of T tokens each, special ones included.
+
+        Raises:
+            UserError: the task is unknown, or labels texts.
+        """
+        with self._tasks.in_use() as tasks:
+            task = find_task(name, tasks)
+            if not task.info.labels_tokens:
+                raise InputError(f"The logits of tokens of {name!r} were asked for, but it labels texts; ask logits.")
+            rows = [Row(place, task, Encoded(features, False)) for place, features in enumerate(inputs)]
+            found = {row.place: logits for row, logits in self._run(rows)}
+        return [found[place] for place in range(len(rows))]
 
     def _encode(
         self,

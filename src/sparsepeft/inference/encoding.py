@@ -9,10 +9,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    DataCollatorForTokenClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import InputError
+from sparsepeft.inference.sentences import SENTENCE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000
 _MOST_PARTS = 1024  # of a text, so that a stride which is nearly as long as a part does not take all memory
 _SPANS = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+_NO_INPUTS = ("labels", "length", SENTENCE)
 Item = TypeVar("Item")
 
 
@@ -94,10 +102,14 @@ class Collator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A list of encoded examples -> tensors (B, T), labels (B,), or (B, C) where several may hold.
 
-        Labels are int64 for classes, float32 for values and for several labels' ones and zeros.
+        Labels are int64 for classes, float32 for values and for several labels' ones and zeros. Those of tokens are
+        (B, T), with -100 where there is none.
         """
         labels = [example["labels"] for example in examples if "labels" in example]
-        inputs = [{k: v for k, v in e.items() if k not in ("labels", "length")} for e in examples]
+        inputs = [{k: v for k, v in e.items() if k not in _NO_INPUTS} for e in examples]
+        if labels and isinstance(labels[0], list) and isinstance(labels[0][0], int):
+            rows = [{**row, "labels": tags} for row, tags in zip(inputs, labels, strict=True)]
+            return dict(DataCollatorForTokenClassification(self.tokenizer)(rows))
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         if labels:
             batch["labels"] = torch.tensor(labels, dtype=torch.long if isinstance(labels[0], int) else torch.float)

@@ -77,6 +77,7 @@ from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.heads import find_head
 from sparsepeft.models.identity import is_sparse
 from sparsepeft.models.onednn import is_onednn_faster, use_onednn
+from sparsepeft.models.token_heads import token_model
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import RUN, read_run, spec_of
@@ -255,12 +256,6 @@ class MultiTaskEngine(Engine):
 
     def _load_shared(self, folder: Path) -> LoadedTask:
         info, config = read_task(folder)
-        if info.labels_tokens and not self._encoder.tokenizer.is_fast:
-            raise UserError(
-                f"{folder} holds a task that labels tokens, but the engine's tokenizer, "
-                f"{type(self._encoder.tokenizer).__name__}, cannot tell where in a text they are; pass a fast one as "
-                "`tokenizer`, such as AutoTokenizer.from_pretrained gives where the library tokenizers knows the model."
-            )
         view = self._views.get(config.method) or SharedView(self._backbone, onednn=self._uses_onednn())
         adapter_name = self._next_name()
         task = LoadedTask(info, view, adapter_name, self._encoder, view.load(folder, adapter_name))
@@ -281,6 +276,8 @@ class MultiTaskEngine(Engine):
             encoder = Encoder(load_tokenizer(str(folder)), model.config)
         else:
             backbone, encoder, spt = serving_copy(self._backbone), self._encoder, config.spt_config()
+            if info.labels_tokens:
+                backbone = token_model(backbone, spec.num_labels)
             head, was_sparse = find_head(backbone, find_blocks(backbone)), is_sparse(backbone)
             if was_sparse and spt is None:
                 raise UserError(
@@ -298,7 +295,7 @@ class MultiTaskEngine(Engine):
             model = attach_trained(backbone, trained, head.modules)
         if self._uses_onednn():
             use_onednn(model)
-        task = LoadedTask(info, View(model, self._device), self._next_name(), encoder)
+        task = LoadedTask(info, View(model, self._device, labels_tokens=info.labels_tokens), self._next_name(), encoder)
         try_out(task)
         return task
 
@@ -318,7 +315,7 @@ class MultiTaskEngine(Engine):
         *,
         truncation: bool = True,
         on_error: OnError = "return",
-        aggregation_strategy: Strategy = "simple",
+        aggregation_strategy: Strategy | None = None,
         ignore_labels: Iterable[str] = ("O",),
     ) -> list[dict[str, Prediction]]:
         """Answer several tasks for each input, given as for :meth:`predict`.

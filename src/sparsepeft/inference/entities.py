@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pipelines.token_classification import AggregationStrategy, TokenClassificationPipeline
 
 from sparsepeft.inference.encoding import Encoded
-from sparsepeft.inference.portable import Entity, InputError
+from sparsepeft.inference.portable import Entity, InputError, entities_in
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
 
@@ -22,12 +22,14 @@ class EntityOptions(NamedTuple):
 
     Attributes:
         aggregation_strategy: ``"none"`` leaves each token by itself; ``"simple"`` joins neighbours of one label;
-            ``"first"``, ``"average"`` and ``"max"`` also keep the tokens of a word together.
+            ``"first"``, ``"average"`` and ``"max"`` also keep the tokens of a word together. None is
+            ``"simple"``, and for runs of ``sparsepeft train``, where the first token of a word was trained to speak for
+            it, :func:`sparsepeft.inference.portable.entities_in` by word.
         ignore_labels: labels whose tokens or groups are left out.
         stride: how many tokens neighbouring parts of a text share that is longer than its task takes; None cuts it.
     """
 
-    aggregation_strategy: Strategy = "simple"
+    aggregation_strategy: Strategy | None = None
     ignore_labels: tuple[str, ...] = ("O",)
     stride: int | None = None
 
@@ -38,7 +40,7 @@ def entity_options(aggregation_strategy: Any, ignore_labels: Any, stride: Any = 
     Raises:
         InputError: one has a value that it cannot have, or they do not go together.
     """
-    if aggregation_strategy not in get_args(Strategy):
+    if aggregation_strategy is not None and aggregation_strategy not in get_args(Strategy):
         raise InputError(
             f"`aggregation_strategy={aggregation_strategy!r}` was given; pass {', '.join(get_args(Strategy))}."
         )
@@ -71,6 +73,8 @@ def find_entities(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     options: EntityOptions,
+    *,
+    by_word: bool = False,
 ) -> tuple[Entity, ...]:
     """The entities of a text, in its order.
 
@@ -79,8 +83,12 @@ def find_entities(
         tokenizer: that encoded them.
         label_names: by index.
         options: see :class:`EntityOptions`.
+        by_word: the task is a run's, where the first token of a word was trained to speak for it.
     """
     text = parts[0][0].spans.text
+    if by_word and options.aggregation_strategy is None:
+        offsets, logits = _without_overlap(parts)
+        return entities_in(text, offsets, logits, label_names, by_word=True, ignore_labels=options.ignore_labels)
     outputs = [
         {
             "sentence": text,
@@ -91,7 +99,7 @@ def find_entities(
         }
         for encoded, logits in parts
     ]
-    strategy = AggregationStrategy(options.aggregation_strategy)
+    strategy = AggregationStrategy(options.aggregation_strategy or "simple")
     found = _LastStep(tokenizer, label_names).postprocess(outputs, strategy, list(options.ignore_labels))
     return tuple(
         Entity(
@@ -103,3 +111,17 @@ def find_entities(
         )
         for one in found
     )
+
+
+def _without_overlap(parts: Sequence[tuple[Encoded, np.ndarray]]) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Places and logits of a text's tokens, of those in two parts the first part's; special ones left out."""
+    offsets: list[tuple[int, int]] = []
+    rows: list[np.ndarray] = []
+    for encoded, logits in parts:
+        known = offsets[-1][1] if offsets else 0
+        spans = encoded.spans
+        for place, is_special, row in zip(spans.offsets, spans.special_tokens_mask, logits, strict=True):
+            if not is_special and place[1] > known:
+                offsets.append(place)
+                rows.append(row)
+    return offsets, np.array(rows).reshape(len(rows), parts[0][1].shape[-1])

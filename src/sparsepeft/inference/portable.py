@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -187,7 +188,8 @@ class Prediction:
         scores: probability of every label; empty for regression, and where tokens are labelled.
         truncated: whether the input was longer than the task takes and was cut, as in training.
         error: why there is no answer; None where there is one.
-        labels: where several may hold, those of a probability above 0.5, in the task's order; else None.
+        labels: where several may hold, those whose probability is above their threshold (0.5, if training chose none),
+            in the task's order; else None.
         logits: what the probabilities were made of, one for each label, or the predicted value.
         num_tokens: of the input as the model read it; 0 where it was not noted.
         entities: where tokens are labelled, those that were found, in the text's order; else None.
@@ -227,6 +229,7 @@ def prediction(
     label_names: Sequence[str] | None,
     *,
     multi_label: bool = False,
+    thresholds: Sequence[float] | None = None,
     truncated: bool = False,
     num_tokens: int = 0,
 ) -> Prediction:
@@ -236,6 +239,7 @@ def prediction(
         logits: (num_labels,).
         label_names: one for each; None for regression.
         multi_label: labels do not exclude each other, so that each has a probability of its own.
+        thresholds: above which each of these labels holds; None is 0.5 for all.
         truncated, num_tokens: see :class:`Prediction`.
 
     Returns:
@@ -253,8 +257,75 @@ def prediction(
         probabilities = shifted / shifted.sum()
     scores = dict(zip(label_names, probabilities.tolist(), strict=True))
     best = max(scores, key=lambda label: scores[label])
-    several = tuple(label for label, score in scores.items() if score > 0.5) if multi_label else None
+    several = None
+    if multi_label:
+        limits = [0.5] * len(scores) if thresholds is None else thresholds
+        several = tuple(label for (label, score), limit in zip(scores.items(), limits, strict=True) if score > limit)
     return Prediction(best, scores[best], scores, labels=several, **known)
+
+
+def entities_in(
+    text: str,
+    offsets: Sequence[tuple[int, int]],
+    logits: np.ndarray,
+    label_names: Sequence[str],
+    *,
+    by_word: bool = False,
+    joined: bool = True,
+    ignore_labels: Collection[str] = ("O",),
+) -> tuple[Entity, ...]:
+    """The entities in a text, in its order.
+
+    Args:
+        text: as it was given.
+        offsets: of each token's first character and of the one after its last; special tokens left out.
+        logits: (tokens, num_labels).
+        label_names: by index. ``B-``, ``I-``, ``E-`` and ``S-`` say where in an entity a token is.
+        by_word: the first token of a word speaks for all of it, as it was trained to. A word ends at white space and at
+            punctuation, and an ideograph is one.
+        joined: neighbours of one label are an entity, of which ``B-`` begins another; else each token, or word, is by
+            itself, whatever its label.
+        ignore_labels: entities that are left out where they are joined.
+    """
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    units: list[Entity] = []
+    for (start, end), row in zip(offsets, shifted / shifted.sum(axis=-1, keepdims=True), strict=True):
+        if by_word:
+            start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokens begin with the space before
+            if start >= end:
+                continue
+            if units and start <= units[-1].end and not any(map(_is_apart, text[start - 1 : start + 1])):
+                units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)
+                continue
+        best = int(row.argmax())
+        units.append(Entity(label_names[best], float(row[best]), text[start:end], start, end))
+    if not joined:
+        return tuple(units)
+    groups: list[list[Entity]] = []
+    for unit in units:
+        place, kind = _place_and_kind(unit.label)
+        before, kind_before = _place_and_kind(groups[-1][-1].label) if groups else ("", None)
+        if kind == kind_before and place not in ("B", "S") and before not in ("E", "S"):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    kinds = [_place_and_kind(group[0].label)[1] for group in groups]
+    return tuple(
+        Entity(kind, float(np.mean([one.score for one in group])), text[start:end], start, end)
+        for kind, group in zip(kinds, groups, strict=True)
+        for start, end in [(group[0].start, group[-1].end)]
+        if kind not in ignore_labels
+    )
+
+
+def _place_and_kind(label: str) -> tuple[str, str]:
+    """Of ``B-PER`` both parts; a label without such a beginning is all kind."""
+    return (label[0], label[2:]) if label[:2] in ("B-", "I-", "E-", "S-") and label[2:] else ("", label)
+
+
+def _is_apart(char: str) -> bool:
+    """Whether a character is no part of the word beside it, as BERT's tokenizer has it."""
+    return char.isspace() or unicodedata.category(char)[0] in "PS" or unicodedata.name(char, "").startswith("CJK")
 
 
 # -- exported folders --------------------------------------------------------------------------------------------------
@@ -286,15 +357,24 @@ class ExportedTasks(ABC):
         """A task's adapter, from its file."""
 
     @abstractmethod
-    def logits(self, adapter: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """(B, num_labels), from integers (B, T) by name: ``input_ids``, ``attention_mask``, ``token_type_ids``."""
+    def logits(self, adapter: Any, inputs: dict[str, np.ndarray], of_tokens: bool = False) -> np.ndarray:
+        """From integers (B, T) by name: ``input_ids``, ``attention_mask``, ``token_type_ids``.
 
-    def answer(self, name: str, texts: Iterable[Input], batch_size: int = 8) -> Iterator[dict[str, Any]]:
+        Returns:
+            (B, num_labels), or with ``of_tokens`` (B, T, num_labels).
+        """
+
+    def answer(
+        self, name: str, texts: Iterable[Input], batch_size: int = 8, joined: bool = True
+    ) -> Iterator[dict[str, Any]]:
         """Yield a dictionary with ``label``, ``score`` and ``scores`` for each input, see :meth:`Prediction.to_dict`.
+
+        Where the task labels tokens it is ``entities``.
 
         Args:
             texts: each a text, a pair, or a dictionary with ``text`` and ``text_pair``.
             batch_size: inputs of a pass.
+            joined: tokens are put together to entities, see :func:`entities_in`; else there is one for each token.
 
         Raises:
             InputError: the task is unknown, or an input cannot be answered.
@@ -313,10 +393,15 @@ class ExportedTasks(ABC):
                 raise InputError(NO_TOKENS)
             rows = np.array([(one.ids, one.attention_mask, one.type_ids) for one in encoded], "int64")
             keys = ("input_ids", "attention_mask", "token_type_ids")
-            logits = self.logits(adapter, {key: rows[:, i] for i, key in enumerate(keys)})
-            for one, row in zip(encoded, logits.astype(float), strict=True):
-                options = {"multi_label": task["multi_label"], "truncated": bool(one.overflowing)}
-                yield prediction(row, task["labels"], **options).to_dict()
+            of_tokens = task.get("labels_tokens", False)
+            logits = self.logits(adapter, {key: rows[:, i] for i, key in enumerate(keys)}, of_tokens)
+            for (text, *_), one, row in zip(inputs[start : start + batch_size], encoded, logits, strict=True):
+                if of_tokens:
+                    yield _of_tokens(task, text, one, row, joined).to_dict()
+                else:
+                    options = {"multi_label": task["multi_label"], "truncated": bool(one.overflowing)}
+                    thresholds = task.get("thresholds")
+                    yield prediction(row.astype(float), task["labels"], thresholds=thresholds, **options).to_dict()
 
     def _adapter(self, name: str) -> Any:
         if name not in self._adapters:
@@ -325,6 +410,16 @@ class ExportedTasks(ABC):
                 raise ValueError(f"{file} is damaged, or belongs to another backbone; export the task again.")
             self._adapters[name] = self.load(file)
         return self._adapters[name]
+
+
+def _of_tokens(task: dict[str, Any], text: str, encoding: Any, logits: np.ndarray, joined: bool) -> Prediction:
+    """The prediction for a text whose tokens are labelled, from its encoding and logits (T, num_labels), padded."""
+    if not np.isfinite(logits).all():
+        return Prediction.failed(NOT_FINITE)
+    places = [place for place, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+    offsets, by_word = [encoding.offsets[place] for place in places], task["by_word"] and joined
+    entities = entities_in(text, offsets, logits[places], task["labels"], by_word=by_word, joined=joined)
+    return Prediction(None, NAN, truncated=bool(encoding.overflowing), entities=entities)
 
 
 def main(runner: type[Any], folder: Path, usage: str) -> None:

@@ -13,6 +13,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import Engine, try_out, user_errors
 from sparsepeft.inference.encoding import Encoder
 from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
+from sparsepeft.inference.sentences import overlap
 from sparsepeft.inference.tasks import LoadedTask, info_of_run, trained_run
 from sparsepeft.inference.views import View
 from sparsepeft.methods.models import load_tokenizer, load_trained, to_accelerator
@@ -36,6 +37,7 @@ class Predictor:
         spec: the task.
         config: what the run was made with.
         columns: what texts and label were called in the training file; None where that was none of the user's own.
+        thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
         model: the trained model, in eval mode.
         tokenizer: the backbone's.
         max_length: tokens an input may have.
@@ -68,12 +70,14 @@ class Predictor:
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])
         self.columns: Columns | None = columns_of(run)
+        self.thresholds = info.thresholds
         self.batch_size = batch_size
         trained = trained_run(self.folder, run, model, infer)
         self.model: Any = load_trained(trained, self.spec)
         to_accelerator(self.model, device)
         self.tokenizer = load_tokenizer(trained.backbone)
-        task = LoadedTask(info, View(self.model), trained.method, Encoder(self.tokenizer, self.model.config))
+        view = View(self.model, labels_tokens=self.spec.labels_tokens)
+        task = LoadedTask(info, view, trained.method, Encoder(self.tokenizer, self.model.config))
         try_out(task)
         self.max_length = task.max_length
         self._name = self.spec.name
@@ -96,6 +100,10 @@ class Predictor:
         """
         return self._engine.logits(self._name, texts)
 
+    def token_logits(self, inputs: Sequence[dict[str, list[int]]]) -> list[np.ndarray]:
+        """(T, num_labels) for each input of a task that labels tokens: ``input_ids``, ... of T tokens."""
+        return self._engine.token_logits(self._name, inputs)
+
     @user_errors()
     def check(self, text: Input) -> None:
         """See that the task can take an input.
@@ -107,11 +115,12 @@ class Predictor:
 
     @user_errors()
     def predict(self, texts: Sequence[Input], on_error: OnError = "raise") -> list[Prediction]:
-        """A prediction for each input, in order.
+        """A prediction for each input, in order. Where tokens are labelled a text may have any length.
 
         Args:
             texts: as for :meth:`logits`, but none may be empty.
             on_error: ``"return"`` puts a prediction with :attr:`Prediction.error` in the place of an input that cannot
                 be answered; ``"raise"`` raises a ``UserError``.
         """
-        return self._engine.predict([(self._name, text) for text in as_list(texts)], on_error=on_error)
+        stride = overlap(self.tokenizer, self.max_length) if self.spec.labels_tokens else None
+        return self._engine.predict([(self._name, text) for text in as_list(texts)], on_error=on_error, stride=stride)

@@ -15,10 +15,11 @@ from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.inference.portable import check_task_name, find_task
+from sparsepeft.inference.sentences import check_fast
 from sparsepeft.methods.models import TrainedRun
 from sparsepeft.reprs import first_of
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import RUN, read_run, spec_of
+from sparsepeft.runs.files import RUN, read_run, spec_of, thresholds_of
 from sparsepeft.spt.config import INFER
 from sparsepeft.tuners.config import TaskAdapterConfig
 
@@ -38,6 +39,8 @@ class TaskInfo:
         num_texts: texts per input, 1 or 2; None where the folder does not say, and both are taken.
         max_length: tokens an input was cut to in training; None for as many as the backbone takes.
         labels_tokens: whether each token of a text has a label, and not the text.
+        is_by_word: of such a task, whether the first token of a word was trained to speak for it.
+        thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
     """
 
     folder: Path
@@ -46,6 +49,8 @@ class TaskInfo:
     num_texts: int | None
     max_length: int | None
     labels_tokens: bool = False
+    is_by_word: bool = False
+    thresholds: tuple[float, ...] | None = None
 
     def __repr__(self) -> str:
         labels = "a value" if self.label_names is None else f"labels: {first_of(self.label_names)}"
@@ -77,9 +82,14 @@ class LoadedTask:
     Attributes:
         max_length: tokens an input may have.
         num_users: calls that are using it.
+
+    Raises:
+        UserError: the task labels tokens, but the tokenizer cannot tell where they are.
     """
 
     def __init__(self, info: TaskInfo, view: View, adapter_name: str, encoder: Encoder, lowest_layer: int = 0) -> None:
+        if info.labels_tokens:
+            check_fast(encoder.tokenizer, f"{info.folder} holds a task that labels tokens")
         self.info, self.view, self.adapter_name, self.encoder = info, view, adapter_name, encoder
         self.max_length, self.lowest_layer = encoder.longest(info.max_length), lowest_layer
         self.num_users = 0
@@ -175,7 +185,16 @@ def info_of_run(folder: Path, run: dict[str, Any]) -> TaskInfo:
             "with it, and `sparsepeft evaluate` gives its perplexity."
         )
     spec = spec_of(run)
-    return TaskInfo(folder, spec.label_names, spec.multi_label, len(spec.text_columns), run["config"].get("max_length"))
+    return TaskInfo(
+        folder=folder,
+        label_names=spec.label_names,
+        multi_label=spec.multi_label,
+        num_texts=len(spec.text_columns),
+        max_length=run["config"].get("max_length"),
+        labels_tokens=spec.labels_tokens,
+        is_by_word=spec.labels_tokens,
+        thresholds=thresholds_of(run),
+    )
 
 
 def check_weights(folder: Path) -> None:
@@ -248,9 +267,10 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
     names = tuple(config.id2label[i] for i in range(len(config.id2label))) if config.id2label else ()
     if not names:
         raise UserError(f"{folder} holds an adapter without labels; the engine answers classification and regression.")
-    if config.task_type == TaskType.TOKEN_CLS:
+    labels_tokens, is_run = config.task_type == TaskType.TOKEN_CLS, (folder / RUN).is_file()
+    if labels_tokens and not is_run:
         return TaskInfo(folder, names, multi_label=False, num_texts=1, max_length=None, labels_tokens=True), config
-    if (repeated := next((name for name in names if names.count(name) > 1), None)) is not None:
+    if not labels_tokens and (repeated := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise UserError(
             f"{folder} holds an adapter with two labels named {repeated!r:.80}, but an answer has a score for each "
             "name; give each a name of its own in the id2label of adapter_config.json."
@@ -261,7 +281,7 @@ def read_task(folder: Path) -> tuple[TaskInfo, TaskAdapterConfig]:
             f"{folder} holds an adapter that predicts {len(names)} values at once, but an answer has labels or one "
             "value; take the logits of PeftModel.from_pretrained."
         )
-    if not (folder / RUN).is_file():
+    if not is_run:
         multi_label = config.problem_type == "multi_label_classification"
         return TaskInfo(folder, None if is_regression else names, multi_label, None, None), config
     info = info_of_run(folder, read_run(folder))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
@@ -49,13 +48,16 @@ class View:
     Args:
         model: dense or sparse, with its adapter if it has one.
         device: where its inputs are expected; None is where the model is when it is asked.
+        labels_tokens: the model is one for token classification.
     """
 
     is_shared = False  # among tasks, which may have other numbers of labels
 
-    def __init__(self, model: torch.nn.Module, device: torch.device | None = None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device | None = None, *, labels_tokens: bool = False
+    ) -> None:
         self.model: Any = model.eval()
-        self._device = device
+        self._device, self._is_of_tokens = device, labels_tokens
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +80,8 @@ class View:
 
         With ``states`` (B, T, D), what comes out of the first ``begin`` layers, these are not run.
         """
-        return Logits(self.model(**inputs).logits)
+        logits = self.model(**inputs).logits
+        return Logits(logits[:, 0], logits) if self._is_of_tokens else Logits(logits)
 
     def lower_states(self, inputs: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor | None:
         """What comes out of the first ``num_layers`` layers, without any adapter; None if it is more than states."""
@@ -168,16 +171,11 @@ class SharedView(View):
         return self._partial.states()
 
     def _attach(self, folder: Path, adapter_name: str) -> None:
-        config, renamed = self._token_heads.config_of(folder)
-        config.inference_mode = True
-        options: dict[str, Any] = {"adapter_name": adapter_name, "key_mapping": renamed}
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.model, str(folder), config=config, **options)
+        is_first = self._peft is None
+        self._peft, labels_tokens = self._token_heads.attach(self._peft, folder, adapter_name)
+        if is_first:
             self._context = self._peft.base_model._context
-        else:
-            self._peft.add_adapter(adapter_name, config)
-            self._peft.load_adapter(str(folder), **options)
-        if renamed is not None:
+        if labels_tokens:
             self._labels_tokens.add(adapter_name)
         self._peft.eval()
         self._peft.base_model.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it

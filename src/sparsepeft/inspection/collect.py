@@ -18,12 +18,15 @@ from torch import nn
 from sparsepeft.errors import UserError
 from sparsepeft.inspection.labels import BatchLabels
 from sparsepeft.inspection.picks import Picks
-from sparsepeft.inspection.report import MemoryReport, layer_report
+from sparsepeft.inspection.report import MAX_LISTED, MemoryReport, layer_report
 from sparsepeft.inspection.words import WordCounts, Words
 from sparsepeft.layers import SparseMemory
 from sparsepeft.tuners.spartan import SpartanLayer
 
 _MASK_IGNORED = "The attention mask does not count the states of {}, so all of its positions were counted."
+_MANY_PARENTS = (
+    "The memories have {:,} parents; the {:,} of each that were picked most are listed, and no words were counted."
+)
 _FORGOTTEN = "There were too many different words to keep; the rarest were forgotten along the way."
 
 
@@ -162,8 +165,11 @@ class _Watch:
     def __init__(self, model: PeftModel, memories: list[MemoryOfLayer], labels: BatchLabels) -> None:
         self.model, self.memories, self.labels = model, memories, labels
         self.picks = [Picks(found.memory, len(labels.names)) for found in memories]
-        self.words = WordCounts(len(memories), len(memories[0].memory.parent_keys))
         self.notes: dict[str, None] = {}  # ordered, each once
+        num_parents = memories[0].memory.num_parents
+        self.words = WordCounts(len(memories), num_parents) if num_parents <= MAX_LISTED else None
+        if self.words is None:
+            self.notes[_MANY_PARENTS.format(num_parents, MAX_LISTED)] = None
         self._batch: dict[str, Any] = {}
         self._classes: np.ndarray = np.zeros(0, dtype=np.int64)
         self._position_classes: np.ndarray | None = None
@@ -176,13 +182,14 @@ class _Watch:
                 self._run_batch(dict(batch))
         if not self.picks[0].positions:
             raise UserError("There is nothing to count: the batches hold no positions; pass at least one text.")
-        if self.words.has_forgotten:
+        if self.words is not None and self.words.has_forgotten:
             self.notes[_FORGOTTEN] = None
         if self.labels.note:
             self.notes[self.labels.note] = None
         layers = []
         for i, (found, picks) in enumerate(zip(self.memories, self.picks, strict=True)):
-            words = [self.words.top(i, parent, *listing) for parent in range(len(picks.first))]
+            parents = range(len(picks.first))
+            words = [[] if self.words is None else self.words.top(i, parent, *listing) for parent in parents]
             layers.append(layer_report(found.index, found.name, picks, self.labels.names, words))
         return MemoryReport(
             adapter=str(self.model.active_adapter),
@@ -203,7 +210,8 @@ class _Watch:
         self.model(**inputs)
         for picks in self.picks:
             picks.finish_batch(self._classes)
-        self.words.shrink()
+        if self.words is not None:
+            self.words.shrink()
 
     def _look(self, i: int, memory: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of memory ``i``: count, and leave its arguments alone."""
@@ -223,7 +231,9 @@ class _Watch:
             classes = np.full(len(rows), -1)
         first = picks.add(states.reshape(-1, states.shape[-1])[positions.to(states.device)], rows, num_rows, classes)
         words: Words | None = self._batch.get("words")
-        if words is not None and not layer.is_decoder and words.occurrence.shape == (num_rows, length):
+        if words is None or self.words is None:
+            return
+        if not layer.is_decoder and words.occurrence.shape == (num_rows, length):
             self.words.add(i, words, flat, first)
 
     def _mask(self, i: int, num_rows: int, length: int) -> torch.Tensor:

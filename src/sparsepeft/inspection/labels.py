@@ -12,6 +12,7 @@ from sparsepeft.errors import UserError
 
 NUM_BINS = 5
 _NO_LABELS = "There are no labels, so everything that needs them is left out."
+_SEVERAL = "A text with several labels is counted once for each; purity is the share of texts that have a label."
 
 
 def quantile_edges(values: Sequence[float], num_bins: int = NUM_BINS) -> list[float]:
@@ -47,11 +48,12 @@ class BatchLabels:
         """The classes of a batch; sets ``unit`` to what they belong to, or ``note`` to why there are none.
 
         Args:
-            labels: the batch's labels, (B,), (B, 1) or (B, T), or None.
+            labels: the batch's labels, (B,), (B, 1), (B, T), or where documents have several ones and zeros as floats,
+                (B, L); or None.
 
         Returns:
-            Classes of documents, (B,), empty if they have none; classes of positions, (B, T), None if they have none
-            of their own. Negative: this one has no label.
+            Classes of documents, (B,), or ones and zeros, (B, L); empty if they have none. Classes of positions,
+            (B, T), None if they have none of their own. Negative: this one has no label.
 
         Raises:
             UserError: a class has no name, or values came without edges.
@@ -66,13 +68,17 @@ class BatchLabels:
         if values.ndim == 1:
             self.unit, self.note = "documents", None
             return self._binned(values) if is_value else self._checked(values), None
+        is_one_or_zero = self._edges is None and is_value and np.isin(values, (0, 1)).all()
+        if is_one_or_zero and values.ndim == 2 and values.shape[1] == len(self.names):
+            self.unit, self.note = "documents", _SEVERAL
+            return values.astype(np.int64), None
         if values.ndim == 2 and not is_value and self._per_position:
             self.unit = "positions"
             self.note = "Labels belong to positions, so documents have none: purity and their information are left out."
             return nothing, self._checked(values)
         self.note = (
-            f"Labels of shape {values.shape} are next tokens or several per text, not classes, so everything that "
-            "needs labels is left out; for classes of positions, pass label_names."
+            f"Labels of shape {values.shape} are next tokens, not classes, so everything that needs labels is left "
+            "out; for classes of positions, pass label_names."
         )
         return nothing, None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsepeft.layers import SparseMemory
-from sparsepeft.ops.numerics import softmax_dtype, top_k_lowest_index
+from sparsepeft.ops.numerics import softmax_dtype
 
 # Positions are read so many at a time that the scores of their parents and children have at most this many entries.
 _ENTRIES = 1 << 22
@@ -30,6 +30,7 @@ class Picks:
         entropy, moved_total: sums over positions of the K weights' entropy and of the whole relative update.
         labelled_positions: labels of the positions at which each parent came first, (P, L).
         documents: documents of each parent, (P,).
+        known_documents: those of them of which the labels are known, (P,).
         labelled_documents: their labels, (P, L).
     """
 
@@ -37,7 +38,9 @@ class Picks:
         num_parents, num_children, _ = memory.child_keys.shape
         self.memory = memory
         self.positions = 0
-        self.first, self.picked, self.documents = (np.zeros(num_parents, dtype=np.int64) for _ in range(3))
+        self.first, self.picked, self.documents, self.known_documents = (
+            np.zeros(num_parents, dtype=np.int64) for _ in range(4)
+        )
         self.gates, self.moved = np.zeros(num_parents), np.zeros(num_parents)
         self.children = np.zeros((num_parents, num_children), dtype=np.int64)
         self.entropy = self.moved_total = 0.0
@@ -53,7 +56,8 @@ class Picks:
             states: the states at the positions that count, (N, D).
             rows: the document each belongs to, (N,).
             num_rows: B, documents in the batch.
-            classes: the label of each position, (N,); negative where it has none.
+            classes: the label of each position, (N,), negative where it has none; or ones and zeros, (N, L), where it
+                has those of its document, which may be several.
 
         Returns:
             The parent with the highest weight at each position, (N,).
@@ -74,8 +78,7 @@ class Picks:
             np.add.at(self.children, (first, children[:, 0]), 1)
             self.entropy -= float((gates * np.log(np.maximum(gates, np.finfo(gates.dtype).tiny))).sum())
             self.moved_total += float(total.sum(dtype=np.float64))
-            has_label = classes[part] >= 0
-            np.add.at(self.labelled_positions, (first[has_label], classes[part][has_label]), 1)
+            _count(self.labelled_positions, first, classes[part])
             np.add.at(self._row_first, (rows[part], first), 1)
             np.add.at(self._row_gates, (rows[part][:, None], parents), gates)
             firsts.append(first)
@@ -87,16 +90,26 @@ class Picks:
         Of equally frequent parents the one with the higher total weight in the document wins, then the lower index.
 
         Args:
-            classes: the label of each document, (B,); negative where it has none.
+            classes: the label of each document, (B,), negative where it has none; or ones and zeros, (B, L).
         """
         counted = self._row_first.sum(1) > 0
         most = self._row_first == self._row_first.max(1, keepdims=True)
         parents = np.where(most, self._row_gates, -np.inf).argmax(1)
         self.documents += np.bincount(parents[counted], minlength=len(self.documents))
         if len(classes) == len(parents):
-            labelled = counted & (classes >= 0)
-            np.add.at(self.labelled_documents, (parents[labelled], classes[labelled]), 1)
+            known = _count(self.labelled_documents, parents[counted], classes[counted])
+            self.known_documents += np.bincount(known, minlength=len(self.documents))
         self._row_first, self._row_gates = self._row_first[:0], self._row_gates[:0]
+
+
+def _count(counts: np.ndarray, parents: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Add the labels of what went to ``parents``, (N,), to the counts, (P, L); the parents of what has known labels."""
+    if classes.ndim == 2:
+        np.add.at(counts, parents, classes)
+        return parents
+    known = classes >= 0
+    np.add.at(counts, (parents[known], classes[known]), 1)
+    return parents[known]
 
 
 class Reading(NamedTuple):
@@ -134,12 +147,10 @@ def read(memory: SparseMemory, states: Tensor) -> Iterator[tuple[slice, Reading]
 
 def _read(memory: SparseMemory, states: Tensor) -> Reading:
     # The dtypes of ops.memory_read: products in the common dtype, softmaxes in float32 at least.
-    dtype = torch.promote_types(states.dtype, memory.parent_keys.dtype)
-    x, parent_keys, child_keys, child_values = (
-        tensor.to(dtype) for tensor in (states, memory.parent_keys, memory.child_keys, memory.child_values)
-    )
+    dtype = torch.promote_types(states.dtype, memory.child_keys.dtype)
+    x, child_keys, child_values = (tensor.to(dtype) for tensor in (states, memory.child_keys, memory.child_values))
     precise = softmax_dtype(dtype)
-    scores, parents = top_k_lowest_index((x @ parent_keys.T).to(precise), memory.top_k)
+    scores, parents = memory.select(states)
     # By index, then stably by score: of equal scores the lowest index comes first.
     by_index = parents.argsort(-1)
     order = by_index.gather(-1, scores.gather(-1, by_index).argsort(dim=-1, descending=True, stable=True))
@@ -149,7 +160,7 @@ def _read(memory: SparseMemory, states: Tensor) -> Reading:
     children, moved = torch.zeros_like(parents), torch.zeros_like(gates)
     total = torch.zeros(x.shape, dtype=precise, device=x.device)
     pairs = parents.flatten().argsort(stable=True)  # position * K + slot, grouped by parent
-    for group in pairs.split(parents.flatten().bincount(minlength=len(parent_keys)).tolist()):
+    for group in pairs.split(parents.flatten().bincount(minlength=memory.num_parents).tolist()):
         if not len(group):
             continue
         parent, positions = parents.flatten()[group[0]], group // memory.top_k

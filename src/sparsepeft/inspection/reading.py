@@ -77,7 +77,7 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
             parents, gates, children, shares = (
                 np.concatenate([part[field].cpu().numpy() for part in parts]) for field in range(4)
             )
-            readings[layer] = LayerReading(layer, len(memory.parent_keys), parents, gates, children, shares)
+            readings[layer] = LayerReading(layer, memory.num_parents, parents, gates, children, shares)
 
     with engine.loaded(name) as task, ExitStack() as hooks:
         with user_errors():

@@ -15,6 +15,8 @@ from sparsepeft.inspection.picks import Picks
 
 FORMAT_VERSION = 2  # 1 ranked words by lift and had no z
 NMI_AVERAGE = "arithmetic"
+MAX_LISTED = 1024  # parents of a memory
+MAX_NAMED = 30  # dead parents in a table
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ParentReport:
         documents: documents that picked it most.
         labels_documents, labels_positions: how many of its documents, and of the positions at which it came first,
             have each label; None without labels.
-        purity: share of the most frequent label among its documents; None without documents or labels.
+        purity: share of its documents that have the most frequent label; None without documents or labels.
         words: the words that tell it from the other parents, by z.
     """
 
@@ -86,7 +88,8 @@ class LayerReport:
         gate_entropy: mean entropy of the K renormalised weights, in nats; at most ``log(K)``.
         dead_parents: parents that were never among the K.
         moved: mean norm of the whole update over the norm of the state.
-        parents: every parent.
+        parents: every parent, of more than 1,024 those that were picked most, in the order of their numbers. Parent p
+            of product keys is the pair of the halves p // n and p % n, with n * n parents.
     """
 
     index: int
@@ -102,6 +105,19 @@ class LayerReport:
     dead_parents: list[int]
     moved: float
     parents: list[ParentReport]
+
+    def label_shares(self, parent: ParentReport) -> dict[str, float]:
+        """Of the positions with each label, the share at which a parent comes first; the largest first."""
+        counts = parent.labels_positions or {}
+        totals = {name: sum((each.labels_positions or {}).get(name, 0) for each in self.parents) for name in counts}
+        shares = {name: count / totals[name] for name, count in counts.items() if totals[name]}
+        return dict(sorted(shares.items(), key=lambda named: -named[1]))
+
+    def describe_dead(self) -> str:
+        """The dead parents for people: of many, how many they are."""
+        if len(self.dead_parents) > MAX_NAMED:
+            return f"{len(self.dead_parents):,} of {self.num_parents:,}"
+        return ", ".join(map(str, self.dead_parents)) or "none"
 
     def purest_parent(self, min_share: float = 0.1) -> ParentReport | None:
         """The parent with the highest purity among those that hold at least ``min_share`` of the documents."""
@@ -164,6 +180,11 @@ def normalized_mutual_information(counts: np.ndarray) -> float | None:
     return float(np.clip(information / mean, 0.0, 1.0))
 
 
+def listed_parents(picks: Picks) -> list[int]:
+    """The parents that a report has: all, or those that were picked most, in the order of their numbers."""
+    return sorted(np.argsort(-picks.picked, kind="stable")[:MAX_LISTED].tolist())
+
+
 def layer_report(
     index: int, name: str, picks: Picks, labels: Sequence[str], words: list[list[tuple[str, int, float, float]]]
 ) -> LayerReport:
@@ -189,14 +210,15 @@ def layer_report(
         gate_entropy=min(picks.entropy / positions, math.log(top_k)),
         dead_parents=np.flatnonzero(picks.picked == 0).tolist(),
         moved=picks.moved_total / positions,
-        parents=[_parent_report(p, picks, labels, words[p]) for p in range(num_parents)],
+        parents=[_parent_report(p, picks, labels, words[p]) for p in listed_parents(picks)],
     )
 
 
 def _parent_report(
     parent: int, picks: Picks, labels: Sequence[str], words: list[tuple[str, int, float, float]]
 ) -> ParentReport:
-    picked, documents = int(picks.picked[parent]), picks.labelled_documents[parent]
+    picked, known = int(picks.picked[parent]), int(picks.known_documents[parent])
+    documents = picks.labelled_documents[parent]
     return ParentReport(
         index=parent,
         share_first=float(picks.first[parent] / max(1, picks.positions)),
@@ -207,7 +229,7 @@ def _parent_report(
         documents=int(picks.documents[parent]),
         labels_documents=_counts(labels, documents, picks.labelled_documents),
         labels_positions=_counts(labels, picks.labelled_positions[parent], picks.labelled_positions),
-        purity=float(documents.max() / documents.sum()) if documents.sum() else None,
+        purity=float(documents.max() / known) if documents.any() else None,
         words=[WordReport(*word) for word in words],
     )
 

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.inference.encoding import Collator, batches_by_length
 from sparsepeft.inference.predictor import Predictor
+from sparsepeft.inference.sentences import windows_of
 from sparsepeft.inspection.collect import find_memories, inspect_memories
 from sparsepeft.inspection.labels import quantile_edges
 from sparsepeft.inspection.report import MemoryReport
-from sparsepeft.inspection.words import encode_with_words
+from sparsepeft.inspection.words import Words, encode_with_words
 from sparsepeft.runs.held_out import held_out_data
 from sparsepeft.tasks import subsample
 from sparsepeft.tasks.labels import SINGLE
+from sparsepeft.tasks.token_metrics import NO_TOKEN
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,6 +108,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches of at most the predictor's batch size, in an order that needs little padding."""
+        if self._predictor.spec.labels_tokens:
+            yield from self._of_tokens()
+            return
         columns, size = self._predictor.spec.text_columns, self._predictor.batch_size
         label_dtype = torch.long if self._predictor.spec.problem_type == SINGLE else torch.float
         lengths = [sum(map(len, texts)) for texts in zip(*(self._dataset[name][:] for name in columns), strict=True)]
@@ -113,3 +120,22 @@ class Batches:
             texts = [rows[name] for name in columns]
             batch = encode_with_words(self._predictor.tokenizer, *texts, max_length=self._predictor.max_length)
             yield batch | {"labels": torch.tensor(rows["label"], dtype=label_dtype)}
+
+    def _of_tokens(self) -> Iterator[dict[str, Any]]:
+        """The same with a label for each position: the tag of the token that it is a piece of."""
+        predictor, texts, tags = self._predictor, self._dataset["tokens"][:], self._dataset["label"][:]
+        windows = windows_of(predictor.tokenizer, texts, predictor.max_length)
+        collator = Collator(predictor.tokenizer)
+        for rows in batches_by_length([len(one.tokens) for one in windows], max_rows=predictor.batch_size):
+            chosen = [windows[row] for row in rows]
+            found = [(one.sentence, token) for one in chosen for token in one.tokens if token is not None]
+            numbers = iter(range(len(found)))
+            of_pieces = [[NO_TOKEN if token is None else next(numbers) for token in one.tokens] for one in chosen]
+            batch = collator([{**one.features, "labels": each} for one, each in zip(chosen, of_pieces, strict=True)])
+            occurrence = batch["labels"].numpy()
+            batch["labels"] = torch.full_like(batch["labels"], NO_TOKEN)
+            batch["labels"][torch.from_numpy(occurrence >= 0)] = torch.tensor(
+                [tags[row][token] for row, token in found]
+            )
+            words = Words([texts[row][token] for row, token in found], np.maximum(occurrence, -1))
+            yield {**batch, "words": words}

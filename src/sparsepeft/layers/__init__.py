@@ -2,5 +2,6 @@
 
 from sparsepeft.layers.bottleneck import BottleneckAdapter
 from sparsepeft.layers.memory import SparseMemory
+from sparsepeft.layers.product_memory import ProductKeyMemory
 
-__all__ = ["BottleneckAdapter", "SparseMemory"]
+__all__ = ["BottleneckAdapter", "ProductKeyMemory", "SparseMemory"]

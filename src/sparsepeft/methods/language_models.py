@@ -27,8 +27,8 @@ from sparsepeft.methods.models import (
 from sparsepeft.models import language_model_loss
 
 CALIBRATION_BLOCKS = 8
-HELD_OUT_BLOCKS = 16  # on which a budget is kept, besides
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HELD_OUT_TOKENS = 8192  # on which a budget is kept, besides
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_language_model(
@@ -89,7 +89,7 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
     try:
         for batch in blocks.split(batch_size):
             ids = batch.to(device)
-            with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES):
+            with torch.autocast(device.type, HALF_DTYPES.get(precision), enabled=precision in HALF_DTYPES):
                 total += float(language_model_loss(model, ids)) * len(ids)
     finally:
         model.train(training)

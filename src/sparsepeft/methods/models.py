@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -82,7 +83,7 @@ def adapter_config(
             raise UserError(unknown_name(f"{method} setting", key, valid | {"weight_decay", "warmup_ratio"}))
     labels: dict[str, Any] = {}
     if spec is not None and issubclass(config_class, TaskAdapterConfig):
-        labels = {"num_labels": spec.num_labels, "problem_type": spec.problem_type, "id2label": id2label(spec)}
+        labels = {"num_labels": spec.num_labels, "problem_type": loss_of(spec), "id2label": id2label(spec)}
     try:
         return config_class(task_type=task_type, **settings, **labels)
     except (ValueError, TypeError) as error:
@@ -92,6 +93,18 @@ def adapter_config(
 def id2label(spec: TaskSpec) -> dict[int, str]:
     """Names of the task's outputs."""
     return dict(enumerate(spec.label_names)) if spec.label_names else {0: "score"}
+
+
+def loss_of(spec: TaskSpec) -> str | None:
+    """What a config of transformers says of the loss; nothing where tokens are labelled, which have one only."""
+    return None if spec.labels_tokens else spec.problem_type
+
+
+def task_type_of(spec: TaskSpec | None) -> TaskType:
+    """PEFT's name of the kind of model; a language model has no ``spec``."""
+    if spec is None:
+        return TaskType.CAUSAL_LM
+    return TaskType.TOKEN_CLS if spec.labels_tokens else TaskType.SEQ_CLS
 
 
 def load_backbone(model: str, spec: TaskSpec, *, is_trained: bool = False) -> PreTrainedModel:
@@ -110,13 +123,14 @@ def load_backbone(model: str, spec: TaskSpec, *, is_trained: bool = False) -> Pr
         checkpoint_names = AutoConfig.from_pretrained(model).id2label or {}
         start = head_start(checkpoint_names, spec.label_names)
         loaded = names if start.rows is None else checkpoint_names
-        backbone, loading = AutoModelForSequenceClassification.from_pretrained(
+        auto_class: Any = AutoModelForTokenClassification if spec.labels_tokens else AutoModelForSequenceClassification
+        backbone, loading = auto_class.from_pretrained(
             model,
             output_loading_info=True,
             num_labels=len(loaded),
             id2label=loaded,
             label2id={label: index for index, label in loaded.items()},
-            problem_type=spec.problem_type,
+            problem_type=loss_of(spec),
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a checkpoint that was fine-tuned for another number of labels
         )
@@ -202,7 +216,7 @@ def extend(backbone: PreTrainedModel, method: str, spec: TaskSpec | None, settin
 
     A language model has no ``spec``, and its adapter no head.
     """
-    config = adapter_config(method, settings, spec, TaskType.CAUSAL_LM if spec is None else TaskType.SEQ_CLS)
+    config = adapter_config(method, settings, spec, task_type_of(spec))
     if config is None:
         return backbone
     if spec is not None and isinstance(config, (LoraConfig, IA3Config)) and config.modules_to_save is None:

@@ -24,26 +24,25 @@ class OneDnnLinear(nn.Linear):
 
     The operator is the one that ``torch.compile`` uses; it has no backward. A frozen layer's is a product of the same
     kind: the gradient of its input is that of its output times the weight, and nothing need be remembered for it. Under
-    autocast a frozen layer keeps its weight in the lower precision too, which PyTorch would convert anew in each pass.
+    autocast it is one for weights that autocast need not cast, see :func:`hold_frozen_linears`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         casts = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if casts else self.weight.dtype
+        dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
         if (
             input.device.type != "cpu"
-            or (input.dtype != dtype and not casts)
+            or self.weight.dtype != dtype
             or not can_onednn_compute(dtype)
             or is_quantized(self.weight)
             or ((casts or torch.is_grad_enabled()) and not self._is_frozen(input))
         ):
             return super().forward(input)
-        weight, bias = self._parameters_in(dtype)
         if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _FrozenProduct.apply(input.to(dtype), weight, bias)
+            output: Tensor = _FrozenProduct.apply(input.to(dtype), self.weight, self.bias)
             return output
-        return onednn_product(input.to(dtype), weight, bias)
+        return onednn_product(input.to(dtype), self.weight, self.bias)
 
     def _is_frozen(self, input: Tensor) -> bool:
         """Whether at most the plain tensor ``input`` needs a gradient, outside of traced graphs."""
@@ -54,18 +53,6 @@ class OneDnnLinear(nn.Linear):
             and has_plain_memory(input)
             and torch.autograd.forward_ad._current_level < 0
         )
-
-    def _parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        if dtype == self.weight.dtype:
-            return self.weight, self.bias
-        versions = [(dtype, p.data_ptr(), p._version) for p in (self.weight, self.bias) if p is not None]
-        kept = vars(self).get("_narrowed")
-        if kept is None or kept[0] != versions:  # none yet, or of other values
-            with torch.inference_mode(False), torch.no_grad():
-                bias = None if self.bias is None else self.bias.to(dtype)
-                kept = vars(self)["_narrowed"] = versions, self.weight.to(dtype), bias
-        _, weight, bias = kept
-        return weight, bias
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -87,10 +87,30 @@ class TokenHeads:
         finally:
             self._noted.is_wanted = False
 
-    def logits(self, rows: list[int]) -> torch.Tensor:
-        """Logits (rows, T, labels) of those rows of the pass before; which adapters' heads, the routing says."""
+    def attach(self, peft: PeftModel | None, folder: Path, adapter_name: str) -> tuple[PeftModel, bool]:
+        """Load an adapter into the model, which is ``peft``'s once it has one; it is not made active.
+
+        Returns:
+            PEFT's model, and whether the adapter labels tokens.
+
+        Raises:
+            UserError: as :meth:`config_of`.
+        """
+        config, renamed = self.config_of(folder)
+        config.inference_mode = True
+        options: dict[str, Any] = {"adapter_name": adapter_name, "key_mapping": renamed}
+        if peft is None:
+            peft = PeftModel.from_pretrained(self._model, str(folder), config=config, **options)
+        else:
+            peft.add_adapter(adapter_name, config)
+            peft.load_adapter(str(folder), **options)
+        return peft, renamed is not None
+
+    def logits(self, rows: list[int] | None = None) -> torch.Tensor:
+        """Logits (rows, T, labels) of some rows of the pass before, or all; by which head, the routing says."""
         states, self._noted.states = self._noted.states, None
-        logits: torch.Tensor = self._model.get_submodule(TOKEN_HEAD)(inputs_embeds=states[rows]).logits
+        states = states if rows is None else states[rows]
+        logits: torch.Tensor = self._model.get_submodule(TOKEN_HEAD)(inputs_embeds=states).logits
         return logits
 
     def _note(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -99,15 +119,8 @@ class TokenHeads:
 
     def _add_head(self) -> None:
         model = self._model
-        config = copy.deepcopy(model.config)  # which some models change
-        try:
-            with torch.device("meta"):  # its backbone is not kept, and takes no memory
-                head: Any = AutoModelForTokenClassification.from_config(config)
-        except ValueError as error:
-            raise UserError(
-                f"The adapter labels tokens, but transformers has no token classification for {config.model_type}; "
-                "pass a backbone of another architecture."
-            ) from error
+        head = _skeleton(model)
+        config = head.config
         blocks = find_blocks(head)
         if model.config.is_encoder_decoder and not config.is_encoder_decoder:  # T5's reads the encoder alone
             self._targets = [block.name for block in blocks]
@@ -115,7 +128,55 @@ class TokenHeads:
         outermost = {name for name in lacking if name.rpartition(".")[0] not in lacking}
         self._foreign = tuple(sorted({*outermost, *self._head_of_texts}))
         setattr(head, head.base_model_prefix, _StatesGiven())
-        head.to_empty(device=next(model.parameters()).device).to(model.dtype)
-        for parameter in head.parameters():  # each adapter brings its own
-            nn.init.zeros_(parameter)
-        setattr(model, TOKEN_HEAD, head.requires_grad_(False).eval())
+        setattr(model, TOKEN_HEAD, _with_zeros(head, model).requires_grad_(False).eval())
+
+
+def token_model(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
+    """A model for token classification on the layers of one that has a head for whole texts, which it shares.
+
+    Its own head holds zeros, for an adapter to fill.
+
+    Raises:
+        UserError: there is no such model of this architecture.
+    """
+    made = _skeleton(model, num_labels)
+    body, layers = made.base_model, model.base_model
+    for name, _ in list(body.named_children()):  # not those of the layers that models for tokens lack, such as a pooler
+        setattr(body, name, layers.get_submodule(name))
+    for name, _ in list(body.named_parameters(recurse=False)):
+        setattr(body, name, layers.get_parameter(name))
+    for name, _ in list(body.named_buffers(recurse=False)):
+        setattr(body, name, layers.get_buffer(name))
+    for (
+        module
+    ) in layers.modules():  # what is changed in the config later, such as how attention computes, they must see
+        if getattr(module, "config", None) is model.config:
+            module.config = made.config
+    for name, module in made.named_children():
+        if name != made.base_model_prefix:
+            _with_zeros(module, model)
+    made.name_or_path = model.name_or_path
+    return made.requires_grad_(False).eval()
+
+
+def _skeleton(model: PreTrainedModel, num_labels: int | None = None) -> Any:
+    """The model for token classification of the same architecture, without weights."""
+    config = copy.deepcopy(model.config)  # which some models change
+    if num_labels is not None:
+        config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            return AutoModelForTokenClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(
+            f"The adapter labels tokens, but transformers has no token classification for {config.model_type}; pass a "
+            "backbone of another architecture."
+        ) from error
+
+
+def _with_zeros(head: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """A module without weights gets some on the model's device, in its dtype; each adapter brings its own values."""
+    head.to_empty(device=next(model.parameters()).device).to(model.dtype)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head

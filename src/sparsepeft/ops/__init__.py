@@ -2,8 +2,13 @@
 
 from sparsepeft.ops.dropout import CompiledDropout
 from sparsepeft.ops.linear_cross_entropy import linear_cross_entropy
-from sparsepeft.ops.load_balancing import load_balancing_loss, routing_load_balancing_loss
+from sparsepeft.ops.load_balancing import (
+    load_balancing_loss,
+    product_load_balancing_loss,
+    routing_load_balancing_loss,
+)
 from sparsepeft.ops.memory import memory_read, memory_read_mixed
+from sparsepeft.ops.product_memory import product_memory_read
 from sparsepeft.ops.registry import Explanation, explain
 from sparsepeft.ops.routed_ffn import LowRank, Projection, Routing, exact_ffn, route, routed_ffn
 from sparsepeft.ops.sparse_attention import fit_codebooks, refresh_codebooks, selection_recall, sparse_attention
@@ -21,6 +26,8 @@ __all__ = [
     "load_balancing_loss",
     "memory_read",
     "memory_read_mixed",
+    "product_load_balancing_loss",
+    "product_memory_read",
     "refresh_codebooks",
     "route",
     "routed_ffn",

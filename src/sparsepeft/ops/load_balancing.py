@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sparsepeft.ops.product_memory.search import half_scores, select_pairs
+
 
 def load_balancing_loss(
     x: torch.Tensor, parent_keys: torch.Tensor, *, top_k: int, mask: torch.Tensor | None = None
@@ -24,9 +26,50 @@ def load_balancing_loss(
     Returns:
         A scalar in float32; 0 if no position counts.
     """
-    positions = x[mask.bool()] if mask is not None else x.reshape(-1, x.shape[-1])
-    logits = positions.float() @ parent_keys.float().t()  # (N, P)
+    logits = _positions(x, mask) @ parent_keys.float().t()  # (N, P)
     return routing_load_balancing_loss(logits, logits.topk(top_k, -1).indices)
+
+
+def product_load_balancing_loss(
+    x: torch.Tensor,
+    first_keys: torch.Tensor,
+    second_keys: torch.Tensor,
+    *,
+    top_k: int,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""How unevenly positions choose the halves of product keys: 1 when all halves are chosen alike, up to n.
+
+    The mean over both tables of n * sum_i f_i * m_i, with f_i the share of all selections that went to a parent with
+    the half i, and m_i the mean of softmax(x a_i) over positions, through which the gradient flows.
+
+    Source: as :func:`load_balancing_loss`. A position's softmax over all P = n * n parents is the product of those over
+    the halves, so these are its exact marginals. Differs: pairs may still be uneven where halves are not.
+
+    Args:
+        x: hidden states, (B, T, D).
+        first_keys, second_keys: (n, D1), (n, D2), D1 + D2 = D.
+        top_k: K, parents kept per position.
+        mask: (B, T), non-zero where a position counts; None counts all.
+
+    Returns:
+        A scalar in float32; 0 if no position counts.
+    """
+    positions, n = _positions(x, mask), len(first_keys)
+    if not len(positions):
+        return positions.new_zeros(())
+    first, second = half_scores(positions, first_keys.float(), second_keys.float())  # (N, n) each
+    parents = select_pairs(first.detach(), second.detach(), top_k).flatten()
+    losses = []
+    for half, chosen in ((first, parents // n), (second, parents % n)):
+        shares = chosen.bincount(minlength=n) / len(chosen)
+        losses.append(n * (shares * half.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def _positions(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The hidden states that count, (N, D), in float32."""
+    return (x[mask.bool()] if mask is not None else x.reshape(-1, x.shape[-1])).float()
 
 
 def routing_load_balancing_loss(

@@ -168,8 +168,8 @@ def explain(operator: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     """Return which implementation ``impl="auto"`` takes for a call of an operator, and why not the others.
 
     Args:
-        operator: ``memory_read``, ``sparse_attention``, ``encode``, ``routed_ffn``, ``exact_ffn`` or
-            ``linear_cross_entropy``, or its name.
+        operator: ``memory_read``, ``product_memory_read``, ``sparse_attention``, ``encode``, ``routed_ffn``,
+            ``exact_ffn`` or ``linear_cross_entropy``, or its name.
         args, kwargs: the arguments of the call; nothing is computed with them.
 
     Raises:

@@ -17,7 +17,7 @@ from sparsepeft.runs.card_tables import scores, table, title, training
 from sparsepeft.runs.config import LM
 from sparsepeft.runs.files import HISTORY, RESULTS, RUN
 from sparsepeft.runs.history import read_lines
-from sparsepeft.tasks import bbc, glue
+from sparsepeft.tasks import bbc, glue, goemotions
 from sparsepeft.tasks.spec import GLUE_TASKS, SPECS
 from sparsepeft.tuners.card import THIS_FOLDER, loadable_name, loading_section
 
@@ -32,8 +32,14 @@ _METHODS = {
     "head": "classification head",
 }
 # The hub's names of metrics; other scores, such as means of two metrics, are in the card's table alone.
-_METRICS = {name: name for name in ("accuracy", "f1", "matthews_correlation", "mae", "rmse", "perplexity")}
-_METRICS |= {"macro_f1": "f1", "micro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
+_METRICS = {name: name for name in ("accuracy", "f1", "precision", "recall", "matthews_correlation", "mae", "rmse")}
+_METRICS |= {
+    "perplexity": "perplexity",
+    "macro_f1": "f1",
+    "micro_f1": "f1",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
 
 
 def write_model_card(folder: Path) -> None:
@@ -71,7 +77,8 @@ def model_card(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any])
 def _metadata(run: Mapping[str, Any], results: Mapping[str, Any], backbone: str) -> ModelCardData:
     is_lm, method = run["task"] == LM, results["method"]
     name, dataset, config = _dataset(results)
-    task_type = "text-generation" if is_lm else "text-classification"
+    labels_tokens = not is_lm and run["task"].get("labels_tokens", False)
+    task_type = "text-generation" if is_lm else "token-classification" if labels_tokens else "text-classification"
     tags = ["sparsepeft", method, *(["sparse"] if results.get("spt") else [])]
     if method != "full":
         tags += ["peft", f"base_model:adapter:{backbone}"]
@@ -116,6 +123,7 @@ def _introduction(run: Mapping[str, Any], results: Mapping[str, Any], backbone: 
     else:
         texts = "a pair of texts" if len(run["task"]["text_columns"]) == 2 else "a text"
         names = run["task"]["label_names"]
+        texts = "each token of a text" if run["task"].get("labels_tokens") else texts
         kind = "any of" if run["task"].get("multi_label") else "one of"
         purpose = f"that gives {texts} " + ("a value" if names is None else f"{kind} {len(names)} labels")
     return (
@@ -135,6 +143,8 @@ def _loading(run: Mapping[str, Any], results: Mapping[str, Any], adapter: PeftCo
         names = () if run["task"] == LM else run["task"]["label_names"] or ("score",)
         return loading_section(adapter, is_sparse=bool(results.get("spt")), num_labels=len(names) or None)
     auto_class = "AutoModelForCausalLM" if run["task"] == LM else "AutoModelForSequenceClassification"
+    if run["task"] != LM and run["task"].get("labels_tokens"):
+        auto_class = "AutoModelForTokenClassification"
     return f"""## How to load
 
 ```python
@@ -197,6 +207,8 @@ def _dataset(results: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
         return f"GLUE {task}", glue.HUB_REPOSITORY, task
     if task == "bbc-news":
         return task, bbc.HUB_REPOSITORY, None
+    if task == "goemotions":
+        return task, goemotions.HUB_REPOSITORY, goemotions.HUB_CONFIG
     if task in SPECS:
         return task, None, None
     return results.get("data_source") or ", ".join(results["data_fingerprints"]), None, None

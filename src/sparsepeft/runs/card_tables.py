@@ -40,6 +40,10 @@ def scores(results: Mapping[str, Any]) -> str:
         (part, *(_number(metrics[name]) if name in metrics else "" for name in names))
         for part, metrics in results["metrics"].items()
     ]
+    rows += [
+        (f"{part}, with 0.5 as every label's threshold", *(_number(metrics[n]) for n in names))
+        for part, metrics in results.get("metrics_at_half", {}).items()
+    ]
     own, *others = results.get("metrics_by_infer", {}) or [""]
     for infer in others:
         rows += [
@@ -49,11 +53,12 @@ def scores(results: Mapping[str, Any]) -> str:
     for kind, metrics in results.get("before", {}).items():
         rows.append((f"{results['score_split']}, {kind} model before training", *(_number(metrics[n]) for n in names)))
     parts = ["## Scores", table(("part", *map(title, names)), rows)]
-    parts += _beside(results.get("baseline"), results.get("report") or {}, results["score_split"])
+    parts += _beside(results)
     return "\n\n".join(parts)
 
 
-def _beside(baseline: Mapping[str, Any] | None, report: Mapping[str, Any], part: str) -> list[str]:
+def _beside(results: Mapping[str, Any]) -> list[str]:
+    baseline, report, part = results.get("baseline"), results.get("report") or {}, results["score_split"]
     paragraphs = []
     if baseline:
         answer = baseline["answer"]
@@ -68,9 +73,18 @@ def _beside(baseline: Mapping[str, Any] | None, report: Mapping[str, Any], part:
         if report:
             paragraphs.append(f"On {part}: " + ", ".join(f"{title(n)} {_number(v)}" for n, v in report.items()) + ".")
         return paragraphs
-    columns = ("precision", "recall", "f1")
-    rows = [(_cell(name), *(f"{v[c]:.3f}" for c in columns), f"{v['support']:,}") for name, v in per_class.items()]
-    paragraphs.append(f"By label, on {part}:\n\n" + table(("label", "precision", "recall", "F1", "rows"), rows))
+    columns, thresholds = ("precision", "recall", "f1"), results.get("thresholds", {})
+    rows = [
+        (
+            _cell(name),
+            *(f"{v[c]:.3f}" for c in columns),
+            f"{v['support']:,}",
+            *([f"{thresholds[name]:.3f}"] if thresholds else []),
+        )
+        for name, v in per_class.items()
+    ]
+    header = ("label", "precision", "recall", "F1", "rows", *(["holds above"] if thresholds else []))
+    paragraphs.append(f"By label, on {part}:\n\n" + table(header, rows))
     matrix = report.get("confusion_matrix")
     if matrix and len(per_class) <= _MOST_LABELS:
         names = [_cell(name) for name in per_class]

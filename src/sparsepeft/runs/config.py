@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +15,9 @@ from sparsepeft.arguments import check_choice, check_number, check_whole
 from sparsepeft.errors import UserError
 from sparsepeft.methods.recipes import METHODS, RECIPES, Recipe, get_recipe
 from sparsepeft.paths import with_absolute_paths
-from sparsepeft.tasks.decoding import known_encoding
-from sparsepeft.tasks.formats import read_delimiter
+from sparsepeft.rows.decoding import known_encoding
+from sparsepeft.rows.formats import read_delimiter
+from sparsepeft.runs.config_values import SELECTION, read_class_weights, read_columns, read_thresholds, read_trackers
 from sparsepeft.tasks.labels import problem_type_of
 from sparsepeft.tasks.local import FileOptions
 from sparsepeft.tasks.spec import LANGUAGE_MODEL as LM
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORE_ON = ("validation", "selection")
-BALANCED = "balanced"
 LM_METHODS = tuple(method for method in METHODS if method != "head")  # a language model's head is its embedding
 DATA_FIELDS = ("data_dir", *FileOptions.__annotations__)  # of labelled data, as in sparsepeft.tasks.load_task
 _SHARED_DATA_FIELDS = ("text_column", "delimiter", "encoding")
 LABELLED_FIELDS = (
     *(name for name in DATA_FIELDS if name not in _SHARED_DATA_FIELDS),
     *("max_train_samples", "few_shot", "score_on", "label_smoothing_factor", "class_weights", "eval_steps"),
-    *("early_stopping_patience", "max_length", "save_dtype", "cache_frozen_layers", "compile"),
+    *("thresholds", "early_stopping_patience", "max_length", "save_dtype", "cache_frozen_layers", "compile"),
 )
 TEXT_FIELDS = ("text", "validation_text", "block_length", "bos_token")
 _WHOLE = ("max_steps", "max_train_samples", "few_shot", "batch_size", "max_length", "eval_steps")
@@ -52,7 +51,6 @@ _OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr
 _RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
-_WEIGHTS_FORM = f"expected `class_weights={BALANCED}`, or a positive number for each label, such as spam=3,ham=1"
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,8 @@ class RunConfig:
         few_shot: train on this many examples, stratified by label and drawn by ``seed``.
         score_on: ``"validation"`` reports on the validation (and test) set; ``"selection"`` on a tenth of the training
             data that is not trained on, and leaves the validation set alone: for choosing hyperparameters.
+        label_column: of own files: a name, or several in a list or with commas between them, which are columns of 0
+            and 1; None looks for it.
         problem_type: what the labels of own files are, see :func:`sparsepeft.tasks.load_task`; None looks at them.
         text_column: of own files and of a language model's text; None looks for it, or takes ``text``.
         delimiter, encoding: of own files, see :func:`sparsepeft.tasks.load_task`; None looks at them. A language
@@ -89,6 +89,9 @@ class RunConfig:
             accumulated batches.
         class_weights: how much the examples of a class count in the loss, by label (1 where it is not named), or
             ``"balanced"``: in inverse proportion to how many there are.
+        thresholds: of tasks in which several labels may hold: the probability above which each does, or
+            ``"selection"``: one for each label, chosen on the tenth that checkpoints are chosen on, too (see
+            :func:`sparsepeft.tasks.thresholds.choose_thresholds`). Few-shot runs have none and keep to 0.5.
         eval_steps: score the tenth that checkpoints are chosen on every so many steps; None does it ten times.
         early_stopping_patience: stop when the score has not improved in so many of these.
         device: ``cpu``, ``cuda`` or ``mps``; None is the accelerator if there is one. Decides where, not what is
@@ -124,7 +127,7 @@ class RunConfig:
     validation_text: tuple[str, ...] = ()
     text_column: str | None = None
     text_pair_column: str | None = None
-    label_column: str | None = None
+    label_column: str | tuple[str, ...] | None = None
     problem_type: str | None = None
     delimiter: str | None = None
     encoding: str | None = None
@@ -141,6 +144,7 @@ class RunConfig:
     lr_scheduler_type: str | None = None
     label_smoothing_factor: float | None = None
     class_weights: str | dict[str, float] | None = None
+    thresholds: str | float = SELECTION
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     eval_steps: int | None = None
@@ -167,6 +171,8 @@ class RunConfig:
             "precision": _SHORT_DTYPES.get(self.precision, self.precision),
             "report_to": read_trackers(self.report_to),
             "class_weights": read_class_weights(self.class_weights),
+            "thresholds": read_thresholds(self.thresholds),
+            "label_column": read_columns(self.label_column),
         }
         if self.save_dtype is not None:
             from sparsepeft.tuners.config import SAVE_DTYPES, dtype_name  # which loads PEFT
@@ -298,47 +304,6 @@ def require_fields(values: Mapping[str, Any]) -> None:
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config's values by the present names of its fields; files may have former ones."""
     return {_RENAMED.get(key, key): value for key, value in values.items()}
-
-
-def read_trackers(values: Any) -> tuple[str, ...]:
-    """Names of trackers: from ``"a,b"``, a list of such, ``"none"`` or None.
-
-    Raises:
-        UserError: it is something else.
-    """
-    parts = [values] if isinstance(values, str) else values or ()
-    if not isinstance(parts, Iterable) or not all(isinstance(part, str) for part in parts):
-        raise UserError(f"`report_to={values!r}` was given; expected names such as tensorboard, or none.")
-    names = dict.fromkeys(name.strip() for part in parts for name in part.split(","))
-    return tuple(name for name in names if name not in ("", "none"))
-
-
-def read_class_weights(value: Any) -> str | dict[str, float] | None:
-    """Class weights as a config keeps them: ``"balanced"``, or a weight by label.
-
-    Args:
-        value: these, or a string such as ``"spam=3,ham=1"``; None for none.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if value is None or value == BALANCED:
-        return value
-    pairs: list[Any] = []
-    if isinstance(value, str):
-        pairs = [part.rpartition("=")[::2] for part in value.split(",")]
-    elif isinstance(value, Mapping):
-        pairs = list(value.items())
-    weights = {}
-    for label, weight in pairs:
-        try:
-            weights[str(label).strip()] = float(weight)
-        except (TypeError, ValueError):
-            weights[str(label)] = math.nan
-    is_valid = all(label and 0 < weight < math.inf for label, weight in weights.items())
-    if not weights or not is_valid or len(weights) < len(pairs):
-        raise UserError(f"`class_weights={value}` was given; {_WEIGHTS_FORM}.")
-    return weights
 
 
 def _plain_fields(config: RunConfig) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
+from sparsepeft.rows.decoding import marked_encoding
+from sparsepeft.rows.formats import find_format
+from sparsepeft.rows.reading import check_text, distinct_names, read_rows, read_text, sha256
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.held_out import digests_of, still_there
-from sparsepeft.tasks.decoding import marked_encoding
-from sparsepeft.tasks.files import check_text, distinct_names, read_rows, read_text, sha256
-from sparsepeft.tasks.formats import find_format
 
 _HELD_OUT = 0.1
 _SPLIT_SEED = 42  # the held-out text is the same in every run
@@ -204,6 +204,11 @@ def evenly_spaced(blocks: Tensor, count: int) -> Tensor:
     return blocks if len(blocks) <= count else blocks[torch.linspace(0, len(blocks) - 1, count).long()]
 
 
+def count_for(num_tokens: int, blocks: Tensor) -> int:
+    """How many of the ``blocks`` (N, T) have about so many tokens, at least one."""
+    return max(1, num_tokens // blocks.shape[1])
+
+
 def without(blocks: Tensor, count: int) -> Tensor:
     """The blocks that :func:`evenly_spaced` leaves out."""
     left = torch.ones(len(blocks), dtype=torch.bool)
@@ -212,7 +217,7 @@ def without(blocks: Tensor, count: int) -> Tensor:
 
 
 def fingerprints(files: Sequence[str]) -> dict[str, Any]:
-    """SHA-256 of each file, by :func:`sparsepeft.tasks.files.distinct_names`."""
+    """SHA-256 of each file, by :func:`sparsepeft.rows.reading.distinct_names`."""
     paths = [Path(name) for name in files]
     return {name: sha256(path) for name, path in zip(distinct_names(paths), paths, strict=True)}
 

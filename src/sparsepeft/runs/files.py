@@ -19,6 +19,7 @@ RUN, RESULTS, HISTORY = "run.json", "results.json", "history.jsonl"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 HELD_OUT = "held_out.json"  # which rows were, where they were drawn: see sparsepeft.runs.held_out
 PLAN = "spt_plan"  # in run.json: how a sparse model keeps to its budget
+THRESHOLDS = "thresholds"  # in run.json and results.json: by label, where several may hold, not all of them 0.5
 RESULTS_VERSION = 1
 RUN_VERSION = 1
 # What a run leaves at most: an adapter, or a model with its tokenizer.
@@ -67,7 +68,16 @@ def spec_of(run: dict[str, Any]) -> TaskSpec:
 def columns_of(run: dict[str, Any]) -> Columns | None:
     """What texts and label were called in the training file, from a ``run.json``; None where it does not say."""
     columns = run.get("columns")
-    return Columns(tuple(columns["texts"]), columns["label"]) if columns else None
+    if not columns:
+        return None
+    label = columns["label"]
+    return Columns(tuple(columns["texts"]), label if isinstance(label, str) else tuple(label))
+
+
+def thresholds_of(run: dict[str, Any]) -> tuple[float, ...] | None:
+    """The probability above which each label of a run's task holds, from its ``run.json``; None is 0.5 for all."""
+    by_label = run.get(THRESHOLDS)
+    return tuple(float(by_label[name]) for name in run["task"]["label_names"]) if by_label else None
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -104,7 +114,15 @@ def read_run_file(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged (its task lacks {', '.join(lacking)}); train again with `overwrite`.")
         run["task"] = defaults_of(TaskSpec) | run["task"]
     known = {"config": config_defaults.keys(), "recipe": defaults_of(Recipe).keys(), "task": defaults_of(TaskSpec)}
-    others = {"format_version", "data_fingerprints", "bos_token_id", "columns", "backbone_fingerprint", PLAN}
+    others = {
+        "format_version",
+        "data_fingerprints",
+        "bos_token_id",
+        "columns",
+        "backbone_fingerprint",
+        PLAN,
+        THRESHOLDS,
+    }
     for part, valid in {"": others | known.keys(), **known}.items():
         values = run.get(part) if part else run
         for key in values if isinstance(values, dict) else ():
@@ -117,6 +135,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if not is_lm:
         try:
             spec_of(run)
+            thresholds_of(run)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged (its task: {error}); train again with `overwrite`.") from error
     return run | {"config": with_absolute_paths(run["config"])}

@@ -18,10 +18,11 @@ from sparsepeft.folders import (
     locked,
     refuse_foreign,
     remove,
+    settle,
     write_json,
 )
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import CHECKPOINTS, HISTORY, LOGS, RUN, WRITTEN, describe_run, read_run_file
+from sparsepeft.runs.files import CHECKPOINTS, HISTORY, LOGS, RESULTS, RUN, WRITTEN, describe_run, read_run_file
 
 _NOT_TRAINED = {"output_dir", "save_dtype", "device", "report_to"}  # of a config: decides nothing before the end
 _KEPT = (RUN, CHECKPOINTS, HISTORY, LOGS)  # of an interrupted run, which goes on from it
@@ -145,6 +146,36 @@ def _former(folder: Path) -> tuple[str, ...]:
 def can_resume(folder: Path, config: RunConfig) -> bool:
     """Whether the very same run was interrupted in ``folder`` after a checkpoint."""
     return check_folder(folder, describe_run(config), overwrite=True) and (folder / UNFINISHED / CHECKPOINTS).exists()
+
+
+def is_finished(folder: Path, run: dict[str, Any], overwrite: bool = False) -> bool:
+    """Whether the very same run was finished in ``folder``.
+
+    Args:
+        run: what is known of its ``run.json``.
+        overwrite: another run may be there, as it is to be replaced.
+
+    Raises:
+        UserError: the folder holds another finished run, or a damaged one.
+    """
+    settle(folder)
+    if not (folder / RESULTS).is_file() or not (folder / RUN).is_file() or (folder / UNFINISHED / RUN).exists():
+        return False
+    try:
+        before = read_run_file(folder / RUN)
+    except UserError:
+        if overwrite:
+            return False
+        raise
+    differing = _differing(before, run)
+    if before["config"].get("save_dtype") != run["config"].get("save_dtype"):
+        differing.append("save_dtype")
+    if differing and not overwrite:
+        raise UserError(
+            f"{folder} holds a finished run with other values of {', '.join(differing)}; pass another `output_dir`, or "
+            "`overwrite` to replace it."
+        )
+    return not differing
 
 
 def interrupted_values(folder: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -134,14 +134,19 @@ def _as_trained(folder: Path, name: str, part: Dataset, current: TaskSpec, spec:
         return part
     place = {label: index for index, label in enumerate(spec.label_names)}
     plain = part.with_format(None)
-    labels = [_moved(label, current.label_names, place) for label in plain["label"][:]]
-    unknown = sorted({label for label in labels if isinstance(label, str)})
+    labels, names = plain["label"][:], current.label_names
+    if spec.labels_tokens:
+        labels = [[place.get(names[tag], names[tag]) for tag in row] for row in labels]
+        unknown = sorted({tag for row in labels for tag in row if isinstance(tag, str)})
+    else:
+        labels = [_moved(label, names, place) for label in labels]
+        unknown = sorted({label for label in labels if isinstance(label, str)})
     if unknown:
         raise UserError(
             f"The {name} part of the run in {folder} now has the label {', '.join(map(repr, unknown[:5]))}, which it "
             "was not trained on; correct the file, score other rows by `test_file`, or train again."
         )
-    return build_dataset(spec, list(zip(*(plain[column][:] for column in spec.text_columns), labels, strict=True)))
+    return build_dataset(spec, list(zip(*(plain[column][:] for column in spec.input_columns), labels, strict=True)))
 
 
 def _moved(label: Any, names: Sequence[str], place: Mapping[str, int]) -> Any:

@@ -57,6 +57,7 @@ class Sizes:
     num_children: int
     head_type: str
     train_layer_norms: bool = False
+    parent_keys: str = "flat"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class ParameterCounter:
         sizes = self.sizes
         # top_k changes no count, but may not exceed the parents.
         memory: dict[str, Any] = {"num_parents": sizes.num_parents, "num_children": sizes.num_children}
-        memory["train_layer_norms"] = sizes.train_layer_norms
+        memory |= {"parent_keys": sizes.parent_keys, "train_layer_norms": sizes.train_layer_norms}
         head: dict[str, Any] = {"head_type": sizes.head_type}
         bottleneck = partial(BottleneckConfig, reduction_factor=sizes.reduction_factor, **head)
         adapters: dict[str, Callable[[], PeftConfig]] = {
@@ -143,8 +144,9 @@ class ParameterCounter:
             "head": partial(HeadConfig, **head),
             "lora": partial(LoraConfig, r=sizes.lora_rank),
         }
+        adapter = adapters[method]()  # where sizes that no model could have are refused
         try:
-            return self.attach(adapters[method](), num_labels)
+            return self.attach(adapter, num_labels)
         except ValueError as error:  # LoRA has no default modules for the architecture, BitFit finds no biases
             raise UserError(
                 f"{method!r} cannot be counted for {self.config.model_type!r} models ({str(error).rstrip('.')}); leave "

@@ -15,6 +15,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.models.quantized import INT8
 from sparsepeft.storage.counting import METHODS, ParameterCounter, Sizes, load_config, safetensors_bytes
 from sparsepeft.tuners.config import HEAD_TYPES, SAVE_DTYPES, dtype_name
+from sparsepeft.tuners.spartan import PARENT_KEYS
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def storage_report(
     lora_rank: int = 8,
     num_parents: int = 16,
     num_children: int = 3,
+    parent_keys: str = "flat",
     head_type: str = "model",
     train_layer_norms: bool = False,
     save_dtype: str | None = None,
@@ -108,6 +110,7 @@ def storage_report(
         reduction_factor: of Houlsby and Pfeiffer adapters (bottleneck d / r).
         lora_rank: rank of LoRA on PEFT's default modules for the architecture.
         num_parents, num_children: SPARTAN's P and C.
+        parent_keys: ``"flat"`` or ``"product"``: see :class:`sparsepeft.SpartanConfig`.
         train_layer_norms: SPARTAN's tasks also have norms of their own, as the recipe "best" trains them.
         save_dtype: of the tasks' files, where this package's methods write them: also ``"int8"``; None takes ``dtype``.
         head_type: of SPARTAN and the adapters; full fine-tuning and LoRA always train the model's own head.
@@ -117,11 +120,12 @@ def storage_report(
     """
     num_labels = _check(num_tasks, num_labels, methods)
     notes: tuple[str, ...] = ()
-    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms)
+    sizes = Sizes(reduction_factor, lora_rank, num_parents, num_children, head_type, train_layer_norms, parent_keys)
     try:
         dtype = dtype_name("dtype", dtype)
         save_dtype = dtype_name("save_dtype", save_dtype, SAVE_DTYPES) if save_dtype is not None else dtype
         check_choice("head_type", head_type, HEAD_TYPES)
+        check_choice("parent_keys", parent_keys, PARENT_KEYS)
         for name in ("reduction_factor", "lora_rank", "num_parents", "num_children"):
             check_whole(name, getattr(sizes, name))
         resolved = resolve_model(model)

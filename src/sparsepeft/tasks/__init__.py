@@ -1,4 +1,4 @@
-"""Data for training protocols: GLUE, BBC News, local files and a built-in sample."""
+"""Data for training protocols: GLUE, BBC News, GoEmotions, local files and a built-in sample."""
 
 from sparsepeft.errors import TaskError
 from sparsepeft.tasks.loading import check_task, load_task

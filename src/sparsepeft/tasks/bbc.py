@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.files import read_rows, require_file, sha256
-from sparsepeft.tasks.formats import RAW_TSV
+from sparsepeft.rows.formats import RAW_TSV
+from sparsepeft.rows.reading import read_rows, require_file, sha256
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import hold_out
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sparsepeft.errors import TaskError
 
@@ -20,41 +20,105 @@ PAIRS: Final = (
 SINGLES: Final = ("text", "sentence", "review", "content", "document")
 _COUNTERS: Final = ("", "id", "idx", "index", "guid", "uid", "unnamed: 0")  # "": of pandas
 LABELS: Final = ("label", "labels", "target", "score", "class", "category", "gold_label", "is_duplicate")
+TOKENS: Final = ("tokens", "words")  # lists
+TAGS: Final = ("tags", "ner_tags", "labels", "label")  # lists, too; of several the first in this order
+
+
+Label = str | tuple[str, ...]  # a column, or columns of 0 and 1, each of which is called like its label
 
 
 class Columns(NamedTuple):
-    """Names of the text columns (one or two) and of the label column."""
+    """Names of the text columns (one or two) and of the label column, or of those of 0 and 1."""
 
     texts: tuple[str, ...]
-    label: str
+    label: Label
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label column, or all of them."""
+        return (self.label,) if isinstance(self.label, str) else self.label
 
     @property
     def all(self) -> tuple[str, ...]:
         """Every column that is read."""
-        return (*self.texts, self.label)
+        return (*self.texts, *self.labels)
 
 
 def choose_columns(
-    path: Path, columns: Sequence[str], text: str | None, text_pair: str | None, label: str | None
+    path: Path,
+    columns: Sequence[str],
+    text: str | None,
+    text_pair: str | None,
+    label: str | Sequence[str] | None,
+    find_indicators: Callable[[], Collection[str]] = tuple,
 ) -> Columns:
     """Take the columns named by the caller; detect those that were not, where only one reading is possible.
+
+    Args:
+        path: of the file, for messages.
+        columns: those that it has.
+        text, text_pair: named by the caller.
+        label: named by the caller; several are columns of 0 and 1, in a list or with commas between them.
+        find_indicators: finds the columns that hold only 0 and 1; asked where none is called like a label.
 
     Raises:
         TaskError: a named column is not there, or the columns can be read in more than one way or in none.
     """
-    for parameter, name in (("text_column", text), ("text_pair_column", text_pair), ("label_column", label)):
-        if name is not None and name not in columns:
-            raise TaskError(
-                f"{path}: `{parameter}={name}` was given, but the columns are {_listed(columns)}; name one of these"
-            )
+    for parameter, name in (("text_column", text), ("text_pair_column", text_pair)):
+        if name is not None:
+            _check_named(path, columns, parameter, name)
     if text_pair is not None and text is None:
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given without `text_column`; name both")
     texts = tuple(name for name in (text, text_pair) if name is not None)
-    label = label or _detect_label(path, columns, texts)
-    texts = texts or _detect_texts(path, [name for name in columns if name != label])
-    if len({*texts, label}) != len(texts) + 1:
-        raise TaskError(f"{path}: the columns {_listed((*texts, label))} must be different; name another one")
-    return Columns(texts, label)
+    chosen = _named_label(path, columns, label) if label else None
+    if chosen is None:
+        try:
+            chosen = _detect_label(path, columns, texts)
+        except TaskError:
+            found = _detect_indicators(path, columns, texts, find_indicators())
+            if found is None:
+                raise
+            return found
+    labels = Columns((), chosen).labels
+    texts = texts or _detect_texts(path, [name for name in columns if name not in labels])
+    if len({*texts, *labels}) != len(texts) + len(labels):
+        raise TaskError(f"{path}: the columns {_listed((*texts, *labels))} must be different; name another one")
+    return Columns(texts, chosen)
+
+
+def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
+    """Whether a row of a file has lists of tokens and tags, under the caller's names or usual ones, and no text."""
+    if not isinstance(label, str | None):
+        return False
+    names = ((text,) if text is not None else TOKENS, (label,) if label is not None else TAGS)
+    tokens, tags = ([row[name] for name in each if isinstance(row.get(name), list)] for each in names)
+    has_text = text is None and any(isinstance(row.get(name), str) for name in SINGLES)
+    return bool(tokens and tags) and (not has_text or len(tokens[0]) == len(tags[0]))
+
+
+def choose_token_columns(
+    path: Path, columns: Sequence[str], text: str | None, text_pair: str | None, label: str | Sequence[str] | None
+) -> Columns:
+    """The columns of a file whose rows are lists: of tokens, and of their tags.
+
+    Raises:
+        TaskError: a named column is not there, or none has a usual name.
+    """
+    if text_pair is not None:
+        raise TaskError(f"{path}: `text_pair_column={text_pair}` was given, but tokens come in one list; leave it out")
+    if not isinstance(label, str | None):
+        raise TaskError(f"{path}: `label_column={','.join(label)}` was given, but tags are in one column; name that")
+    chosen = []
+    for parameter, name, usual in (("text_column", text, TOKENS), ("label_column", label, TAGS)):
+        found = name if name is not None else next((one for one in usual if one in columns), None)
+        if found is None or found not in columns:
+            expected = f"`{parameter}={name}` was given" if name is not None else f"none is called {_listed(usual)}"
+            what = "the tokens" if parameter == "text_column" else "their tags"
+            raise TaskError(
+                f"{path}: which column has {what}? {expected}; the columns are {_listed(columns)}; pass `{parameter}`"
+            )
+        chosen.append(found)
+    return Columns((chosen[0],), chosen[1])
 
 
 def choose_text_columns(
@@ -93,21 +157,72 @@ def choose_text_columns(
     return texts
 
 
-def choose_label_column(path: Path, columns: Sequence[str], label: str | None = None, trained: str = "") -> str:
-    """The label column of a file for a task that was trained before.
+def choose_label_column(
+    path: Path,
+    columns: Sequence[str],
+    label: str | Sequence[str] | None = None,
+    trained: Label = "",
+    names: Sequence[str] = (),
+) -> Label:
+    """The label column of a file for a task that was trained before, or those of 0 and 1.
 
     Args:
         path: of the file, for messages.
         columns: those that it has.
-        label: named by the caller.
+        label: named by the caller, see :func:`choose_columns`.
         trained: what it was called in the training file; taken where the caller names none.
+        names: labels of the task, where several may hold; columns that are called so are taken where there is no other.
 
     Raises:
-        TaskError: the named column is not there, or it cannot be told which one it is.
+        TaskError: a named column is not there, or it cannot be told which one it is.
     """
-    if label is not None and label not in columns:
-        raise TaskError(f"{path}: the column {label!r} is not among {_listed(columns)}; name one of these")
-    return label or (trained if trained in columns else _detect_label(path, columns))
+    if label:
+        return _named_label(path, columns, label)
+    if trained and set(Columns((), trained).labels) <= set(columns):
+        return trained
+    try:
+        return _detect_label(path, columns)
+    except TaskError:
+        missing = [name for name in names if name not in columns]
+        if len(missing) == len(names):
+            raise
+        if missing:
+            raise TaskError(
+                f"{path}: of the labels {_listed(names)} no column is called {_listed(missing)}; add a column of 0 and "
+                "1 for each, or name the label column with `label_column`"
+            ) from None
+        return tuple(names)
+
+
+def _check_named(path: Path, columns: Sequence[str], parameter: str, name: str) -> None:
+    if name not in columns:
+        raise TaskError(
+            f"{path}: `{parameter}={name}` was given, but the columns are {_listed(columns)}; name one of these"
+        )
+
+
+def _named_label(path: Path, columns: Sequence[str], label: str | Sequence[str]) -> Label:
+    """The column, or columns, that a caller names."""
+    names = tuple(label)
+    if isinstance(label, str):
+        names = (label,) if label in columns else tuple(name.strip() for name in label.split(","))
+    for name in names:
+        _check_named(path, columns, "label_column", name)
+    return names[0] if len(names) == 1 else names
+
+
+def _detect_indicators(
+    path: Path, columns: Sequence[str], texts: tuple[str, ...], indicators: Collection[str]
+) -> Columns | None:
+    """Two or more columns of 0 and 1 where all others, but for counters, are the texts; None where that is not so."""
+    others = [name for name in columns if name.lower() not in _COUNTERS and name not in texts]
+    labels = tuple(name for name in others if name in indicators)
+    others = [name for name in others if name not in labels]
+    if not texts:
+        with contextlib.suppress(TaskError):
+            texts = _detect_texts(path, others)
+    is_all = bool(texts) and set(others) <= set(texts)
+    return Columns(texts, labels) if is_all and len(labels) > 1 else None
 
 
 def _detect_label(path: Path, columns: Sequence[str], texts: Sequence[str] = ()) -> str:

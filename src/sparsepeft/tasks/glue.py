@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.files import Row, find_file, read_rows, require_file, sha256
-from sparsepeft.tasks.formats import RAW_TSV
+from sparsepeft.rows.formats import RAW_TSV
+from sparsepeft.rows.reading import Row, find_file, read_rows, require_file, sha256
 from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
 
 if TYPE_CHECKING:

@@ -44,7 +44,9 @@ def load_splits(repository: str, config: str | None, names: Sequence[str]) -> di
 
 
 def pick_columns(dataset: Dataset, spec: TaskSpec, texts: Sequence[str], split: str, label: str = "label") -> Dataset:
-    """Bring a hub dataset to the columns ``text[, text_pair], label``; labels may be class indices or class names.
+    """Bring a hub dataset to the columns ``text[, text_pair], label``.
+
+    Labels may be class indices or class names; lists of these where several may hold.
 
     Raises:
         TaskError: a column is missing or a label is not one of the task's.
@@ -59,16 +61,22 @@ def pick_columns(dataset: Dataset, spec: TaskSpec, texts: Sequence[str], split: 
     plain = dataset.with_format(None)
     labels = plain[label][:]
     if spec.label_names is not None:
-        names = getattr(dataset.features[label], "names", None)
+        feature = dataset.features[label]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
         index = {name: number for number, name in enumerate(spec.label_names)}
-        written = [names[value] if names and 0 <= value < len(names) else value for value in labels]
-        unknown = sorted({str(value) for value in written if value not in index and value not in index.values()})
+        rows = labels if spec.multi_label else [[value] for value in labels]
+        written = [[names[value] if names and 0 <= value < len(names) else value for value in row] for row in rows]
+        unknown = sorted({str(v) for row in written for v in row if v not in index and v not in index.values()})
         if unknown:
             raise TaskError(
                 f"{where}: label {', '.join(unknown)}; expected {', '.join(spec.label_names)}; "
                 "pass `data_dir` with the task's files"
             )
-        labels = [index.get(value, value) for value in written]
+        classes = [[index.get(value, value) for value in row] for row in written]
+        if spec.multi_label:
+            labels = [[float(number in row) for number in index.values()] for row in classes]
+        else:
+            labels = [number for (number,) in classes]
     return build_dataset(spec, list(zip(*(plain[name][:] for name in texts), labels, strict=True)))
 
 

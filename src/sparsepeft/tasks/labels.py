@@ -25,6 +25,7 @@ _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|i
 _DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
+TOKENS: Final = "token_classification"
 _SHORT: Final = {"single_label": SINGLE, "classification": SINGLE, "multi_label": MULTI}
 _SEPARATORS: Final = "|;,"
 
@@ -39,9 +40,10 @@ def problem_type_of(value: str | None) -> str | None:
         TaskError: it is none.
     """
     name = value if value is None else _SHORT.get(value, value)
-    if name not in (None, REGRESSION, SINGLE, MULTI):
+    if name not in (None, REGRESSION, SINGLE, MULTI, TOKENS):
         raise TaskError(
-            f"`problem_type={value}` was given; expected regression, single_label or multi_label, or leave it out"
+            f"`problem_type={value}` was given; expected regression, single_label, multi_label or "
+            "token_classification, or leave it out"
         )
     return name
 
@@ -87,8 +89,8 @@ class LabelReader:
 
     @classmethod
     def for_names(cls, names: Sequence[str]) -> LabelReader:
-        """Read known class names."""
-        return cls(tuple(names), integers=all(_INTEGER.fullmatch(name) for name in names))
+        """Read known class names; those of columns may be numbers such as ``01``, which stay as they are."""
+        return cls(tuple(names), integers=all(_INTEGER.fullmatch(name) and _whole(name) == name for name in names))
 
     @classmethod
     def for_task(cls, spec: TaskSpec, labels: Lines) -> LabelReader:
@@ -120,6 +122,23 @@ class LabelReader:
         _require_two(path, names)
         note = _note_on_classes(names, integers, len(texts)) if kind is None else None
         return cls(names, integers, notes=(note,) if note else ())
+
+    @classmethod
+    def for_columns(cls, names: Sequence[str], labels: Lines, problem_type: str | None) -> LabelReader:
+        """Read labels that have a column of 0 and 1 each.
+
+        Raises:
+            TaskError: the kind of problem is another than several labels.
+        """
+        if problem_type_of(problem_type) not in (None, MULTI):
+            raise TaskError(
+                f"`problem_type={problem_type}` was given, but {quoted(names)} are columns of labels of which any may "
+                "hold; leave it out, or name one column with `label_column`"
+            )
+        held = {name for _, row in labels for name in row}
+        never = [name for name in names if name not in held]
+        notes = (f"no training row has the label {quoted(never)}",) if never else ()
+        return cls(tuple(names), multi_label=True, notes=notes)
 
     @classmethod
     def _of_several(cls, path: Path, labels: Lines) -> LabelReader:

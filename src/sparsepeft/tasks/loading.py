@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Final, Literal, Unpack
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.formats import find_format
+from sparsepeft.rows.reading import sha256
 from sparsepeft.tasks.bbc import find_bbc_file, load_bbc_files, load_bbc_hub
 from sparsepeft.tasks.columns import Columns
-from sparsepeft.tasks.files import sha256
-from sparsepeft.tasks.formats import find_format
 from sparsepeft.tasks.glue import LAYOUTS, find_glue_files, load_glue_files, load_glue_hub
+from sparsepeft.tasks.goemotions import find_goemotions_files, load_goemotions_files, load_goemotions_hub
 from sparsepeft.tasks.local import FileOptions, LocalFiles, PathLike, load_labelled, load_local
 from sparsepeft.tasks.spec import CUSTOM, LANGUAGE_MODEL, SPECS, TaskData, canonical_name
+from sparsepeft.tasks.wnut import find_wnut_files, load_wnut
 
 DATA_VARIABLE: Final = "SPARSEPEFT_DATA"
 SOURCES: Final = ("auto", "files", "hub")
 CHECKED_WHOLE: Final = 16 << 20  # bytes: so much is read twice in less than the time that torch takes to load
+# What finds a task's files in the data folder, or says what is missing.
+_FINDERS: Final[dict[str, Callable[[str, Path], object]]] = {
+    **dict.fromkeys(LAYOUTS, find_glue_files),
+    "bbc-news": find_bbc_file,
+    "goemotions": find_goemotions_files,
+}
 
 
 def load_task(
@@ -41,7 +50,8 @@ def load_task(
 
     Args:
         name: one of `task_names`, or another spelling of it such as ``"SST-2"``.
-        data_dir: folder with the files of GLUE and BBC News; default: the variable ``SPARSEPEFT_DATA``.
+        data_dir: folder with the files of GLUE, BBC News, GoEmotions and WNUT 2017; default: the variable
+            ``SPARSEPEFT_DATA``.
         seed: decides the split of BBC News and the validation part of own files without a validation file.
         source: ``"files"``, ``"hub"``, or ``"auto"``: files if there is a data folder, else the hub.
         files: own files and how to read them, for ``"custom"``: the keys of :class:`FileOptions`.
@@ -60,8 +70,12 @@ def load_task(
     if task == "topics":
         return _load_topics(source)
     spec, folder = SPECS[task], data_folder(data_dir, source)
+    if task == "wnut17":
+        return load_wnut(spec, folder)
     if task == "bbc-news":
         return load_bbc_hub(spec, seed) if folder is None else load_bbc_files(spec, folder, seed)
+    if task == "goemotions":
+        return load_goemotions_hub(spec) if folder is None else load_goemotions_files(spec, folder)
     return load_glue_hub(spec) if folder is None else load_glue_files(spec, folder)
 
 
@@ -87,11 +101,11 @@ def check_task(task: str | None, data_dir: PathLike | None = None, **files: Unpa
         if sum(path.stat().st_size for path in own.paths.values()) <= CHECKED_WHOLE:
             own.read(CUSTOM)
         return
-    folder = data_folder(data_dir) if name in LAYOUTS or name == "bbc-news" else None
-    if folder is not None and name in LAYOUTS:
-        find_glue_files(name, folder)
-    elif folder is not None:
-        find_bbc_file(name, folder)
+    folder = data_folder(data_dir) if name != "topics" else None
+    if name == "wnut17":
+        find_wnut_files(name, folder)
+    elif folder is not None and name in _FINDERS:
+        _FINDERS[name](name, folder)
 
 
 def own_files(task: str, files: FileOptions) -> FileOptions | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.columns import Columns, choose_columns
-from sparsepeft.tasks.files import check_text, distinct_names, read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat, find_format
-from sparsepeft.tasks.labels import Label, LabelReader, problem_type_of, quoted, read_label
-from sparsepeft.tasks.spec import TaskData, TaskSpec, build_dataset
+from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.reading import check_text, distinct_names, read_rows, sha256
+from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
+from sparsepeft.tasks.indicators import indicator_columns, read_indicators
+from sparsepeft.tasks.labels import SINGLE, TOKENS, Label, LabelReader, problem_type_of, quoted, read_label
+from sparsepeft.tasks.spec import ENTITY_METRICS, TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
+from sparsepeft.tasks.tags import TagReader, entity_types, read_sentence
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,10 +33,13 @@ class FileOptions(TypedDict, total=False):
     """Own files, and how to read them.
 
     Attributes:
-        train_file, validation_file, test_file: .csv, .tsv, .jsonl or .json, also with .gz, or .parquet.
-        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible.
+        train_file, validation_file, test_file: .csv, .tsv, .jsonl, .json or .conll (also .bio, .iob or .iob2), all
+            also with .gz, or .parquet.
+        text_column, text_pair_column, label_column: their columns; detected where only one reading is possible. Several
+            label columns, in a list or with commas between them, hold 0 and 1 and are called like the labels.
         problem_type: what the labels are: ``"regression"``, ``"single_label"``, ``"multi_label"``, or transformers'
-            longer names; by default lists mean several labels, numbers that are not whole regression, all else classes.
+            longer names, or ``"token_classification"``; by default lists of tokens and tags mean that, other lists
+            several labels, numbers that are not whole regression, all else classes.
         delimiter: between the fields of CSV or TSV files: a character, or ``"tab"``, ``"semicolon"``, ...; looked for
             by default.
         encoding: as Python names it; by default UTF-8, or what a byte order mark says, else cp1252 with a note.
@@ -45,28 +50,29 @@ class FileOptions(TypedDict, total=False):
     test_file: PathLike | None
     text_column: str | None
     text_pair_column: str | None
-    label_column: str | None
+    label_column: str | Sequence[str] | None
     problem_type: str | None
     delimiter: str | None
     encoding: str | None
 
 
 class Example(NamedTuple):
-    """The texts and the label as the file has them, and the line."""
+    """The texts and the label, or the tokens and their tags, as the file has them, and the line."""
 
     line: int
-    texts: tuple[str, ...]
+    texts: tuple[Any, ...]
     label: Label
 
 
 class LocalFiles:
-    """Own files as the options say; of their content, no more than the first rows is read.
+    """Own files as the options say; of their content, the first rows are read, and more only if labels are not found.
 
     Attributes:
         paths: by part: train, validation, test.
         formats: how each is written.
         header: columns of the training file.
         columns: those that are taken; the other files must have them too.
+        labels_tokens: the rows are lists of tokens with a tag for each.
 
     Raises:
         TaskError: a file is missing or cannot be read, a delimiter was given for files that have none, or a column
@@ -82,11 +88,33 @@ class LocalFiles:
         for name, value in (("delimiter", delimiter), ("encoding", encoding)):
             if value is not None and not any(getattr(file_format, name) for file_format in self.formats.values()):
                 raise TaskError(f"`{name}={value}` was given, but {self.paths['train']} has none; leave it out")
-        self.header = list(next(iter(read_rows(self.paths["train"], self.formats["train"]))).values)
+        first = next(iter(read_rows(self.paths["train"], self.formats["train"]))).values
+        self.header = list(first)
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
-        self.columns = choose_columns(self.paths["train"], self.header, *names)
+        self.labels_tokens = self._labels_tokens(first, names[0], names[2])
+        if self.labels_tokens:
+            self.columns = choose_token_columns(self.paths["train"], self.header, *names)
+        else:
+            self.columns = choose_columns(self.paths["train"], self.header, *names, self._find_indicators)
+        self._notes = [] if names[2] else _on_found(self.columns)
         for part, path in self.paths.items():
             next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
+
+    def _labels_tokens(self, first: dict[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
+        path, kind, given = self.paths["train"], self.formats["train"].kind, self.problem_type
+        if kind == "conll" and given not in (None, TOKENS):
+            raise TaskError(f"`problem_type={given}` was given, but {path} has tokens with tags; leave it out")
+        if kind == "conll" and len(first) < 2:
+            raise TaskError(f"{path}: the lines have one column; expected a token and its tag on each, add the tags")
+        if kind in ("csv", "tsv") and given == TOKENS:
+            raise TaskError(
+                f"`problem_type={given}` was given, but {path} is a table of texts; pass a .conll file with a token "
+                "and its tag on each line, or JSONL or parquet with lists of them"
+            )
+        return given == TOKENS or kind == "conll" or (given is None and holds_tokens(first, text, label))
+
+    def _find_indicators(self) -> list[str]:
+        return indicator_columns(row.values for row in read_rows(self.paths["train"], self.formats["train"]))
 
     def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
         """Read them all; the training file decides the kind of problem and the label names.
@@ -98,9 +126,16 @@ class LocalFiles:
         Raises:
             TaskError: something in them cannot be used.
         """
-        examples = {part: list(_read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
-        train = self.paths["train"]
-        reader = LabelReader.from_training(train, _labels(examples["train"]), self.problem_type)
+        read = _read_sentences if self.labels_tokens else _read
+        examples = {part: list(read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
+        train, labels = self.paths["train"], _labels(examples["train"])
+        reader: LabelReader | TagReader
+        if self.labels_tokens:
+            reader = TagReader.from_training(train, labels)
+        elif isinstance(self.columns.label, str):
+            reader = LabelReader.from_training(train, labels, self.problem_type)
+        else:
+            reader = LabelReader.for_columns(self.columns.label, labels, self.problem_type)
         rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
         if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
             raise TaskError(
@@ -108,13 +143,17 @@ class LocalFiles:
                 "one to choose a checkpoint by, one to score), add examples"
             )
         notes = [note for file_format in self.formats.values() for note in file_format.notes]
-        return _spec(name, self.columns, reader), rows, [*notes, *reader.notes]
+        return _spec(name, self.columns, reader), rows, [*notes, *self._notes, *reader.notes]
 
     def describe(self) -> dict[str, Any]:
         """How they are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
         return {
             "files": {part: {"name": path.name, **self.formats[part].describe()} for part, path in self.paths.items()},
-            "columns": {"text": list(self.columns.texts), "label": self.columns.label, "found": self.header},
+            "columns": {
+                "text": list(self.columns.texts),
+                "label": self.columns.label if isinstance(self.columns.label, str) else list(self.columns.label),
+                "found": self.header,
+            },
         }
 
 
@@ -145,7 +184,7 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
             f"no validation file: {len(sets['validation']):,} of {num_rows:,} training rows "
             f"(a {kind} tenth, seed {seed}) are held out as validation"
         )
-    if spec.label_names is not None and not spec.multi_label:
+    if spec.problem_type == SINGLE and spec.label_names is not None:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
         if missing:
@@ -174,8 +213,9 @@ def load_labelled(path: Path, spec: TaskSpec, columns: Columns, file_format: Fil
     Raises:
         TaskError: the file cannot be read, or has labels that training never saw.
     """
-    examples = list(_read(path, file_format, columns))
-    return build_dataset(spec, _rows(path, examples, LabelReader.for_task(spec, _labels(examples))))
+    examples = list((_read_sentences if spec.labels_tokens else _read)(path, file_format, columns))
+    reader = (TagReader if spec.labels_tokens else LabelReader).for_task(spec, _labels(examples))
+    return build_dataset(spec, _rows(path, examples, reader))
 
 
 def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
@@ -186,22 +226,52 @@ def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Exa
             if not isinstance(text, str):
                 raise TaskError(f"{where}: {name} is {text!r}; expected a text (it may be empty), correct the row")
             check_text(f"{where}: {name}", text)
-        label = read_label(f"{where}: {columns.label}", row.values[columns.label])
-        for part in (label,) if isinstance(label, str) else label:
-            check_text(f"{where}: {columns.label}", part)
-        yield Example(row.line, texts, label)
+        yield Example(row.line, texts, _label(where, row.values, columns))
 
 
-def _labels(examples: list[Example]) -> list[tuple[int, Label]]:
+def _label(where: str, values: Mapping[str, Any], columns: Columns) -> Label:
+    if not isinstance(columns.label, str):
+        return read_indicators(where, {name: values[name] for name in columns.label})
+    label = read_label(f"{where}: {columns.label}", values[columns.label])
+    for part in (label,) if isinstance(label, str) else label:
+        check_text(f"{where}: {columns.label}", part)
+    return label
+
+
+def _on_found(columns: Columns) -> list[str]:
+    """A note on label columns that nobody named."""
+    if isinstance(columns.label, str):
+        return []
+    return [
+        f"the columns {quoted(columns.label, 5)} hold only 0 and 1 and were taken for labels, of which any may hold; "
+        "if they are not, name the one label column with `label_column`"
+    ]
+
+
+def _read_sentences(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:
+    for row in read_rows(path, file_format, required=columns.all):
+        where, names = f"{path}:{row.line}", (columns.texts[0], columns.labels[0])
+        tokens, tags = read_sentence(where, row.values[names[0]], row.values[names[1]], names)
+        for text in (*tokens, *tags):
+            check_text(where, text)
+        yield Example(row.line, (tokens,), tags)
+
+
+def _labels(examples: list[Example]) -> list[tuple[int, Any]]:
     return [(example.line, example.label) for example in examples]
 
 
-def _rows(path: Path, examples: list[Example], reader: LabelReader) -> list[tuple[Any, ...]]:
+def _rows(path: Path, examples: list[Example], reader: LabelReader | TagReader) -> list[tuple[Any, ...]]:
     values = reader.read(path, _labels(examples))
     return [(*example.texts, value) for example, value in zip(examples, values, strict=True)]
 
 
-def _spec(name: str, columns: Columns, reader: LabelReader) -> TaskSpec:
+def _spec(name: str, columns: Columns, reader: LabelReader | TagReader) -> TaskSpec:
+    if isinstance(reader, TagReader):
+        if entity_types(reader.names):
+            return TaskSpec(name, ("text",), reader.names, ENTITY_METRICS, "f1", EPOCHS, labels_tokens=True)
+        of_tokens = ("accuracy", "macro_f1")
+        return TaskSpec(name, ("text",), reader.names, of_tokens, "accuracy", EPOCHS, labels_tokens=True)
     texts = ("text", "text_pair")[: len(columns.texts)]
     if reader.names is None:
         return TaskSpec(name, texts, None, ("pearson", "spearman", "mae", "rmse"), "pearson_spearman", EPOCHS)

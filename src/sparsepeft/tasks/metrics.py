@@ -11,6 +11,8 @@ import numpy as np
 
 from sparsepeft.errors import TaskError
 from sparsepeft.extras import require
+from sparsepeft.tasks import token_metrics
+from sparsepeft.tasks.thresholds import cuts
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -23,9 +25,13 @@ _MEANS: Final = {"accuracy_f1": ("accuracy", "f1"), "pearson_spearman": ("pearso
 _WORST: Final = 3.4e38  # stands for outputs that are not finite: the largest that float32 holds
 
 
-def compute(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+def compute(
+    spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None = None
+) -> dict[str, float]:
     """Score logits; see `TaskSpec.compute_metrics`."""
-    guess, truth = _answers(spec, predictions, labels)
+    if spec.labels_tokens:
+        return token_metrics.compute(spec, predictions, labels)
+    guess, truth = _answers(spec, predictions, labels, thresholds)
     known = _MULTI_LABEL if spec.multi_label else _METRICS
     scores = {name: known[name](guess, truth) for name in spec.metrics}
     if spec.main_metric not in scores:
@@ -34,23 +40,29 @@ def compute(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> dict[s
     return scores
 
 
-def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
+def report(
+    spec: TaskSpec, logits: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Scores for each label of a classification.
 
     Args:
-        logits: (N, C).
-        labels: class indices, (N,); for a multi-label task ones and zeros, (N, C).
+        logits: (N, C); (N, T, C) where tokens are labelled.
+        labels: class indices, (N,); for a multi-label task ones and zeros, (N, C); where tokens are labelled (N, T),
+            with -100 for what is no token.
+        thresholds: of a multi-label task, see `TaskSpec.compute_metrics`.
 
     Returns:
         What JSON can hold. ``per_class``: for each label, in order, ``precision``, ``recall``, ``f1`` and ``support``
         (how many rows have it). ``confusion_matrix``: counts by true label (row) and predicted label (column), both in
-        the order of ``per_class``; rows with a NaN are in none. A multi-label task has no such matrix, and
-        for regression the report is empty.
+        the order of ``per_class``; rows with a NaN are in none. A multi-label task has no such matrix, nor has
+        one of entities, whose ``per_class`` is by their types; for regression the report is empty.
 
     Raises:
         TaskError: shapes do not fit each other or the task, or there are no rows.
     """
-    guess, truth = _answers(spec, logits, labels)
+    if spec.labels_tokens:
+        return token_metrics.report(spec, logits, labels)
+    guess, truth = _answers(spec, logits, labels, thresholds)
     if spec.label_names is None:
         return {}
     metrics = require("sklearn.metrics", "train", "A report by class")
@@ -65,7 +77,9 @@ def report(spec: TaskSpec, logits: ArrayLike, labels: ArrayLike) -> dict[str, An
     return {"per_class": per_class, "confusion_matrix": metrics.confusion_matrix(truth, guess, labels=classes).tolist()}
 
 
-def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+def _answers(
+    spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Predictions and labels as values or classes (N,), or (N, C) booleans for a multi-label task."""
     logits, truth = np.asarray(predictions), np.asarray(labels)
     if spec.label_names is None and logits.ndim == 1:
@@ -80,7 +94,7 @@ def _answers(spec: TaskSpec, predictions: ArrayLike, labels: ArrayLike) -> tuple
     if spec.label_names is None:
         return logits[:, 0].astype(np.float64), truth
     if spec.multi_label:
-        return logits > 0, truth > 0.5  # a NaN is no label; logit 0 is the probability 0.5
+        return logits > cuts(thresholds), truth > 0.5  # a NaN is no label
     # argmax would answer with the NaN's own index; class -1 is never right.
     return np.where(np.isnan(logits).any(axis=1), -1, logits.argmax(axis=1)), truth
 

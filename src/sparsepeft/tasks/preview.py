@@ -21,8 +21,8 @@ def describe_data(data: TaskData, num_examples: int = 3) -> dict[str, Any]:
 
     Returns:
         What JSON can hold: ``task``, ``source``, ``problem_type``, ``num_labels``, ``metrics`` and ``notes``; ``rows``
-        of all parts, and ``parts``: for each its ``rows``, its ``labels`` (rows by label; for values ``least``,
-        ``quartiles`` and ``greatest``), ``duplicates`` (rows whose texts occurred before in that part),
+        of all parts, and ``parts``: for each its ``rows``, its ``labels`` (rows by label; tokens by tag; for values
+        ``least``, ``quartiles`` and ``greatest``), ``duplicates`` (rows whose texts occurred before in that part),
         ``contradictions`` (of these, with another label), ``seen_in_train`` (rows whose texts are among the training
         rows), ``empty_texts`` and ``examples``.
     """
@@ -98,6 +98,8 @@ def _label(spec: TaskSpec, label: Any) -> Any:
     """As the file would name it: a value, a name, or a list of names."""
     if spec.label_names is None:
         return round(label, 6)
+    if spec.labels_tokens:
+        return [spec.label_names[tag] for tag in label]
     if spec.multi_label:
         return [name for name, value in zip(spec.label_names, label, strict=True) if value]
     return spec.label_names[label]
@@ -105,7 +107,8 @@ def _label(spec: TaskSpec, label: Any) -> Any:
 
 def _counts(spec: TaskSpec, labels: Sequence[Any]) -> dict[str, int]:
     named = [_label(spec, label) for label in labels]
-    counts = Counter(name for each in named for name in each) if spec.multi_label else Counter(named)
+    has_several = spec.multi_label or spec.labels_tokens
+    counts = Counter(name for each in named for name in each) if has_several else Counter(named)
     return {name: counts[name] for name in spec.label_names or ()}
 
 

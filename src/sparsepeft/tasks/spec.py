@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task of labels or values for texts.
+    """A task of labels or values for texts, or of a label for each token of a text.
 
     Attributes:
         name: the name results are reported under.
@@ -30,6 +31,7 @@ class TaskSpec:
             those it names; any other name stands for the mean of all.
         paper_epochs: epochs in the SPARTAN paper (arXiv:2211.16634); a sensible number for tasks it does not have.
         multi_label: several labels may hold for one text, or none.
+        labels_tokens: each token has a label; texts are then sentences, tokens with a space between.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TaskSpec:
     main_metric: str
     paper_epochs: int
     multi_label: bool = False
+    labels_tokens: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -47,22 +50,33 @@ class TaskSpec:
 
     @property
     def problem_type(self) -> str:
-        """The name `transformers` gives to the kind of loss."""
+        """The name `transformers` gives to the kind of loss; ``"token_classification"`` where tokens are labelled."""
+        if self.labels_tokens:
+            return "token_classification"
         if self.label_names is None:
             return "regression"
         return "multi_label_classification" if self.multi_label else "single_label_classification"
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """What an input is made of: its texts, or its list of tokens."""
+        return ("tokens",) if self.labels_tokens else self.text_columns
 
     @property
     def is_pair(self) -> bool:
         """Whether an example is two texts."""
         return len(self.text_columns) == 2
 
-    def compute_metrics(self, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    def compute_metrics(
+        self, predictions: ArrayLike, labels: ArrayLike, thresholds: Sequence[float] | None = None
+    ) -> dict[str, float]:
         """Score logits against labels.
 
         Args:
-            predictions: logits (N, C); regression also takes (N,) besides (N, 1).
-            labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold.
+            predictions: logits (N, C); regression also takes (N,) besides (N, 1); (N, T, C) where tokens are labelled.
+            labels: class indices or values, (N,); ones and zeros, (N, C), where several labels may hold; where tokens
+                are labelled class indices, (N, T), and -100 for what is no token.
+            thresholds: where several labels may hold, the probability above which each does; None is 0.5 for all.
 
         Returns:
             ``metrics`` in order, then ``main_metric`` where it is a mean. Always finite: a constant prediction has
@@ -74,7 +88,7 @@ class TaskSpec:
         """
         from sparsepeft.tasks.metrics import compute  # numpy loads late
 
-        return compute(self, predictions, labels)
+        return compute(self, predictions, labels, thresholds)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,8 @@ class TaskData:
     """A loaded task.
 
     Every dataset has the columns ``spec.text_columns`` (strings) and ``label`` (int64 class index, or float32; a list
-    of ones and zeros, float32, where several labels may hold).
+    of ones and zeros, float32, where several labels may hold). Where tokens are labelled it also has ``tokens`` (a list
+    of strings), and ``label`` is a list of class indices.
 
     Attributes:
         spec: the task.
@@ -116,13 +131,17 @@ class TaskData:
 
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
-    """Make the dataset of rows ``(text[, text_pair], label)``."""
+    """Make the dataset of rows ``(text[, text_pair], label)``, or ``(tokens, labels)`` where tokens are labelled."""
     datasets = require("datasets", "train", "Loading a task's data")
-    names = (*spec.text_columns, "label")
+    names, texts = (*spec.text_columns, "label"), {name: datasets.Value("string") for name in spec.text_columns}
     label: Any = datasets.Value("float32" if spec.label_names is None else "int64")
     if spec.multi_label:
         label = datasets.List(datasets.Value("float32"), length=spec.num_labels)
-    features = datasets.Features({**{name: datasets.Value("string") for name in spec.text_columns}, "label": label})
+    if spec.labels_tokens:
+        rows = [(" ".join(tokens), list(tokens), labels) for tokens, labels in rows]
+        names = (*spec.text_columns, *spec.input_columns, "label")
+        texts["tokens"], label = datasets.List(datasets.Value("string")), datasets.List(label)
+    features = datasets.Features({**texts, "label": label})
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
     return datasets.Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)), features=features)
 
@@ -131,10 +150,20 @@ ONE: Final = ("text",)
 PAIR: Final = ("text", "text_pair")
 CUSTOM: Final = "custom"
 LANGUAGE_MODEL: Final = "lm"  # has text, but neither labels nor a `TaskSpec`
+ENTITY_METRICS: Final = ("f1", "precision", "recall", "accuracy")
 
 _NEWS: Final = ("business", "entertainment", "politics", "sport", "tech")
 _TOPICS: Final = ("business", "health", "science", "sport", "travel")
-# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task.
+_THINGS: Final = ("corporation", "creative-work", "group", "location", "person", "product")
+_TAGS: Final = ("O", *(f"{place}-{thing}" for thing in _THINGS for place in "BI"))
+_EMOTIONS: Final = (
+    *("admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire"),
+    *("disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy"),
+    *("love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral"),
+)
+_SEVERAL: Final = ("macro_f1", "micro_f1", "subset_accuracy")
+# Class indices and metrics are GLUE's (and the hub's); epochs: arXiv:2211.16634, 10 where the paper has no such task;
+# GoEmotions' are those of arXiv:2005.00547.
 _SPECS: Final = (
     TaskSpec("cola", ONE, ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation", 20),
     TaskSpec("sst2", ONE, ("negative", "positive"), ("accuracy",), "accuracy", 3),
@@ -147,6 +176,8 @@ _SPECS: Final = (
     TaskSpec("wnli", PAIR, ("not_entailment", "entailment"), ("accuracy",), "accuracy", 3),
     TaskSpec("bbc-news", ONE, _NEWS, ("accuracy", "macro_f1"), "accuracy", 10),
     TaskSpec("topics", ONE, _TOPICS, ("accuracy", "macro_f1"), "accuracy", 10),
+    TaskSpec("wnut17", ONE, _TAGS, ENTITY_METRICS, "f1", 10, labels_tokens=True),
+    TaskSpec("goemotions", ONE, _EMOTIONS, _SEVERAL, "macro_f1", 4, multi_label=True),
 )
 SPECS: Final = MappingProxyType({spec.name: spec for spec in _SPECS})
 GLUE_TASKS: Final = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ def split_train(dataset: Dataset, spec: TaskSpec, fraction: float = 0.1, seed: i
     """Hold out part of the training data for choosing checkpoints and hyperparameters.
 
     Classification is stratified by label; a class keeps at least one example for training, so a class with a single
-    example is never held out (unless every class has but one). Rows with several labels are stratified by the rarest
-    of theirs. Regression is a plain seeded shuffle.
+    example is never held out (unless every class has but one). Rows with several labels, and sentences with a tag for
+    each token, are stratified by the rarest of theirs. Regression is a plain seeded shuffle.
 
     Returns:
         ``(train, selection)``, both in the dataset's order; ``selection`` has ``fraction`` of the rows, at least one.
@@ -124,9 +125,13 @@ def _groups(labels: Sequence[Any]) -> dict[Any, list[int]]:
 
 
 def _rarest(labels: Sequence[Sequence[float]]) -> list[int]:
-    """Of each row's ones the one that fewest rows have; -1 for a row without any."""
-    counts = [sum(column) for column in zip(*labels, strict=True)]
-    present = ([index for index, value in enumerate(row) if value] for row in labels)
+    """Of each row's ones, or its tokens' classes, the one that fewest rows have; -1 for a row without any."""
+    are_classes = bool(labels[0]) and isinstance(labels[0][0], int)
+    present = [
+        sorted({int(value) for value in row}) if are_classes else [i for i, value in enumerate(row) if value]
+        for row in labels
+    ]
+    counts = Counter(index for row in present for index in row)
     return [min(ones, key=lambda index: (counts[index], index), default=-1) for ones in present]
 
 

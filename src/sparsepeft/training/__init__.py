@@ -6,20 +6,13 @@ from sparsepeft.lazy import lazily
 
 if TYPE_CHECKING:
     from sparsepeft.generation import GenerationSettings, Generator
-    from sparsepeft.inference import (
-        Answer,
-        Evaluation,
-        Prediction,
-        Predictor,
-        TableOptions,
-        answer,
-        evaluate,
-        read_lines,
-        read_questions,
-    )
+    from sparsepeft.inference import Prediction, Predictor
     from sparsepeft.runs.config import RunConfig
     from sparsepeft.runs.config_file import load_config, parse_settings
+    from sparsepeft.scoring import Answer, Evaluation, TableOptions, answer, evaluate, read_lines, read_questions
+    from sparsepeft.training.lazy_adamw import LazyAdamW
     from sparsepeft.training.run import train
+    from sparsepeft.training.sparse_gradients import SparseGradientTrainer
     from sparsepeft.training.sparsify import sparsify_language_model
 
 __all__ = [
@@ -27,9 +20,11 @@ __all__ = [
     "Evaluation",
     "GenerationSettings",
     "Generator",
+    "LazyAdamW",
     "Prediction",
     "Predictor",
     "RunConfig",
+    "SparseGradientTrainer",
     "TableOptions",
     "answer",
     "evaluate",
@@ -45,13 +40,16 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "sparsepeft.generation": ("GenerationSettings", "Generator"),
-        "sparsepeft.inference": (
-            *("Answer", "Evaluation", "Prediction", "Predictor", "TableOptions"),
-            *("answer", "evaluate", "read_lines", "read_questions"),
-        ),
+        "sparsepeft.inference": ("Prediction", "Predictor"),
         "sparsepeft.runs.config": ("RunConfig",),
         "sparsepeft.runs.config_file": ("load_config", "parse_settings"),
+        "sparsepeft.scoring": (
+            *("Answer", "Evaluation", "TableOptions"),
+            *("answer", "evaluate", "read_lines", "read_questions"),
+        ),
+        "sparsepeft.training.lazy_adamw": ("LazyAdamW",),
         "sparsepeft.training.run": ("train",),
+        "sparsepeft.training.sparse_gradients": ("SparseGradientTrainer",),
         "sparsepeft.training.sparsify": ("sparsify_language_model",),
     },
 )

@@ -1,11 +1,11 @@
-"""What watches a run while it trains: what it is about to do, its history, trackers, and what ends it early."""
+"""What watches runs while they train: what each is about to do, its history, trackers, and what ends it early."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,29 @@ class StopAfterStep(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No more steps."""
         self._is_training = False
+
+
+class Watcher:
+    """Told what happens to several runs, by their names; does nothing by itself."""
+
+    def begins(self, num_runs: int) -> None:
+        """So many runs will be looked at."""
+
+    def callbacks(self, run: str) -> Sequence[TrainerCallback]:
+        """Callbacks for a run that starts now."""
+        return ()
+
+    def finished(self, run: str, result: dict[str, Any], here: bool) -> None:
+        """A run has a result; ``here`` unless it was there already or another process made it."""
+
+    def failed(self, run: str, error: dict[str, Any]) -> None:
+        """A run failed; ``error`` has the ``type`` and the ``message`` of what ended it."""
+
+    def waiting(self, runs: Sequence[str]) -> None:
+        """Only runs that other processes are doing are left."""
+
+    def measuring(self, what: str) -> None:
+        """All runs have ended, and this is measured on what they left."""
 
 
 def make_reporters(trackers: Iterable[str], logs: Path) -> list[TrainerCallback]:

@@ -14,13 +14,16 @@ from transformers import PreTrainedTokenizerBase, default_data_collator
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator, encode, longest_input
-from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, HELD_OUT_BLOCKS
+from sparsepeft.inference.sentences import SENTENCE, encode_sentences
+from sparsepeft.methods.language_models import CALIBRATION_BLOCKS, HELD_OUT_TOKENS
 from sparsepeft.methods.models import load_model_config, load_tokenizer, note_on_head
 from sparsepeft.runs.config import LM, RunConfig
-from sparsepeft.runs.corpus import begin_token, evenly_spaced, fingerprints, load_corpus, without
+from sparsepeft.runs.corpus import begin_token, count_for, evenly_spaced, fingerprints, load_corpus, without
 from sparsepeft.runs.held_out import Digests, digests_of_drawn, load_task_data
 from sparsepeft.tasks import TaskData, TaskSpec, few_shot, split_train, subsample
+from sparsepeft.tasks.token_metrics import NO_TOKEN
 from sparsepeft.training.loss import check_loss
+from sparsepeft.training.thresholds import check_thresholds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,13 +68,14 @@ class RunData:
     @property
     def sizes(self) -> dict[str, int]:
         """Examples of each part, those that are trained on first."""
-        chosen_on = {} if self.selection is None else {"selection": len(self.selection)}
-        return {"training": len(self.train), **chosen_on, **{name: len(part) for name, part in self.reported.items()}}
+        chosen_on = {} if self.selection is None else {"selection": self.selection}
+        parts = {"training": self.train, **chosen_on, **self.reported}
+        return {name: _num_examples(part) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
 class LabelledData(RunData):
-    """Texts with labels.
+    """Texts with labels, or sentences of tokens with tags.
 
     Attributes:
         spec: the task.
@@ -85,8 +89,12 @@ class LabelledData(RunData):
 
     @property
     def labels(self) -> np.ndarray:
-        """Of the training examples: (N,), or (N, C) where several may hold."""
-        return np.asarray(self.train["labels"])
+        """Of the training examples: (N,), or (N, C) where several may hold; of all tokens where these are labelled."""
+        labels = self.train["labels"]
+        if not self.spec.labels_tokens:
+            return np.asarray(labels)
+        flat = np.concatenate(labels[:])
+        return flat[flat != NO_TOKEN]
 
     def calibration_batch(self) -> dict[str, Tensor]:
         """Up to 64 examples from the whole of the training data, padded to the longest of them."""
@@ -111,7 +119,7 @@ class TextData(RunData):
     def held_out_batch(self) -> Tensor | None:
         """Some of its other blocks, which a budget is to be kept on, too; None where there is none."""
         rest = without(self.train, CALIBRATION_BLOCKS)
-        return evenly_spaced(rest, HELD_OUT_BLOCKS) if len(rest) else None
+        return evenly_spaced(rest, count_for(HELD_OUT_TOKENS, rest)) if len(rest) else None
 
 
 def prepare_data(config: RunConfig) -> LabelledData | TextData:
@@ -150,6 +158,7 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
     data = load_task_data(config)
     spec = data.spec
     check_loss(spec, config)
+    check_thresholds(spec, config)
     tokenizer = load_tokenizer(model)
     max_length = longest_input(tokenizer, load_model_config(model), config.max_length)
     if max_length <= (special := tokenizer.num_special_tokens_to_add(spec.is_pair)):
@@ -157,10 +166,18 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
             f"`max_length={max_length}` was given, but the tokenizer adds {special} special tokens to each input, "
             "which leaves no room for text; pass more."
         )
-    encoded, num_cut = {}, 0
+    encoded, num_cut, notes = {}, 0, [*data.notes, *note_on_head(model, spec)]
     for name, part in _split(config, data).items():
-        encoded[name], cut = encode(part, spec, tokenizer, max_length)
-        num_cut += cut
+        if spec.labels_tokens:
+            if name != "train":  # whose batches are made by length
+                lengths = list(map(len, part["text"][:]))
+                part = part.select(sorted(range(len(part)), key=lengths.__getitem__))
+            sentences = encode_sentences(part, tokenizer, max_length)
+            encoded[name] = sentences.rows
+            notes += [f"{spec.name}, {name}: {note}" for note in sentences.notes(max_length)]
+        else:
+            encoded[name], cut = encode(part, spec, tokenizer, max_length)
+            num_cut += cut
     if num_cut:
         logger.warning("%d texts are longer than %d tokens and were cut to that length.", num_cut, max_length)
     is_scored = {name: name != "train" and (name != "selection" or config.score_on == name) for name in encoded}
@@ -172,7 +189,7 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
         selection=None if config.few_shot else encoded["selection"],
         reported={name: part for name, part in encoded.items() if is_scored[name]},
         collator=Collator(tokenizer),
-        notes=(*data.notes, *note_on_head(model, spec)),
+        notes=tuple(notes),
         fingerprints=dict(data.fingerprints),
         held_out=digests_of_drawn(data),
         run_values={
@@ -184,6 +201,12 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
         source=data.source,
         num_cut=num_cut,
     )
+
+
+def _num_examples(part: Any) -> int:
+    """Rows; sentences where some of them have several rows."""
+    is_split = SENTENCE in getattr(part, "column_names", ())
+    return len(set(part[SENTENCE][:])) if is_split else len(part)
 
 
 def _split(config: RunConfig, data: TaskData) -> dict[str, Dataset]:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
+from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -34,6 +36,8 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.sparse_gradients import SparseGradientTrainer
+from sparsepeft.training.thresholds import thresholds_by
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ def fit(
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
-            "compute_metrics": partial(_score, data.spec),
+            "compute_metrics": partial(_score, data.spec, config, data.selection),
             "compute_loss_func": task_loss(data.spec, data.labels, config),
         }
     else:
@@ -103,7 +107,7 @@ def fit(
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(SparseGradientTrainer):
     """A Trainer whose last good checkpoint survives a NaN loss and a full disk.
 
     Args:
@@ -133,6 +137,12 @@ class SafeTrainer(Trainer):
                     self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """By length, as transformers does; in order where rows are parts of sentences."""
+        if SENTENCE in getattr(eval_dataset, "column_names", ()):
+            return SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -258,13 +268,29 @@ def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpo
     )
 
 
-def logits_of(predictions: Any) -> np.ndarray:
-    """The logits, which some models return with other things."""
-    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of a scored part, those of a sentence together where rows are parts of one.
+
+    Args:
+        output: with ``predictions``, which some models return with other things, and ``label_ids``.
+        part: the rows, in order.
+    """
+    predictions = output.predictions
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    labels = np.asarray(output.label_ids)
+    if SENTENCE in getattr(part, "column_names", ()):
+        return by_sentence(logits, labels, part[SENTENCE][:])
+    return logits, labels
 
 
-def _score(spec: TaskSpec, output: EvalPrediction) -> dict[str, float]:
-    metrics = spec.compute_metrics(logits_of(output.predictions), np.asarray(output.label_ids))
+def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction) -> dict[str, float]:
+    """The metrics that a checkpoint is chosen by.
+
+    Of several labels each is at its best threshold, however rare it is: with one that rare labels share, F1 also says
+    how alike their probabilities are, by which early checkpoints would be chosen that have learned nothing yet.
+    """
+    answer = answers_of(output, part)
+    metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer, least_positives=1))
     return {**metrics, "score": metrics[spec.main_metric]}
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.token_metrics import NO_TOKEN
 
 _MULTI_LABEL = "multi_label_classification"
 
@@ -22,8 +23,9 @@ _MULTI_LABEL = "multi_label_classification"
 class TaskLoss:
     """A loss for ``compute_loss_func`` of ``transformers.Trainer``, the mean over all batches that make a step.
 
-    Cross entropy of single labels, binary cross entropy of several, squared error of values. Class weights are those of
-    ``torch.nn.CrossEntropyLoss(weight=...)``, by whose sum the loss is divided, and ``pos_weight`` for several labels.
+    Cross entropy of single labels and of tokens, binary cross entropy of several labels, squared error of values. Class
+    weights are those of ``torch.nn.CrossEntropyLoss(weight=...)``, by whose sum the loss is divided, and ``pos_weight``
+    for several labels.
 
     Attributes:
         problem_type: as in :class:`sparsepeft.tasks.TaskSpec`.
@@ -39,8 +41,8 @@ class TaskLoss:
         """A scalar.
 
         Args:
-            outputs: of the model, with ``logits`` (B, C).
-            labels: (B,), or (B, C) for several labels.
+            outputs: of the model, with ``logits`` (B, C), or (B, T, C) where tokens are labelled.
+            labels: (B,), (B, C) for several labels, or (B, T) with -100 where there is no token.
             num_items_in_batch: :meth:`count` over all batches of the step; None for this one alone.
         """
         logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).float()
@@ -50,16 +52,17 @@ class TaskLoss:
         elif self.problem_type == _MULTI_LABEL:
             total = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights, reduction="sum")
         else:
-            total = F.cross_entropy(
-                logits, labels, weight=weights, label_smoothing=self.label_smoothing_factor, reduction="sum"
-            )
+            smoothing = self.label_smoothing_factor
+            logits, labels = logits.flatten(0, -2), labels.flatten()
+            total = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="sum")
         return total / (self.count([labels]) if num_items_in_batch is None else num_items_in_batch).to(logits.device)
 
     def count(self, labels: Sequence[Tensor]) -> Tensor:
         """What the sum over some batches is divided by for the mean: their labels, each by its weight."""
         if self.weights is None or self.problem_type == _MULTI_LABEL:
-            return torch.tensor(float(sum(each.numel() for each in labels)))
-        return torch.stack([self.weights.to(each.device)[each].sum() for each in labels]).sum()
+            counted = (each.numel() if each.is_floating_point() else (each != NO_TOKEN).sum() for each in labels)
+            return torch.tensor(float(sum(counted)))
+        return torch.stack([self.weights.to(each.device)[each[each != NO_TOKEN]].sum() for each in labels]).sum()
 
 
 def check_loss(spec: TaskSpec, config: RunConfig) -> None:
@@ -93,7 +96,7 @@ def task_loss(spec: TaskSpec, labels: Sequence[Any] | np.ndarray, config: RunCon
 
     Args:
         spec: the task.
-        labels: of the training examples: class indices (N,), or (N, C) of 0 and 1.
+        labels: of the training examples, or of all their tokens: class indices (N,), or (N, C) of 0 and 1.
         config: of the run; labels that its ``class_weights`` do not name have weight 1.
     """
     class_weights, smoothing = config.class_weights, config.label_smoothing_factor or 0.0

@@ -9,9 +9,10 @@ import torch
 from transformers import set_seed
 
 from sparsepeft.devices import find_device
-from sparsepeft.methods.language_models import load_language_model, perplexity
+from sparsepeft.methods.language_models import HALF_DTYPES, load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
+from sparsepeft.models.frozen import hold_frozen_linears
 from sparsepeft.models.onednn import is_onednn_faster, use_onednn
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import PLAN
@@ -74,6 +75,9 @@ def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str
             before["sparse"] = text_scores(config, backbone, data)
     spec = data.spec if isinstance(data, LabelledData) else None
     model = extend(backbone, config.method, spec, config.recipe_values().adapter)
+    # Sparse modules read the weights themselves, and cached layers are computed without autocast.
+    if config.precision in HALF_DTYPES and spt is None and not config.cache_frozen_layers:
+        hold_frozen_linears(model, HALF_DTYPES[config.precision])
     if find_device(config.device).type == "cpu":
         compute_by_onednn(model, config.precision)
     return RunModel(model, run_values, sparsification, before)

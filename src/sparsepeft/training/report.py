@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from sparsepeft.methods.sparse import by_infer, count_routers, describe
 from sparsepeft.paths import without_folders
 from sparsepeft.provenance import environment
 from sparsepeft.runs.config import LM, RunConfig
+from sparsepeft.runs.config_values import SELECTION
 from sparsepeft.runs.corpus import num_predicted
-from sparsepeft.runs.files import RESULTS_VERSION
+from sparsepeft.runs.files import RESULTS_VERSION, THRESHOLDS
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.metrics import report
 from sparsepeft.training.data import LabelledData, TextData
-from sparsepeft.training.fit import Fitted, logits_of
+from sparsepeft.training.fit import Fitted, answers_of
 from sparsepeft.training.loss import TaskLoss
 from sparsepeft.training.model import RunModel, Scores, text_scores
+from sparsepeft.training.thresholds import thresholds_by
 
 _ERRORS = ("mae", "rmse")
 _NOT_SHARED = ("output_dir", "data_dir", "model", "text", "validation_text", "device", "report_to")  # of a config
@@ -45,7 +47,7 @@ def save_and_score(
     trainer, sparse = fitted.trainer, built.sparsification
     saved_bytes = write_weights(work, built.model, data.tokenizer, config.save_dtype)
     if isinstance(data, LabelledData):
-        scored = _score_labelled(data, built, fitted)
+        scored = _score_labelled(config, data, built, fitted)
     else:
         scored = _score_text(config, data, built)
     metrics = scored["metrics"]
@@ -69,21 +71,25 @@ def save_and_score(
         "environment": environment(),
         "notes": list(data.notes),
         "data_fingerprints": dict(data.fingerprints),
-        "config": {key: value for key, value in without_folders(config.to_dict()).items() if key not in _NOT_SHARED},
+        "config": shared_values(config),
     }
     if sparse is not None:
         results["spt"] = describe(sparse)
     return results
 
 
-def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict[str, Any]:
+def _score_labelled(config: RunConfig, data: LabelledData, built: RunModel, fitted: Fitted) -> dict[str, Any]:
     trainer, spec = fitted.trainer, data.spec
+    is_choosing = spec.multi_label and config.thresholds == SELECTION and data.selection is not None
+    thresholds = thresholds_by(spec, config, _answer(trainer, data.selection) if is_choosing else None)
     answers = by_infer(built.model, lambda: {name: _answer(trainer, part) for name, part in data.reported.items()})
     scores = {
-        infer: {name: spec.compute_metrics(*answer) for name, answer in parts.items()}
+        infer: {name: spec.compute_metrics(*answer, thresholds) for name, answer in parts.items()}
         for infer, parts in answers.items()
     }
     own = next(iter(answers.values()))
+    reports = {name: describe_scores(spec, *answer, thresholds) for name, answer in own.items()}
+    split = scored_part(own)
     parameters = count_parameters(built.model)
     if built.sparsification is not None:
         parameters["routers"] = count_routers(built.model)
@@ -92,11 +98,14 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
     return {
         "main_metric": spec.main_metric,
         **_metrics(scores),
-        **describe_scores(spec, *own[scored_part(own)], data.labels),
+        **({} if thresholds is None else _beside_half(spec, own, thresholds)),
+        "report": reports[split],
+        "reports": reports,
+        "baseline": baseline(spec, own[split][1], data.labels),
         "problem_type": spec.problem_type,
         "num_texts": len(spec.text_columns),
         "num_rows": data.sizes,
-        "num_train": len(data.train),
+        "num_train": data.sizes["training"],
         "num_cut": data.num_cut,
         "parameters": parameters,
         "best_step": trainer.state.best_global_step,
@@ -108,8 +117,16 @@ def _score_labelled(data: LabelledData, built: RunModel, fitted: Fitted) -> dict
 
 def _answer(trainer: Trainer, part: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels."""
-    output = trainer.predict(part)
-    return logits_of(output.predictions), np.asarray(output.label_ids)
+    trainer.compute_metrics = None  # which knows the part that checkpoints were chosen on
+    return answers_of(trainer.predict(part), part)
+
+
+def _beside_half(spec: TaskSpec, answers: dict[str, Any], thresholds: Sequence[float]) -> dict[str, Any]:
+    """Thresholds by label, and the metrics of all parts without them."""
+    return {
+        THRESHOLDS: dict(zip(spec.label_names or (), thresholds, strict=True)),
+        "metrics_at_half": {name: spec.compute_metrics(*answer) for name, answer in answers.items()},
+    }
 
 
 def _metrics(scores: dict[str, dict[str, Scores]]) -> dict[str, Any]:
@@ -136,35 +153,56 @@ def scored_part(parts: Container[str]) -> str:
     return next(name for name in ("test", "validation", "selection") if name in parts)
 
 
-def describe_scores(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, trained_on: np.ndarray) -> dict[str, Any]:
+def describe_scores(
+    spec: TaskSpec, logits: np.ndarray, labels: np.ndarray, thresholds: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """How a part's score came about: :func:`sparsepeft.tasks.metrics.report`, or the errors of a regression.
+
+    Args:
+        logits, labels: of the part, (N, C) and (N,) or (N, C).
+        thresholds: see :meth:`sparsepeft.tasks.TaskSpec.compute_metrics`.
+    """
+    if spec.label_names is None:
+        return _errors(spec).compute_metrics(logits, labels)
+    return report(spec, logits, labels, thresholds)
+
+
+def baseline(spec: TaskSpec, labels: np.ndarray, trained_on: np.ndarray) -> dict[str, Any]:
     """What to compare a part's scores with.
 
     Args:
-        logits, labels: of the part that is scored, (N, C) and (N,) or (N, C).
-        trained_on: the labels of the training examples.
+        labels: of the part that is scored, (N,) or (N, C); (N, T) where tokens are labelled.
+        trained_on: the labels of the training examples, or of all their tokens.
 
     Returns:
-        ``report``: :func:`sparsepeft.tasks.metrics.report`, or mean absolute and root mean square error of a
-        regression. ``baseline``: the ``answer`` that is most frequent in training, or the mean for a regression, and
-        the ``metrics`` of giving it always.
+        The ``answer`` that is most frequent in training, or the mean for a regression, and the ``metrics`` of giving it
+        always. Where several labels may hold, it is those of more than half of the examples; without such, the most
+        frequent one.
     """
     answer: Any
     if spec.label_names is None:
         answer = float(trained_on.mean())
-        constant = np.full((len(labels), 1), answer)
-        errors = dataclasses.replace(spec, metrics=_ERRORS, main_metric="mae")
-        described = errors.compute_metrics(logits, labels)
-        scores = errors.compute_metrics(constant, labels)
+        return {"answer": answer, "metrics": _errors(spec).compute_metrics(np.full((len(labels), 1), answer), labels)}
+    if trained_on.ndim == 2:
+        shares = trained_on.mean(axis=0)
+        row = np.where(shares > 0.5, 1.0, -1.0)
+        row[shares.argmax()] = 1.0
+        answer = [name for name, value in zip(spec.label_names, row, strict=True) if value > 0]
     else:
-        if trained_on.ndim == 2:
-            row = np.where(trained_on.mean(axis=0) > 0.5, 1.0, -1.0)
-            answer = [name for name, value in zip(spec.label_names, row, strict=True) if value > 0]
-        else:
-            row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
-            answer = spec.label_names[int(row.argmax())]
-        described = report(spec, logits, labels)
-        scores = spec.compute_metrics(np.tile(row, (len(labels), 1)), labels)
-    return {"report": described, "baseline": {"answer": answer, "metrics": scores}}
+        row = np.bincount(trained_on.astype(int), minlength=spec.num_labels).astype(float)
+        answer = spec.label_names[int(row.argmax())]
+    shape = labels.shape if spec.labels_tokens else labels.shape[:1]
+    return {"answer": answer, "metrics": spec.compute_metrics(np.broadcast_to(row, (*shape, len(row))), labels)}
+
+
+def _errors(spec: TaskSpec) -> TaskSpec:
+    """A regression, scored by its errors."""
+    return dataclasses.replace(spec, metrics=_ERRORS, main_metric="mae")
+
+
+def shared_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values for a result file: nothing that names a folder of this machine, or where it computed."""
+    return {key: value for key, value in without_folders(config.to_dict()).items() if key not in _NOT_SHARED}
 
 
 def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: Trainer) -> dict[str, Any]:
@@ -180,7 +218,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
         "lr_scheduler_type": recipe.lr_scheduler_type,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "optimizer": _optimizer(trainer),
         "precision": config.precision,
         "seed": config.seed,
     }
@@ -189,7 +227,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
             "max_length": data.max_length,
             "eval_steps": arguments.eval_steps,
             "early_stopping_patience": config.early_stopping_patience,
-        }
+        } | ({"thresholds": config.thresholds} if data.spec.multi_label else {})
     else:
         values |= {"block_length": data.max_length}
     if isinstance(loss, TaskLoss):
@@ -198,3 +236,10 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
             weights = [round(float(weight), 6) for weight in loss.weights]
             values |= {"class_weights": dict(zip(data.spec.label_names or (), weights, strict=True))}
     return values | ({"adapter": dict(recipe.adapter)} if recipe.adapter else {})
+
+
+def _optimizer(trainer: Trainer) -> str:
+    """By transformers' name, or by that of its class if it is another one."""
+    if trainer.optimizer_cls_and_kwargs is not None:
+        return trainer.optimizer_cls_and_kwargs[0].__name__
+    return str(getattr(trainer.args.optim, "value", trainer.args.optim))

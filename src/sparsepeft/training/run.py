@@ -14,7 +14,7 @@ from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import HISTORY, LOGS, PLAN, RESULTS, describe_run
+from sparsepeft.runs.files import HISTORY, LOGS, PLAN, RESULTS, RUN, THRESHOLDS, describe_run
 from sparsepeft.runs.folder import interrupted_values, open_run
 from sparsepeft.runs.held_out import write_held_out
 from sparsepeft.training.callbacks import Announcer, Recorder, RunPlan, make_reporters
@@ -32,9 +32,10 @@ def train(
 ) -> dict[str, Any]:
     """Train, save, score what was saved once.
 
-    On labelled texts, the best checkpoint is chosen on a tenth of the training data. A language model (``task="lm"``)
-    is trained on blocks of its text (see :mod:`sparsepeft.runs.corpus`), and its perplexity on the validation text is
-    measured before and after. With ``spt`` the model is made sparse first, calibrated on a few training examples.
+    On labelled texts, the best checkpoint is chosen on a tenth of the training data, and so are the probabilities above
+    which labels hold where a text may have several. A language model (``task="lm"``) is trained on blocks of its text
+    (see :mod:`sparsepeft.runs.corpus`), and its perplexity on the validation text is measured before and after. With
+    ``spt`` the model is made sparse first, calibrated on a few training examples.
 
     The output folder then holds the weights (for adapters: adapter, head and what makes the model sparse), ``run.json``
     (the resolved config), ``results.json`` and a model card. They come there together, when the run is finished; until
@@ -71,11 +72,14 @@ def train(
     with open_run(folder, run, overwrite) as begin:
         data = prepare_data(config)
         built = build_model(config, data, interrupted_values(folder, run).get(PLAN))
-        work = begin(run | data.run_values | built.run_values)
+        described = run | data.run_values | built.run_values
+        work = begin(described)
         write_held_out(work, data.held_out)
         watching = [Announcer(announce, config, data), Recorder(work / HISTORY), *reporters, *callbacks]
         fitted = fit(config, data, built, work, watching)
         results = save_and_score(config, data, built, fitted, work)
+        if THRESHOLDS in results:  # which the trained model decides
+            write_json(work / RUN, described | {THRESHOLDS: results[THRESHOLDS]})
         write_json(work / RESULTS, results)
         write_model_card(work)
     return results

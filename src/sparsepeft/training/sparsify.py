@@ -14,7 +14,7 @@ from sparsepeft.folders import check_output, replacing, write_json
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.methods.language_models import (
     CALIBRATION_BLOCKS,
-    HELD_OUT_BLOCKS,
+    HELD_OUT_TOKENS,
     load_language_model,
     perplexity,
 )
@@ -23,6 +23,7 @@ from sparsepeft.methods.sparse import describe, make_sparse, read_spt_settings, 
 from sparsepeft.provenance import environment
 from sparsepeft.runs.corpus import (
     begin_token,
+    count_for,
     cut,
     evenly_spaced,
     fingerprints,
@@ -37,7 +38,7 @@ from sparsepeft.spt.loading import SPARSE_WEIGHTS
 REPORT = "spt.json"
 WRITTEN = (REPORT, SPARSE_WEIGHTS)
 _FORMAT_VERSION = 1
-_SCORED_BLOCKS = 64
+_SCORED_TOKENS = 1 << 15
 _BATCH = 4
 
 
@@ -68,10 +69,10 @@ def sparsify_language_model(
         overwrite: replace a conversion that is already in the folder.
 
     Returns:
-        The content of ``spt.json``. Perplexity, dense and sparse, is that of a causal model on up to 64 blocks of the
-        text that nothing was chosen by; None where there is no such block. A plan that keeps to a budget was made on
-        the calibration blocks, and kept to it on up to 16 others as well; of a masked language model 15 % of the tokens
-        are masked there.
+        The content of ``spt.json``. Perplexity, dense and sparse, is that of a causal model on up to 32,768 tokens of
+        text that nothing was chosen by; None where there is no such text. A plan that keeps to a budget was made on
+        the calibration blocks, and kept to it on up to 8,192 other tokens as well; of a masked language model 15 % of
+        the tokens are masked there.
 
     Raises:
         UserError: model, text or settings cannot be used.
@@ -97,10 +98,13 @@ def sparsify_language_model(
             blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
             calibration, rest = evenly_spaced(blocks, CALIBRATION_BLOCKS), without(blocks, CALIBRATION_BLOCKS)
             if config.budget is not None and len(rest):
-                held_out, rest = evenly_spaced(rest, HELD_OUT_BLOCKS), without(rest, HELD_OUT_BLOCKS)
+                count = count_for(HELD_OUT_TOKENS, rest)
+                held_out, rest = evenly_spaced(rest, count), without(rest, count)
         loaded, is_causal = load_language_model(model_id, masked=True)
         to_accelerator(loaded)
-        scored = evenly_spaced(rest, _SCORED_BLOCKS) if is_causal and rest is not None and len(rest) else None
+        scored = None
+        if is_causal and rest is not None and len(rest):
+            scored = evenly_spaced(rest, count_for(_SCORED_TOKENS, rest))
         dense = _perplexity(loaded, scored)
         batches: list[Any] = [calibration, held_out]
         if config.budget is not None and not is_causal:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsepeft.arguments import check_choice, check_number, check_whole
-from sparsepeft.layers import SparseMemory
+from sparsepeft.arguments import check_choice, check_flag, check_number, check_whole
+from sparsepeft.layers import ProductKeyMemory, SparseMemory
+from sparsepeft.layers.product_memory import check_square
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, is_norm
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.models.identity import is_quantized
-from sparsepeft.ops.load_balancing import load_balancing_loss
 from sparsepeft.ops.registry import RENAMED
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
 
 IMPLS = ("auto", "reference", "torch", "triton")
+PARENT_KEYS = {"flat": SparseMemory, "product": ProductKeyMemory}
 
 
 @dataclass(repr=False)
@@ -34,6 +36,9 @@ class SpartanConfig(TaskAdapterConfig):
     Args:
         num_parents: P, cells of the first level.
         num_children: C, cells under each parent.
+        parent_keys: ``"flat"``, a key for each parent; or ``"product"``, for up to tens of thousands of parents: their
+            keys are all pairs of sqrt(P) half-keys and as many others, among which the best are found for the cost of
+            sqrt(P) (see :func:`sparsepeft.ops.product_memory_read`). ``num_parents`` must then be a square.
         top_k: parents kept per position.
         temperature: divides the child logits (the paper: 1; its released code: 1.6).
         initializer_range: standard deviation of parent and child keys.
@@ -41,6 +46,11 @@ class SpartanConfig(TaskAdapterConfig):
         load_balancing_coef: weight of a loss that keeps all parents in use; 0 leaves it out. Padding never counts.
         train_layer_norms: also train each adapter's own copy of the backbone's normalisation layers, as the
             released code does (the paper's text does not); with ``layers_to_transform``, those of these layers.
+        sparse_gradients: whether the gradients of the cells are sparse tensors with the rows of the parents that a
+            batch read, so that a step costs what these do. They need an optimizer that takes them, such as
+            :class:`sparsepeft.training.LazyAdamW`. None leaves it to the trainer: ``sparsepeft train`` and
+            :class:`sparsepeft.training.SparseGradientTrainer` use both where a memory has 16,384 cells or more, others
+            get dense gradients.
         impl: implementation of the read, see :func:`sparsepeft.ops.memory_read`.
         (and those of :class:`sparsepeft.tuners.config.TaskAdapterConfig`)
 
@@ -58,12 +68,14 @@ class SpartanConfig(TaskAdapterConfig):
 
     num_parents: int = field(default=16, metadata={"help": "P: parent cells."})
     num_children: int = field(default=3, metadata={"help": "C: child cells per parent."})
+    parent_keys: str = field(default="flat", metadata={"help": "Keys of the parents: 'flat' or 'product'."})
     top_k: int = field(default=8, metadata={"help": "K: parents kept per position."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the child logits."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of fresh keys."})
     value_initializer_range: float = field(default=0.0, metadata={"help": "Standard deviation of fresh values."})
     load_balancing_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     train_layer_norms: bool = field(default=False, metadata={"help": "Train copies of the normalisation layers."})
+    sparse_gradients: bool | None = field(default=None, metadata={"help": "Sparse gradients of the cells."})
     impl: str = field(default="auto", metadata={"help": "Implementation of the memory read."})
 
     def __post_init__(self) -> None:
@@ -75,8 +87,20 @@ class SpartanConfig(TaskAdapterConfig):
         if self._is_from_file:
             self.impl = RENAMED.get(self.impl, self.impl)
         check_choice("impl", self.impl, IMPLS)
+        if self.sparse_gradients is not None:
+            check_flag("sparse_gradients", self.sparse_gradients)
         for name in ("initializer_range", "value_initializer_range", "load_balancing_coef"):
             check_number(name, getattr(self, name), least=0)
+        check_choice("parent_keys", self.parent_keys, tuple(PARENT_KEYS))
+        if self.parent_keys == "product":
+            check_square(self.num_parents)
+        if self.impl == "triton" and (self.parent_keys == "product" or self.sparse_gradients):
+            raise ValueError(
+                "impl='triton' was given with product keys or sparse gradients, but its kernel has neither; use "
+                "impl='auto'."
+            )
+        if self.sparse_gradients and self.impl == "reference":
+            raise ValueError("sparse_gradients=True was given with impl='reference', which has none; use impl='auto'.")
         if self.top_k > self.num_parents:
             raise ValueError(
                 f"top_k={self.top_k} was given with num_parents={self.num_parents}, but a position can keep at most "
@@ -96,13 +120,17 @@ class SpartanConfig(TaskAdapterConfig):
         Args:
             hidden_sizes: the width of each layer that gets a memory.
         """
-        cells = self.num_parents * (1 + 2 * self.num_children)
+        parents, children = self.num_parents, self.num_children
+        if self.parent_keys == "product":
+            cells = isqrt(parents) + 2 * parents * children
+            symbols, numbers = "(√P+2PC)", f"({isqrt(parents)}+2·{parents}·{children})"
+        else:
+            cells = parents * (1 + 2 * children)
+            symbols, numbers = "P(1+2C)", f"{parents}·(1+2·{children})"
         count = cells * sum(hidden_sizes)
         if len(set(hidden_sizes)) == 1:
-            numbers = f"{self.num_parents}·(1+2·{self.num_children})·{hidden_sizes[0]}·{len(hidden_sizes)}"
-            return f"P(1+2C)dL = {numbers} = {count:,}", count
-        numbers = f"{self.num_parents}·(1+2·{self.num_children})·{sum(hidden_sizes):,}"
-        return f"P(1+2C)Σd = {numbers} = {count:,}", count
+            return f"{symbols}dL = {numbers}·{hidden_sizes[0]}·{len(hidden_sizes)} = {count:,}", count
+        return f"{symbols}Σd = {numbers}·{sum(hidden_sizes):,} = {count:,}", count
 
 
 class SpartanLayer(TaskTunerLayer):
@@ -123,7 +151,7 @@ class SpartanLayer(TaskTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SpartanConfig) -> None:
         """Add a fresh memory for ``adapter_name``."""
-        memory = SparseMemory(
+        memory = PARENT_KEYS[config.parent_keys](
             self.hidden_size,
             config.num_parents,
             config.num_children,
@@ -133,6 +161,7 @@ class SpartanLayer(TaskTunerLayer):
             value_initializer_range=config.value_initializer_range,
             impl=config.impl,
         )
+        memory.sparse_gradients = config.sparse_gradients
         self.add_adapter(self.spartan_memory, adapter_name, memory)
         self.load_balancing_coef[adapter_name] = config.load_balancing_coef
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -147,7 +176,7 @@ class SpartanLayer(TaskTunerLayer):
         if coefficient and self.training and torch.is_grad_enabled():
             states = hidden_states.transpose(0, self.batch_dim)
             mask = self.context.losses.mask_for(states, self.is_decoder)
-            loss = load_balancing_loss(states, memory.parent_keys, top_k=memory.top_k, mask=mask)
+            loss = memory.load_balancing_loss(states, mask)
             hidden_states = self.context.losses.attach(hidden_states, coefficient * loss)
         return memory(hidden_states)
 

@@ -105,16 +105,3 @@ def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     for row in rows:
         made.add_row(*map(Text, row))
     return made
-
-
-def megabytes(size: float) -> str:
-    """Bytes for people: decimal units, as the storage industry and the paper use."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"
-
-
-def millions(count: int) -> str:
-    """Parameters for people; small counts exactly."""
-    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"

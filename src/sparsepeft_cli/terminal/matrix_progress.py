@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
 
+from sparsepeft.training.callbacks import StopAfterStep, Watcher
 from sparsepeft_cli.terminal.console import err, say
+from sparsepeft_cli.terminal.errors import in_options
 from sparsepeft_cli.terminal.interrupts import Stop, handling, stop_after_step
-from sparsepeft_research.reproduction import Run, Watcher
 
 _LINE_SECONDS = 60.0  # between two lines on the same run
 
@@ -44,8 +46,8 @@ class MatrixProgress(Watcher):
         if err.is_terminal:
             self._progress.stop()
         self._stack.close()
-        if isinstance(error, Stop):
-            error.left = f"with {self._ended} of {self._total} runs done; the same command goes on with the others."
+        if isinstance(error, Stop) and self._total:
+            error.left = f"with {self._ended} of {self._total} runs done; the same command goes on from there."
 
     def begins(self, num_runs: int) -> None:
         """Show the bar; not before, since an error in what was given should stand alone on the screen."""
@@ -54,39 +56,41 @@ class MatrixProgress(Watcher):
         if err.is_terminal:
             self._progress.start()
 
-    def callbacks(self, run: Run) -> Sequence[Any]:
-        """Callbacks that show the run's step. Made late, because transformers is slow to import."""
-        from transformers import TrainerCallback
-
-        from sparsepeft.training.callbacks import StopAfterStep
-
+    def callbacks(self, run: str) -> Sequence[TrainerCallback]:
+        """Callbacks that show the run's step."""
         show, stopper = self._show, StopAfterStep()
-        show(run.name, now=True)
+        show(run, now=True)
 
         class _Callback(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                show(f"{run.name} step {state.global_step}/{state.max_steps}")
+                show(f"{run} step {state.global_step}/{state.max_steps}")
 
         self._stack.enter_context(handling(stop_after_step(stopper)))
         return [_Callback(), stopper]
 
-    def finished(self, run: Run, result: dict[str, Any], here: bool) -> None:
+    def finished(self, run: str, result: dict[str, Any], here: bool) -> None:
         """Count the run; a line if it was done here."""
         self._count()
         if here:
             say(
-                f"{self._counted}  {run.name:<28} {result['main_metric']} {result['score']:.4f} on "
+                f"{self._counted}  {run:<28} {result['main_metric']} {result['score']:.4f} on "
                 f"{result['score_split']}, {result['train_seconds']:.0f} s"
             )
 
-    def failed(self, run: Run, error: dict[str, Any]) -> None:
+    def failed(self, run: str, error: dict[str, Any]) -> None:
         """Count the run and say what ended it."""
         self._count()
-        say(f"{self._counted}  {run.name:<28} FAILED: {error['type']}: {error['message']}")
+        say(f"{self._counted}  {run:<28} FAILED: {error['type']}: {in_options(error['message'])}")
 
-    def waiting(self, runs: Sequence[Run]) -> None:
+    def waiting(self, runs: Sequence[str]) -> None:
         """Say who is waited for."""
         self._show(f"waiting for {len(runs)} in another process", now=True)
+
+    def measuring(self, what: str) -> None:
+        """Say what is measured."""
+        self._progress.update(self._task, description=what)
+        if not err.is_terminal:
+            say(f"{time.strftime('%H:%M:%S')}  {what}")
 
     @property
     def _counted(self) -> str:

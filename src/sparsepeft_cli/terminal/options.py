@@ -161,7 +161,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 ROWS: dict[str, tuple[Any, ...]] = {
     "text_column": (str, "Column of the text. [default: as in training]"),
     "text_pair_column": (str, "Column of the second text, for pairs."),
-    "label_column": (str, "Column of the label. [default: as in training]"),
+    "label_column": (str, "Column of the label, or columns of 0 and 1: joy,anger. [default: as in training]"),
     "delimiter": (str, "Between columns of CSV and TSV. [default: found]"),
     "encoding": (str, "Of the file, such as utf-8 or cp1252. [default: found]"),
 }

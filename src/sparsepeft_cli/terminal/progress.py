@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsepeft.reprs import duration
 from sparsepeft_cli.terminal.console import err, say
 from sparsepeft_cli.terminal.errors import in_options
 from sparsepeft_cli.terminal.interrupts import Stop, handling, stop_after_step
-from sparsepeft_cli.terminal.summary import duration
 
 _SHOWN = {
     "loss": "loss {:.4f}",

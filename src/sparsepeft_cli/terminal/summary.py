@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sparsepeft.reprs import duration, megabytes
 from sparsepeft_cli.terminal.errors import in_options
 
 _MOST_CLASSES = 12  # with a line each
+_WORST_CLASSES = 5  # of more
 _WIDEST = 24  # characters of a label's name
 _PARTS = {"training": "to train on", "selection": "to choose the checkpoint"}
 
@@ -35,7 +37,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
     lines = [f"{results['task']}, {results['method']}: {main} {results['score']:.4f} on {part} ({rows[part]:,} rows)"]
     lines += [f"  {line}" for line in _wrapped([*others, *_errors(results)], ", ", 78)]
     lines.append("  " + _baseline(results["baseline"], main))
-    lines += [f"  {line}" for line in _by_infer(results)]
+    lines += [f"  {line}" for line in (*_at_half(results), *_by_infer(results))]
     if "spt" in results:
         lines.append(sparse_line(results["spt"]["config"], results["spt"]["report"]))
     lines += _wrapped([f"rows: {rows['training']:,} to train on", *_counts(rows)], ", ", 80)
@@ -48,7 +50,7 @@ def summary(results: Mapping[str, Any], folder: str) -> list[str]:
 
 def text_summary(results: Mapping[str, Any], folder: str) -> list[str]:
     """The same on a language model."""
-    from sparsepeft_cli.terminal.console import megabytes, program
+    from sparsepeft_cli.terminal.console import program
 
     first = f" that begin with {results['bos_token']}" if results["bos_token"] else ""
     before = ", ".join(f"{kind} {values['perplexity']:.2f}" for kind, values in results["before"].items())
@@ -114,7 +116,7 @@ def _layer(name: str) -> str:
 
 def print_plan(measured: Mapping[str, Any]) -> None:
     """Print what a dry run has measured."""
-    from sparsepeft_cli.terminal.console import megabytes, out
+    from sparsepeft_cli.terminal.console import out
 
     plan = measured["plan"]
     sizes = plan["sizes"]
@@ -128,13 +130,6 @@ def print_plan(measured: Mapping[str, Any]) -> None:
     lines += _notes(plan["notes"])
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``45 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _notes(notes: Iterable[str]) -> list[str]:
@@ -153,6 +148,13 @@ def _by_infer(results: Mapping[str, Any]) -> list[str]:
     return [f"{main} by how the model answers: {said}"] if said else []
 
 
+def _at_half(results: Mapping[str, Any]) -> list[str]:
+    """What several labels would score without thresholds of their own."""
+    scores = results.get("metrics_at_half", {}).get(results["score_split"], {})
+    said = [f"{name} {value:.4f}" for name, value in scores.items()]
+    return _wrapped([f"with 0.5 as every label's threshold: {said[0]}", *said[1:]], ", ", 78) if said else []
+
+
 def _errors(results: Mapping[str, Any]) -> list[str]:
     """Mean absolute error of a regression whose metrics do not have it."""
     report = results["report"]
@@ -165,25 +167,29 @@ def _baseline(baseline: Mapping[str, Any], main: str) -> str:
     if isinstance(answer, float):
         return f"the mean of the training labels, {answer:.4g}, for all: mae {metrics['mae']:.4f}"
     if isinstance(answer, list):
-        return f"the labels of more than half the training rows for all: {main} {metrics[main]:.4f}"
+        return f"the most frequent of the labels, {_short(', '.join(answer))}, for all: {main} {metrics[main]:.4f}"
     return f"the most frequent label, {_short(answer)}, for all: {main} {metrics[main]:.4f}"
 
 
 def _classes(per_class: Mapping[str, Mapping[str, float]] | None) -> list[str]:
-    if not per_class or len(per_class) > _MOST_CLASSES:
+    """A line for each class; of many for those with the lowest F1, among those that any row has."""
+    if not per_class:
         return []
-    width = max(len("label"), *(len(_short(name)) for name in per_class))
+    shown = list(per_class.items())
+    if len(shown) > _MOST_CLASSES:
+        present = [one for one in shown if one[1]["support"]]
+        shown = sorted(present, key=lambda one: one[1]["f1"])[:_WORST_CLASSES]
+    width = max(len("label"), *(len(_short(name)) for name, _ in shown))
     head = f"{'label':<{width}}  precision  recall      f1    rows"
     lines = (
         f"{_short(name):<{width}}  {v['precision']:>9.3f}  {v['recall']:>6.3f}  {v['f1']:>6.3f}  {v['support']:>6,}"
-        for name, v in per_class.items()
+        for name, v in shown
     )
-    return [head, *lines]
+    rest = [f"(the {len(shown)} labels with the lowest f1, of {len(per_class)})"] if len(shown) < len(per_class) else []
+    return [head, *lines, *rest]
 
 
 def _size(results: Mapping[str, Any]) -> list[str]:
-    from sparsepeft_cli.terminal.console import megabytes
-
     parameters, saved = results["parameters"], megabytes(results["saved_bytes"])
     if results["method"] == "full":
         return [f"trained: all {parameters['trained']:,} parameters; saved: {saved}, a copy of the model"]

@@ -147,6 +147,12 @@ BENCHMARKS = {
             ),
         ),
         Benchmark(
+            "large_memory",
+            "a memory of up to 65,536 parents, read and trained: product keys beside a key for each parent",
+            _common(7, _QUICK),
+            module="memories.large",
+        ),
+        Benchmark(
             "sparse_attention",
             "sparse_attention against SDPA in time and memory, over the number of tokens",
             _common(7, _DEVICE, _QUICK),

@@ -6,7 +6,7 @@ A trial is a set of settings; it is trained on 200 examples (``--few-shot``) of 
 training data that it never saw (``score_on="selection"``): the validation sets play no part. Results end up in
 ``research/results/search_STEPS/``, one file a run; a run whose result is there is not repeated, and several
 processes may share the work. With ``--epochs`` a trial is trained on all training data (at most 10,000 examples) less
-that tenth, and its result is in ``search_full_data/``.
+that tenth, and its result is in ``search_full_data/``. With ``--model`` these folders are in one of the model's name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import re
 import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +35,16 @@ PARTS: dict[str, dict[str, Any]] = {
     "keys0.1": {"initializer_range": 0.1},
     "init0.002": {"initializer_range": 0.002},
     "balance": {"load_balancing_coef": 0.01},
+    "k2": {"top_k": 2},
+    "k4": {"top_k": 4},
     "k16": {"top_k": 16},
+    "p64": {"num_parents": 64},
+    "c8": {"num_children": 8},
+    "t0.25": {"temperature": 0.25},
     "t1.6": {"temperature": 1.6},
     "upper3": {"layers_to_transform": [3, 4, 5]},
+    "upper6": {"layers_to_transform": [6, 7, 8, 9, 10, 11]},
+    "attention": {"target_modules": r".*\.layer\.\d+(\.attention)?"},  # a memory after it, too: of BERT and its kin
     "pooler": {"head_modules": ["bert.pooler", "classifier"]},
     "r6": {"reduction_factor": 6},
     "r16": {"reduction_factor": 16},
@@ -77,9 +85,10 @@ def main() -> None:
     """Run what is missing, then print each trial's mean over tasks and seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--model", help="a hub id or a folder; MiniLM by default")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(TRIALS))
-    parser.add_argument("--trials", nargs="+")
+    parser.add_argument("--trials", nargs="+", help="others than the methods' own may be made up, such as lr5e-4-k16")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--few-shot", type=int, default=200)
     parser.add_argument("--max-steps", type=int, default=500)
@@ -88,14 +97,15 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    results = RESULTS if options.model is None else RESULTS / Path(options.model).name
     for seed in options.seeds:
         for method in options.methods:
-            for trial in TRIALS[method].split():
-                for task in options.tasks if trial in (options.trials or [trial]) else ():
+            for trial in options.trials or TRIALS[method].split():
+                for task in options.tasks:
                     folder = "search_full_data" if options.epochs else f"search_{options.max_steps}"
-                    file = RESULTS / folder / f"{method}-{trial}-{task}-{seed}.json"
+                    file = results / folder / f"{method}-{trial}-{task}-{seed}.json"
                     run_once(file, partial(_run, options, task, method, seed, trial))
-    print(recipe_search(RESULTS))
+    print(recipe_search(results))
 
 
 def _run(options: argparse.Namespace, task: str, method: str, seed: int, trial: str) -> dict[str, Any]:
@@ -104,6 +114,7 @@ def _run(options: argparse.Namespace, task: str, method: str, seed: int, trial: 
         config = RunConfig(
             task=task,
             method=method,
+            model=options.model,
             seed=seed,
             output_dir=output,
             data_dir=options.data_dir,

@@ -5,7 +5,7 @@ from sparsepeft_research.reproduction.matrix import Matrix, Run
 from sparsepeft_research.reproduction.planning import Planned, plan
 from sparsepeft_research.reproduction.render import write_table
 from sparsepeft_research.reproduction.reproduce import Outcome, plan_of, reproduce
-from sparsepeft_research.reproduction.runner import Watcher, run_all
+from sparsepeft_research.reproduction.runner import run_all
 from sparsepeft_research.reproduction.tables import Table, make_table
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Planned",
     "Run",
     "Table",
-    "Watcher",
     "make_table",
     "plan",
     "plan_of",

@@ -38,7 +38,7 @@ class AnnealTopK(TrainerCallback):
         model = kwargs["model"]
         least = model.peft_config[model.active_adapter].top_k
         for layer in find_memories(model):
-            most = len(layer.memory.parent_keys)
+            most = layer.memory.num_parents
             fallen = int(2 * state.global_step / state.max_steps * (most - least + 1))
             layer.memory.top_k = max(least, most - fallen)
 

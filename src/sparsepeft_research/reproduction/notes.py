@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from sparsepeft.tasks import task_spec
+from sparsepeft.tasks.labels import TOKENS
 from sparsepeft.training import RunConfig
 from sparsepeft.training.fit import FEW_SHOT_STEPS
 from sparsepeft_research.reproduction import paper
@@ -183,6 +184,8 @@ def _about_columns(name: str, finished: Finished, is_paper: bool, has_devices: b
         notes.append(f"Steps per minute come from several machines, do not compare them: {', '.join(machines)}.")
     if any(run.config.task == "mrpc" for run, _ in finished):
         notes.append("mrpc is the mean of accuracy and F1, as GLUE has it; the paper's figure is an accuracy.")
+    of_tokens = (run.config.task for run, result in finished if result.get("problem_type") == TOKENS)
+    notes += [f"{task} is the F1 of entities: type, beginning and end are right." for task in dict.fromkeys(of_tokens)]
     if not is_paper:
         notes.append("The paper's figures, which are RoBERTa-base's, are not comparable to this backbone's.")
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from sparsepeft.backbones import resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.storage.counting import load_config
+from sparsepeft.training.callbacks import Watcher
 from sparsepeft_research.benchmarks.devices import DEVICES
 from sparsepeft_research.benchmarks.inference.report import device_throughput
 from sparsepeft_research.benchmarks.inference.workloads import architecture
@@ -20,7 +21,7 @@ from sparsepeft_research.reproduction.matrix import Matrix
 from sparsepeft_research.reproduction.planning import Planned, StepTimes, plan
 from sparsepeft_research.reproduction.render import write_table
 from sparsepeft_research.reproduction.results import MAX_OTHERS
-from sparsepeft_research.reproduction.runner import Watcher, run_all
+from sparsepeft_research.reproduction.runner import run_all
 from sparsepeft_research.reproduction.tables import Table, make_table
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from sparsepeft.provenance import environment
 from sparsepeft.runs.files import RESULTS, read_run
 from sparsepeft.runs.folder import can_resume
 from sparsepeft.training import train
+from sparsepeft.training.callbacks import Watcher
 from sparsepeft_research.reproduction.matrix import Run
 from sparsepeft_research.reproduction.results import (
     ABOUT,
@@ -38,26 +39,6 @@ from sparsepeft_research.reproduction.results import (
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
-
-
-class Watcher:
-    """Told what happens to the runs; does nothing by itself."""
-
-    def begins(self, num_runs: int) -> None:
-        """So many runs will be looked at."""
-
-    def callbacks(self, run: Run) -> Sequence[TrainerCallback]:
-        """Callbacks for a run that starts now."""
-        return ()
-
-    def finished(self, run: Run, result: dict[str, Any], here: bool) -> None:
-        """A run has a result; ``here`` unless it was there already or another process made it."""
-
-    def failed(self, run: Run, error: dict[str, Any]) -> None:
-        """A run failed; ``error`` is what its error file says."""
-
-    def waiting(self, runs: Sequence[Run]) -> None:
-        """Only runs that other processes are doing are left."""
 
 
 def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: bool = False) -> dict[str, Any]:
@@ -97,7 +78,7 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
                 elif error := _do(run, watcher, keep_weights, start):
                     failures[run.name] = error
         if busy and len(busy) != num_announced:
-            watcher.waiting(busy)
+            watcher.waiting([run.name for run in busy])
         left, num_announced = busy, len(busy)
         if left:
             time.sleep(_POLL_SECONDS)
@@ -122,14 +103,14 @@ def claim(run: Run) -> Iterator[bool]:
 def _do(run: Run, watcher: Watcher, keep_weights: bool, start: float) -> dict[str, Any] | None:
     """One run, whose lock is held; what its error file says if it failed."""
     if (result := find_result(run).result) is not None:
-        watcher.finished(run, result, here=False)
+        watcher.finished(run.name, result, here=False)
         return None
     if run.error_file.exists() and run.error_file.stat().st_mtime >= start:
         content = read_error(run.error_file)  # another process of this matrix has just tried
-        watcher.failed(run, content)
+        watcher.failed(run.name, content)
         return content
     try:
-        result = _train(run, watcher.callbacks(run))
+        result = _train(run, watcher.callbacks(run.name))
         write_result(run, result)
     except Exception as error:  # the boundary between runs: whatever ends one is recorded, and the others go on
         content = {
@@ -140,14 +121,14 @@ def _do(run: Run, watcher: Watcher, keep_weights: bool, start: float) -> dict[st
             "environment": environment(),
         }
         write_json(run.error_file, content)
-        watcher.failed(run, content)
+        watcher.failed(run.name, content)
         return content
     finally:
         gc.collect()  # a Trainer and its model hold each other
         torch.compiler.reset()  # else the recompile limit would be reached after a few models
     if not keep_weights:
         shutil.rmtree(run.work_folder, ignore_errors=True)
-    watcher.finished(run, result, here=True)
+    watcher.finished(run.name, result, here=True)
     return None
 
 

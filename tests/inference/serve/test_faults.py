@@ -24,6 +24,7 @@ from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
 from sparsepeft_serve import ServeSettings, create_app
 from sparsepeft_serve.folder import task_folders
+from sparsepeft_serve.run import load_engine
 from sparsepeft_serve.service import check_weights_format
 
 TEXT = "the striker scored twice"
@@ -181,6 +182,23 @@ def test_folders_that_are_not_used(backbone: Path, tmp_path: Path, monkeypatch: 
     save_task(backbone, root / "same", METHODS["spartan"](id2label={0: "a", 1: "b", 2: "a"}))
     with pytest.raises(UserError, match="two labels named 'a'"):
         MultiTaskEngine(backbone, {"same": root / "same"})
+
+
+def test_the_tasks_folder_at_the_start(backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "tasks"
+    for name in ("broken", "whole"):
+        save_task(backbone, root / name, METHODS["spartan"](num_labels=2))
+    (root / "broken" / "adapter_model.safetensors").write_bytes(b"garbage")
+    (root / "tuned").mkdir()
+    (root / "tuned" / "run.json").write_text("{}")  # of a run without an adapter, here not a whole one
+    tasks = task_folders(root)
+    assert tasks.keys() == {"broken", "tuned", "whole"}
+    engine = load_engine(tasks, str(backbone), root, dtype="fp32", token_budget=64)
+    assert list(engine.tasks) == ["whole"]
+    told = [line.split(": ")[:2] for line in caplog.messages if line.startswith("task ")]
+    assert told == [["task broken", "left out"], ["task tuned", "left out"]]
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_engine(tasks, str(backbone), dtype="fp32", token_budget=64)  # named one by one
 
 
 def test_a_text_of_too_many_parts(both: MultiTaskEngine) -> None:

@@ -72,9 +72,14 @@ def test_what_waits_is_batched_in_turn_and_bounded() -> None:
         await asyncio.sleep(0.05)
         with pytest.raises(ServiceError, match="26 texts are waiting") as overloaded:
             await batcher.answer([("c", "z")] * 6, Options())
+        calls = [asyncio.create_task(batcher.between_batches(lambda: "called")) for _ in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(ServiceError, match="30 texts are waiting"):
+            await calls.pop()
         assert (overloaded.value.status, overloaded.value.retry_after) == (429, 1)
         engine.may_answer.set()
         assert await first == ["a: x"]
+        assert await asyncio.gather(*calls) == ["called"] * 4
         assert await short == ["b: y"]
         assert not long.done()  # the short one did not wait for all of it
         assert await long == [f"a: {i}" for i in range(25)]

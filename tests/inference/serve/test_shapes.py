@@ -246,6 +246,7 @@ def test_about(client: TestClient, engine: MultiTaskEngine) -> None:
     assert about["default_task"] == "five"
     assert about["model_type"]["classifier"]["label2id"]["LABEL_4"] == 4
     assert about["tasks"]["degree"]["problem_type"] == "regression"
+    assert about["tasks"]["degree"]["thresholds"] is None
     for path in ("/health", "/ping"):
         assert client.get(path).status_code == 200
     metrics = client.get("/metrics").text

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -27,6 +31,22 @@ typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES)));
 
 INLINE vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 INLINE void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
+// Past the caches, to an address that is a multiple of VECTOR_BYTES: for what is written once and read much later. What
+// is stored so can be read by others after `finish_streaming`.
+#if defined(__AVX512F__)
+INLINE void stream(float* p, vec v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+#elif defined(__AVX__)
+INLINE void stream(float* p, vec v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+#elif defined(__SSE__)
+INLINE void stream(float* p, vec v) { _mm_stream_ps(p, reinterpret_cast<__m128>(v)); }
+#else
+INLINE void stream(float* p, vec v) { store(p, v); }
+#endif
+INLINE void finish_streaming() {
+#ifdef __SSE__
+    _mm_sfence();
+#endif
+}
 INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec select(ivec condition, vec yes, vec no) {
     return reinterpret_cast<vec>((condition & reinterpret_cast<ivec>(yes)) | (~condition & reinterpret_cast<ivec>(no)));

@@ -47,16 +47,26 @@ def memory_read_gathered(
 
     All tensors share one dtype; ``x`` is (N, D).
     """
-    precise = softmax_dtype(x.dtype)
-    best, selected = top_k_lowest_index(torch.mm(x, parent_keys.T).to(precise), top_k)
-    gate = torch.softmax(best, dim=-1)  # (N, K)
-    output = x.to(precise)
-    for rank in range(top_k):  # one at a time: the largest temporary is (N, C, D)
-        scores = torch.matmul(child_keys[selected[:, rank]], x.unsqueeze(-1)).squeeze(-1).to(precise)  # (N, C)
-        weights = gate[:, rank : rank + 1] * torch.softmax(scores / temperature, dim=-1)
+    best, selected = top_k_lowest_index(torch.mm(x, parent_keys.T).to(softmax_dtype(x.dtype)), top_k)
+    return read_gathered(x, torch.softmax(best, dim=-1), selected, child_keys, child_values, temperature)[0]
+
+
+def read_gathered(
+    x: Tensor, gate: Tensor, selected: Tensor, child_keys: Tensor, child_values: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Read the children of selected parents, given these and their weights, (N, K).
+
+    Returns:
+        The states after the read, (N, D), and each parent's softmax over its children, (N, K, C).
+    """
+    output, attention = x.to(gate.dtype), []
+    for rank in range(selected.shape[1]):  # one at a time: the largest temporary is (N, C, D)
+        scores = torch.matmul(child_keys[selected[:, rank]], x.unsqueeze(-1)).squeeze(-1).to(gate.dtype)  # (N, C)
+        attention.append(torch.softmax(scores / temperature, dim=-1))
+        weights = gate[:, rank : rank + 1] * attention[-1]
         read = torch.matmul(weights.to(x.dtype).unsqueeze(1), child_values[selected[:, rank]])  # (N, 1, D)
         output = output + read.squeeze(1)
-    return output.to(x.dtype)
+    return output.to(x.dtype), torch.stack(attention, dim=1)
 
 
 def _read_few(

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from sparsepeft.devices import keep_freed_memory
 from sparsepeft.methods.models import extend, load_backbone
 from sparsepeft.methods.recipes import get_recipe
+from sparsepeft.models.frozen import hold_frozen_linears
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.model import compute_by_onednn
@@ -28,8 +29,12 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "compiled memory off": ({}, {"impl": "torch"}),
     "compiled dropout off": ({"compiled_dropout": False}, {}),
     "oneDNN off": ({"onednn": False}, {}),
+    "weights cast in each pass": ({"holds_weights": False, "onednn": False}, {}),
     "freed memory not kept": ({"keep_freed_memory": False}, {}),
-    "all off": ({"compiled_dropout": False, "onednn": False, "keep_freed_memory": False}, {"impl": "torch"}),
+    "all off": (
+        {"compiled_dropout": False, "onednn": False, "holds_weights": False, "keep_freed_memory": False},
+        {"impl": "torch"},
+    ),
 }
 _SPEC = TaskSpec("steps", ("text",), ("no", "yes"), ("accuracy",), "accuracy", 3)
 
@@ -69,8 +74,12 @@ def candidates(quick: bool) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _settings(method: str, **adapter: Any) -> dict[str, Any]:
-    process = {"method": method, "onednn": None, "compiled_dropout": True, "keep_freed_memory": True, "pad_to": None}
-    return process | {"adapter": get_recipe("paper", method).adapter | adapter}
+    process = {"method": method, "onednn": None, "holds_weights": True, "compiled_dropout": True}
+    return process | {
+        "keep_freed_memory": True,
+        "pad_to": None,
+        "adapter": get_recipe("paper", method).adapter | adapter,
+    }
 
 
 def write_tokens(model: str, case: Case, seed: int, path: Path) -> None:
@@ -87,6 +96,8 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
     if settings["keep_freed_memory"]:
         keep_freed_memory()
     model = extend(load_backbone(settings["model"], _SPEC), settings["method"], _SPEC, settings["adapter"])
+    if settings["holds_weights"] and settings["precision"] == "bf16":
+        hold_frozen_linears(model, torch.bfloat16)
     compute_by_onednn(model, settings["precision"], settings["onednn"])
     if settings["compiled_dropout"] and is_compiled_dropout_faster():
         CompiledDropout().__enter__()  # until the process ends

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from sparsepeft.errors import TaskError
 from sparsepeft.extras import require
-from sparsepeft.tasks.decoding import known_encoding, lines, marked_encoding
-from sparsepeft.tasks.formats import DELIMITERS, FileFormat, find_format, records, split_raw
+from sparsepeft.rows.conll import read_sentences
+from sparsepeft.rows.decoding import known_encoding, lines, marked_encoding
+from sparsepeft.rows.formats import DELIMITERS, FileFormat, find_format, records, split_raw
 
 
 class Row(NamedTuple):
@@ -67,8 +68,8 @@ def read_rows(
     """Read a file row by row. Empty lines are skipped.
 
     Args:
-        path: CSV, TSV or JSON, or that with .gz, or parquet.
-        file_format: how it is written; None asks :func:`sparsepeft.tasks.formats.find_format`, but guesses no encoding,
+        path: CSV, TSV, JSON or CoNLL, or that with .gz, or parquet.
+        file_format: how it is written; None asks :func:`sparsepeft.rows.formats.find_format`, but guesses no encoding,
             as nobody would see the note on it.
         required: columns that must be there.
         header: column names where a raw TSV file may lack its header line.
@@ -83,6 +84,8 @@ def read_rows(
         rows = _parquet_rows(path, required)
     elif form.kind in ("json", "jsonl"):
         rows = _json_rows(path, form, required)
+    elif form.kind == "conll":
+        rows = _sentences(path, form, required)
     else:
         rows = _table_rows(path, form, required, header, allow_short)
     empty = True
@@ -237,3 +240,10 @@ def _named(value: Any, names: list[str] | None) -> Any:
     if isinstance(value, list):
         return [_named(each, names) for each in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _sentences(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
+    """The sentences of a file with a token a line."""
+    for number, values in read_sentences(path, form.encoding):
+        _check_columns(Path(f"{path}:{number}"), list(values), required)
+        yield Row(number, values)

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.tasks.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
+from sparsepeft.rows.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
 
-FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
-_KINDS: Final = {ending: ending[1:] for ending in FORMATS} | {".tab": "tsv", ".txt": "tsv"}
+_KINDS: Final = {
+    **{ending: ending[1:] for ending in FORMATS},
+    **{".tab": "tsv", ".txt": "tsv"},
+    **dict.fromkeys((".bio", ".iob", ".iob2"), "conll"),
+}
 _SPREADSHEETS: Final = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".xml", ".numbers")
+_NAMES: Final = {"parquet": "Parquet", "conll": "CoNLL"}  # that are no capitals
 _LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
 _SAMPLE: Final = 200  # lines that a delimiter is chosen by
 
@@ -25,7 +30,7 @@ class FileFormat:
     """How a file is written.
 
     Attributes:
-        kind: csv, tsv, jsonl, json (a list of objects) or parquet.
+        kind: csv, tsv, jsonl, json (a list of objects), conll (a token and its tag a line) or parquet.
         delimiter: between the fields of CSV and TSV; empty for the others.
         encoding: Python's name; empty for parquet.
         is_quoted: a field may stand in quotation marks, with line ends and the delimiter in it; else a ``"`` is a
@@ -42,7 +47,7 @@ class FileFormat:
     def describe(self) -> dict[str, Any]:
         """What is worth showing, in words."""
         shown = {
-            "format": "JSON" if self.kind == "json" else self.kind.upper() if self.kind != "parquet" else "Parquet",
+            "format": _NAMES.get(self.kind, self.kind.upper()),
             "delimiter": DELIMITERS.get(self.delimiter, self.delimiter),
             "encoding": "UTF-8" if self.encoding == UTF8 else self.encoding,
         }
@@ -85,7 +90,7 @@ def find_format(
     if kind == "json":
         first = next((line.lstrip() for _, line in lines(path, known) if line.strip()), "")
         kind = "json" if first.startswith("[") else "jsonl"  # as `datasets` writes it: one object per line
-    if kind in ("json", "jsonl"):
+    if kind in ("json", "jsonl", "conll"):
         return FileFormat(kind, encoding=known, notes=tuple(notes))
     chosen = _delimiter(path, kind, known, None if delimiter is None else read_delimiter(delimiter))
     is_quoted = True

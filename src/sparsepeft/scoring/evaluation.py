@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import longest_input
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.inference.questions import TableOptions
+from sparsepeft.inference.sentences import SENTENCE, by_sentence, encode_sentences
 from sparsepeft.inference.tasks import trained_run
 from sparsepeft.methods.language_models import load_trained_language_model, perplexity
 from sparsepeft.methods.models import load_tokenizer, to_accelerator
 from sparsepeft.methods.sparse import by_infer
+from sparsepeft.rows.formats import FileFormat
+from sparsepeft.rows.reading import read_rows, sha256
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.corpus import cut, fingerprints, join, load_corpus, read_documents
 from sparsepeft.runs.files import read_run
 from sparsepeft.runs.held_out import held_out_data, not_held_out_any_more, read_held_out
-from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns
-from sparsepeft.tasks.files import read_rows, sha256
-from sparsepeft.tasks.formats import FileFormat
+from sparsepeft.scoring.questions import TableOptions
+from sparsepeft.tasks.columns import Columns, choose_label_column, choose_text_columns, choose_token_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
+Answered = tuple[dict[str, dict[str, Any]], dict[str, Any], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Evaluation(Mapping[str, dict[str, float]]):
             confusion matrix (rows are true, columns predicted classes), see :func:`sparsepeft.tasks.metrics.report`.
         notes: what a reader of the scores must know, such as that the data has changed since training.
         data_fingerprints: SHA-256 of the files, by name.
+        metrics_at_half: ``metrics`` with 0.5 as the threshold of every label, where training chose others.
         metrics_by_infer: for a sparse model whose answers are other than the dense one's: ``metrics`` in either way,
             under ``"sparse"`` and ``"dense"``.
     """
@@ -49,6 +52,7 @@ class Evaluation(Mapping[str, dict[str, float]]):
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     data_fingerprints: dict[str, str] = field(default_factory=dict)
+    metrics_at_half: dict[str, dict[str, float]] = field(default_factory=dict)
     metrics_by_infer: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def __getitem__(self, part: str) -> dict[str, float]:
@@ -127,10 +131,15 @@ def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: Fi
 
     trained = predictor.columns or Columns((), "")
     header = list(next(iter(read_rows(path, file_format))).values)
-    label = choose_label_column(path, header, table.label_column, trained.label)
+    if predictor.spec.labels_tokens:
+        text, label = (trained.texts[0], trained.label) if trained.all and {*trained.all} <= {*header} else (None, None)
+        named = (table.text_column or text, table.text_pair_column, table.label_column or label)
+        return load_labelled(path, predictor.spec, choose_token_columns(path, header, *named), file_format)
+    names = predictor.spec.label_names if predictor.spec.multi_label else None
+    label = choose_label_column(path, header, table.label_column, trained.label, names or ())
     texts = choose_text_columns(
         path,
-        [name for name in header if name != label],
+        [name for name in header if name not in Columns((), label).labels],
         len(predictor.spec.text_columns),
         table.text_column,
         table.text_pair_column,
@@ -148,24 +157,51 @@ def _evaluation(
 ) -> Evaluation:
     from sparsepeft.tasks.metrics import report
 
-    spec = predictor.spec
-    texts = {}
-    for name, part in parts.items():
-        columns = [part[column][:] for column in spec.text_columns]
-        texts[name] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-    labels = {name: part["label"][:] for name, part in parts.items()}
-    answers = _by_infer(predictor.model, lambda: {n: predictor.logits(part) for n, part in texts.items()}, infer)
+    spec, thresholds = predictor.spec, predictor.thresholds
+    answers, labels, more = (_of_tokens if spec.labels_tokens else _of_texts)(predictor, parts, infer)
     scores = {
-        way: {name: spec.compute_metrics(logits, labels[name]) for name, logits in answer.items()}
+        way: {name: spec.compute_metrics(logits, labels[name], thresholds) for name, logits in answer.items()}
         for way, answer in answers.items()
     }
-    reports = {
-        name: of_classes
-        for name, logits in next(iter(answers.values())).items()
-        if (of_classes := report(spec, logits, labels[name]))
-    }
-    sizes = {name: len(part) for name, part in parts.items()}
-    return Evaluation(next(iter(scores.values())), sizes, reports, notes, dict(fingerprints), _if_several(scores))
+    own = next(iter(answers.values()))
+    reports = {n: classes for n, logits in own.items() if (classes := report(spec, logits, labels[n], thresholds))}
+    at_half = {n: spec.compute_metrics(logits, labels[n]) for n, logits in own.items() if thresholds is not None}
+    return Evaluation(
+        metrics=next(iter(scores.values())),
+        num_rows={name: len(part) for name, part in parts.items()},
+        report=reports,
+        notes=(*notes, *more),
+        data_fingerprints=dict(fingerprints),
+        metrics_at_half=at_half,
+        metrics_by_infer=_if_several(scores),
+    )
+
+
+def _of_texts(predictor: Predictor, parts: dict[str, Dataset], infer: str | None) -> Answered:
+    """Logits by how the model answers and by part, labels by part, and notes."""
+    texts = {}
+    for name, part in parts.items():
+        columns = [part[column][:] for column in predictor.spec.text_columns]
+        texts[name] = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    answers = _by_infer(predictor.model, lambda: {n: predictor.logits(part) for n, part in texts.items()}, infer)
+    return answers, {name: part["label"][:] for name, part in parts.items()}, ()
+
+
+def _of_tokens(predictor: Predictor, parts: dict[str, Dataset], infer: str | None) -> Answered:
+    """The same where tokens are labelled."""
+    encoded = {name: encode_sentences(part, predictor.tokenizer, predictor.max_length) for name, part in parts.items()}
+    notes = [f"{name}: {note}" for name, each in encoded.items() for note in each.notes(predictor.max_length)]
+    labels: dict[str, Any] = {}
+
+    def answer() -> dict[str, Any]:
+        answered = {}
+        for name, (rows, *_) in encoded.items():
+            tags, places = rows["labels"][:], rows[SENTENCE][:]
+            inputs = rows.remove_columns(["labels", "length", SENTENCE]).to_list()
+            answered[name], labels[name] = by_sentence(predictor.token_logits(inputs), tags, places)
+        return answered
+
+    return _by_infer(predictor.model, answer, infer), labels, tuple(notes)
 
 
 def _by_infer(model: Any, score: Callable[[], T], infer: str | None) -> dict[str, T]:
@@ -235,3 +271,15 @@ def _held_out_text(folder: Path, config: RunConfig, run: dict[str, Any]) -> tupl
     if not held_out:
         raise not_held_out_any_more(folder, names, is_known=False)
     return held_out, ()
+
+
+def confusions(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[tuple[int, str, str]]:
+    """What was taken for something else: how often, what it is, and what for; the most frequent first.
+
+    Args:
+        names: of the classes.
+        matrix: counts by true class (row) and predicted class (column).
+    """
+    rows = zip(names, matrix, strict=True)
+    wrong = [(n, true, guess) for true, row in rows for guess, n in zip(names, row, strict=True) if true != guess and n]
+    return sorted(wrong, key=lambda counted: -counted[0])

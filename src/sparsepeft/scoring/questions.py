@@ -6,17 +6,17 @@ import gzip
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.tasks.columns import choose_text_columns
-from sparsepeft.tasks.decoding import UTF8, known_encoding
-from sparsepeft.tasks.files import read_rows
-from sparsepeft.tasks.formats import FileFormat, find_format
+from sparsepeft.rows.decoding import UTF8, known_encoding
+from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.reading import read_rows
+from sparsepeft.tasks.columns import TOKENS, choose_text_columns
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,18 @@ class TableOptions:
 
     Attributes:
         text_column, text_pair_column, label_column: names of columns; by default what they were called in training.
-        delimiter, encoding: of the file, see :func:`sparsepeft.tasks.formats.find_format`.
+            Several label columns, in a list or with commas between them, hold 0 and 1.
+        delimiter, encoding: of the file, see :func:`sparsepeft.rows.formats.find_format`.
     """
 
     text_column: str | None = None
     text_pair_column: str | None = None
-    label_column: str | None = None
+    label_column: str | Sequence[str] | None = None
     delimiter: str | None = None
     encoding: str | None = None
 
     def format_of(self, path: Path) -> FileFormat:
-        """How a file is written, see :func:`sparsepeft.tasks.formats.find_format`."""
+        """How a file is written, see :func:`sparsepeft.rows.formats.find_format`."""
         return find_format(path, self.delimiter, self.encoding)
 
 
@@ -115,7 +116,7 @@ def read_lines(
         keys = tuple(value)
         if keys not in known:
             known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
-        return Question(_one_or_more(value[name] for name in known[keys]), value)
+        return _question([value[name] for name in known[keys]], value, predictor)
 
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
@@ -136,7 +137,7 @@ def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterat
     for _ in read_rows(path, file_format, required=names):
         pass
     return (
-        Question(_one_or_more(row.values.get(name) for name in names), row.values)
+        _question([row.values.get(name) for name in names], row.values, predictor)
         for row in read_rows(path, file_format, required=names)
     )
 
@@ -158,13 +159,19 @@ def _text_columns(
 ) -> tuple[str, ...]:
     trained = predictor.columns.texts if predictor.columns is not None else predictor.spec.text_columns
     number = len(predictor.spec.text_columns)
+    if predictor.spec.labels_tokens and table.text_column is None:
+        trained = tuple(name for name in (*trained, *TOKENS) if name in header)[:1]
     named = (table.text_column, table.text_pair_column)
     return choose_text_columns(path, header, number, *named, trained, any_name=any_name)
 
 
-def _one_or_more(values: Iterable[Any]) -> Any:
-    texts = list(values)
-    return texts[0] if len(texts) == 1 else texts
+def _question(texts: list[Any], columns: dict[str, Any], predictor: Predictor) -> Question:
+    """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
+    first = texts[0]
+    if predictor.spec.labels_tokens and isinstance(first, list) and all(isinstance(token, str) for token in first):
+        text = " ".join(first)
+        return Question(text, columns | {"text": text})
+    return Question(first if len(texts) == 1 else texts, columns)
 
 
 def _refuse(constant: str) -> None:

@@ -10,14 +10,14 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.inference.questions import Question
+from sparsepeft.scoring.questions import Question
 from sparsepeft.tasks import TaskSpec
 
 FORMATS = ("jsonl", "csv")
@@ -34,7 +34,7 @@ class Answer:
     prediction: Prediction
 
     def row(self) -> dict[str, Any]:
-        """The columns as they came, then ``label``, ``score`` and ``scores`` (or ``labels``, or ``error``).
+        """The columns as they came, then ``label``, ``score`` and ``scores``; or ``labels``, ``entities``, ``error``.
 
         An input that was longer than the task takes has ``truncated``.
 
@@ -48,8 +48,11 @@ class Answer:
         cells = self._cells()
         error, scores = cells.pop("error", None), cells.pop("scores", {})
         cells.pop("truncated", None)
-        if spec.label_names is None:
-            columns: dict[str, Any] = {"score": None}
+        columns: dict[str, Any]
+        if spec.labels_tokens:
+            columns = {"entities": None}
+        elif spec.label_names is None:
+            columns = {"score": None}
         else:
             first: dict[str, Any] = {"labels": None} if spec.multi_label else {"label": None, "score": None}
             columns = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
@@ -64,6 +67,9 @@ class Answer:
         cut = {"truncated": True} if one.truncated else {}
         if one.error is not None:
             return {"error": one.error}
+        if one.entities is not None:
+            rounded = ({**asdict(each), "score": float(f"{each.score:.4g}")} for each in one.entities)
+            return {"entities": list(rounded), **cut}
         if one.label is None:
             return {"score": float(f"{one.score:.6g}"), **cut}
         scores = {name: float(f"{score:.4g}") for name, score in one.scores.items()}

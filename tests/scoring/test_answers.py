@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from sparsepeft.errors import UserError
-from sparsepeft.inference.answers import Answer, arriving, format_of, formatter
 from sparsepeft.inference.portable import Prediction
-from sparsepeft.inference.questions import TableOptions, read_lines, read_questions
+from sparsepeft.scoring.answers import Answer, arriving, format_of, formatter
+from sparsepeft.scoring.questions import TableOptions, read_lines, read_questions
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from sparsepeft.rows.decoding import UTF8
+from sparsepeft.rows.formats import RAW_TSV, FileFormat, find_format
+from sparsepeft.rows.reading import Row, read_rows
 from sparsepeft.tasks import TaskError, load_task
-from sparsepeft.tasks.decoding import UTF8
-from sparsepeft.tasks.files import Row, read_rows
-from sparsepeft.tasks.formats import RAW_TSV, FileFormat, find_format
 
 TABLE = 'text{d}label\r\n"Sie sagte: ""ja{d} doch"", 5 €\nnaïve"{d}a\r\nplain, text{d}b\r\n'
 ROWS = [
