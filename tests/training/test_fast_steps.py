@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.tiny import run_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsepeft.models import DeferredLogits, deferred_logits
+from sparsepeft.models import DeferredLogits, deferred_logits, onednn
 from sparsepeft.models.onednn import OneDnnLinear, can_onednn_compute
 from sparsepeft.ops import dropout
 from sparsepeft.training import fit, model, train
@@ -23,7 +23,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     found: set[str] = set()
     monkeypatch.setattr(fit, "is_compiled_dropout_faster", lambda: True)
     monkeypatch.setattr(model, "is_onednn_faster", lambda dtype, *, trains: can_onednn_compute(dtype))
-    for owner, name in ((dropout, "dropout"), (dropout, "attention"), (OneDnnLinear, "_parameters_in")):
+    for owner, name in ((dropout, "dropout"), (dropout, "attention"), (onednn, "onednn_product")):
 
         def noting(*args: Any, name: str = name, function: Any = getattr(owner, name)) -> Any:  # noqa: B008
             found.add(name)
@@ -41,7 +41,7 @@ def test_runs_use_what_is_faster_and_can_be_repeated(tiny_backbone: Path, tmp_pa
     for name in ("first", "second"):
         train(run_config(tiny_backbone, tmp_path / name, method="spartan"))
     assert used >= {"dropout", "attention"}
-    assert ("_parameters_in" in used) == can_onednn_compute(torch.float32)
+    assert ("onednn_product" in used) == can_onednn_compute(torch.float32)
     first, second = (weights(tmp_path / name) for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(tensor.isfinite().all() for tensor in first.values())
