@@ -48,6 +48,7 @@ TABLES = {
     "recipe-search": Table("The search for recipes", scores.recipe_search),
     "parents": Table("What parent cells have learned", scores.parents),
     "finetuning": Table("Fine-tuning throughput", training.throughput),
+    "finetuning-steps": Table("Training steps beside AdapterHub's", training.bare_steps),
     "adapterhub": Table("Bottleneck adapters against AdapterHub's", training.adapterhub),
     "inference": Table("Throughput, latency and memory", inference.throughput),
     "runtimes": Table("The bare backbone in other libraries", inference.runtimes),
@@ -79,7 +80,7 @@ TABLES = {
 # Page -> title and the tables on it.
 PAGES = {
     "scores": ("Scores and storage", ("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options")),
-    "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "adapterhub")),
+    "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
     "recipes": ("The search for recipes", ("recipe-search",)),
     "parents": ("What parent cells have learned", ("parents",)),
     "inference": ("Inference", ("inference", "runtimes", "exported")),

@@ -22,17 +22,26 @@ def throughput(results: Path) -> str:
         "epochs in one run. Ours are whole training runs with batches by length, `adapters` a bare loop with batches "
         "in random order. By `sparsepeft benchmark finetuning --data-dir DATA`."
     ]
-    if sets := {title: each for title, each in report.results.items() if title.startswith(_STEPS)}:
-        parts.append(
-            "Bare training steps of equal batches (tokens without padding) in the same loop on both sides: how many "
-            "times as fast SPARTAN is, memories alone, as each of the others, and as it is with one thing off. bf16 is "
-            "autocast."
-        )
-        parts.append(steps(sets))
     for group, candidates in report.results.items():
-        parts += [] if group in sets else [_speeds(group, candidates)]
+        parts.append(_speeds(group, candidates))
         parts += [f"{name}: {one['failed']}" for name, one in candidates.items() if "failed" in one]
     return paragraphs(*parts)
+
+
+def bare_steps(results: Path) -> str:
+    """Training steps of equal batches, against AdapterHub's."""
+    report = read_result(results / "benchmarks" / "finetuning_steps.json")
+    failed = [
+        f"{name}: {one['failed']}" for each in report.results.values() for name, one in each.items() if "failed" in one
+    ]
+    return paragraphs(
+        "Bare training steps of equal batches (tokens without padding) in the same loop on both sides: how many times as "
+        "fast SPARTAN is, memories alone, as each of the others. bf16 is autocast. "
+        f"{report.machine}; medians of alternating steps in one run. By `sparsepeft benchmark finetuning --groups steps "
+        "--model ,MPNET --data-dir DATA`.",
+        steps(report.results),
+        *failed,
+    )
 
 
 def _speeds(group: str, candidates: dict[str, Any]) -> str:
