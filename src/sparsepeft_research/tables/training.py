@@ -35,10 +35,10 @@ def bare_steps(results: Path) -> str:
         f"{name}: {one['failed']}" for each in report.results.values() for name, one in each.items() if "failed" in one
     ]
     return paragraphs(
-        "Bare training steps of equal batches (tokens without padding) in the same loop on both sides: how many times as "
-        "fast SPARTAN is, memories alone, as each of the others. bf16 is autocast. "
-        f"{report.machine}; medians of alternating steps in one run. By `sparsepeft benchmark finetuning --groups steps "
-        "--model ,MPNET --data-dir DATA`.",
+        "Bare training steps of equal batches (tokens without padding) in the same loop on both sides: how many times "
+        "as fast SPARTAN is, memories alone, as each of the others. bf16 is autocast. "
+        f"{report.machine}; medians of alternating steps in one run. By `sparsepeft benchmark finetuning --data-dir DATA "
+        "--groups steps --model ,MPNET`.",
         steps(report.results),
         *failed,
     )
