@@ -37,8 +37,8 @@ def bare_steps(results: Path) -> str:
     return paragraphs(
         "Bare training steps of equal batches (tokens without padding) in the same loop on both sides: how many times "
         "as fast SPARTAN is, memories alone, as each of the others. bf16 is autocast. "
-        f"{report.machine}; medians of alternating steps in one run. By `sparsepeft benchmark finetuning --data-dir DATA "
-        "--groups steps --model ,MPNET`.",
+        f"{report.machine}; medians of alternating steps in one run. By `sparsepeft benchmark finetuning "
+        "--data-dir DATA --groups steps --model ,MPNET`.",
         steps(report.results),
         *failed,
     )
