@@ -432,5 +432,5 @@ def test_what_is_called_wrongly_is_said_at_once(engine: MultiTaskEngine) -> None
             ask([], truncation="no")
         with pytest.raises(UserError, match="`on_error='rise'` was given; pass 'return' or 'raise'"):
             ask([], on_error="rise")  # type: ignore[operator]
-    assert repr(engine).endswith("float32 on cpu, 8 tasks: two, five, degree, upper, pfeiffer and 3 more)")
+    assert repr(engine).endswith("float32 on cpu, 9 tasks: two, five, product, degree, upper and 4 more)")
     assert "labels: " in repr(engine.tasks["two"])
