@@ -54,6 +54,7 @@ TABLES = {
     "runtimes": Table("The bare backbone in other libraries", inference.runtimes),
     "exported": Table("Exported tasks", inference.exported),
     "memory-read": Table("`ops.memory_read`", kernels.memory),
+    "large-memory": Table("Memories of up to 65,536 parents", kernels.large_memory),
     "sparse-attention": Table("Sparse attention alone", kernels.attention),
     "routed-ffn": Table("Routed FFN alone", kernels.feed_forward),
     "gpu": Table("The ops on a GPU", kernels.gpu),
@@ -84,7 +85,10 @@ PAGES = {
     "recipes": ("The search for recipes", ("recipe-search",)),
     "parents": ("What parent cells have learned", ("parents",)),
     "inference": ("Inference", ("inference", "runtimes", "exported")),
-    "kernels": ("Kernels", ("memory-read", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator")),
+    "kernels": (
+        "Kernels",
+        ("memory-read", "large-memory", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator"),
+    ),
     "spt": (
         "Sparse fine-tuning (SPT)",
         (

@@ -32,6 +32,24 @@ def memory(results: Path) -> str:
     )
 
 
+def large_memory(results: Path) -> str:
+    """Memories of up to 65,536 parents: a token's share of a pass, by way and number of parents."""
+    report = read_result(results / "benchmarks" / "large_memory.json")
+    ways = ("forward", "forward_backward", "step")
+    rows = []
+    for one in report.results:
+        times, over = one["microseconds_per_token"], one["over_flat_256"]
+        cells = [f"{times[way]:.1f} ({over[way]:.2f})" if way in times else "" for way in ways]
+        rows.append([one["kind"], f"{one['parents']:,}", *cells])
+    first = report.results[0]
+    return paragraphs(
+        f"Microseconds a token, {first['num_tokens']:,} tokens, D={first['hidden_size']}, C={first['num_children']}, "
+        f"K={first['top_k']}, float32, {report.machine}; in brackets the multiple of a flat memory's of 256 parents. "
+        "`step` has the optimizer's, of the cells that were read. By `sparsepeft benchmark large_memory`.",
+        table(["keys", "P", "forward", "forward and backward", "step"], rows),
+    )
+
+
 def attention(results: Path) -> str:
     """Time and memory of sparse attention: keys by inner products, and by matches, which alone older files have."""
     report = read_result(results / "benchmarks" / "sparse_attention.json")
