@@ -63,8 +63,8 @@ def compare(
     Example:
         >>> from sparsepeft.training import RunConfig
         >>> comparison = compare(RunConfig("topics", "out/compare-topics", max_steps=30), ["head", "spartan"])
-        >>> [method.method for method in comparison.methods]
-        ['head', 'spartan']
+        >>> ", ".join(method.method for method in comparison.methods)
+        'head, spartan'
     """
     methods, seeds = check_names(config.task, methods), tuple(dict.fromkeys(seeds)) or (config.seed,)
     watcher, folder = watcher or Watcher(), Path(config.output_dir)
