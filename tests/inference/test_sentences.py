@@ -153,6 +153,9 @@ def test_entities_by_word() -> None:
     assert all(one.score == pytest.approx(np.exp(4) / (np.exp(4) + 4)) for one in found)
     every = entities_in(text, spans, logits, names, joined=False)
     assert [names.index(one.label) for one in every] == guesses
+    text, spans = "O'Neil, (Bob)", [(0, 1), (1, 2), (2, 6), (6, 7), (8, 9), (9, 12), (12, 13)]
+    logits = 4 * np.eye(5)[[1, 0, 3, 0, 0, 1, 0]]  # punctuation within a word is asked as little as its other pieces
+    assert [one.word for one in entities_in(text, spans, logits, names, by_word=True)] == ["O'Neil", "Bob"]
     assert entities_in("", [], np.zeros((0, 5)), names, by_word=True) == ()
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "B-X", "E-X"), by_word=True)
     assert [(one.start, one.end) for one in placed] == [(0, 1), (2, 5)]

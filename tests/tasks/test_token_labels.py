@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.tiny import write_jsonl
 
+from sparsepeft.rows.reading import read_rows
 from sparsepeft.tasks import TaskData, TaskError, check_task, few_shot, load_task, split_train, subsample
 from sparsepeft.tasks.metrics import report
 from sparsepeft.tasks.preview import describe_data
@@ -231,3 +232,11 @@ def test_json_lists_of_both(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps([{"tokens": tokens, "labels": tags} for tokens, tags in SENTENCES]))
     assert load(path).spec.label_names == NAMES
+
+
+def test_comments_beside_hashtags(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("# global\nAnna\tB-PER\n#here\tO\n\n# sent_id = 4\nBob\tB-PER\n")
+    assert [row.values["tokens"] for row in read_rows(path)] == [["Anna", "#here"], ["Bob"]]
+    path.write_text("# id = 4\nAnna x x B-PER\n# one two O\n")
+    assert [row.values["tokens"] for row in read_rows(path)] == [["Anna", "#"]]

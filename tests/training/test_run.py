@@ -346,3 +346,19 @@ def test_damaged_files_are_named(finished: Path, name: str, change: Callable[[Pa
     with pytest.raises(UserError) as caught:
         Predictor(finished)
     assert str(finished) in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_run_cut_within_an_epoch_goes_on_alike(tiny_backbone: Path, tmp_path: Path) -> None:
+    def run(name: str) -> RunConfig:
+        return run_config(tiny_backbone, tmp_path / name, max_steps=60, eval_steps=7)
+
+    def history(name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        return [{key: one.get(key) for key in ("step", "loss", "score")} for one in lines]
+
+    train(run("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(run("cut"), callbacks=[Interrupt(52)])
+    train(run("cut"))  # from step 49
+    assert history("cut") == history("whole")

@@ -281,8 +281,8 @@ def entities_in(
         offsets: of each token's first character and of the one after its last; special tokens left out.
         logits: (tokens, num_labels).
         label_names: by index. ``B-``, ``I-``, ``E-`` and ``S-`` say where in an entity a token is.
-        by_word: the first token of a word speaks for all of it, as it was trained to. A word ends at white space and at
-            punctuation, and an ideograph is one.
+        by_word: the first token of a word speaks for all of it, as it was trained to. A word ends at white space,
+            punctuation at its edges is apart, and an ideograph is one.
         joined: neighbours of one label are an entity, of which ``B-`` begins another; else each token, or word, is by
             itself, whatever its label.
         ignore_labels: entities that are left out where they are joined.
@@ -294,7 +294,7 @@ def entities_in(
             start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokens begin with the space before
             if start >= end:
                 continue
-            if units and start <= units[-1].end and not any(map(_is_apart, text[start - 1 : start + 1])):
+            if units and start <= units[-1].end and _is_inside_word(text, start):
                 units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)
                 continue
         best = int(row.argmax())
@@ -323,9 +323,16 @@ def _place_and_kind(label: str) -> tuple[str, str]:
     return (label[0], label[2:]) if label[:2] in ("B-", "I-", "E-", "S-") and label[2:] else ("", label)
 
 
-def _is_apart(char: str) -> bool:
-    """Whether a character is no part of the word beside it, as BERT's tokenizer has it."""
-    return char.isspace() or unicodedata.category(char)[0] in "PS" or unicodedata.name(char, "").startswith("CJK")
+def _is_inside_word(text: str, place: int) -> bool:
+    """Whether the characters before and at a place are of one word: ``O'Neil`` is one, with the comma behind it not."""
+    if any(unicodedata.name(char, "").startswith("CJK") for char in text[place - 1 : place + 1]):
+        return False
+    return _meets_letter(text, range(place - 1, -1, -1)) and _meets_letter(text, range(place, len(text)))
+
+
+def _meets_letter(text: str, places: Iterable[int]) -> bool:
+    """Whether a letter or digit comes before white space."""
+    return next((text[place].isalnum() for place in places if text[place].isspace() or text[place].isalnum()), False)
 
 
 # -- exported folders --------------------------------------------------------------------------------------------------

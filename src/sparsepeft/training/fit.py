@@ -20,6 +20,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sparsepeft.devices import find_device
@@ -138,6 +139,13 @@ class SafeTrainer(SparseGradientTrainer):
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As transformers has it; by length, with an order that a resumed run meets again."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _ByLength(sampler.batch_size, lengths=sampler.lengths, seed=self.args.data_seed or self.args.seed)
+        return sampler
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """By length, as transformers does; in order where rows are parts of sentences."""
         if SENTENCE in getattr(eval_dataset, "column_names", ()):
@@ -192,6 +200,19 @@ class SafeTrainer(SparseGradientTrainer):
     def _what_is_left(self) -> str:
         last = last_checkpoint(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {last.name}." if last else "no checkpoint had been written yet."
+
+
+class _ByLength(LengthGroupedSampler):
+    """Batches of like length, in an order that follows from seed and epoch alone."""
+
+    def __init__(self, batch_size: int, *, lengths: Any, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch, resumed ones too."""
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
