@@ -18,6 +18,7 @@ from sparsepeft.folders import UNFINISHED
 from sparsepeft.runs.history import read_history, read_lines
 
 pytestmark = pytest.mark.slow
+STEPS = 2500  # so many that a run does not end before it is stopped
 
 
 def _start(*arguments: object) -> subprocess.Popen:
@@ -38,7 +39,7 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
     folder = tmp_path / "out"
     unfinished = folder / UNFINISHED
     history = unfinished / "history.jsonl"
-    command = ("train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", 900)
+    command = ("train", "--task", "topics", "--model", tiny_backbone, "--output-dir", folder, "--max-steps", STEPS)
     command += ("--batch-size", 4)  # many steps, to be stopped between them, in a short time
     steps = 0
     for number, code, word in ((signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")):
@@ -56,17 +57,19 @@ def test_a_run_is_stopped_kept_and_resumed(tiny_backbone: Path, tmp_path: Path) 
         assert (process.returncode, out) == (code, "")
         found = (unfinished / "checkpoints").glob("checkpoint-*[0-9]")  # the last, and maybe the best
         stopped = max(int(checkpoint.name.rpartition("-")[2]) for checkpoint in found)
-        assert steps < stopped < 900
-        assert err.splitlines()[-1].startswith(f"{word} at step {stopped} of 900; the checkpoint of step {stopped} is")
+        assert steps < stopped < STEPS
+        assert err.splitlines()[-1].startswith(
+            f"{word} at step {stopped} of {STEPS:,}; the checkpoint of step {stopped} is"
+        )
         assert (f"going on from step {steps}" in err) == (steps > 0)
         steps = stopped
 
     finished = ran(*command, "--json")
-    assert json.loads(finished.stdout)["steps"] == 900
+    assert json.loads(finished.stdout)["steps"] == STEPS
     for part in (
         "topics: spartan on",
         "rows: training 270, selection 30, validation 60, test 120",
-        "step 900/900",
+        f"step {STEPS}/{STEPS}",
         "ETA",
     ):
         assert part in finished.stderr

@@ -107,7 +107,10 @@ def test_evaluate_scores_a_file_with_the_labels_of_the_run(home: Path, tmp_path:
     (tmp_path / "unknown.csv").write_text("mood,text\nmixed,a fine film\n")
     for arguments, words in (
         (("--test-file", tmp_path / "unknown.csv"), ["'mixed' is no label", "'bad', 'good'"]),
-        (("--test-file", tmp_path / "other.csv", "--label-column", "topic"), ["'topic' is not among 'mood', 'text'"]),
+        (
+            ("--test-file", tmp_path / "other.csv", "--label-column", "topic"),
+            ["--label-column topic was given, but the columns are 'mood', 'text'"],
+        ),
         (("--label-column", "topic"), ["--test-file"]),
     ):
         refused("evaluate", home / "run", *arguments, words=words)

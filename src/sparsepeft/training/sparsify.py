@@ -98,7 +98,7 @@ def sparsify_language_model(
             blocks = cut(join(read_documents(text, text_column), tokenizer), length, "text", begin)
             calibration, rest = evenly_spaced(blocks, CALIBRATION_BLOCKS), without(blocks, CALIBRATION_BLOCKS)
             if config.budget is not None and len(rest):
-                count = count_for(HELD_OUT_TOKENS, rest)
+                count = min(count_for(HELD_OUT_TOKENS, rest), -(-len(rest) // 2))  # the others are scored
                 held_out, rest = evenly_spaced(rest, count), without(rest, count)
         loaded, is_causal = load_language_model(model_id, masked=True)
         to_accelerator(loaded)

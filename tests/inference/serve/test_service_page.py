@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.inference.conftest import TASKS
 from tests.inference.serve.conftest import answering
 
 from sparsepeft import MultiTaskEngine
@@ -47,12 +48,12 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 
 def test_typing_answers_and_maps(page: Any) -> None:
-    assert "8 tasks" in page.inner_text("#about")
+    assert f"{len(TASKS)} tasks" in page.inner_text("#about")
     page.fill("#text", TEXT)
     page.click("button[type=submit]")
     page.wait_for_selector("#memories:not([hidden])")
     rows = page.locator("#rows tr")
-    assert rows.count() == 8
+    assert rows.count() == len(TASKS)
     assert "LABEL_" in rows.nth(0).inner_text()
     assert "a value" in page.inner_text("#rows")  # a regression's
     assert page.locator(".map th[scope=col]").count() == 1 + 2 + len(TEXT.split())
@@ -78,7 +79,7 @@ def test_an_error_is_shown_and_goes(page: Any, address: str) -> None:
     page.unroute("**/v1/predict_all")
     page.click("text=Example 3")
     page.wait_for_selector("#problem", state="hidden")
-    page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+    page.wait_for_function(f"document.querySelectorAll('#rows tr').length === {len(TASKS)}")
     assert page.input_value("#pair") == "Somebody makes music."
 
 
@@ -91,7 +92,7 @@ def test_by_keyboard_and_by_name(page: Any) -> None:
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Answer"
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+    page.wait_for_function(f"document.querySelectorAll('#rows tr').length === {len(TASKS)}")
     nameless = page.evaluate(
         "[...document.querySelectorAll('button, select, textarea, input')].filter("
         "(e) => !e.textContent.trim() && !e.labels?.length && !e.ariaLabel).length"
@@ -107,9 +108,9 @@ def test_a_token_is_asked_for(browser: Any, engine: MultiTaskEngine) -> None:
         assert "no valid token" in page.inner_text("#problem")
         page.fill("#token", "a" * 32)  # its field has been opened
         page.click("text=Example 1")
-        page.wait_for_function("document.querySelectorAll('#rows tr').length === 8")
+        page.wait_for_function(f"document.querySelectorAll('#rows tr').length === {len(TASKS)}")
         assert "Authorization: Bearer TOKEN" in page.inner_text("#code")
-        assert "8 tasks" in page.inner_text("#about")
+        assert f"{len(TASKS)} tasks" in page.inner_text("#about")
         assert page.is_hidden("#problem")
         page.close()
 
