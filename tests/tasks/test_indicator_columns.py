@@ -88,6 +88,7 @@ def test_a_column_that_is_called_like_a_label_stays_the_label(tmp_path: Path) ->
             {"problem_type": "single_label"},
             r"`problem_type=single_label.*` was given, but 'joy', 'anger', 'fear'",
         ),
+        ([(0, 0, 0)] * 3, {}, r"no training row has any of the labels 'joy', 'anger', 'fear'; expected a 1"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, cells: Any, options: dict[str, Any], message: str) -> None:

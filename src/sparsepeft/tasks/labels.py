@@ -128,7 +128,7 @@ class LabelReader:
         """Read labels that have a column of 0 and 1 each.
 
         Raises:
-            TaskError: the kind of problem is another than several labels.
+            TaskError: the kind of problem is another than several labels, or no row has one.
         """
         if problem_type_of(problem_type) not in (None, MULTI):
             raise TaskError(
@@ -136,6 +136,11 @@ class LabelReader:
                 "hold; leave it out, or name one column with `label_column`"
             )
         held = {name for _, row in labels for name in row}
+        if not held:
+            raise TaskError(
+                f"no training row has any of the labels {quoted(names)}; expected a 1 in some row of their columns, "
+                "correct the file or name another column with `label_column`"
+            )
         never = [name for name in names if name not in held]
         notes = (f"no training row has the label {quoted(never)}",) if never else ()
         return cls(tuple(names), multi_label=True, notes=notes)
