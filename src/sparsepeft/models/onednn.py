@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.measured import fastest
-from sparsepeft.ops.native import has_plain_memory
+from sparsepeft.ops.native import may_replace_call
 
 _ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
 
@@ -49,9 +49,7 @@ class OneDnnLinear(nn.Linear):
         return (
             not self.weight.requires_grad
             and (self.bias is None or not self.bias.requires_grad)
-            and not torch.compiler.is_compiling()
-            and has_plain_memory(input)
-            and torch.autograd.forward_ad._current_level < 0
+            and may_replace_call(input)
         )
 
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,6 +52,28 @@ def has_plain_memory(*tensors: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active() and all(
         tensor.is_cpu and type(tensor) in (Tensor, Parameter) for tensor in tensors
     )
+
+
+def may_replace_call(*tensors: Tensor) -> bool:
+    """Whether compiled code may compute a call of these tensors: plain ones, outside of what sees single operations.
+
+    That is traced graphs and forward-mode differentiation, which ``torch.no_grad`` does not end.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and torch.autograd.forward_ad._current_level < 0
+        and has_plain_memory(*tensors)
+    )
+
+
+def why_not_built(load: Callable[[], object]) -> str | None:
+    """Why a library of kernels cannot be built or loaded; None after ``load`` has done it."""
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def load_library(sources: Path) -> ctypes.CDLL:

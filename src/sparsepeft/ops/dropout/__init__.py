@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsepeft.ops.dropout.cpu import attention, dropout, why_not_built
 from sparsepeft.ops.measured import fastest
-from sparsepeft.ops.native import has_plain_memory
+from sparsepeft.ops.native import has_plain_memory, may_replace_call
 from sparsepeft.ops.registry import DISABLED
 
 __all__ = ["CompiledDropout", "is_compiled_dropout_faster"]
@@ -108,9 +108,4 @@ _COMPILED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and has_plain_memory(*tensors)
-        and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return may_replace_call(*tensors) and all(tensor.dtype in (torch.float32, torch.bfloat16) for tensor in tensors)

@@ -41,11 +41,7 @@ class _Attention(ctypes.Structure):
 @functools.cache
 def why_not_built() -> str | None:
     """Return why this machine has no compiled kernels, or None; builds them (a few seconds) at the first call."""
-    try:
-        _library()
-    except native.BuildError as error:
-        return str(error)
-    return None
+    return native.why_not_built(_library)
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:

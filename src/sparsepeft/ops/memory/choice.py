@@ -27,7 +27,7 @@ from sparsepeft.ops.memory.cpu import memory_read_cpu, why_not_built
 from sparsepeft.ops.memory.cpu_training import memory_read_training
 from sparsepeft.ops.memory.pytorch import memory_read_dense, memory_read_gathered
 from sparsepeft.ops.memory.pytorch_selected import memory_read_selected
-from sparsepeft.ops.native import has_plain_memory
+from sparsepeft.ops.native import may_replace_call
 from sparsepeft.ops.registry import DISABLED, Implementation, Operator
 
 # Columns of a Triton tile of scores, both sizes padded: up to here its registers are known not to spill.
@@ -146,13 +146,7 @@ def _why_not_triton_by_itself(arguments: MemoryArguments) -> str | None:
 def _is_plain(arguments: MemoryArguments) -> bool:
     """Whether products are taken in float32 on a CPU, outside of a graph and of forward-mode differentiation."""
     tensors = arguments[:4]
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and has_plain_memory(*tensors)
-        and common_dtype(*tensors) == torch.float32
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return may_replace_call(*tensors) and common_dtype(*tensors) == torch.float32
 
 
 def _needs_gradients(arguments: MemoryArguments) -> bool:

@@ -37,11 +37,7 @@ class _Memory(ctypes.Structure):
 @functools.cache
 def why_not_built() -> str | None:
     """Return why this machine has no compiled kernel, or None; builds it (a few seconds) at the first call."""
-    try:
-        library()
-    except native.BuildError as error:
-        return str(error)
-    return None
+    return native.why_not_built(library)
 
 
 def memory_read_cpu(

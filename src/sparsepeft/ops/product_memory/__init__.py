@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sparsepeft.ops.memory.checks import are_valid, raise_invalid
 from sparsepeft.ops.memory.choice import common_dtype
-from sparsepeft.ops.native import has_plain_memory, is_proven
+from sparsepeft.ops.native import has_plain_memory, is_proven, may_replace_call
 from sparsepeft.ops.product_memory.children import GATHERED, Read, read_children
 from sparsepeft.ops.product_memory.cpu import COMPILED, select_pairs_cpu, update_rows_cpu, why_not_built
 from sparsepeft.ops.product_memory.reference import product_memory_read_reference
@@ -209,7 +208,7 @@ def _why_not_cpu(arguments: ProductArguments) -> str | None:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return "a traced graph has no compiled kernels"
     tensors = (arguments.x, *arguments.memory)
-    if not has_plain_memory(*tensors) or forward_ad._current_level >= 0:
+    if not may_replace_call(*tensors):
         return "the compiled kernels read plain tensors on a CPU"
     if common_dtype(*tensors) != torch.float32:
         return "the compiled kernels compute in float32"

@@ -61,11 +61,7 @@ class _Update(ctypes.Structure):
 @functools.cache
 def why_not_built() -> str | None:
     """Return why this machine has no compiled kernel, or None; builds it (a few seconds) at the first call."""
-    try:
-        _library()
-    except native.BuildError as error:
-        return str(error)
-    return None
+    return native.why_not_built(_library)
 
 
 def select_pairs_cpu(first: Tensor, second: Tensor, top_k: int) -> Tensor:
