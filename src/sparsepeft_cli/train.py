@@ -128,6 +128,7 @@ def command(**flags: Any) -> None:
 
     check_early(flags, config, bool(overwrite))
     from sparsepeft.devices import keep_freed_memory
+    from sparsepeft.launch import is_first
     from sparsepeft.training import load_config, parse_settings, train
     from sparsepeft_cli.terminal.console import print_json
     from sparsepeft_cli.terminal.progress import TrainingProgress
@@ -148,6 +149,8 @@ def command(**flags: Any) -> None:
         return
     with TrainingProgress() as progress:
         results = train(run, callbacks=progress.callbacks, overwrite=bool(overwrite), announce=progress.announce)
+    if not is_first():  # of several processes, whose launcher waits for all
+        return
     if json:
         print_json(results)
     else:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -17,14 +18,27 @@ from sparsepeft.errors import RunFailed
 from sparsepeft.models.quantized import cast_for_saving
 from sparsepeft.tuners.config import TaskAdapterConfig
 
+_Weights = dict[str, torch.Tensor]
+
 
 def write_weights(
-    folder: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, save_dtype: str | None
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    save_dtype: str | None,
+    state_dict: _Weights | None = None,
 ) -> int:
     """Save the trained weights into ``folder``, whole or not at all.
 
     An adapter is saved without the backbone and its tokenizer; a fully tuned model with everything. Where saving
     rounds, the model then has the rounded weights, so that it is scored as it will be read.
+
+    Args:
+        folder: of the files.
+        model: with them.
+        tokenizer: saved with a fully tuned model.
+        save_dtype: see :class:`sparsepeft.training.RunConfig`.
+        state_dict: the model's, where it is in parts (FSDP); then ``save_dtype`` has to be None.
 
     Returns:
         Bytes of the weight files.
@@ -35,9 +49,9 @@ def write_weights(
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         if isinstance(model, PeftModel):
-            _save_adapter(model, temporary, save_dtype)
+            _save_adapter(model, temporary, save_dtype, state_dict)
         else:
-            _save_model(model, temporary, save_dtype)
+            _save_model(model, temporary, save_dtype, state_dict)
             tokenizer.save_pretrained(str(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         for file in sorted(temporary.iterdir()):
@@ -53,20 +67,33 @@ def write_weights(
     return size
 
 
-def _save_adapter(model: PeftModel, folder: Path, save_dtype: str | None) -> None:
+def round_weights(folder: Path, model: PreTrainedModel | PeftModel, save_dtype: str) -> None:
+    """Give a model the values that its weights have in ``folder``, where they were saved in another dtype."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), "default", is_trainable=True)
+        return
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, rounded in cast_for_saving(weights, save_dtype).items():
+        model.get_parameter(name).data = rounded.to(weights[name].dtype)
+
+
+def _save_adapter(model: PeftModel, folder: Path, save_dtype: str | None, state_dict: _Weights | None) -> None:
     config = model.peft_config["default"]
     if isinstance(config, TaskAdapterConfig):
         config.save_dtype = save_dtype
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=state_dict)
     if save_dtype is None:
         return
     if not isinstance(config, TaskAdapterConfig):  # PEFT's own methods save what is in memory
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         save_file(cast_for_saving(load_file(weights), save_dtype), weights, metadata={"format": "pt"})
-    model.load_adapter(str(folder), "default", is_trainable=True)
+    round_weights(folder, model, save_dtype)
 
 
-def _save_model(model: PreTrainedModel, folder: Path, save_dtype: str | None) -> None:
+def _save_model(model: PreTrainedModel, folder: Path, save_dtype: str | None, state_dict: _Weights | None) -> None:
+    if save_dtype is None:
+        model.save_pretrained(str(folder), state_dict=state_dict)
+        return
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     rounded = cast_for_saving(weights, save_dtype)
     for name, parameter in model.named_parameters():

@@ -47,14 +47,26 @@ class FrozenLayerCache:
         self._states = torch.empty(0)
 
     @torch.no_grad()
-    def fill(self, dataset: Dataset, collator: Collator, batch_size: int = 32) -> Dataset:
-        """Compute the states of every example; the dataset comes back with the column that finds them."""
+    def fill(self, dataset: Dataset, collator: Collator, batch_size: int = 32, is_filled: bool = False) -> Dataset:
+        """Compute the states of every example; the dataset comes back with the column that finds them.
+
+        Args:
+            dataset: encoded examples.
+            collator: makes batches of them.
+            batch_size: of the passes.
+            is_filled: another process has just filled the file with these states, which are taken from there.
+        """
         lengths = [len(ids) for ids in dataset["input_ids"]]
         self._offsets = [0, *itertools.accumulate(lengths)]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         num_values = self._offsets[-1] * self.width
         states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
         self._states = states.view(-1, self.width)
+        if not is_filled:
+            self._compute(dataset, collator, lengths, batch_size)
+        return dataset.add_column(INDEX, list(range(len(dataset))))
+
+    def _compute(self, dataset: Dataset, collator: Collator, lengths: Sequence[int], batch_size: int) -> None:
         training = self.model.training
         # Weights that accelerate offloads are nowhere between passes, and its hooks move the inputs themselves.
         devices = (parameter.device for parameter in self.model.parameters())
@@ -78,7 +90,6 @@ class FrozenLayerCache:
                         self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
         finally:
             self.model.train(training)
-        return dataset.add_column(INDEX, list(range(len(dataset))))
 
     def pad(self, rows: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
         """The states of some examples where their mask is 1, zeros elsewhere: (B, T, D)."""

@@ -19,6 +19,7 @@ from sparsepeft.folders import write_bytes
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.history import read_lines
 from sparsepeft.training.data import RunData
+from sparsepeft.training.processes import any_of_all
 
 _NOT_KEPT = ("runtime", "_per_second", "flos", "train_loss", "epoch")  # ends of names: timings, and sums over a run
 
@@ -67,7 +68,9 @@ class Announcer(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell it."""
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        if not state.is_world_process_zero:
+            return
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         plan = RunPlan(
             task=self._config.task,
             method=self._config.method,
@@ -102,6 +105,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what belongs to the steps that are done."""
+        if not state.is_world_process_zero:
+            return
         done = state.global_step
         kept = [line for line in read_lines(self._path) if line["step"] <= done] if done else []
         write_bytes(self._path, "".join(map(_line, kept)).encode())
@@ -110,7 +115,7 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Write a line."""
         values = {key: _finite(value) for key, value in (logs or {}).items() if not key.endswith(_NOT_KEPT)}
-        if not values:
+        if not values or not state.is_world_process_zero:
             return
         seconds = round(time.monotonic() - self._start, 1)
         epoch = None if state.epoch is None else round(state.epoch, 4)
@@ -159,8 +164,9 @@ class StopAfterStep(TrainerCallback):
         self._is_training, self._error = True, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have a checkpoint written."""
-        if self._error is not None:
+        """Have a checkpoint written, by all processes once one of them was asked."""
+        if any_of_all(self._error is not None):
+            self._error = self._error or SystemExit(1)
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.folders import check_not_in_use
+from sparsepeft.launch import is_first
 from sparsepeft.methods.recipes import METHODS, RECIPES
 from sparsepeft.runs.config_file import read_config
 from sparsepeft.runs.folder import check_output_folder
@@ -44,7 +45,7 @@ def check_early(flags: Mapping[str, Any], file: Path | None, overwrite: bool) ->
                 raise UserError(f"`{name}={path}` was given, but {what}; correct the path.")
     files: Any = {name: values.get(name) for name in FileOptions.__annotations__}
     check_task(values.get("task"), values.get("data_dir"), **files)
-    if folder := values.get("output_dir"):
+    if is_first() and (folder := values.get("output_dir")):  # which is in use by the first process for the others
         check_output_folder(Path(folder), overwrite)
         check_not_in_use(Path(folder))
 

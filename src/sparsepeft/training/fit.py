@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
@@ -26,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
+from sparsepeft.launch import is_first, num_processes
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -37,6 +39,7 @@ from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
+from sparsepeft.training.processes import first_before_others
 from sparsepeft.training.sparse_gradients import SparseGradientTrainer
 from sparsepeft.training.thresholds import thresholds_by
 
@@ -79,7 +82,9 @@ def fit(
     if isinstance(data, LabelledData):
         if config.cache_frozen_layers:
             cache = FrozenLayerCache(built.model, checkpoints / "frozen_layers.bin")
-            rows, collator = cache.fill(data.train, collator), CachingCollator(collator, cache)
+            with first_before_others():
+                rows = cache.fill(data.train, collator, is_filled=not is_first())
+            collator = CachingCollator(collator, cache)
         scoring = {
             "eval_dataset": data.selection,
             "processing_class": data.tokenizer,
@@ -143,7 +148,8 @@ class SafeTrainer(SparseGradientTrainer):
         """As transformers has it; by length, with an order that a resumed run meets again."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _ByLength(sampler.batch_size, lengths=sampler.lengths, seed=self.args.data_seed or self.args.seed)
+            size = sampler.batch_size * self.args.world_size  # so that processes share the batches of a single one
+            return _ByLength(size, lengths=sampler.lengths, seed=self.args.data_seed or self.args.seed)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
@@ -172,6 +178,13 @@ class SafeTrainer(SparseGradientTrainer):
                 f"stopped; {self._what_is_left()} Try a lower learning rate."
             )
         return loss
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The model's weights where each process has a part of them (FSDP), whole in the first one; else None."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return None
+        weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return weights
 
     def _compiles_dropout(self) -> bool:
         args = self.args
@@ -255,7 +268,7 @@ def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpo
         num_train_epochs=float(epochs),
         max_steps=max_steps,
         learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=share_of_batch(recipe.batch_size),
         per_device_eval_batch_size=32,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -267,6 +280,8 @@ def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpo
         max_grad_norm=recipe.max_grad_norm,
         seed=config.seed,
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and num_processes() > 1 else None,
+        ddp_find_unused_parameters=None if config.method == "full" else False,  # adapters are used whole
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         torch_compile=config.compile,
@@ -287,6 +302,21 @@ def training_arguments(config: RunConfig, data: LabelledData | TextData, checkpo
         restore_callback_states_from_checkpoint=True,  # for how long there has been no better score
         remove_unused_columns=False,  # the collator takes what it knows
     )
+
+
+def share_of_batch(batch_size: int) -> int:
+    """How many of a batch's examples each process takes.
+
+    Raises:
+        UserError: processes would get different numbers.
+    """
+    share, rest = divmod(batch_size, num_processes())
+    if rest:
+        raise UserError(
+            f"`batch_size={batch_size}` was given to {num_processes()} processes, which share each batch evenly; "
+            f"pass a multiple of {num_processes()}."
+        )
+    return share
 
 
 def answers_of(output: Any, part: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.launch import num_processes
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.token_metrics import NO_TOKEN
@@ -91,8 +92,8 @@ def check_loss(spec: TaskSpec, config: RunConfig) -> None:
 def task_loss(spec: TaskSpec, labels: Sequence[Any] | np.ndarray, config: RunConfig) -> TaskLoss | None:
     """The loss that a run's options ask for, which :func:`check_loss` has seen; None where the model's own does.
 
-    Where there are several batches in a step, models differ in whether their loss is a mean over one batch or over all
-    of them; this one always is the latter.
+    Where there are several batches in a step, one after the other or in several processes, models differ in whether
+    their loss is a mean over one batch or over all of them; this one always is the latter.
 
     Args:
         spec: the task.
@@ -100,7 +101,8 @@ def task_loss(spec: TaskSpec, labels: Sequence[Any] | np.ndarray, config: RunCon
         config: of the run; labels that its ``class_weights`` do not name have weight 1.
     """
     class_weights, smoothing = config.class_weights, config.label_smoothing_factor or 0.0
-    if class_weights is None and not smoothing and config.gradient_accumulation_steps == 1:
+    num_batches = config.gradient_accumulation_steps * num_processes()
+    if class_weights is None and not smoothing and num_batches == 1:
         return None
     weights = None if class_weights is None else torch.tensor(_weights(spec, np.asarray(labels), class_weights))
     return TaskLoss(spec.problem_type, weights, smoothing)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.integrations import is_fsdp_enabled
 
 from sparsepeft.devices import find_device
 from sparsepeft.methods.language_models import HALF_DTYPES, load_language_model, perplexity
@@ -76,9 +77,10 @@ def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str
     spec = data.spec if isinstance(data, LabelledData) else None
     model = extend(backbone, config.method, spec, config.recipe_values().adapter)
     # Sparse modules read the weights themselves, and cached layers are computed without autocast.
-    if config.precision in HALF_DTYPES and spt is None and not config.cache_frozen_layers:
+    is_whole = not is_fsdp_enabled()  # else a process holds a part of the weights, as they were loaded
+    if config.precision in HALF_DTYPES and spt is None and not config.cache_frozen_layers and is_whole:
         hold_frozen_linears(model, HALF_DTYPES[config.precision])
-    if find_device(config.device).type == "cpu":
+    if find_device(config.device).type == "cpu" and is_whole:
         compute_by_onednn(model, config.precision)
     return RunModel(model, run_values, sparsification, before)
 

@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import Trainer
 
 from sparsepeft.backbones import describe_backbone
+from sparsepeft.launch import is_first
 from sparsepeft.methods.models import backbone_bytes, count_parameters
-from sparsepeft.methods.saving import write_weights
+from sparsepeft.methods.saving import round_weights, write_weights
 from sparsepeft.methods.sparse import by_infer, count_routers, describe
 from sparsepeft.paths import without_folders
 from sparsepeft.provenance import environment
@@ -27,6 +28,7 @@ from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.fit import Fitted, answers_of
 from sparsepeft.training.loss import TaskLoss
 from sparsepeft.training.model import RunModel, Scores, text_scores
+from sparsepeft.training.processes import from_first
 from sparsepeft.training.thresholds import thresholds_by
 
 _ERRORS = ("mae", "rmse")
@@ -45,7 +47,7 @@ def save_and_score(
         RunFailed: the weights could not be written.
     """
     trainer, sparse = fitted.trainer, built.sparsification
-    saved_bytes = write_weights(work, built.model, data.tokenizer, config.save_dtype)
+    saved_bytes = _save(config, data, built, fitted, work)
     if isinstance(data, LabelledData):
         scored = _score_labelled(config, data, built, fitted)
     else:
@@ -76,6 +78,15 @@ def save_and_score(
     if sparse is not None:
         results["spt"] = describe(sparse)
     return results
+
+
+def _save(config: RunConfig, data: LabelledData | TextData, built: RunModel, fitted: Fitted, work: Path) -> int:
+    """Save the weights, by the first process; all have them as they were saved. Returns bytes."""
+    whole = fitted.trainer.whole_state_dict()
+    saved = from_first(lambda: write_weights(work, built.model, data.tokenizer, config.save_dtype, whole))
+    if config.save_dtype is not None and not is_first():
+        round_weights(work, built.model, config.save_dtype)
+    return saved
 
 
 def _score_labelled(config: RunConfig, data: LabelledData, built: RunModel, fitted: Fitted) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from sparsepeft.extras import require
 from sparsepeft.folders import UNFINISHED, write_json
+from sparsepeft.launch import is_first
 from sparsepeft.methods.models import adapter_config
 from sparsepeft.runs.card import write_model_card
 from sparsepeft.runs.config import RunConfig
@@ -21,6 +23,7 @@ from sparsepeft.training.callbacks import Announcer, Recorder, RunPlan, make_rep
 from sparsepeft.training.data import prepare_data
 from sparsepeft.training.fit import fit, training_device
 from sparsepeft.training.model import build_model
+from sparsepeft.training.processes import connect, wait
 from sparsepeft.training.report import save_and_score
 
 
@@ -41,6 +44,9 @@ def train(
     (the resolved config), ``results.json`` and a model card. They come there together, when the run is finished; until
     then it works in a part of the folder. A run that was interrupted goes on from its last complete checkpoint when it
     is started again with the same config and data.
+
+    Several processes that `accelerate launch` or `torchrun` started train one run together: each takes its share of a
+    batch, and the first one writes.
 
     Args:
         config: what to do.
@@ -66,20 +72,44 @@ def train(
     # What can be refused is refused before data and weights are read.
     task_type = TaskType.CAUSAL_LM if config.is_language_model else TaskType.SEQ_CLS
     adapter_config(config.method, config.recipe_values().adapter, task_type=task_type)
-    training_device(config.device)
+    connect(training_device(config.device))
     reporters = make_reporters(config.report_to, folder / UNFINISHED / LOGS)
     run = describe_run(config)
-    with open_run(folder, run, overwrite) as begin:
+    with _open_run(folder, run, overwrite) as begin:
         data = prepare_data(config)
         built = build_model(config, data, interrupted_values(folder, run).get(PLAN))
         described = run | data.run_values | built.run_values
         work = begin(described)
-        write_held_out(work, data.held_out)
+        if is_first():
+            write_held_out(work, data.held_out)
         watching = [Announcer(announce, config, data), Recorder(work / HISTORY), *reporters, *callbacks]
         fitted = fit(config, data, built, work, watching)
         results = save_and_score(config, data, built, fitted, work)
-        if THRESHOLDS in results:  # which the trained model decides
-            write_json(work / RUN, described | {THRESHOLDS: results[THRESHOLDS]})
-        write_json(work / RESULTS, results)
-        write_model_card(work)
+        if is_first():
+            if THRESHOLDS in results:  # which the trained model decides
+                write_json(work / RUN, described | {THRESHOLDS: results[THRESHOLDS]})
+            write_json(work / RESULTS, results)
+            write_model_card(work)
     return results
+
+
+@contextmanager
+def _open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """Hold a run's folder in the first process; the others go where it works, when it is there, until it is done."""
+    if is_first():
+        with open_run(folder, run, overwrite) as begin:
+
+            def begin_all(described: dict[str, Any]) -> Path:
+                work = begin(described)
+                wait()
+                return work
+
+            yield begin_all
+    else:
+
+        def follow(described: dict[str, Any]) -> Path:
+            wait()
+            return folder / UNFINISHED
+
+        yield follow
+    wait()

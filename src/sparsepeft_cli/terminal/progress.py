@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsepeft.launch import is_first
 from sparsepeft.reprs import duration
 from sparsepeft_cli.terminal.console import err, say
 from sparsepeft_cli.terminal.errors import in_options
@@ -31,7 +32,7 @@ class TrainingProgress:
 
     def __init__(self, label: str = "") -> None:
         self._label = label
-        self._display = Bar() if err.is_terminal else Lines()
+        self._display = (Bar() if err.is_terminal else Lines()) if is_first() else Silent()
         self._stack = contextlib.ExitStack()
         self._state: Any = None
         self._checkpoint = 0
@@ -88,6 +89,22 @@ class TrainingProgress:
         if not self._checkpoint:
             return f"{at}, before the first checkpoint; the same command starts anew."
         return f"{at}; the checkpoint of step {self._checkpoint:,} is kept, and the same command goes on from there."
+
+
+class Silent:
+    """Nothing: of several processes that train together, the first one shows what all of them do."""
+
+    def begin(self, label: str, done: int, total: int) -> None:
+        """A run begins."""
+
+    def move(self, step: int) -> None:
+        """A step was done."""
+
+    def note(self, step: int, logs: dict[str, Any], is_last: bool) -> None:
+        """The trainer has logged something."""
+
+    def end(self) -> None:
+        """No more is to come."""
 
 
 class Bar:
