@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsepeft.models.masks import SparseMask
@@ -16,7 +17,7 @@ _LEAST_WEIGHT = 1e-3  # of the head's largest; some models have channels in whic
 
 
 class Codebooks(nn.Module):
-    """The codebooks of one attention layer, and those it may have after the next optimizer step.
+    """The codebooks of one attention layer, and what those after the next optimizer step are made from.
 
     Args:
         codebooks: (Hkv, M, C, W), or without entries where keys are chosen by none.
@@ -35,7 +36,7 @@ class Codebooks(nn.Module):
         self.register_buffer("codebooks", codebooks)
         self.register_buffer("channel_weights", channel_weights)
         self.expected = True
-        self.coming: tuple[Tensor, Tensor | None] | None = None
+        self.seen: _Sample | None = None
 
     @classmethod
     def fit(cls, query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> Codebooks:
@@ -46,9 +47,10 @@ class Codebooks(nn.Module):
         """
         if config.granularity == "block" and config.similarity == "inner_product":
             return cls(key.new_empty(0, dtype=torch.float32))
-        vectors, weights = _sample(query, key, mask, config)
+        sample = _sample(query, key, mask, config)
+        weights = _channel_weights(sample)
         sizes = {"subvector_dim": config.subvector_dim, "num_codewords": config.num_codewords, "seed": config.seed}
-        return cls(fit_codebooks(vectors, channel_weights=weights, **sizes), weights)
+        return cls(fit_codebooks(sample.vectors, channel_weights=weights, **sizes), weights)
 
     def choice(self) -> dict[str, Tensor | None]:
         """By what keys are chosen, as arguments of the op."""
@@ -59,45 +61,80 @@ class Codebooks(nn.Module):
 
     @torch.no_grad()
     def prepare(self, query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> None:
-        """Compute the next codebooks, not used yet: gradient checkpointing will run the layer again with these."""
-        if not self.codebooks.numel():
-            return
-        vectors, weights = _sample(query, key, mask, config)
-        # A diverging run fails elsewhere, with a better message.
-        if vectors.numel() and vectors.isfinite().all() and (weights is None or weights.isfinite().all()):
-            self.coming = refresh_codebooks(self.codebooks, vectors, channel_weights=weights), weights
+        """Keep what the next codebooks are made from, after the step: gradient checkpointing runs the layer again."""
+        if self.codebooks.numel():
+            self.seen = _sample(query, key, mask, config)
 
+    @torch.no_grad()
     def step(self, is_due: bool) -> None:
-        """Switch to the next codebooks if it is time, and discard them otherwise."""
-        if is_due and self.coming is not None:
-            codebooks, weights = self.coming
-            self.codebooks.copy_(codebooks)
-            if self.channel_weights is not None and weights is not None:
-                self.channel_weights.copy_(weights)
-        self.coming = None
+        """Compute the codebooks anew if it is time, in all processes to the same."""
+        if is_due and self.seen is not None:
+            sample = _of_all_processes(self.seen)
+            weights = _channel_weights(sample)
+            # A diverging run fails elsewhere, with a better message.
+            if sample.vectors.numel() and all(each is None or each.isfinite().all() for each in (*sample, weights)):
+                self.codebooks.copy_(refresh_codebooks(self.codebooks, sample.vectors, channel_weights=weights))
+                if self.channel_weights is not None and weights is not None:
+                    self.channel_weights.copy_(weights)
+        self.seen = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.expected, self.coming = True, None
+        self.expected, self.seen = True, None
 
 
 class _Sample(NamedTuple):
-    """What codebooks are made from: vectors of each key head, (Hkv, N, D), and weights of their channels, (Hkv, D)."""
+    """What codebooks are made from.
+
+    Attributes:
+        vectors: of each key head, (Hkv, N, D).
+        squares: of the queries' channels, the sum, (Hkv, D); None where queries are coded as well.
+        num_queries: in that sum.
+    """
 
     vectors: Tensor
-    channel_weights: Tensor | None
+    squares: Tensor | None
+    num_queries: Tensor
 
 
 def _sample(query: Tensor, key: Tensor, mask: SparseMask, config: SptConfig) -> _Sample:
-    """Keys without padding; queries, too, where these are coded as well, else their channels' root mean squares."""
+    """Keys without padding; queries, too, where these are coded as well, else their channels' squares."""
     keys = _evenly_spaced(key.transpose(1, 2)[mask.key_mask].transpose(0, 1)).detach()  # (Hkv, N, D)
     queries = query.transpose(1, 2)[mask.key_mask[:, mask.query_positions]]  # (N, H, D)
     queries = queries.unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 2).detach()
+    count = torch.tensor(queries.shape[1], device=key.device)
     if config.similarity == "matches":
-        return _Sample(torch.cat([_evenly_spaced(queries), keys], dim=1), None)
-    weights = queries.float().square().mean(1).sqrt()
+        return _Sample(torch.cat([_evenly_spaced(queries), keys], dim=1), None, count)
+    return _Sample(keys, queries.float().square().sum(1), count)
+
+
+def _channel_weights(sample: _Sample) -> Tensor | None:
+    """How much the error of each channel of the keys counts, (Hkv, D): the queries' root mean squares there."""
+    if sample.squares is None:
+        return None
+    weights = (sample.squares / sample.num_queries).sqrt()
     largest = weights.amax(-1, keepdim=True)
-    return _Sample(keys, torch.where(largest > 0, weights.maximum(_LEAST_WEIGHT * largest), 1))
+    return torch.where(largest > 0, weights.maximum(_LEAST_WEIGHT * largest), 1)
+
+
+def _of_all_processes(sample: _Sample) -> _Sample:
+    """The samples of all processes that train together as one: in their order, as rows are in a single one's batch."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return sample
+    vectors, squares, num_queries = sample
+    counts = [torch.zeros_like(num_queries) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.full_like(num_queries, vectors.shape[1]))
+    sizes = [int(count) for count in counts]
+    padded = vectors.new_zeros(vectors.shape[0], max(sizes), vectors.shape[2])
+    padded[:, : vectors.shape[1]] = vectors
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    num_queries = num_queries.clone()
+    for each in (num_queries, squares):
+        if each is not None:
+            dist.all_reduce(each)
+    whole = torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+    return _Sample(_evenly_spaced(whole), squares, num_queries)
 
 
 def _evenly_spaced(vectors: Tensor) -> Tensor:
