@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.distributed.cases import CASES, STEPS, job
-from tests.spt.models import build
+from tests.spt.models import SIZES, build
 
 from sparsepeft_research.experiments.processes import Job, run_jobs, train
 
 pytestmark = pytest.mark.slow
 STRATEGIES = ("ddp", "fsdp2")
+NUM_LAYERS = SIZES["num_hidden_layers"]
 HALFWAY = f"checkpoint-{STEPS // 2}"
 
 
@@ -62,6 +63,8 @@ def test_two_processes_train_as_one_and_save_all_of_it(name: str, strategy: str,
         assert all(tensor.dtype == torch.float32 for key, tensor in found.items() if "memory" in key)
     if strategy == "ddp":
         assert log(two)["gradient_bytes_per_step"] == 4 * log(two)["trained_parameters"]
+    else:
+        assert log(two)["sharded_modules"] > NUM_LAYERS  # each by itself, and what is left
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -105,6 +105,10 @@ def fit(
         **scoring,
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_sharded and config.save_dtype is not None:
+        raise UserError(
+            f"`save_dtype={config.save_dtype}` was given to processes with parts of each weight (FSDP); leave it out."
+        )
     with cache.attached() if cache else nullcontext():
         checkpoint = last_checkpoint(checkpoints)
         if checkpoint is not None:
@@ -179,9 +183,14 @@ class SafeTrainer(SparseGradientTrainer):
             )
         return loss
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights (FSDP)."""
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+
     def whole_state_dict(self) -> dict[str, torch.Tensor] | None:
         """The model's weights where each process has a part of them (FSDP), whole in the first one; else None."""
-        if self.accelerator.distributed_type != DistributedType.FSDP:
+        if not self.is_sharded:
             return None
         weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         return weights

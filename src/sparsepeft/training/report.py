@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from sparsepeft.backbones import describe_backbone
-from sparsepeft.launch import is_first
+from sparsepeft.launch import is_first, num_processes
 from sparsepeft.methods.models import backbone_bytes, count_parameters
 from sparsepeft.methods.saving import round_weights, write_weights
 from sparsepeft.methods.sparse import by_infer, count_routers, describe
@@ -68,6 +68,7 @@ def save_and_score(
         "model": describe_backbone(data.model),
         "train_seconds": round(fitted.seconds, 1),
         "others_cpu_share": fitted.others_share,
+        "processes": num_processes(),
         "steps": int(trainer.state.global_step),
         "hyperparameters": hyperparameters(config, data, trainer),
         "environment": environment(),

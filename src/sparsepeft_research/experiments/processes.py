@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
 from sparsepeft.backbones import describe_backbone, resolve_model
@@ -37,6 +38,7 @@ from sparsepeft_research.results import RESULTS, Result, describe_machine, write
 
 STRATEGIES = ("one", "ddp", "fsdp2")
 PROCESSES = 2
+_COUNTED = "sparsepeft_counted"  # an attribute of a model whose gradients are
 _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 _FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -125,7 +127,7 @@ def train(job: Job) -> None:
             module.p = 0.0
     trainer = _CountingTrainer(model=model, args=arguments, train_dataset=job.examples)
     before = _loopback()
-    trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
+    trainer.train(resume_from_checkpoint=None if job.resume_from is None else str(job.resume_from))
     sent = _loopback() - before
     trainer.save_model(str(job.folder / "saved"))
     if arguments.process_index == 0:
@@ -136,6 +138,7 @@ def train(job: Job) -> None:
             "sent_bytes_per_step": sent // steps,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "parameters": sum(p.numel() for p in model.parameters()),
+            "sharded_modules": sum(isinstance(module, FSDPModule) for module in model.modules()),
         }
         (job.folder / "log.json").write_text(json.dumps(log), encoding="utf-8")
 
@@ -146,8 +149,8 @@ class _CountingTrainer(SparseGradientTrainer):
     gradient_bytes = 0
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model, nn.parallel.DistributedDataParallel) and not hasattr(model, "is_counted"):
-            model.is_counted = True
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not hasattr(model, _COUNTED):
+            setattr(model, _COUNTED, True)
             model.register_comm_hook(None, self._send)
         return super().training_step(model, *args, **kwargs)
 

@@ -1,0 +1,44 @@
+"""The table of trainings that two processes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsepeft_research.results import read_folder
+from sparsepeft_research.tables.markdown import paragraphs, table
+
+_STRATEGIES = ("ddp", "fsdp2")
+
+
+def processes(results: Path) -> str:
+    """How near two processes are to one, and what they send."""
+    rows, machines = [], set()
+    for report in read_folder(results / "processes").values():
+        machines.add(report.machine)
+        rows += [_row(report.settings["model"], method, one) for method, one in report.results.items()]
+    return paragraphs(
+        "Twenty steps in two processes of a CPU (gloo) beside one, float32, without dropout: the largest difference of "
+        "a step's loss, the gradients that DDP sums in a step, and all bytes that a step sends over the loopback "
+        f"interface, for both processes together. {'; '.join(sorted(machines))}. By `python -m "
+        "sparsepeft_research.experiments.processes`.",
+        table(
+            [
+                *("", "trained parameters", "gradients (DDP)"),
+                *(f"{name}: {what}" for name in ("DDP", "FSDP2") for what in ("difference", "sent")),
+            ],
+            rows,
+        ),
+    )
+
+
+def _row(model: str, method: str, one: dict[str, Any]) -> list[str]:
+    cells = [f"{model}, {method}", f"{one['trained_parameters']:,}", _megabytes(one["ddp"]["gradient_bytes_per_step"])]
+    for strategy in _STRATEGIES:
+        cells.append(f"{one[strategy]['largest_difference_of_losses']:.0e}")
+        cells.append(_megabytes(one[strategy]["sent_bytes_per_step"]))
+    return cells
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB"
