@@ -7,7 +7,10 @@ they are computed once, without dropout, and read back from a file while the upp
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.inference.encoding import Collator
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.partial import PartialPasses
@@ -48,11 +51,16 @@ class FrozenLayerCache:
 
     @torch.no_grad()
     def fill(self, dataset: Dataset, collator: Collator, batch_size: int = 32) -> Dataset:
-        """Compute the states of every example; the dataset comes back with the column that finds them."""
+        """Compute the states of every example; the dataset comes back with the column that finds them.
+
+        Raises:
+            UserError: the model's layers hand on more than their hidden states.
+            RunFailed: there is no room for the states.
+        """
         lengths = [len(ids) for ids in dataset["input_ids"]]
         self._offsets = [0, *itertools.accumulate(lengths)]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         num_values = self._offsets[-1] * self.width
+        _reserve(self.file, num_values * torch.float32.itemsize)
         states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
         self._states = states.view(-1, self.width)
         training = self.model.training
@@ -105,6 +113,24 @@ class FrozenLayerCache:
         assert self._passes is not None
         with self._passes.beginning_after(len(self.blocks) - 1, states):
             yield
+
+
+def _reserve(file: Path, num_bytes: int) -> None:
+    """Give a file its size on the disk: where a mapped one has holes, a full disk ends the process without a word."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            stream.truncate(num_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, num_bytes)
+            elif shutil.disk_usage(file.parent).free < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise RunFailed(
+            f"The outputs of the frozen layers need {num_bytes / 1e6:,.1f} MB in {file.parent}, which could not be had "
+            f"({error}); free space and repeat the command, or train without `cache_frozen_layers`."
+        ) from error
 
 
 def frozen_blocks(model: nn.Module) -> list[Block]:
