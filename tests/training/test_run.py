@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,11 @@ pytestmark = pytest.mark.slow
 Trained = Callable[..., tuple[Path, dict]]
 TEXTS = ["A striker scored.", "Shares fell."]
 WEIGHTS = "adapter_model.safetensors"
+DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
+    *((name, lambda content: content[:-20]) for name in (WEIGHTS, "optimizer.pt", "trainer_state.json")),
+    *((name, lambda content: b"") for name in ("scheduler.pt", "rng_state.pth", "adapter_config.json")),
+    ("trainer_state.json", lambda content: re.sub(rb'(?<=/checkpoint-)\d+"', b'1"', content)),  # the best one is gone
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,7 +72,7 @@ def test_parameters_are_the_closed_formula_and_the_head(trained: Trained) -> Non
 
 
 def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(
-    tiny_backbone: Path, trained: Trained, tmp_path: Path
+    tiny_backbone: Path, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, results = trained(method="spartan")
     with pytest.raises(KeyboardInterrupt):
@@ -74,11 +80,11 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(
     checkpoints = tmp_path / UNFINISHED / CHECKPOINTS
     good = last_checkpoint(checkpoints)
     assert good is not None
-    truncated = checkpoints / "checkpoint-999"  # passed over
-    truncated.mkdir()
-    (truncated / "trainer_state.json").write_text("{}")
-    (truncated / WEIGHTS).write_bytes((good / WEIGHTS).read_bytes()[:100])
-    assert last_checkpoint(checkpoints) == good
+    for number, (name, change) in enumerate(DAMAGES):  # of newer ones, which are passed over
+        damaged = Path(shutil.copytree(good, checkpoints / f"checkpoint-{990 + number}")) / name
+        damaged.write_bytes(change(damaged.read_bytes()))
+        assert last_checkpoint(checkpoints) == good, (name, change)
+    assert caplog.text.count("checkpoint-990 is incomplete or damaged and is passed over") == len(DAMAGES)
     resumed = train(run_config(tiny_backbone, tmp_path))
     assert resumed["metrics"] == results["metrics"]
     for name, tensor in load_file(whole / WEIGHTS).items():

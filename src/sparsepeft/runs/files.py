@@ -60,6 +60,22 @@ def read_run(folder: Path) -> dict[str, Any]:
     return read_run_file(folder / RUN)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """``results.json`` of a finished run's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); train again with `overwrite`.") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} is damaged (it holds no object); train again with `overwrite`.")
+    return results
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)

@@ -198,6 +198,14 @@ class SafeTrainer(SparseGradientTrainer):
                 f"{self._what_is_left()} Free space and repeat the command."
             ) from error
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers has it, but the last checkpoint stays, to go on from until the result is in its place."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _load_best_model(self) -> None:
         """The weights of the best checkpoint, wherever the folder is by now; Trainer would go on without."""
         best = Path(str(self.args.output_dir)) / Path(str(self.state.best_model_checkpoint)).name

@@ -2,8 +2,8 @@
 
     python -m sparsepeft_research.experiments.crashes --data-dir DATA [--language-model FOLDER] --seed 0
 
-Each setting is trained once without interruption. Then it is trained anew, several times, and killed on the way, up to
-three times in a row: before a random operation on a file of the folder, shortly after a random file of a checkpoint (or
+Each setting is trained once without interruption. Then it is trained anew, several times, and killed on the way, some
+twice in a row: before a random operation on a file of the folder, shortly after a random file of a checkpoint (or
 of the frozen layers' cache, or of the final result) has appeared, or after a random time. The same command is given
 until it ends. Weights, scores and history must then be those of the uninterrupted training, bit for bit, and training
 must have gone on from the newest checkpoint that was complete. With ``--overwrite`` over a finished run, that run's
@@ -44,23 +44,25 @@ from sparsepeft_research.experiments.killing import (
     Course,
     Moment,
     draw,
+    has_trained,
+    import_all,
     run,
 )
 from sparsepeft_research.results import RESULTS as FOLDER
 from sparsepeft_research.results import Result, write_result
 
-_TOPICS = "--task topics --max-steps 12 --eval-steps 3 --batch-size 8 --max-length 16 --score-on selection"
+_TOPICS = "--task topics --max-steps 8 --eval-steps 2 --batch-size 8 --max-length 16 --score-on selection"
 _SPT = "--spt --spt-set num_blocks=4 --spt-set num_active_blocks=2 --spt-set values=routed"
 SETTINGS = {
     "spartan": f"{_TOPICS} --method spartan",
     "spartan-cached": f"{_TOPICS} --method spartan --set layers_to_transform=[4,5] --cache-frozen-layers",
     "full": f"{_TOPICS} --method full",
     "lora": f"{_TOPICS} --method lora",
-    "language-model": f"--task lm --max-steps 12 --block-length 64 --batch-size 8 {_SPT}",
+    "language-model": f"--task lm --max-steps 8 --block-length 64 --batch-size 8 {_SPT}",
 }
 FORMER, NEW = "lora", "spartan"  # the runs of --overwrite
 KINDS = CHECKPOINT, OPERATION, END, TIME
-MAX_KILLS = 3
+MAX_KILLS = 2
 _TEXTS = "The striker scored twice in the second half.", "Shares fell on Monday.", "A new vaccine was approved."
 _NOT_COMPARED = ("train_seconds", "others_cpu_share", "environment")  # of the results
 
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("--language-model", type=Path, help="a small one, whose FFNs four blocks divide")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--runs", type=int, default=4, help="that are killed, of each setting")
-    parser.add_argument("--overwrites", type=int, default=5, help="that are killed")
+    parser.add_argument("--overwrites", type=int, default=4, help="that are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "sparsepeft-crashes")
     parser.add_argument("--results", type=Path, default=FOLDER / "crashes.json", help="the result file")
@@ -116,8 +118,9 @@ class _Experiment:
     """The runs, in a folder of their own; those without interruption stay there for the next start."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.work, self.seed = options.work, options.seed
+        self.work, self.seed, self._log = options.work, options.seed, options.work / "log.txt"
         self._arguments = {name: [*SETTINGS[name].split(), "--data-dir", str(options.data_dir)] for name in SETTINGS}
+        import_all(self._log)
         if options.language_model is not None:
             text = (options.data_dir / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")
             for name, part in (("text", text[:60_000]), ("validation-text", text[60_000:70_000])):
@@ -193,28 +196,30 @@ class _Experiment:
             if course.code:
                 raise RunFailed(f"{setting} cannot be trained: {course.said}")
             write_json(file, vars(course))
+            import_all(self._log)
         return folder, Course(**json.loads(file.read_text(encoding="utf-8")))
 
     def _train(self, setting: str, folder: Path, moment: Moment | None, *more: str) -> Course:
-        arguments = ["train", *self._arguments[setting], "--output-dir", str(folder), *more]
-        return run(arguments, folder, self.work / "log.txt", moment)
+        arguments = ["train", *self._arguments[setting], "--device", "cpu", "--output-dir", str(folder), *more]
+        return run(arguments, folder, self._log, moment)
 
     def _answers(self, folder: Path) -> bytes:
         texts, answers = self.work / "texts.txt", self.work / "answers.jsonl"
         texts.write_text("\n".join(_TEXTS) + "\n", encoding="utf-8")
         answers.unlink(missing_ok=True)
-        run(["predict", str(folder), "--file", str(texts), "--output", str(answers)], folder, self.work / "log.txt")
+        run(["predict", str(folder), "--file", str(texts), "--output", str(answers)], folder, self._log)
         return _content(answers)
 
 
 def _state(folder: Path) -> dict[str, Any]:
     """What a killed run has left."""
     lines = read_lines(folder / UNFINISHED / HISTORY)
+    step = lines[-1]["step"] if lines else 0
     files = Counter(str(path.parent.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     is_finished = any((folder / name).is_dir() for name in (".finished", ".moving"))
     return {
-        "step": lines[-1]["step"] if lines else 0,
-        "last_good_step": _last_good_step(folder / UNFINISHED / CHECKPOINTS),
+        "step": step,
+        "last_good_step": step if has_trained(folder) else _last_good_step(folder / UNFINISHED / CHECKPOINTS),
         "files": dict(sorted(files.items())),
         "is_finished": is_finished or ((folder / RUN).exists() and not (folder / UNFINISHED).exists()),
     }

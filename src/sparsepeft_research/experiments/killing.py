@@ -5,6 +5,8 @@ The process is forked from one that has imported everything, since that takes lo
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,7 +23,7 @@ from sparsepeft.runs.files import CHECKPOINTS, HELD_OUT, HISTORY, LOGS, RUN
 
 CACHE = "frozen_layers.bin"
 CACHING, CHECKPOINT, END, OPERATION, TIME = "caching", "checkpoint", "end", "operation", "time"
-_POLL_S = 0.003
+_POLL_S = 0.015
 _DELAYS_S = {CACHING: 1.0, CHECKPOINT: 0.05, END: 0.05}  # at most, after a file has appeared
 _FROM_THE_START = (RUN, HELD_OUT, HISTORY, LOGS)
 _CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.truncate"}
@@ -90,16 +92,22 @@ def run(arguments: list[str], folder: Path, log: Path, moment: Moment | None = N
     process = context.Process(target=_command, args=(arguments, folder.absolute(), log, count, last))
     process.start()
     seen: set[tuple[str, ...]] = set()
-    while process.is_alive():
-        seen |= _files(folder)
-        if moment is not None and _has_come(moment, time.monotonic() - start, seen):
-            time.sleep(moment.delay_s if moment.kind != TIME else 0)
-            process.kill()
-            break
-        time.sleep(_POLL_S)
+    if moment is not None and moment.kind in (OPERATION, TIME):
+        process.join(moment.delay_s if moment.kind == TIME else None)
+    else:
+        while process.is_alive() and (moment is None or _by_phase(seen)[moment.kind] < moment.number):
+            seen |= _files(folder)
+            time.sleep(_POLL_S)
+        time.sleep(0.0 if moment is None else moment.delay_s)
+    process.kill()  # if it has not ended
     process.join()
     said = log.read_text(errors="replace")
     return Course(process.exitcode, round(time.monotonic() - start, 2), count.value, _by_phase(seen), said)
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run that is not finished has got beyond its last step: files of its result are there."""
+    return _by_phase(_files(folder))[END] > 0 and (folder / UNFINISHED).exists()
 
 
 def _command(arguments: list[str], folder: Path, log: Path, count: Any, last: int | None) -> None:
@@ -119,7 +127,18 @@ def _command(arguments: list[str], folder: Path, log: Path, count: Any, last: in
 
     sys.addaudithook(before)
     sys.argv = ["sparsepeft", *arguments]
-    command_line()
+    try:
+        command_line()
+    finally:
+        log.with_suffix(".modules").write_text("\n".join(sys.modules))
+
+
+def import_all(log: Path) -> None:
+    """Import what a command has imported, so that those which are forked from now on need not."""
+    modules = log.with_suffix(".modules")
+    for name in modules.read_text().splitlines() if modules.exists() else ():
+        with contextlib.suppress(Exception):  # of optional packages, and names that stand for no module
+            importlib.import_module(name)
 
 
 def _changes_a_file(event: str, values: tuple[Any, ...], folder: str) -> bool:
@@ -137,12 +156,6 @@ def _changes_a_file(event: str, values: tuple[Any, ...], folder: str) -> bool:
 
 def _files(folder: Path) -> set[tuple[str, ...]]:
     return {Path(root, name).relative_to(folder).parts for root, _, names in os.walk(folder) for name in names}
-
-
-def _has_come(moment: Moment, seconds: float, seen: set[tuple[str, ...]]) -> bool:
-    if moment.kind in (OPERATION, TIME):
-        return moment.kind == TIME and seconds >= moment.delay_s
-    return _by_phase(seen)[moment.kind] >= moment.number
 
 
 def _by_phase(seen: set[tuple[str, ...]]) -> dict[str, int]:
