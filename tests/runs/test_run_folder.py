@@ -57,6 +57,7 @@ def _seed_of(folder: Path) -> int:
     return seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "former", "other", "same"])
 def test_a_kill_at_any_operation_loses_nothing(tmp_path: Path, before: str) -> None:
     """``before``: a finished run, or beside it one with other values, or the very same, that was interrupted."""

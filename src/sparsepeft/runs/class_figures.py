@@ -37,7 +37,7 @@ def read_report(folder: str | Path, part: str | None = None) -> tuple[str, dict[
     folder = Path(folder)
     read_run(folder)  # says what is wrong with the folder
     results = read_results(folder)
-    own = results.get("score_split")
+    own: Any = results.get("score_split")
     reports = results.get("reports") or {own: results.get("report") or {}}  # earlier versions had one part's alone
     name = own if part is None else part
     if name not in reports:

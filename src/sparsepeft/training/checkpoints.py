@@ -34,7 +34,9 @@ def _is_complete(checkpoint: Path) -> bool:
         for file in checkpoint.glob("*.json"):
             json.loads(file.read_text(encoding="utf-8"))
         best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
-        states = {file.name for file in checkpoint.glob("*.pt*") if zipfile.ZipFile(file).close() is None}
+        states = {file.name for file in checkpoint.glob("*.pt*")}
+        for name in states:
+            zipfile.ZipFile(checkpoint / name).close()  # whose directory is at its end
     except (OSError, ValueError, TypeError, zipfile.BadZipFile):
         return False
     is_whole = {OPTIMIZER_NAME, SCHEDULER_NAME} <= states and any(name.startswith("rng_state") for name in states)

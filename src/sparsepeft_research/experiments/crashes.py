@@ -242,21 +242,25 @@ def _resumed_from(course: Course) -> int | None:
 
 def _differences(folder: Path, whole: Path) -> list[str]:
     """Names of what is not as the uninterrupted run has it: tensors, results, history."""
-    differing = []
-    names = {path.name for each in (folder, whole) for path in each.glob("*.safetensors")}
-    for name in sorted(names):
-        if not all((each / name).exists() for each in (folder, whole)):
-            differing.append(name)
-            continue
-        found, expected = load_file(folder / name), load_file(whole / name)
-        for key in sorted(found.keys() | expected.keys()):
-            both = found.get(key), expected.get(key)
-            if both[0] is None or both[1] is None or both[0].dtype != both[1].dtype or not torch.equal(*both):
-                differing.append(f"{name}: {key}")
+    found, expected = _tensors(folder), _tensors(whole)
+    differing = [name for name in sorted(found.keys() | expected.keys()) if not _same(found, expected, name)]
     one, other = ({**json.loads((each / RESULTS).read_text())} for each in (folder, whole))
-    differing += [key for key in one.keys() | other.keys() if key not in _NOT_COMPARED and one[key] != other.get(key)]
+    differing += [
+        key for key in one.keys() | other.keys() if key not in _NOT_COMPARED and one.get(key) != other.get(key)
+    ]
     histories = [[line | {"seconds": 0} for line in read_lines(each / HISTORY)] for each in (folder, whole)]
     return differing + ([HISTORY] if histories[0] != histories[1] else [])
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = folder.glob("*.safetensors")
+    return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> bool:
+    if name not in found or name not in expected:
+        return False
+    return found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
 
 
 def _judged(kills: list[dict[str, Any]], is_done: bool, differing: list[str]) -> dict[str, Any]:

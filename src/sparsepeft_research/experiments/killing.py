@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
@@ -111,8 +112,6 @@ def has_trained(folder: Path) -> bool:
 
 
 def _command(arguments: list[str], folder: Path, log: Path, count: Any, last: int | None) -> None:
-    from sparsepeft_cli.app import run as command_line
-
     with log.open("w") as stream:
         for standard in (1, 2):
             os.dup2(stream.fileno(), standard)
@@ -128,7 +127,7 @@ def _command(arguments: list[str], folder: Path, log: Path, count: Any, last: in
     sys.addaudithook(before)
     sys.argv = ["sparsepeft", *arguments]
     try:
-        command_line()
+        runpy.run_module("sparsepeft_cli", run_name="__main__")
     finally:
         log.with_suffix(".modules").write_text("\n".join(sys.modules))
 
