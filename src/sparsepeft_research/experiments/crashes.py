@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from sparsepeft.errors import RunFailed
 from sparsepeft.folders import UNFINISHED, write_json
 from sparsepeft.provenance import environment
-from sparsepeft.runs.files import CHECKPOINTS, HISTORY, RESULTS, RUN
+from sparsepeft.runs.files import CHECKPOINTS, HISTORY, RESULTS
 from sparsepeft.runs.history import read_lines
 from sparsepeft.training import Predictor, train  # noqa: F401, so that the forked processes have them
 from sparsepeft_research.experiments.killing import (
@@ -145,18 +145,18 @@ class _Experiment:
         def look(kill: dict[str, Any]) -> bool:
             kill["former_files_are_unchanged"] = all(_content(folder / each) == files[each] for each in files)
             kill["answered_by"] = answers.get(self._answers(folder), "neither")
-            return bool(kill["answered_by"] == "the new run")
+            kill["is_finished"] = kill["answered_by"] == "the new run"
+            return bool(kill["is_finished"])
 
         kills, course = self._until_it_ends(
             NEW, folder, kind, lambda: shutil.copytree(former, folder), look, "--overwrite"
         )
-        is_kept = [
-            kill["answered_by"] == "the new run" if kill["is_finished"] else kill["former_files_are_unchanged"]
+        is_kept = all(
+            kill["is_finished"] or (kill["former_files_are_unchanged"] and kill["answered_by"] == "the former run")
             for kill in kills
-        ]
-        is_answering = all(kill["answered_by"] != "neither" for kill in kills)
-        is_done = course.code == 0 or kills[-1]["answered_by"] == "the new run"
-        return _judged(kills, is_done and all(is_kept) and is_answering, _differences(folder, new))
+        )
+        is_done = course.code == 0 or kills[-1]["is_finished"]
+        return _judged(kills, is_done and is_kept, _differences(folder, new))
 
     def _until_it_ends(
         self,
@@ -213,15 +213,15 @@ class _Experiment:
 
 def _state(folder: Path) -> dict[str, Any]:
     """What a killed run has left."""
-    lines = read_lines(folder / UNFINISHED / HISTORY)
-    step = lines[-1]["step"] if lines else 0
+    parts = [folder / name for name in (UNFINISHED, ".finished", ".moving") if (folder / name).is_dir()]
+    lines = read_lines((parts or [folder])[0] / HISTORY)
     files = Counter(str(path.parent.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    is_finished = any((folder / name).is_dir() for name in (".finished", ".moving"))
+    step, is_finished = lines[-1]["step"] if lines else 0, not (folder / UNFINISHED).exists() and files.total() > 1
     return {
         "step": step,
         "last_good_step": step if has_trained(folder) else _last_good_step(folder / UNFINISHED / CHECKPOINTS),
         "files": dict(sorted(files.items())),
-        "is_finished": is_finished or ((folder / RUN).exists() and not (folder / UNFINISHED).exists()),
+        "is_finished": is_finished,
     }
 
 
