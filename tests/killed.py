@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
-from typing import Any
+from itertools import count
+from pathlib import Path
 
-_CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod"}
+from sparsepeft_research.experiments.killing import before_changes
 
 
-def killed_at(number: int, work: Callable[[], object]) -> bool:
+def killed_at(number: int, folder: Path, work: Callable[[], object]) -> bool:
     """Do ``work`` in a process of its own; whether it was killed before it was done.
 
     Args:
-        number: of the operation that changes a file, from 0, before which it is.
+        number: of the operation that changes a file of the folder, from 0, before which it is.
     """
     child = os.fork()
     if child == 0:
-        _die_at(number)
+        operations = count()
+        before_changes(folder, lambda: next(operations) == number and os.kill(os.getpid(), signal.SIGKILL))
         code = 1
         try:
             work()
@@ -32,16 +33,3 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
         return True
     assert os.WEXITSTATUS(status) == 0
     return False
-
-
-def _die_at(number: int) -> None:
-    left = number
-
-    def before(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event in _CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(before)

@@ -73,7 +73,7 @@ def test_a_kill_at_any_operation_loses_nothing(tmp_path: Path, before: str) -> N
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder) if before != "nothing" else folder.mkdir()
         done.write_text("2" if before == "same" else "0")
-        if not killed_at(number, lambda: _train(folder, new, done)):
+        if not killed_at(number, folder, lambda: _train(folder, new, done)):
             break
         settle(folder)
         if (folder / RUN).exists() and _seed_of(folder) == new:

@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,8 @@ def _reserve(file: Path, num_bytes: int) -> None:
             elif shutil.disk_usage(file.parent).free < num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
         raise RunFailed(
             f"The outputs of the frozen layers need {num_bytes / 1e6:,.1f} MB in {file.parent}, which could not be had "
             f"({error}); free space and repeat the command, or train without `cache_frozen_layers`."

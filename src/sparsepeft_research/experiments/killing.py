@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -90,7 +91,7 @@ def run(arguments: list[str], folder: Path, log: Path, moment: Moment | None = N
     context: Any = multiprocessing.get_context("fork")
     count, start = context.Value("i", 0), time.monotonic()
     last = moment.number if moment is not None and moment.kind == OPERATION else None
-    process = context.Process(target=_command, args=(arguments, folder.absolute(), log, count, last))
+    process = context.Process(target=_command, args=(arguments, folder, log, count, last))
     process.start()
     seen: set[tuple[str, ...]] = set()
     if moment is not None and moment.kind in (OPERATION, TIME):
@@ -106,6 +107,17 @@ def run(arguments: list[str], folder: Path, log: Path, moment: Moment | None = N
     return Course(process.exitcode, round(time.monotonic() - start, 2), count.value, _by_phase(seen), said)
 
 
+def before_changes(folder: Path, act: Callable[[], object]) -> None:
+    """From now on, call ``act`` before each operation of this process that changes a file of a folder."""
+    inside = os.fspath(folder.absolute())
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        if _changes_a_file(event, values, inside):
+            act()
+
+    sys.addaudithook(hook)
+
+
 def has_trained(folder: Path) -> bool:
     """Whether a run that is not finished has got beyond its last step: files of its result are there."""
     return _by_phase(_files(folder))[END] > 0 and (folder / UNFINISHED).exists()
@@ -115,16 +127,13 @@ def _command(arguments: list[str], folder: Path, log: Path, count: Any, last: in
     with log.open("w") as stream:
         for standard in (1, 2):
             os.dup2(stream.fileno(), standard)
-    inside = os.fspath(folder)
 
-    def before(event: str, values: tuple[Any, ...]) -> None:
-        if not _changes_a_file(event, values, inside):
-            return
+    def count_and_die() -> None:
         count.value += 1
         if count.value == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(before)
+    before_changes(folder, count_and_die)
     sys.argv = ["sparsepeft", *arguments]
     try:
         runpy.run_module("sparsepeft_cli", run_name="__main__")
