@@ -38,7 +38,7 @@ class Moment:
     Attributes:
         kind: ``"operation"``, before the process does something to a file of the folder; ``"time"``; or the phase in
             which a file appears.
-        number: of the operation, or of the file among those of its phase, from 1.
+        number: of the operation, or of the file among those of its phase, from 1; what a former process left counts.
         delay_s: after the file has appeared, or after the start.
     """
 
