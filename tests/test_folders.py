@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sparsepeft.errors import RunFailed, UserError
-from sparsepeft.folders import check_output, in_use, locked, replacing, settle
+from sparsepeft.folders import check_output, in_use, locked, replacing, settle, write_json
+from tests.disks import small_disk
 
 OLD = ("a.*", "b.json", "parts")
 
@@ -146,6 +147,14 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
             fail(folder, OSError("full"))
     assert _content(tmp_path) == old
     assert not (tmp_path / "fresh").exists()
+
+
+def test_a_file_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=16) as disk:
+        write_json(disk / "result.json", {"seed": 1})
+        with pytest.raises(OSError, match="No space left"):
+            write_json(disk / "result.json", {"seeds": list(range(10_000))})
+        assert _content(disk) == {"result.json": '{\n  "seed": 1\n}\n'}
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Writing files and folders without harm: to what was there, to what others write, and whenever the process ends.
 
 A single file is written beside its place and renamed. The files of a folder are made in a part of it. When all are
-there, that part is renamed to ``.finished``, and from then on they are what the folder holds: the old files are
-removed, the part is renamed to ``.moving``, and its files are moved up. :func:`settle` does what a crash has left
-undone of that. ``.sparsepeft.json`` lists what was written, so that nothing else is ever removed or replaced.
+there, that part is renamed to ``.finished``, and from then on they are what the folder holds: what was only needed to
+make them and the old files are removed, the part is renamed to ``.moving``, and its files are moved up. :func:`settle`
+does what a crash has left undone of that. ``.sparsepeft.json`` lists what was written, so that nothing else is ever
+removed or replaced.
 
 Nothing here needs PyTorch, so that a folder can be looked at before anything is loaded.
 """
@@ -164,7 +165,6 @@ def replacing(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
             remove(work)  # of a process that was killed
             work.mkdir()
             yield work
-            check_place(folder, work, old)
             finish(folder, work, old)
         except OSError as error:
             raise RunFailed(f"The files could not be written to {folder} ({error}); free space, try again.") from error
@@ -172,30 +172,26 @@ def replacing(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
             remove(work)
 
 
-def check_place(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
-    """See that :func:`finish` would overwrite nothing but what this package wrote.
-
-    Raises:
-        RunFailed: it would.
-    """
-    taken = {path.name for path in work.iterdir() if (folder / path.name).exists()}
-    if others := sorted(taken - _written(folder, old)):
-        raise RunFailed(
-            f"{folder} holds {', '.join(others)} of another origin, where files of that name are to be written; move "
-            "that elsewhere and repeat the command."
-        )
-
-
-def finish(folder: Path, work: Path, old: Sequence[str] = ()) -> None:
+def finish(folder: Path, work: Path, old: Sequence[str] = (), left_out: Sequence[str] = ()) -> None:
     """Let what is in ``work`` take the place of what was written to the folder before; the folder is held.
 
     Args:
         folder: where the files are to stand.
         work: a part of it, with the new files.
         old: patterns of the names of what was written before, for a folder without a list of them.
+        left_out: names in ``work`` of what is not to stand there; kept until the new files count.
+
+    Raises:
+        RunFailed: somebody else's files are in their place.
     """
-    new = sorted(path.name for path in work.iterdir())
-    write_json(work / MANIFEST, {"written": new, "replaced": sorted(_written(folder, old))})
+    new, before = {path.name for path in work.iterdir()} - {*left_out}, _written(folder, old)
+    if others := sorted(name for name in new - before if (folder / name).exists()):
+        raise RunFailed(
+            f"{folder} holds {', '.join(others)} of another origin, where files of that name are to be written; move "
+            "that elsewhere and repeat the command."
+        )
+    lists = {"written": new, "replaced": before, "left_out": left_out}
+    write_json(work / MANIFEST, {key: sorted(names) for key, names in lists.items()})
     _set_usual_modes(work)
     os.replace(work, folder / _FINISHED)
     _settle(folder)
@@ -225,6 +221,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(part: Path) -> None:
+    """Remove a part of a folder that is held; whenever the process ends, all of it is there or nothing of it."""
+    aside = part.with_name(_WORK)
+    remove(aside)  # of a process that was killed
+    if part.exists():
+        os.replace(part, aside)
+        remove(aside)
+
+
+def renew(part: Path, name: str, content: Any) -> None:
+    """Let a part of a folder that is held contain one JSON file and nothing else.
+
+    Whenever the process ends, the part is there as it was, or with the file, or not at all.
+    """
+    discard(part)
+    aside = part.with_name(_WORK)
+    write_json(aside / name, content)
+    os.replace(aside, part)
+
+
 def _set_usual_modes(folder: Path) -> None:
     """Give all in a folder the permissions that the umask leaves: safetensors and tempfile give the owner's alone."""
     mask = os.umask(0o077)  # there is no way to ask without setting it
@@ -237,6 +253,8 @@ def _set_usual_modes(folder: Path) -> None:
 def _settle(folder: Path) -> None:
     finished, moving = folder / _FINISHED, folder / _MOVING
     if finished.is_dir():
+        for name in _listed(finished, "left_out") or ():
+            remove(finished / name)
         for name in _listed(finished, "replaced") or ():
             remove(folder / name)
         os.replace(finished, moving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -39,6 +40,11 @@ def test_parameters_become_options(text: str, shown: str, parameters: list) -> N
     [
         (KeyError("a\nb"), 1, "Error: KeyError: 'a\\nb' (not foreseen; --debug shows where)."),
         (RunFailed("The disk\n is full."), 1, "Error: The disk is full."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.json"),
+            1,
+            "Error: a.json could not be written (No space left on device); free space, or write elsewhere.",
+        ),
         (UserError("`output`=x"), 2, "Error: --output=x"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (Stop(signal.SIGTERM), 143, "Terminated."),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sparsepeft.errors import UserError
+from sparsepeft.folders import locked
 from sparsepeft.inspection import LayerReport, MemoryReport
 from sparsepeft.inspection.figures import label_figure, nmi_figure, picks_figure, save_figure
 from sparsepeft.inspection.page import render_page, write_inspection
@@ -119,6 +120,8 @@ def test_files(tmp_path: Path) -> None:
     png, svg = save_figure(nmi_figure(shown), tmp_path / "nmi")
     assert svg.read_bytes() == (tmp_path / "new" / "folder" / "nmi.svg").read_bytes()
     assert png.read_bytes()[:4] == b"\x89PNG"
+    with locked(tmp_path), pytest.raises(UserError, match="Another process is writing to"):
+        write_inspection(shown, tmp_path)
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -241,6 +242,8 @@ def test_an_interrupted_run_resumes(backbones: dict[str, Path], tmp_path: Path) 
     whole = train(run("whole"))
     with pytest.raises(KeyboardInterrupt):
         train(run("cut"), callbacks=[Interrupt(7)])
+    (states,) = tmp_path.glob("cut/*/checkpoints/*.bin")
+    os.truncate(states, states.stat().st_size // 3)  # they are computed anew
     resumed = train(run("cut"))
     assert resumed["metrics"] == whole["metrics"]
     for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items():

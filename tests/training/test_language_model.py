@@ -35,7 +35,7 @@ from sparsepeft.runs.corpus import (
 from sparsepeft.runs.files import CHECKPOINTS, RESULTS, RUN
 from sparsepeft.spt import load_sparse, sparsification
 from sparsepeft.training import Predictor, RunConfig, evaluate, sparsify_language_model, train
-from sparsepeft.training.fit import last_checkpoint
+from sparsepeft.training.checkpoints import last_checkpoint
 
 SPT = {"top_l": 0.25, "values": "routed", "num_blocks": 4, "num_active_blocks": 2, "codebook_interval": 3}
 

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +27,19 @@ from sparsepeft.runs.folder import check_output_folder
 from sparsepeft.runs.history import read_history
 from sparsepeft.training import Predictor, RunConfig, evaluate, train
 from sparsepeft.training.callbacks import StopAfterStep
+from sparsepeft.training.checkpoints import last_checkpoint
 from sparsepeft.training.data import prepare_data
-from sparsepeft.training.fit import SafeTrainer, last_checkpoint
+from sparsepeft.training.fit import SafeTrainer
 
 pytestmark = pytest.mark.slow
 Trained = Callable[..., tuple[Path, dict]]
 TEXTS = ["A striker scored.", "Shares fell."]
 WEIGHTS = "adapter_model.safetensors"
+DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
+    *((name, lambda content: content[:-20]) for name in (WEIGHTS, "optimizer.pt", "trainer_state.json")),
+    *((name, lambda content: b"") for name in ("scheduler.pt", "rng_state.pth", "adapter_config.json")),
+    ("trainer_state.json", lambda content: re.sub(rb'(?<=/checkpoint-)\d+"', b'1"', content)),  # the best one is gone
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +72,7 @@ def test_parameters_are_the_closed_formula_and_the_head(trained: Trained) -> Non
 
 
 def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(
-    tiny_backbone: Path, trained: Trained, tmp_path: Path
+    tiny_backbone: Path, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, results = trained(method="spartan")
     with pytest.raises(KeyboardInterrupt):
@@ -73,11 +80,11 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(
     checkpoints = tmp_path / UNFINISHED / CHECKPOINTS
     good = last_checkpoint(checkpoints)
     assert good is not None
-    truncated = checkpoints / "checkpoint-999"  # passed over
-    truncated.mkdir()
-    (truncated / "trainer_state.json").write_text("{}")
-    (truncated / WEIGHTS).write_bytes((good / WEIGHTS).read_bytes()[:100])
-    assert last_checkpoint(checkpoints) == good
+    for number, (name, change) in enumerate(DAMAGES):  # of newer ones, which are passed over
+        damaged = Path(shutil.copytree(good, checkpoints / f"checkpoint-{990 + number}")) / name
+        damaged.write_bytes(change(damaged.read_bytes()))
+        assert last_checkpoint(checkpoints) == good, (name, change)
+    assert caplog.text.count("checkpoint-990 is incomplete or damaged and is passed over") == len(DAMAGES)
     resumed = train(run_config(tiny_backbone, tmp_path))
     assert resumed["metrics"] == results["metrics"]
     for name, tensor in load_file(whole / WEIGHTS).items():
@@ -90,7 +97,9 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(histories[1]))
 
 
-def test_a_run_is_replaced_when_the_new_one_is_finished(tiny_backbone: Path, trained: Trained, finished: Path) -> None:
+def test_a_run_is_replaced_when_the_new_one_is_finished(
+    tiny_backbone: Path, trained: Trained, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     former, new = run_config(tiny_backbone, finished), run_config(tiny_backbone, finished, method="full")
     (finished / "mine.txt").write_text("kept")
     expected, files = Predictor(finished).logits(TEXTS), {path: path.read_bytes() for path in finished.iterdir()}
@@ -106,8 +115,8 @@ def test_a_run_is_replaced_when_the_new_one_is_finished(tiny_backbone: Path, tra
     with pytest.raises(KeyboardInterrupt):
         train(new, callbacks=[Asks(7)], overwrite=True)
     assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == files
-    with pytest.raises(UserError, match="was to be replaced, but the new training was interrupted"):
-        Predictor(finished)
+    assert (Predictor(finished).logits(TEXTS) == expected).all()
+    assert "was to be replaced, but the new training was interrupted" in caplog.text
     plans: list[Any] = []
     assert train(new, overwrite=True, announce=plans.append)["steps"] == 12
     assert plans[0].steps_done == 6  # its last checkpoint

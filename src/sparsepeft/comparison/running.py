@@ -19,7 +19,7 @@ from sparsepeft.extras import require
 from sparsepeft.folders import check_output, locked, refuse_foreign
 from sparsepeft.methods.recipes import METHODS
 from sparsepeft.runs.config import RunConfig
-from sparsepeft.runs.files import RESULTS, describe_run
+from sparsepeft.runs.files import describe_run, read_results
 from sparsepeft.runs.folder import check_folder, is_finished
 from sparsepeft.training.callbacks import Watcher
 from sparsepeft.training.data import LabelledData, prepare_data
@@ -140,7 +140,7 @@ def _run(config: RunConfig, is_done: bool, watcher: Watcher, overwrite: bool) ->
     folder = Path(config.output_dir)
     try:
         if is_done:
-            results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+            results = read_results(folder)
         else:
             results = train(config, watcher.callbacks(folder.name), overwrite)
     except Exception as error:  # the boundary between runs: whatever ends one is told, and the others go on

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from sparsepeft.folders import check_output, write_bytes, write_json
+from sparsepeft.folders import check_output, locked, write_bytes, write_json
 from sparsepeft.inspection.figures import inline_svg, label_figure, most_used, nmi_figure, picks_figure, save_figure
 from sparsepeft.inspection.report import LayerReport, MemoryReport
 from sparsepeft.provenance import environment
@@ -89,16 +89,18 @@ def write_inspection(report: MemoryReport, folder: Path, title: str = "What the 
             its place among the memories, ``layer-N-labels`` and ``layer-N-picks``.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or another process is writing to the folder.
+        RunFailed: it cannot be written to.
     """
     page = render_page(report, title)
-    if any(layer.nmi_positions is not None for layer in report.layers):
-        save_figure(nmi_figure(report), folder / "nmi")
-    for number, layer in enumerate(report.layers):
-        twice = sum(other.index == layer.index for other in report.layers) > 1
-        stem = f"layer-{layer.index}" + (f"-{number}" if twice else "")
-        if any(parent.labels_positions for parent in layer.parents):
-            save_figure(label_figure(layer), folder / f"{stem}-labels")
-        save_figure(picks_figure(layer), folder / f"{stem}-picks")
-    write_bytes(folder / PAGE, page.encode())
-    write_json(folder / REPORT, {**report.to_dict(), "environment": environment()})
+    with locked(folder):
+        if any(layer.nmi_positions is not None for layer in report.layers):
+            save_figure(nmi_figure(report), folder / "nmi")
+        for number, layer in enumerate(report.layers):
+            twice = sum(other.index == layer.index for other in report.layers) > 1
+            stem = f"layer-{layer.index}" + (f"-{number}" if twice else "")
+            if any(parent.labels_positions for parent in layer.parents):
+                save_figure(label_figure(layer), folder / f"{stem}-labels")
+            save_figure(picks_figure(layer), folder / f"{stem}-picks")
+        write_bytes(folder / PAGE, page.encode())
+        write_json(folder / REPORT, {**report.to_dict(), "environment": environment()})

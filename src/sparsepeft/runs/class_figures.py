@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.plotting import COLOURS, MARKERS, write_figure
-from sparsepeft.runs.files import RESULTS, read_run
+from sparsepeft.runs.files import read_results, read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +36,8 @@ def read_report(folder: str | Path, part: str | None = None) -> tuple[str, dict[
     """
     folder = Path(folder)
     read_run(folder)  # says what is wrong with the folder
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / RESULTS} is damaged ({error}); train again with `overwrite`.") from error
-    own = results.get("score_split")
+    results = read_results(folder)
+    own: Any = results.get("score_split")
     reports = results.get("reports") or {own: results.get("report") or {}}  # earlier versions had one part's alone
     name = own if part is None else part
     if name not in reports:

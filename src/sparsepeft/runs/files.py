@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from sparsepeft.paths import with_absolute_paths
 from sparsepeft.runs.config import LM, RunConfig, current_names, defaults_of, foreign_fields
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
+
+logger = logging.getLogger(__name__)
 
 RUN, RESULTS, HISTORY = "run.json", "results.json", "history.jsonl"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
@@ -38,11 +42,10 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a finished run's folder.
+    """``run.json`` of a finished run's folder; says so where another training was to replace it and was interrupted.
 
     Raises:
-        UserError: this is no run's folder, the run is not finished or was to be replaced by one that was interrupted,
-            or the file is damaged or of a newer version.
+        UserError: this is no run's folder, the run is not finished, or the file is damaged or of a newer version.
     """
     settle(folder)
     if not (folder / RUN).is_file():
@@ -50,11 +53,32 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder} holds no trained weights yet; finish its training by the same command.")
         raise UserError(f"{folder} holds no run ({RUN} is missing); pass the output folder of `sparsepeft train`.")
     if (folder / UNFINISHED / RUN).is_file() and not in_use(folder):
-        raise UserError(
-            f"The run in {folder} was to be replaced, but the new training was interrupted; repeat its command to "
-            f"finish it, or remove {folder / UNFINISHED} to go on with the former run."
+        _warn_once(
+            f"The run in {folder} was to be replaced, but the new training was interrupted, so the former run answers; "
+            f"repeat the command of the training to finish it, or remove {folder / UNFINISHED} to keep the former run."
         )
     return read_run_file(folder / RUN)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """``results.json`` of a finished run's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); train again with `overwrite`.") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path} is damaged (it holds no object); train again with `overwrite`.")
+    return results
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def spec_of(run: dict[str, Any]) -> TaskSpec:

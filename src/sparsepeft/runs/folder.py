@@ -13,11 +13,12 @@ from sparsepeft.folders import (
     MANIFEST,
     UNFINISHED,
     check_output,
-    check_place,
+    discard,
     finish,
     locked,
     refuse_foreign,
     remove,
+    renew,
     settle,
     write_json,
 )
@@ -116,8 +117,11 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Cal
     def begin(run: dict[str, Any]) -> Path:
         nonlocal has_begun
         goes_on, has_begun = check_folder(folder, run, overwrite), True
-        for path in work.iterdir() if work.exists() else ():
-            if not goes_on or path.name not in _KEPT:
+        if not goes_on:
+            renew(work, RUN, run)
+            return work
+        for path in work.iterdir():
+            if path.name not in _KEPT:
                 remove(path)
         write_json(work / RUN, run)
         return work
@@ -125,12 +129,10 @@ def open_run(folder: Path, run: dict[str, Any], overwrite: bool) -> Iterator[Cal
     with locked(folder):
         try:
             yield begin
-            check_place(folder, work, _former(folder))
-            remove(work / CHECKPOINTS)
-            finish(folder, work, _former(folder))
+            finish(folder, work, _former(folder), left_out=(CHECKPOINTS,))
         except Exception as error:
             if has_begun and not has_checkpoint(folder):  # there is nothing to go on from
-                remove(work)
+                discard(work)
             if has_begun and isinstance(error, OSError):
                 raise RunFailed(
                     f"The run in {folder} could not be written ({error}); free space and resume."

@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from sparsepeft.backbones import public_name
 from sparsepeft.errors import RunFailed, UserError, first_line
 from sparsepeft.runs.card import CARD, model_card
-from sparsepeft.runs.files import RESULTS, RUN, WRITTEN, read_run
+from sparsepeft.runs.files import RESULTS, RUN, WRITTEN, read_results, read_run
 from sparsepeft.tuners.card import THIS_FOLDER
 
 _PEFT_TEMPLATE = "[More Information Needed]"  # stands in the card that PEFT writes, which says nothing
@@ -79,7 +79,7 @@ def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
     paths = sorted({path for pattern in WRITTEN for path in folder.glob(pattern) if path.is_file()})
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
     for name in files.keys() & {RUN, RESULTS, CONFIG_NAME}:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = read_results(folder) if name == RESULTS else json.loads((folder / name).read_text(encoding="utf-8"))
         if name != CONFIG_NAME:
             content = _public_run(content)
         elif content.get("base_model_name_or_path"):
@@ -87,8 +87,7 @@ def shared_files(folder: Path, repo_id: str) -> dict[str, bytes | Path]:
         files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
     card = (folder / CARD).read_text(encoding="utf-8") if CARD in files else _PEFT_TEMPLATE
     if _PEFT_TEMPLATE in card:
-        run, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RUN, RESULTS))
-        card = str(model_card(folder, run, results))
+        card = str(model_card(folder, json.loads((folder / RUN).read_text(encoding="utf-8")), read_results(folder)))
     return files | {CARD: card.replace(THIS_FOLDER, repo_id).encode()}
 
 

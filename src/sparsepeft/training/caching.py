@@ -7,16 +7,19 @@ they are computed once, without dropout, and read back from a file while the upp
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.inference.encoding import Collator
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.partial import PartialPasses
@@ -55,11 +58,16 @@ class FrozenLayerCache:
             collator: makes batches of them.
             batch_size: of the passes.
             is_filled: another process has just filled the file with these states, which are taken from there.
+
+        Raises:
+            UserError: the model's layers hand on more than their hidden states.
+            RunFailed: there is no room for the states.
         """
         lengths = [len(ids) for ids in dataset["input_ids"]]
         self._offsets = [0, *itertools.accumulate(lengths)]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         num_values = self._offsets[-1] * self.width
+        if not is_filled:
+            _reserve(self.file, num_values * torch.float32.itemsize)
         states = torch.from_file(str(self.file), shared=True, size=num_values, dtype=torch.float32)
         self._states = states.view(-1, self.width)
         if not is_filled:
@@ -116,6 +124,25 @@ class FrozenLayerCache:
         assert self._passes is not None
         with self._passes.beginning_after(len(self.blocks) - 1, states):
             yield
+
+
+def _reserve(file: Path, num_bytes: int) -> None:
+    """Give a file its size on the disk: where a mapped one has holes, a full disk ends the process without a word."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            stream.truncate(num_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, num_bytes)
+            elif shutil.disk_usage(file.parent).free < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink()
+        raise RunFailed(
+            f"The outputs of the frozen layers need {num_bytes / 1e6:,.1f} MB in {file.parent}, which could not be had "
+            f"({error}); free space and repeat the command, or train without `cache_frozen_layers`."
+        ) from error
 
 
 def frozen_blocks(model: nn.Module) -> list[Block]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,6 +36,7 @@ from sparsepeft.runs.files import CHECKPOINTS
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.caching import STATES, CachingCollator, FrozenLayerCache
 from sparsepeft.training.callbacks import EarlyStopping
+from sparsepeft.training.checkpoints import has_weights, last_checkpoint
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
 from sparsepeft.training.model import RunModel
@@ -219,6 +220,22 @@ class SafeTrainer(SparseGradientTrainer):
                 f"{self._what_is_left()} Free space and repeat the command."
             ) from error
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers has it, but the last checkpoint stays, to go on from until the result is in its place."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, wherever the folder is by now; Trainer would go on without."""
+        best = Path(str(self.args.output_dir)) / Path(str(self.state.best_model_checkpoint)).name
+        if not has_weights(best):
+            raise RunFailed(f"The best checkpoint {best} cannot be read; {self._what_is_left()} Repeat the command.")
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
+
     def _what_is_left(self) -> str:
         last = last_checkpoint(Path(str(self.args.output_dir)))
         return f"the last good checkpoint is {last.name}." if last else "no checkpoint had been written yet."
@@ -235,15 +252,6 @@ class _ByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch, resumed ones too."""
         self.generator = torch.Generator().manual_seed(self._seed + epoch)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``: one whose weights can be read and whose state was written."""
-    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (path / "trainer_state.json").is_file() and _has_weights(path):
-            return path
-    return None
 
 
 def training_device(name: str | None) -> torch.device:
@@ -352,14 +360,3 @@ def _score(spec: TaskSpec, config: RunConfig, part: Any, output: EvalPrediction)
     answer = answers_of(output, part)
     metrics = spec.compute_metrics(*answer, thresholds_by(spec, config, answer, least_positives=1))
     return {**metrics, "score": metrics[spec.main_metric]}
-
-
-def _has_weights(folder: Path) -> bool:
-    files = list(folder.glob("*.safetensors"))
-    try:
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-    except (OSError, SafetensorError):
-        return False
-    return bool(files)

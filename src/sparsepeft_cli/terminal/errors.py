@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from sparsepeft_cli.terminal.interrupts import Stopped
 from sparsepeft_cli.terminal.options import current_names
 
 _running: ContextVar[Sequence[Any]] = ContextVar("parameters of the command that runs", default=())
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MARKED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
@@ -34,6 +36,13 @@ class Command(PlainCommand):
         except (UserError, RunFailed) as error:
             error.args = (in_options(str(error)),)
             raise
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            what = error.filename or "A file"
+            raise RunFailed(
+                f"{what} could not be written ({error.strerror}); free space, or write elsewhere."
+            ) from error
 
 
 def in_options(text: str, parameters: Iterable[Any] | None = None) -> str:

@@ -78,6 +78,7 @@ TABLES = {
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
     "inference-factors": Table("", inference.shares),
+    "crashes": Table("", training.crashes),
 }
 # Page -> title and the tables on it.
 PAGES = {

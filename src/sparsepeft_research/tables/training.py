@@ -1,7 +1,8 @@
-"""Tables of fine-tuning: its throughput, and how near our adapters are to AdapterHub's."""
+"""Tables of fine-tuning: its throughput, how near our adapters are to AdapterHub's, and what killed runs come to."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,17 @@ def adapterhub(results: Path) -> str:
         "library wrote. By `sparsepeft benchmark adapters`.",
         table(["backbone and style", "dtype", "largest error"], rows),
     )
+
+
+def crashes(results: Path) -> str:
+    """Trainings that were killed and went on, by setting."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, run in itertools.chain.from_iterable(
+        part.items() for part in read_result(results / "crashes.json").results.values()
+    ):
+        runs.setdefault(name.rpartition("-")[0], []).append(run)
+    rows = [
+        [name, str(len(each)), str(sum(len(run["kills"]) for run in each)), str(sum(run["survived"] for run in each))]
+        for name, each in runs.items()
+    ]
+    return table(["training", "runs", "kills", "ended alike"], rows)
