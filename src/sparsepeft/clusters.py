@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +21,9 @@ _VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _SECONDS = 10.0
+_STARTS = 3
 
 
 @contextlib.contextmanager
@@ -45,20 +49,23 @@ def local_or(address: str | None = None, purpose: str = "A cluster") -> Iterator
     if ray.is_initialized():
         yield ray
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if is_main else None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
             if address is None:
-                ray.init("local", include_dashboard=False, **quiet)
+                _start(ray)
             else:
                 _check_answers(address)
-                ray.init(address, **quiet)
+                ray.init(address, **_QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         where = "was started on this machine" if address is None else f"answers at `address={address}`"
         raise UserError(
             f"No Ray cluster {where} ({first_line(error)}); start one by `ray start --head`, and pass its address."
         ) from error
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)  # which Ray has taken
     try:
         yield ray
     finally:
@@ -84,6 +91,18 @@ def check_room(ray: Any, address: str | None, **needed: float) -> None:
                 f"`{name}={wanted:g}` was given, but this machine has {found:g}; pass fewer, or the `address` of a "
                 "cluster that has more."
             )
+
+
+def _start(ray: Any) -> None:
+    """Start a cluster; again where the machine is so busy that its parts do not find each other within Ray's 30 s."""
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init("local", include_dashboard=False, **_QUIET)
+            return
+        except Exception as error:  # Ray raises nothing more specific here
+            ray.shutdown()
+            if attempt == _STARTS:
+                raise RuntimeError(first_line(error)) from error
 
 
 def _check_answers(address: str) -> None:
