@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,3 +52,12 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_language_model
 
     return save_tiny_language_model(tmp_path_factory.mktemp("language_model"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster of this machine, which this process is connected to: its address."""
+    from sparsepeft.clusters import local_or
+
+    with local_or() as ray:
+        yield ray.get_runtime_context().gcs_address

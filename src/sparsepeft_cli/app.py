@@ -26,6 +26,7 @@ from sparsepeft_cli import (
     serve,
     sparsify,
     storage,
+    sweep,
     train,
 )
 from sparsepeft_cli.terminal.errors import Command
@@ -44,6 +45,7 @@ for _module in (
     data,
     train,
     compare,
+    sweep,
     history,
     evaluate,
     predict,

@@ -54,6 +54,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "dry_run": _option(bool, _PLAN, "--dry-run"),
     "table_only": _option(bool, "Write the table of the results there are; run nothing.", "--table-only"),
     "keep_weights": _option(bool, "Leave trained weights in OUTPUT_DIR/work.", "--keep-weights"),
+    "ray": _option(bool, "Do several runs at once, on a Ray cluster.", "--ray"),
+    "address": (options.Address, None),
+    "cpus_per_run": _option(int | None, "With --ray: CPUs, and threads, of a run. [default: 1]"),
+    "gpus_per_run": _option(float | None, "With --ray: GPUs of a run. [default: 0]"),
     "device_throughput": _option(list[Path] | None, _DEVICE_FILE),
     "json": (options.Json, False),
 }
@@ -72,6 +76,7 @@ def _command(table: str) -> Callable[..., None]:
             _show_plan(matrix, grid, given["json"])
         else:
             how = {"grid": grid, "run": not given["table_only"], "keep_weights": given["keep_weights"]}
+            how["cluster"] = _cluster(given)
             _show_table(table, matrix, how | {"device_files": files}, given["json"])
 
     options.declare(command, _OPTIONS)
@@ -86,6 +91,16 @@ def _command(table: str) -> Callable[..., None]:
 
 for _table in _PROTOCOLS:
     app.command(_table, cls=Command)(_command(_table))
+
+
+def _cluster(given: dict[str, Any]) -> Any:
+    from sparsepeft.errors import UserError
+    from sparsepeft_research.reproduction import Cluster
+
+    values = {name: given[name] for name in ("address", "cpus_per_run", "gpus_per_run") if given[name] is not None}
+    if values and not given["ray"]:
+        raise UserError(f"`{next(iter(values))}` was given without `ray`; pass `ray` as well.")
+    return Cluster(**values) if given["ray"] else None
 
 
 def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:

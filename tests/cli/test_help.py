@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def test_help_fits_80_columns_and_cuts_nothing(names: tuple[str, ...]) -> None:
     done = ran(*names, "--help", columns=80)
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "…" not in done.stdout
+    assert not re.search(r"^  \[?[A-Z_]+\]?( +\[required\])?$", done.stdout, re.MULTILINE), "an argument without a word"
     words = done.stdout.split()
     for parameter in COMMANDS[names].params:
         if parameter.param_type_name == "option" and not parameter.hidden:

@@ -62,8 +62,12 @@ def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
     return RunConfig(**values)
 
 
-def read_config(file: Path | None) -> dict[str, Any]:
+def read_config(file: Path | None, name: str = "config") -> dict[str, Any]:
     """The values in a YAML or JSON config file, by the names of the config's fields; empty without a file.
+
+    Args:
+        file: to be read.
+        name: of the parameter that it was given as.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -71,13 +75,13 @@ def read_config(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     if not file.is_file():
-        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `config`.")
+        raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `{name}`.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
         raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); pass another `config`.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); pass another `{name}`.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds {type(values).__name__}, but a config file is a mapping of keys to values.")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -195,6 +195,12 @@ class Watcher:
     def failed(self, run: str, error: dict[str, Any]) -> None:
         """A run failed; ``error`` has the ``type`` and the ``message`` of what ended it."""
 
+    def scored(self, run: str, step: int, max_steps: int, score: float) -> None:
+        """A run in another process has scored its selection part; ``score`` is the best so far."""
+
+    def stopped(self, run: str, step: int, max_steps: int, score: float, here: bool) -> None:
+        """A run was stopped early, as others are ahead; ``here`` unless that was before."""
+
     def waiting(self, runs: Sequence[str]) -> None:
         """Only runs that other processes are doing are left."""
 

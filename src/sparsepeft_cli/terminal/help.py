@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, get_type_hints
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
 
 _HYPHEN = "\u2011"  # stands for a hyphen at which no line may end, until the lines are made
-_TYPE = re.compile(r" <(?:list\[)?(\w+)(?: range)?\]?>$")
-_VALUES = {"str": "TEXT", "int": "N", "float": "X", "path": "FILE"}
+_TYPE = re.compile(r" (?:<(?:list\[)?(\w+)(?: range)?\]?>|(TEXT|INTEGER|FLOAT|PATH)(?: RANGE)?)$")
+_VALUES = {"str": "TEXT", "int": "N", "integer": "N", "float": "X", "path": "FILE"}
 _EXAMPLE = re.compile(r"^Example: `(.+)`$", re.DOTALL)
 
 
@@ -39,6 +40,7 @@ class PlainCommand(_Plain, TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, by section; an option too long for its column has a line of its own."""
         sections: dict[str, list[tuple[str, str]]] = {}
+        _restore_help(self)
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
                 continue
@@ -65,16 +67,30 @@ class PlainGroup(_Plain, TyperGroup):
             formatter.write_dl(rows)
 
 
+def _restore_help(command: PlainCommand) -> None:
+    """Give arguments the help that click 8.5 and later takes from those of typer 0.20."""
+    hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True) if command.callback else {}
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument) and parameter.help is None:
+            told = getattr(hints.get(str(parameter.name)), "__metadata__", ())
+            parameter.help = next((each.help for each in told if isinstance(each, ArgumentInfo)), None)
+
+
 def _named(name: str, parameter: Any) -> str:
     """An option with what it takes in capitals, where it says no more than a type; an argument by its name alone."""
     if parameter.param_type_name == "argument":
         return name.partition(" <")[0]
-    return _TYPE.sub(lambda found: f" {_VALUES.get(found.group(1).lower(), found.group(1).upper())}", name)
+    return _TYPE.sub(_value, name)
+
+
+def _value(found: re.Match[str]) -> str:
+    kind = found.group(1) or found.group(2)
+    return f" {_VALUES.get(kind.lower(), kind.upper())}"
 
 
 def _unbroken(text: str) -> str:
-    """The text with hyphens that hold its words together, as options need."""
-    return text.replace("-", _HYPHEN)
+    """The text with hyphens that hold its words together, as options need, and without typer's marks for rich."""
+    return text.replace("\\[", "[").replace("-", _HYPHEN)
 
 
 def _paragraphs(text: str | None) -> list[str]:

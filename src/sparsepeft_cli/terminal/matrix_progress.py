@@ -46,8 +46,11 @@ class MatrixProgress(Watcher):
         if err.is_terminal:
             self._progress.stop()
         self._stack.close()
-        if isinstance(error, Stop) and self._total:
-            error.left = f"with {self._ended} of {self._total} runs done; the same command goes on from there."
+        if isinstance(error, KeyboardInterrupt) and self._total:
+            stop = error if isinstance(error, Stop) else Stop()  # Ray makes Python's own of it
+            stop.left = f"with {self._ended} of {self._total} runs done; the same command goes on from there."
+            if stop is not error:
+                raise stop from error
 
     def begins(self, num_runs: int) -> None:
         """Show the bar; not before, since an error in what was given should stand alone on the screen."""
@@ -81,6 +84,16 @@ class MatrixProgress(Watcher):
         """Count the run and say what ended it."""
         self._count()
         say(f"{self._counted}  {run:<28} FAILED: {error['type']}: {in_options(error['message'])}")
+
+    def scored(self, run: str, step: int, max_steps: int, score: float) -> None:
+        """Show how far a run has come elsewhere."""
+        self._show(f"{run} step {step}/{max_steps} score {score:.4f}")
+
+    def stopped(self, run: str, step: int, max_steps: int, score: float, here: bool) -> None:
+        """Count the run; a line if it was stopped now."""
+        self._count()
+        if here:
+            say(f"{self._counted}  {run:<28} stopped at step {step} of {max_steps}, score {score:.4f}")
 
     def waiting(self, runs: Sequence[str]) -> None:
         """Say who is waited for."""

@@ -156,6 +156,10 @@ MaxExamples = Annotated[int | None, typer.Option(min=1, help="A sample of so man
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and order.")]
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="Hyperparameters: paper or best.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="A Ray cluster that is there, such as HOST:6379. [default: one started here]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 # Fields of ``sparsepeft.training.TableOptions``.
 ROWS: dict[str, tuple[Any, ...]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from sparsepeft.training.callbacks import Watcher
 from sparsepeft_research.benchmarks.devices import DEVICES
 from sparsepeft_research.benchmarks.inference.report import device_throughput
 from sparsepeft_research.benchmarks.inference.workloads import architecture
+from sparsepeft_research.reproduction.cluster import Cluster, run_on
 from sparsepeft_research.reproduction.grid import GridSearch, has_diverged
-from sparsepeft_research.reproduction.matrix import Matrix
+from sparsepeft_research.reproduction.matrix import Matrix, Run
 from sparsepeft_research.reproduction.planning import Planned, StepTimes, plan
 from sparsepeft_research.reproduction.render import write_table
 from sparsepeft_research.reproduction.results import MAX_OTHERS
@@ -51,6 +53,7 @@ def reproduce(
     keep_weights: bool = False,
     device_files: Sequence[Path] = (),
     watcher: Watcher | None = None,
+    cluster: Cluster | None = None,
 ) -> Outcome:
     """Run what a matrix lacks, and write its table.
 
@@ -62,11 +65,14 @@ def reproduce(
         keep_weights: leave the trained weights in each run's work folder.
         device_files: of ``sparsepeft benchmark inference --emulate``, for table 1.
         watcher: told about each run.
+        cluster: does several runs at once; None does them here, one after the other.
 
     Raises:
-        UserError: a name, value, model or the data cannot be used; found before the first run.
+        UserError: a name, value, model, the data or the cluster cannot be used; found before the first run.
     """
     watcher = watcher or Watcher()
+    if cluster is not None:  # whose workers have other working directories
+        matrix = dataclasses.replace(matrix, output_dir=matrix.output_dir.absolute())
     devices = read_devices(device_files, matrix.values.get("model"))
     search = GridSearch(matrix) if grid else None
     runs = matrix.runs() if search is None else search.runs()
@@ -75,14 +81,20 @@ def reproduce(
         num_points = len(search.points) if search else 0
         watcher.begins(num_points + len(matrix.pairs()) * len(matrix.names()[2]))
         if search:
-            failed = run_all(search.points, watcher)
+            failed = _run(search.points, watcher, cluster)
             lost = {point.name for point in search.points if has_diverged(point)}
             failures = {point: error for point, error in failed.items() if point not in lost}
             runs = search.runs()
-        failures |= run_all(runs, watcher, keep_weights)
+        failures |= _run(runs, watcher, cluster, keep_weights)
     table = make_table(name, runs, search.chosen() if search else None, devices)
     files = write_table(table, matrix.output_dir) if table.rows else []
     return Outcome(table, tuple(files), failures)
+
+
+def _run(runs: Sequence[Run], watcher: Watcher, cluster: Cluster | None, keep_weights: bool = False) -> dict[str, Any]:
+    if cluster is None:
+        return run_all(runs, watcher, keep_weights)
+    return run_on(cluster, runs, watcher, keep_weights)
 
 
 def plan_of(
