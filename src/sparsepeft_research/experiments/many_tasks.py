@@ -43,9 +43,9 @@ def main() -> None:
     model = resolve_model(options.model)
     with tempfile.TemporaryDirectory() as folder:
         run = train(RunConfig("topics", folder, model=options.model, max_steps=1, max_train_samples=32))
-        results = measure(model, folder, options.numbers, options.num_texts)
+        numbers = measure(model, folder, options.numbers, options.num_texts)
     settings = vars(options) | {"model": describe_backbone(model), "adapter": run["formula"], "dtype": "float32"}
-    results = {"bytes": run["saved_bytes"], "model_bytes": run["model_bytes"], "numbers": results}
+    results = {"bytes": run["saved_bytes"], "model_bytes": run["model_bytes"], "numbers": numbers}
     name = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
     write_result(RESULTS / "many_tasks" / f"{name}.json", Result("many_tasks", settings, results, environment, seed=0))
     print(json.dumps(results, indent=2))
