@@ -166,12 +166,16 @@ def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> 
     cases = {
         "num_cows": {"settings": {"num_cows": 3}, "method": "spartan"},
         "abacus": {"device": "abacus"},
+        "trials get no GPU; pass `gpus_per_trial`": {"device": "cuda"},
+        "nobody/nothing": {"model": "nobody/nothing"},
         "none.csv": {"train_file": str(tmp_path / "none.csv")},
     }
     for words, values in cases.items():
         space = read_space(space_file(tmp_path, tiny_backbone, **values))
         with pytest.raises(UserError, match=words):
             plan_sweep(space, tmp_path / "out", options)
+    with pytest.raises(UserError, match=r"is one for Ray's client.*pass HOST:6379"):
+        sweep(read_space(space_file(tmp_path, tiny_backbone)), tmp_path / "out", address="ray://HOST:10001")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
     with pytest.raises(UserError, match=r"holds other files \(mine.txt\)"):

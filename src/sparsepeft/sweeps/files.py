@@ -119,4 +119,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     known = {f.name for f in dataclasses.fields(Standing)} | {"config"}
-    return content if isinstance(content, dict) and content.keys() <= known else {}
+    is_ours = isinstance(content, dict) and {"state", "config"} <= content.keys() <= known
+    return content if is_ours else {}

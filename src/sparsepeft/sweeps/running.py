@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsepeft.arguments import check_number, check_whole
+from sparsepeft.backbones import resolve_model
 from sparsepeft.clusters import check_room, local_or
+from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError
 from sparsepeft.extras import require
 from sparsepeft.folders import UNFINISHED, check_output, locked, remove
-from sparsepeft.methods.models import adapter_config
+from sparsepeft.methods.models import adapter_config, load_model_config
 from sparsepeft.runs.files import CHECKPOINTS, describe_run
 from sparsepeft.runs.folder import check_folder
 from sparsepeft.runs.held_out import load_task_data
@@ -30,7 +32,6 @@ from sparsepeft.sweeps.report import Sweep, write_sweep
 from sparsepeft.sweeps.space import Space, Trial
 from sparsepeft.sweeps.telling import tell
 from sparsepeft.training.callbacks import Watcher
-from sparsepeft.training.fit import training_device
 
 _SCRATCH = ".tune"  # of Ray Tune, which is told nothing that is not in the trials' folders, too
 _PURPOSE = "A sweep"
@@ -98,23 +99,46 @@ def plan_sweep(space: Space, output_dir: Path, options: SweepOptions, overwrite:
     """
     trials = space.trials(output_dir, options.num_samples, options.seed)
     check_output(output_dir, (SWEEP,), "a sweep", overwrite=True)
-    groups: set[str] = set()
+    checked: set[tuple[str, str | None]] = set()
     standings = []
     for trial in trials:
-        config = trial.config
         try:
-            adapter_config(config.method, config.recipe_values().adapter)
-            training_device(config.device)
-            if trial.group not in groups:
-                load_task_data(config)
-                groups.add(trial.group)
+            _check(trial, options, checked)
             standing = standing_of(trial, overwrite)
             if standing.state != DONE:
-                check_folder(Path(config.output_dir), describe_run(config), overwrite)
+                check_folder(Path(trial.config.output_dir), describe_run(trial.config), overwrite)
         except UserError as error:
             raise trial.refused(error) from error
         standings.append(standing)
     return standings
+
+
+def _check(trial: Trial, options: SweepOptions, checked: set[tuple[str, str | None]]) -> None:
+    """Find what is wrong with a trial before the first run.
+
+    Args:
+        trial: is looked at.
+        options: of the sweep.
+        checked: tasks and models that were loaded, which is done once for each.
+
+    Raises:
+        UserError: something is.
+    """
+    config = trial.config
+    adapter_config(config.method, config.recipe_values().adapter)
+    if config.device is None or not config.device.startswith("cuda"):
+        find_device(config.device)
+    elif not options.gpus_per_trial:
+        raise UserError(
+            f"`device={config.device}` was given, but trials get no GPU; pass `gpus_per_trial`, or leave `device` out."
+        )
+    for what, load in (
+        (("model", config.model), lambda: load_model_config(resolve_model(config.model))),
+        (("task", trial.group), lambda: load_task_data(config)),
+    ):
+        if what not in checked:
+            load()
+            checked.add(what)
 
 
 def sweep(
@@ -152,6 +176,11 @@ def sweep(
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     require("ray.tune", "ray", _PURPOSE)
+    if address is not None and address.startswith("ray://"):
+        raise UserError(
+            f"`address={address}` is one for Ray's client, but a sweep is started on a machine of the cluster, whose "
+            "folders it works with; pass HOST:6379 there."
+        )
     plan = plan_sweep(space, output_dir, options, overwrite)
     left = [each.trial for each in plan if not _is_over(each, options)]
     names = {trial.name for trial in left}

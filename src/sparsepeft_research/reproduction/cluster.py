@@ -11,7 +11,7 @@ from sparsepeft.clusters import check_room, local_or
 from sparsepeft.training.callbacks import Watcher
 from sparsepeft_research.reproduction.matrix import Run
 from sparsepeft_research.reproduction.results import find_result
-from sparsepeft_research.reproduction.runner import run_all
+from sparsepeft_research.reproduction.runner import check_results, run_all
 
 _PURPOSE = "`--ray`"
 _MAX_FAILURES = 3
@@ -61,8 +61,10 @@ def run_on(cluster: Cluster, runs: Sequence[Run], watcher: Watcher, keep_weights
         What failed: type and message by the run's name.
 
     Raises:
-        UserError: Ray is missing, there is no such cluster, or this machine has less than a run needs.
+        UserError: Ray is missing, there is no such cluster, this machine has less than a run needs, or the results'
+            folder cannot be written.
     """
+    check_results(runs)
     left = []
     for run in runs:
         if (result := find_result(run).result) is not None:

@@ -58,16 +58,7 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
     watcher = watcher or Watcher()
     start = time.time()
     failures: dict[str, Any] = {}
-    for run in runs:
-        folder = run.lock_file.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as refused:
-            raise UserError(f"The folder {folder} cannot be made ({refused}); pass another `output_dir`.") from refused
-        if problem := find_result(run).problem:
-            logger.warning(
-                "%s is not counted: %s. The run is done again, and the file then moved aside.", run.result_file, problem
-            )
+    check_results(runs)
     left, num_announced = list(runs), 0
     while left:
         busy = []
@@ -83,6 +74,24 @@ def run_all(runs: Sequence[Run], watcher: Watcher | None = None, keep_weights: b
         if left:
             time.sleep(_POLL_SECONDS)
     return failures
+
+
+def check_results(runs: Sequence[Run]) -> None:
+    """Make the folder of each run's lock, and warn of result files that are not counted.
+
+    Raises:
+        UserError: a folder cannot be made.
+    """
+    for run in runs:
+        folder = run.lock_file.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as refused:
+            raise UserError(f"The folder {folder} cannot be made ({refused}); pass another `output_dir`.") from refused
+        if problem := find_result(run).problem:
+            logger.warning(
+                "%s is not counted: %s. The run is done again, and the file then moved aside.", run.result_file, problem
+            )
 
 
 @contextlib.contextmanager
