@@ -9,7 +9,7 @@ Beside it, what a client receives and sends in a round, measured on the messages
 fine-tuning.
 
 The clients take turns in this process. The result is ``research/results/federated.json``; its parts are kept in a
-folder ``federated/work`` beside it, and what is there is not repeated.
+folder ``federated/work`` beside it, what is there is not repeated, and several processes may share the work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local-epochs", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-3, help="high, as there are few steps")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--max-train-samples", type=int, default=500, help="of all clients together; 0 is all")
@@ -56,12 +56,15 @@ def main() -> None:
     run(options.pop("file"), **options)
 
 
-def run(file: Path, **settings: Any) -> Result:
+def run(file: Path, **settings: Any) -> Result | None:
     """Measure what is missing, and write the result file.
 
     Args:
         file: the result; parts go to a folder ``work`` in the folder of its name.
         settings: the options of :func:`main`, all of them.
+
+    Returns:
+        The result; None while another process is at a part of it.
     """
     environment = describe_machine(settings["seed"])
     num_clients, rounds = settings.pop("clients"), settings.pop("rounds")
@@ -72,7 +75,7 @@ def run(file: Path, **settings: Any) -> Result:
     def part(name: str, measure: Any, *arguments: Any) -> None:
         path = file.with_suffix("") / "work" / f"{name}.json"
         run_once(path, partial(measure, num_clients, values, *arguments), {"name": name})
-        parts[name] = json.loads(path.read_text(encoding="utf-8"))
+        parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     for partition, strategies in STRATEGIES.items():
         for strategy, changes in strategies.items():
@@ -82,6 +85,9 @@ def run(file: Path, **settings: Any) -> Result:
         part(f"{partition}-alone", alone, partition, rounds)
     for method in SENT:
         part(f"bytes-{method}", federation, {"method": method, "num_rounds": 2, "max_train_samples": 10 * num_clients})
+    if waiting := [name for name, measured in parts.items() if measured is None]:
+        print(f"{', '.join(waiting)}: another process is at it; repeat the command when it has ended")
+        return None
     described = settings | {"task": values["task"], "clients": num_clients, "rounds": rounds, "model": "minilm"}
     result = Result("federated", described, parts, environment, settings["seed"])
     write_result(file, result)

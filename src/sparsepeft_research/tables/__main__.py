@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft_research.results import RESULTS, ROOT
-from sparsepeft_research.tables import inference, kernels, scores, service, spt, spt_quality, training
+from sparsepeft_research.tables import federated, inference, kernels, scores, service, spt, spt_quality, training
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -73,6 +73,8 @@ TABLES = {
     "service-speed": Table("The service beside the engine and a server of pipelines", service.speed),
     "service-faults": Table("What can go wrong between the service and its callers", service.faults),
     "service-fuzz": Table("Cases made from the service's description", service.fuzz),
+    "federated": Table("Federated memories", federated.accuracy),
+    "federated-bytes": Table("What a federation sends", federated.sent),
     # Shorter forms, for pages that are read from start to end.
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
