@@ -111,7 +111,7 @@ def test_parts_are_all_rows_once() -> None:
     labels = [0] * 7 + [1] * 5 + [2] * 4 + [1]
     for partition in task.PARTITIONS:
         for count in (1, 2, 3, 5, 8):
-            parts = [task.part_of(labels, partition, index, count, seed=1) for index in range(count)]
+            parts = [task.part_of(labels, 3, partition, index, count, seed=1) for index in range(count)]
             assert sorted(row for part in parts for row in part) == list(range(len(labels)))
             if partition == "topic" and count >= 3:
                 assert all(len({labels[row] for row in part}) == 1 for part in parts)
@@ -149,9 +149,9 @@ def test_values_that_cannot_be_used(values: dict[str, Any], words: str, monkeypa
 
 def test_more_clients_than_texts() -> None:
     with pytest.raises(UserError, match="No rows are left for client 5 of 6"):
-        module("task").part_of([0, 1, 0, 1, 0], "random", 5, 6, seed=1)
+        module("task").part_of([0, 1, 0, 1, 0], 2, "random", 5, 6, seed=1)
     with pytest.raises(UserError, match="partition-id=6"):
-        module("task").part_of([0, 1, 0, 1, 0], "random", 6, 6, seed=1)
+        module("task").part_of([0, 1, 0, 1, 0], 2, "random", 6, 6, seed=1)
 
 
 def test_flwr_run(tmp_path: Path) -> None:

@@ -32,29 +32,37 @@ app = ClientApp(mods=[count_bytes])
 
 @app.train()
 def train_part(message: Message, context: Context) -> Message:
-    """Train from the weights received; the reply has the new ones, and the weight that they count with."""
-    task, rows, _ = _prepare(message, context)
-    config = message.content["config"]
-    seed = task.config.seed + 1000 * int(config["server-round"]) + int(context.node_config["partition-id"])
-    steps = train(task, rows, float(context.run_config["local-epochs"]), seed, float(config.get("proximal-mu", 0.0)))
-    metrics = MetricRecord({"num-examples": len(rows), "steps": steps})
-    return Message(
-        RecordDict({"arrays": ArrayRecord(travelling(task.built.model)), "metrics": metrics}), reply_to=message
+    """Train from the weights received; the reply has the new ones, and the number of texts that they count with."""
+    task, config = _task(message, context), message.content["config"]
+    rows = _rows(task, task.data.train, context)
+    seed = task.config.seed + 1000 * config["server-round"] + int(context.node_config["partition-id"])
+    steps = train(task, rows, context.run_config["local-epochs"], seed, config.get("proximal-mu", 0.0))
+    arrays, metrics = (
+        ArrayRecord(travelling(task.built.model)),
+        MetricRecord({"num-examples": len(rows), "steps": steps}),
     )
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_part(message: Message, context: Context) -> Message:
     """Score the weights received on the client's held-out texts."""
-    task, _, rows = _prepare(message, context)
+    task = _task(message, context)
+    rows = _rows(task, task.data.selection, context)
     metrics = MetricRecord({"num-examples": len(rows), **score(task, rows)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-def _prepare(message: Message, context: Context) -> tuple[Task, Any, Any]:
-    """The task with the weights received, and this client's rows: to train on, to score on."""
-    values, node = context.run_config, context.node_config
-    task = load(values)
+def _task(message: Message, context: Context) -> Task:
+    """The task with the weights received."""
+    task = load(context.run_config)
     receive(task.built.model, message.content["arrays"].to_torch_state_dict())
-    rows = client_rows(task, str(values["partition"]), int(node["partition-id"]), int(node["num-partitions"]))
-    return task, *rows
+    return task
+
+
+def _rows(task: Task, rows: Any, context: Context) -> Any:
+    """Those rows that this client has."""
+    node = context.node_config
+    return client_rows(
+        task, rows, context.run_config["partition"], int(node["partition-id"]), int(node["num-partitions"])
+    )

@@ -82,11 +82,18 @@ def _load(*values: Any) -> Task:
     return Task(config, data, built, {name: tensor.clone() for name, tensor in travelling(built.model).items()})
 
 
-def part_of(labels: Sequence[int], partition: str, index: int, count: int, seed: int) -> list[int]:
+def part_of(labels: Sequence[int], num_labels: int, partition: str, index: int, count: int, seed: int) -> list[int]:
     """Rows of one of ``count`` clients; all clients' together are all rows, each once.
 
     By topic, client ``i`` has the labels ``i``, ``i + count``, ...: one label each where there are as many clients as
     labels. Further clients share those of the first. At random, all have like many rows, whatever their labels.
+
+    Args:
+        labels: class indices of all rows.
+        num_labels: classes that there are.
+        partition: one of :data:`PARTITIONS`.
+        index, count: which client of how many.
+        seed: decides who has which rows.
 
     Raises:
         UserError: there is no such client, or nothing is left for it.
@@ -97,7 +104,6 @@ def part_of(labels: Sequence[int], partition: str, index: int, count: int, seed:
     classes, order = np.asarray(labels), np.random.default_rng(seed).permutation(len(labels))
     first, sharing = index, count
     if partition == "topic":
-        num_labels = int(classes.max()) + 1
         first, sharing = index // num_labels, len(range(index % num_labels, count, num_labels))
         order = order[classes[order] % count == index % num_labels]
     rows = sorted(order[first::sharing].tolist())
@@ -108,12 +114,10 @@ def part_of(labels: Sequence[int], partition: str, index: int, count: int, seed:
     return rows
 
 
-def client_rows(task: Task, partition: str, index: int, count: int) -> tuple[Any, Any]:
-    """What a client trains on, and what it scores the average on."""
-    parts = (task.data.train, task.data.selection)
-    chosen = (part_of(part["labels"][:], partition, index, count, task.config.seed) for part in parts)
-    training, scored = (part.select(rows) for part, rows in zip(parts, chosen, strict=True))
-    return training, scored
+def client_rows(task: Task, rows: Any, partition: str, index: int, count: int) -> Any:
+    """A client's part of rows of the task."""
+    chosen = part_of(rows["labels"][:], task.data.spec.num_labels, partition, index, count, task.config.seed)
+    return rows.select(chosen)
 
 
 def travelling(model: Model) -> dict[str, torch.Tensor]:

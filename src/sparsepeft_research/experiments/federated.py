@@ -110,7 +110,7 @@ def alone(num_clients: int, values: dict[str, Any], partition: str, rounds: int)
     """Training of each client on its own texts."""
     task, clients = _task(values), []
     for index in range(num_clients):
-        rows, _ = _module("task").client_rows(task, partition, index, num_clients)
+        rows = _module("task").client_rows(task, task.data.train, partition, index, num_clients)
         clients.append(_trained(task, rows, rounds * values["local_epochs"], values["seed"] + index))
     return {"clients": clients}
 
