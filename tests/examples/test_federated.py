@@ -134,7 +134,7 @@ def test_a_proximal_term_holds_a_client_back() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"partition": "size"}, "topic, random"),
+        ({"partition": "size"}, "valid are random, topic"),
         ({"partitions": "topic"}, "partition"),
         ({"task": "stsb"}, "one label each"),
         ({"server_momentum": 0.5, "proximal_mu": 0.1}, "two strategies"),

@@ -52,7 +52,8 @@ def _accuracy(report: Result) -> str:
     for partition, title in _PARTITIONS.items():
         for name, part in parts.items():
             if name.startswith(f"{partition}-") and "train" in part:
-                scores = [_percent(part["test"][str(number)]) for number in range(rounds + 1)]
+                cut_in = part["values"]["num-rounds"] // rounds
+                scores = [_percent(part["test"][str(number * cut_in)]) for number in range(rounds + 1)]
                 rows.append([f"{title}, {name.partition('-')[2]}", *scores])
         alone = [100 * client["test"]["accuracy"] for client in parts[f"{partition}-alone"]["clients"]]
         summary = f"{statistics.mean(alone):.1f} ({min(alone):.1f} to {max(alone):.1f})"
