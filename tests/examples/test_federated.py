@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.cli.test_cli import sparsepeft
+from tests.cli.test_cli import ran
 
 from sparsepeft.backbones import BackboneError, default_backbone
 from sparsepeft.errors import RunFailed, UserError
@@ -86,13 +86,11 @@ def test_the_averaged_adapter_is_used_without_flower(finished: tuple[dict[str, A
     model = PeftModel.from_pretrained(load_backbone(str(default_backbone()), task_spec("topics")), folder).eval()
     with torch.inference_mode():
         assert model(input_ids=torch.tensor([[101, 2374, 102]])).logits.shape == (1, 5)
-    answered = sparsepeft("predict", folder, "The striker scored twice.", "--json")
-    assert answered.returncode == 0, answered.stderr
-    assert "sport" in answered.stdout
-    evaluated = sparsepeft("evaluate", folder, "--json")
-    assert evaluated.returncode == 0, evaluated.stderr
+    answer = ran("predict", folder, "The striker scored twice.").stdout
+    assert any(label in answer for label in task_spec("topics").label_names or ())
+    evaluated = json.loads(ran("evaluate", folder, "--json").stdout)
     history = json.loads((folder / "federation.json").read_text())
-    assert f"{history['test']['2']['accuracy']:.3f}" in evaluated.stdout
+    assert evaluated["test"]["accuracy"] == pytest.approx(history["test"]["2"]["accuracy"], abs=0.01)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -103,7 +101,7 @@ def test_other_methods_and_strategies(method: str, tmp_path: Path) -> None:
     history = module("in_process").run_in_process(3, num_rounds=1, partition="random", output_dir=str(folder), **values)
     assert history["train"]["1"]["bytes-up"] > 4 * history["parameters"]["trained"]
     assert not history["evaluate"]
-    assert sparsepeft("predict", folder, "The striker scored twice.").returncode == 0
+    ran("predict", folder, "The striker scored twice.")
 
 
 def test_parts_are_all_rows_once() -> None:
