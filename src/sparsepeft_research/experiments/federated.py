@@ -37,6 +37,7 @@ STRATEGIES: dict[str, dict[str, dict[str, Any]]] = {
         "FedAvgM": {"server_momentum": 0.5},
         "FedProx": {"proximal_mu": 0.1},
         "FedAvg, rounds cut in three": {"cut_in": 3},
+        "FedAvgM of 0.9, rounds cut in three": {"cut_in": 3, "server_momentum": 0.9},
     },
 }
 SENT = ("spartan", "lora", "full")
