@@ -54,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     """A federation of two clients with other topics each, and its folder."""
     folder = tmp_path_factory.mktemp("federation") / "out"
     run = module("in_process").run_in_process
-    return run(2, num_rounds=2, local_epochs=1.0, output_dir=str(folder), **FAST), folder
+    return run(2, partition="topic", num_rounds=2, output_dir=str(folder), **FAST), folder
 
 
 def test_clients_send_memories_and_head_alone(finished: tuple[dict[str, Any], Path]) -> None:
@@ -98,7 +98,7 @@ def test_other_methods_and_strategies(method: str, tmp_path: Path) -> None:
     changes = {"lora": {"proximal_mu": 0.5}, "full": {"server_momentum": 0.5, "lr": 1e-4}}[method]
     values = FAST | changes | {"method": method, "max_train_samples": 20, "fraction_evaluate": 0.0}
     folder = tmp_path / "out"
-    history = module("in_process").run_in_process(3, num_rounds=1, partition="random", output_dir=str(folder), **values)
+    history = module("in_process").run_in_process(3, num_rounds=1, output_dir=str(folder), **values)
     assert history["train"]["1"]["bytes-up"] > 4 * history["parameters"]["trained"]
     assert not history["evaluate"]
     ran("predict", folder, "The striker scored twice.")
