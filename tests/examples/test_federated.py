@@ -136,13 +136,16 @@ def test_a_proximal_term_holds_a_client_back() -> None:
         ({"partitions": "topic"}, "partition"),
         ({"task": "stsb"}, "one label each"),
         ({"server_momentum": 0.5, "proximal_mu": 0.1}, "two strategies"),
+        ({"output_dir": "out"}, "an absolute path"),
+        ({"output_dir": str(APP)}, "other files"),
+        ({"num_rounds": 0}, "num-rounds"),
     ],
 )
 def test_values_that_cannot_be_used(values: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "task" in values and "SPARSEPEFT_DATA" not in os.environ:
         pytest.skip("real data not found: set SPARSEPEFT_DATA")
     with pytest.raises(UserError, match=words):
-        module("in_process").run_in_process(2, num_rounds=1, **values)
+        module("in_process").run_in_process(2, **{"num_rounds": 1, **values})
 
 
 def test_more_clients_than_texts() -> None:

@@ -11,11 +11,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Result
 
 from federated_memories.task import Task, Values, load, receive, score
+from sparsepeft.arguments import check_whole
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.folders import replacing, write_json
 from sparsepeft.methods.models import count_parameters
 from sparsepeft.methods.saving import write_weights
 from sparsepeft.runs.files import RUN, describe_run
+from sparsepeft.runs.folder import check_output_folder
 from sparsepeft.runs.held_out import write_held_out
 
 app = ServerApp()
@@ -25,7 +27,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds of a federation."""
     values = context.run_config
-    task, num_rounds = load(values), int(values["num-rounds"])
+    check_whole("num-rounds", values["num-rounds"])
+    if folder := values["output-dir"]:
+        if not Path(folder).is_absolute():  # Flower runs apps from folders of its own
+            raise UserError(f"`output-dir={folder}` was given, but it must be an absolute path.")
+        check_output_folder(Path(folder), overwrite=True)
+    task, num_rounds = load(values), values["num-rounds"]
 
     def score_average(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         receive(task.built.model, arrays.to_torch_state_dict())
@@ -39,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     if len(result.train_metrics_clientapp) < num_rounds:
         raise RunFailed("There were rounds that no client finished; the errors above say why.")
-    if values["output-dir"]:
+    if folder:
         receive(task.built.model, result.arrays.to_torch_state_dict())
         save(task, values, summary(task, values, result))
 

@@ -18,12 +18,12 @@ import argparse
 import importlib
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsepeft.provenance import environment
 from sparsepeft_research.experiments import run_once
 from sparsepeft_research.results import RESULTS, ROOT, Result, describe_machine, write_result
 
@@ -73,7 +73,7 @@ def run(file: Path, **settings: Any) -> Result | None:
     Returns:
         The result; None while another process is at a part of it.
     """
-    environment = describe_machine(settings["seed"])
+    made_on = describe_machine(settings["seed"])
     num_clients, rounds = settings.pop("clients"), settings.pop("rounds")
     data_dir = settings.pop("data_dir")
     values = settings | {"task": "topics" if data_dir is None else "bbc-news", "data_dir": data_dir or ""}
@@ -81,7 +81,9 @@ def run(file: Path, **settings: Any) -> Result | None:
 
     def part(name: str, measure: Any, *arguments: Any) -> None:
         path = file.with_suffix("") / "work" / f"{name}.json"
-        run_once(path, partial(measure, num_clients, values, *arguments), {"name": name})
+        run_once(
+            path, lambda: measure(num_clients, values, *arguments) | {"environment": environment()}, {"name": name}
+        )
         parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     for partition, strategies in STRATEGIES.items():
@@ -99,7 +101,7 @@ def run(file: Path, **settings: Any) -> Result | None:
         print(f"{', '.join(waiting)}: another process is at it; repeat the command when it has ended")
         return None
     described = settings | {"task": values["task"], "clients": num_clients, "rounds": rounds, "model": "minilm"}
-    result = Result("federated", described, parts, environment, settings["seed"])
+    result = Result("federated", described, parts, made_on, settings["seed"])
     write_result(file, result)
     return result
 

@@ -73,12 +73,13 @@ TABLES = {
     "service-speed": Table("The service beside the engine and a server of pipelines", service.speed),
     "service-faults": Table("What can go wrong between the service and its callers", service.faults),
     "service-fuzz": Table("Cases made from the service's description", service.fuzz),
-    "federated": Table("Federated memories", federated.accuracy),
-    "federated-bytes": Table("What a federation sends", federated.sent),
     # Shorter forms, for pages that are read from start to end.
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
     "inference-factors": Table("", inference.shares),
+    # On the page that explains them alone.
+    "federated": Table("", federated.accuracy),
+    "federated-bytes": Table("", federated.sent),
 }
 # Page -> title and the tables on it.
 PAGES = {
