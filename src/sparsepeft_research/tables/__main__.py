@@ -19,7 +19,17 @@ from typing import NamedTuple
 
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft_research.results import RESULTS, ROOT
-from sparsepeft_research.tables import inference, kernels, processes, scores, service, spt, spt_quality, training
+from sparsepeft_research.tables import (
+    federated,
+    inference,
+    kernels,
+    processes,
+    scores,
+    service,
+    spt,
+    spt_quality,
+    training,
+)
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -78,7 +88,10 @@ TABLES = {
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
     "inference-factors": Table("", inference.shares),
+    # On the page that explains them alone.
     "crashes": Table("", training.crashes),
+    "federated": Table("", federated.accuracy),
+    "federated-bytes": Table("", federated.sent),
 }
 # Page -> title and the tables on it.
 PAGES = {

@@ -1,0 +1,1 @@
+"""A Flower app whose clients fine-tune memories: docs/federated.md."""
