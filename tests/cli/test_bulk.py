@@ -1,0 +1,91 @@
+"""``sparsepeft predict --input``: what is said, how it ends, and how it goes on after it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.test_cli import ran, refused, sparsepeft
+from tests.inference.conftest import TASKS, save_task
+from tests.tiny import topics_rows, write_jsonl
+
+pytestmark = pytest.mark.slow
+NUM_FILES, ROWS = 60, [{"text": row["text"].lower()} for row in topics_rows("train")[:200]]
+
+
+@pytest.fixture(scope="module")
+def home(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tasks, and texts in many files."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("two", "degree"):
+        save_task(tiny_backbone, folder / "tasks" / name, TASKS[name])
+    (folder / "texts").mkdir()
+    for number in range(NUM_FILES):
+        write_jsonl(folder / "texts" / f"{number:02}.jsonl", ROWS)
+    (folder / "model").symlink_to(tiny_backbone)
+    return folder
+
+
+def arguments(home: Path, output: Path, files: str = "*.jsonl") -> list[object]:
+    return [
+        *("predict", "--tasks-dir", home / "tasks", "--model", home / "model"),
+        *("--input", home / "texts" / files, "--output", output, "--text-column", "text"),
+    ]
+
+
+def test_a_killed_run_goes_on_where_it_was(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sparsepeft_cli", *map(str, arguments(home, out)), "--token-budget", "64"]
+    with subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True) as process:
+        while len(list(out.glob("*.jsonl"))) < 3:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
+    assert 3 <= len(first) < NUM_FILES
+    done = ran(*arguments(home, out), "--token-budget", 64, "--json")
+    report = json.loads(done.stdout)
+    assert (report["skipped"], report["files"]) == (len(first), NUM_FILES - len(first))
+    assert report["rows"] == len(ROWS) * report["files"]
+    assert f"{len(first)} were there" in done.stderr
+    assert {name: (out / name).stat().st_mtime_ns for name in first} == first
+    assert len({path.read_bytes() for path in out.glob("*.jsonl")}) == 1  # as their inputs
+    assert len(list(out.iterdir())) == NUM_FILES + 1  # and the note on how they were made
+    rows = [json.loads(line) for line in (out / "00.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [row["text"] for row in ROWS]
+    assert set(rows[0]) == {"text", "two_label", "two_score", "two_scores", "degree_score"}
+
+
+def test_what_failed_is_said_and_the_exit_code_is_1(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\na\n \n")
+    (tmp_path / "b.csv").write_text("text\na,b\n")
+    task = ("--task", f"two={home / 'tasks' / 'two'}", "--model", home / "model", "--output", tmp_path / "out")
+    done = sparsepeft("predict", *task, "--input", tmp_path / "*.csv", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["failed"] == 1
+    assert "b.csv was not answered: " in done.stderr
+    assert done.stderr.splitlines()[-1] == "Error: 1 files could not be read, and 1 rows not be answered."
+    done = ran("predict", *task, "--input", tmp_path / "a.csv")
+    assert "0 files written" in done.stderr
+
+
+def test_what_it_refuses(home: Path, tmp_path: Path) -> None:
+    two, files = home / "tasks" / "two", ("--input", home / "texts" / "00.jsonl")
+    for given, words in (
+        ((two, *files), "without --output"),
+        ((two, "a text", *files, "--output", tmp_path / "out"), "TEXT does not go with --input"),
+        ((two, *files, "--output", tmp_path / "out", "--infer", "dense"), "--infer does not go with --input"),
+        ((*files, "--output", tmp_path / "out"), "either FOLDER or tasks by --task"),
+        ((two, *files, "--output", tmp_path / "out", "--task", f"a={two}"), "either FOLDER or tasks by --task"),
+        ((two, *files, "--output", tmp_path / "out", "--workers", 2), "--workers goes with --ray"),
+        ((two, "a text", "--ray"), "--ray goes with --input"),
+        (("--task", f"a={two}"), "--task goes with --input"),
+        ((), "Pass the FOLDER of a run"),
+    ):
+        refused("predict", *given, words=[words])
