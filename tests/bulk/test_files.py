@@ -184,8 +184,9 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_answered(runs: dict[str, Pa
     (tmp_path / "lines.jsonl").write_bytes(
         b'{"text": "a"}\n{"text": "b\n\n"plain"\n["x", "y"]\n{"id": 3}\n{"text": "\xff"}\n'
     )
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 30)[:-9])
     report = score_files(tmp_path / "*.*", tmp_path / "out", {"mood": runs["mood"]})
-    assert set(report.failed_files) == {"damaged.parquet", "fields.csv"}
+    assert set(report.failed_files) == {"damaged.parquet", "fields.csv", "cut.jsonl.gz"}
     assert "fields.csv:3: expected 2 fields" in report.failed_files["fields.csv"]
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["lines.jsonl", "whole.parquet"]
     lines = read(tmp_path / "out" / "lines.jsonl")
@@ -195,16 +196,17 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_answered(runs: dict[str, Pa
     ]
     assert (report.rows, report.failed) == (len(ROWS) + 6, 1 + 4)
     (tmp_path / "fields.csv").write_text("id,text\n1,a\n2,b\n")
-    (tmp_path / "damaged.parquet").unlink()
+    for name in ("damaged.parquet", "cut.jsonl.gz"):
+        (tmp_path / name).unlink()
     again = score_files(tmp_path / "*.*", tmp_path / "out", {"mood": runs["mood"]})
     assert (again.files, again.skipped, again.rows) == (1, 2, 2)
 
 
 def test_raw_tsv_stays_raw(runs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "raw.tsv").write_text('text\tid\na "fine" film\t1\n"dull\t2\n')
+    (tmp_path / "raw.tsv").write_text('text\tid\na "fine"\r film\t1\n"dull\t2\n', newline="")
     score_files(tmp_path / "raw.tsv", tmp_path / "out", {"names": runs["names"]})
-    lines = (tmp_path / "out" / "raw.tsv").read_text().splitlines()
-    assert [line.split("\t")[:2] for line in lines] == [["text", "id"], ['a "fine" film', "1"], ['"dull', "2"]]
+    lines = (tmp_path / "out" / "raw.tsv").read_bytes().decode().split("\n")[:3]
+    assert [line.split("\t")[:2] for line in lines] == [["text", "id"], ['a "fine"\r film', "1"], ['"dull', "2"]]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sparsepeft.errors import RunFailed, UserError, first_line
 from sparsepeft.extras import require
 
 _IN_FLIGHT_BYTES = 256 << 20  # of chunks that are read and not yet answered, or answered and not yet written
-_RETRIES = 4  # of a chunk whose worker ended, and of a worker
+_RETRIES = 4  # of a chunk whose worker ended
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -64,9 +64,8 @@ def scored_by_ray(plan: Plan, sources: Sequence[Source], options: RayOptions) ->
                     raise scored
                 yield scored
         except ray.exceptions.RayError as error:
-            raise RunFailed(
-                f"Ray could not answer a chunk ({first_line(error)}); repeat the command to go on."
-            ) from error
+            last = str(error).strip().splitlines()[-1]  # what the worker's traceback ends with
+            raise RunFailed(f"Ray could not answer a chunk ({last}); repeat the command to go on.") from error
 
 
 def _dataset(ray: Any, plan: Plan, sources: Sequence[Source], options: RayOptions) -> Any:
@@ -94,7 +93,7 @@ def _dataset(ray: Any, plan: Plan, sources: Sequence[Source], options: RayOption
                 fn_constructor_args=(plan, list(sources)),
                 batch_size=1,
                 concurrency=workers,
-                max_restarts=_RETRIES,
+                max_restarts=-1,
                 max_task_retries=_RETRIES,
                 **resources,
             )
@@ -127,7 +126,7 @@ def _connected(ray: Any, options: RayOptions, threads: int) -> Iterator[None]:
         return
     settings: dict[str, Any] = {"address": options.address}
     if options.address is None:
-        workers = options.workers or max(1, len(os.sched_getaffinity(0)) // threads)
+        workers = options.workers or max(1, (os.cpu_count() or 1) // threads)
         settings = {
             "address": "local",
             "num_cpus": workers * threads,

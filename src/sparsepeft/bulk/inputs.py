@@ -6,6 +6,7 @@ import glob
 import gzip
 import itertools
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def read_chunks(number: int, source: Source, plan: Plan) -> Iterator[Chunk]:
             yield replace(chunk, file=number, place=place, is_last=following is None)
             if following is not None:
                 chunk, place = following, place + 1
-    except (UserError, OSError) as error:
+    except (UserError, OSError, EOFError, zlib.error) as error:
         yield Chunk(number, place=place, is_last=True, failure=str(error))
 
 

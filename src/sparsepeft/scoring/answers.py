@@ -216,10 +216,8 @@ class CsvRows:
     """
 
     def __init__(self, header: Sequence[str] = (), delimiter: str = ",", is_quoted: bool = True) -> None:
-        self._header = list(header)
-        self._dialect: dict[str, Any] = {"delimiter": delimiter, "lineterminator": "\n"}
-        if not is_quoted:
-            self._dialect |= {"quoting": csv.QUOTE_NONE, "quotechar": None}
+        self._header: dict[str, None] = dict.fromkeys(header)
+        self._delimiter, self._is_quoted = delimiter, is_quoted
 
     def __call__(self, row: dict[str, Any], *, must_fit: bool = True) -> str:
         """The line of a row, or lines.
@@ -231,19 +229,26 @@ class CsvRows:
         Raises:
             UserError: there are some.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, **self._dialect)
-        if not self._header:
-            self._header = list(row)
-            writer.writerow(self._header)
-        further = [name for name in row if name not in self._header]
-        if further and must_fit:
+        lines = [] if self._header else [list(row)]
+        self._header = self._header or dict.fromkeys(row)
+        if must_fit and (further := row.keys() - self._header.keys()):
             raise UserError(
-                f"A row has the column {further[0]!r}, which the first one lacks, so that they fit no CSV; pass "
+                f"A row has the column {min(further)!r}, which the first one lacks, so that they fit no CSV; pass "
                 "`output_format=jsonl`."
             )
-        writer.writerow([_cell(row.get(name)) for name in self._header])
-        return text.getvalue().encode("utf-8", "replace").decode()
+        lines.append([_cell(row.get(name)) for name in self._header])
+        if self._is_quoted:
+            text = io.StringIO()
+            csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerows(lines)
+            written = text.getvalue()
+        else:  # the csv module would refuse some characters that such a field may have
+            written = "".join(self._delimiter.join(map(_raw, line)) + "\n" for line in lines)
+        return written.encode("utf-8", "replace").decode()
+
+
+def _raw(cell: Any) -> str:
+    """A field between tabs, in which there can be no tab and no end of a line."""
+    return "" if cell is None else str(cell).replace("\t", " ").replace("\n", " ")
 
 
 def _cell(value: Any) -> Any:
