@@ -19,7 +19,7 @@ from tests.inference.conftest import TASKS, save_task
 from tests.models import METHODS
 from tests.tiny import write_jsonl
 
-from sparsepeft.bulk import inputs, outputs, score_files
+from sparsepeft.bulk import RayOptions, inputs, outputs, score_files
 from sparsepeft.bulk.folder import MANIFEST
 from sparsepeft.errors import UserError
 from sparsepeft.folders import locked
@@ -279,6 +279,9 @@ def test_what_is_refused_before_anything_is_written(runs: dict[str, Path], tiny_
         (file, {}, {}, "No task was given"),
         (file, {"none": tmp_path / "none"}, {}, "There is no folder"),
         (file, mood, {"dtype": "int8"}, "`dtype=int8` was given; pass"),
+        (file, mood, {"threads": 0}, "`threads=0` was given, but it must be a whole number of at least 1"),
+        (file, mood, {"ray": RayOptions(workers=0)}, "`workers=0` was given"),
+        (file, mood, {"model": str(tmp_path / "none")}, "is neither an existing folder nor a hub id"),
         (tmp_path / "*.parquet", mood, {}, r"There is no file .*\*.parquet"),
         (tmp_path, mood, {}, "is a folder; pass a pattern"),
         (tmp_path / "a.json", mood, {}, "expected names that end in .parquet, .jsonl, .csv, .tsv"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sparsepeft.arguments import check_whole
 from sparsepeft.backbones import public_name, resolve_model
 from sparsepeft.errors import UserError
 from sparsepeft.inference.folders import backbone_of_tasks
@@ -89,6 +90,9 @@ def make_plan(
         raise UserError("No task was given; pass the folder of at least one.")
     if dtype not in DTYPES:
         raise UserError(f"`dtype={dtype}` was given; pass {', '.join(DTYPES)}.")
+    check_whole("token_budget", token_budget)
+    if threads is not None:
+        check_whole("threads", threads)
     table = table or TableOptions()
     folders = {name: Path(folder).absolute() for name, folder in tasks.items()}
     described = {name: _describe(folder) for name, folder in folders.items()}
@@ -105,9 +109,10 @@ def make_plan(
             f"The task {other!r} was trained on the column {trained[other][0]!r} and {first!r} on {longest[0]!r}, but "
             "all read the same; pass `text_column` (and `text_pair_column` for pairs)."
         )
+    backbone = resolve_model(backbone_of_tasks(folders, model, must_exist=True))
     plan = Plan(
         infos,
-        resolve_model(backbone_of_tasks(folders, model)),
+        str(Path(backbone).absolute()) if Path(backbone).is_dir() else backbone,  # workers may be in another folder
         TaskSpec(
             name="bulk",
             text_columns=longest if len(longest) == num_texts else _TEXTS[:num_texts],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparsepeft.arguments import check_whole
 from sparsepeft.bulk.cluster import RayOptions, scored_by_ray
 from sparsepeft.bulk.folder import held, is_done
 from sparsepeft.bulk.inputs import Source, find_files, look_at, read_chunks
@@ -100,7 +101,7 @@ def score_files(
         What was done. A file that is malformed is among its ``failed_files``; the others are answered.
 
     Raises:
-        UserError: something given cannot be used; nothing was written then.
+        UserError: something given cannot be used; no answer was written then.
         RunFailed: answers cannot be written, or Ray's workers fail again and again.
 
     Example:
@@ -116,6 +117,8 @@ def score_files(
         device = str(find_device(device))
     else:
         threads = threads or 1
+        if ray.workers is not None:
+            check_whole("workers", ray.workers)
     plan = make_plan(tasks, model, table, dtype=dtype, device=device, token_budget=token_budget, threads=threads)
     sources = [look_at(path, plan) for path in paths if overwrite or not is_done(path, folder)]
     with held(folder, plan.settings(), [path.name for path in paths], overwrite):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from sparsepeft.backbones import backbone_of_run
@@ -51,14 +51,22 @@ def task_folders(root: Path) -> dict[str, Path]:
     return {path.name: path for path in folders if _is_task(path, root)}
 
 
-def backbone_of_tasks(tasks: Mapping[str, Path], model: str | None) -> str | None:
+def backbone_of_tasks(tasks: Mapping[str, Path], model: str | None, *, must_exist: bool = False) -> str | None:
     """The backbone of tasks: the caller's ``model``, or else what the first run among them was trained on.
+
+    Args:
+        tasks: folder of each by its name.
+        model: the caller's.
+        must_exist: a backbone that is gone is an error; else one of another run is taken.
 
     Returns:
         What an engine takes; None, which is the default, where no folder says.
+
+    Raises:
+        UserError: the backbone of a run is gone, or its files are damaged.
     """
     for path in () if model is not None else tasks.values():
-        with suppress(UserError):  # told when the task is loaded
+        with nullcontext() if must_exist else suppress(UserError):  # told when the task is loaded
             if (path / RUN).is_file():
                 return backbone_of_run(path, None, read_run(path)["config"]["model"])
     return model
