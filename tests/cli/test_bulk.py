@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -11,9 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.cli.test_cli import ran, refused, sparsepeft
 from tests.inference.conftest import TASKS, save_task
 from tests.tiny import topics_rows, write_jsonl
+
+from sparsepeft.bulk import BulkReport
+from sparsepeft_cli.terminal import bulk_progress
+from sparsepeft_cli.terminal.interrupts import Stop
 
 pytestmark = pytest.mark.slow
 NUM_FILES, ROWS = 60, [{"text": row["text"].lower()} for row in topics_rows("train")[:200]]
@@ -89,3 +96,21 @@ def test_what_it_refuses(home: Path, tmp_path: Path) -> None:
         ((), "Pass the FOLDER of a run"),
     ):
         refused("predict", *given, words=[words])
+
+
+def test_progress_is_a_bar_or_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, screen, lines = BulkReport(rows=1000, files=3, seconds=2.0), io.StringIO(), list[str]()
+    monkeypatch.setattr(bulk_progress, "err", Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(bulk_progress, "say", lines.append)
+    stop = Stop()
+    with contextlib.suppress(Stop), bulk_progress.BulkProgress() as progress:
+        progress.show(report, 0.25)
+        raise stop
+    assert str(stop) == "Interrupted with 3 files written; the same command goes on from there."
+    assert "25%" in screen.getvalue()
+    assert "1,000 rows, 500 a second" in screen.getvalue()
+    monkeypatch.setattr(bulk_progress, "err", Console(file=screen))
+    monkeypatch.setattr(bulk_progress, "_LINE_SECONDS", 0.0)
+    with bulk_progress.BulkProgress() as progress:
+        progress.show(report, 0.25)
+    assert [line.split("  ")[1:] for line in lines] == [["25.0%", "1,000 rows, 500 a second", "ETA 6 s"]]
