@@ -75,17 +75,21 @@ def score(folder: Path | None, output: Path | None, rows: dict[str, Any], bulk: 
     inputs, as_json, overwrite = bulk.pop("input"), bulk.pop("json"), bool(bulk.pop("overwrite"))
     tasks = named_tasks(named, tasks_dir) if folder is None else {folder.resolve().name: folder}
     given = {name: value for name, value in (bulk | others).items() if value is not None}
-    with BulkProgress() as progress:
-        report = score_files(
-            inputs,
-            output,
-            tasks,
-            table=TableOptions(**rows),
-            ray=RayOptions(address, workers) if use_ray else None,
-            overwrite=overwrite,
-            progress=progress.show,
-            **given,
-        )
+    try:
+        with BulkProgress() as progress:
+            report = score_files(
+                inputs,
+                output,
+                tasks,
+                table=TableOptions(**rows),
+                ray=RayOptions(address, workers) if use_ray else None,
+                overwrite=overwrite,
+                progress=progress.show,
+                **given,
+            )
+    except (UserError, RunFailed) as error:
+        error.args = (str(error).replace("`output_dir`", "`output`"),)  # the command's name for it
+        raise
     if as_json:
         print_json(report.to_dict())
     say(

@@ -80,6 +80,8 @@ def test_what_failed_is_said_and_the_exit_code_is_1(home: Path, tmp_path: Path) 
     assert done.stderr.splitlines()[-1] == "Error: 1 files could not be read, and 1 rows not be answered."
     done = ran("predict", *task, "--input", tmp_path / "a.csv")
     assert "0 files written" in done.stderr
+    words = "holds answers made with --dtype fp32; pass another --output, or --overwrite to answer all files anew"
+    refused("predict", *task, "--input", tmp_path / "a.csv", "--dtype", "bfloat16", words=words)
 
 
 def test_what_it_refuses(home: Path, tmp_path: Path) -> None:
