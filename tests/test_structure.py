@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # Of the library's packages each imports only from those before it; "" are the modules beside them.
 LAYERS = (
     *("", "ops", "models", "layers", "tuners", "storage", "planning", "spt", "rows", "tasks", "methods", "runs"),
-    *("inference", "scoring", "generation", "export", "inspection", "training", "comparison", "sweeps"),
+    *("inference", "scoring", "bulk", "generation", "export", "inspection", "training", "comparison", "sweeps"),
 )
 ABOVE = {("sparsepeft_serve", "sparsepeft"), ("sparsepeft_research", "sparsepeft")}
 MAX_LINES = 3_000

@@ -21,6 +21,7 @@ _VARIABLES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none
     "RAY_worker_register_timeout_seconds": "300",  # PyTorch takes its time to load on a busy machine
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 _SECONDS = 10.0
@@ -28,7 +29,7 @@ _STARTS = 3
 
 
 @contextlib.contextmanager
-def local_or(address: str | None = None, purpose: str = "A cluster") -> Iterator[Any]:
+def local_or(address: str | None = None, purpose: str = "A cluster", **settings: Any) -> Iterator[Any]:
     """Connect to a cluster, or start one on this machine; what was started here is stopped at the end.
 
     A process that is already connected stays so, and uses that cluster.
@@ -37,6 +38,7 @@ def local_or(address: str | None = None, purpose: str = "A cluster") -> Iterator
         address: of a cluster that is there: ``"HOST:6379"``, ``"ray://HOST:10001"``, or ``"auto"`` for one that this
             machine belongs to; None starts one.
         purpose: what needs the cluster; begins the sentence where Ray is missing.
+        **settings: of ``ray.init`` where one is started, such as ``num_cpus``.
 
     Yields:
         The module ``ray``.
@@ -56,7 +58,7 @@ def local_or(address: str | None = None, purpose: str = "A cluster") -> Iterator
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
             if address is None:
-                _start(ray)
+                _start(ray, settings)
             else:
                 _check_answers(address)
                 ray.init(address, **_QUIET)
@@ -94,11 +96,11 @@ def check_room(ray: Any, address: str | None, **needed: float) -> None:
             )
 
 
-def _start(ray: Any) -> None:
+def _start(ray: Any, settings: dict[str, Any]) -> None:
     """Start a cluster; again where the machine is so busy that its parts do not find each other within Ray's 30 s."""
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init("local", include_dashboard=False, **_QUIET)
+            ray.init("local", include_dashboard=False, **_QUIET, **settings)
             return
         except Exception as error:  # Ray raises nothing more specific here
             ray.shutdown()

@@ -11,11 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsepeft_cli import bulk
 from sparsepeft_cli.terminal import options
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Output folder of `sparsepeft train`.", show_default=False)
+    ] = None,
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help="The text; without it, inputs are read from --file or stdin.")
     ] = None,
@@ -30,16 +33,19 @@ def command(
         ),
     ] = None,
     output: Annotated[
-        Path | None, options.output("Write the answers to this file, whole or not at all. [default: stdout]")
+        Path | None,
+        options.output(
+            "Write the answers to this file, whole or not at all; with --input to this folder. [default: stdout]"
+        ),
     ] = None,
     output_format: Annotated[
         str | None, typer.Option(help="jsonl or csv. [default: by the ending of --output, else jsonl]")
     ] = None,
     model: options.TrainedModel = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs per forward pass. [default: 32]")] = None,
     device: options.Device = None,
     infer: options.Infer = None,
-    **rows: Any,
+    **more: Any,
 ) -> None:
     """Label texts, or find entities in them: a row out for each input, in order and as soon as it can be given.
 
@@ -47,12 +53,26 @@ def command(
     same name, the answer's is `predicted_label`. An input that cannot be answered has an `error` instead, and the exit
     code is 1.
 
+    With --input many rows are answered, file by file, by one task or by several in one pass. The same command goes on
+    after an interruption.
+
     Example: `sparsepeft predict out/topics "The striker scored twice in the second half."`
 
     Example: `sparsepeft predict out/mine --file new.csv --output answers.csv`
+
+    Example: `sparsepeft predict --task mood=out/mood --task topic=out/topic --input 'texts/*.parquet' --output answers`
     """
     from sparsepeft.errors import RunFailed, UserError
 
+    rows, many = ({name: more[name] for name in names} for names in (_ROWS, bulk.OPTIONS))
+    if many["input"]:
+        alone = {"text": text, "file": file, "output_format": output_format, "batch_size": batch_size, "infer": infer}
+        if given := [name for name, value in alone.items() if value is not None]:
+            raise UserError(f"`{given[0]}` does not go with --input; pass one of them.")
+        return bulk.score(folder, output, rows, many, model=model, device=device)
+    bulk.check_goes_with_input(many)
+    if folder is None:
+        raise UserError("Pass the FOLDER of a run, and a text, --file or lines on standard input; or --input.")
     if text is not None and file is not None:
         raise UserError("A text and --file were both given; pass one of them.")
     if file is not None and not file.is_file() and not file.is_fifo():
@@ -67,7 +87,7 @@ def command(
     from sparsepeft.training import Predictor, TableOptions, read_lines, read_questions
 
     keep_freed_memory()
-    predictor = Predictor(folder, model, batch_size, device, infer)
+    predictor = Predictor(folder, model, 32 if batch_size is None else batch_size, device, infer)
     table = TableOptions(**rows)
     if text is not None:
         texts = text if text_pair is None else [text, text_pair]
@@ -94,7 +114,9 @@ def command(
 
 
 _ROWS = {name: each for name, each in options.ROWS.items() if name != "label_column"}
-options.declare(command, options.section("Rows of a file", _ROWS))
+options.declare(
+    command, options.section("Rows of a file", _ROWS) | options.section("Many files: --input", bulk.OPTIONS)
+)
 
 
 def _stdin(encoding: str | None) -> Any:

@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 
 from sparsepeft import __version__
 from sparsepeft.inference import MultiTaskEngine
+from sparsepeft.inference.folders import task_folders
 from sparsepeft_serve import all_tasks, hub, open_inference, tei, vllm
 from sparsepeft_serve.access import callers_only
 from sparsepeft_serve.errors import ServiceError, content_of
-from sparsepeft_serve.folder import FolderWatch, task_folders
+from sparsepeft_serve.folder import FolderWatch
 from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.settings import ServeSettings

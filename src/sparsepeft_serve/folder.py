@@ -7,13 +7,12 @@ import logging
 from pathlib import Path
 
 from sparsepeft.errors import UserError
-from sparsepeft.runs.files import RUN
+from sparsepeft.inference.folders import task_folders
 from sparsepeft_serve.errors import ServiceError
 from sparsepeft_serve.service import Service
 
 logger = logging.getLogger(__name__)
 
-_ONE_OF_THESE = ("adapter_config.json", RUN)  # a fully tuned run has no adapter
 _ENDINGS = (".json", ".safetensors")
 Signature = tuple[tuple[str, int, int], ...]
 
@@ -36,26 +35,6 @@ def folder_of(root: Path | None, name: str) -> Path:
     if not is_inside:
         raise ServiceError(f"There is no folder {name!r:.80} in the tasks folder.", status=404)
     return path
-
-
-def task_folders(root: Path) -> dict[str, Path]:
-    """The folders of tasks, by name: those that are whole.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"The tasks folder {root} cannot be read ({error}); pass a folder.") from error
-    return {path.name: path for path in folders if _is_task(path, root)}
-
-
-def _is_task(folder: Path, root: Path) -> bool:
-    try:
-        return any((folder / name).is_file() for name in _ONE_OF_THESE) and folder.resolve().parent == root.resolve()
-    except OSError:  # such as a folder that may not be read; the others may
-        return False
 
 
 def signature(folder: Path) -> Signature:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
 
-from sparsepeft.backbones import backbone_of_run
 from sparsepeft.devices import keep_freed_memory
 from sparsepeft.errors import UserError
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft.runs.files import RUN, read_run
+from sparsepeft.inference.folders import backbone_of_tasks, named_tasks
+from sparsepeft.runs.files import RUN
 from sparsepeft_serve.app import create_app
-from sparsepeft_serve.folder import task_folders
 from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
@@ -38,19 +36,7 @@ def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
     Raises:
         UserError: a name without a folder, or twice; or no tasks folder.
     """
-    tasks: dict[str, Path] = {}
-    for one in named:
-        name, equals, folder = one.partition("=")
-        if not (name and equals and folder):
-            raise UserError(f"--task {one} was given; expected NAME=FOLDER, such as --task mood=out/mood.")
-        if name in tasks:
-            raise UserError(f"--task {name}=... was given twice; give each task a name of its own.")
-        tasks[name] = Path(folder)
-    if tasks_dir is not None:
-        for name, path in task_folders(tasks_dir).items():
-            if name in tasks:
-                raise UserError(f"The task {name!r} is named by --task and in {tasks_dir}; rename one of them.")
-            tasks[name] = path
+    tasks = named_tasks(named, tasks_dir)
     if tasks or tasks_dir is not None:
         return tasks
     from sparsepeft.training import demo, train
@@ -72,12 +58,7 @@ def load_engine(
     Raises:
         UserError: the backbone, or a task that is not in the tasks folder, cannot be loaded.
     """
-    for path in () if model is not None else tasks.values():
-        with suppress(UserError):  # told when the task is loaded
-            if (path / RUN).is_file():
-                model = backbone_of_run(path, None, read_run(path)["config"]["model"])
-                break
-    engine = MultiTaskEngine(model, dtype=dtype, token_budget=token_budget)
+    engine = MultiTaskEngine(backbone_of_tasks(tasks, model), dtype=dtype, token_budget=token_budget)
     for name, path in tasks.items():
         try:
             check_weights_format(path)

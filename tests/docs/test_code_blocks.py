@@ -45,7 +45,7 @@ EXAMPLES = (  # what the API reference has to show in use
         "inspect_memories",
     ),
     *("memory_read", "sparse_attention", "routed_ffn", "exact_ffn", "linear_cross_entropy", "explain"),
-    *("deferred_logits", "language_model_loss", "compare"),
+    *("deferred_logits", "language_model_loss", "compare", "score_files"),
 )
 
 

@@ -113,16 +113,24 @@ def lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
             ) from error
 
 
+def check_size(path: Path) -> None:
+    """Refuse a file whose rows are many to be held in memory.
+
+    Raises:
+        TaskError: it is one.
+    """
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise TaskError(
+            f"{path} has {path.stat().st_size / 1e9:.1f} GB, but the rows of a file are held in memory, and at most "
+            f"{MAX_BYTES / 1e9:.1f} GB are read; pass a part of it"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise TaskError(f"{path} {what}; expected a file with examples, check the path")
-    if path.stat().st_size > MAX_BYTES:
-        raise TaskError(
-            f"{path} has {path.stat().st_size / 1e9:.1f} GB, but the rows of a file are held in memory, and at most "
-            f"{MAX_BYTES / 1e9:.1f} GB are read; pass a part of it"
-        )
     try:
         with path.open("rb") as plain:
             if path.suffix != ".gz":

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsepeft.errors import TaskError
-from sparsepeft.extras import require
 from sparsepeft.rows.conll import read_sentences
-from sparsepeft.rows.decoding import known_encoding, lines, marked_encoding
+from sparsepeft.rows.decoding import check_size, known_encoding, lines, marked_encoding
 from sparsepeft.rows.formats import DELIMITERS, FileFormat, find_format, records, split_raw
+from sparsepeft.rows.parquet import read_records
 
 
 class Row(NamedTuple):
@@ -64,6 +64,7 @@ def read_rows(
     required: Collection[str] = (),
     header: Sequence[str] | None = None,
     allow_short: bool = False,
+    streamed: bool = False,
 ) -> Iterator[Row]:
     """Read a file row by row. Empty lines are skipped.
 
@@ -74,11 +75,14 @@ def read_rows(
         required: columns that must be there.
         header: column names where a raw TSV file may lack its header line.
         allow_short: let raw TSV rows lack fields at their end (official QQP); such rows lack those keys.
+        streamed: the caller holds no rows in memory: the file may have any size, and no rows.
 
     Raises:
         TaskError: no such file, unreadable, empty, without a required column, or a malformed row.
     """
     path = Path(path)
+    if not streamed:
+        check_size(path)
     form = file_format or find_format(path, may_guess=False)
     if form.kind == "parquet":
         rows = _parquet_rows(path, required)
@@ -92,8 +96,21 @@ def read_rows(
     for row in rows:
         empty = False
         yield row
-    if empty:
+    if empty and not streamed:
         raise TaskError(f"{path} has no rows; expected at least one example in it")
+
+
+def read_header(path: Path, file_format: FileFormat) -> list[str]:
+    """The columns of a CSV or TSV file, also of one without rows; none where not even these are there.
+
+    Raises:
+        TaskError: it cannot be read, or has two columns of one name.
+    """
+    fields = _quoted_fields if file_format.is_quoted else _raw_fields
+    _, names = next(iter(fields(path, file_format)), (0, []))
+    columns = [name.strip() for name in names]
+    check_columns(path, columns)
+    return columns
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
@@ -106,6 +123,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         TaskError: no such file, unreadable, or in another encoding.
     """
     path = Path(path)
+    check_size(path)
     known = marked_encoding(path) if encoding is None else known_encoding(encoding)
     return "".join(line for _, line in lines(path, known))
 
@@ -127,7 +145,7 @@ def _table_rows(
     for number, fields in _quoted_fields(path, form) if form.is_quoted else _raw_fields(path, form):
         if columns is None:
             columns = [name.strip() for name in fields] if header is None else list(header)
-            _check_columns(path, columns, required)
+            check_columns(path, columns, required)
             if header is None or fields == columns:
                 continue
         if len(fields) != len(columns) and not (allow_short and len(fields) < len(columns)):
@@ -178,7 +196,7 @@ def _json_rows(path: Path, form: FileFormat, required: Collection[str]) -> Itera
                 f"{path}:{number}: found a JSON {type(values).__name__}; expected one object per row, "
                 'such as {"text": "...", "label": "..."}'
             )
-        _check_columns(Path(f"{path}:{number}"), list(values), required)
+        check_columns(Path(f"{path}:{number}"), list(values), required)
         yield Row(number, values)
 
 
@@ -189,7 +207,12 @@ def _parse(where: str, text: str, expected: str) -> Any:
         raise TaskError(f"{where}: not JSON ({error}); expected {expected}, correct it") from error
 
 
-def _check_columns(path: Path, columns: list[str], required: Collection[str]) -> None:
+def check_columns(path: Path, columns: list[str], required: Collection[str] = ()) -> None:
+    """See that a file has the columns that it must have, and none twice.
+
+    Raises:
+        TaskError: it lacks one, or two have one name.
+    """
     missing = [name for name in required if name not in columns]
     if missing:
         raise TaskError(
@@ -202,48 +225,14 @@ def _check_columns(path: Path, columns: list[str], required: Collection[str]) ->
 
 
 def _parquet_rows(path: Path, required: Collection[str]) -> Iterator[Row]:
-    """A class of `datasets` (``ClassLabel``) is its name rather than its number."""
-    pa = require("pyarrow", "train", "A Parquet file")
-    pq = require("pyarrow.parquet", "train", "A Parquet file")
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise TaskError(f"{path} {what}; expected a file with examples, check the path")
-    try:
-        with pq.ParquetFile(path) as file:
-            names = _class_names(file.schema_arrow.metadata or {})
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                if number == 1:
-                    _check_columns(path, list(row), required)
-                yield Row(number, {key: _named(value, names.get(key)) for key, value in row.items()})
-    except (pa.ArrowException, OSError) as error:
-        raise TaskError(f"{path} cannot be read as parquet ({error}); write it again") from error
-
-
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of classes by column, from what `datasets` says of its features."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    names = {}
-    for column, feature in features.items():
-        inner = feature.get("feature", feature)  # a list of classes
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            names[column] = inner["names"]
-    return names
-
-
-def _named(value: Any, names: list[str] | None) -> Any:
-    if names is None:
-        return value
-    if isinstance(value, list):
-        return [_named(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    for number, values in enumerate(read_records(path), start=1):
+        if number == 1:
+            check_columns(path, list(values), required)
+        yield Row(number, values)
 
 
 def _sentences(path: Path, form: FileFormat, required: Collection[str]) -> Iterator[Row]:
     """The sentences of a file with a token a line."""
     for number, values in read_sentences(path, form.encoding):
-        _check_columns(Path(f"{path}:{number}"), list(values), required)
+        check_columns(Path(f"{path}:{number}"), list(values), required)
         yield Row(number, values)

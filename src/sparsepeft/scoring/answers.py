@@ -9,10 +9,10 @@ import json
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import Prediction
@@ -34,56 +34,80 @@ class Answer:
     prediction: Prediction
 
     def row(self) -> dict[str, Any]:
-        """The columns as they came, then ``label``, ``score`` and ``scores``; or ``labels``, ``entities``, ``error``.
-
-        An input that was longer than the task takes has ``truncated``.
-
-        Scores are rounded to four digits, predicted values to six. A name that is a column already (often the truth)
-        stays the column's; ours is then called ``predicted_label``.
-        """
-        return self._named(self._cells())
+        """The columns as they came, then those of :func:`cells`, see :func:`beside`."""
+        return beside(self.columns, cells(self.prediction))
 
     def flat_row(self, spec: TaskSpec) -> dict[str, Any]:
-        """Like :meth:`row`, for formats without nesting: a column for each label's score, and ``error`` in all rows."""
-        cells = self._cells()
-        error, scores = cells.pop("error", None), cells.pop("scores", {})
-        cells.pop("truncated", None)
-        columns: dict[str, Any]
-        if spec.labels_tokens:
-            columns = {"entities": None}
-        elif spec.label_names is None:
-            columns = {"score": None}
-        else:
-            first: dict[str, Any] = {"labels": None} if spec.multi_label else {"label": None, "score": None}
-            columns = first | {f"score_{name}": scores.get(name) for name in spec.label_names}
-        columns |= cells | {"error": error}
-        if columns.get("labels") is not None:
-            columns["labels"] = "|".join(columns["labels"])
-        return self._named(columns)
+        """Like :meth:`row`, for formats without nesting: with :func:`flat_cells`."""
+        return beside(self.columns, flat_cells(self.prediction, spec))
 
-    def _cells(self) -> dict[str, Any]:
-        """What the prediction adds to the row, by name."""
-        one = self.prediction
-        cut = {"truncated": True} if one.truncated else {}
-        if one.error is not None:
-            return {"error": one.error}
-        if one.entities is not None:
-            rounded = ({**asdict(each), "score": float(f"{each.score:.4g}")} for each in one.entities)
-            return {"entities": list(rounded), **cut}
-        if one.label is None:
-            return {"score": float(f"{one.score:.6g}"), **cut}
-        scores = {name: float(f"{score:.4g}") for name, score in one.scores.items()}
-        if one.labels is not None:
-            return {"labels": list(one.labels), "scores": scores, **cut}
-        return {"label": one.label, "score": scores[one.label], "scores": scores, **cut}
 
-    def _named(self, cells: dict[str, Any]) -> dict[str, Any]:
-        row = dict(self.columns)
-        for name, value in cells.items():
-            while name in self.columns:
-                name = _PREFIX + name
-            row[name] = value
-        return row
+class Labels(Protocol):
+    """What flat answers depend on: a ``TaskSpec``, or a ``TaskInfo``."""
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """By class index; None for regression."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether several may hold at once."""
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether they are of tokens."""
+
+
+def cells(prediction: Prediction) -> dict[str, Any]:
+    """What a prediction adds to a row: ``label``, ``score`` and ``scores``; or ``labels``, ``entities``, ``error``.
+
+    An input that was longer than the task takes has ``truncated``. Scores are rounded to four digits, predicted values
+    to six.
+    """
+    cut = {"truncated": True} if prediction.truncated else {}
+    if prediction.error is not None:
+        return {"error": prediction.error}
+    if prediction.entities is not None:
+        rounded = ({**asdict(each), "score": float(f"{each.score:.4g}")} for each in prediction.entities)
+        return {"entities": list(rounded), **cut}
+    if prediction.label is None:
+        return {"score": float(f"{prediction.score:.6g}"), **cut}
+    scores = {name: float(f"{score:.4g}") for name, score in prediction.scores.items()}
+    if prediction.labels is not None:
+        return {"labels": list(prediction.labels), "scores": scores, **cut}
+    return {"label": prediction.label, "score": scores[prediction.label], "scores": scores, **cut}
+
+
+def flat_cells(prediction: Prediction, task: Labels) -> dict[str, Any]:
+    """Like :func:`cells`, the same in all rows: a column for each label's score, and ``error``."""
+    found = cells(prediction)
+    error, scores = found.pop("error", None), found.pop("scores", {})
+    found.pop("truncated", None)
+    flat: dict[str, Any]
+    if task.labels_tokens:
+        flat = {"entities": None}
+    elif task.label_names is None:
+        flat = {"score": None}
+    else:
+        first: dict[str, Any] = {"labels": None} if task.multi_label else {"label": None, "score": None}
+        flat = first | {f"score_{name}": scores.get(name) for name in task.label_names}
+    flat |= found | {"error": error}
+    if flat.get("labels") is not None:
+        flat["labels"] = "|".join(flat["labels"])
+    return flat
+
+
+def beside(columns: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and what is added to them.
+
+    A name that is a column already (often the truth) stays the column's; ours is then called ``predicted_label``.
+    """
+    row = dict(columns)
+    for name, value in added.items():
+        while name in columns:
+            name = _PREFIX + name
+        row[name] = value
+    return row
 
 
 def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list[Answer]]:
@@ -165,11 +189,15 @@ def format_of(format: str | None, output: Path | None) -> str:
 
 def formatter(format: str, spec: TaskSpec) -> Callable[[Answer], str]:
     """What turns an answer into the line, or lines, of its row; for CSV, the first one begins with the header."""
-    return _CsvRows(spec) if format == "csv" else _json_line
+    if format != "csv":
+        return lambda answer: json_line(answer.row())
+    write = CsvRows()
+    return lambda answer: write(answer.flat_row(spec), must_fit=bool(answer.columns))
 
 
-def _json_line(answer: Answer) -> str:
-    row = _finite(answer.row())
+def json_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON."""
+    row = _finite(row)
     line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
     try:
         line.encode()
@@ -178,27 +206,49 @@ def _json_line(answer: Answer) -> str:
     return line + "\n"
 
 
-class _CsvRows:
-    """Rows of CSV under the header of the first one."""
+class CsvRows:
+    """Rows of CSV.
 
-    def __init__(self, spec: TaskSpec) -> None:
-        self._spec, self._header = spec, list[str]()
+    Args:
+        header: the columns, if a header is not to be written; else the first row's are, above it.
+        delimiter: between fields.
+        is_quoted: a field may stand in quotation marks; else one of them is a character.
+    """
 
-    def __call__(self, answer: Answer) -> str:
-        row = answer.flat_row(self._spec)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self._header:
-            self._header = list(row)
-            writer.writerow(self._header)
-        further = [name for name in row if name not in self._header]
-        if further and answer.columns:
+    def __init__(self, header: Sequence[str] = (), delimiter: str = ",", is_quoted: bool = True) -> None:
+        self._header: dict[str, None] = dict.fromkeys(header)
+        self._delimiter, self._is_quoted = delimiter, is_quoted
+
+    def __call__(self, row: dict[str, Any], *, must_fit: bool = True) -> str:
+        """The line of a row, or lines.
+
+        Args:
+            row: by column; what it lacks is empty.
+            must_fit: refuse columns that the header lacks; else they are left out.
+
+        Raises:
+            UserError: there are some.
+        """
+        lines = [] if self._header else [list(row)]
+        self._header = self._header or dict.fromkeys(row)
+        if must_fit and (further := row.keys() - self._header.keys()):
             raise UserError(
-                f"A row has the column {further[0]!r}, which the first one lacks, so that they fit no CSV; pass "
+                f"A row has the column {min(further)!r}, which the first one lacks, so that they fit no CSV; pass "
                 "`output_format=jsonl`."
             )
-        writer.writerow([_cell(row.get(name)) for name in self._header])
-        return text.getvalue().encode("utf-8", "replace").decode()
+        lines.append([_cell(row.get(name)) for name in self._header])
+        if self._is_quoted:
+            text = io.StringIO()
+            csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerows(lines)
+            written = text.getvalue()
+        else:  # the csv module would refuse some characters that such a field may have
+            written = "".join(self._delimiter.join(map(_raw, line)) + "\n" for line in lines)
+        return written.encode("utf-8", "replace").decode()
+
+
+def _raw(cell: Any) -> str:
+    """A field between tabs, in which there can be no tab and no end of a line."""
+    return "" if cell is None else str(cell).replace("\t", " ").replace("\n", " ")
 
 
 def _cell(value: Any) -> Any:

@@ -9,19 +9,31 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sparsepeft.errors import UserError
-from sparsepeft.inference.predictor import Predictor
 from sparsepeft.rows.decoding import UTF8, known_encoding
 from sparsepeft.rows.formats import FileFormat, find_format
 from sparsepeft.rows.reading import read_rows
-from sparsepeft.tasks.columns import TOKENS, choose_text_columns
+from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.columns import TOKENS, Columns, choose_text_columns
 
 logger = logging.getLogger(__name__)
 
 _LINES = (".txt", ".jsonl")  # of which each line is answered as it comes, whatever the others are
 _OBJECT = re.compile(r'\s*(\{\s*["}]|\[\s*["\[{])')  # how a line begins that is meant as JSON, even if it is none
+
+
+class Asked(Protocol):
+    """What questions are read for: a :class:`~sparsepeft.inference.Predictor`, or several tasks that read the same."""
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task."""
+
+    @property
+    def columns(self) -> Columns | None:
+        """What texts and label were called in the training file; None where that was none of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +72,14 @@ class Question:
     error: str | None = None
 
 
-def read_questions(path: Path, predictor: Predictor, table: TableOptions = TableOptions()) -> Iterator[Question]:
+def read_questions(path: Path, asked: Asked, table: TableOptions = TableOptions()) -> Iterator[Question]:
     """The lines of a .txt or .jsonl file, or the rows of any other that training reads, also with .gz.
 
     A table that is malformed anywhere is refused before the first row is asked: one field too many often shifts all
     that follow. A line that cannot be read is a question with an error.
 
     Args:
-        predictor: of the run that is asked.
+        asked: of the run that is asked.
         table: how to read it.
 
     Raises:
@@ -76,17 +88,17 @@ def read_questions(path: Path, predictor: Predictor, table: TableOptions = Table
     if not path.exists():
         raise UserError(f"The file {path} does not exist; pass an existing one as `file`.")
     if path.is_file() and not path.name.removesuffix(".gz").endswith(_LINES):
-        return _read_table(path, predictor, table)
+        return _read_table(path, asked, table)
     if table.delimiter is not None:
         raise UserError(
             f"`delimiter={table.delimiter}` goes with files whose names end in .csv or .tsv, but {path} has lines; "
             "leave it out."
         )
-    return _read_file(path, predictor, table)
+    return _read_file(path, asked, table)
 
 
 def read_lines(
-    lines: Iterable[str], predictor: Predictor, table: TableOptions = TableOptions(), *, must_be_json: bool = False
+    lines: Iterable[str], asked: Asked, table: TableOptions = TableOptions(), *, must_be_json: bool = False
 ) -> Iterator[Question]:
     """A question a line, so that line N of the answers belongs to line N of what was asked.
 
@@ -95,7 +107,7 @@ def read_lines(
 
     Args:
         lines: with or without their ends.
-        predictor: of the run that is asked.
+        asked: of the run that is asked.
         table: names of the columns of objects.
         must_be_json: no line is plain text; empty ones are passed over.
     """
@@ -109,14 +121,14 @@ def read_lines(
             except (ValueError, RecursionError) as error:
                 if must_be_json or _OBJECT.match(line):
                     raise UserError(f"Line {number} is not JSON ({error}); correct it.") from error
-        if value is line and len(predictor.spec.text_columns) == 2:
+        if value is line and len(asked.spec.text_columns) == 2:
             value = line.split("\t")
         if not isinstance(value, dict):
             return Question(value)
         keys = tuple(value)
         if keys not in known:
-            known[keys] = _text_columns(Path(f"line {number}"), list(keys), predictor, table, any_name=False)
-        return _question([value[name] for name in known[keys]], value, predictor)
+            known[keys] = text_columns(Path(f"line {number}"), list(keys), asked, table, any_name=False)
+        return as_question([value[name] for name in known[keys]], value, asked)
 
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
@@ -128,47 +140,58 @@ def read_lines(
             yield Question(None, error=str(error))
 
 
-def _read_table(path: Path, predictor: Predictor, table: TableOptions) -> Iterator[Question]:
+def _read_table(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
     file_format = table.format_of(path)
     for note in file_format.notes:
         logger.warning("%s", note)
     header = list(next(iter(read_rows(path, file_format))).values)
-    names = _text_columns(path, header, predictor, table)
+    names = text_columns(path, header, asked, table)
     for _ in read_rows(path, file_format, required=names):
         pass
     return (
-        _question([row.values.get(name) for name in names], row.values, predictor)
+        as_question([row.values.get(name) for name in names], row.values, asked)
         for row in read_rows(path, file_format, required=names)
     )
 
 
-def _read_file(path: Path, predictor: Predictor, table: TableOptions) -> Iterator[Question]:
+def _read_file(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
     encoding = known_encoding(table.encoding) if table.encoding else UTF8
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
         # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
         with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as stream:
             must_be_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-            yield from read_lines(stream, predictor, table, must_be_json=must_be_json)
+            yield from read_lines(stream, asked, table, must_be_json=must_be_json)
     except (OSError, EOFError, LookupError) as error:
         raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error
 
 
-def _text_columns(
-    path: Path, header: list[str], predictor: Predictor, table: TableOptions, any_name: bool = True
+def text_columns(
+    path: Path, header: list[str], asked: Asked, table: TableOptions, any_name: bool = True
 ) -> tuple[str, ...]:
-    trained = predictor.columns.texts if predictor.columns is not None else predictor.spec.text_columns
-    number = len(predictor.spec.text_columns)
-    if predictor.spec.labels_tokens and table.text_column is None:
+    """The columns that a question's texts are in, of those that a file has.
+
+    Args:
+        path, header: of the file.
+        asked: what the question is for.
+        table: names of columns, where the caller gives some.
+        any_name: a column that is the only one is the text, whatever its name.
+
+    Raises:
+        UserError: it cannot be told which they are.
+    """
+    trained = asked.columns.texts if asked.columns is not None else asked.spec.text_columns
+    number = len(asked.spec.text_columns)
+    if asked.spec.labels_tokens and number == 1 and table.text_column is None:
         trained = tuple(name for name in (*trained, *TOKENS) if name in header)[:1]
     named = (table.text_column, table.text_pair_column)
     return choose_text_columns(path, header, number, *named, trained, any_name=any_name)
 
 
-def _question(texts: list[Any], columns: dict[str, Any], predictor: Predictor) -> Question:
+def as_question(texts: list[Any], columns: dict[str, Any], asked: Asked) -> Question:
     """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
     first = texts[0]
-    if predictor.spec.labels_tokens and isinstance(first, list) and all(isinstance(token, str) for token in first):
+    if asked.spec.labels_tokens and isinstance(first, list) and all(isinstance(token, str) for token in first):
         text = " ".join(first)
         return Question(text, columns | {"text": text})
     return Question(first if len(texts) == 1 else texts, columns)

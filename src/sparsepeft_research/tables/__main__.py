@@ -20,6 +20,7 @@ from typing import NamedTuple
 from sparsepeft.errors import UserError, unknown_name
 from sparsepeft_research.results import RESULTS, ROOT
 from sparsepeft_research.tables import (
+    bulk,
     federated,
     inference,
     kernels,
@@ -84,6 +85,8 @@ TABLES = {
     "service-faults": Table("What can go wrong between the service and its callers", service.faults),
     "service-fuzz": Table("Cases made from the service's description", service.fuzz),
     "processes": Table("", processes.processes),
+    "bulk-speed": Table("Rows a second", bulk.speed),
+    "bulk-memory": Table("Memory by rows", bulk.memory),
     # Shorter forms, for pages that are read from start to end.
     "few-shot-overview": Table("", partial(scores.overview, folder="few_shot", name="table3")),
     "full-data-overview": Table("", partial(scores.overview, folder="full_data", name="table1")),
@@ -111,6 +114,7 @@ PAGES = {
             *("spt-language-model", "spt-encoders", "spt-conversion", "begin-token"),
         ),
     ),
+    "bulk": ("Files of many rows", ("bulk-speed", "bulk-memory")),
     "service": ("The service", ("service-load", "service-speed", "service-faults", "service-fuzz")),
 }
 PICTURES = {"figure2.svg": "figure2/figure2.svg"}

@@ -22,8 +22,8 @@ from tests.models import METHODS
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
+from sparsepeft.inference.folders import task_folders
 from sparsepeft_serve import ServeSettings, create_app
-from sparsepeft_serve.folder import task_folders
 from sparsepeft_serve.run import load_engine
 from sparsepeft_serve.service import check_weights_format
 
