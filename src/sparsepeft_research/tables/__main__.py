@@ -24,7 +24,7 @@ from sparsepeft_research.tables import (
     federated,
     inference,
     kernels,
-    processes,
+    scale,
     scores,
     service,
     spt,
@@ -84,7 +84,8 @@ TABLES = {
     "service-speed": Table("The service beside the engine and a server of pipelines", service.speed),
     "service-faults": Table("What can go wrong between the service and its callers", service.faults),
     "service-fuzz": Table("Cases made from the service's description", service.fuzz),
-    "processes": Table("", processes.processes),
+    "processes": Table("", scale.processes),
+    "many-tasks": Table("", scale.many_tasks),
     "bulk-speed": Table("Rows a second", bulk.speed),
     "bulk-memory": Table("Memory by rows", bulk.memory),
     # Shorter forms, for pages that are read from start to end.

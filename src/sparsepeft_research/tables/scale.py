@@ -1,4 +1,4 @@
-"""The table of trainings that two processes share."""
+"""Tables of what grows: processes that share a training, tasks on one backbone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,32 @@ def processes(results: Path) -> str:
             ],
             rows,
         ),
+    )
+
+
+def many_tasks(results: Path) -> str:
+    """What a task costs where there are many."""
+    rows, machines = [], set()
+    for report in read_folder(results / "many_tasks").values():
+        machines.add(report.environment["cpu"])
+        name, size = report.settings["model"], report.results["bytes"]
+        rows += [
+            [
+                f"{name}, {one['tasks']:,}",
+                _megabytes(size),
+                _megabytes(one["resident_bytes_per_task"]),
+                f"{one['load_ms']:.0f}",
+                f"{one['texts_per_second']:.0f}",
+                f"{one['one_text_ms']:.0f}",
+            ]
+            for one in report.results["numbers"]
+        ]
+    return paragraphs(
+        "SPARTAN tasks of the recipe's size on one backbone, float32, one thread: bytes of a task's file, resident memory "
+        "for each that is loaded after those of the line above, time to load one, texts a second in calls of 128 with as "
+        f"many tasks as there are, and a text alone. {'; '.join(sorted(machines))}. By `python -m "
+        "sparsepeft_research.experiments.many_tasks`.",
+        table(["tasks", "file", "resident", "load (ms)", "texts a second", "one text (ms)"], rows),
     )
 
 
