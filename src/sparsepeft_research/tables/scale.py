@@ -50,9 +50,9 @@ def many_tasks(results: Path) -> str:
             for one in report.results["numbers"]
         ]
     return paragraphs(
-        "SPARTAN tasks of the recipe's size on one backbone, float32, one thread: bytes of a task's file, resident memory "
-        "for each that is loaded after those of the line above, time to load one, texts a second in calls of 128 with as "
-        f"many tasks as there are, and a text alone. {'; '.join(sorted(machines))}. By `python -m "
+        "SPARTAN tasks of the recipe's size on one backbone, float32, one thread: bytes of a task's file, resident "
+        "memory for each that is loaded after those of the line above, time to load one, texts a second in calls of "
+        f"128 with as many tasks as there are, and a text alone. {'; '.join(sorted(machines))}. By `python -m "
         "sparsepeft_research.experiments.many_tasks`.",
         table(["tasks", "file", "resident", "load (ms)", "texts a second", "one text (ms)"], rows),
     )
