@@ -1,4 +1,4 @@
-"""A Ray cluster to work on: one that is there, or one of this machine alone, for as long as it is used."""
+"""A Ray cluster to work on: a running one, or one of this machine alone, for as long as it is used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def local_or(address: str | None = None, purpose: str = "A cluster", **settings:
     A process that is already connected stays so, and uses that cluster.
 
     Args:
-        address: of a cluster that is there: ``"HOST:6379"``, ``"ray://HOST:10001"``, or ``"auto"`` for one that this
+        address: of a running cluster: ``"HOST:6379"``, ``"ray://HOST:10001"``, or ``"auto"`` for one that this
             machine belongs to; None starts one.
         purpose: what needs the cluster; begins the sentence where Ray is missing.
         **settings: of ``ray.init`` where one is started, such as ``num_cpus``.
@@ -76,7 +76,7 @@ def local_or(address: str | None = None, purpose: str = "A cluster", **settings:
 
 
 def check_room(ray: Any, address: str | None, **needed: float) -> None:
-    """See that one piece of work finds its place on this machine; a cluster that is there may still grow.
+    """See that one piece of work finds its place on this machine; a running one may still grow.
 
     Args:
         ray: as :func:`local_or` yields it.

@@ -25,7 +25,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "token_budget": (int, "Tokens of a batch, padding included. [default: 4096]", {"min": 1}),
     "threads": (int, "CPU threads, of each worker with --ray. [default: PyTorch's; 1 with --ray]", {"min": 1}),
     "ray": (bool, "Answer in the workers of a Ray cluster, one on this machine without --address."),
-    "address": (str, "Of a running cluster, or auto.", {"metavar": "ADDRESS"}),
+    "address": (
+        str,
+        "A running Ray cluster, such as HOST:6379, or auto. [default: one started here]",
+        {"metavar": "ADDRESS"},
+    ),
     "workers": (int, "How many, with --ray. [default: one for each processor]", {"min": 1}),
     "overwrite": (bool, "Remove the former answers in the folder --output first."),
     "json": (bool, "Print what was done as JSON."),

@@ -128,7 +128,7 @@ def command(**flags: Any) -> None:
 
     check_early(flags, config, bool(overwrite))
     from sparsepeft.devices import keep_freed_memory
-    from sparsepeft.launch import is_first
+    from sparsepeft.launch import is_first, num_processes
     from sparsepeft.training import load_config, parse_settings, train
     from sparsepeft_cli.terminal.console import print_json
     from sparsepeft_cli.terminal.progress import TrainingProgress
@@ -145,20 +145,24 @@ def command(**flags: Any) -> None:
     keep_freed_memory()
     run = load_config(flags, config)
     if dry_run:
-        _dry_run(run, bool(overwrite), json)
+        if is_first():
+            _dry_run(run, bool(overwrite), json)
         return
     with TrainingProgress() as progress:
         results = train(run, callbacks=progress.callbacks, overwrite=bool(overwrite), announce=progress.announce)
-    if not is_first():  # of several processes, whose launcher waits for all
-        return
-    if json:
-        print_json(results)
-    else:
-        print_summary(results, run.output_dir)
-    if push_to_hub is not None:
-        from sparsepeft_cli import push
+    if is_first():
+        if json:
+            print_json(results)
+        else:
+            print_summary(results, run.output_dir)
+        if push_to_hub is not None:
+            from sparsepeft_cli import push
 
-        push.command(Path(run.output_dir), push_to_hub, bool(private))
+            push.command(Path(run.output_dir), push_to_hub, bool(private))
+    if num_processes() > 1:
+        from sparsepeft.training.processes import leave
+
+        leave()
 
 
 for _title, _section in OPTIONS.items():

@@ -116,7 +116,7 @@ def score_files(
     if ray is None:
         device = str(find_device(device))
     else:
-        threads = threads or 1
+        device, threads = device or "cpu", threads or 1
         if ray.workers is not None:
             check_whole("workers", ray.workers)
     plan = make_plan(tasks, model, table, dtype=dtype, device=device, token_budget=token_budget, threads=threads)

@@ -68,13 +68,14 @@ def write_weights(
 
 
 def round_weights(folder: Path, model: PreTrainedModel | PeftModel, save_dtype: str) -> None:
-    """Give a model the values that its weights have in ``folder``, where they were saved in another dtype."""
+    """Give a model the values of its weights that were saved in ``folder`` in another dtype."""
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), "default", is_trainable=True)
         return
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
-    for name, rounded in cast_for_saving(weights, save_dtype).items():
-        model.get_parameter(name).data = rounded.to(weights[name].dtype)
+    rounded = cast_for_saving(weights, save_dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded[name].to(parameter.dtype)
 
 
 def _save_adapter(model: PeftModel, folder: Path, save_dtype: str | None, state_dict: _Weights | None) -> None:
@@ -100,4 +101,5 @@ def _save_model(model: PreTrainedModel, folder: Path, save_dtype: str | None, st
         parameter.data = rounded[name]
     model.save_pretrained(str(folder))
     for name, parameter in model.named_parameters():
-        parameter.data = rounded[name].to(weights[name].dtype)
+        parameter.data = weights[name]
+    round_weights(folder, model, save_dtype)

@@ -68,7 +68,8 @@ class Codebooks(nn.Module):
     @torch.no_grad()
     def step(self, is_due: bool) -> None:
         """Compute the codebooks anew if it is time, in all processes to the same."""
-        if is_due and self.seen is not None:
+        if is_due and _in_all_processes(self.seen is not None, self.codebooks.device):
+            assert self.seen is not None
             sample = _of_all_processes(self.seen)
             weights = _channel_weights(sample)
             # A diverging run fails elsewhere, with a better message.
@@ -115,6 +116,15 @@ def _channel_weights(sample: _Sample) -> Tensor | None:
     weights = (sample.squares / sample.num_queries).sqrt()
     largest = weights.amax(-1, keepdim=True)
     return torch.where(largest > 0, weights.maximum(_LEAST_WEIGHT * largest), 1)
+
+
+def _in_all_processes(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true in every process that trains; a layer may be skipped in one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    return bool(flags)
 
 
 def _of_all_processes(sample: _Sample) -> _Sample:

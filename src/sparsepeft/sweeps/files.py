@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsepeft.errors import Diverged
 from sparsepeft.folders import settle, write_json
-from sparsepeft.runs.files import RESULTS, describe_run
+from sparsepeft.runs.files import describe_run, read_results
 from sparsepeft.runs.folder import is_finished
 from sparsepeft.runs.history import read_history
 from sparsepeft.sweeps.space import Trial
@@ -59,7 +59,7 @@ def standing_of(trial: Trial, overwrite: bool = False) -> Standing:
     folder = Path(trial.config.output_dir)
     settle(folder)
     if is_finished(folder, describe_run(trial.config), overwrite):
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results = read_results(folder)
         return Standing(
             trial,
             DONE,

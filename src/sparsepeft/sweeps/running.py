@@ -164,7 +164,7 @@ def sweep(
         space: what is searched, from :func:`sparsepeft.sweeps.read_space`.
         output_dir: folder of the sweep; on a cluster of several machines one that all of them see.
         options: how it is run.
-        address: of a cluster that is there, see :func:`sparsepeft.clusters.local_or`; None starts one here.
+        address: of a running cluster, see :func:`sparsepeft.clusters.local_or`; None starts one here.
         watcher: told about each trial.
         overwrite: runs in the folder that have other values may be replaced.
 

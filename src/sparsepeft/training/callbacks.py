@@ -166,13 +166,12 @@ class StopAfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have a checkpoint written, by all processes once one of them was asked."""
         if any_of_all(self._error is not None):
-            self._error = self._error or SystemExit(1)
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End here."""
-        if self._error is not None:
-            raise self._error
+        """End here, all processes once the first one has written the checkpoint."""
+        if any_of_all(self._error is not None):
+            raise self._error or SystemExit(1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No more steps."""

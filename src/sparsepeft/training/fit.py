@@ -106,16 +106,28 @@ def fit(
         **scoring,
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.is_sharded and config.save_dtype is not None:
-        raise UserError(
-            f"`save_dtype={config.save_dtype}` was given to processes with parts of each weight (FSDP); leave it out."
-        )
+    if trainer.is_sharded:
+        _check_sharded(config, trainer.accelerator.state.fsdp_plugin)
     with cache.attached() if cache else nullcontext():
         checkpoint = last_checkpoint(checkpoints)
         if checkpoint is not None:
             logger.info("Resuming from %s.", checkpoint.name)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return Fitted(trainer, time.perf_counter() - start, others.share())
+
+
+def _check_sharded(config: RunConfig, plugin: Any) -> None:
+    """Refuse what processes with parts of each weight (FSDP) cannot do."""
+    if config.save_dtype is not None:
+        raise UserError(
+            f"`save_dtype={config.save_dtype}` was given to processes with parts of each weight (FSDP); leave it out."
+        )
+    kind = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"The processes are to save checkpoints in parts ({kind}), which no single one could go on from; set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT` in the config of accelerate."
+        )
 
 
 class SafeTrainer(SparseGradientTrainer):

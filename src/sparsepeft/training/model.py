@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.integrations import is_fsdp_enabled
 
 from sparsepeft.devices import find_device
+from sparsepeft.errors import UserError
+from sparsepeft.launch import is_sharded, num_processes
 from sparsepeft.methods.language_models import HALF_DTYPES, load_language_model, perplexity
 from sparsepeft.methods.models import Model, extend, fingerprint_of, load_backbone, to_accelerator
 from sparsepeft.methods.sparse import make_sparse
@@ -56,6 +57,11 @@ def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str
         UserError: the model cannot be loaded, or method and settings do not fit it.
     """
     spt, before = config.spt_config(), {}
+    if spt is not None and spt.budget is not None and plan is None and num_processes() > 1:
+        raise UserError(
+            "A `budget` was given to several processes, which would each measure a plan of their own; make the model "
+            "sparse by `sparsepeft sparsify` first, or train in one process."
+        )
     set_seed(config.seed)
     if isinstance(data, LabelledData):
         backbone = load_backbone(data.model, data.spec)
@@ -77,7 +83,7 @@ def build_model(config: RunConfig, data: LabelledData | TextData, plan: dict[str
     spec = data.spec if isinstance(data, LabelledData) else None
     model = extend(backbone, config.method, spec, config.recipe_values().adapter)
     # Sparse modules read the weights themselves, and cached layers are computed without autocast.
-    is_whole = not is_fsdp_enabled()  # else a process holds a part of the weights, as they were loaded
+    is_whole = not is_sharded()  # else a process holds a part of the weights, as they were loaded
     if config.precision in HALF_DTYPES and spt is None and not config.cache_frozen_layers and is_whole:
         hold_frozen_linears(model, HALF_DTYPES[config.precision])
     if find_device(config.device).type == "cpu" and is_whole:

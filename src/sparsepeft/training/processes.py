@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from sparsepeft.errors import UserError
 from sparsepeft.launch import is_first, num_processes
+
+# The first process may compute the states of frozen layers, or save, for long while the others wait.
+_TIMEOUT = timedelta(hours=6)
 
 T = TypeVar("T")
 
@@ -22,7 +29,24 @@ def connect(device: torch.device) -> None:
         device: where each trains; its index is the launcher's business.
     """
     if num_processes() > 1:
-        PartialState(cpu=device.type == "cpu", **({"backend": "gloo"} if device.type == "cpu" else {}))
+        backend = {"backend": "gloo"} if device.type == "cpu" else {}
+        found = PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT, **backend).num_processes
+        if found != num_processes():
+            raise UserError(
+                f"The environment says that {num_processes()} processes train together (WORLD_SIZE), but {found} was "
+                "found; start them by `torchrun` or `accelerate launch`."
+            )
+
+
+def leave() -> NoReturn:
+    """End this process of several, successfully and at once.
+
+    Python's own end may wait for ever: DDP's reducer is freed with the GIL held and joins gloo's thread, which needs
+    the GIL to free its last work.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wait() -> None:

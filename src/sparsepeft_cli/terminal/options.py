@@ -158,7 +158,9 @@ Recipe = Annotated[str, typer.Option(metavar="NAME", help="Hyperparameters: pape
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
 Address = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="A Ray cluster that is there, such as HOST:6379. [default: one started here]"),
+    typer.Option(
+        metavar="ADDRESS", help="A running Ray cluster, such as HOST:6379, or auto. [default: one started here]"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 # Fields of ``sparsepeft.training.TableOptions``.

@@ -34,6 +34,7 @@ from sparsepeft.methods.recipes import get_recipe
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.tasks import task_spec
 from sparsepeft.training import SparseGradientTrainer
+from sparsepeft.training.processes import leave
 from sparsepeft_research.results import RESULTS, Result, describe_machine, write_result
 
 STRATEGIES = ("one", "ddp", "fsdp2")
@@ -90,9 +91,7 @@ def _process(rank: int, folder: str, jobs: list[Job]) -> None:
             os.environ.update(_FSDP, FSDP_TRANSFORMER_CLS_TO_WRAP=job.layer)
         train(job)
         dist.barrier()
-    # Not by returning: PyTorch may then wait for ever, as DDP's reducer is freed with the GIL held and joins gloo's
-    # thread, which needs the GIL to free its last work.
-    os._exit(0)
+    leave()
 
 
 def train(job: Job) -> None:

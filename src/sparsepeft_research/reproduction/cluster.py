@@ -22,7 +22,7 @@ class Cluster:
     """Where runs are done at once.
 
     Args:
-        address: of a cluster that is there, see :func:`sparsepeft.clusters.local_or`; None starts one on this machine.
+        address: of a running cluster, see :func:`sparsepeft.clusters.local_or`; None starts one on this machine.
         cpus_per_run, gpus_per_run: that a run needs; it computes with as many threads as CPUs.
 
     Raises:
