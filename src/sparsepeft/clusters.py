@@ -49,18 +49,17 @@ def local_or(address: str | None = None, purpose: str = "A cluster", **settings:
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     ray = require("ray", "ray", purpose)
-    if ray.is_initialized():
-        yield ray
-        return
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if is_main else None
+    is_connected = ray.is_initialized()
     try:
+        if address is not None:
+            _check_answers(address)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
-            if address is None:
+            if not is_connected and address is None:
                 _start(ray, settings)
-            else:
-                _check_answers(address)
+            elif not is_connected:
                 ray.init(address, **_QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         where = "was started on this machine" if address is None else f"answers at `address={address}`"
@@ -72,7 +71,8 @@ def local_or(address: str | None = None, purpose: str = "A cluster", **settings:
     try:
         yield ray
     finally:
-        ray.shutdown()
+        if not is_connected:
+            ray.shutdown()
 
 
 def check_room(ray: Any, address: str | None, **needed: float) -> None:

@@ -15,7 +15,7 @@ from tests.bulk.conftest import ROWS
 from tests.tiny import write_jsonl
 
 from sparsepeft.bulk import BulkReport, RayOptions, score_files
-from sparsepeft.bulk.cluster import _connected
+from sparsepeft.clusters import local_or
 from sparsepeft.errors import UserError
 from sparsepeft.scoring import TableOptions
 
@@ -28,7 +28,7 @@ TEXT = TableOptions("text")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Started once, as a program may that has other work for it."""
-    with _connected(ray, OPTIONS, threads=1):
+    with local_or(num_cpus=2):
         yield
 
 

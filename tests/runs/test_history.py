@@ -21,9 +21,11 @@ from sparsepeft.training.callbacks import Recorder, make_reporters
 
 def _record(path: Path, begin: int, *logs: tuple[int, dict[str, Any]]) -> None:
     recorder = Recorder(path)
-    recorder.on_train_begin(None, SimpleNamespace(global_step=begin), None)
+    recorder.on_train_begin(None, SimpleNamespace(global_step=begin, is_world_process_zero=True), None)
     for step, values in logs:
-        recorder.on_log(None, SimpleNamespace(global_step=step, epoch=step / 8), None, values)
+        recorder.on_log(
+            None, SimpleNamespace(global_step=step, epoch=step / 8, is_world_process_zero=True), None, values
+        )
 
 
 def test_lines_go_on_after_a_checkpoint_and_bear_a_cut_end(tmp_path: Path) -> None:

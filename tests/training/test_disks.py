@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from tests.cli.test_cli import sparsepeft
 from tests.disks import read_only, small_disk
 from tests.tiny import run_config
 
@@ -21,7 +23,6 @@ from sparsepeft.runs.files import HISTORY, RESULTS
 from sparsepeft.runs.history import read_history
 from sparsepeft.runs.pushing import shared_files
 from sparsepeft.training import Predictor, evaluate, train
-from sparsepeft_cli.predict import command as predict
 
 pytestmark = pytest.mark.slow
 Trained = Callable[..., tuple[Path, dict]]
@@ -97,8 +98,9 @@ def test_what_is_written_to_a_full_disk_leaves_what_was_there(finished: Path, tm
         with pytest.raises(RunFailed, match=r"No space left on device.*free space"):
             export_tasks([finished], disk / "export", max_examples=2)
         Fill(disk, None).fill()
-        with pytest.raises(RunFailed, match=r"answers\.csv could not be written .*No space left on device"):
-            predict(finished, file=tmp_path / "texts.txt", output=disk / "answers.csv")
+        done = sparsepeft("predict", finished, "--file", tmp_path / "texts.txt", "--output", disk / "answers.csv")
+        assert done.returncode == 1
+        assert re.search(r"answers\.csv could not be written .*No space left on device", done.stderr)
         assert {path.name for path in disk.iterdir()} == {"answers.csv", "filler"}
         assert (disk / "answers.csv").read_text() == "before"
 
@@ -116,8 +118,9 @@ def test_a_folder_that_cannot_be_written_to_answers_and_is_refused_as_output(
                 train(run_config(tiny_backbone, folder), overwrite=True)
             with pytest.raises((RunFailed, UserError), match=r"cannot be written to .*; pass another `output_dir`"):
                 export_tasks([finished], folder, overwrite=True)
-        with pytest.raises(RunFailed, match=r"could not be written \(.*Read-only file system"):
-            predict(finished, file=tmp_path / "texts.txt", output=finished / "answers.csv")
+        done = sparsepeft("predict", finished, "--file", tmp_path / "texts.txt", "--output", finished / "answers.csv")
+        assert done.returncode == 1
+        assert re.search(r"could not be written \(.*Read-only file system", done.stderr)
 
 
 def test_a_run_that_was_moved_after_its_last_step_keeps_its_best_weights(
