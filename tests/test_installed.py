@@ -117,7 +117,7 @@ torch.testing.assert_close(torch.tensor([[*answer.scores.values()] for answer in
 
 import sparsepeft
 for module in pkgutil.walk_packages(sparsepeft.__path__, "sparsepeft."):
-    needs_more = any(part in module.name for part in ("triton", "sweeps.scheduler", "sweeps.worker"))
+    needs_more = any(part in module.name for part in ("triton", "sweeps.scheduler", "sweeps.watching", "sweeps.worker"))
     if not needs_more and not module.name.startswith("sparsepeft.export.run"):
         importlib.import_module(module.name)
 
