@@ -24,8 +24,6 @@ from sparsepeft.training import train
 pytestmark = pytest.mark.slow
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "SPARSEPEFT_DATA"} | {"OMP_NUM_THREADS": "1"}
-    "OMP_NUM_THREADS": "1"
-}
 SETTINGS: dict[str, Any] = {"max_steps": 20, "eval_steps": 10, "max_train_samples": 160, "save_dtype": "bf16"}
 
 
