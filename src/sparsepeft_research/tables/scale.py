@@ -20,7 +20,9 @@ def processes(results: Path) -> str:
     return paragraphs(
         "Twenty steps in two processes of a CPU (gloo) beside one, float32, without dropout: the largest difference of "
         "a step's loss, the gradients that DDP sums in a step, and all bytes that a step sends over the loopback "
-        f"interface, for both processes together. {'; '.join(sorted(machines))}. By `python -m "
+        "interface, for both processes together; a twentieth of the model is among them, as DDP sends it once, at the "
+        "start. "
+        f"{'; '.join(sorted(machines))}. By `python -m "
         "sparsepeft_research.experiments.processes`.",
         table(
             [
