@@ -69,11 +69,13 @@ def score(folder: Path | None, output: Path | None, rows: dict[str, Any], bulk: 
     if not use_ray and (address or workers):
         raise UserError(f"{'--address' if address else '--workers'} goes with --ray; pass both or neither.")
     from sparsepeft.bulk import RayOptions, score_files
+    from sparsepeft.devices import keep_freed_memory
     from sparsepeft.inference.folders import named_tasks
     from sparsepeft.scoring import TableOptions
     from sparsepeft_cli.terminal.bulk_progress import BulkProgress
     from sparsepeft_cli.terminal.console import print_json, say
 
+    keep_freed_memory()
     inputs, as_json, overwrite = bulk.pop("input"), bulk.pop("json"), bool(bulk.pop("overwrite"))
     tasks = named_tasks(named, tasks_dir) if folder is None else {folder.resolve().name: folder}
     given = {name: value for name, value in (bulk | others).items() if value is not None}

@@ -13,6 +13,7 @@ from sparsepeft.bulk.inputs import Source, read_chunks
 from sparsepeft.bulk.plan import Plan
 from sparsepeft.bulk.scorer import Scored, Scorer
 from sparsepeft.clusters import local_or
+from sparsepeft.devices import keep_freed_memory
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.extras import require
 
@@ -98,6 +99,7 @@ class _Worker:
     """An actor."""
 
     def __init__(self, plan: Plan, sources: Sequence[Source]) -> None:
+        keep_freed_memory()
         self._scorer = Scorer(plan, sources)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:

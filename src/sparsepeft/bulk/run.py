@@ -77,7 +77,7 @@ def score_files(
     Each file becomes one of the same name and format (.csv, .tsv, .jsonl, .parquet, all but the last also with .gz) in
     the output folder, and is there when it is whole. What is there already is not answered again, unless its input is
     newer, so that the same call goes on after an interruption. Rows are read, answered and written a few thousand at a
-    time: memory does not grow with their number.
+    time.
 
     A row has its columns, then the answers: for one task ``label``, ``score``, ... as ``sparsepeft predict`` has them;
     for several ``TASK_label``, ``TASK_score``, ..., and one ``error``.

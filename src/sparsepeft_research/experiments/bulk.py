@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsepeft.bulk import BulkReport, RayOptions, score_files
+from sparsepeft.devices import keep_freed_memory
 from sparsepeft.extras import require
 from sparsepeft.inference.answering import WINDOW
 from sparsepeft.tasks import load_task
@@ -150,6 +151,7 @@ def _resident(pid: int) -> list[tuple[float, bool]]:
 def answer() -> None:
     """Answer the texts of the settings in the file that the command line names, and write the rates."""
     settings = json.loads(Path(sys.argv[1]).read_text())
+    keep_freed_memory()
     chunks: list[tuple[float, int]] = []
 
     def note(report: BulkReport, share: float) -> None:
