@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.spt.models import TARGETS, inputs, sparse
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsepeft.spt import sparsification
+from sparsepeft.training.processes import leave
 
 PROCESSES, ROWS = 2, 4
 
@@ -52,9 +52,7 @@ def train(rank: int, folder: str, dense_steps: int) -> None:
         torch.save({"gradients": first, "start": start, "codebooks": codebooks(model)}, Path(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
-    # Not by returning: PyTorch may then wait for ever, as DDP's reducer is freed with the GIL held and joins gloo's
-    # thread, which needs the GIL to free its last work.
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.slow

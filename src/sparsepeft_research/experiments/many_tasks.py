@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
@@ -25,6 +24,7 @@ from sparsepeft.devices import keep_freed_memory
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.tasks import load_task
 from sparsepeft.training import RunConfig, train
+from sparsepeft_research.benchmarks.inference.processes.serving import resident_bytes
 from sparsepeft_research.results import RESULTS, Result, describe_machine, write_result
 
 _REPEATS = 5
@@ -65,12 +65,12 @@ def measure(model: str, folder: str, numbers: list[int], num_texts: int) -> list
     engine = MultiTaskEngine(model, tasks={})
     figures: list[dict[str, Any]] = []
     for number in numbers:
-        seconds, before, others = [], _resident_bytes(), len(engine.tasks)
+        seconds, before, others = [], resident_bytes(), len(engine.tasks)
         for index in range(len(engine.tasks), number):
             start = time.perf_counter()
             engine.add(f"task{index}", folder)
             seconds.append(time.perf_counter() - start)
-        resident = round((_resident_bytes() - before) / (number - others))
+        resident = round((resident_bytes() - before) / (number - others))
         mixed = [(f"task{index * number // num_texts % number}", text) for index, text in enumerate(texts)]
         figures.append(
             {
@@ -82,10 +82,6 @@ def measure(model: str, folder: str, numbers: list[int], num_texts: int) -> list
             }
         )
     return figures
-
-
-def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
 
 
 def _median(engine: MultiTaskEngine, requests: list[tuple[str, str]]) -> float:

@@ -6,8 +6,6 @@ python -m sparsepeft_research.benchmarks.inference.processes.pytorch SETTINGS.js
 from __future__ import annotations
 
 import dataclasses
-import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsepeft_research.benchmarks.devices import emulate
-from sparsepeft_research.benchmarks.inference.processes.serving import Pass, serve
+from sparsepeft_research.benchmarks.inference.processes.serving import Pass, resident_bytes, serve
 from sparsepeft_research.benchmarks.inference.systems import LOADING, build_engine, prepare_system
 
 _REPEATS = 21
@@ -53,10 +51,10 @@ def measure_loading(settings: dict[str, Any]) -> dict[str, Any]:
         engine.predict([(task, text)], on_error="raise")
 
     ask(first)
-    before = _resident_bytes()
+    before = resident_bytes()
     for i in range(number):
         engine.add(f"loaded{i}", folder)
-    grown = _resident_bytes() - before
+    grown = resident_bytes() - before
     files = number * (folder / "adapter_model.safetensors").stat().st_size
     same, other = [], []
     for _ in range(_REPEATS):
@@ -85,11 +83,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
-
-
-def _resident_bytes() -> int:
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":
