@@ -9,7 +9,7 @@ from typing import Any
 try:
     from opentelemetry import trace
 except ImportError:
-    trace = None  # type: ignore[assignment]
+    trace = None  # type: ignore[assignment, unused-ignore]
 
 
 @contextmanager
