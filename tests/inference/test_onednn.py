@@ -34,6 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         return product(given, weight, bias)
 
     monkeypatch.setattr(onednn, "onednn_product", noting)
+    monkeypatch.setattr(onednn, "_exact", set())
     return found
 
 
@@ -51,6 +52,23 @@ def test_any_shape_with_and_without_bias(
         crossed = torch.randn(5, 9, dtype=dtype).t()
         torch.testing.assert_close(layer(crossed), nn.functional.linear(crossed, layer.weight, layer.bias))
     assert calls == [torch.Size(shape), torch.Size((9, 5))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_made_for_few_numbers_of_rows(
+    dtype: torch.dtype, calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_onednn_compute(dtype):
+        pytest.skip(f"oneDNN does not compute {dtype} on this processor")
+    monkeypatch.setattr(onednn, "_MOST_EXACT", 2)
+    layer = fast((64, 48)).to(dtype)
+    for shape in ((3, 64), (2, 5, 64), (7, 64), (1, 3, 64), (3, 9, 64), (300, 64), (0, 64)):
+        given = torch.randn(shape, dtype=dtype)
+        with torch.inference_mode():
+            output = layer(given)
+            assert torch.equal(output, onednn.onednn_product(given, layer.weight, layer.bias))
+    used = [shape.numel() // 64 for shape in calls[::2]]  # each second one is the test's own
+    assert used == [3, 10, 16, 3, 32, 320, 0]
 
 
 def test_what_it_cannot_compute_is_pytorchs(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from sparsepeft.ops.measured import fastest
 from sparsepeft.ops.native import may_replace_call
 
 _ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
+_MOST_EXACT = 64  # numbers of rows that are computed as they come
+_exact: set[int] = set()
 
 
 class OneDnnLinear(nn.Linear):
@@ -42,7 +44,7 @@ class OneDnnLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             output: Tensor = _FrozenProduct.apply(input.to(dtype), self.weight, self.bias)
             return output
-        return onednn_product(input.to(dtype), self.weight, self.bias)
+        return _product_of_any(input.to(dtype), self.weight, self.bias)
 
     def _is_frozen(self, input: Tensor) -> bool:
         """Whether at most the plain tensor ``input`` needs a gradient, outside of traced graphs."""
@@ -112,3 +114,20 @@ def is_onednn_faster(dtype: torch.dtype, *, trains: bool = False) -> bool:
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``nn.functional.linear`` by oneDNN, of a dtype that :func:`can_onednn_compute`; without gradients."""
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+def _product_of_any(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`onednn_product` in a process that goes on for long, whose inputs have any number of rows.
+
+    oneDNN makes kernels for each number of rows that it meets, up to 3 MB and 15 ms a model's, and never frees all of
+    them. After the first numbers others are rounded up by rows of zeros, which leaves the others' bits as they are.
+    """
+    rows = input.numel() // max(input.shape[-1], 1)
+    if rows in _exact or torch.compiler.is_compiling():
+        return onednn_product(input, weight, bias)
+    if len(_exact) < _MOST_EXACT:
+        _exact.add(rows)
+        return onednn_product(input, weight, bias)
+    added = -rows % (16 if rows <= _ROWS else 64)
+    padded = nn.functional.pad(input.reshape(rows, input.shape[-1]), (0, 0, 0, added))
+    return onednn_product(padded, weight, bias)[:rows].view(*input.shape[:-1], len(weight))
