@@ -5,7 +5,9 @@
 Every method trains for twenty steps in one process, and in two that share each batch, by ``transformers.Trainer`` in
 float32 and without dropout, which each process draws for itself. Gradients are counted as DDP sends them; all that
 goes between the processes, in both directions, by the loopback interface, which nothing else should use meanwhile. The
-result is ``research/results/processes/MODEL.json``.
+result is ``research/results/processes/MODEL.json``, with another rate than the default ``MODEL-lrRATE.json``: Adam
+moves a weight by about the rate whatever its gradient, so that sums in another order, by which a gradient near zero
+changes its sign, show in proportion to it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from sparsepeft_research.results import RESULTS, Result, describe_machine, write
 
 STRATEGIES = ("one", "ddp", "fsdp2")
 PROCESSES = 2
+_RATE = 1e-3
 _COUNTED = "sparsepeft_counted"  # an attribute of a model whose gradients are
 _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 _FSDP = {
@@ -101,7 +104,7 @@ def train(job: Job) -> None:
     values: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "max_steps": 20,
-        "learning_rate": 1e-3,
+        "learning_rate": _RATE,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -177,6 +180,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=32, help="tokens of an example, drawn at random")
     parser.add_argument("--max-steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=_RATE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     environment = describe_machine(seed=0)
@@ -190,7 +194,11 @@ def main() -> None:
         }
         for _ in range(options.batch_size * options.max_steps)
     ]
-    arguments = {"per_device_train_batch_size": options.batch_size, "max_steps": options.max_steps}
+    arguments = {
+        "per_device_train_batch_size": options.batch_size,
+        "max_steps": options.max_steps,
+        "learning_rate": options.learning_rate,
+    }
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as root:
         jobs = {
@@ -224,6 +232,7 @@ def main() -> None:
             }
     settings = vars(options) | {"model": describe_backbone(model), "processes": PROCESSES, "dtype": "float32"}
     name = Path(options.model).name if options.model else "all-MiniLM-L6-v2"
+    name += "" if options.learning_rate == _RATE else f"-lr{options.learning_rate:g}"
     result = Result("processes", settings, results, environment, seed=0)
     write_result(RESULTS / "processes" / f"{name}.json", result)
 
