@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,12 @@ from safetensors.torch import load_file
 from tests.cli.test_cli import ran
 from tests.tiny import run_config, save_tiny_backbone
 
+from sparsepeft import launch
+from sparsepeft.errors import UserError
 from sparsepeft.inference import Predictor
 from sparsepeft.runs.folder import has_checkpoint
 from sparsepeft.training import train
+from sparsepeft.training.fit import _check_sharded
 
 pytestmark = pytest.mark.slow
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -32,11 +37,21 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_backbone(tmp_path_factory.mktemp("backbone"), **NO_DROPOUT)
 
 
-def command(folder: Path, backbone: Path, *options: object) -> list[str]:
+KINDS = ("FULL", "SHARDED")
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def command(folder: Path, backbone: Path, *options: object, module: str = "sparsepeft_cli") -> list[str]:
     """What starts two processes, as a user does."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["--task", "topics", "--model", backbone, "--output-dir", folder, *options]
-    return [*launcher, "-m", "sparsepeft_cli", "train", *map(str, arguments)]
+    return [*launcher, "-m", module, "train", *map(str, arguments)]
 
 
 def start(*arguments: Any) -> subprocess.CompletedProcess:
@@ -57,12 +72,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(backbone: Path, tmp_path: Path
     for name in ("score", "selection_score", "best_step", "metrics", "num_rows", "saved_bytes"):
         assert results[name] == alone[name], name
     assert (results["processes"], alone["processes"]) == (2, 1)
-
-    def losses(folder: str) -> list[float]:
-        lines = map(json.loads, (tmp_path / folder / "history.jsonl").read_text().splitlines())
-        return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
-
-    assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     weights = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -71,6 +81,51 @@ def test_a_run_of_two_processes_is_the_run_of_one(backbone: Path, tmp_path: Path
     again = start(tmp_path / "two", backbone, *options)
     assert again.returncode != 0
     assert "already holds a finished run" in again.stderr
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    return [value for line in lines for key, value in line.items() if key in ("loss", "eval_loss")]
+
+
+def test_processes_with_parts_of_each_weight_train_what_one_does(backbone: Path, tmp_path: Path) -> None:
+    settings = SETTINGS | {"save_dtype": None}
+    alone = train(run_config(backbone, tmp_path / "one", **settings))
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if value is not None]
+    words = command(tmp_path / "two", backbone, *options, "--batch-size=8", module="tests.distributed.sharded_train")
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT | SHARDED, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    for name in ("score", "selection_score", "best_step", "metrics", "saved_bytes"):
+        assert results[name] == alone[name], name
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    weights = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-3, rtol=0, msg=name)
+    assert [each.error for each in Predictor(tmp_path / "two").predict(["the match"])] == [None]
+
+
+def test_what_processes_with_parts_of_each_weight_cannot_do(backbone: Path, tmp_path: Path) -> None:
+    whole, parts = (SimpleNamespace(state_dict_type=SimpleNamespace(name=f"{kind}_STATE_DICT")) for kind in KINDS)
+    config = run_config(backbone, tmp_path)
+    _check_sharded(config, whole)
+    with pytest.raises(UserError, match=r"in parts \(SHARDED_STATE_DICT\).*FULL_STATE_DICT"):
+        _check_sharded(config, parts)
+    with pytest.raises(UserError, match="`save_dtype=bf16` was given to processes with parts of each weight"):
+        _check_sharded(replace(config, save_dtype="bf16"), whole)
+
+
+def test_a_scheduler_that_starts_many_alone_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(key, raising=False)
+    assert (launch.num_processes(), launch.is_first(), launch.is_sharded()) == (1, True, False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert (launch.num_processes(), launch.is_first(), launch.is_sharded()) == (1, True, False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (launch.num_processes(), launch.is_first(), launch.is_sharded()) == (8, False, True)
 
 
 def test_what_two_processes_cannot_share(backbone: Path, tmp_path: Path) -> None:
