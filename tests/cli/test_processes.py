@@ -112,7 +112,7 @@ def test_what_processes_with_parts_of_each_weight_cannot_do(backbone: Path, tmp_
     _check_sharded(config, whole)
     with pytest.raises(UserError, match=r"in parts \(SHARDED_STATE_DICT\).*FULL_STATE_DICT"):
         _check_sharded(config, parts)
-    with pytest.raises(UserError, match="`save_dtype=bf16` was given to processes with parts of each weight"):
+    with pytest.raises(UserError, match="`save_dtype=bfloat16` was given to processes with parts of each weight"):
         _check_sharded(replace(config, save_dtype="bf16"), whole)
 
 
