@@ -96,7 +96,7 @@ def test_tokens_without_pieces_are_counted(wordpiece: PreTrainedTokenizerBase) -
     bare = byte_level()
     bare.backend_tokenizer.normalizer = normalizers.Replace("€", "")
     encoded = encode_sentences(build_dataset(SPEC, [(["€", "a"], [1, 0]), (["€"], [2])]), bare, 8)
-    assert encoded.notes(8) == ["2 tokens have nothing that the tokenizer knows, and were left out"]
+    assert encoded.notes(8) == ["tokens of which the tokenizer knows nothing, left out: 2"]
     assert min(encoded.rows["length"][:]) > 0
     with pytest.raises(UserError, match="CanineTokenizer, cannot tell where in a text"):
         encode_sentences(build_dataset(SPEC, [(["a"], [0])]), hf.CanineTokenizer(), 8)

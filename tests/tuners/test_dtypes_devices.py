@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers as hf
@@ -263,3 +265,11 @@ def test_without_storage_parameters_are_counted() -> None:
     assert all(p.device.type == "meta" for p in model.parameters())
     assert model.base_model.parameter_formula()[1] == sum(p.numel() for p in adapter_parameters(model).values())
     assert all(p.device.type == "meta" for p in adapted("bert").to("meta").parameters())
+
+
+def test_a_memory_without_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
+    with pytest.raises(ValueError, match=r"num_parents=33554432 .* takes \d+\.\d+ GB, .* has 1\.00 GB left"):
+        get_peft_model(build("bert"), SpartanConfig(num_parents=1 << 25))
+    with torch.device("meta"):  # which needs none
+        get_peft_model(build("bert"), SpartanConfig(num_parents=1 << 25))

@@ -51,8 +51,8 @@ class EncodedSentences(NamedTuple):
 
     def notes(self, max_length: int) -> list[str]:
         """What a reader of the scores should know."""
-        split = f"{self.num_split:,} sentences are longer than {max_length} tokens and were read in parts"
-        lost = f"{self.num_lost:,} tokens have nothing that the tokenizer knows, and were left out"
+        split = f"sentences longer than {max_length} tokens, read in parts: {self.num_split:,}"
+        lost = f"tokens of which the tokenizer knows nothing, left out: {self.num_lost:,}"
         return [*([split] if self.num_split else []), *([lost] if self.num_lost else [])]
 
 

@@ -34,7 +34,9 @@ def read_sentence(where: str, tokens: Any, tags: Any, names: tuple[str, str]) ->
     for name, values in zip(names, (tokens, tags), strict=True):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             numbers = isinstance(values, list) and any(isinstance(value, int) for value in values)
-            what = "write the names of the tags" if numbers else "correct the row"
+            what = "correct the row"
+            if numbers:
+                what = f"write the {'tokens as texts' if name == names[0] else 'names of the tags'}"
             raise TaskError(f"{where}: {name} is {values!r:.60}; expected a list of texts, {what}")
         if not all(value.strip() for value in values):
             raise TaskError(f"{where}: {name} has an empty text; expected one for every token, correct the row")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.registry import RENAMED
+from sparsepeft.reprs import megabytes
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
@@ -151,6 +153,7 @@ class SpartanLayer(TaskTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SpartanConfig) -> None:
         """Add a fresh memory for ``adapter_name``."""
+        _check_room(config, self.hidden_size)
         memory = PARENT_KEYS[config.parent_keys](
             self.hidden_size,
             config.num_parents,
@@ -184,6 +187,19 @@ class SpartanLayer(TaskTunerLayer):
         if self.disable_adapters or not self.spartan_memory:
             return None
         return self.change_states(layer, output, self.read)
+
+
+def _check_room(config: SpartanConfig, hidden_size: int) -> None:
+    """Refuse a memory that a machine has no room for, which would end the process without a word."""
+    if torch.get_default_device().type != "cpu":
+        return
+    needed = config.parameter_formula([hidden_size])[1] * torch.get_default_dtype().itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"num_parents={config.num_parents} and num_children={config.num_children} were given, with which a layer's "
+            f"memory takes {megabytes(needed)}, but this machine has {megabytes(free)} left; pass fewer."
+        )
 
 
 class SpartanModel(TaskTuner):

@@ -19,10 +19,10 @@ def processes(results: Path) -> str:
         name = f"{report.settings['model']}, {report.settings.get('learning_rate', 1e-3):g}"
         rows += [_row(name, method, one) for method, one in report.results.items()]
     return paragraphs(
-        "Twenty steps in two processes of a CPU (gloo) beside one, float32, without dropout, at a learning rate: the largest difference of "
-        "a step's loss, the gradients that DDP sums in a step, and all bytes that a step sends over the loopback "
-        "interface, for both processes together; a twentieth of the model is among them, as DDP sends it once, at the "
-        "start. "
+        "Twenty steps in two processes of a CPU (gloo) beside one, float32, without dropout, at a learning rate: the "
+        "largest difference of a step's loss, the gradients that DDP sums in a step, and all bytes that a step sends "
+        "over the loopback interface, for both processes together; a twentieth of the model is among them, as DDP "
+        "sends it once, at the start. "
         f"{'; '.join(sorted(machines))}. By `python -m "
         "sparsepeft_research.experiments.processes`.",
         table(
