@@ -56,7 +56,10 @@ TABLES = {
         "Table 1: the three large tasks", partial(scores.reproduced, folder="full_data_subsets", name="table1")
     ),
     "options": Table("What the options do to scores", scores.options),
-    "recipe-search": Table("The search for recipes", scores.recipe_search),
+    "recipe-search": Table("On MiniLM", scores.recipe_search),
+    "recipe-search-mpnet": Table(
+        "On MPNet-base", lambda results: scores.recipe_search(results / "all-mpnet-base-v2", "MPNet-base")
+    ),
     "parents": Table("What parent cells have learned", scores.parents),
     "finetuning": Table("Fine-tuning throughput", training.throughput),
     "finetuning-steps": Table("Training steps beside AdapterHub's", training.bare_steps),
@@ -101,7 +104,7 @@ TABLES = {
 PAGES = {
     "scores": ("Scores and storage", ("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options")),
     "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
-    "recipes": ("The search for recipes", ("recipe-search",)),
+    "recipes": ("The search for recipes", ("recipe-search", "recipe-search-mpnet")),
     "parents": ("What parent cells have learned", ("parents",)),
     "inference": ("Inference", ("inference", "runtimes", "exported")),
     "kernels": (

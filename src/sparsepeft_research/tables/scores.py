@@ -40,10 +40,10 @@ def options(results: Path) -> str:
     )
 
 
-def recipe_search(results: Path) -> str:
-    """Every trial of the search for recipes, best first within a method, a table for each way to train."""
+def recipe_search(results: Path, model: str = "MiniLM") -> str:
+    """Every trial of the search for a model's recipes, best first within a method, a table for each way to train."""
     parts = [
-        "MiniLM, bf16, one seed; scores x 100 on held-out training data. What the trials are, and what came of them: "
+        f"{model}, bf16, one seed; scores x 100 on held-out training data. What the trials are, and what came of them: "
         "[experiments.md](../experiments.md). By `python -m sparsepeft_research.experiments.search_recipe --data-dir "
         "DATA`."
     ]
