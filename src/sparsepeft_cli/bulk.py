@@ -73,14 +73,14 @@ def score(folder: Path | None, output: Path | None, rows: dict[str, Any], bulk: 
     from sparsepeft.inference.folders import named_tasks
     from sparsepeft.scoring import TableOptions
     from sparsepeft_cli.terminal.bulk_progress import BulkProgress
-    from sparsepeft_cli.terminal.console import print_json, say
+    from sparsepeft_cli.terminal.console import kept_from_stdout, print_json, say
 
     keep_freed_memory()
     inputs, as_json, overwrite = bulk.pop("input"), bulk.pop("json"), bool(bulk.pop("overwrite"))
     tasks = named_tasks(named, tasks_dir) if folder is None else {folder.resolve().name: folder}
     given = {name: value for name, value in (bulk | others).items() if value is not None}
     try:
-        with BulkProgress() as progress:
+        with kept_from_stdout(), BulkProgress() as progress:
             report = score_files(
                 inputs,
                 output,

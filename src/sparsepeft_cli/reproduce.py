@@ -136,13 +136,13 @@ def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:
 def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None:
     from sparsepeft.devices import keep_freed_memory
     from sparsepeft.errors import RunFailed
-    from sparsepeft_cli.terminal.console import out, print_json, table
+    from sparsepeft_cli.terminal.console import kept_from_stdout, out, print_json, table
     from sparsepeft_cli.terminal.matrix_progress import MatrixProgress
     from sparsepeft_research.reproduction import reproduce
     from sparsepeft_research.reproduction.render import cells
 
     keep_freed_memory()
-    with MatrixProgress() as progress:
+    with kept_from_stdout(), MatrixProgress() as progress:
         outcome = reproduce(name, matrix, watcher=progress, **how)
     if json:
         print_json(outcome.table.to_dict())

@@ -61,10 +61,10 @@ def command(
         return
     require("ray.tune", "ray", "`sparsepeft sweep`")
     from sparsepeft.errors import RunFailed
-    from sparsepeft_cli.terminal.console import out, print_json, program, table
+    from sparsepeft_cli.terminal.console import kept_from_stdout, out, print_json, program, table
     from sparsepeft_cli.terminal.matrix_progress import MatrixProgress
 
-    with MatrixProgress() as progress:
+    with kept_from_stdout(), MatrixProgress() as progress:
         result = sweep(searched, folder, how, address=address, watcher=progress, overwrite=overwrite)
     if json:
         print_json(result.content)

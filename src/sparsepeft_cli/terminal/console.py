@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any
 
 from rich.cells import cell_len
@@ -46,6 +47,11 @@ err = _Messages(stderr=True)
 def say(line: str) -> None:
     """A line on standard error, as it is."""
     err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def kept_from_stdout() -> AbstractContextManager[Any]:
+    """What libraries print while this lasts, as Ray does where a worker ends, goes to standard error."""
+    return redirect_stdout(sys.stderr)
 
 
 _UNLIMITED = 10_000
