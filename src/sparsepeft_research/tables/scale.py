@@ -16,7 +16,7 @@ def processes(results: Path) -> str:
     rows, machines = [], set()
     for report in read_folder(results / "processes").values():
         machines.add(report.machine)
-        name = f"{report.settings['model']}, {report.settings.get('learning_rate', 1e-3):g}"
+        name = f"{report.settings['model']}, {report.settings.get('learning_rate', 1e-3):.0e}"
         rows += [_row(name, method, one) for method, one in report.results.items()]
     return paragraphs(
         "Twenty steps in two processes of a CPU (gloo) beside one, float32, without dropout, at a learning rate: the "
