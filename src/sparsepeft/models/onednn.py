@@ -18,6 +18,7 @@ from sparsepeft.ops.native import may_replace_call
 
 _ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
 _MOST_EXACT = 64  # numbers of rows that are computed as they come
+_SMALL, _LARGE = 16, 64  # what others are rounded up to a multiple of: up to four times the large one, and above
 _exact: set[int] = set()
 
 
@@ -122,12 +123,11 @@ def _product_of_any(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     oneDNN makes kernels for each number of rows that it meets, up to 3 MB and 15 ms a model's, and never frees all of
     them. After the first numbers others are rounded up by rows of zeros, which leaves the others' bits as they are.
     """
-    rows = input.numel() // max(input.shape[-1], 1)
-    if rows in _exact or torch.compiler.is_compiling():
-        return onednn_product(input, weight, bias)
+    rows = input.shape[:-1].numel()
     if len(_exact) < _MOST_EXACT:
         _exact.add(rows)
+    if rows in _exact or torch.compiler.is_compiling():
         return onednn_product(input, weight, bias)
-    added = -rows % (16 if rows <= _ROWS else 64)
+    added = -rows % (_SMALL if rows <= 4 * _LARGE else _LARGE)
     padded = nn.functional.pad(input.reshape(rows, input.shape[-1]), (0, 0, 0, added))
     return onednn_product(padded, weight, bias)[:rows].view(*input.shape[:-1], len(weight))
