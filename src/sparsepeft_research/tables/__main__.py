@@ -55,6 +55,10 @@ TABLES = {
     "full-data-subsets": Table(
         "Table 1: the three large tasks", partial(scores.reproduced, folder="full_data_subsets", name="table1")
     ),
+    "labels": Table(
+        "On MPNet-base: several labels, and labels of tokens",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/labels", name="table1"),
+    ),
     "options": Table("What the options do to scores", scores.options),
     "recipe-search": Table("On MiniLM", scores.recipe_search),
     "recipe-search-mpnet": Table(
@@ -102,7 +106,10 @@ TABLES = {
 }
 # Page -> title and the tables on it.
 PAGES = {
-    "scores": ("Scores and storage", ("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options")),
+    "scores": (
+        "Scores and storage",
+        ("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "labels", "options"),
+    ),
     "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
     "recipes": ("The search for recipes", ("recipe-search", "recipe-search-mpnet")),
     "parents": ("What parent cells have learned", ("parents",)),
