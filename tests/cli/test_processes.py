@@ -24,7 +24,7 @@ from sparsepeft.errors import UserError
 from sparsepeft.inference import Predictor
 from sparsepeft.runs.folder import has_checkpoint
 from sparsepeft.training import train
-from sparsepeft.training.fit import _check_sharded, share_of_batch
+from sparsepeft.training.fit import _check_sharded
 
 pytestmark = pytest.mark.slow
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -128,12 +128,11 @@ def test_a_scheduler_that_starts_many_alone_is_no_launcher(monkeypatch: pytest.M
     assert (launch.num_processes(), launch.is_first(), launch.is_sharded()) == (8, False, True)
 
 
-def test_what_two_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(key, value)
-    assert share_of_batch(6) == 3
-    with pytest.raises(UserError, match=r"`batch_size=5` was given to 2 processes, .*pass a multiple of 2"):
-        share_of_batch(5)
+def test_what_two_processes_cannot_share(backbone: Path, tmp_path: Path) -> None:
+    refused = start(tmp_path / "odd", backbone, "--batch-size", 5, "--max-steps", 2)
+    assert refused.returncode != 0
+    assert "pass a multiple of 2" in refused.stderr.replace("\n", " ")
+    assert not (tmp_path / "odd").exists()
 
 
 def test_a_run_of_two_processes_is_stopped_and_goes_on_in_one(backbone: Path, tmp_path: Path) -> None:

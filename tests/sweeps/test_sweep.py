@@ -119,6 +119,20 @@ def test_the_same_sweep_runs_nothing_again_and_goes_on(swept: tuple[Path, Sweep]
         )
 
 
+def test_a_killed_worker_is_replaced_and_goes_on(ray_cluster: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    seeds = {"seed": {"grid": [1, 2]}, "method": "head", "max_steps": 300, "eval_steps": 30}
+    space = read_space(space_file(tmp_path, tiny_backbone, **seeds))
+    watch = Watch()
+    with killed_worker(tmp_path / "out" / "seed=1"):
+        found = sweep(space, tmp_path / "out", SweepOptions(asha=False), watcher=watch)
+    assert sorted(watch.here) == ["seed=1", "seed=2"]  # each once
+    assert [each.state for each in found.trials] == ["done", "done"]
+    assert {each.steps for each in found.trials} == {300}
+    (first,) = (each for each in found.trials if each.trial.name == "seed=1")
+    alone = train(dataclasses.replace(first.trial.config, output_dir=str(tmp_path / "alone")))
+    assert first.score == alone["score"]
+
+
 def test_the_command_goes_on_after_an_interrupt_and_a_kill(
     ray_cluster: str, tiny_backbone: Path, tmp_path: Path
 ) -> None:
