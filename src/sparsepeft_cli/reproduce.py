@@ -29,6 +29,7 @@ _TITLES = {
 }
 _PLAN = "List what is left and how long it may take, by a few steps; write nothing."
 _FOLDER = "Folder of the results. [default: outputs/reproduce/PROTOCOL]"
+_SET = "Another value of every run, such as max_length=128, or of one method's: lora.learning_rate=5e-4"
 _DEVICE_FILE = "Table 1: a file of `sparsepeft benchmark inference --emulate DEVICE`; may be repeated."
 
 
@@ -48,7 +49,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "few_shot": _option(int | None, "Training examples per task (tables 2, 3). [default: 200]"),
     "precision": (options.Precision, "fp32"),
     "recipe": (options.Recipe, "paper"),
-    "set_": (Annotated[list[str] | None, options.settings("Another value of every run, such as max_length=128")], None),
+    "set_": (Annotated[list[str] | None, options.settings(_SET)], None),
     "output_dir": (Annotated[Path | None, options.output_dir(_FOLDER)], None),
     "grid": _option(bool, "Search learning rate, sizes and epochs first, as the paper did (appendix A).", "--grid"),
     "dry_run": _option(bool, _PLAN, "--dry-run"),
@@ -104,10 +105,8 @@ def _cluster(given: dict[str, Any]) -> Any:
 
 
 def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:
-    import dataclasses
-
     from sparsepeft.errors import UserError
-    from sparsepeft.training import RunConfig, parse_settings
+    from sparsepeft.training import parse_settings
     from sparsepeft_research.reproduction import Matrix
     from sparsepeft_research.reproduction.matrix import SEEDS
     from sparsepeft_research.reproduction.protocols import FEW_SHOT_EXAMPLES
@@ -115,12 +114,10 @@ def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:
     few_shot, protocol = given["few_shot"], _PROTOCOLS[table]
     if few_shot is not None and protocol != "few-shot":
         raise UserError(f"--few-shot {few_shot} was given, but {table} trains on all data; use table2 or table3.")
-    fields = {f.name for f in dataclasses.fields(RunConfig)}
-    further = parse_settings(given["set_"] or [])
+    further, by_method = _values_of(parse_settings(given["set_"] or []))
     values = {name: given[name] for name in ("model", "max_train_samples", "max_steps", "precision", "recipe")}
     values["data_dir"] = str(given["data_dir"]) if given["data_dir"] else None
-    values |= {key: value for key, value in further.items() if key in fields}
-    values["settings"] = {key: value for key, value in further.items() if key not in fields}
+    values |= further
     return Matrix(
         tasks=options.several(given["tasks"]) or _GLUE,
         methods=options.several(given["methods"]) or _METHODS,
@@ -130,7 +127,25 @@ def _matrix(table: str, folder: Path, given: dict[str, Any]) -> Any:
         num_examples=few_shot or FEW_SHOT_EXAMPLES,
         max_epochs=given["max_epochs"],
         values=values,
+        method_values=by_method,
     )
+
+
+def _values_of(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Fields of every run's config, and of the runs of one method, whose keys begin with its name and a dot."""
+    import dataclasses
+
+    from sparsepeft.methods.recipes import METHODS
+    from sparsepeft.training import RunConfig
+
+    fields = {f.name for f in dataclasses.fields(RunConfig)}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        method, dot, own = key.partition(".")
+        method, name = (method, own) if dot and method in METHODS else ("", key)
+        values = parts.setdefault(method, {"settings": {}})
+        (values if name in fields else values["settings"])[name] = value
+    return parts.pop("", {"settings": {}}), parts
 
 
 def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None:

@@ -13,7 +13,8 @@ from tests.cli.test_cli import ran, sparsepeft
 def test_a_matrix_from_plan_to_table(tiny_backbone: Path, tmp_path: Path) -> None:
     arguments = (
         *("reproduce", "table3", "--tasks", "topics", "--methods", "head,head", "--seeds", 1, "--seeds", "2"),
-        *("--few-shot", 10, "--max-steps", 2, "--set", "max_length=32", "--model", tiny_backbone),
+        *("--few-shot", 10, "--max-steps", 2, "--set", "max_length=32", "--set", "head.learning_rate=2e-3"),
+        *("--model", tiny_backbone),
         *("--output-dir", tmp_path / "out"),
     )
     done = ran(*arguments, "--dry-run", "--json")
@@ -25,7 +26,7 @@ def test_a_matrix_from_plan_to_table(tiny_backbone: Path, tmp_path: Path) -> Non
     done = ran(*arguments)
     assert "2/2" in done.stderr
     assert all(name in done.stderr for name in planned)
-    for words in ("Table 3", "head", "20.0", "Texts are cut to 32 tokens", "table3.svg"):
+    for words in ("Table 3", "head", "20.0", "Texts are cut to 32 tokens", "rate=0.002", "table3.svg"):
         assert words in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").glob("table3.*")) == [
         *("table3.csv", "table3.md", "table3.png", "table3.svg")

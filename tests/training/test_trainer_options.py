@@ -88,6 +88,40 @@ def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["spartan", "lora", "full"])
+def test_a_head_has_a_rate_of_its_own(tiny_backbone: Path, tmp_path: Path, method: str) -> None:
+    moved, sizes = {}, {}
+
+    class Notes(hf.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.before = {name: p.detach().clone() for name, p in kwargs["model"].named_parameters()}
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for name, p in kwargs["model"].named_parameters():
+                if p.requires_grad and not torch.equal(p, self.before[name]):
+                    part = "head" if "classifier" in name else "rest"
+                    moved[part] = max(moved.get(part, 0.0), (p - self.before[name]).abs().max().item())
+            for group in kwargs["optimizer"].param_groups:
+                rate = group["initial_lr"]
+                sizes[rate] = sizes.get(rate, 0) + sum(p.numel() for p in group["params"])
+
+    options = {"method": method, "few_shot": 32, "max_steps": 2, "learning_rate": 1e-3}
+    result = train(
+        run_config(tiny_backbone, tmp_path / "run", settings={"head_learning_rate": 1e-6}, **options), [Notes()]
+    )
+    assert moved["head"] < 1e-5 < 1e-4 < moved["rest"]
+    assert sum(sizes.values()) == result["parameters"]["trained"]
+    if method != "full":
+        assert sizes[1e-6] == result["parameters"]["head"]
+    assert result["hyperparameters"]["head_learning_rate"] == 1e-6
+
+
+def test_a_language_model_has_no_head_to_train(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no head of its own"):
+        RunConfig("lm", "o", model="m", text="t.txt", settings={"head_learning_rate": 1e-3})
+
+
+@pytest.mark.slow
 def test_two_batches_a_step_are_one_twice_as_large(tmp_path: Path) -> None:
     """Whatever the model makes of ``num_items_in_batch``: the reported norm is that of the gradient."""
     backbone = save_tiny_backbone(tmp_path / "backbone", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -28,7 +28,7 @@ from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.methods.checkpoint_labels import head_start, start_head
 from sparsepeft.methods.targets import choose_targets
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import count_head_parameters, find_head
+from sparsepeft.models.heads import count_head_parameters, find_head, head_parameters
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.reprs import first_of
 from sparsepeft.spt import load_sparse, sparsification
@@ -355,6 +355,14 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     head = count_head_parameters(model) if isinstance(model, PeftModel) else 0
     return {"trained": trained, "head": head, "adapter": trained - head}
+
+
+def trained_head(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of the head of the task that is trained: the adapter's own, or the whole model's."""
+    if isinstance(model, PeftModel):
+        return head_parameters(model)
+    modules = [model.get_submodule(name) for name in find_head(model, find_blocks(model)).modules]
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def backbone_bytes(model: Model) -> int:

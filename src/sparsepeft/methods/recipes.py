@@ -27,6 +27,7 @@ class Recipe:
 
     Args:
         learning_rate: peak learning rate of AdamW.
+        head_learning_rate: the same of the task's head; None takes that of the rest.
         batch_size: examples per step.
         epochs: passes over the training data; None takes the paper's count for the task.
         warmup_ratio: share of the steps in which the rate rises linearly.
@@ -40,6 +41,7 @@ class Recipe:
     """
 
     learning_rate: float
+    head_learning_rate: float | None = field(default=None, kw_only=True)
     batch_size: int = 16
     epochs: float | None = None
     warmup_ratio: float = 0.0
@@ -51,6 +53,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_number("learning_rate", self.learning_rate, above=0)
+        if self.head_learning_rate is not None:
+            check_number("head_learning_rate", self.head_learning_rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, least=0)
         check_number("warmup_ratio", self.warmup_ratio, least=0, most=1)

@@ -320,8 +320,8 @@ class HeadModule(ModulesToSaveWrapper):
         return mixed
 
 
-def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
-    """Parameters of one adapter's own head; copies of other modules (norms) are not among them."""
+def head_parameters(model: PeftModel, adapter_name: str = "default") -> list[nn.Parameter]:
+    """One adapter's own head; copies of other modules (norms) are not among it."""
     config: Any = model.peft_config[adapter_name]
     # peft's own methods name the heads of all architectures, by the end of their names.
     names = tuple(
@@ -329,7 +329,12 @@ def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> in
     )
     wrappers = [module for name, module in model.get_base_model().named_modules() if f".{name}".endswith(names)]
     heads: list[Any] = [wrapper.modules_to_save for wrapper in wrappers if hasattr(wrapper, "modules_to_save")]
-    return sum(p.numel() for head in heads if adapter_name in head for p in head[adapter_name].parameters())
+    return [parameter for head in heads if adapter_name in head for parameter in head[adapter_name].parameters()]
+
+
+def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
+    """How many numbers :func:`head_parameters` holds."""
+    return sum(parameter.numel() for parameter in head_parameters(model, adapter_name))
 
 
 def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:

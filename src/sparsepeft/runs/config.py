@@ -241,6 +241,10 @@ class RunConfig:
                 raise UserError(f"`{name}` was given both as a setting and as an option; give it once.")
         recipe = get_recipe(self.recipe, self.method).with_settings(self.settings)
         recipe = dataclasses.replace(recipe, **values)
+        if self.is_language_model and recipe.head_learning_rate is not None:
+            raise UserError(
+                f"`head_learning_rate` was given with `task={LM}`, which has no head of its own; leave it out."
+            )
         if recipe.lr_scheduler_type == "constant" and recipe.warmup_ratio:
             if values.get("warmup_ratio") or self.settings.get("warmup_ratio"):
                 raise UserError(

@@ -28,6 +28,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.launch import is_first, num_processes
+from sparsepeft.methods.models import trained_head
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -103,6 +104,7 @@ def fit(
         data_collator=collator,
         callbacks=[*callbacks, *early_stopping],
         cache=cache,
+        head_learning_rate=config.recipe_values().head_learning_rate,
         **scoring,
     )
     trainer.remove_callback(PrinterCallback)
@@ -135,12 +137,29 @@ class SafeTrainer(SparseGradientTrainer):
 
     Args:
         cache: outputs of the frozen layers, which the batches of a :class:`CachingCollator` start from.
+        head_learning_rate: peak learning rate of the task's head; None takes that of the rest.
         *args, **kwargs: of ``transformers.Trainer``.
     """
 
-    def __init__(self, *args: Any, cache: FrozenLayerCache | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, cache: FrozenLayerCache | None = None, head_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.cache = cache
+        self.cache, self.head_learning_rate = cache, head_learning_rate
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers has it, with groups of the head's parameters where it has a rate of its own."""
+        is_fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_fresh and self.head_learning_rate is not None:
+            model_with_head: Any = self.model
+            head = set(trained_head(model_with_head))
+            for group in list(optimizer.param_groups):
+                of_head = [parameter for parameter in group["params"] if parameter in head]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in head]
+                if of_head:
+                    optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
+        return optimizer
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, from the cached states where a batch has them; a language model's without its logits."""

@@ -236,6 +236,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
     }
     if isinstance(data, LabelledData):
         values |= {
+            "head_learning_rate": recipe.head_learning_rate or recipe.learning_rate,
             "max_length": data.max_length,
             "eval_steps": arguments.eval_steps,
             "early_stopping_patience": config.early_stopping_patience,

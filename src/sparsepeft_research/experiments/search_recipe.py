@@ -49,6 +49,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "r6": {"reduction_factor": 6},
     "r16": {"reduction_factor": 16},
     "gelu": {"non_linearity": "gelu"},
+    "head1e-4": {"head_learning_rate": 1e-4},
+    "head3e-4": {"head_learning_rate": 3e-4},
+    "head1e-3": {"head_learning_rate": 1e-3},
     "constant": {"lr_scheduler_type": "constant_with_warmup"},
     "cosine": {"lr_scheduler_type": "cosine"},
     "decay": {"weight_decay": 0.1},
@@ -76,7 +79,7 @@ def values_of(trial: str) -> tuple[float, dict[str, Any]]:
     """Learning rate and settings of a trial: ``"lr3e-3-norms"``."""
     rate, parts = re.fullmatch(r"lr(\de-\d)(?:-(.+))?", trial).groups()  # type: ignore[union-attr]
     settings: dict[str, Any] = {}
-    for part in parts.split("-") if parts else ():
+    for part in re.findall(r"head\de-\d|[^-]+", parts or ""):
         settings |= PARTS[part]
     return float(rate), settings
 

@@ -31,7 +31,9 @@ class GridSearch:
         few = matrix.num_examples if matrix.protocol == "few-shot" else None
         for task, method in matrix.pairs():
             name = f"{task}-{method}-{seed}"
-            points = grid_search(task, method, seed, folder / "work" / name, few, matrix.max_epochs, **matrix.values)
+            points = grid_search(
+                task, method, seed, folder / "work" / name, few, matrix.max_epochs, **matrix.values_of(method)
+            )
             configs |= {f"{name}-{point}": config for point, config in points.items()}
         self.points = matrix.as_runs(configs, folder)
 
@@ -52,7 +54,7 @@ class GridSearch:
     def runs(self) -> list[Run]:
         """The matrix's runs with the chosen values, for the tasks and methods that are decided."""
         values = {
-            pair: self.matrix.values | best_values
+            pair: self.matrix.values_of(pair[1]) | best_values
             for pair, best_values in self.chosen().items()
             if best_values is not None
         }

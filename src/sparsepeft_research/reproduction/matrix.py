@@ -119,6 +119,7 @@ class Matrix:
         num_examples: K of the few-shot protocol.
         max_epochs: cap on the epochs of the full-data protocol.
         values: further fields of every :class:`RunConfig`, such as ``model``, ``data_dir`` or ``precision``.
+        method_values: the same for the runs of one method, by its name; they go before ``values``.
     """
 
     tasks: Sequence[str]
@@ -129,6 +130,7 @@ class Matrix:
     num_examples: int = FEW_SHOT_EXAMPLES
     max_epochs: float | None = None
     values: dict[str, Any] = field(default_factory=dict)
+    method_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     _known: dict[str, TaskFacts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def runs(self) -> list[Run]:
@@ -138,7 +140,7 @@ class Matrix:
         Raises:
             UserError: a task, method, seed, value, model or the data of a task cannot be used.
         """
-        return self.runs_with(dict.fromkeys(self.pairs(), self.values))
+        return self.runs_with({(task, method): self.values_of(method) for task, method in self.pairs()})
 
     def runs_with(self, values: Mapping[tuple[str, str], dict[str, Any]]) -> list[Run]:
         """The same for the tasks and methods in ``values`` alone, each with its own values."""
@@ -149,6 +151,12 @@ class Matrix:
             for seed in seeds
         ]
         return self.as_runs({Path(config.output_dir).name: config for config in configs}, self.output_dir)
+
+    def values_of(self, method: str) -> dict[str, Any]:
+        """The values of a method's runs: those of every run, and its own."""
+        own = self.method_values.get(method, {})
+        settings = {**(self.values.get("settings") or {}), **(own.get("settings") or {})}
+        return {**self.values, **own, "settings": settings}
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every task with every method."""
@@ -177,7 +185,12 @@ class Matrix:
                 "`max_epochs` was given with the few-shot protocol, which counts steps; pass `max_steps` instead."
             )
         fields = {f.name for f in dataclasses.fields(RunConfig)}
-        for name in self.values:
+        if absent := sorted(self.method_values.keys() - set(self.methods)):
+            raise UserError(
+                f"Values were given for {', '.join(absent)}, but the methods are {', '.join(self.methods)}; leave them "
+                "out, or add the method."
+            )
+        for name in dict.fromkeys([*self.values, *(key for own in self.method_values.values() for key in own)]):
             if name not in fields:
                 raise UserError(unknown_name("value of a run", name, fields))
             if name in _DECIDED:

@@ -145,14 +145,16 @@ def _values(finished: Finished, searched: bool) -> list[str]:
         notes.append("Hyperparameters chosen per task and method on a tenth of the training data (the paper's grid).")
     has_note = _TOLD | set(SEARCHED) if searched else _TOLD
     fields = [f for f in dataclasses.fields(RunConfig) if f.name not in has_note]
-    others = {
-        f"{f.name}={value!r}": None
+    others = _grouped(
+        (f"{f.name}={value!r}", run.config.method)
         for run, _ in finished
         for f in fields
         if (value := getattr(run.config, f.name)) and value != f.default
-    }
+    )
+    methods = {run.config.method for run, _ in finished}
     if others:
-        notes.append(f"Other values: {', '.join(others)}.")
+        named = (text if set(of) == methods else f"{text} ({', '.join(of)})" for text, of in others.items())
+        notes.append(f"Other values: {', '.join(named)}.")
     return notes
 
 

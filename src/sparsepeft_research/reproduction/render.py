@@ -13,10 +13,10 @@ from sparsepeft.errors import UserError
 from sparsepeft.folders import write_bytes
 from sparsepeft.plotting import COLOURS, MARKERS, require_matplotlib, write_drawing
 from sparsepeft_research.benchmarks.devices import DEVICES
+from sparsepeft_research.markdown import table as markdown_table
 from sparsepeft_research.reproduction import paper
 from sparsepeft_research.reproduction.paper import MISMATCHED, PaperRow
 from sparsepeft_research.reproduction.tables import MRPC_ACCURACY, Row, Score, Table
-from sparsepeft_research.tables.markdown import table as markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

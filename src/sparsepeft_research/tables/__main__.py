@@ -55,6 +55,14 @@ TABLES = {
     "full-data-subsets": Table(
         "Table 1: the three large tasks", partial(scores.reproduced, folder="full_data_subsets", name="table1")
     ),
+    "few-shot-mpnet": Table(
+        "Table 3 on MPNet-base",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/few_shot", name="table3"),
+    ),
+    "beside-paper": Table(
+        "MPNet-base beside the paper's RoBERTa-base",
+        partial(scores.beside_paper, folder="all-mpnet-base-v2/few_shot"),
+    ),
     "labels": Table(
         "On MPNet-base: several labels, and labels of tokens",
         partial(scores.reproduced, folder="all-mpnet-base-v2/labels", name="table1"),
@@ -108,7 +116,10 @@ TABLES = {
 PAGES = {
     "scores": (
         "Scores and storage",
-        ("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "labels", "options"),
+        (
+            *("few-shot-mpnet", "beside-paper", "labels"),
+            *("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options"),
+        ),
     ),
     "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
     "recipes": ("The search for recipes", ("recipe-search", "recipe-search-mpnet")),

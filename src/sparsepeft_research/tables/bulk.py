@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsepeft_research.markdown import paragraphs, table
 from sparsepeft_research.results import read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, table
 
 _COMMAND = "By `python -m sparsepeft_research.experiments.bulk {}`."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from sparsepeft_research.markdown import paragraphs, table
 from sparsepeft_research.results import Result, read_result
-from sparsepeft_research.tables.markdown import paragraphs, table
 
 _PARTITIONS = {"topic": "a topic each", "random": "at random"}
 _METHODS = {"spartan": "SPARTAN: memories and head", "lora": "LoRA of rank 8, and head", "full": "full fine-tuning"}

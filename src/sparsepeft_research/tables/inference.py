@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, ratio, table
 from sparsepeft_research.results import Result, read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, ratio, table
 
 # Parts of an export's report that tell of a lower precision, and files of a task.
 _LOWER = {"int8_tasks": "tasks in int8", "int8": "all in int8", "bfloat16": "in bfloat16"}

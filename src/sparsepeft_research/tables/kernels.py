@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, ratio, table
 from sparsepeft_research.results import Result, read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, ratio, table
 
 _FORMS = ("token", "block")
 _SELECTION, _MATCHING = "token selection", "token selection and attention over vectors of 1"

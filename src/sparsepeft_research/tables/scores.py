@@ -6,8 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, table
+from sparsepeft_research.reproduction import paper
 from sparsepeft_research.results import read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, table
 
 
 def reproduced(results: Path, folder: str, name: str) -> str:
@@ -22,6 +23,30 @@ def overview(results: Path, folder: str, name: str) -> str:
     kept = [i for i, title in enumerate(cells[0]) if title in ("method", "storage") or _is_score(title)]
     rows = [[row[i] for i in kept] for row in cells]
     return table(rows[0], rows[2:])
+
+
+def beside_paper(results: Path, folder: str) -> str:
+    """Few-shot scores beside those that the paper prints for RoBERTa-base, a cell for each task."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for run in read_folder(results / folder).values():
+        values, task = run.settings, run.settings["task"]
+        score = values["metrics"]["validation"]["accuracy"] if task == "mrpc" else values["score"]
+        scores.setdefault(values["method"], {}).setdefault(task, []).append(100 * score)
+    rows = []
+    tasks = [task for task in paper.TASKS if any(task in by_task for by_task in scores.values())]
+    for method, printed in paper.paper_rows("few-shot").items():
+        if not (own := scores.get(method)):
+            continue
+        means = {task: statistics.mean(own[task]) for task in tasks if task in own}
+        cells = [f"{means[task]:.1f} / {printed.scores[task]:.1f}" if task in means else "" for task in tasks]
+        both = [f"{statistics.mean(part[task] for task in means):.1f}" for part in (means, printed.scores)]
+        rows.append([method, " / ".join(both), *cells])
+    return paragraphs(
+        "Here / in the paper (its table 3, RoBERTa-base, three seeds); MRPC by its accuracy. The difference is the "
+        "model's first: this one was trained further for whole sentences' similarity, which keeps less of grammar "
+        "(CoLA), and its head reads the first token, which that training left aside.",
+        table(["method", f"mean of {len(tasks)}", *tasks], rows),
+    )
 
 
 def options(results: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, table
 from sparsepeft_research.results import Result, read_result
-from sparsepeft_research.tables.markdown import paragraphs, table
 
 _COMMAND = "`python -m sparsepeft_research.experiments.service {} --data-dir DATA --model MODEL`"
 

@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, ratio, spread, table
 from sparsepeft_research.results import Result, read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, ratio, spread, table
 
 Runs = dict[str, dict[int | None, Result]]  # by setting, then seed
 _STEPS = ("spt_stack.json", "spt_stack_8192.json", "spt_gemma.json")

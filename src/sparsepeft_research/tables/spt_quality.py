@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, ratio, spread, table
 from sparsepeft_research.results import Result, read_folder, read_result
-from sparsepeft_research.tables.markdown import paragraphs, ratio, spread, table
 
 _COMMAND = "`python -m sparsepeft_research.experiments.spt_quality {} --data-dir DATA --model GEMMA`"
 _MODEL = "gemma-3-270m"

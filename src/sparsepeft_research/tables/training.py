@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from sparsepeft_research.markdown import paragraphs, table
 from sparsepeft_research.results import read_result
-from sparsepeft_research.tables.markdown import paragraphs, table
 
 _STEPS = "steps, "
 _BASELINES = ("spartan", "adapters pfeiffer", "adapters pfeiffer, padded to 128")

@@ -25,6 +25,19 @@ def test_seed_by_seed_and_the_short_first(tiny_backbone: Path, tmp_path: Path) -
     assert long.work == pytest.approx(20 * short.work, rel=0.02)
 
 
+def test_a_method_s_values_go_before_those_of_all(tiny_backbone: Path, tmp_path: Path) -> None:
+    shared = small_matrix(tiny_backbone, tmp_path).values | {"learning_rate": 1e-3, "settings": {"weight_decay": 0.1}}
+    own = {"spartan": {"learning_rate": 2e-3, "settings": {"top_k": 2}}}
+    matrix = small_matrix(
+        tiny_backbone, tmp_path, methods=["spartan", "head"], seeds=[1], values=shared, method_values=own
+    )
+    found = {run.config.method: (run.config.learning_rate, run.config.settings) for run in matrix.runs()}
+    assert found == {
+        "spartan": (2e-3, {"weight_decay": 0.1, "top_k": 2}),
+        "head": (1e-3, {"weight_decay": 0.1}),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -32,6 +45,8 @@ def test_seed_by_seed_and_the_short_first(tiny_backbone: Path, tmp_path: Path) -
         ({"methods": ["spartan", "spartn"]}, ["spartn", "did you mean 'spartan'"]),
         ({"seeds": []}, ["`seeds`"]),
         ({"protocol": "fewshot"}, ["did you mean 'few-shot'"]),
+        ({"method_values": {"lora": {"learning_rate": 1}}}, ["lora", "add the method"]),
+        ({"method_values": {"spartan": {"max_lenght": 3}}, "methods": ["spartan"]}, ["did you mean 'max_length'"]),
         ({"max_epochs": 3}, ["max_epochs", "max_steps"]),
         ({"values": {"seed": 3}}, ["seed", "the matrix decides"]),
         ({"values": {"max_lenght": 3}}, ["did you mean 'max_length'"]),
