@@ -88,7 +88,7 @@ _BEST = {
     ),
     "full": Recipe(5e-5, warmup_ratio=0.06, weight_decay=0.01),
     "head": Recipe(3e-2, warmup_ratio=0.06),
-    "lora": Recipe(1e-3, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),
+    "lora": Recipe(5e-4, warmup_ratio=0.06, adapter={"r": 8, "lora_alpha": 16}),
     "pfeiffer": Recipe(5e-4, warmup_ratio=0.06, adapter={"style": "pfeiffer", "reduction_factor": 12}),
     "houlsby": Recipe(5e-4, warmup_ratio=0.06, adapter={"style": "houlsby", "reduction_factor": 12}),
     "ia3": Recipe(5e-3, warmup_ratio=0.06),

@@ -47,7 +47,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {  # of fields that are not None
     "delimiter": lambda name, value: read_delimiter(value),
     "encoding": lambda name, value: known_encoding(value),
 }
-_OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr_scheduler_type")
+OF_RECIPE = ("learning_rate", "batch_size", "weight_decay", "warmup_ratio", "lr_scheduler_type")
 _RENAMED = {"gradient_accumulation": "gradient_accumulation_steps"}
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
@@ -235,7 +235,7 @@ class RunConfig:
         Raises:
             UserError: a value cannot be used, or is given both by the config's field and in its settings.
         """
-        values = {name: getattr(self, name) for name in _OF_RECIPE if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in OF_RECIPE if getattr(self, name) is not None}
         for name in values:
             if name in self.settings:
                 raise UserError(f"`{name}` was given both as a setting and as an option; give it once.")

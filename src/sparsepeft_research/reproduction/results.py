@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 from sparsepeft.folders import write_json
 from sparsepeft.methods.recipes import Recipe
-from sparsepeft.runs.config import defaults_of
+from sparsepeft.runs.config import OF_RECIPE, defaults_of
 from sparsepeft.runs.files import RESULTS_VERSION
 from sparsepeft.training import RunConfig
 from sparsepeft_research.reproduction.matrix import Run
 
 ABOUT = "reproduction"  # the key under which a result file says more than `train` returns
 _ELSEWHERE = ("output_dir", "data_dir", "model", "device")  # not in a result: they differ between machines
+# Not compared as they were given, since the recipe that came of them is.
+_OF_RECIPE = ("recipe", "settings", *OF_RECIPE)
 _REQUIRED = (
     *("format_version", "task", "method", "seed", "score", "metrics", "parameters", "saved_bytes", "model"),
     *("train_seconds", "steps", "data_fingerprints", "config", ABOUT),
@@ -101,7 +103,7 @@ def _difference(content: dict[str, Any], run: Run) -> str | None:
         return f"it has format version {content['format_version']}, but {RESULTS_VERSION} is read"
     if content["model"] != run.model:
         return f"it was made with the model {content['model']}, not {run.model}"
-    values = same_values(RunConfig, content["config"], run.config.to_dict(), _ELSEWHERE)
+    values = same_values(RunConfig, content["config"], run.config.to_dict(), (*_ELSEWHERE, *_OF_RECIPE))
     recipe = content[ABOUT].get("recipe") if isinstance(content[ABOUT], dict) else None
     values += same_values(Recipe, recipe, vars(run.config.recipe_values()))
     if values:

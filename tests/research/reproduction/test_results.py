@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ def test_a_runs_own_result_counts_also_from_before_a_field_with_a_default(tmp_pa
     assert find_result(run).problem is None
 
 
+def test_a_recipe_that_was_given_in_another_way_is_the_same_run(tmp_path: Path) -> None:
+    run = hand_made_run(tmp_path, "rte", "lora", 1)
+    given = dataclasses.replace(run.config, learning_rate=run.config.recipe_values().learning_rate)
+    hand_made_result(dataclasses.replace(run, config=given), 0.5)
+    assert find_result(run).problem is None
+    changed = dataclasses.replace(run.config, settings={"r": 3})
+    assert "adapter" in (find_result(dataclasses.replace(run, config=changed)).problem or "")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -30,7 +40,7 @@ def test_a_runs_own_result_counts_also_from_before_a_field_with_a_default(tmp_pa
         ({"format_version": 0}, "format version 0"),
         ({"model": "another"}, "the model another"),
         ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
-        ({"config": {"task": "rte"}}, "other values of epochs, method, recipe, seed"),
+        ({"config": {"task": "rte"}}, "other values of epochs, method, seed"),
         ({"config": 3}, "all values"),
         ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
         ({"reproduction": None}, "all values"),
