@@ -236,7 +236,6 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
     }
     if isinstance(data, LabelledData):
         values |= {
-            "head_learning_rate": recipe.head_learning_rate or recipe.learning_rate,
             "max_length": data.max_length,
             "eval_steps": arguments.eval_steps,
             "early_stopping_patience": config.early_stopping_patience,
@@ -248,6 +247,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
         if loss.weights is not None and isinstance(data, LabelledData):
             weights = [round(float(weight), 6) for weight in loss.weights]
             values |= {"class_weights": dict(zip(data.spec.label_names or (), weights, strict=True))}
+    values |= {"head_learning_rate": recipe.head_learning_rate} if recipe.head_learning_rate is not None else {}
     return values | ({"adapter": dict(recipe.adapter)} if recipe.adapter else {})
 
 
