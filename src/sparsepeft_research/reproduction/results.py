@@ -18,7 +18,7 @@ from sparsepeft_research.reproduction.matrix import Run
 ABOUT = "reproduction"  # the key under which a result file says more than `train` returns
 _ELSEWHERE = ("output_dir", "data_dir", "model", "device")  # not in a result: they differ between machines
 # Not compared as they were given, since the recipe that came of them is.
-_OF_RECIPE = ("recipe", "settings", *OF_RECIPE)
+_OF_RECIPE = ("settings", *OF_RECIPE)
 _REQUIRED = (
     *("format_version", "task", "method", "seed", "score", "metrics", "parameters", "saved_bytes", "model"),
     *("train_seconds", "steps", "data_fingerprints", "config", ABOUT),

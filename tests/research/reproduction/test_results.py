@@ -40,7 +40,7 @@ def test_a_recipe_that_was_given_in_another_way_is_the_same_run(tmp_path: Path) 
         ({"format_version": 0}, "format version 0"),
         ({"model": "another"}, "the model another"),
         ({"data_fingerprints": {"train.tsv": "sha256:1"}}, "other data files"),
-        ({"config": {"task": "rte"}}, "other values of epochs, method, seed"),
+        ({"config": {"task": "rte"}}, "other values of epochs, method, recipe, seed"),
         ({"config": 3}, "all values"),
         ({"reproduction": {"recipe": {"learning_rate": 0.5}}}, "learning_rate"),
         ({"reproduction": None}, "all values"),
