@@ -11,6 +11,7 @@ import transformers as hf
 from tests.export.conftest import MEMORY
 from tests.export.runners import TEXTS, assert_same, run_py
 from tests.inference.conftest import NAMES, save_task
+from tests.inference.test_token_tasks import EVERYTHING
 from tests.models import METHODS
 from tests.tiny import run_config, save_tiny_backbone
 from tests.training.test_token_run import write_conll
@@ -19,8 +20,9 @@ from sparsepeft import MultiTaskEngine, SpartanConfig
 from sparsepeft.errors import UserError
 from sparsepeft.export import export_tasks
 from sparsepeft.inference.portable import ExportedTasks, Prediction
-from sparsepeft.training import train
+from sparsepeft.training import Predictor, train
 
+STRIDES = {"names": 15, "words": 5}  # a quarter of 64 and 24, less the special tokens
 SETTINGS = MEMORY | {"num_parents": 6}
 
 
@@ -67,10 +69,16 @@ def test_both_kinds_share_a_graph(format: str, kinds: dict[str, Path], backbone:
     texts = ["one two", *(text.lower() for text in TEXTS[:8])]
     for name in (*kinds, *reversed(kinds)):  # each after another
         requests = [(name, text) for text in texts]
-        expected = engine.predict(requests)
-        assert stored.predict(requests) == expected
+        expected = engine.predict(requests, stride=STRIDES.get(name))
+        assert stored.predict(requests, stride=STRIDES.get(name)) == expected
         answers = list(runner.answer(name, texts))
         (assert_same_entities if engine.tasks[name].labels_tokens else assert_same)(answers, expected)
+    long = [" ".join(texts * times) for times in (3, 1, 2)]
+    for name, stride in STRIDES.items():
+        expected = engine.predict([(name, text) for text in long], **EVERYTHING, stride=stride)
+        assert len(expected[0].entities or ()) == 3 * len(expected[1].entities or ()) > 3 * 64
+        assert_same_entities(list(runner.answer(name, long, batch_size=2, joined=False)), expected)
+    assert_same_entities(list(runner.answer("words", long)), Predictor(kinds["words"]).predict(long))
     alone = run_py(out, "words", texts[1], needs={"onnxruntime"} if format == "onnx" else {"openvino", "safetensors"})
     found = json.loads(alone.stdout)["entities"]
     for one, other in zip(found, next(runner.answer("words", texts[1:2]))["entities"], strict=True):

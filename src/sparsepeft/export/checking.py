@@ -12,7 +12,7 @@ from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.export.tasks import ExportTask
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.portable import ExportedTasks, Text
-from sparsepeft.inference.sentences import by_sentence, first_pieces
+from sparsepeft.inference.sentences import by_sentence, first_pieces, overlap
 from sparsepeft.runs.files import RUN
 from sparsepeft.runs.held_out import CHANGED, held_out_data
 from sparsepeft.tasks import TaskSpec, load_task
@@ -67,6 +67,9 @@ def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None
 def eager_answers(engine: MultiTaskEngine, name: str, examples: Examples) -> tuple[Examples, Answers]:
     """PyTorch's answers, and the examples that it takes (none with an empty text)."""
     every_token: dict[str, Any] = {"aggregation_strategy": "none", "ignore_labels": []}
+    with engine.loaded(name) as task:
+        if task.info.labels_tokens:
+            every_token["stride"] = overlap(task.encoder.tokenizer, task.max_length)
     predictions = engine.predict([(name, text) for text in examples.texts], **every_token)
     answered = [index for index, one in enumerate(predictions) if one.error is None]
     texts, labels, tokens = [examples.texts[index] for index in answered], examples.labels, examples.tokens

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pipelines.token_classification import AggregationStrategy, TokenClassificationPipeline
 
 from sparsepeft.inference.encoding import Encoded
-from sparsepeft.inference.portable import Entity, InputError, entities_in
+from sparsepeft.inference.portable import Entity, InputError, entities_in, without_overlap
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
 
@@ -51,11 +51,6 @@ def entity_options(aggregation_strategy: Any, ignore_labels: Any, stride: Any = 
     if stride is not None:
         if not isinstance(stride, int) or isinstance(stride, bool) or stride < 0:
             raise InputError(f"`stride={stride!r}` was given; pass a whole number of tokens, 0 or more.")
-        if aggregation_strategy == "none":
-            raise InputError(
-                f"`stride={stride}` was given with `aggregation_strategy=none`, but the parts of a text are joined by "
-                "their entities; pass another strategy, such as simple."
-            )
     return EntityOptions(aggregation_strategy, names, stride)
 
 
@@ -85,10 +80,13 @@ def find_entities(
         options: see :class:`EntityOptions`.
         by_word: the task is a run's, where the first token of a word was trained to speak for it.
     """
-    text = parts[0][0].spans.text
-    if by_word and options.aggregation_strategy is None:
-        offsets, logits = _without_overlap(parts)
-        return entities_in(text, offsets, logits, label_names, by_word=True, ignore_labels=options.ignore_labels)
+    text, strategy = parts[0][0].spans.text, options.aggregation_strategy
+    if strategy == "none" or (by_word and strategy is None):
+        pieces = [(one.spans.offsets, one.spans.special_tokens_mask, logits) for one, logits in parts]
+        offsets, known = without_overlap(pieces)
+        joined, ignored = strategy is None, options.ignore_labels
+        found = entities_in(text, offsets, known, label_names, by_word=joined, joined=joined, ignore_labels=ignored)
+        return tuple(entity for entity in found if joined or entity.label not in ignored)
     outputs = [
         {
             "sentence": text,
@@ -99,29 +97,15 @@ def find_entities(
         }
         for encoded, logits in parts
     ]
-    strategy = AggregationStrategy(options.aggregation_strategy or "simple")
-    found = _LastStep(tokenizer, label_names).postprocess(outputs, strategy, list(options.ignore_labels))
+    last_step = _LastStep(tokenizer, label_names)
+    groups = last_step.postprocess(outputs, AggregationStrategy(strategy or "simple"), list(options.ignore_labels))
     return tuple(
         Entity(
-            label=one["entity"] if strategy is AggregationStrategy.NONE else one["entity_group"],
-            score=float(one["score"]),
-            word=text[one["start"] : one["end"]],
-            start=one["start"],
-            end=one["end"],
+            label=group["entity_group"],
+            score=float(group["score"]),
+            word=text[group["start"] : group["end"]],
+            start=group["start"],
+            end=group["end"],
         )
-        for one in found
+        for group in groups
     )
-
-
-def _without_overlap(parts: Sequence[tuple[Encoded, np.ndarray]]) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Places and logits of a text's tokens, of those in two parts the first part's; special ones left out."""
-    offsets: list[tuple[int, int]] = []
-    rows: list[np.ndarray] = []
-    for encoded, logits in parts:
-        known = offsets[-1][1] if offsets else 0
-        spans = encoded.spans
-        for place, is_special, row in zip(spans.offsets, spans.special_tokens_mask, logits, strict=True):
-            if not is_special and place[1] > known:
-                offsets.append(place)
-                rows.append(row)
-    return offsets, np.array(rows).reshape(len(rows), parts[0][1].shape[-1])

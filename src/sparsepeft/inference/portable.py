@@ -15,6 +15,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -318,6 +319,34 @@ def entities_in(
     )
 
 
+def shared_tokens(num_tokens: int) -> int:
+    """How many tokens neighbouring parts of a long text share, each of ``num_tokens``: the later has some context."""
+    return num_tokens // 4
+
+
+def without_overlap(
+    parts: Sequence[tuple[Sequence[tuple[int, int]], Sequence[int], np.ndarray]],
+) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Put the parts of a text together, special tokens left out.
+
+    Args:
+        parts: in the text's order: for each token its place in the text, whether it is a special one, and its logits,
+            (T, num_labels). Tokens in two parts are taken from the first.
+
+    Returns:
+        Places of the text's tokens, and their logits (tokens, num_labels).
+    """
+    offsets: list[tuple[int, int]] = []
+    rows: list[np.ndarray] = []
+    for places, special_tokens_mask, logits in parts:
+        known = offsets[-1][1] if offsets else -1
+        for place, is_special, row in zip(places, special_tokens_mask, logits, strict=True):
+            if not is_special and place[1] > known:
+                offsets.append(place)
+                rows.append(row)
+    return offsets, np.array(rows).reshape(len(rows), parts[0][2].shape[-1])
+
+
 def _place_and_kind(label: str) -> tuple[str, str]:
     """Of ``B-PER`` both parts; a label without such a beginning is all kind."""
     return (label[0], label[2:]) if label[:2] in ("B-", "I-", "E-", "S-") and label[2:] else ("", label)
@@ -376,7 +405,8 @@ class ExportedTasks(ABC):
     ) -> Iterator[dict[str, Any]]:
         """Yield a dictionary with ``label``, ``score`` and ``scores`` for each input, see :meth:`Prediction.to_dict`.
 
-        Where the task labels tokens it is ``entities``.
+        Where the task labels tokens it is ``entities``, and a text that is longer than the task takes is not cut, but
+        read in parts that share a quarter of their tokens.
 
         Args:
             texts: each a text, a pair, or a dictionary with ``text`` and ``text_pair``.
@@ -393,22 +423,38 @@ class ExportedTasks(ABC):
         inputs = [texts_of(value, task["num_texts"]) for value in as_list(texts)]
         adapter = self._adapter(name)
         for start in range(0, len(inputs), batch_size):
-            batch = [pair if pair[1:] else pair[0] for pair in inputs[start : start + batch_size]]
-            self.tokenizer.enable_truncation(task["max_length"])  # each time: another task may have answered meanwhile
-            encoded = self.tokenizer.encode_batch(batch)
-            if not all(any(one.attention_mask) for one in encoded):
-                raise InputError(NO_TOKENS)
-            rows = np.array([(one.ids, one.attention_mask, one.type_ids) for one in encoded], "int64")
-            keys = ("input_ids", "attention_mask", "token_type_ids")
-            of_tokens = task.get("labels_tokens", False)
-            logits = self.logits(adapter, {key: rows[:, i] for i, key in enumerate(keys)}, of_tokens)
-            for (text, *_), one, row in zip(inputs[start : start + batch_size], encoded, logits, strict=True):
-                if of_tokens:
-                    yield _of_tokens(task, text, one, row, joined).to_dict()
+            batch = inputs[start : start + batch_size]
+            wholes = self._encode(task, batch)
+            rows = [part for parts in wholes for part in parts]
+            passes = (self._pass(task, adapter, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+            logits = chain.from_iterable(passes)
+            for (text, *_), parts in zip(batch, wholes, strict=True):
+                if task.get("labels_tokens", False):
+                    yield _of_tokens(task, text, parts, list(islice(logits, len(parts))), joined).to_dict()
                 else:
-                    options = {"multi_label": task["multi_label"], "truncated": bool(one.overflowing)}
-                    thresholds = task.get("thresholds")
-                    yield prediction(row.astype(float), task["labels"], thresholds=thresholds, **options).to_dict()
+                    options = {"multi_label": task["multi_label"], "truncated": bool(parts[0].overflowing)}
+                    row, thresholds = next(logits).astype(float), task.get("thresholds")
+                    yield prediction(row, task["labels"], thresholds=thresholds, **options).to_dict()
+
+    def _encode(self, task: dict[str, Any], inputs: Sequence[tuple[str, ...]]) -> list[list[Any]]:
+        """The encoding of each input, or those of its parts where tokens are labelled.
+
+        Raises:
+            InputError: one has no token.
+        """
+        of_tokens, longest = task.get("labels_tokens", False), task["max_length"]
+        stride = shared_tokens(longest - self.tokenizer.num_special_tokens_to_add(False)) if of_tokens else 0
+        self.tokenizer.enable_truncation(longest, stride=stride)  # each time: another task may have answered meanwhile
+        encoded = self.tokenizer.encode_batch([texts if texts[1:] else texts[0] for texts in inputs])
+        if not all(any(one.attention_mask) for one in encoded):
+            raise InputError(NO_TOKENS)
+        return [[one, *one.overflowing] if of_tokens else [one] for one in encoded]
+
+    def _pass(self, task: dict[str, Any], adapter: Any, encoded: Sequence[Any]) -> np.ndarray:
+        rows = np.array([(one.ids, one.attention_mask, one.type_ids) for one in encoded], "int64")
+        keys = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {key: rows[:, i] for i, key in enumerate(keys)}
+        return self.logits(adapter, inputs, task.get("labels_tokens", False))
 
     def _adapter(self, name: str) -> Any:
         if name not in self._adapters:
@@ -419,14 +465,18 @@ class ExportedTasks(ABC):
         return self._adapters[name]
 
 
-def _of_tokens(task: dict[str, Any], text: str, encoding: Any, logits: np.ndarray, joined: bool) -> Prediction:
-    """The prediction for a text whose tokens are labelled, from its encoding and logits (T, num_labels), padded."""
-    if not np.isfinite(logits).all():
+def _of_tokens(
+    task: dict[str, Any], text: str, parts: Sequence[Any], logits: Sequence[np.ndarray], joined: bool
+) -> Prediction:
+    """The prediction for a text whose tokens are labelled, from the encodings of its parts and their padded logits."""
+    if not all(np.isfinite(rows).all() for rows in logits):
         return Prediction.failed(NOT_FINITE)
-    places = [place for place, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
-    offsets, by_word = [encoding.offsets[place] for place in places], task["by_word"] and joined
-    entities = entities_in(text, offsets, logits[places], task["labels"], by_word=by_word, joined=joined)
-    return Prediction(None, NAN, truncated=bool(encoding.overflowing), entities=entities)
+    places = [(part.offsets, part.special_tokens_mask) for part in parts]
+    offsets, known = without_overlap([(*place, rows) for place, rows in zip(places, logits, strict=True)])
+    by_word = task["by_word"] and joined
+    return Prediction(
+        None, NAN, entities=entities_in(text, offsets, known, task["labels"], by_word=by_word, joined=joined)
+    )
 
 
 def main(runner: type[Any], folder: Path, usage: str) -> None:

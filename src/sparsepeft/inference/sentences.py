@@ -11,13 +11,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
+from sparsepeft.inference.portable import shared_tokens
 from sparsepeft.tasks.token_metrics import NO_TOKEN
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SENTENCE = "sentence"  # the column that says which sentence a row belongs to
-_SHARED = 4  # of a window this part, one in so many, is what it shares with the one before
 
 
 class Window(NamedTuple):
@@ -57,8 +57,8 @@ class EncodedSentences(NamedTuple):
 
 
 def overlap(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """How many pieces neighbouring windows of ``max_length`` share, so that the later one begins with some context."""
-    return (max_length - tokenizer.num_special_tokens_to_add()) // _SHARED
+    """How many pieces neighbouring windows of ``max_length`` share, see :func:`shared_tokens`."""
+    return shared_tokens(max_length - tokenizer.num_special_tokens_to_add())
 
 
 def check_fast(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
