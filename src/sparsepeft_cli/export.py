@@ -25,6 +25,9 @@ def command(
     ] = False,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
+    split: Annotated[
+        str, typer.Option(metavar="NAME", help="Held-out part to compare on: validation, test, ...")
+    ] = "validation",
     tolerance: Annotated[float, typer.Option(help="Largest deviation of a score from PyTorch's.")] = 1e-4,
     max_examples: options.MaxExamples = None,
     overwrite: options.Overwrite = False,
@@ -45,6 +48,7 @@ def command(
             int8=int8,
             model=model,
             data_dir=str(data_dir) if data_dir else None,
+            split=split,
             tolerance=tolerance,
             max_examples=max_examples,
             overwrite=overwrite,
@@ -53,11 +57,11 @@ def command(
     if json:
         print_json(report)
         return
-    for part in _parts(report, output_dir):
+    for part in _parts(report, output_dir, split):
         out.print(part, highlight=False, soft_wrap=True)
 
 
-def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
+def _parts(report: dict[str, Any], folder: Path, split: str) -> list[Any]:
     from sparsepeft.reprs import megabytes
     from sparsepeft_cli.terminal.console import table
 
@@ -81,7 +85,7 @@ def _parts(report: dict[str, Any], folder: Path) -> list[Any]:
     notes = [
         f"note: {name} was checked on {task['checked_on']}"
         for name, task in report["tasks"].items()
-        if task["checked_on"] != "the task's validation set"
+        if task["checked_on"] != f"the task's {split} set"
     ]
     backbone = megabytes(max(report["bytes"].values()))
     return [

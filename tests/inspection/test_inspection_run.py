@@ -40,7 +40,7 @@ def test_splits_layers_and_samples(trained: Path) -> None:
     assert [layer.index for layer in report.layers] == [1]
     assert report.layers[0].documents == 10
     for wrong, words in (
-        ({"split": "train"}, "split of topics 'train' is unknown; valid are test, validation"),
+        ({"split": "train"}, "The split of topics 'train' is unknown; valid are test, validation"),
         ({"layer": 6}, "`layer=6` was given, but that layer has no memory; choose one of 0, 1"),
     ):
         with pytest.raises(UserError, match=words):

@@ -42,20 +42,27 @@ class Examples:
     thresholds: tuple[float, ...] | None = None
 
 
-def examples_of(task: ExportTask, data_dir: str | None, max_examples: int | None) -> Examples:
-    """The task's validation set; the built-in sample's texts where that cannot be had."""
+def examples_of(
+    task: ExportTask, data_dir: str | None, max_examples: int | None, split: str = "validation"
+) -> Examples:
+    """A part of the task's data; the built-in sample's texts where that cannot be had.
+
+    Raises:
+        UserError: the data has no such part.
+    """
     if (task.info.folder / RUN).is_file():
         try:
             data = held_out_data(task.info.folder, data_dir)
         except (UserError, OSError) as error:
             source = f"texts of the built-in sample, as the task's own could not be had ({error})"
         else:
-            rows = data.validation.shuffle(seed=0) if max_examples else data.validation
+            part = data.scored_part(split)
+            rows = part.shuffle(seed=0) if max_examples else part
             rows = rows.select(range(min(max_examples or len(rows), len(rows))))
             columns = [rows[name][:] for name in data.spec.text_columns]
             texts = list(columns[0] if len(columns) == 1 else zip(*columns, strict=True))
             changes = (note for note in data.notes if CHANGED in note)
-            source = "; ".join(("the task's validation set", *changes))
+            source = "; ".join((f"the task's {split} set", *changes))
             tokens = rows["tokens"][:] if data.spec.labels_tokens else None
             return Examples(source, texts, rows["label"][:], data.spec, tokens, task.info.thresholds)
     else:

@@ -43,6 +43,7 @@ def export_tasks(
     int8: bool = False,
     model: str | None = None,
     data_dir: str | None = None,
+    split: str = "validation",
     tolerance: float = 1e-4,
     max_examples: int | None = None,
     overwrite: bool = False,
@@ -50,7 +51,7 @@ def export_tasks(
 ) -> dict[str, Any]:
     """Export tasks of one backbone into one folder: the backbone once, a folder of small files for each task.
 
-    Every task is compared with PyTorch on real text, its own validation set where that is at hand.
+    Every task is compared with PyTorch on real text, its own held-out data where that is at hand.
 
     Args:
         folders: of the tasks, as written by ``sparsepeft train`` or ``save_pretrained``; a task is called after its
@@ -60,6 +61,7 @@ def export_tasks(
         int8: weights of backbone and tasks in int8; scores before and after are reported. The format onnx only.
         model: the backbone, if it has moved since training.
         data_dir: folder with the tasks' data, if it has moved.
+        split: part of the tasks' data to check on, such as ``"test"``.
         tolerance: largest deviation from PyTorch, in probabilities or predicted values, before any quantization.
         max_examples: check on a sample of so many texts.
         overwrite: replace an export that is already in ``output_dir``.
@@ -83,7 +85,7 @@ def export_tasks(
     folder = Path(output_dir)
     check_output(folder, (REPORT,), "an export", overwrite)
     with replacing(folder, WRITTEN) as staged:
-        job = Job(folders, model, data_dir, max_examples, tolerance, progress)
+        job = Job(folders, model, data_dir, split, max_examples, tolerance, progress)
         if format == "onnx":
             graph, tasks = export_onnx(job, staged, int8)
         else:

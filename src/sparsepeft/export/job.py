@@ -41,7 +41,8 @@ class Job:
         folders: one for each task.
         model: the backbone, if it is not where the tasks say.
         data_dir: where the tasks' data is; None for where it was in training.
-        max_examples: check on a sample of so many texts; None for the whole validation sets.
+        split: part of the tasks' data to check on.
+        max_examples: check on a sample of so many texts; None for the whole part.
         tolerance: how far scores in float32 may be from PyTorch's.
         progress: called with what is being done.
 
@@ -61,12 +62,13 @@ class Job:
         folders: Sequence[str | Path],
         model: str | None,
         data_dir: str | None,
+        split: str,
         max_examples: int | None,
         tolerance: float,
         progress: Callable[[str], None],
     ) -> None:
         self.progress, self.tolerance = progress, tolerance
-        self._data_dir, self._max_examples = data_dir, max_examples
+        self._data_dir, self._split, self._max_examples = data_dir, split, max_examples
         self.tasks = read_tasks(folders)
         name = resolve_model(model) if model is not None else backbone_of(self.tasks[0])
         progress("loading the backbone and its tasks")
@@ -90,7 +92,7 @@ class Job:
         """A task's examples and PyTorch's answers to them."""
         task = self.tasks[index]
         if task.name not in self._expected:
-            examples = examples_of(task, self._data_dir, self._max_examples)
+            examples = examples_of(task, self._data_dir, self._max_examples, self._split)
             self.progress(f"answering {len(examples.texts)} texts of {task.name} with PyTorch")
             self._expected[task.name] = eager_answers(self._engine, task.name, examples)
         return self._expected[task.name]

@@ -48,9 +48,8 @@ def entity_options(aggregation_strategy: Any, ignore_labels: Any, stride: Any = 
     names = tuple(ignore_labels) if is_several else (None,)
     if not all(isinstance(name, str) for name in names):
         raise InputError(f"`ignore_labels={ignore_labels!r:.80}` was given; pass a list of labels, such as ['O'].")
-    if stride is not None:
-        if not isinstance(stride, int) or isinstance(stride, bool) or stride < 0:
-            raise InputError(f"`stride={stride!r}` was given; pass a whole number of tokens, 0 or more.")
+    if stride is not None and (not isinstance(stride, int) or isinstance(stride, bool) or stride < 0):
+        raise InputError(f"`stride={stride!r}` was given; pass a whole number of tokens, 0 or more.")
     return EntityOptions(aggregation_strategy, names, stride)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsepeft.backbones import describe_backbone, resolve_model
-from sparsepeft.errors import UserError, unknown_name
+from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator, batches_by_length
 from sparsepeft.inference.predictor import Predictor
 from sparsepeft.inference.sentences import windows_of
@@ -62,11 +62,8 @@ def inspect_run(
     predictor = Predictor(folder, model, batch_size, device)
     find_memories(predictor.model, layer)  # before data is read
     data = held_out_data(predictor.folder, data_dir)
-    parts = data.scored_parts
-    name = split or ("test" if "test" in parts else "validation")
-    if name not in parts:
-        raise UserError(unknown_name(f"split of {data.spec.name}", name, parts))
-    part = parts[name]
+    name = split or ("test" if "test" in data.scored_parts else "validation")
+    part = data.scored_part(name)
     if max_examples is not None:
         part = subsample(part, max_examples, predictor.config.seed)
     if not len(part):

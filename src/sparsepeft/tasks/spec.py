@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepeft.errors import TaskError
+from sparsepeft.errors import TaskError, unknown_name
 from sparsepeft.extras import require
 
 if TYPE_CHECKING:
@@ -128,6 +128,16 @@ class TaskData:
     def scored_parts(self) -> dict[str, Dataset]:
         """The labelled parts that are not trained on, by name."""
         return {"validation": self.validation, **self.extra} | ({} if self.test is None else {"test": self.test})
+
+    def scored_part(self, name: str) -> Dataset:
+        """One of them.
+
+        Raises:
+            TaskError: there is none of this name.
+        """
+        if name not in self.scored_parts:
+            raise TaskError(unknown_name(f"The split of {self.spec.name}", name, self.scored_parts))
+        return self.scored_parts[name]
 
 
 def build_dataset(spec: TaskSpec, rows: list[tuple[Any, ...]]) -> Dataset:
