@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import transformers as hf
@@ -11,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator
-from sparsepeft.inference.portable import entities_in
+from sparsepeft.inference.portable import SplitText, entities_in
 from sparsepeft.inference.sentences import SENTENCE, by_sentence, encode_sentences, first_pieces, windows_of
 from sparsepeft.tasks.spec import TaskSpec, build_dataset
 
@@ -157,6 +159,11 @@ def test_entities_by_word() -> None:
     logits = 4 * np.eye(5)[[1, 0, 3, 0, 0, 1, 0]]  # punctuation within a word is asked as little as its other pieces
     assert [one.word for one in entities_in(text, spans, logits, names, by_word=True)] == ["O'Neil", "Bob"]
     assert entities_in("", [], np.zeros((0, 5)), names, by_word=True) == ()
+    given = pickle.loads(pickle.dumps(SplitText(["U.S.", "New York", ",", "U.S.A"])))  # as they go to other processes
+    spans = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8), (8, 13), (13, 15), (15, 17), (17, 18), (18, 21)]
+    logits = 4 * np.eye(5)[[3, 0, 0, 0, 3, 0, 0, 3, 0, 0]]
+    found = entities_in(given, spans, logits, names, by_word=True)
+    assert [one.word for one in found] == ["U.S.", "New York", "U.S.A"]
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "B-X", "E-X"), by_word=True)
     assert [(one.start, one.end) for one in placed] == [(0, 1), (2, 5)]
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "I-X", "E-X"), by_word=True)

@@ -136,6 +136,11 @@ def test_files_of_answers(runs: dict[str, Path], files: dict[str, Path], tmp_pat
     lines.write_text("".join(json.dumps(each) + "\n" for each in ({"tokens": tokens}, " ".join(tokens))))
     result = ask.invoke(app, ["predict", str(runs["full"]), "--file", str(lines)])
     assert [json.loads(line)["entities"] for line in result.stdout.splitlines()] == [rows[0]["entities"]] * 2
+    bad = ([], ["a", " "], [1, 2], "a")
+    lines.write_text("".join(json.dumps({"tokens": each}) + "\n" for each in bad))
+    result = ask.invoke(app, ["predict", str(runs["full"]), "--file", str(lines)])
+    errors = [json.loads(line).get("error", "") for line in result.stdout.splitlines()]
+    assert [error.endswith("expected a list of texts, none of them empty.") for error in errors] == [True] * 3 + [False]
     untagged = tmp_path / "words.conll"
     untagged.write_text("\n".join(tokens) + "\n")
     out = tmp_path / "out.csv"

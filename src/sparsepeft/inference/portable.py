@@ -13,9 +13,10 @@ import os
 import sys
 import unicodedata
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -24,10 +25,11 @@ import numpy as np
 Text = str | tuple[str, str]
 OnError = Literal["return", "raise"]
 TruncationSide = Literal["left", "right"]
-Input = Text | Sequence[str] | Mapping[str, str]
+Input = Text | Sequence[str] | Mapping[str, str | Sequence[str]]
 Task = TypeVar("Task")
 
 _KEYS = ("text", "text_pair")  # of an input that is a dictionary, as in transformers' pipelines
+_TOKENS = "tokens"  # of one that is in tokens already
 NO_TOKENS = "An input has no character that the tokenizer knows; pass some words."
 NAN = float("nan")  # the one, so that predictions which have it are equal
 NOT_FINITE = "The model's output for this input is not a finite number; train it again."
@@ -40,11 +42,38 @@ class InputError(ValueError):
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
+class SplitText(str):
+    """A text of tokens with a space between, each of which is a word, whatever is in it.
+
+    Args:
+        tokens: the words.
+    """
+
+    tokens: tuple[str, ...]
+    _starts: list[int]
+
+    def __new__(cls, tokens: Sequence[str]) -> SplitText:
+        """Join the tokens."""
+        text = super().__new__(cls, " ".join(tokens))
+        text.tokens = tuple(tokens)
+        text._starts = list(accumulate((len(token) + 1 for token in tokens), initial=0))
+        return text
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """For copies and other processes."""
+        return (self.tokens,)
+
+    def token_at(self, place: int) -> int:
+        """Which token the character at a place belongs to."""
+        return bisect_right(self._starts, place) - 1
+
+
 def read_input(value: Any) -> tuple[str, ...]:
     """The text, or the two texts, of one input.
 
     Args:
-        value: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``.
+        value: a text, a tuple or list of one or two, or a dictionary with ``text`` and, for a pair, ``text_pair``; or
+            with ``tokens``, a list of words, which are read as a text with a space between them (:class:`SplitText`).
 
     Raises:
         InputError: it is none of these, or a text is not valid Unicode.
@@ -54,6 +83,8 @@ def read_input(value: Any) -> tuple[str, ...]:
         texts = (value,)
     elif isinstance(value, Mapping) and "text" in value and value.keys() <= set(_KEYS):
         texts = tuple(value[key] for key in _KEYS if value.get(key) is not None)
+    elif isinstance(value, Mapping) and value.keys() == {_TOKENS}:
+        texts = (_split_text(value[_TOKENS]),)
     elif isinstance(value, (tuple, list)):
         texts = tuple(value)
     if len(texts) not in (1, 2) or not all(isinstance(text, str) for text in texts):
@@ -74,6 +105,13 @@ def read_input(value: Any) -> tuple[str, ...]:
                 "character; decode the text again, or replace it."
             ) from None
     return texts
+
+
+def _split_text(tokens: Any) -> SplitText:
+    is_list = isinstance(tokens, (tuple, list)) and all(isinstance(token, str) and token.strip() for token in tokens)
+    if not is_list or not tokens:
+        raise InputError(f"The tokens of an input are {tokens!r:.80}; expected a list of texts, none of them empty.")
+    return SplitText(tokens)
 
 
 def texts_of(value: Any, num_texts: int | None, *, may_be_empty: bool = False) -> tuple[str, ...]:
@@ -283,7 +321,7 @@ def entities_in(
         logits: (tokens, num_labels).
         label_names: by index. ``B-``, ``I-``, ``E-`` and ``S-`` say where in an entity a token is.
         by_word: the first token of a word speaks for all of it, as it was trained to. A word ends at white space,
-            punctuation at its edges is apart, and an ideograph is one.
+            punctuation at its edges is apart, and an ideograph is one; those of a :class:`SplitText` are its own.
         joined: neighbours of one label are an entity, of which ``B-`` begins another; else each token, or word, is by
             itself, whatever its label.
         ignore_labels: entities that are left out where they are joined.
@@ -295,7 +333,7 @@ def entities_in(
             start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokens begin with the space before
             if start >= end:
                 continue
-            if units and start <= units[-1].end and _is_inside_word(text, start):
+            if units and _are_one_word(text, units[-1], start):
                 units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)
                 continue
         best = int(row.argmax())
@@ -350,6 +388,13 @@ def without_overlap(
 def _place_and_kind(label: str) -> tuple[str, str]:
     """Of ``B-PER`` both parts; a label without such a beginning is all kind."""
     return (label[0], label[2:]) if label[:2] in ("B-", "I-", "E-", "S-") and label[2:] else ("", label)
+
+
+def _are_one_word(text: str, before: Entity, start: int) -> bool:
+    """Whether a token that begins at ``start`` is of the same word as what is before it."""
+    if isinstance(text, SplitText):
+        return text.token_at(before.start) == text.token_at(start)
+    return start <= before.end and _is_inside_word(text, start)
 
 
 def _is_inside_word(text: str, place: int) -> bool:

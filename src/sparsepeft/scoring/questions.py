@@ -62,7 +62,7 @@ class Question:
     """One input.
 
     Attributes:
-        texts: a text, or a list of them, as the file has it: it may be no text.
+        texts: a text, a list of them, or a dictionary of ``tokens``, as the file has it: it may be no text.
         columns: all columns of its row, by name; empty for a line of plain text.
         error: why there is no input; None where there is one.
     """
@@ -191,9 +191,8 @@ def text_columns(
 def as_question(texts: list[Any], columns: dict[str, Any], asked: Asked) -> Question:
     """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
     first = texts[0]
-    if asked.spec.labels_tokens and isinstance(first, list) and all(isinstance(token, str) for token in first):
-        text = " ".join(first)
-        return Question(text, columns | {"text": text})
+    if asked.spec.labels_tokens and isinstance(first, list):
+        return Question({"tokens": first}, columns | {"text": " ".join(map(str, first))})
     return Question(first if len(texts) == 1 else texts, columns)
 
 
