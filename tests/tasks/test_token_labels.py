@@ -168,6 +168,21 @@ def test_a_text_beside_its_tokens_stays_a_text(tmp_path: Path) -> None:
     assert load(write_jsonl(tmp_path / "b.jsonl", entities)).spec.problem_type == "token_classification"
 
 
+def test_files_of_tokens_may_call_their_columns_otherwise(tmp_path: Path) -> None:
+    rows = {"words": [list(tokens) for tokens, _ in SENTENCES], "ner": [list(tags) for _, tags in SENTENCES]}
+    lists = write_jsonl(
+        tmp_path / "a.jsonl", [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+    )
+    file = conll(tmp_path / "b.conll")
+    named = {"train_file": lists, "validation_file": file, "label_column": "ner"}
+    data = load_task("custom", **named)  # type: ignore[arg-type]
+    assert data.validation["label"][:] == data.train["label"][:]
+    others = write_jsonl(tmp_path / "d.jsonl", [{"tokens": ["a"], "labels": ["O"]}])
+    assert len(load_task("custom", train_file=file, validation_file=others).validation) == 1
+    with pytest.raises(TaskError, match="`label_column=ner` was given; the columns are 'tokens', 'labels'"):
+        load_task("custom", **(named | {"validation_file": others}))  # type: ignore[arg-type]
+
+
 def test_sentences_are_split_by_their_rarest_tag(tmp_path: Path) -> None:
     many = [*[(("a", "b"), ("O", "O"))] * 60, *[(("c", "d"), ("B-PER", "O"))] * 30, *[(("e",), ("B-LOC",))] * 10]
     data = load(conll(tmp_path / "train.conll", many))

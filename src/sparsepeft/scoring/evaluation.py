@@ -132,9 +132,9 @@ def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: Fi
     trained = predictor.columns or Columns((), "")
     header = list(next(iter(read_rows(path, file_format))).values)
     if predictor.spec.labels_tokens:
-        text, label = (trained.texts[0], trained.label) if trained.all and {*trained.all} <= {*header} else (None, None)
-        named = (table.text_column or text, table.text_pair_column, table.label_column or label)
-        return load_labelled(path, predictor.spec, choose_token_columns(path, header, *named), file_format)
+        named = (table.text_column, table.text_pair_column, table.label_column)
+        columns = choose_token_columns(path, header, *named, trained)
+        return load_labelled(path, predictor.spec, columns, file_format)
     names = predictor.spec.label_names if predictor.spec.multi_label else None
     label = choose_label_column(path, header, table.label_column, trained.label, names or ())
     texts = choose_text_columns(

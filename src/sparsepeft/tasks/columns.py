@@ -97,9 +97,18 @@ def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | Sequence
 
 
 def choose_token_columns(
-    path: Path, columns: Sequence[str], text: str | None, text_pair: str | None, label: str | Sequence[str] | None
+    path: Path,
+    columns: Sequence[str],
+    text: str | None,
+    text_pair: str | None,
+    label: str | Sequence[str] | None,
+    trained: Columns | None = None,
 ) -> Columns:
     """The columns of a file whose rows are lists: of tokens, and of their tags.
+
+    Args:
+        path, columns, text, text_pair, label: see :func:`choose_columns`.
+        trained: what they are called in the training file; taken where the caller names none, if all are there.
 
     Raises:
         TaskError: a named column is not there, or none has a usual name.
@@ -108,6 +117,8 @@ def choose_token_columns(
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given, but tokens come in one list; leave it out")
     if not isinstance(label, str | None):
         raise TaskError(f"{path}: `label_column={','.join(label)}` was given, but tags are in one column; name that")
+    if trained is not None and set(trained.all) <= set(columns):
+        text, label = text or trained.texts[0], label or trained.labels[0]
     chosen = []
     for parameter, name, usual in (("text_column", text, TOKENS), ("label_column", label, TAGS)):
         found = name if name is not None else next((one for one in usual if one in columns), None)

@@ -71,7 +71,8 @@ class LocalFiles:
         paths: by part: train, validation, test.
         formats: how each is written.
         header: columns of the training file.
-        columns: those that are taken; the other files must have them too.
+        columns: those that are taken; the other files must have them too, but for files of tokens, which may have
+            others of the usual names.
         labels_tokens: the rows are lists of tokens with a tag for each.
 
     Raises:
@@ -97,8 +98,7 @@ class LocalFiles:
         else:
             self.columns = choose_columns(self.paths["train"], self.header, *names, self._find_indicators)
         self._notes = [] if names[2] else _on_found(self.columns)
-        for part, path in self.paths.items():
-            next(iter(read_rows(path, self.formats[part], required=self.columns.all)))
+        self._columns_of = {part: self._columns_in(part, names) for part in self.paths}
 
     def _labels_tokens(self, first: dict[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
         path, kind, given = self.paths["train"], self.formats["train"].kind, self.problem_type
@@ -112,6 +112,16 @@ class LocalFiles:
                 "and its tag on each line, or JSONL or parquet with lists of them"
             )
         return given == TOKENS or kind == "conll" or (given is None and holds_tokens(first, text, label))
+
+    def _columns_in(self, part: str, names: tuple[Any, Any, Any]) -> Columns:
+        """The columns of a part; where it is a CoNLL file its own, which the caller cannot name."""
+        path, file_format = self.paths[part], self.formats[part]
+        if not self.labels_tokens:
+            next(iter(read_rows(path, file_format, required=self.columns.all)))
+            return self.columns
+        header = list(next(iter(read_rows(path, file_format))).values)
+        named = (None, None, None) if file_format.kind == "conll" else names
+        return choose_token_columns(path, header, *named, self.columns)
 
     def _find_indicators(self) -> list[str]:
         return indicator_columns(row.values for row in read_rows(self.paths["train"], self.formats["train"]))
@@ -127,7 +137,9 @@ class LocalFiles:
             TaskError: something in them cannot be used.
         """
         read = _read_sentences if self.labels_tokens else _read
-        examples = {part: list(read(path, self.formats[part], self.columns)) for part, path in self.paths.items()}
+        examples = {
+            part: list(read(path, self.formats[part], self._columns_of[part])) for part, path in self.paths.items()
+        }
         train, labels = self.paths["train"], _labels(examples["train"])
         reader: LabelReader | TagReader
         if self.labels_tokens:
