@@ -71,6 +71,7 @@ def test_a_column_that_is_called_like_a_label_stays_the_label(tmp_path: Path) ->
     assert (data.spec.label_names, data.spec.multi_label) == (("0", "1"), False)
     data = load(write(tmp_path / "b.csv", [row[:1] for row in ROWS], ("joy",)))
     assert (data.columns, data.spec.multi_label) == (Columns(("text",), "joy"), False)
+    assert load(tmp_path / "a.csv", label_column="anger,").columns == Columns(("text",), "anger")
     with_comma = write(tmp_path / "c.jsonl", [row[:2] for row in ROWS], ("joy,anger", "fear"))
     assert load(with_comma, label_column="joy,anger").columns == Columns(("text",), "joy,anger")
 
@@ -88,6 +89,12 @@ def test_a_column_that_is_called_like_a_label_stays_the_label(tmp_path: Path) ->
             {"problem_type": "single_label"},
             r"`problem_type=single_label.*` was given, but 'joy', 'anger', 'fear'",
         ),
+        (
+            [*ROWS, (0, "", 0), (2, 0, 0)],
+            {},
+            r"pass `label_column`; if 'joy', 'anger', 'fear' are columns of labels, correct line 8, where joy is '2'",
+        ),
+        ([*ROWS, (0, "", 0)], {"text_column": "text"}, r"correct line 7, where anger is '' and not 0 or 1"),
         ([(0, 0, 0)] * 3, {}, r"no training row has any of the labels 'joy', 'anger', 'fear'; expected a 1"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sparsepeft.errors import TaskError
+from sparsepeft.tasks.indicators import Indicators
 
 PAIRS: Final = (
     ("text", "text_pair"),
@@ -50,7 +51,7 @@ def choose_columns(
     text: str | None,
     text_pair: str | None,
     label: str | Sequence[str] | None,
-    find_indicators: Callable[[], Collection[str]] = tuple,
+    find_indicators: Callable[[], Indicators] = Indicators,
 ) -> Columns:
     """Take the columns named by the caller; detect those that were not, where only one reading is possible.
 
@@ -59,7 +60,7 @@ def choose_columns(
         columns: those that it has.
         text, text_pair: named by the caller.
         label: named by the caller; several are columns of 0 and 1, in a list or with commas between them.
-        find_indicators: finds the columns that hold only 0 and 1; asked where none is called like a label.
+        find_indicators: finds the columns of 0 and 1; asked where none is called like a label.
 
     Raises:
         TaskError: a named column is not there, or the columns can be read in more than one way or in none.
@@ -74,11 +75,15 @@ def choose_columns(
     if chosen is None:
         try:
             chosen = _detect_label(path, columns, texts)
-        except TaskError:
-            found = _detect_indicators(path, columns, texts, find_indicators())
-            if found is None:
+        except TaskError as error:
+            indicators = find_indicators()
+            found = _detect_indicators(path, columns, texts, indicators.names)
+            if found is not None:
+                return found
+            hint = _hint_on_indicators(path, columns, texts, indicators)
+            if hint is None:
                 raise
-            return found
+            raise TaskError(f"{error}; {hint}") from None
     labels = Columns((), chosen).labels
     texts = texts or _detect_texts(path, [name for name in columns if name not in labels])
     if len({*texts, *labels}) != len(texts) + len(labels):
@@ -216,7 +221,7 @@ def _named_label(path: Path, columns: Sequence[str], label: str | Sequence[str])
     """The column, or columns, that a caller names."""
     names = tuple(label)
     if isinstance(label, str):
-        names = (label,) if label in columns else tuple(name.strip() for name in label.split(","))
+        names = (label,) if label in columns else tuple(filter(None, map(str.strip, label.split(",")))) or (label,)
     for name in names:
         _check_named(path, columns, "label_column", name)
     return names[0] if len(names) == 1 else names
@@ -234,6 +239,20 @@ def _detect_indicators(
             texts = _detect_texts(path, others)
     is_all = bool(texts) and set(others) <= set(texts)
     return Columns(texts, labels) if is_all and len(labels) > 1 else None
+
+
+def _hint_on_indicators(
+    path: Path, columns: Sequence[str], texts: tuple[str, ...], indicators: Indicators
+) -> str | None:
+    """What to do if columns that mostly hold 0 and 1 are labels; None where they cannot be."""
+    found = _detect_indicators(path, columns, texts, {*indicators.names, *indicators.others})
+    if found is None:
+        return None
+    name, (line, value) = next(iter(indicators.others.items()))
+    return (
+        f"if {_listed(found.labels)} are columns of labels, correct line {line}, where {name} is {value!r:.60} and not "
+        "0 or 1"
+    )
 
 
 def _detect_label(path: Path, columns: Sequence[str], texts: Sequence[str] = ()) -> str:

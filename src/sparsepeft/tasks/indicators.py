@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from sparsepeft.errors import TaskError
+from sparsepeft.rows.reading import Row
 
 _VALUES: Final = {**dict.fromkeys(("0", "0.0", "false"), False), **dict.fromkeys(("1", "1.0", "true"), True)}
 
@@ -28,14 +31,38 @@ def read_indicators(where: str, values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in values.items() if _indicator(value))
 
 
-def indicator_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The columns that hold only 0 and 1, in the order of the first row."""
-    names: list[str] | None = None
+class Indicators(NamedTuple):
+    """Columns of 0 and 1.
+
+    Attributes:
+        names: of those that hold nothing else.
+        others: of those that mostly do, the line of the first cell that holds something else, and what that is.
+    """
+
+    names: tuple[str, ...] = ()
+    others: Mapping[str, tuple[int, Any]] = MappingProxyType({})
+
+
+def indicator_columns(rows: Iterable[Row]) -> Indicators:
+    """Find them, in the order of the first row."""
+    held: Counter[str] = Counter()
+    others: dict[str, tuple[int, Any]] = {}
+    names: dict[str, None] = {}  # ordered, each once
+    count = 0
     for row in rows:
-        names = [name for name in (row if names is None else names) if _indicator(row.get(name)) is not None]
-        if not names:
-            break
-    return names or []
+        count += 1
+        for name in names if names else row.values:
+            value = row.values.get(name)
+            if _indicator(value) is None:
+                others.setdefault(name, (row.line, value))
+            else:
+                held[name] += 1
+        names = names or dict.fromkeys(row.values)
+    mostly = [name for name in names if 2 * held[name] > count]
+    return Indicators(
+        tuple(name for name in mostly if name not in others),
+        {name: others[name] for name in mostly if name in others},
+    )
 
 
 def _indicator(value: Any) -> bool | None:

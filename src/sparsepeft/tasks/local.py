@@ -11,7 +11,7 @@ from sparsepeft.errors import TaskError
 from sparsepeft.rows.formats import FileFormat, find_format
 from sparsepeft.rows.reading import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
-from sparsepeft.tasks.indicators import indicator_columns, read_indicators
+from sparsepeft.tasks.indicators import Indicators, indicator_columns, read_indicators
 from sparsepeft.tasks.labels import SINGLE, TOKENS, Label, LabelReader, problem_type_of, quoted, read_label
 from sparsepeft.tasks.spec import ENTITY_METRICS, TaskData, TaskSpec, build_dataset
 from sparsepeft.tasks.splits import split_train
@@ -121,10 +121,10 @@ class LocalFiles:
             return self.columns
         header = list(next(iter(read_rows(path, file_format))).values)
         named = (None, None, None) if file_format.kind == "conll" else names
-        return choose_token_columns(path, header, *named, self.columns)
+        return choose_token_columns(path, header, *named, trained=self.columns)
 
-    def _find_indicators(self) -> list[str]:
-        return indicator_columns(row.values for row in read_rows(self.paths["train"], self.formats["train"]))
+    def _find_indicators(self) -> Indicators:
+        return indicator_columns(read_rows(self.paths["train"], self.formats["train"]))
 
     def read(self, name: str) -> tuple[TaskSpec, dict[str, list[tuple[Any, ...]]], list[str]]:
         """Read them all; the training file decides the kind of problem and the label names.
