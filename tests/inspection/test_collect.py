@@ -111,6 +111,9 @@ def test_batching_does_not_matter_and_memory_is_bounded() -> None:
     together, apart = inspect_memories(model, [inputs(labels=LABELS)]), inspect_memories(model, iter(rows))
     same(together.to_dict(), apart.to_dict())
     assert together.layers[0].documents == 3
+    parts = inspect_memories(model, [inputs(labels=LABELS) | {"documents": np.array([0, 0, 1])}])
+    assert sum(sum((parent.labels_documents or {}).values()) for parent in parts.layers[0].parents) == 2
+    assert (parts.layers[0].documents, parts.layers[0].positions) == (2, together.layers[0].positions)
 
 
 def test_one_layer() -> None:

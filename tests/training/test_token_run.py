@@ -199,6 +199,7 @@ def test_parents_by_the_tags_of_tokens(runs: dict[str, Path]) -> None:
     assert report.label_names == ("O", "B-place", "I-place", "B-thing", "I-thing")
     assert layer.nmi_positions is not None
     assert layer.nmi_documents is None
+    assert all(each.documents == 30 for each in report.layers)  # though some are read in parts
     counted = sum(sum((parent.labels_positions or {}).values()) for parent in layer.parents)
     assert 30 * 5 < counted < layer.positions
 

@@ -105,8 +105,9 @@ def inspect_memories(
 
     Args:
         model: a ``PeftModel``; its active adapter is inspected.
-        batches: what the model takes, (B, T) tensors by name; besides ``"labels"``, which it is not given, and
-            ``"words"``, a :class:`Words` (see :func:`encode_with_words` and :func:`token_words`), both optional.
+        batches: what the model takes, (B, T) tensors by name; besides ``"labels"``, which it is not given, ``"words"``,
+            a :class:`Words` (see :func:`encode_with_words` and :func:`token_words`), and ``"documents"``, an array (B,)
+            of which document of the batch, counted from 0, a row is a part; all optional.
             Positions whose ``attention_mask`` is 0 never count. Read once, or twice with ``compare_untrained``.
         label_names: names of the labels; None takes the model's.
         label_edges: borders of bins, where labels are values; see :func:`quantile_edges`.
@@ -201,15 +202,19 @@ class _Watch:
     def _run_batch(self, batch: dict[str, Any]) -> None:
         labels = batch.pop("labels", None)
         device = self.model.device
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "words"}
+        others = ("words", "documents")
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k not in others}
         if labels is not None and _makes_decoder_inputs(self.model, inputs, labels):
             inputs["labels"] = labels.to(device)
             batch["decoder_attention_mask"] = labels != -100
         self._batch = batch
         self._classes, self._position_classes = self.labels.read(labels)
         self.model(**inputs)
+        classes = self._classes
+        if len(classes) and "documents" in batch:  # a document's label is that of its first part
+            classes = classes[np.unique(batch["documents"], return_index=True)[1]]
         for picks in self.picks:
-            picks.finish_batch(self._classes)
+            picks.finish_batch(classes)
         if self.words is not None:
             self.words.shrink()
 
@@ -229,11 +234,14 @@ class _Watch:
             classes = self._classes[rows]
         else:
             classes = np.full(len(rows), -1)
+        documents = self._batch.get("documents")
+        if documents is not None and len(documents) == num_rows:
+            rows, num_rows = np.asarray(documents)[rows], int(max(documents)) + 1
         first = picks.add(states.reshape(-1, states.shape[-1])[positions.to(states.device)], rows, num_rows, classes)
         words: Words | None = self._batch.get("words")
         if words is None or self.words is None:
             return
-        if not layer.is_decoder and words.occurrence.shape == (num_rows, length):
+        if not layer.is_decoder and words.occurrence.shape == (len(states), length):
             self.words.add(i, words, flat, first)
 
     def _mask(self, i: int, num_rows: int, length: int) -> torch.Tensor:

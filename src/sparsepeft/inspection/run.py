@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,12 +120,18 @@ class Batches:
             yield batch | {"labels": torch.tensor(rows["label"], dtype=label_dtype)}
 
     def _of_tokens(self) -> Iterator[dict[str, Any]]:
-        """The same with a label for each position: the tag of the token that it is a piece of."""
+        """The same with a label for each position: the tag of the token that it is a piece of.
+
+        All parts of a long sentence are in one batch, as one document.
+        """
         predictor, texts, tags = self._predictor, self._dataset["tokens"][:], self._dataset["label"][:]
         windows = windows_of(predictor.tokenizer, texts, predictor.max_length)
+        sentences = [list(parts) for _, parts in itertools.groupby(windows, lambda one: one.sentence)]
         collator = Collator(predictor.tokenizer)
-        for rows in batches_by_length([len(one.tokens) for one in windows], max_rows=predictor.batch_size):
-            chosen = [windows[row] for row in rows]
+        lengths = [len(parts[0].tokens) for parts in sentences]
+        for numbered in map(enumerate, batches_by_length(lengths, max_rows=predictor.batch_size)):
+            parts = [(document, part) for document, row in numbered for part in sentences[row]]
+            chosen = [part for _, part in parts]
             found = [(one.sentence, token) for one in chosen for token in one.tokens if token is not None]
             numbers = iter(range(len(found)))
             of_pieces = [[NO_TOKEN if token is None else next(numbers) for token in one.tokens] for one in chosen]
@@ -135,4 +142,4 @@ class Batches:
                 [tags[row][token] for row, token in found]
             )
             words = Words([texts[row][token] for row, token in found], np.maximum(occurrence, -1))
-            yield {**batch, "words": words}
+            yield {**batch, "words": words, "documents": np.array([document for document, _ in parts])}

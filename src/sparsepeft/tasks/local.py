@@ -120,7 +120,7 @@ class LocalFiles:
             next(iter(read_rows(path, file_format, required=self.columns.all)))
             return self.columns
         header = list(next(iter(read_rows(path, file_format))).values)
-        named = (None, None, None) if file_format.kind == "conll" else names
+        named: tuple[Any, Any, Any] = (None, None, None) if file_format.kind == "conll" else names
         return choose_token_columns(path, header, *named, trained=self.columns)
 
     def _find_indicators(self) -> Indicators:
