@@ -78,7 +78,23 @@ TABLES = {
     "adapterhub": Table("Bottleneck adapters against AdapterHub's", training.adapterhub),
     "inference": Table("Throughput, latency and memory", inference.throughput),
     "runtimes": Table("The bare backbone in other libraries", inference.runtimes),
-    "exported": Table("Exported tasks", inference.exported),
+    "exported": Table(
+        "Exported tasks",
+        partial(
+            inference.exported,
+            tasks="tasks of the tables on all data (task, method, seed) on their whole validation sets",
+            how="`sparsepeft reproduce table1 --keep-weights`",
+        ),
+    ),
+    "exported-labels": Table(
+        "Exported tasks: several labels, and labels of tokens",
+        lambda results: inference.exported(
+            results / "all-mpnet-base-v2",
+            "SPARTAN's tasks of several labels and of labels of tokens, all tokens with their places, on their whole "
+            "test parts (`--split test`)",
+            "`sparsepeft train --task TASK --recipe best --precision bf16 --max-steps 500 --max-train-samples 10000`",
+        ),
+    ),
     "memory-read": Table("`ops.memory_read`", kernels.memory),
     "large-memory": Table("Memories of up to 65,536 parents", kernels.large_memory),
     "sparse-attention": Table("Sparse attention alone", kernels.attention),
@@ -124,7 +140,7 @@ PAGES = {
     "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
     "recipes": ("The search for recipes", ("recipe-search", "recipe-search-mpnet")),
     "parents": ("What parent cells have learned", ("parents",)),
-    "inference": ("Inference", ("inference", "runtimes", "exported")),
+    "inference": ("Inference", ("inference", "runtimes", "exported", "exported-labels")),
     "kernels": (
         "Kernels",
         ("memory-read", "large-memory", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator"),

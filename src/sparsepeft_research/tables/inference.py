@@ -66,13 +66,16 @@ def runtimes(results: Path) -> str:
     )
 
 
-def exported(results: Path) -> str:
-    """Every ``export_*.json``: scores on whole validation sets, and how far the float32 model was from PyTorch."""
+def exported(results: Path, tasks: str, how: str) -> str:
+    """Every ``export_*.json``: scores on whole held-out parts, and how far the float32 model was from PyTorch.
+
+    Args:
+        tasks, how: what was exported, and how it was trained, for the reader.
+    """
     reports = list(read_folder(results, "export_*.json").values())
     return paragraphs(
-        f"{reports[0].settings['backbone']} and tasks of the tables on all data (task, method, seed) on their whole "
-        "validation sets. Deviation and labels of the model in float32, score x 100, how far it and labels move in a "
-        "lower precision. By `sparsepeft export` of tasks that `sparsepeft reproduce table1 --keep-weights` trained.",
+        f"{reports[0].settings['backbone']} and {tasks}. Deviation and labels of the model in float32, score x 100, "
+        f"how far it and labels move in a lower precision. By `sparsepeft export` of tasks that {how} trained.",
         *map(_exported, reports),
     )
 
