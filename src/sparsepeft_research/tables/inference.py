@@ -70,12 +70,13 @@ def exported(results: Path, tasks: str, how: str) -> str:
     """Every ``export_*.json``: scores on whole held-out parts, and how far the float32 model was from PyTorch.
 
     Args:
-        tasks, how: what was exported, and how it was trained, for the reader.
+        tasks, how: what was exported, and what trained it, for the reader.
     """
     reports = list(read_folder(results, "export_*.json").values())
     return paragraphs(
-        f"{reports[0].settings['backbone']} and {tasks}. Deviation and labels of the model in float32, score x 100, "
-        f"how far it and labels move in a lower precision. By `sparsepeft export` of tasks that {how} trained.",
+        f"{reports[0].settings['backbone']} and {tasks}. Largest deviation of the model in float32 (and that of all but "
+        "one of 1,000 texts or tokens), its labels, score x 100, how far it and labels move in a lower precision. By "
+        f"`sparsepeft export` of tasks that {how} trained.",
         *map(_exported, reports),
     )
 
@@ -87,7 +88,8 @@ def _exported(report: Result) -> str:
     rows = []
     for name, task in tasks.items():
         before = 100 * task[lower[0]]["before"]
-        row = [name, f"{task['num_texts']:,}", f"{task['max_deviation']:.1e}", str(task["num_other_labels"])]
+        usual = f" ({task['usual_deviation']:.1e})" if "usual_deviation" in task else ""
+        row = [name, f"{task['num_texts']:,}", f"{task['max_deviation']:.1e}{usual}", str(task["num_other_labels"])]
         row += [task[lower[0]]["metric"], f"{before:.2f}"]
         for key in lower:
             row += [f"{100 * task[key]['after'] - before:+.2f}", str(task[key]["num_other_labels"])]
