@@ -75,8 +75,8 @@ def exported(results: Path, tasks: str, how: str) -> str:
     reports = list(read_folder(results, "export_*.json").values())
     return paragraphs(
         f"{reports[0].settings['backbone']} and {tasks}. Largest deviation of the model in float32 (and that of all "
-        "but one of 1,000 texts or tokens), its labels, score x 100, how far it and labels move in a lower precision. By "
-        f"`sparsepeft export` of tasks that {how} trained.",
+        "but one of 1,000 texts or tokens), its labels, score x 100, how far it and labels move in a lower precision. "
+        f"By `sparsepeft export` of tasks that {how} trained.",
         *map(_exported, reports),
     )
 
