@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel
 
-from sparsepeft.backbones import resolve_model
+from sparsepeft.backbones import describe_backbone, resolve_model
 from sparsepeft.inference.encoding import batches_by_length
 from sparsepeft.methods.models import load_tokenizer
 from sparsepeft.provenance import environment
@@ -49,13 +50,13 @@ def main() -> None:
         run_once(path, partial(measure, name, arguments.data_dir))
 
 
-def measure(model_name: str, data_dir: str) -> dict[str, Any]:
+def measure(model_name: str, data_dir: str | None, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     """The result of a model."""
     name = resolve_model(model_name)
     tokenizer = load_tokenizer(name)
     model = AutoModel.from_pretrained(name).eval()
     results = {}
-    for task in TASKS:
+    for task in tasks:
         data = load_task(task, data_dir=data_dir)
         pool, scored = (
             subsample(part, count, SEED) for part, count in ((data.train, NUM_POOL), (data.validation, NUM_SCORED))
@@ -63,12 +64,12 @@ def measure(model_name: str, data_dir: str) -> dict[str, Any]:
         found = [states(model, tokenizer, part, data.spec) for part in (pool, scored)]
         results[task] = {
             read: probe(data.spec, pool, found[0][read], scored, found[1][read]) for read in ("first", "mean")
-        } | {"spread": spread(model, tokenizer, scored.select(range(NUM_SPREAD)), data.spec)}
+        } | {"spread": spread(model, tokenizer, scored.select(range(min(NUM_SPREAD, len(scored)))), data.spec)}
     return {
         "measured": "first_token",
         "seed": SEED,
         "settings": {
-            "model": Path(name).name,
+            "model": describe_backbone(name),
             "num_examples": NUM_EXAMPLES,
             "num_draws": NUM_DRAWS,
             "num_scored": NUM_SCORED,
