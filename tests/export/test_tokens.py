@@ -94,6 +94,10 @@ def test_int8_and_tokens_alone(kinds: dict[str, Path], backbone: Path, tmp_path:
     both = export_tasks([kinds["two"], kinds["words"]], tmp_path / "both", int8=True, max_examples=20)
     assert both["tasks"]["two"]["int8"]["max_deviation"] < 0.2
     found = list(runner_of("onnx", tmp_path / "both").answer("words", TEXTS[:4]))
+    with pytest.raises(UserError, match="The split of custom 'test' is unknown; valid are validation"):
+        export_tasks([kinds["words"]], tmp_path / "no", split="test")
+    report = export_tasks([kinds["topics"]], tmp_path / "topics", split="test", max_examples=5)
+    assert report["tasks"]["topics"]["checked_on"] == "the task's test set"
     assert all(set(one) <= {"entities", "truncated"} for one in found)
 
 

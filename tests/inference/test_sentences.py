@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.encoding import Collator
-from sparsepeft.inference.portable import SplitText, entities_in
+from sparsepeft.inference.portable import SplitText, entities_in, without_overlap
 from sparsepeft.inference.sentences import SENTENCE, by_sentence, encode_sentences, first_pieces, windows_of
 from sparsepeft.tasks.spec import TaskSpec, build_dataset
 
@@ -124,6 +124,16 @@ def test_first_pieces_where_a_piece_begins_with_the_space() -> None:
     assert first_pieces(["a", "b"], [(0, 0), (0, 1), (1, 2), (2, 3)]) == [None, 0, 1, None]
 
 
+def test_parts_with_bytes_of_one_character_keep_all_tokens() -> None:
+    places = [(0, 0), (0, 1), (2, 3), (2, 3), (2, 3), (3, 4), (0, 0)]
+    special, logits = [1, 0, 0, 0, 0, 0, 1], np.arange(14).reshape(7, 2)
+    for stride in (0, 1, 2):
+        first, second = slice(0, 4), slice(4 - stride, 7)
+        parts = [(places[part], special[part], logits[part]) for part in (first, second)]
+        offsets, rows = without_overlap(parts, stride)
+        assert (offsets, rows.tolist()) == (places[1:-1], logits[1:-1].tolist())
+
+
 def test_entities_by_word() -> None:
     text = "Zoë-Ann U.S. 北京  x Rom"
     names = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -164,6 +174,13 @@ def test_entities_by_word() -> None:
     logits = 4 * np.eye(5)[[3, 0, 0, 0, 3, 0, 0, 3, 0, 0]]
     found = entities_in(given, spans, logits, names, by_word=True)
     assert [one.word for one in found] == ["U.S.", "New York", "U.S.A"]
+    spans, guesses = [(0, 1), (1, 2), (2, 3)], np.eye(5)[[0, 1, 3]]  # a space of its own is the first piece of a token
+    assert first_pieces(["a", "中"], spans) == [0, 1, None]
+    for text in ("a 中", SplitText(["a", "中"])):
+        assert [one.label for one in entities_in(text, spans, guesses, names, by_word=True)] == ["PER"]
+    spans = [(0, 1), (0, 1), (1, 5), (6, 7)]  # bytes of a character have its place
+    found = entities_in("école a", spans, np.eye(5)[[1, 3, 3, 0]], names, by_word=True, joined=False)
+    assert [(one.label, one.word) for one in found] == [("B-PER", "école"), ("O", "a")]
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "B-X", "E-X"), by_word=True)
     assert [(one.start, one.end) for one in placed] == [(0, 1), (2, 5)]
     placed = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("S-X", "I-X", "E-X"), by_word=True)

@@ -133,6 +133,9 @@ def test_a_long_text_is_cut_or_read_in_parts(pieces: tuple[Path, Path, MultiTask
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     places = tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert [(one.start, one.end) for one in tokens.entities or ()] == places
+    tokenizer.truncation_side = "left"
+    left = MultiTaskEngine(backbone, {"names": folder}, tokenizer=tokenizer)
+    assert left.predict([("names", long)], stride=20)[0].entities == whole.entities
     (refused, too_long) = (
         engine.predict([("names", long)], **given)[0] for given in ({"stride": 62}, {"truncation": False})
     )

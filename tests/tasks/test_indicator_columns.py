@@ -94,6 +94,7 @@ def test_a_column_that_is_called_like_a_label_stays_the_label(tmp_path: Path) ->
             {},
             r"pass `label_column`; if 'joy', 'anger', 'fear' are columns of labels, correct line 8, where joy is '2'",
         ),
+        ([(1, 0, 1), (0, 1, 0), (1, 1, "x")], {}, r"correct line 4, where fear is 'x'"),
         ([*ROWS, (0, "", 0)], {"text_column": "text"}, r"correct line 7, where anger is '' and not 0 or 1"),
         ([(0, 0, 0)] * 3, {}, r"no training row has any of the labels 'joy', 'anger', 'fear'; expected a 1"),
     ],

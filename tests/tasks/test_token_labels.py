@@ -118,7 +118,7 @@ def test_tags_that_mark_no_entities_are_classes_of_tokens(tmp_path: Path) -> Non
         ("a.conll", "Anna\tB-PER\nLee\n", r"a.conll:2: found 1 column\(s\); expected 2"),
         ("a.conll", "Anna\tB-PER\n\tO\n", "a.conll:2: the token is empty"),
         ("a.conll", "Anna\tB-PER\nLee\t \n", "a.conll:2: the tag is empty"),
-        ("a.conll", "Anna\nLee\n", "the lines have one column; expected a token and its tag on each"),
+        ("a.conll", "Anna\nLee\n", "has one column, 'tokens'; expected tokens and a tag for each, add"),
         ("a.conll", "\n\n", "a.conll has no rows"),
         ("a.conll", "Anna\tO\nLee\tO\n", "every tag is 'O'; expected at least two"),
         ("a.jsonl", [{"tokens": ["a"], "tags": ["B-X"]}, {"tokens": [], "tags": []}], "a.jsonl:2: the sentence is em"),
@@ -181,6 +181,14 @@ def test_files_of_tokens_may_call_their_columns_otherwise(tmp_path: Path) -> Non
     assert len(load_task("custom", train_file=file, validation_file=others).validation) == 1
     with pytest.raises(TaskError, match="`label_column=ner` was given; the columns are 'tokens', 'labels'"):
         load_task("custom", **(named | {"validation_file": others}))  # type: ignore[arg-type]
+    for label in ("ner,", ["ner"]):  # of the lists alone, as a CoNLL file has no names
+        data = load_task("custom", train_file=file, validation_file=lists, text_column="words", label_column=label)
+        assert data.validation["label"][:] == data.train["label"][:]
+        assert load_task("custom", train_file=lists, validation_file=lists, label_column=label).spec.labels_tokens
+    alone = tmp_path / "e.conll"
+    alone.write_text("Anna\nLee\n")
+    with pytest.raises(TaskError, match="has one column, 'tokens'; expected tokens and a tag for each, add the tags"):
+        load_task("custom", train_file=file, validation_file=alone)
 
 
 def test_sentences_are_split_by_their_rarest_tag(tmp_path: Path) -> None:

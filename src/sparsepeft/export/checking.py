@@ -126,11 +126,12 @@ def differences(expected: Answers, exported: Answers) -> dict[str, Any]:
         tokens; ``num_other_labels``.
     """
     different = sum(one != other for one, other in zip(_labels(expected), _labels(exported), strict=True))
-    deviations = np.abs(_scores(expected) - _scores(exported)).max(axis=1, initial=0.0)
+    deviations = np.abs(_scores(expected) - _scores(exported))
+    largest = deviations.reshape(len(deviations), -1).max(axis=1) if deviations.size else np.zeros(1)
     return {
         "num_texts": len(exported),
-        "max_deviation": float(deviations.max(initial=0.0)),
-        "usual_deviation": float(np.quantile(deviations, 0.999, method="higher")) if len(deviations) else 0.0,
+        "max_deviation": float(largest.max()),
+        "usual_deviation": float(np.quantile(largest, 0.999, method="inverted_cdf")),
         "num_other_labels": different,
     }
 

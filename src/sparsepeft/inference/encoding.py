@@ -212,7 +212,8 @@ class Encoder:
                 f"tokens; at most {_MOST_PARTS} are read: pass a shorter text, or a smaller stride."
             )
         options: dict[str, Any] = {"max_length": max_length, "stride": stride, **_SPANS}
-        parts = self._tokenize([(text,)], truncation=True, return_overflowing_tokens=True, **options)
+        # From the right, whatever the tokenizer's side, so that parts come in the text's order.
+        parts = self._tokenize([(text,)], "right", truncation=True, return_overflowing_tokens=True, **options)
         return [_encoded(features, text, False) for features in parts]
 
     def of_ids(self, features: Mapping[str, Any], max_length: int) -> Encoded:

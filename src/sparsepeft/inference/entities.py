@@ -82,7 +82,7 @@ def find_entities(
     text, strategy = parts[0][0].spans.text, options.aggregation_strategy
     if strategy == "none" or (by_word and strategy is None):
         pieces = [(one.spans.offsets, one.spans.special_tokens_mask, logits) for one, logits in parts]
-        offsets, known = without_overlap(pieces)
+        offsets, known = without_overlap(pieces, options.stride or 0)
         joined, ignored = strategy is None, options.ignore_labels
         found = entities_in(text, offsets, known, label_names, by_word=joined, joined=joined, ignore_labels=ignored)
         return tuple(entity for entity in found if joined or entity.label not in ignored)

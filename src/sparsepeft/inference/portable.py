@@ -90,7 +90,7 @@ def read_input(value: Any) -> tuple[str, ...]:
     if len(texts) not in (1, 2) or not all(isinstance(text, str) for text in texts):
         raise InputError(
             f"An input is {value!r:.80} ({type(value).__name__}); expected a text, a pair of texts, or a dictionary "
-            "with text and text_pair."
+            "with text and text_pair, or with tokens alone."
         )
     for text in texts:
         try:
@@ -108,9 +108,11 @@ def read_input(value: Any) -> tuple[str, ...]:
 
 
 def _split_text(tokens: Any) -> SplitText:
-    is_list = isinstance(tokens, (tuple, list)) and all(isinstance(token, str) and token.strip() for token in tokens)
-    if not is_list or not tokens:
-        raise InputError(f"The tokens of an input are {tokens!r:.80}; expected a list of texts, none of them empty.")
+    if not isinstance(tokens, (tuple, list)) or not tokens:
+        raise InputError(f"The tokens of an input are {tokens!r:.80}; pass a list of one text or more.")
+    for number, token in enumerate(tokens, 1):
+        if not isinstance(token, str) or not token.strip():
+            raise InputError(f"Token {number} of an input is {token!r:.80}; pass a text that is not empty.")
     return SplitText(tokens)
 
 
@@ -328,14 +330,18 @@ def entities_in(
     """
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     units: list[Entity] = []
+    space: tuple[int, np.ndarray] | None = None  # where a token that is a space alone ends, and what it says
     for (start, end), row in zip(offsets, shifted / shifted.sum(axis=-1, keepdims=True), strict=True):
         if by_word:
-            start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokens begin with the space before
+            begin, start = start, start + len(text[start:end]) - len(text[start:end].lstrip())
             if start >= end:
+                space = (end, row) if begin < end else space
                 continue
             if units and _are_one_word(text, units[-1], start):
                 units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)
                 continue
+            if space is not None and space[0] == begin == start:  # the first token of this word was the space before
+                row = space[1]
         best = int(row.argmax())
         units.append(Entity(label_names[best], float(row[best]), text[start:end], start, end))
     if not joined:
@@ -363,26 +369,27 @@ def shared_tokens(num_tokens: int) -> int:
 
 
 def without_overlap(
-    parts: Sequence[tuple[Sequence[tuple[int, int]], Sequence[int], np.ndarray]],
+    parts: Sequence[tuple[Sequence[tuple[int, int]], Sequence[int], np.ndarray]], stride: int
 ) -> tuple[list[tuple[int, int]], np.ndarray]:
     """Put the parts of a text together, special tokens left out.
 
     Args:
         parts: in the text's order: for each token its place in the text, whether it is a special one, and its logits,
-            (T, num_labels). Tokens in two parts are taken from the first.
+            (T, num_labels).
+        stride: how many tokens a part shares with the one before, from which they are taken.
 
     Returns:
         Places of the text's tokens, and their logits (tokens, num_labels).
     """
     offsets: list[tuple[int, int]] = []
     rows: list[np.ndarray] = []
-    for places, special_tokens_mask, logits in parts:
-        known = offsets[-1][1] if offsets else -1
-        for place, is_special, row in zip(places, special_tokens_mask, logits, strict=True):
-            if not is_special and place[1] > known:
-                offsets.append(place)
-                rows.append(row)
-    return offsets, np.array(rows).reshape(len(rows), parts[0][2].shape[-1])
+    for number, (places, special_tokens_mask, logits) in enumerate(parts):
+        own = [index for index, is_special in enumerate(special_tokens_mask) if not is_special][
+            stride if number else 0 :
+        ]
+        offsets += [places[index] for index in own]
+        rows.append(logits[own])
+    return offsets, np.concatenate(rows)
 
 
 def _place_and_kind(label: str) -> tuple[str, str]:
@@ -394,7 +401,7 @@ def _are_one_word(text: str, before: Entity, start: int) -> bool:
     """Whether a token that begins at ``start`` is of the same word as what is before it."""
     if isinstance(text, SplitText):
         return text.token_at(before.start) == text.token_at(start)
-    return start <= before.end and _is_inside_word(text, start)
+    return start < before.end or (start == before.end and _is_inside_word(text, start))
 
 
 def _is_inside_word(text: str, place: int) -> bool:
@@ -475,7 +482,8 @@ class ExportedTasks(ABC):
             logits = chain.from_iterable(passes)
             for (text, *_), parts in zip(batch, wholes, strict=True):
                 if task.get("labels_tokens", False):
-                    yield _of_tokens(task, text, parts, list(islice(logits, len(parts))), joined).to_dict()
+                    of_parts = list(zip(parts, islice(logits, len(parts)), strict=True))
+                    yield _of_tokens(task, text, of_parts, self._stride(task), joined).to_dict()
                 else:
                     options = {"multi_label": task["multi_label"], "truncated": bool(parts[0].overflowing)}
                     row, thresholds = next(logits).astype(float), task.get("thresholds")
@@ -487,13 +495,16 @@ class ExportedTasks(ABC):
         Raises:
             InputError: one has no token.
         """
-        of_tokens, longest = task.get("labels_tokens", False), task["max_length"]
-        stride = shared_tokens(longest - self.tokenizer.num_special_tokens_to_add(False)) if of_tokens else 0
-        self.tokenizer.enable_truncation(longest, stride=stride)  # each time: another task may have answered meanwhile
+        of_tokens = task.get("labels_tokens", False)
+        # Each time: another task may have answered meanwhile.
+        self.tokenizer.enable_truncation(task["max_length"], stride=self._stride(task) if of_tokens else 0)
         encoded = self.tokenizer.encode_batch([texts if texts[1:] else texts[0] for texts in inputs])
         if not all(any(one.attention_mask) for one in encoded):
             raise InputError(NO_TOKENS)
         return [[one, *one.overflowing] if of_tokens else [one] for one in encoded]
+
+    def _stride(self, task: dict[str, Any]) -> int:
+        return shared_tokens(task["max_length"] - self.tokenizer.num_special_tokens_to_add(False))
 
     def _pass(self, task: dict[str, Any], adapter: Any, encoded: Sequence[Any]) -> np.ndarray:
         rows = np.array([(one.ids, one.attention_mask, one.type_ids) for one in encoded], "int64")
@@ -511,13 +522,13 @@ class ExportedTasks(ABC):
 
 
 def _of_tokens(
-    task: dict[str, Any], text: str, parts: Sequence[Any], logits: Sequence[np.ndarray], joined: bool
+    task: dict[str, Any], text: str, parts: Sequence[tuple[Any, np.ndarray]], stride: int, joined: bool
 ) -> Prediction:
     """The prediction for a text whose tokens are labelled, from the encodings of its parts and their padded logits."""
-    if not all(np.isfinite(rows).all() for rows in logits):
+    if not all(np.isfinite(logits).all() for _, logits in parts):
         return Prediction.failed(NOT_FINITE)
-    places = [(part.offsets, part.special_tokens_mask) for part in parts]
-    offsets, known = without_overlap([(*place, rows) for place, rows in zip(places, logits, strict=True)])
+    places = [(part.offsets, part.special_tokens_mask, logits) for part, logits in parts]
+    offsets, known = without_overlap(places, stride)
     by_word = task["by_word"] and joined
     return Prediction(
         None, NAN, entities=entities_in(text, offsets, known, task["labels"], by_word=by_word, joined=joined)

@@ -122,15 +122,20 @@ class Batches:
     def _of_tokens(self) -> Iterator[dict[str, Any]]:
         """The same with a label for each position: the tag of the token that it is a piece of.
 
-        All parts of a long sentence are in one batch, as one document.
+        The parts of a long sentence are a batch of their own, as one document.
         """
         predictor, texts, tags = self._predictor, self._dataset["tokens"][:], self._dataset["label"][:]
         windows = windows_of(predictor.tokenizer, texts, predictor.max_length)
         sentences = [list(parts) for _, parts in itertools.groupby(windows, lambda one: one.sentence)]
         collator = Collator(predictor.tokenizer)
-        lengths = [len(parts[0].tokens) for parts in sentences]
-        for numbered in map(enumerate, batches_by_length(lengths, max_rows=predictor.batch_size)):
-            parts = [(document, part) for document, row in numbered for part in sentences[row]]
+        whole = [parts for parts in sentences if len(parts) == 1]
+        together = batches_by_length([len(parts[0].tokens) for parts in whole], max_rows=predictor.batch_size)
+        batches = [
+            *([whole[row] for row in rows] for rows in together),
+            *([each] for each in sentences if len(each) > 1),
+        ]
+        for documents in batches:
+            parts = [(document, part) for document, its in enumerate(documents) for part in its]
             chosen = [part for _, part in parts]
             found = [(one.sentence, token) for one in chosen for token in one.tokens if token is not None]
             numbers = iter(range(len(found)))

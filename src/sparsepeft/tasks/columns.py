@@ -93,6 +93,7 @@ def choose_columns(
 
 def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
     """Whether a row of a file has lists of tokens and tags, under the caller's names or usual ones, and no text."""
+    label = _one_label(row, label)
     if not isinstance(label, str | None):
         return False
     names = ((text,) if text is not None else TOKENS, (label,) if label is not None else TAGS)
@@ -118,6 +119,9 @@ def choose_token_columns(
     Raises:
         TaskError: a named column is not there, or none has a usual name.
     """
+    if len(columns) == 1:
+        raise TaskError(f"{path} has one column, {_listed(columns)}; expected tokens and a tag for each, add the tags")
+    label = _one_label(columns, label)
     if text_pair is not None:
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given, but tokens come in one list; leave it out")
     if not isinstance(label, str | None):
@@ -219,11 +223,19 @@ def _check_named(path: Path, columns: Sequence[str], parameter: str, name: str) 
 
 def _named_label(path: Path, columns: Sequence[str], label: str | Sequence[str]) -> Label:
     """The column, or columns, that a caller names."""
-    names = tuple(label)
-    if isinstance(label, str):
-        names = (label,) if label in columns else tuple(filter(None, map(str.strip, label.split(",")))) or (label,)
+    chosen = _one_label(columns, label) or label
+    names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     for name in names:
         _check_named(path, columns, "label_column", name)
+    return names[0] if len(names) == 1 else names
+
+
+def _one_label(columns: Collection[str], label: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """What a caller names, as a text if it is one column, else as several: ``joy,`` and ``["joy"]`` are ``joy``."""
+    if label is None or (isinstance(label, str) and label in columns):
+        return label
+    names = [name.strip() for name in label.split(",")] if isinstance(label, str) else list(label)
+    names = [name for name in names if name] or names[:1]
     return names[0] if len(names) == 1 else names
 
 
@@ -248,7 +260,8 @@ def _hint_on_indicators(
     found = _detect_indicators(path, columns, texts, {*indicators.names, *indicators.others})
     if found is None:
         return None
-    name, (line, value) = next(iter(indicators.others.items()))
+    name = next(name for name in found.labels if name in indicators.others)
+    line, value = indicators.others[name]
     return (
         f"if {_listed(found.labels)} are columns of labels, correct line {line}, where {name} is {value!r:.60} and not "
         "0 or 1"

@@ -94,7 +94,7 @@ class LocalFiles:
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")
         self.labels_tokens = self._labels_tokens(first, names[0], names[2])
         if self.labels_tokens:
-            self.columns = choose_token_columns(self.paths["train"], self.header, *names)
+            self.columns = self._token_columns("train", self.header, names)
         else:
             self.columns = choose_columns(self.paths["train"], self.header, *names, self._find_indicators)
         self._notes = [] if names[2] else _on_found(self.columns)
@@ -104,8 +104,6 @@ class LocalFiles:
         path, kind, given = self.paths["train"], self.formats["train"].kind, self.problem_type
         if kind == "conll" and given not in (None, TOKENS):
             raise TaskError(f"`problem_type={given}` was given, but {path} has tokens with tags; leave it out")
-        if kind == "conll" and len(first) < 2:
-            raise TaskError(f"{path}: the lines have one column; expected a token and its tag on each, add the tags")
         if kind in ("csv", "tsv") and given == TOKENS:
             raise TaskError(
                 f"`problem_type={given}` was given, but {path} is a table of texts; pass a .conll file with a token "
@@ -114,14 +112,21 @@ class LocalFiles:
         return given == TOKENS or kind == "conll" or (given is None and holds_tokens(first, text, label))
 
     def _columns_in(self, part: str, names: tuple[Any, Any, Any]) -> Columns:
-        """The columns of a part; where it is a CoNLL file its own, which the caller cannot name."""
         path, file_format = self.paths[part], self.formats[part]
         if not self.labels_tokens:
             next(iter(read_rows(path, file_format, required=self.columns.all)))
             return self.columns
         header = list(next(iter(read_rows(path, file_format))).values)
-        named: tuple[Any, Any, Any] = (None, None, None) if file_format.kind == "conll" else names
-        return choose_token_columns(path, header, *named, trained=self.columns)
+        return self._token_columns(part, header, names, self.columns)
+
+    def _token_columns(
+        self, part: str, header: list[str], names: tuple[Any, Any, Any], trained: Columns | None = None
+    ) -> Columns:
+        """The columns of a file of tokens; beside other files a CoNLL file has its own, whatever the caller names."""
+        kinds = {file_format.kind for file_format in self.formats.values()}
+        is_named = self.formats[part].kind != "conll" or kinds == {"conll"}
+        text, pair, label = names if is_named else (None, None, None)
+        return choose_token_columns(self.paths[part], header, text, pair, label, trained)
 
     def _find_indicators(self) -> Indicators:
         return indicator_columns(read_rows(self.paths["train"], self.formats["train"]))
