@@ -86,6 +86,15 @@ TABLES = {
             how="`sparsepeft reproduce table1 --keep-weights`",
         ),
     ),
+    "exported-labels": Table(
+        "Exported tasks: several labels, and labels of tokens",
+        lambda results: inference.exported(
+            results / "all-mpnet-base-v2",
+            "SPARTAN's tasks of several labels and of labels of tokens, all tokens with their places, on their whole "
+            "test parts (`--split test --tolerance 0.01`, see [devices](../devices.md#what-is-checked))",
+            "`sparsepeft train --task TASK --recipe best --precision bf16 --max-steps 500 --max-train-samples 10000`",
+        ),
+    ),
     "memory-read": Table("`ops.memory_read`", kernels.memory),
     "large-memory": Table("Memories of up to 65,536 parents", kernels.large_memory),
     "sparse-attention": Table("Sparse attention alone", kernels.attention),
@@ -131,7 +140,7 @@ PAGES = {
     "training": ("Training: throughput, and AdapterHub's adapters", ("finetuning", "finetuning-steps", "adapterhub")),
     "recipes": ("The search for recipes", ("recipe-search", "recipe-search-mpnet")),
     "parents": ("What parent cells have learned", ("parents",)),
-    "inference": ("Inference", ("inference", "runtimes", "exported")),
+    "inference": ("Inference", ("inference", "runtimes", "exported", "exported-labels")),
     "kernels": (
         "Kernels",
         ("memory-read", "large-memory", "sparse-attention", "routed-ffn", "gpu", "processors", "allocator"),
