@@ -58,7 +58,7 @@ def test_export(topics_run: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "out" / "export.json").read_text())
     assert report["tasks"]["topics"]["num_texts"] == 9
-    table, hint = _parts(report, tmp_path / "out")  # what is printed without --json
+    table, hint = _parts(report, tmp_path / "out", "validation")  # what is printed without --json
     assert list(table.columns[-3:]) == ["fp32", "int8 tasks", "int8"]
     assert hint == f'next: python {tmp_path / "out" / "run.py"} topics "some text"'
     run_py = [sys.executable, str(tmp_path / "out" / "run.py"), "topics", "The striker scored twice."]

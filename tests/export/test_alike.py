@@ -35,7 +35,7 @@ NO_INPUTS: list[Any] = [
 ]
 REFUSED = {
     "An input has an empty text; pass some words.": ["", " ", "\n\t", {"text": ""}],
-    "expected a text, a pair of texts, or a dictionary with text and text_pair.": NO_INPUTS,
+    "expected a text, a pair of texts, or a dictionary with text and text_pair, or with tokens alone.": NO_INPUTS,
     "half of a surrogate pair, which is no character; decode": ["bad \ud83d", {"text": "\ud83d"}],
     "byte at position 1 that is not UTF-8; read it": ["a\udcff"],
     "The task takes 1 text(s) per input, but 2 came; pass as many.": PAIRS,

@@ -76,11 +76,6 @@ def test_several_texts_and_all_tasks(client: TestClient, both: MultiTaskEngine) 
         ("/tasks/names", {"inputs": TEXT, "parameters": {"top_k": 2}}, "labels tokens and takes aggregation_strategy"),
         ("/tasks/two", {"inputs": TEXT, "parameters": {"stride": 2}}, "labels texts and takes top_k"),
         ("/tasks/names", {"inputs": TEXT, "parameters": {"aggregation_strategy": "best"}}, "cannot be used"),
-        (
-            "/tasks/names",
-            {"inputs": TEXT, "parameters": {"aggregation_strategy": "none", "stride": 2}},
-            "another strategy",
-        ),
         ("/tasks/names", {"inputs": TEXT, "parameters": {"stride": 62}}, "at most 62 tokens"),
         ("/tasks/names", {"inputs": {"text": TEXT, "text_pair": OTHER}}, "takes 1 text(s)"),
     ],
@@ -90,3 +85,13 @@ def test_what_is_refused(client: TestClient, path: str, body: Any, words: str) -
     assert answer.status_code == 422
     error = answer.json()["error"]
     assert words in (error if isinstance(error, str) else error["message"])
+
+
+def test_each_token_of_a_text_that_may_be_read_in_parts(client: TestClient) -> None:
+    parameters = {"aggregation_strategy": "none", "ignore_labels": []}
+    whole, parts = (
+        client.post("/tasks/names", json={"inputs": TEXT, "parameters": parameters | more})
+        for more in ({}, {"stride": 2})
+    )
+    assert whole.status_code == parts.status_code == 200
+    assert [each["start"] for each in parts.json()] == [each["start"] for each in whole.json()]
