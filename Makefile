@@ -8,7 +8,7 @@ DOCS   := .venv-docs
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo docs test test-real test-arm test-image check format clean
+.PHONY: env demo docs test test-cluster test-real test-arm test-image check format clean
 
 env: $(READY)
 
@@ -30,7 +30,11 @@ check: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real" -n 2 --dist worksteal
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu and not real" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not gpu and not real and not cluster" -n 2 --dist worksteal
+
+# Processes that work together: Ray, Flower, torch.distributed. One worker: each test keeps two cores at work.
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -q -m "cluster and not gpu and not real" -n 1
 
 # On MPNet-base and Gemma 3 270M in the folder SPARSEPEFT_MODELS; skipped where missing. One worker, as they are large.
 test-real: $(READY)

@@ -19,7 +19,7 @@ from sparsepeft.clusters import local_or
 from sparsepeft.errors import UserError
 from sparsepeft.scoring import TableOptions
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 ray = pytest.importorskip("ray.data", reason="needs the extra ray").__name__ and pytest.importorskip("ray")
 OPTIONS = RayOptions(workers=2)
 TEXT = TableOptions("text")

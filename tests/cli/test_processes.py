@@ -26,7 +26,7 @@ from sparsepeft.runs.folder import has_checkpoint
 from sparsepeft.training import train
 from sparsepeft.training.fit import _check_sharded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "SPARSEPEFT_DATA"} | {"OMP_NUM_THREADS": "1"}
 SETTINGS: dict[str, Any] = {"max_steps": 20, "eval_steps": 10, "max_train_samples": 160, "save_dtype": "bf16"}

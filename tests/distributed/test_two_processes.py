@@ -14,7 +14,7 @@ from tests.spt.models import SIZES, build
 
 from sparsepeft_research.experiments.processes import Job, run_jobs, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STRATEGIES = ("ddp", "fsdp2")
 NUM_LAYERS = SIZES["num_hidden_layers"]
 HALFWAY = f"checkpoint-{STEPS // 2}"

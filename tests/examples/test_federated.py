@@ -27,7 +27,7 @@ from sparsepeft.methods.models import load_backbone
 from sparsepeft.tasks import task_spec
 
 pytest.importorskip("flwr", reason='Flower is not installed; run pip install "sparsepeft[federated]"')
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 APP = Path(__file__).parents[2] / "examples" / "federated"
 CHANCE = 0.2  # five topics, as many texts of each
 # Steps of a length and at a rate that show something within seconds.

@@ -56,6 +56,7 @@ def train(rank: int, folder: str, dense_steps: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("dense_steps", [0, 1])
 def test_two_processes_take_the_step_of_one(dense_steps: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train, (str(tmp_path), dense_steps), nprocs=PROCESSES)

@@ -24,7 +24,7 @@ from sparsepeft.runs.files import RESULTS
 from sparsepeft.sweeps import Sweep, SweepOptions, plan_sweep, read_space, sweep
 from sparsepeft.training import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STEPS = 40
 
 

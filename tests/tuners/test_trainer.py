@@ -176,6 +176,7 @@ def test_a_trained_adapter_of_a_quantized_backbone(backbone: str, tmp_path) -> N
     assert trainer.evaluate()["eval_loss"] < before
 
 
+@pytest.mark.cluster
 def test_the_example_trains_on_the_built_in_topics_in_two_processes(tmp_path) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
     model = str(save_tiny_backbone(tmp_path / "model"))

@@ -93,7 +93,7 @@ def choose_columns(
 
 def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
     """Whether a row of a file has lists of tokens and tags, under the caller's names or usual ones, and no text."""
-    label = _one_label(row, label)
+    label = _label(row, label) if label is not None else None
     if not isinstance(label, str | None):
         return False
     names = ((text,) if text is not None else TOKENS, (label,) if label is not None else TAGS)
@@ -121,7 +121,7 @@ def choose_token_columns(
     """
     if len(columns) == 1:
         raise TaskError(f"{path} has one column, {_listed(columns)}; expected tokens and a tag for each, add the tags")
-    label = _one_label(columns, label)
+    label = _label(columns, label) if label is not None else None
     if text_pair is not None:
         raise TaskError(f"{path}: `text_pair_column={text_pair}` was given, but tokens come in one list; leave it out")
     if not isinstance(label, str | None):
@@ -223,20 +223,19 @@ def _check_named(path: Path, columns: Sequence[str], parameter: str, name: str) 
 
 def _named_label(path: Path, columns: Sequence[str], label: str | Sequence[str]) -> Label:
     """The column, or columns, that a caller names."""
-    chosen = _one_label(columns, label) or label
-    names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
-    for name in names:
+    chosen = _label(columns, label)
+    for name in Columns((), chosen).labels:
         _check_named(path, columns, "label_column", name)
-    return names[0] if len(names) == 1 else names
+    return chosen
 
 
-def _one_label(columns: Collection[str], label: str | Sequence[str] | None) -> str | Sequence[str] | None:
+def _label(columns: Collection[str], label: str | Sequence[str]) -> Label:
     """What a caller names, as a text if it is one column, else as several: ``joy,`` and ``["joy"]`` are ``joy``."""
-    if label is None or (isinstance(label, str) and label in columns):
+    if isinstance(label, str) and label in columns:
         return label
     names = [name.strip() for name in label.split(",")] if isinstance(label, str) else list(label)
     names = [name for name in names if name] or names[:1]
-    return names[0] if len(names) == 1 else names
+    return names[0] if len(names) == 1 else tuple(names)
 
 
 def _detect_indicators(

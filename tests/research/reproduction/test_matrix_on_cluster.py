@@ -13,7 +13,7 @@ from tests.workers import killed_worker
 from sparsepeft.errors import UserError
 from sparsepeft_research.reproduction import Cluster, reproduce
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def test_the_table_is_that_of_runs_one_after_the_other(ray_cluster: str, tiny_backbone: Path, tmp_path: Path) -> None:

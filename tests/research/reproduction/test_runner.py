@@ -197,6 +197,7 @@ def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None
         time.sleep(0.02)
 
 
+@pytest.mark.cluster
 def test_killed_halfway_it_ends_with_the_whole_table_in_two_processes(tiny_backbone: Path, tmp_path: Path) -> None:
     steps = 60
     process = start(tmp_path, tiny_backbone, steps)
