@@ -39,7 +39,7 @@ def _add(benchmark: Benchmark) -> None:
             return
         parts = parts_of(benchmark.name, report)
         for part in parts:
-            out.print(part, highlight=False, markup=False)
+            out.print(part, highlight=False)
         if written:
             out.print(f"figure: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
         if output is None and not parts:

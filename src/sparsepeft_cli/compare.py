@@ -67,9 +67,9 @@ def command(
     else:
         out.print(table(comparison.heading, *comparison.cells()))
         for note in (*comparison.explanations(), *comparison.notes):
-            out.print(f"note: {in_options(note)}", highlight=False, markup=False, soft_wrap=True)
+            out.print(f"note: {in_options(note)}", highlight=False, soft_wrap=True)
         out.print(f"written: {', '.join(map(str, comparison.files))}", highlight=False, soft_wrap=True)
-        out.print(comparison.recommendation, style="bold", highlight=False, markup=False, soft_wrap=True)
+        out.print(comparison.recommendation, style="bold", highlight=False, soft_wrap=True)
     if comparison.failed:
         raise RunFailed(
             f"{len(comparison.failed)} of {len(chosen)} methods failed: {', '.join(comparison.failed)}. The same "

@@ -57,7 +57,7 @@ def command(
         return
     about["notes"] = [in_options(note) for note in about["notes"]]
     for part in _page(about):
-        out.print(part, highlight=False, markup=False)
+        out.print(part, highlight=False)
 
 
 options.declare(command, options.section("Options", {name: OPTIONS["Data"][name] for name in _OF_FILES}))

@@ -26,7 +26,10 @@ def command(
     ] = None,
     data_dir: options.DataDir = None,
     model: options.TrainedModel = None,
-    batch_size: options.BatchSize = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs per forward pass. [default: 32; of a language model as in training]"),
+    ] = None,
     device: options.Device = None,
     infer: options.Infer = None,
     report: Annotated[
@@ -45,7 +48,7 @@ def command(
     from sparsepeft.devices import keep_freed_memory
     from sparsepeft.folders import write_json
     from sparsepeft.training import TableOptions, evaluate
-    from sparsepeft_cli.terminal.console import err, out, print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json, say
 
     keep_freed_memory()
     with err.status("evaluating"):
@@ -68,8 +71,10 @@ def command(
     if report:
         for part in report_tables(result.report):
             out.print(part, highlight=False)
+        if not result.report:
+            say("note: --report tells of classes, and this task has none.")
     for note in result.notes:
-        out.print(f"note: {in_options(note)}", highlight=False, markup=False)
+        out.print(f"note: {in_options(note)}", highlight=False)
 
 
 options.declare(command, options.section("Rows of a file", options.ROWS))

@@ -75,11 +75,14 @@ def command(
         raise UserError("Pass the FOLDER of a run, and a text, --file or lines on standard input; or --input.")
     if text is not None and file is not None:
         raise UserError("A text and --file were both given; pass one of them.")
+    unused = rows if text is not None else ["delimiter"] if file is None else []
+    if given := [name for name in unused if rows[name] is not None]:
+        raise UserError(f"`{given[0]}` was given without a file; pass --file, or leave it out.")
     if file is not None and not file.is_file() and not file.is_fifo():
         raise UserError(f"The file {file} does not exist; pass an existing file to --file.")
     if output is not None and (output.is_dir() or (file is not None and output.resolve() == file.resolve())):
         raise UserError(f"--output {output} is {'a folder' if output.is_dir() else 'the input'}; pass another file.")
-    from sparsepeft.scoring.answers import answer, format_of, formatter
+    from sparsepeft.scoring.answers import AnswerLines, answer, format_of
 
     format = format_of(output_format, output)
     from sparsepeft.devices import keep_freed_memory
@@ -99,12 +102,13 @@ def command(
         questions = read_lines(_stdin(rows["encoding"]), predictor, table)
     num_answers = num_failed = num_cut = 0
     with _writing(output) as write:
-        line_of = formatter(format, predictor.spec)
+        line_of = AnswerLines(format, predictor.spec)
         for batch in answer(predictor, questions):
             write("".join(map(line_of, batch)))
             num_answers += len(batch)
             num_failed += sum(one.prediction.error is not None for one in batch)
             num_cut += sum(one.prediction.truncated for one in batch)
+        write(line_of.end())
     if num_cut:
         print(f"note: {num_cut:,} of {num_answers:,} inputs are longer than training's and were cut.", file=sys.stderr)
     if num_failed:

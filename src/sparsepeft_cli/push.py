@@ -21,10 +21,16 @@ def command(
 
     Example: `sparsepeft push out/topics me/topics --private`
     """
-    from sparsepeft_cli.terminal.console import err, out
+    from sparsepeft_cli.terminal.console import out
+
+    out.print(upload(folder, repo_id, private), highlight=False, soft_wrap=True)
+
+
+def upload(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a finished run, see :func:`sparsepeft.runs.pushing.push_to_hub`, and say so; its address."""
+    from sparsepeft_cli.terminal.console import err
 
     with err.status("loading"):
         from sparsepeft.runs.pushing import push_to_hub
     with err.status(f"uploading to {repo_id}"):
-        url = push_to_hub(folder, repo_id, private)
-    out.print(url, highlight=False, soft_wrap=True)
+        return push_to_hub(folder, repo_id, private)

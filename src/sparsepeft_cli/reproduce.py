@@ -168,7 +168,7 @@ def _show_table(name: str, matrix: Any, how: dict[str, Any], json: bool) -> None
         out.print(f"{outcome.table.title}\n{outcome.table.model}, scores x 100", highlight=False)
         out.print(table("", header, rows))
         for note in outcome.table.notes:
-            out.print(f"- {note}", highlight=False, markup=False)
+            out.print(f"- {note}", highlight=False)
         out.print(f"written: {', '.join(map(str, outcome.files))}", highlight=False, soft_wrap=True)
     else:
         out.print(f"There is no result in {matrix.output_dir} yet.", highlight=False)

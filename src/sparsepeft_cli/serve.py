@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sparsepeft_cli.terminal import options
+
 
 def command(
     task: Annotated[
@@ -31,6 +33,7 @@ def command(
         str | None, typer.Option(help="For requests that name no task. [default: the only one]")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the backbone: fp32, bf16 or fp16.")] = "fp32",
+    device: options.Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens of a batch, padding included.")] = 4096,
     longest_wait: Annotated[
@@ -78,4 +81,5 @@ def command(
         dtype=dtype,
         token_budget=token_budget,
         threads=threads,
+        device=device,
     )

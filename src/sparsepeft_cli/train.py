@@ -130,7 +130,7 @@ def command(**flags: Any) -> None:
     from sparsepeft.devices import keep_freed_memory
     from sparsepeft.launch import is_first, num_processes
     from sparsepeft.training import load_config, parse_settings, train
-    from sparsepeft_cli.terminal.console import print_json
+    from sparsepeft_cli.terminal.console import err, out, print_json
     from sparsepeft_cli.terminal.progress import TrainingProgress
     from sparsepeft_cli.terminal.summary import print_summary
 
@@ -158,7 +158,9 @@ def command(**flags: Any) -> None:
         if push_to_hub is not None:
             from sparsepeft_cli import push
 
-            push.command(Path(run.output_dir), push_to_hub, bool(private))
+            url = push.upload(Path(run.output_dir), push_to_hub, bool(private))
+            console = err if json else out
+            console.print(url, highlight=False, soft_wrap=True)
     if num_processes() > 1:
         from sparsepeft.training.processes import leave
 

@@ -116,7 +116,7 @@ def _entity_options(parameters: Parameters) -> EntityOptions:
     """How tokens are put together.
 
     Raises:
-        ServiceError: the parameters do not go together.
+        ServiceError: one of the parameters cannot be used.
     """
     ignored = ("O",) if parameters.ignore_labels is None else parameters.ignore_labels
     try:

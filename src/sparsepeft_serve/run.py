@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from sparsepeft.devices import keep_freed_memory
+from sparsepeft.devices import find_device, keep_freed_memory
 from sparsepeft.errors import UserError
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.folders import backbone_of_tasks, named_tasks
@@ -49,16 +49,26 @@ def read_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
 
 
 def load_engine(
-    tasks: Mapping[str, Path], model: str | None, tasks_dir: Path | None = None, *, dtype: str, token_budget: int
+    tasks: Mapping[str, Path],
+    model: str | None,
+    tasks_dir: Path | None = None,
+    *,
+    dtype: str,
+    token_budget: int,
+    device: str | None = None,
 ) -> MultiTaskEngine:
     """An engine with the tasks; without a ``model`` on the backbone that the first of them was trained on.
 
     A task in the tasks folder that cannot be loaded is told in the log and left out.
 
+    Args:
+        device: where to compute; None is the accelerator, if there is one, else the CPU.
+
     Raises:
-        UserError: the backbone, or a task that is not in the tasks folder, cannot be loaded.
+        UserError: the backbone, or a task outside the tasks folder, cannot be loaded, or there is no such device.
     """
-    engine = MultiTaskEngine(backbone_of_tasks(tasks, model), dtype=dtype, token_budget=token_budget)
+    found = str(find_device(device))
+    engine = MultiTaskEngine(backbone_of_tasks(tasks, model), dtype=dtype, device=found, token_budget=token_budget)
     for name, path in tasks.items():
         try:
             check_weights_format(path)
@@ -80,16 +90,17 @@ def serve(
     dtype: str,
     token_budget: int,
     threads: int | None,
+    device: str | None,
 ) -> None:
     """Answer until a signal comes; what was taken by then is answered.
 
     Raises:
-        UserError: the engine cannot be made, or the default task is none of its tasks.
+        UserError: the engine cannot be made, there is no such device, or the default task is none of its tasks.
     """
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    engine = load_engine(tasks, model, settings.tasks_dir, dtype=dtype, token_budget=token_budget)
+    engine = load_engine(tasks, model, settings.tasks_dir, dtype=dtype, token_budget=token_budget, device=device)
     if settings.default_task is not None and settings.default_task not in engine.tasks:
         raise UserError(
             f"--default-task {settings.default_task} was given, but the tasks are {', '.join(engine.tasks) or 'none'}."

@@ -150,6 +150,14 @@ def test_one_task_has_the_columns_of_predict(runs: dict[str, Path], tmp_path: Pa
 
 def test_lists_of_tokens_are_texts(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"tokens": row["text"].split()} for row in ROWS[:3]] + [{"tokens": None}]
+    for name in ("own.parquet", "own.jsonl"):
+        score_files(
+            write(tmp_path / name, [row | {"text": "own"} for row in rows[:3]]),
+            tmp_path / name[4:],
+            {"names": runs["names"]},
+        )
+        found = read(tmp_path / name[4:] / name)
+        assert [(row["text"], row["predicted_text"]) for row in found] == [("own", row["text"]) for row in ROWS[:3]]
     for name in ("some.parquet", "some.jsonl"):
         report = score_files(write(tmp_path / name, rows), tmp_path / name[5:], {"names": runs["names"]})
         assert (report.rows, report.failed) == (4, 1)
@@ -180,13 +188,16 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_answered(runs: dict[str, Pa
     content, column = whole.read_bytes(), pq.read_metadata(whole).row_group(1).column(1)
     start, size = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
     (tmp_path / "damaged.parquet").write_bytes(content[:start] + b"\xff" * size + content[start + size :])
+    (tmp_path / "cut.parquet").write_bytes(content[:-20])  # where a file says what is in it
+    (tmp_path / "other.csv").write_text("id,body\n1,a\n")
     (tmp_path / "fields.csv").write_text("id,text\n1,a\n2,b,c\n")
     (tmp_path / "lines.jsonl").write_bytes(
-        b'{"text": "a"}\n{"text": "b\n\n"plain"\n["x", "y"]\n{"id": 3}\n{"text": "\xff"}\n'
+        b'{"text": "\xc3\xa4"}\n{"text": "b\n\n"plain"\n["x", "y"]\n{"id": 3}\n{"text": "\xff"}\n'
     )
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 30)[:-9])
     report = score_files(tmp_path / "*.*", tmp_path / "out", {"mood": runs["mood"]})
-    assert set(report.failed_files) == {"damaged.parquet", "fields.csv", "cut.jsonl.gz"}
+    assert set(report.failed_files) == {"damaged.parquet", "cut.parquet", "other.csv", "fields.csv", "cut.jsonl.gz"}
+    assert "which column is the text" in report.failed_files["other.csv"]
     assert "fields.csv:3: expected 2 fields" in report.failed_files["fields.csv"]
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["lines.jsonl", "whole.parquet"]
     lines = read(tmp_path / "out" / "lines.jsonl")
@@ -196,7 +207,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_answered(runs: dict[str, Pa
     ]
     assert (report.rows, report.failed) == (len(ROWS) + 6, 1 + 4)
     (tmp_path / "fields.csv").write_text("id,text\n1,a\n2,b\n")
-    for name in ("damaged.parquet", "cut.jsonl.gz"):
+    for name in ("damaged.parquet", "cut.parquet", "other.csv", "cut.jsonl.gz"):
         (tmp_path / name).unlink()
     again = score_files(tmp_path / "*.*", tmp_path / "out", {"mood": runs["mood"]})
     assert (again.files, again.skipped, again.rows) == (1, 2, 2)
@@ -268,6 +279,7 @@ def test_what_is_refused_before_anything_is_written(runs: dict[str, Path], tiny_
         (tmp_path / name).write_text("id,body\n1,a\n")
     (tmp_path / "a.json").write_text("[]")
     file, mood = tmp_path / "a.csv", {"mood": runs["mood"]}
+    lines = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     named = METHODS["spartan"](id2label={0: "label", 1: "b"})
     clash = {name: save_task(tiny_backbone, tmp_path / name, named) for name in ("x", "x_score")}
     for files, tasks, options, words in (
@@ -286,6 +298,7 @@ def test_what_is_refused_before_anything_is_written(runs: dict[str, Path], tiny_
         (tmp_path, mood, {}, "is a folder; pass a pattern"),
         (tmp_path / "a.json", mood, {}, "expected names that end in .parquet, .jsonl, .csv, .tsv"),
         ([], mood, {}, "No file was given"),
+        (lines, mood, {"table": TableOptions(delimiter=";")}, "`delimiter=;` was given, but .*a.jsonl has none"),
         ([file, tmp_path / "below/a.csv"], mood, {}, "have the same name, as their answers would"),
         (file, clash, {"model": str(tiny_backbone)}, "Two columns of the answers would be called 'x_score_label'"),
     ):

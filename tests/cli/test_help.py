@@ -16,6 +16,7 @@ from rich.console import Console
 from tests.cli.test_cli import ran, sparsepeft
 
 import sparsepeft_cli.app
+from sparsepeft_cli.terminal import console
 from sparsepeft_cli.terminal.console import table
 
 
@@ -85,6 +86,17 @@ def test_few_rows_become_columns() -> None:
     printed = _printed(COLUMNS, ROWS[:2], 60)
     assert [line for line in printed.splitlines() if "other labels" in line and "0.2e-07" in line and "1.2e-07" in line]
     assert "task number 1, [x]" in printed
+
+
+def test_square_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in (console.out, console.err):
+        with stream.status("reading out/[v1]/x"):
+            stream.print("“[deleted]” [/quote]", highlight=False)
+    shown = console._Shown("out/[v1]", console=Console(file=io.StringIO(), force_terminal=True))
+    shown.update("out/[/v2]")
+    assert str(shown.renderable.text) == "out/[/v2]"
+    out, err = capsys.readouterr()
+    assert ("“[deleted]” [/quote]" in out, "“[deleted]” [/quote]" in err, "[v1]" in err) == (True, True, True)
 
 
 def test_a_table_without_rows_has_its_header() -> None:

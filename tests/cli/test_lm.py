@@ -9,6 +9,8 @@ import pytest
 from tests.cli.test_cli import ran, refused, sparsepeft
 from tests.tiny import topics_text
 
+from sparsepeft.scoring import evaluation
+
 pytestmark = pytest.mark.slow
 
 
@@ -52,6 +54,13 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
     assert json.loads(done.stdout)["validation"]["perplexity"] == pytest.approx(results["score"], rel=1e-5)
     scores = {infer: metrics["validation"]["perplexity"] for infer, metrics in results["metrics_by_infer"].items()}
     assert scores["sparse"] == results["score"] != scores["dense"]
+    perplexity, sizes = evaluation.perplexity, set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "perplexity", lambda *given: (sizes.add(given[2]), perplexity(*given))[1])
+        done = ran("evaluate", tmp_path / "o", "--batch-size", 3, "--report")
+        assert "this task has none" in done.stderr
+        ran("evaluate", tmp_path / "o")
+    assert sizes == {3, 4}
     shown = sparsepeft("evaluate", tmp_path / "o").stdout
     assert all(f"{score:.4f}" in shown and f"validation, {infer}" in shown for infer, score in scores.items())
     shown = sparsepeft("evaluate", tmp_path / "o", "--infer", "dense").stdout

@@ -38,6 +38,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         (("--host", "0.0.0.0"), "no --token-file says who may ask"),
         (("--task", "two"), "expected NAME=FOLDER"),
         (("--tasks-dir", tmp_path / "none"), "cannot be read"),
+        (("--task", f"a={tmp_path}", "--device", "abacus"), "--device abacus was given"),
         (("--token-file", tmp_path / "none"), "cannot be read"),
     ):
         done = sparsepeft("serve", *arguments)

@@ -10,6 +10,7 @@ from tests.cli.test_cli import ran, sparsepeft
 from tests.tiny import topics_rows, topics_text, write_jsonl
 
 from sparsepeft.reprs import duration
+from sparsepeft.runs import pushing
 from sparsepeft_cli.terminal.summary import summary
 
 RESULTS = {
@@ -99,6 +100,13 @@ def test_options_by_transformers_names(tiny_backbone: Path, tmp_path: Path) -> N
     assert done.returncode == 1
     assert "precision" in done.stdout
     assert f"it is kept: repeat `sparsepeft push {tmp_path / 'o'} me/mine`" in done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pushing, "push_to_hub", lambda folder, repo_id, private: f"https://hub/{repo_id}")
+        own = ("--train-file", file, "--model", tiny_backbone, "--output-dir", tmp_path / "j", "--max-steps", 1)
+        pushed = ran("train", *own, "--json", "--push-to-hub", "me/mine")
+        assert ran("push", tmp_path / "o", "me/mine").stdout == "https://hub/me/mine\n"
+    assert json.loads(pushed.stdout)["steps"] == 1
+    assert "https://hub/me/mine" in pushed.stderr
     again = sparsepeft("push", tmp_path / "o", "me/mine")
     assert (again.returncode, again.stderr.splitlines()[-1]) == (1, done.stderr.splitlines()[-1])
 

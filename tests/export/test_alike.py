@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,22 @@ def test_what_can_be_answered(ways: dict[str, Ask], task: str, inputs: list[Any]
             np.testing.assert_allclose(_values(row), _values(expected), atol=1e-4)
             assert row | {"scores": {}, "score": 0} == expected | {"scores": {}, "score": 0}
     assert ways["engine"]("topics", SINGLE[4])["truncated"]
+
+
+def test_a_text_is_cut_where_the_tokenizer_cuts(
+    exported: Path, backbone: Path, folders: dict[str, Path], tmp_path
+) -> None:
+    engine, left = MultiTaskEngine(backbone, folders), Path(shutil.copytree(exported, tmp_path / "left"))
+    for name in ("topics", "tags"):
+        file = left / "tasks" / name / "task.json"
+        task = json.loads(file.read_text())
+        assert task["truncation_side"] == "right"
+        file.write_text(json.dumps(task | {"truncation_side": "left"}))
+        runner = importlib.import_module("sparsepeft.export.run").Runner(left)
+        found, long = next(runner.answer(name, [SINGLE[4]])), [(name, SINGLE[4])]
+        (expected,), (other,) = engine.predict(long, truncation_side="left"), engine.predict(long)
+        np.testing.assert_allclose(_values(found), _values(expected.to_dict()), atol=1e-6)
+        assert not np.allclose(_values(found), _values(other.to_dict()), atol=1e-6)
 
 
 def test_what_cannot_be_answered(ways: dict[str, Ask]) -> None:

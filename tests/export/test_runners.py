@@ -65,14 +65,14 @@ def test_the_runner_needs_few_packages(exported_in: Exported, backbone: Path, fo
     done = ask("five", stdin="\n".join(TEXTS[:3]))
     assert done.returncode == 0, done.stderr
     assert_same([json.loads(line) for line in done.stdout.splitlines()], expected, exported_in.tolerance)
-    done = ask("topics", stdin=f"\n{TEXTS[0]}\n{TEXTS[0]}\t{TEXTS[1]}\n\udcff bad\n")
+    done = ask("topics", stdin=f"\ufeff\n{TEXTS[0]}\n{TEXTS[0].replace(' ', chr(9))}\n\udcff bad\n")
     first, second, third, fourth = map(json.loads, done.stdout.splitlines())
     assert "empty text" in first["error"]
     assert second["label"] in ("business", "health", "science", "sport", "travel")
-    assert "takes 1 text" in third["error"]
+    assert third["label"] == second["label"]  # a tab is white space where no second text is expected
     assert "a byte at position 0 that is not UTF-8" in fourth["error"]
     assert done.returncode == 1
-    assert "3 inputs could not be answered" in done.stderr
+    assert "2 inputs could not be answered" in done.stderr
     done = ask("two", *PAIRS[0])
     assert json.loads(done.stdout)["label"] in ("LABEL_0", "LABEL_1"), done.stderr
     done = ask("seven", "text")

@@ -44,6 +44,7 @@ def test_flags_win_over_file_and_file_over_recipe(tmp_path: Path) -> None:
         ({"task": "topics", "output_dir": "o", "warmup_ratio": 6}, ["`warmup_ratio=6`", "from 0 to 1"]),
         ({"task": "topics", "output_dir": "o", "lr_scheduler_type": "cos"}, ["`lr_scheduler_type`: 'cos'", "cosine"]),
         ({"task": "topics", "output_dir": "o", "few_shot": 9, "eval_steps": 5}, ["`eval_steps`", "`few_shot`"]),
+        ({"task": "topics", "output_dir": "o", "few_shot": 9, "max_train_samples": 5}, ["`max_train_samples`"]),
         ({"task": "topics", "output_dir": "o", "seed": -3}, ["`seed=-3`"]),
         ({"task": "topics", "output_dir": "o", "seed": 2**32}, ["`seed=4294967296`", "4294967295"]),
         ({"task": "topics", "output_dir": "o", "max_steps": "5"}, ["`max_steps=5`", "a whole number"]),

@@ -16,7 +16,7 @@ import pytest
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import Prediction
-from sparsepeft.scoring.answers import Answer, arriving, format_of, formatter
+from sparsepeft.scoring.answers import Answer, AnswerLines, arriving, format_of
 from sparsepeft.scoring.questions import TableOptions, read_lines, read_questions
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
@@ -82,6 +82,33 @@ def test_tables_are_read_by_the_columns_of_training(tmp_path: Path) -> None:
         read_questions(tmp_path / "new.jsonl.gz", asked(PAIRS), TableOptions(delimiter=";"))
 
 
+def test_files_of_lines_are_read_as_training_reads_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ask, file = asked(CLASSES, ("body",)), tmp_path / "new.txt"
+    file.write_text("body\ttopic\na, b\tx\n")
+    assert [question.columns for question in read_questions(file, ask)] == [{"body": "a, b", "topic": "x"}]
+    assert [question.texts for question in read_questions(file, asked(CLASSES))] == ["body\ttopic", "a, b\tx"]
+    assert [question.texts for question in read_questions(file, asked(CLASSES), TableOptions("topic"))] == ["x"]
+    file.write_text("one\nand two\n")
+    assert [question.texts for question in read_questions(file, ask)] == ["one", "and two"]
+    lines, file = '{"body": "café"}\n', tmp_path / "new.jsonl"
+    for encoding in ("utf-8", "utf-16", "cp1252"):
+        file.write_bytes(lines.encode(encoding))
+        assert [question.texts for question in read_questions(file, ask)] == ["café"]
+    assert "new.jsonl is not UTF-8 and was read as cp1252" in caplog.text
+    file.write_bytes(lines.encode() + lines.encode("cp1252"))  # damaged
+    assert [question.texts for question in read_questions(file, ask)] == ["café", "caf\udce9"]
+    (tmp_path / "new.json").write_text('[{"body": "a"}]')
+    with pytest.raises(UserError, match=r"`delimiter=;` was given, but .*new.json has none; leave it out"):
+        read_questions(tmp_path / "new.json", ask, TableOptions(delimiter=";"))
+
+
+def test_a_column_called_text_stays_beside_lists_of_tokens() -> None:
+    spec = TaskSpec("custom", ("tokens",), ("O", "B-x"), ("f1",), "f1", 1, labels_tokens=True)
+    row = {"text": "O'Neil's", "tokens": ["O'Neil", "'s"]}
+    (question,) = read_lines([json.dumps(row)], asked(spec, ("tokens",)))
+    assert question.columns == row | {"predicted_text": "O'Neil 's"}
+
+
 def test_what_has_come_is_handed_on_without_waiting_for_more() -> None:
     more = threading.Event()
 
@@ -109,18 +136,18 @@ ANSWERS = [
 
 
 def test_rows_keep_their_columns_and_have_no_number_that_json_lacks() -> None:
-    first, second, third = (json.loads(line) for line in map(formatter("jsonl", CLASSES), ANSWERS))
+    first, second, third = (json.loads(line) for line in map(AnswerLines("jsonl", CLASSES), ANSWERS))
     assert first == {"id": 7, "label": "b", "predicted_label": "a", "score": 0.9123, "scores": first["scores"]}
     assert list(first) == ["id", "label", "predicted_label", "score", "scores"]
     assert second["id"] is None
     assert second["scores"] == {"a": 1.235e-9, "b": 1.0}
     assert third == {"id": 9, "label": "", "error": "An input has an empty text; pass some words."}
-    value = json.loads(formatter("jsonl", PAIRS)(Answer({"score": 3}, Prediction(None, 1234.56789))))
+    value = json.loads(AnswerLines("jsonl", PAIRS)(Answer({"score": 3}, Prediction(None, 1234.56789))))
     assert value == {"score": 3, "predicted_score": 1234.57}
 
 
 def test_csv_has_the_same_columns_in_all_rows() -> None:
-    line_of = formatter("csv", CLASSES)
+    line_of = AnswerLines("csv", CLASSES)
     rows = list(csv.DictReader(io.StringIO("".join(map(line_of, ANSWERS)))))
     assert list(rows[0]) == ["id", "label", "predicted_label", "score", "score_a", "score_b", "error"]
     assert rows[0]["predicted_label"] == "a"
@@ -131,9 +158,16 @@ def test_csv_has_the_same_columns_in_all_rows() -> None:
         line_of(Answer({"id": 1, "label": "a", "more": 1}, ANSWERS[0].prediction))
     several = Prediction("a", 0.9, {"a": 0.9, "b": 0.8}, labels=("a", "b"))
     spec = TaskSpec("tags", ("text",), ("a", "b"), ("micro_f1",), "micro_f1", 1, multi_label=True)
-    line = formatter("csv", spec)(Answer({}, several))
+    bad = Answer({}, Prediction.failed("Line 1 is not JSON"))
+    line_of = AnswerLines("csv", CLASSES)
+    rows = list(csv.DictReader(io.StringIO("".join(map(line_of, [bad, bad, *ANSWERS, bad])) + line_of.end())))
+    assert [row["id"] for row in rows] == ["", "", "7", "", "9", ""]
+    assert [row["error"][:6] for row in rows] == ["Line 1", "Line 1", "", "", "An inp", "Line 1"]
+    line_of = AnswerLines("csv", CLASSES)
+    assert (line_of(bad), line_of.end()) == ("", "label,score,score_a,score_b,error\n,,,,Line 1 is not JSON\n")
+    line = AnswerLines("csv", spec)(Answer({}, several))
     assert line == "labels,score_a,score_b,error\na|b,0.9,0.8,\n"
-    assert json.loads(formatter("jsonl", CLASSES)(Answer({}, several)))["labels"] == ["a", "b"]
+    assert json.loads(AnswerLines("jsonl", CLASSES)(Answer({}, several)))["labels"] == ["a", "b"]
 
 
 def test_the_format_is_the_files_ending_unless_it_is_given() -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparsepeft.tasks import TaskData, TaskError, few_shot, load_task, split_train, subsample
+from sparsepeft.tasks.labels import LabelReader
 
 TAGS: list[list[str]] = [["a", "b"], ["b"], [], ["c", "a"], ["b"]]
 
@@ -29,6 +31,7 @@ def load(path: Path, rows: list[tuple[str, Any]], **options: Any) -> TaskData:
         ("jsonl", lambda tags: tags or None, None),
         ("tsv", json.dumps, None),
         ("tsv", repr, None),  # as pandas writes a column of lists
+        ("tsv", lambda tags: str(np.array(tags, object)), None),  # and of arrays, as it reads them from parquet
         ("tsv", "|".join, "multi_label"),
         ("tsv", ", ".join, "multi_label"),
         ("tsv", ";".join, "multi_label_classification"),
@@ -50,6 +53,15 @@ def test_whole_numbers_and_separators_within_names(tmp_path: Path) -> None:
     data = load(tmp_path / "b.tsv", [("x", "arts, crafts|sport"), ("y", "sport")], problem_type="multi_label")
     assert data.spec.label_names == ("arts, crafts", "sport")
     assert data.notes[0] == "custom: labels were separated at '|'; ',' was taken for a part of their names"
+
+
+def test_another_file_may_write_the_same_labels_otherwise(tmp_path: Path) -> None:
+    spec = load(tmp_path / "a.tsv", [("x", "arts, crafts;sport"), ("y", "sport")], problem_type="multi_label").spec
+    for written in ("arts, crafts", '["arts, crafts"]', "sport|arts, crafts", "arts, crafts;sport"):
+        labels = [(1, written), (2, "sport")]
+        assert LabelReader.for_task(spec, labels).read(tmp_path, labels)[0][0] == 1
+    spec = load(tmp_path / "b.jsonl", [("x", True), ("y", False)]).spec
+    assert LabelReader.for_task(spec, []).read(tmp_path, [(1, "True"), (2, "FALSE"), (3, "true")]) == [1, 0, 1]
 
 
 def test_what_looks_like_several_is_noted(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 from sparsepeft.bulk.plan import Plan
 from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import WINDOW
-from sparsepeft.rows.formats import FileFormat
+from sparsepeft.rows.decoding import UTF8
+from sparsepeft.rows.formats import FileFormat, find_format
 from sparsepeft.rows.parquet import parquet_file
 from sparsepeft.rows.reading import check_columns, read_header, read_rows
-from sparsepeft.scoring.questions import Question, as_question, read_questions, text_columns
+from sparsepeft.scoring.questions import Question, as_question, beside, read_questions, text_columns
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def look_at(path: Path, plan: Plan) -> Source:
         UserError: it cannot be read, or it cannot be told which columns are the texts.
     """
     if _ending(path) == _LINES:
-        return Source(path, FileFormat("jsonl"))
-    form = plan.table.format_of(path)
+        return Source(path, FileFormat("jsonl", encoding=plan.table.encoding or UTF8))  # of the questions, if not given
+    form = find_format(path, plan.table.delimiter, plan.table.encoding)
     for note in form.notes:
         logger.warning("%s", note)
     if form.kind == "parquet":
@@ -177,7 +178,7 @@ def _table_chunks(source: Source, plan: Plan) -> Iterator[Chunk]:
 def _line_chunks(source: Source, plan: Plan) -> Iterator[Chunk]:
     with gzip.open(source.path) if source.is_gzipped else source.path.open("rb") as stream:
         total = sum(1 for _ in stream)
-    yield from _in_chunks(read_questions(source.path, plan, plan.table), total)
+    yield from _in_chunks(read_questions(source.path, plan, replace(plan.table, delimiter=None)), total)
 
 
 def _in_chunks(questions: Iterator[Question], total: int) -> Iterator[Chunk]:
@@ -203,8 +204,8 @@ def _with_text(batch: Any, questions: Sequence[Question], names: tuple[str, ...]
     if not plan.spec.labels_tokens or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return batch
     texts = pa.array([question.columns.get("text") for question in questions], pa.string())
-    place = batch.schema.get_field_index("text")
-    return batch.append_column("text", texts) if place < 0 else batch.set_column(place, "text", texts)
+    *_, name = beside(dict.fromkeys(batch.schema.names), {"text": texts})
+    return batch.append_column(name, texts)
 
 
 def _ending(path: Path) -> str:

@@ -13,7 +13,8 @@ from sparsepeft.bulk.plan import flat_names, joined
 from sparsepeft.folders import writing
 from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.tasks import TaskInfo
-from sparsepeft.scoring.answers import CsvRows, beside, cells, flat_cells, json_line
+from sparsepeft.scoring.answers import CsvRows, cells, flat_cells, json_line
+from sparsepeft.scoring.questions import beside
 
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 64 << 20  # of a parquet file's row groups, at most
 

@@ -18,6 +18,7 @@ from sparsepeft.bulk.plan import Plan, make_plan
 from sparsepeft.bulk.scorer import Scored, Scorer
 from sparsepeft.devices import find_device
 from sparsepeft.errors import RunFailed, UserError
+from sparsepeft.rows.formats import check_used
 from sparsepeft.scoring.questions import TableOptions
 
 
@@ -98,10 +99,11 @@ def score_files(
         progress: called after each chunk with the report so far and the share that is done, from 0 to 1.
 
     Returns:
-        What was done. A file that is malformed is among its ``failed_files``; the others are answered.
+        What was done. A file that is malformed, or lacks the texts' columns, is among its ``failed_files``; the others
+        are answered.
 
     Raises:
-        UserError: something given cannot be used; no answer was written then.
+        UserError: something given cannot be used, or none of the files; no answer was written then.
         RunFailed: answers cannot be written, or Ray's workers fail again and again.
 
     Example:
@@ -120,15 +122,33 @@ def score_files(
         if ray.workers is not None:
             check_whole("workers", ray.workers)
     plan = make_plan(tasks, model, table, dtype=dtype, device=device, token_budget=token_budget, threads=threads)
-    sources = [look_at(path, plan) for path in paths if overwrite or not is_done(path, folder)]
+    sources, failed = _look_at_all([path for path in paths if overwrite or not is_done(path, folder)], plan)
+    if len(failed) == len(paths):
+        raise failed[paths[0]]
+    check_used({source.path: source.form for source in sources}, plan.table.delimiter, plan.table.encoding)
     with held(folder, plan.settings(), [path.name for path in paths], overwrite):
         sources = [source for source in sources if not is_done(source.path, folder)]  # by whoever held it meanwhile
-        report = BulkReport(skipped=len(paths) - len(sources))
+        report = BulkReport(
+            skipped=len(paths) - len(sources) - len(failed),
+            failed_files={path.name: str(error) for path, error in failed.items()},
+        )
         if sources:
             scored = _scored(plan, sources) if ray is None else scored_by_ray(plan, sources, ray)
             with closing(scored):
                 _write(scored, sources, folder, report, progress)
         return report
+
+
+def _look_at_all(paths: Iterable[Path], plan: Plan) -> tuple[list[Source], dict[Path, UserError]]:
+    """The files, and why the others among them cannot be used."""
+    sources: list[Source] = []
+    failed: dict[Path, UserError] = {}
+    for path in paths:
+        try:
+            sources.append(look_at(path, plan))
+        except UserError as error:
+            failed[path] = error
+    return sources, failed
 
 
 def _scored(plan: Plan, sources: Sequence[Source]) -> Generator[Scored]:

@@ -160,6 +160,7 @@ def write_tasks(job: Job, folder: Path, graph: str, weights: str, *, int8: bool 
             "thresholds": task.info.thresholds,
             "num_texts": task.info.num_texts,
             "max_length": max_length,
+            "truncation_side": job.tokenizer.truncation_side,
             "backbone": job.backbone_name,
             "graph": graph,
             "sha256": hashlib.sha256((task_folder / weights).read_bytes()).hexdigest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from sparsepeft.backbones import backbone_of_run
 from sparsepeft.errors import UserError
 from sparsepeft.runs.files import RUN, read_run
+
+logger = logging.getLogger(__name__)
 
 _ONE_OF_THESE = ("adapter_config.json", RUN)  # a fully tuned run has no adapter
 
@@ -35,6 +38,9 @@ def named_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]
         if name in tasks:
             raise UserError(f"The task {name!r} is named by --task and in {tasks_dir}; rename one of them.")
         tasks[name] = path
+    for path in sorted(tasks_dir.iterdir()) if tasks_dir is not None else ():
+        if path.name not in tasks and path.is_symlink() and _has_task(path):
+            logger.warning("%s was left out, as it leads out of the folder; name its task by --task", path)
     return tasks
 
 
@@ -73,7 +79,11 @@ def backbone_of_tasks(tasks: Mapping[str, Path], model: str | None, *, must_exis
 
 
 def _is_task(folder: Path, root: Path) -> bool:
+    return _has_task(folder) and folder.resolve().parent == root.resolve()
+
+
+def _has_task(folder: Path) -> bool:
     try:
-        return any((folder / name).is_file() for name in _ONE_OF_THESE) and folder.resolve().parent == root.resolve()
+        return any((folder / name).is_file() for name in _ONE_OF_THESE)
     except OSError:  # such as a folder that may not be read; the others may
         return False

@@ -497,7 +497,8 @@ class ExportedTasks(ABC):
         """
         of_tokens = task.get("labels_tokens", False)
         # Each time: another task may have answered meanwhile.
-        self.tokenizer.enable_truncation(task["max_length"], stride=self._stride(task) if of_tokens else 0)
+        stride, side = (self._stride(task), "right") if of_tokens else (0, task.get("truncation_side", "right"))
+        self.tokenizer.enable_truncation(task["max_length"], stride=stride, direction=side)
         encoded = self.tokenizer.encode_batch([texts if texts[1:] else texts[0] for texts in inputs])
         if not all(any(one.attention_mask) for one in encoded):
             raise InputError(NO_TOKENS)
@@ -541,13 +542,15 @@ def main(runner: type[Any], folder: Path, usage: str) -> None:
         sys.exit(usage)
     name, *texts = sys.argv[1:]
     num_failed = 0
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # a bad line is an error
+    # A bad line is an error.
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # type: ignore[union-attr]
     try:
         tasks = runner(folder)
-        find_task(name, tasks.tasks)
-        for line in ["\t".join(texts)] if texts else sys.stdin:
+        is_single = find_task(name, tasks.tasks)["num_texts"] == 1
+        lines = (line.rstrip("\r\n") for line in sys.stdin)
+        for each in [texts] if texts else ([line] if is_single else line.split("\t") for line in lines):
             try:
-                (answer,) = tasks.answer(name, [line.rstrip("\r\n").split("\t")])
+                (answer,) = tasks.answer(name, [each])
             except InputError as error:
                 if texts:
                     raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,15 +78,9 @@ def find_format(
     kind = _kind(path)
     if kind == "parquet":
         return FileFormat(kind)
-    notes = []
-    if encoding is None:
-        known = find_encoding(path)
-        if known == GUESS and not may_guess:
-            raise TaskError(f"{path} is not in UTF-8; save it as UTF-8")
-        if known == GUESS:
-            notes.append(f"{path.name} is not UTF-8 and was read as {GUESS}; pass `encoding` if that is wrong")
-    else:
-        known = known_encoding(encoding)
+    known, notes = encoding_of(path, encoding)
+    if notes and not may_guess:
+        raise TaskError(f"{path} is not in UTF-8; save it as UTF-8")
     if kind == "json":
         first = next((line.lstrip() for _, line in lines(path, known) if line.strip()), "")
         kind = "json" if first.startswith("[") else "jsonl"  # as `datasets` writes it: one object per line
@@ -98,6 +92,33 @@ def find_format(
         is_quoted, note = _has_quoting(path, known)
         notes += [note] if note else []
     return FileFormat(kind, chosen, known, is_quoted, tuple(notes))
+
+
+def encoding_of(path: Path, encoding: str | None = None) -> tuple[str, list[str]]:
+    """A text file's encoding, and what to say of one that was guessed.
+
+    Args:
+        encoding: given by the caller; None looks for it.
+
+    Raises:
+        TaskError: there is no such encoding, or the file is not text, see :func:`find_encoding`.
+    """
+    if encoding is not None:
+        return known_encoding(encoding), []
+    known = find_encoding(path)
+    note = f"{path.name} is not UTF-8 and was read as {GUESS}; pass `encoding` if that is wrong"
+    return known, [note] if known == GUESS else []
+
+
+def check_used(formats: Mapping[Path, FileFormat], delimiter: str | None, encoding: str | None) -> None:
+    """See that what the caller says of files is used for one of them.
+
+    Raises:
+        TaskError: a delimiter or an encoding was given, and none of the files has one.
+    """
+    for name, value in (("delimiter", delimiter), ("encoding", encoding)):
+        if value is not None and formats and not any(getattr(one, name) for one in formats.values()):
+            raise TaskError(f"`{name}={value}` was given, but {next(iter(formats))} has none; leave it out")
 
 
 def read_delimiter(value: str) -> str:

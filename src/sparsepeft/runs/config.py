@@ -205,6 +205,11 @@ class RunConfig:
                     f"`{name}` was given with `few_shot`, which trains on all examples and chooses no checkpoint; "
                     "leave one of them out."
                 )
+        if self.few_shot is not None and self.max_train_samples is not None:
+            raise UserError(
+                "`max_train_samples` was given with `few_shot`, which says how many examples are trained on; leave one "
+                "of them out."
+            )
         if is_sparse and self.cache_frozen_layers:
             raise UserError(
                 "`cache_frozen_layers` was given with `spt`, but a sparse model trains routers or refreshes codebooks "

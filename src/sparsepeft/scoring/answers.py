@@ -9,7 +9,7 @@ import json
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,11 +17,10 @@ from typing import Any, Protocol, TypeVar
 from sparsepeft.errors import UserError
 from sparsepeft.inference.portable import Prediction
 from sparsepeft.inference.predictor import Predictor
-from sparsepeft.scoring.questions import Question
+from sparsepeft.scoring.questions import Question, beside
 from sparsepeft.tasks import TaskSpec
 
 FORMATS = ("jsonl", "csv")
-_PREFIX = "predicted_"  # before names that the row has already
 _BATCHES = 8  # that are sorted by length together
 Item = TypeVar("Item")
 
@@ -95,19 +94,6 @@ def flat_cells(prediction: Prediction, task: Labels) -> dict[str, Any]:
     if flat.get("labels") is not None:
         flat["labels"] = "|".join(flat["labels"])
     return flat
-
-
-def beside(columns: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns and what is added to them.
-
-    A name that is a column already (often the truth) stays the column's; ours is then called ``predicted_label``.
-    """
-    row = dict(columns)
-    for name, value in added.items():
-        while name in columns:
-            name = _PREFIX + name
-        row[name] = value
-    return row
 
 
 def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list[Answer]]:
@@ -187,12 +173,40 @@ def format_of(format: str | None, output: Path | None) -> str:
     return chosen
 
 
-def formatter(format: str, spec: TaskSpec) -> Callable[[Answer], str]:
-    """What turns an answer into the line, or lines, of its row; for CSV, the first one begins with the header."""
-    if format != "csv":
-        return lambda answer: json_line(answer.row())
-    write = CsvRows()
-    return lambda answer: write(answer.flat_row(spec), must_fit=bool(answer.columns))
+class AnswerLines:
+    """Turns answers into the lines of their rows.
+
+    For CSV the first line is a header, with the columns of the first input that could be read: those before it, which
+    have none, are held back until then.
+
+    Args:
+        format: one of :data:`FORMATS`.
+        spec: of the task.
+    """
+
+    def __init__(self, format: str, spec: TaskSpec) -> None:
+        self._spec = spec
+        self._rows = CsvRows() if format == "csv" else None
+        self._held: list[Answer] = []
+
+    def __call__(self, answer: Answer) -> str:
+        """The line, or lines, of an answer and of those that were held back."""
+        if self._rows is None:
+            return json_line(answer.row())
+        row = answer.flat_row(self._spec)
+        if self._rows.has_header:
+            return self._rows(row, must_fit=bool(answer.columns))
+        if answer.prediction.error is not None and not answer.columns:
+            self._held.append(answer)
+            return ""
+        return self._rows.begin(row) + self.end() + self._rows(row)
+
+    def end(self) -> str:
+        """The lines of answers that are still held back."""
+        held, self._held = self._held, []
+        if self._rows is None:
+            return ""
+        return "".join(self._rows(each.flat_row(self._spec), must_fit=False) for each in held)
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -219,6 +233,16 @@ class CsvRows:
         self._header: dict[str, None] = dict.fromkeys(header)
         self._delimiter, self._is_quoted = delimiter, is_quoted
 
+    @property
+    def has_header(self) -> bool:
+        """Whether the columns are known."""
+        return bool(self._header)
+
+    def begin(self, columns: Iterable[str]) -> str:
+        """The line of a header, which all rows have from now on."""
+        self._header = dict.fromkeys(columns)
+        return self._line(self._header)
+
     def __call__(self, row: dict[str, Any], *, must_fit: bool = True) -> str:
         """The line of a row, or lines.
 
@@ -229,20 +253,21 @@ class CsvRows:
         Raises:
             UserError: there are some.
         """
-        lines = [] if self._header else [list(row)]
-        self._header = self._header or dict.fromkeys(row)
+        header = "" if self._header else self.begin(row)
         if must_fit and (further := row.keys() - self._header.keys()):
             raise UserError(
                 f"A row has the column {min(further)!r}, which the first one lacks, so that they fit no CSV; pass "
                 "`output_format=jsonl`."
             )
-        lines.append([_cell(row.get(name)) for name in self._header])
+        return header + self._line(_cell(row.get(name)) for name in self._header)
+
+    def _line(self, cells: Iterable[Any]) -> str:
         if self._is_quoted:
             text = io.StringIO()
-            csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerows(lines)
+            csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerow(cells)
             written = text.getvalue()
         else:  # the csv module would refuse some characters that such a field may have
-            written = "".join(self._delimiter.join(map(_raw, line)) + "\n" for line in lines)
+            written = self._delimiter.join(map(_raw, cells)) + "\n"
         return written.encode("utf-8", "replace").decode()
 
 

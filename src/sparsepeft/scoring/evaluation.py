@@ -77,7 +77,7 @@ def evaluate(
     *,
     test_file: str | Path | None = None,
     table: TableOptions | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str | None = None,
     infer: str | None = None,
 ) -> Evaluation:
@@ -91,7 +91,7 @@ def evaluate(
         model: the backbone, if it has moved since.
         test_file: score these rows instead, with the run's labels.
         table: how to read them.
-        batch_size: inputs per forward pass.
+        batch_size: inputs per forward pass; None is 32, for a language model as many blocks as in training.
         device: where to compute; None is the accelerator, if there is one.
         infer: score a sparse model as it is or as the dense model that it was made from, see
             :class:`sparsepeft.spt.SptConfig`; None scores both.
@@ -112,8 +112,8 @@ def evaluate(
     if test_file is None and table != TableOptions():
         raise UserError("Columns or a format were named without a file; pass `test_file`, too.")
     if run["task"] == LM:
-        return _evaluate_language_model(folder, run, model, test_file, table, device, infer)
-    predictor = Predictor(folder, model, batch_size, device, infer)
+        return _evaluate_language_model(folder, run, model, test_file, table, batch_size, device, infer)
+    predictor = Predictor(folder, model, 32 if batch_size is None else batch_size, device, infer)
     if test_file is not None:
         path = Path(test_file)
         file_format, digest = table.format_of(path), sha256(path)
@@ -219,6 +219,7 @@ def _evaluate_language_model(
     model: str | None,
     test_file: str | Path | None,
     table: TableOptions,
+    batch_size: int | None,
     device: str | None,
     infer: str | None,
 ) -> Evaluation:
@@ -245,8 +246,8 @@ def _evaluate_language_model(
         trained_on = list((run.get("data_fingerprints") or {}).values())[: len(config.text)]
         if set(digests.values()) & set(trained_on):
             notes = (f"{Path(test_file).name} was trained on: its perplexity says nothing about new text",)
-    batch_size = config.recipe_values().batch_size
-    scores = _by_infer(loaded, lambda: {part: perplexity(loaded, blocks, batch_size, config.precision)}, infer)
+    size = config.recipe_values().batch_size if batch_size is None else batch_size
+    scores = _by_infer(loaded, lambda: {part: perplexity(loaded, blocks, size, config.precision)}, infer)
     metrics = next(iter(scores.values()))
     return Evaluation(metrics, notes=notes, data_fingerprints=digests, metrics_by_infer=_if_several(scores))
 

@@ -6,20 +6,21 @@ import gzip
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsepeft.errors import UserError
+from sparsepeft.errors import TaskError, UserError
 from sparsepeft.rows.decoding import UTF8, known_encoding
-from sparsepeft.rows.formats import FileFormat, find_format
-from sparsepeft.rows.reading import read_rows
+from sparsepeft.rows.formats import FileFormat, check_used, encoding_of, find_format
+from sparsepeft.rows.reading import read_header, read_rows
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import TOKENS, Columns, choose_text_columns
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = "predicted_"  # before names that the row has already
 _LINES = (".txt", ".jsonl")  # of which each line is answered as it comes, whatever the others are
 _OBJECT = re.compile(r'\s*(\{\s*["}]|\[\s*["\[{])')  # how a line begins that is meant as JSON, even if it is none
 
@@ -53,8 +54,14 @@ class TableOptions:
     encoding: str | None = None
 
     def format_of(self, path: Path) -> FileFormat:
-        """How a file is written, see :func:`sparsepeft.rows.formats.find_format`."""
-        return find_format(path, self.delimiter, self.encoding)
+        """How a file is written, see :func:`sparsepeft.rows.formats.find_format`.
+
+        Raises:
+            TaskError: it cannot be told, or a delimiter or encoding was given for a file that has none.
+        """
+        found = find_format(path, self.delimiter, self.encoding)
+        check_used({path: found}, self.delimiter, self.encoding)
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,9 @@ class Question:
 def read_questions(path: Path, asked: Asked, table: TableOptions = TableOptions()) -> Iterator[Question]:
     """The lines of a .txt or .jsonl file, or the rows of any other that training reads, also with .gz.
 
-    A table that is malformed anywhere is refused before the first row is asked: one field too many often shifts all
-    that follow. A line that cannot be read is a question with an error.
+    A .txt file that begins with the names of the texts' columns, as one that was trained on does, is a table. A table
+    that is malformed anywhere is refused before the first row is asked: one field too many often shifts all that
+    follow. A line that cannot be read is a question with an error.
 
     Args:
         asked: of the run that is asked.
@@ -87,7 +95,7 @@ def read_questions(path: Path, asked: Asked, table: TableOptions = TableOptions(
     """
     if not path.exists():
         raise UserError(f"The file {path} does not exist; pass an existing one as `file`.")
-    if path.is_file() and not path.name.removesuffix(".gz").endswith(_LINES):
+    if path.is_file() and (not path.name.removesuffix(".gz").endswith(_LINES) or _is_table(path, asked, table)):
         return _read_table(path, asked, table)
     if table.delimiter is not None:
         raise UserError(
@@ -140,6 +148,20 @@ def read_lines(
             yield Question(None, error=str(error))
 
 
+def _is_table(path: Path, asked: Asked, table: TableOptions) -> bool:
+    """Whether a file of lines is a table with a header, as training reads a .txt file."""
+    if not path.name.removesuffix(".gz").endswith(".txt"):
+        return False
+    if table.delimiter is not None:
+        return True
+    named = [name for name in (table.text_column, table.text_pair_column) if name is not None]
+    try:
+        header = read_header(path, table.format_of(path))
+    except TaskError:
+        return False
+    return len(header) > 1 and set(named or _trained(asked)) <= set(header)
+
+
 def _read_table(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
     file_format = table.format_of(path)
     for note in file_format.notes:
@@ -155,7 +177,7 @@ def _read_table(path: Path, asked: Asked, table: TableOptions) -> Iterator[Quest
 
 
 def _read_file(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
-    encoding = known_encoding(table.encoding) if table.encoding else UTF8
+    encoding = _encoding_of_lines(path, table)
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
         # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
@@ -164,6 +186,24 @@ def _read_file(path: Path, asked: Asked, table: TableOptions) -> Iterator[Questi
             yield from read_lines(stream, asked, table, must_be_json=must_be_json)
     except (OSError, EOFError, LookupError) as error:
         raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error
+
+
+def _encoding_of_lines(path: Path, table: TableOptions) -> str:
+    """As training finds it; UTF-8 for a pipe, which is read once, and for a damaged file, whose lines then say so."""
+    if table.encoding is not None or not path.is_file():
+        return known_encoding(table.encoding or UTF8)
+    try:
+        found, notes = encoding_of(path)
+    except TaskError:
+        return UTF8
+    for note in notes:
+        logger.warning("%s", note)
+    return found
+
+
+def _trained(asked: Asked) -> tuple[str, ...]:
+    """What the texts' columns were called in training."""
+    return asked.columns.texts if asked.columns is not None else asked.spec.text_columns
 
 
 def text_columns(
@@ -180,7 +220,7 @@ def text_columns(
     Raises:
         UserError: it cannot be told which they are.
     """
-    trained = asked.columns.texts if asked.columns is not None else asked.spec.text_columns
+    trained = _trained(asked)
     number = len(asked.spec.text_columns)
     if asked.spec.labels_tokens and number == 1 and table.text_column is None:
         trained = tuple(name for name in (*trained, *TOKENS) if name in header)[:1]
@@ -192,8 +232,21 @@ def as_question(texts: list[Any], columns: dict[str, Any], asked: Asked) -> Ques
     """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
     first = texts[0]
     if asked.spec.labels_tokens and isinstance(first, list):
-        return Question({"tokens": first}, columns | {"text": " ".join(map(str, first))})
+        return Question({"tokens": first}, beside(columns, {"text": " ".join(map(str, first))}))
     return Question(first if len(texts) == 1 else texts, columns)
+
+
+def beside(columns: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns and what is added to them.
+
+    A name that is a column already (often the truth) stays the column's; ours is then called ``predicted_label``.
+    """
+    row = dict(columns)
+    for name, value in added.items():
+        while name in columns:
+            name = _PREFIX + name
+        row[name] = value
+    return row
 
 
 def _refuse(constant: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,9 @@ REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_
 TOKENS: Final = "token_classification"
 _SHORT: Final = {"single_label": SINGLE, "classification": SINGLE, "multi_label": MULTI}
 _SEPARATORS: Final = "|;,"
+_ITEM: Final = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[+-]?\d+\.?\d*"""
+_SPACED: Final = re.compile(rf"\[\s*(?:{_ITEM})(?:\s+(?:{_ITEM}))*\s*\]", re.ASCII)  # as NumPy writes an array
+_BOOLEANS: Final = {"true", "false"}
 
 Label = str | tuple[str, ...]
 Lines = Sequence[tuple[int, Label]]
@@ -98,7 +102,11 @@ class LabelReader:
         if spec.label_names is None:
             return cls(None)
         known = cls.for_names(spec.label_names)
-        return replace(known, multi_label=True, separator=_separators(labels)[0]) if spec.multi_label else known
+        if not spec.multi_label:
+            return known
+        guess, others = _separators(labels)
+        readers = [replace(known, multi_label=True, separator=char) for char in (None, guess, *others)]
+        return next((reader for reader in readers if reader._knows_all(labels)), readers[1])
 
     @classmethod
     def from_training(cls, path: Path, labels: Lines, problem_type: str | None) -> LabelReader:
@@ -182,8 +190,21 @@ class LabelReader:
     def _parts(self, path: Path, line: int, label: Label) -> tuple[str, ...]:
         return _parts(path, line, label, self.separator) if self.multi_label else (_single(path, line, label),)
 
+    def _knows_all(self, labels: Lines) -> bool:
+        """Whether every label between separators is one of the names; those in lists say nothing of separators."""
+        texts = {label for _, label in labels if isinstance(label, str) and not _is_list(label)}
+        return all(self._name(part) in (self.names or ()) for text in texts for part in _split(text, self.separator))
+
     def _name(self, text: str) -> str:
-        return _whole(text) if self.integers and _INTEGER.fullmatch(text) else text
+        if self.integers and _INTEGER.fullmatch(text):
+            return _whole(text)
+        return self._booleans.get(text.lower(), text)
+
+    @cached_property
+    def _booleans(self) -> dict[str, str]:
+        """The names by their lower case, if they are true and false, which pandas and Excel write otherwise."""
+        lower = {name.lower(): name for name in self.names or ()}
+        return lower if lower.keys() == _BOOLEANS else {}
 
 
 def _separators(labels: Lines) -> tuple[str | None, list[str]]:
@@ -216,18 +237,29 @@ def _is_list(text: str) -> bool:
 
 
 def _parts(path: Path, line: int, label: Label, separator: str | None) -> tuple[str, ...]:
-    """The labels of one row: a list, a list as text (JSON, or as pandas writes one), or text between separators."""
+    """The labels of one row: a list, one as text (JSON, or as pandas or NumPy write it), or text between separators."""
     if isinstance(label, tuple):
         return label
     if _is_list(label):
-        for read in (json.loads, ast.literal_eval):
+        for read in (json.loads, _spaced_items, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return tuple(read_label(f"{path}:{line}: the label", read(label)))
         raise TaskError(
             f'{path}:{line}: the label {label!r:.60} is no list; expected one such as ["a", "b"], or names with | '
             "between them, correct the row"
         )
-    return tuple(part.strip() for part in (label.split(separator) if separator else [label]) if part.strip())
+    return _split(label, separator)
+
+
+def _split(text: str, separator: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text.split(separator) if separator else [text]) if part.strip())
+
+
+def _spaced_items(text: str) -> list[Any]:
+    """The items of ``['a' 'b']``, which Python would read as one text; ValueError for any other text."""
+    if not _SPACED.fullmatch(text):
+        raise ValueError("no array as NumPy writes it")
+    return [ast.literal_eval(item) for item in re.findall(_ITEM, text, re.ASCII)]
 
 
 def _sorted(texts: set[str], integers: bool) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 from sparsepeft.errors import TaskError
-from sparsepeft.rows.formats import FileFormat, find_format
+from sparsepeft.rows.formats import FileFormat, check_used, find_format
 from sparsepeft.rows.reading import check_text, distinct_names, read_rows, sha256
 from sparsepeft.tasks.columns import Columns, choose_columns, choose_token_columns, holds_tokens
 from sparsepeft.tasks.indicators import Indicators, indicator_columns, read_indicators
@@ -86,9 +86,7 @@ class LocalFiles:
         self.paths = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
         delimiter, encoding = options.get("delimiter"), options.get("encoding")
         self.formats = {part: find_format(path, delimiter, encoding) for part, path in self.paths.items()}
-        for name, value in (("delimiter", delimiter), ("encoding", encoding)):
-            if value is not None and not any(getattr(file_format, name) for file_format in self.formats.values()):
-                raise TaskError(f"`{name}={value}` was given, but {self.paths['train']} has none; leave it out")
+        check_used({self.paths[part]: found for part, found in self.formats.items()}, delimiter, encoding)
         first = next(iter(read_rows(self.paths["train"], self.formats["train"]))).values
         self.header = list(first)
         names = options.get("text_column"), options.get("text_pair_column"), options.get("label_column")

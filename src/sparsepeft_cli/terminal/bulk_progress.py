@@ -23,7 +23,7 @@ class BulkProgress:
             TextColumn("answering"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=err,
         )

@@ -12,6 +12,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,14 @@ class _Messages(Console):
     """A console whose status is a line for each step where nobody looks at a terminal."""
 
     def status(self, status: Any, **options: Any) -> Any:
-        return super().status(status, **options) if self.is_terminal else _Told(status)
+        return _Shown(Text(status), console=self, **options) if self.is_terminal else _Told(status)
+
+
+class _Shown(Status):
+    """A status on a terminal, whose words are taken as they are."""
+
+    def update(self, status: Any = None, **options: Any) -> None:
+        super().update(Text(status) if isinstance(status, str) else status, **options)
 
 
 class _Told:
@@ -40,13 +48,14 @@ class _Told:
         say(status)
 
 
-out = Console()
-err = _Messages(stderr=True)
+# Square brackets in names, paths and texts are no markup.
+out = Console(markup=False)
+err = _Messages(stderr=True, markup=False)
 
 
 def say(line: str) -> None:
     """A line on standard error, as it is."""
-    err.print(line, highlight=False, markup=False, soft_wrap=True)
+    err.print(line, highlight=False, soft_wrap=True)
 
 
 def kept_from_stdout() -> AbstractContextManager[Any]:

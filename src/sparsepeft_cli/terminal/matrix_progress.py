@@ -31,7 +31,7 @@ class MatrixProgress(Watcher):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=err,
         )
         self._stack = contextlib.ExitStack()

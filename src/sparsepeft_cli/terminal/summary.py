@@ -23,9 +23,9 @@ def print_summary(results: Mapping[str, Any], folder: str) -> None:
         for part in report_parts(results["spt"], "before fine-tuning"):
             out.print(part, highlight=False, soft_wrap=True)
     first, *rest = text_summary(results, folder) if is_text else summary(results, folder)
-    out.print(first, style="bold", highlight=False, markup=False, soft_wrap=True)
+    out.print(first, style="bold", highlight=False, soft_wrap=True)
     for line in rest:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def summary(results: Mapping[str, Any], folder: str) -> list[str]:
@@ -129,7 +129,7 @@ def print_plan(measured: Mapping[str, Any]) -> None:
     ]
     lines += _notes(plan["notes"])
     for line in [*lines, f"Nothing was written to {plan['folder']}."]:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _notes(notes: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from tests.models import METHODS
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft.errors import UserError
-from sparsepeft.inference.folders import task_folders
+from sparsepeft.inference.folders import named_tasks, task_folders
 from sparsepeft_serve import ServeSettings, create_app
 from sparsepeft_serve.run import load_engine
 from sparsepeft_serve.service import check_weights_format
@@ -157,7 +157,9 @@ def test_the_host_opens_nothing(both: MultiTaskEngine, host: str) -> None:
         assert client.get("/info", headers={"Host": host}).status_code == 401
 
 
-def test_folders_that_are_not_used(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_are_not_used(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tmp_path / "tasks"
     save_task(backbone, root / "two", METHODS["spartan"](num_labels=2))
     shutil.copytree(root / "two", root / "closed")
@@ -171,6 +173,11 @@ def test_folders_that_are_not_used(backbone: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "is_file", checked)
         assert task_folders(root).keys() == {"two"}
+    (root / "closed").rename(tmp_path / "outside")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    assert named_tasks([], root).keys() == {"two"}
+    assert "linked was left out, as it leads out of the folder" in caplog.text
+    (root / "linked").unlink()
 
     weights = root / "two" / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
