@@ -162,7 +162,7 @@ def test_deleting_the_active_adapter_makes_one_other_active_in_every_layer() -> 
 def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_come() -> None:
     expected = run(build("bert"), INPUTS)
     model = adapted("bert", num_labels=5)
-    with pytest.warns(UserWarning, match="no adapter is left"):
+    with pytest.warns(UserWarning, match=r"no adapter is left: call unload\(\) for the bare backbone, or add"):
         model.delete_adapter("default")
     assert torch.equal(run(model.base_model.model, INPUTS), expected)
     assert model.config.num_labels == 2
@@ -174,6 +174,22 @@ def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_co
         again = get_peft_model(model.unload(), SpartanConfig(**SMALL)).eval()
     randomize(again)
     assert torch.equal(run(again, INPUTS), run(adapted("bert"), INPUTS))
+
+
+def test_without_an_adapter_a_model_of_a_task_answers_as_the_warning_says() -> None:
+    model = adapted("bert", task_type="SEQ_CLS")
+    with pytest.warns(
+        UserWarning, match=r"call unload\(\) for the bare backbone, or add one and pass it to set_adapter"
+    ):
+        model.delete_adapter("default")
+    with pytest.raises(KeyError, match="default"):  # of PEFT, which keeps the name of the deleted one
+        model(**INPUTS)
+    add(model, "next", task_type="SEQ_CLS", num_labels=3)
+    model.set_adapter("next")
+    assert run(model, INPUTS).shape == (3, 3)
+    with pytest.warns(UserWarning, match="no adapter is left"):
+        model.delete_adapter("next")
+    assert torch.equal(run(model.unload(), INPUTS), run(build("bert"), INPUTS))
 
 
 def test_merging_refuses_with_the_reason_and_the_alternative() -> None:

@@ -286,7 +286,9 @@ class TaskTuner(BaseTuner):
         if adapter_name in self.peft_config and adapter_name in self.active_adapters:
             # Otherwise PEFT lets each layer choose among the adapters that extend it.
             others = [name for name in self.peft_config if name != adapter_name][:1]
-            chosen = f"{others[0]!r} is active now" if others else "no adapter is left, so the bare backbone answers"
+            # Without any, a PeftModel of a task answers nothing: it asks for the config of the deleted one.
+            none_left = "no adapter is left: call unload() for the bare backbone, or add one and pass it to set_adapter"
+            chosen = f"{others[0]!r} is active now" if others else none_left
             warnings.warn(f"The active adapter {adapter_name!r} was deleted; {chosen}.", UserWarning, stacklevel=2)
             self.set_adapter(others, inference_mode=bool(others) and self.peft_config[others[0]].inference_mode)
         active = self.active_adapters
