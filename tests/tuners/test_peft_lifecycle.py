@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -335,11 +337,45 @@ def test_every_default_starts_values_at_zero_and_keys_without_gradient() -> None
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "id2label"),
         ({"format_version": 99}, "upgrade sparsepeft"),
         ({"num_parent": 3}, "num_parent"),
+        ({"layers_to_transform": [0, 1.5]}, "layers_to_transform=1.5.*whole number of at least 0"),
+        ({"layers_to_transform": -1}, "layers_to_transform=-1.*whole number of at least 0"),
+        ({"layers_to_transform": "all"}, "layers_to_transform='all'"),
+        ({"head_modules": "classifier"}, "head_modules='classifier'.*list of names"),
+        ({"head_modules": {"classifier"}}, "head_modules={'classifier'}.*no order; pass a list"),
+        ({"target_modules": [1]}, "target_modules=.*list of names"),
     ],
 )
 def test_a_wrong_config_says_which_field(wrong: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SpartanConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"layers_to_transform": range(2)}, [0, 1]),
+        ({"layers_to_transform": (1,)}, [1]),
+        ({"layers_to_transform": {2, 0}}, [0, 2]),
+        ({"layers_to_transform": np.arange(1, 3)}, [1, 2]),
+        ({"layers_to_transform": [np.int64(2)]}, [2]),
+        ({"layers_to_transform": np.int64(2)}, 2),
+        ({"head_modules": ("bert.pooler", np.str_("classifier"))}, ["bert.pooler", "classifier"]),
+        ({"target_modules": frozenset({"layer.1", "layer.0"})}, ["layer.0", "layer.1"]),
+        ({"num_labels": np.int64(3)}, 3),
+        ({"num_parents": np.int64(4)}, 4),
+        ({"temperature": np.float32(0.5)}, 0.5),
+        ({"train_layer_norms": np.True_}, True),
+    ],
+)
+def test_what_json_cannot_hold_is_made_plain(given: dict, plain: Any, tmp_path) -> None:
+    (name,) = given
+    config = SpartanConfig(**(SMALL | given))
+    assert getattr(config, name) == plain
+    assert type(getattr(config, name)) is type(plain)
+    model = adapted("bert", config=config)
+    model.save_pretrained(tmp_path)
+    assert getattr(SpartanConfig.from_pretrained(tmp_path), name) == plain
+    assert torch.equal(run(PeftModel.from_pretrained(build("bert"), tmp_path), INPUTS), run(model, INPUTS))
 
 
 def test_training_the_head_alone_is_a_method_too(tmp_path) -> None:

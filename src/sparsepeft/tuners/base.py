@@ -395,11 +395,11 @@ class TaskTuner(BaseTuner):
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse names that would make an adapter's tensors look like the backbone's to PEFT."""
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
-    taken |= {BASE, "model", "base_model", *dir(AdapterDict)}  # a ModuleDict cannot hold its methods' names
+    taken |= {BASE, "", "model", "base_model", *dir(AdapterDict())}  # a ModuleDict cannot hold its attributes' names
     if "." in adapter_name or adapter_name in taken:
         raise ValueError(
-            f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
-            f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
+            f"The adapter name {adapter_name!r} cannot be used: it is empty, reserved, contains a dot, or is the name of "
+            f"a module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
 
 
