@@ -58,17 +58,8 @@ class TaskTuner(BaseTuner):
         # can then be used for another model.
         config: Any = copy.copy(self.peft_config[adapter_name])
         config.modules_to_save = None
-        if self._injected and config._is_from_file and config.save_dtype == INT8:
-            raise ValueError(
-                "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
-                "load it with PeftModel.from_pretrained."
-            )
-        if self._injected and config._is_from_file and any(p.device.type == "meta" for p in model.parameters()):
-            raise ValueError(
-                f"Weights of {type(model).__name__} are offloaded, and transformers' own load_adapter would put the "
-                "adapter's beside them, where they are never read; load the adapter before offloading, or use "
-                "get_peft_model with the adapter's config and set_peft_model_state_dict."
-            )
+        if self._injected:
+            _check_injected(model, config)
         self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")
@@ -379,7 +370,8 @@ class TaskTuner(BaseTuner):
         """An adapter's tensors as PEFT saves them.
 
         Those of a ``PeftModel`` are exact: its file gets the dtype that the config asks for when the config is written
-        beside it. transformers' own ``save_pretrained`` writes the config first, so it is handed that dtype here.
+        beside it. transformers' own ``save_pretrained`` writes the config first, so it is handed that dtype here, for
+        checkpoints of ``Trainer`` as well: nothing says for which folder the tensors are.
         """
         # PEFT asks for the tensors when it saves, just before it writes the config.
         context = _context_of(model)
@@ -398,9 +390,33 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     taken |= {BASE, "", "model", "base_model", *dir(AdapterDict())}  # a ModuleDict cannot hold its attributes' names
     if "." in adapter_name or adapter_name in taken:
         raise ValueError(
-            f"The adapter name {adapter_name!r} cannot be used: it is empty, reserved, contains a dot, or is the name of "
-            f"a module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
+            f"The adapter name {adapter_name!r} cannot be used: it is empty, reserved, contains a dot, or is that of a "
+            f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
+
+
+def _check_injected(model: nn.Module, config: TaskAdapterConfig) -> None:
+    """Refuse what transformers' own ``load_adapter`` cannot do, and leave out what its ``save_pretrained`` cannot."""
+    if config._is_from_file and config.save_dtype == INT8:
+        raise ValueError(
+            "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
+            "load it with PeftModel.from_pretrained."
+        )
+    if config._is_from_file and any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(
+            f"Weights of {type(model).__name__} are offloaded, and transformers' own load_adapter would put the "
+            "adapter's beside them, where they are never read; load the adapter before offloading, or use "
+            "get_peft_model with the adapter's config and set_peft_model_state_dict."
+        )
+    if config.save_dtype == INT8:
+        warnings.warn(
+            "save_dtype='int8' was given for an adapter inside a model of transformers, whose own load_adapter would "
+            "leave out the scales, so the weights will be saved as they are; use get_peft_model for int8, or "
+            "save_dtype='bfloat16'.",
+            UserWarning,
+            stacklevel=2,
+        )
+        config.save_dtype = None
 
 
 def _context_of(model: nn.Module) -> ForwardContext | None:

@@ -100,7 +100,9 @@ class TaskAdapterConfig(PeftConfig):
             None lets transformers decide from ``num_labels`` and the labels' dtype.
         save_dtype: dtype of the saved tensors, such as ``"bfloat16"`` or ``"bf16"``; None keeps the one in memory.
             ``"int8"`` stores all that has rows with a scale for each row, and vectors in float32. Checkpoints of
-            ``Trainer`` (folders called ``checkpoint-<step>``) keep full precision, so that training resumes exactly.
+            ``Trainer`` (folders called ``checkpoint-<step>``) keep full precision, so that training resumes exactly;
+            but those of an adapter that transformers' own ``add_adapter`` put on have this dtype, too, and for it
+            ``"int8"`` is ignored with a warning.
         check_backbone: refuse to attach a saved adapter to another backbone than its own.
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
