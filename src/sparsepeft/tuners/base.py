@@ -26,6 +26,8 @@ from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 
+_DEFAULT_CHECKPOINTS = {"use_reentrant": False}  # transformers' own
+
 
 class TaskTuner(BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
@@ -260,15 +262,42 @@ class TaskTuner(BaseTuner):
         with self._context.routed(list(names)):
             yield
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Like the model's own; also lets gradients through the frozen embeddings, which reentrant checkpoints need."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
-        self.model.enable_input_require_grads()
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Like the model's own, but only reentrant checkpoints, which need them, make gradients of the embeddings.
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        Others, such as those that are made by default, leave the backward pass to end at the lowest adapter.
+        """
+        given = _DEFAULT_CHECKPOINTS if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        self.model.disable_input_require_grads()  # an earlier call's, or the model would lose the handles of its hooks
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **kwargs)
+        self._set_input_gradients(given)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """The newer name of :meth:`gradient_checkpointing_enable` in transformers."""
-        self.model.activation_checkpointing_enable(*args, **kwargs)
-        self.model.enable_input_require_grads()
+        given = _DEFAULT_CHECKPOINTS if activation_checkpointing_kwargs is None else activation_checkpointing_kwargs
+        self.model.disable_input_require_grads()
+        self.model.activation_checkpointing_enable(given, *args, **kwargs)
+        self._set_input_gradients(given)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Like the model's own; takes away what enabling added to the embeddings, too."""
+        self.model.gradient_checkpointing_disable()
+        self.model.disable_input_require_grads()
+
+    def activation_checkpointing_disable(self) -> None:
+        """The newer name of :meth:`gradient_checkpointing_disable` in transformers."""
+        self.model.activation_checkpointing_disable()
+        self.model.disable_input_require_grads()
+
+    def _set_input_gradients(self, checkpoints: dict[str, Any]) -> None:
+        """Let gradients reach the embeddings for reentrant checkpoints alone, whatever transformers has done."""
+        self.model.disable_input_require_grads()
+        if checkpoints.get("use_reentrant", True):  # PyTorch may take them where nothing is said
+            self.model.enable_input_require_grads()
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
