@@ -31,6 +31,7 @@ from tests.models import (
 )
 
 from sparsepeft import HeadConfig, SpartanConfig
+from sparsepeft.tuners.spartan import IMPLS
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 TASK_METHODS = METHODS | {"head": HeadConfig}
@@ -348,6 +349,12 @@ def test_every_default_starts_values_at_zero_and_keys_without_gradient() -> None
 def test_a_wrong_config_says_which_field(wrong: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SpartanConfig(**wrong)
+
+
+def test_each_implementation_that_a_memory_takes_is_named() -> None:
+    for impl in IMPLS:
+        assert SpartanConfig(impl=impl).impl == impl
+        assert f'``"{impl}"``' in (SpartanConfig.__doc__ or "").partition(" impl: ")[2]
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,15 @@ def test_a_file_that_does_not_fit_is_one_error_with_all_names(tmp_path, change, 
             assert part in str(error.value)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_card_counts_what_the_method_adds(method: str, tmp_path) -> None:
+    model = adapted("bert", config=METHODS[method]())
+    model.save_pretrained(tmp_path)
+    part = "memory" if method == "spartan" else "adapter"
+    formula, _ = model.base_model.parameter_formula()
+    assert f"\nParameters of the {part}: {formula}\n" in (tmp_path / "README.md").read_text()
+
+
 def test_the_card_says_how_to_load_it_and_the_code_in_it_runs(tmp_path) -> None:
     backbone = save_backbone("bert", tmp_path / "backbone")
     model = adapted(

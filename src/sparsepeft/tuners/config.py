@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import peft  # noqa: F401 - before a part of it: threads that import both at once must take their locks in one order
@@ -107,6 +107,8 @@ class TaskAdapterConfig(PeftConfig):
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
     """
+
+    part_name: ClassVar[str] = "adapter"  # what a layer gets, as cards call it
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Transformer layers to extend."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Positions in each stack."})
