@@ -23,7 +23,7 @@ from sparsepeft import HeadConfig
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED
 from sparsepeft.runs.held_out import load_task_data
-from sparsepeft.training import train
+from sparsepeft.training import fit, train
 from sparsepeft.training.caching import INDEX, STATES, CachingCollator, FrozenLayerCache, frozen_blocks
 from sparsepeft.training.data import prepare_data
 from sparsepeft.training.model import build_model
@@ -248,6 +248,26 @@ def test_an_interrupted_run_resumes(backbones: dict[str, Path], tmp_path: Path) 
     assert resumed["metrics"] == whole["metrics"]
     for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items():
         torch.testing.assert_close(load_file(tmp_path / "cut" / WEIGHTS)[name], tensor)
+
+
+class _Filled(Exception):
+    """Ends a run where its cache would be filled."""
+
+
+def test_the_cache_is_filled_where_the_model_trains(
+    backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[nn.Module, str | None]] = []
+
+    def fill(cache: FrozenLayerCache, *args: Any, **kwargs: Any) -> None:
+        assert moved == [(cache.model, "cpu")]
+        raise _Filled
+
+    monkeypatch.setattr(fit, "to_accelerator", lambda model, device: moved.append((model, device)))
+    monkeypatch.setattr(FrozenLayerCache, "fill", fill)
+    values = {"few_shot": 10, "cache_frozen_layers": True, "device": "cpu"} | UPPER["spartan"]
+    with pytest.raises(_Filled):
+        train(run_config(backbones["bert"], tmp_path, **values))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tests.models import SMALL, build
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from sparsepeft import SpartanConfig
 from sparsepeft.errors import UserError
 from sparsepeft.layers import ProductKeyMemory, SparseMemory
-from sparsepeft.training import LazyAdamW, train
+from sparsepeft.training import LazyAdamW, SparseGradientTrainer, sparse_gradients, train
 from sparsepeft.training.sparse_gradients import clip_grad_norm, use_sparse_gradients
 
 ROWS = 40
@@ -134,6 +136,43 @@ def test_who_decides_on_sparse_gradients() -> None:
     with pytest.raises(UserError, match="several processes"):
         use_sparse_gradients(several, is_possible=False)
     assert not use_sparse_gradients(several.requires_grad_(False))
+
+
+class _Watch(hf.TrainerCallback):
+    """Notes what a memory has in training, and may end it."""
+
+    def __init__(self, memory: SparseMemory, fails: bool) -> None:
+        self.memory, self.fails, self.seen = memory, fails, []  # type: ignore[var-annotated]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.seen.append((self.memory.sparse_gradients, getattr(optimizer, "optimizer", optimizer).__class__))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.fails:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("many", "optimizer"), [(12, LazyAdamW), (1 << 14, torch.optim.AdamW)])
+def test_after_training_another_optimizer_can_go_on(
+    many: int, optimizer: type, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_gradients, "_MANY_CELLS", many)
+    model = get_peft_model(build("bert"), SpartanConfig(**SMALL))
+    memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
+    arguments = hf.TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    row = {"input_ids": torch.arange(5, 11), "labels": torch.tensor(1)}
+    watch = _Watch(memories[0], fails)
+    trainer = SparseGradientTrainer(model, arguments, train_dataset=[row] * 16, callbacks=[watch])  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        trainer.train()
+    assert set(watch.seen) == {(optimizer is LazyAdamW, optimizer)}
+    assert {memory.sparse_gradients for memory in memories} == {None}
+    other = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    other.zero_grad()
+    model(**{name: value[None] for name, value in row.items()}).loss.backward()
+    assert not any(memory.child_keys.grad.is_sparse for memory in memories)
+    other.step()
 
 
 @pytest.mark.slow

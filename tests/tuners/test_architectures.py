@@ -209,6 +209,18 @@ def test_target_modules_extend_any_module(target_modules: str | list[str]) -> No
 
 
 def test_names_that_peft_could_confuse_with_the_backbones_are_refused() -> None:
-    for name in ("encoder", "classifier", "__base__", "model", "a.b", "train", "double", "keys"):
+    for name in (
+        "encoder",
+        "classifier",
+        "__base__",
+        "model",
+        "a.b",
+        "train",
+        "double",
+        "keys",
+        "training",
+        "_aside",
+        "",
+    ):
         with pytest.raises(ValueError, match="another name"):
             adapted("bert", name)

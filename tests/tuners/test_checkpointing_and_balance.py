@@ -29,6 +29,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from sparsepeft import SpartanConfig, SptConfig, sparsify
 from sparsepeft.layers import ProductKeyMemory, SparseMemory
 from sparsepeft.models import auxiliary_loss
+from sparsepeft.models.blocks import find_blocks, is_norm
 from sparsepeft.ops.load_balancing import load_balancing_loss, product_load_balancing_loss
 from sparsepeft.tuners.spartan import SpartanLayer
 
@@ -52,7 +53,7 @@ def test_gradients_equal_those_without_checkpointing(method: str, name: str, use
     model = _model(name, config=METHODS[method]())
     checkpoint(model, use_reentrant)
     runs = []
-    layer = task_layers(model)[0]
+    layer = task_layers(model)[1]  # below the first memory there is no backward pass, so nothing is computed again
     inner = next(module for module in layer.base_layer.modules() if "Norm" in type(module).__name__)
     inner.register_forward_hook(lambda *args: runs.append(1))
     model(**inputs)
@@ -63,6 +64,38 @@ def test_gradients_equal_those_without_checkpointing(method: str, name: str, use
     # Nothing is left behind that a copy could not take: without reentrance the second forward pass stops early.
     bare = {key: value for key, value in inputs.items() if key != "labels"}
     assert torch.equal(run(copy.deepcopy(model).eval(), bare), run(model.eval(), bare))
+
+
+def _hooks_of(model: PeftModel) -> list[int]:
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
+@pytest.mark.parametrize("kind", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}, {"use_reentrant": True}, {}], ids=str)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_no_backward_pass_below_the_lowest_adapter_unless_checkpoints_are_reentrant(
+    name: str, kwargs: dict[str, bool] | None, kind: str
+) -> None:
+    inputs = labelled_inputs(name)
+    model = _model(name, layers_to_transform=[1])
+    expected, before = gradients(model, inputs), _hooks_of(model)
+    for given in ({"use_reentrant": True}, kwargs, kwargs):
+        getattr(model, f"{kind}_enable")(**{f"{kind}_kwargs": given})
+    below, above = find_blocks(model)[0].module, find_blocks(model)[2].module
+    reached = []
+    handles = [
+        norm.register_full_backward_hook(lambda module, *args: reached.append(module))
+        for norm in (module for layer in (below, above) for module in layer.modules() if is_norm(module))
+    ]
+    assert_gradients_close(gradients(model, inputs), expected)
+    assert any(module in set(above.modules()) for module in reached)
+    is_reentrant = kwargs is not None and kwargs.get("use_reentrant", True)
+    assert any(module in set(below.modules()) for module in reached) == is_reentrant
+    for handle in handles:
+        handle.remove()
+    getattr(model, f"{kind}_disable")()
+    assert _hooks_of(model) == before
+    assert_gradients_close(gradients(model, inputs), expected)
 
 
 def _balance(memory: SparseMemory, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -29,6 +31,7 @@ from tests.models import (
 )
 
 from sparsepeft import HeadConfig, SpartanConfig
+from sparsepeft.tuners.spartan import IMPLS
 
 INPUTS = ARCHITECTURES["bert"].inputs()
 TASK_METHODS = METHODS | {"head": HeadConfig}
@@ -162,7 +165,7 @@ def test_deleting_the_active_adapter_makes_one_other_active_in_every_layer() -> 
 def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_come() -> None:
     expected = run(build("bert"), INPUTS)
     model = adapted("bert", num_labels=5)
-    with pytest.warns(UserWarning, match="no adapter is left"):
+    with pytest.warns(UserWarning, match=r"no adapter is left: call unload\(\) for the bare backbone, or add"):
         model.delete_adapter("default")
     assert torch.equal(run(model.base_model.model, INPUTS), expected)
     assert model.config.num_labels == 2
@@ -174,6 +177,22 @@ def test_deleting_the_last_adapter_leaves_the_bare_backbone_and_a_new_one_can_co
         again = get_peft_model(model.unload(), SpartanConfig(**SMALL)).eval()
     randomize(again)
     assert torch.equal(run(again, INPUTS), run(adapted("bert"), INPUTS))
+
+
+def test_without_an_adapter_a_model_of_a_task_answers_as_the_warning_says() -> None:
+    model = adapted("bert", task_type="SEQ_CLS")
+    with pytest.warns(
+        UserWarning, match=r"call unload\(\) for the bare backbone, or add one and pass it to set_adapter"
+    ):
+        model.delete_adapter("default")
+    with pytest.raises(KeyError, match="default"):  # of PEFT, which keeps the name of the deleted one
+        model(**INPUTS)
+    add(model, "next", task_type="SEQ_CLS", num_labels=3)
+    model.set_adapter("next")
+    assert run(model, INPUTS).shape == (3, 3)
+    with pytest.warns(UserWarning, match="no adapter is left"):
+        model.delete_adapter("next")
+    assert torch.equal(run(model.unload(), INPUTS), run(build("bert"), INPUTS))
 
 
 def test_merging_refuses_with_the_reason_and_the_alternative() -> None:
@@ -319,11 +338,51 @@ def test_every_default_starts_values_at_zero_and_keys_without_gradient() -> None
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "id2label"),
         ({"format_version": 99}, "upgrade sparsepeft"),
         ({"num_parent": 3}, "num_parent"),
+        ({"layers_to_transform": [0, 1.5]}, "layers_to_transform=1.5.*whole number of at least 0"),
+        ({"layers_to_transform": -1}, "layers_to_transform=-1.*whole number of at least 0"),
+        ({"layers_to_transform": "all"}, "layers_to_transform='all'"),
+        ({"head_modules": "classifier"}, "head_modules='classifier'.*list of names"),
+        ({"head_modules": {"classifier"}}, "head_modules={'classifier'}.*no order; pass a list"),
+        ({"target_modules": [1]}, "target_modules=.*list of names"),
     ],
 )
 def test_a_wrong_config_says_which_field(wrong: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SpartanConfig(**wrong)
+
+
+def test_each_implementation_that_a_memory_takes_is_named() -> None:
+    for impl in IMPLS:
+        assert SpartanConfig(impl=impl).impl == impl
+        assert f'``"{impl}"``' in (SpartanConfig.__doc__ or "").partition(" impl: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"layers_to_transform": range(2)}, [0, 1]),
+        ({"layers_to_transform": (1,)}, [1]),
+        ({"layers_to_transform": {2, 0}}, [0, 2]),
+        ({"layers_to_transform": np.arange(1, 3)}, [1, 2]),
+        ({"layers_to_transform": [np.int64(2)]}, [2]),
+        ({"layers_to_transform": np.int64(2)}, 2),
+        ({"head_modules": ("bert.pooler", np.str_("classifier"))}, ["bert.pooler", "classifier"]),
+        ({"target_modules": frozenset({"layer.1", "layer.0"})}, ["layer.0", "layer.1"]),
+        ({"num_labels": np.int64(3)}, 3),
+        ({"num_parents": np.int64(4)}, 4),
+        ({"temperature": np.float32(0.5)}, 0.5),
+        ({"train_layer_norms": np.True_}, True),
+    ],
+)
+def test_what_json_cannot_hold_is_made_plain(given: dict, plain: Any, tmp_path) -> None:
+    (name,) = given
+    config = SpartanConfig(**(SMALL | given))
+    assert getattr(config, name) == plain
+    assert type(getattr(config, name)) is type(plain)
+    model = adapted("bert", config=config)
+    model.save_pretrained(tmp_path)
+    assert getattr(SpartanConfig.from_pretrained(tmp_path), name) == plain
+    assert torch.equal(run(PeftModel.from_pretrained(build("bert"), tmp_path), INPUTS), run(model, INPUTS))
 
 
 def test_training_the_head_alone_is_a_method_too(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers as hf
@@ -16,7 +18,7 @@ from peft import (
 )
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
-from tests.models import ARCHITECTURES, METHODS, D, adapted, add, build, randomize, run, save_backbone
+from tests.models import ARCHITECTURES, METHODS, SMALL, D, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
 from sparsepeft.models.quantized import dequantize, quantize
@@ -63,6 +65,7 @@ def test_embeddings_can_be_saved_with_any_adapter(tmp_path, method: str) -> None
     assert torch.equal(loaded.get_input_embeddings().weight, expected)
 
 
+@pytest.mark.filterwarnings("ignore:save_dtype='int8'")
 @pytest.mark.parametrize("save_dtype", [None, "int8"])
 @pytest.mark.parametrize("method", TASK_METHODS)
 def test_state_dicts_of_an_adapter_injected_into_a_model(method: str, save_dtype: str | None) -> None:
@@ -263,6 +266,23 @@ def test_int8_is_refused_by_transformers_own_loading(tmp_path) -> None:
         bare.load_adapter(str(tmp_path / "task"))
 
 
+@pytest.mark.parametrize(
+    ("given", "saved"), [("int8", torch.float32), ("bfloat16", torch.bfloat16), (None, torch.float32)]
+)
+def test_what_transformers_saves_it_can_load_also_from_a_checkpoint(tmp_path, given: str | None, saved) -> None:
+    model, config = build("bert"), SpartanConfig(**SMALL, save_dtype=given)
+    with pytest.warns(UserWarning, match="int8.*saved as they are") if given == "int8" else nullcontext():
+        model.add_adapter(config)
+    assert config.save_dtype == given  # the caller's own object
+    randomize(model)
+    model.save_pretrained(tmp_path / "checkpoint-5")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "checkpoint-5" / FILE).values()} == {saved}
+    loaded = build("bert")
+    loaded.load_adapter(str(tmp_path / "checkpoint-5"))
+    exact = {"rtol": 0, "atol": 0} if saved == torch.float32 else {"rtol": 0.05, "atol": 0.02}  # 8 bits of bfloat16
+    torch.testing.assert_close(run(loaded, INPUTS), run(model, INPUTS), **exact)
+
+
 PREFIX = "base_model.model."
 LAYER = f"{PREFIX}bert.encoder.layer"
 
@@ -319,6 +339,15 @@ def test_a_file_that_does_not_fit_is_one_error_with_all_names(tmp_path, change, 
             attach()
         for part in parts:
             assert part in str(error.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_card_counts_what_the_method_adds(method: str, tmp_path) -> None:
+    model = adapted("bert", config=METHODS[method]())
+    model.save_pretrained(tmp_path)
+    part = "memory" if method == "spartan" else "adapter"
+    formula, _ = model.base_model.parameter_formula()
+    assert f"\nParameters of the {part}: {formula}\n" in (tmp_path / "README.md").read_text()
 
 
 def test_the_card_says_how_to_load_it_and_the_code_in_it_runs(tmp_path) -> None:

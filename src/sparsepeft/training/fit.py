@@ -27,8 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
-from sparsepeft.launch import is_first, num_processes
-from sparsepeft.methods.models import trained_head
+from sparsepeft.launch import is_first, is_sharded, num_processes
+from sparsepeft.methods.models import to_accelerator, trained_head
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -83,6 +83,8 @@ def fit(
     scoring: dict[str, Any] = {}
     if isinstance(data, LabelledData):
         if config.cache_frozen_layers:
+            if not is_sharded():  # else no process may have room for the whole model
+                to_accelerator(built.model, config.device)  # now, as Trainer moves it only after the cache is filled
             cache = FrozenLayerCache(built.model, checkpoints / "frozen_layers.bin")
             with first_before_others():
                 rows = cache.fill(data.train, collator, is_filled=not is_first())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from sparsepeft.errors import UserError
 from sparsepeft.layers import SparseMemory
@@ -23,8 +24,8 @@ class SparseGradientTrainer(Trainer):
     """``transformers.Trainer`` for models with large memories.
 
     Memories of 16,384 cells or more, unless their config says otherwise, and those whose config demands it have sparse
-    gradients, which are clipped with the others, and :class:`sparsepeft.training.LazyAdamW` takes the place of AdamW.
-    Without such a memory, and with an optimizer of one's own, it is the trainer that it is built on.
+    gradients while it trains, which are clipped with the others, and :class:`sparsepeft.training.LazyAdamW` takes the
+    place of AdamW. Without such a memory, and with an optimizer of one's own, it is the trainer that it is built on.
 
     Args:
         *args, **kwargs: of ``transformers.Trainer``.
@@ -35,13 +36,29 @@ class SparseGradientTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._decided: list[tuple[SparseMemory, bool | None]] = []
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return
         model: Any = self.model
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         is_possible = isinstance(optimizer_class, type) and issubclass(optimizer_class, AdamW)
-        if use_sparse_gradients(model, self.args.world_size == 1 and is_possible):
-            self.optimizer_cls_and_kwargs = LazyAdamW, settings
+        undecided = [memory for memory in _trained_memories(model) if memory.sparse_gradients is None]
+        try:
+            if use_sparse_gradients(model, self.args.world_size == 1 and is_possible):
+                self.optimizer_cls_and_kwargs = LazyAdamW, settings
+            self._decided = [(memory, memory.sparse_gradients) for memory in undecided]
+        finally:
+            _leave_open(undecided)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers has it; then memories leave open again what their config does, for other optimizers."""
+        open_now = [(memory, is_sparse) for memory, is_sparse in self._decided if memory.sparse_gradients is None]
+        for memory, is_sparse in open_now:
+            memory.sparse_gradients = is_sparse
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            _leave_open([memory for memory, _ in open_now])
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if has_sparse_gradients(model.parameters()):
@@ -72,9 +89,7 @@ def use_sparse_gradients(model: nn.Module, is_possible: bool = True) -> bool:
     Raises:
         UserError: it is not possible, but a memory's config demands it.
     """
-    memories = [
-        module for module in model.modules() if isinstance(module, SparseMemory) and module.child_keys.requires_grad
-    ]
+    memories = _trained_memories(model)
     for memory in memories:
         if memory.sparse_gradients is None:
             num_parents, num_children, _ = memory.child_keys.shape
@@ -85,6 +100,17 @@ def use_sparse_gradients(model: nn.Module, is_possible: bool = True) -> bool:
                 "do not take them; leave it out."
             )
     return any(memory.sparse_gradients for memory in memories)
+
+
+def _trained_memories(model: nn.Module) -> list[SparseMemory]:
+    return [
+        module for module in model.modules() if isinstance(module, SparseMemory) and module.child_keys.requires_grad
+    ]
+
+
+def _leave_open(memories: Iterable[SparseMemory]) -> None:
+    for memory in memories:
+        memory.sparse_gradients = None
 
 
 def has_sparse_gradients(parameters: Iterable[Tensor]) -> bool:

@@ -26,6 +26,8 @@ from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 
+_DEFAULT_CHECKPOINTS = {"use_reentrant": False}  # transformers' own
+
 
 class TaskTuner(BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
@@ -58,17 +60,8 @@ class TaskTuner(BaseTuner):
         # can then be used for another model.
         config: Any = copy.copy(self.peft_config[adapter_name])
         config.modules_to_save = None
-        if self._injected and config._is_from_file and config.save_dtype == INT8:
-            raise ValueError(
-                "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
-                "load it with PeftModel.from_pretrained."
-            )
-        if self._injected and config._is_from_file and any(p.device.type == "meta" for p in model.parameters()):
-            raise ValueError(
-                f"Weights of {type(model).__name__} are offloaded, and transformers' own load_adapter would put the "
-                "adapter's beside them, where they are never read; load the adapter before offloading, or use "
-                "get_peft_model with the adapter's config and set_peft_model_state_dict."
-            )
+        if self._injected:
+            _check_injected(model, config)
         self.peft_config[adapter_name] = config
         blocks = self._find_targets(model, config)
         head = HeadSpec((), None, "")
@@ -269,15 +262,42 @@ class TaskTuner(BaseTuner):
         with self._context.routed(list(names)):
             yield
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Like the model's own; also lets gradients through the frozen embeddings, which reentrant checkpoints need."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
-        self.model.enable_input_require_grads()
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Like the model's own, but only reentrant checkpoints, which need them, make gradients of the embeddings.
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        Others, such as those that are made by default, leave the backward pass to end at the lowest adapter.
+        """
+        given = _DEFAULT_CHECKPOINTS if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        self.model.disable_input_require_grads()  # an earlier call's, or the model would lose the handles of its hooks
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **kwargs)
+        self._set_input_gradients(given)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """The newer name of :meth:`gradient_checkpointing_enable` in transformers."""
-        self.model.activation_checkpointing_enable(*args, **kwargs)
-        self.model.enable_input_require_grads()
+        given = _DEFAULT_CHECKPOINTS if activation_checkpointing_kwargs is None else activation_checkpointing_kwargs
+        self.model.disable_input_require_grads()
+        self.model.activation_checkpointing_enable(given, *args, **kwargs)
+        self._set_input_gradients(given)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Like the model's own; takes away what enabling added to the embeddings, too."""
+        self.model.gradient_checkpointing_disable()
+        self.model.disable_input_require_grads()
+
+    def activation_checkpointing_disable(self) -> None:
+        """The newer name of :meth:`gradient_checkpointing_disable` in transformers."""
+        self.model.activation_checkpointing_disable()
+        self.model.disable_input_require_grads()
+
+    def _set_input_gradients(self, checkpoints: dict[str, Any]) -> None:
+        """Let gradients reach the embeddings for reentrant checkpoints alone, whatever transformers has done."""
+        self.model.disable_input_require_grads()
+        if checkpoints.get("use_reentrant", True):  # PyTorch may take them where nothing is said
+            self.model.enable_input_require_grads()
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -286,7 +306,9 @@ class TaskTuner(BaseTuner):
         if adapter_name in self.peft_config and adapter_name in self.active_adapters:
             # Otherwise PEFT lets each layer choose among the adapters that extend it.
             others = [name for name in self.peft_config if name != adapter_name][:1]
-            chosen = f"{others[0]!r} is active now" if others else "no adapter is left, so the bare backbone answers"
+            # Without any, a PeftModel of a task answers nothing: it asks for the config of the deleted one.
+            none_left = "no adapter is left: call unload() for the bare backbone, or add one and pass it to set_adapter"
+            chosen = f"{others[0]!r} is active now" if others else none_left
             warnings.warn(f"The active adapter {adapter_name!r} was deleted; {chosen}.", UserWarning, stacklevel=2)
             self.set_adapter(others, inference_mode=bool(others) and self.peft_config[others[0]].inference_mode)
         active = self.active_adapters
@@ -377,7 +399,8 @@ class TaskTuner(BaseTuner):
         """An adapter's tensors as PEFT saves them.
 
         Those of a ``PeftModel`` are exact: its file gets the dtype that the config asks for when the config is written
-        beside it. transformers' own ``save_pretrained`` writes the config first, so it is handed that dtype here.
+        beside it. transformers' own ``save_pretrained`` writes the config first, so it is handed that dtype here, for
+        checkpoints of ``Trainer`` as well: nothing says for which folder the tensors are.
         """
         # PEFT asks for the tensors when it saves, just before it writes the config.
         context = _context_of(model)
@@ -393,12 +416,36 @@ class TaskTuner(BaseTuner):
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse names that would make an adapter's tensors look like the backbone's to PEFT."""
     taken = {part for name, _ in backbone_parameters(model) for part in name.split(".")}
-    taken |= {BASE, "model", "base_model", *dir(AdapterDict)}  # a ModuleDict cannot hold its methods' names
+    taken |= {BASE, "", "model", "base_model", *dir(AdapterDict())}  # a ModuleDict cannot hold its attributes' names
     if "." in adapter_name or adapter_name in taken:
         raise ValueError(
-            f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
+            f"The adapter name {adapter_name!r} cannot be used: it is empty, reserved, contains a dot, or is that of a "
             f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
+
+
+def _check_injected(model: nn.Module, config: TaskAdapterConfig) -> None:
+    """Refuse what transformers' own ``load_adapter`` cannot do, and leave out what its ``save_pretrained`` cannot."""
+    if config._is_from_file and config.save_dtype == INT8:
+        raise ValueError(
+            "This adapter's file holds int8 weights, whose scales transformers' own load_adapter would leave out; "
+            "load it with PeftModel.from_pretrained."
+        )
+    if config._is_from_file and any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(
+            f"Weights of {type(model).__name__} are offloaded, and transformers' own load_adapter would put the "
+            "adapter's beside them, where they are never read; load the adapter before offloading, or use "
+            "get_peft_model with the adapter's config and set_peft_model_state_dict."
+        )
+    if config.save_dtype == INT8:
+        warnings.warn(
+            "save_dtype='int8' was given for an adapter inside a model of transformers, whose own load_adapter would "
+            "leave out the scales, so the weights will be saved as they are; use get_peft_model for int8, or "
+            "save_dtype='bfloat16'.",
+            UserWarning,
+            stacklevel=2,
+        )
+        config.save_dtype = None
 
 
 def _context_of(model: nn.Module) -> ForwardContext | None:

@@ -113,7 +113,7 @@ def loading_section(config: Any, is_sparse: bool = False, num_labels: int | None
     )
     id2label, formula = getattr(config, "id2label", None), getattr(config, "formula", None)
     labels = "\nLabels: " + ", ".join(id2label.values()) + ".\n" if id2label else ""
-    parameters = f"\nParameters of the memory: {formula}\n" if formula else ""
+    parameters = f"\nParameters of the {config.part_name}: {formula}\n" if formula else ""
     return f"{_BEGIN}\n## How to load\n{text}{parameters}{labels}{_END}"
 
 

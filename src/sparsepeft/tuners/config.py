@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import peft  # noqa: F401 - before a part of it: threads that import both at once must take their locks in one order
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from sparsepeft.arguments import check_choice, check_whole
+from sparsepeft.errors import UserError
 from sparsepeft.models.quantized import INT8
 from sparsepeft.reprs import changed_fields
 from sparsepeft.tuners.card import write_card
@@ -60,6 +63,26 @@ def dtype_name(name: str, value: Any, valid: dict[str, str] = DTYPES) -> str:
     return valid[value]
 
 
+def _names(name: str, value: Any) -> list[str]:
+    """Names as a list of plain strings, NumPy's as well; a UserError if that is not what was given."""
+    names = list(value) if _has_several(value) else [None]
+    if not all(isinstance(each, str) for each in names):
+        raise UserError(f"`{name}={value!r}` was given, but it must be a list of names.")
+    return [str(each) for each in names]
+
+
+def _positions(value: Any) -> list[int] | int:
+    """Positions of layers as plain ints; a UserError if that is not what was given."""
+    if not _has_several(value):
+        return check_whole("layers_to_transform", value, least=0)
+    positions = [check_whole("layers_to_transform", each, least=0) for each in value]
+    return sorted(positions) if isinstance(value, Set) else positions
+
+
+def _has_several(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
 @dataclass(repr=False)
 class TaskAdapterConfig(PeftConfig):
     """Base of this package's PEFT configs.
@@ -77,11 +100,15 @@ class TaskAdapterConfig(PeftConfig):
             None lets transformers decide from ``num_labels`` and the labels' dtype.
         save_dtype: dtype of the saved tensors, such as ``"bfloat16"`` or ``"bf16"``; None keeps the one in memory.
             ``"int8"`` stores all that has rows with a scale for each row, and vectors in float32. Checkpoints of
-            ``Trainer`` (folders called ``checkpoint-<step>``) keep full precision, so that training resumes exactly.
+            ``Trainer`` (folders called ``checkpoint-<step>``) keep full precision, so that training resumes exactly;
+            but those of an adapter that transformers' own ``add_adapter`` put on have this dtype, too, and for it
+            ``"int8"`` is ignored with a warning.
         check_backbone: refuse to attach a saved adapter to another backbone than its own.
         backbone_fingerprint: filled in when the adapter is attached; compared when it is loaded.
         format_version: of the files written.
     """
+
+    part_name: ClassVar[str] = "adapter"  # what a layer gets, as cards call it
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Transformer layers to extend."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Positions in each stack."})
@@ -97,6 +124,7 @@ class TaskAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._make_plain()
         self.formula: str | None = None  # filled in when attached: the adapter's parameter count, for its card
         self._resolved_names: set[str] = set()  # filled in when attached: the modules to extend
         self._foreign_modules: tuple[str, ...] = ()  # filled in by an engine: other tasks' modules in the model
@@ -111,8 +139,6 @@ class TaskAdapterConfig(PeftConfig):
         check_choice("head_type", self.head_type, HEAD_TYPES)
         if self.save_dtype is not None:
             self.save_dtype = dtype_name("save_dtype", self.save_dtype, SAVE_DTYPES)
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
         if self.id2label is not None:
             self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
             if self.num_labels is None:
@@ -124,6 +150,24 @@ class TaskAdapterConfig(PeftConfig):
                 )
         if self.num_labels is not None:
             check_whole("num_labels", self.num_labels)
+
+    def _make_plain(self) -> None:
+        """Turn NumPy's scalars, and what holds several values, into what JSON can hold."""
+        for each in fields(self):
+            if isinstance(value := getattr(self, each.name), np.generic):
+                setattr(self, each.name, value.item())
+        if _has_several(self.target_modules):
+            names = _names("target_modules", self.target_modules)
+            self.target_modules = names if isinstance(self.target_modules, list) else sorted(names)
+        if isinstance(self.head_modules, Set):
+            raise UserError(
+                f"`head_modules={self.head_modules!r}` was given, which has no order; pass a list that begins with the "
+                "module that reads the backbone's states."
+            )
+        if self.head_modules is not None:
+            self.head_modules = _names("head_modules", self.head_modules)
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = _positions(self.layers_to_transform)
 
     def __repr__(self) -> str:
         return changed_fields(self, _IN_EVERY_FILE)

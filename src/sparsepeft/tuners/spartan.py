@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -53,7 +53,8 @@ class SpartanConfig(TaskAdapterConfig):
             :class:`sparsepeft.training.LazyAdamW`. None leaves it to the trainer: ``sparsepeft train`` and
             :class:`sparsepeft.training.SparseGradientTrainer` use both where a memory has 16,384 cells or more, others
             get dense gradients.
-        impl: implementation of the read, see :func:`sparsepeft.ops.memory_read`.
+        impl: implementation of the read (see :func:`sparsepeft.ops.memory_read`): ``"auto"``, which takes the fastest,
+            ``"reference"``, ``"torch"`` or, with flat keys on a GPU, ``"triton"``.
         (and those of :class:`sparsepeft.tuners.config.TaskAdapterConfig`)
 
     Raises:
@@ -67,6 +68,8 @@ class SpartanConfig(TaskAdapterConfig):
         >>> model = get_peft_model(backbone, config)
         >>> model.save_pretrained("out/memory")  # the memory and the head
     """
+
+    part_name: ClassVar[str] = "memory"
 
     num_parents: int = field(default=16, metadata={"help": "P: parent cells."})
     num_children: int = field(default=3, metadata={"help": "C: child cells per parent."})
