@@ -7,21 +7,19 @@ model's ``config`` follows the active adapter, so that losses and pipelines use 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, unwrap
 from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
-from sparsepeft.models.identity import backbone_parameters, is_loaded, is_quantized
+from sparsepeft.models.identity import is_loaded
 from sparsepeft.models.quantized import cast_for_saving
 
 
@@ -335,60 +333,3 @@ def head_parameters(model: PeftModel, adapter_name: str = "default") -> list[nn.
 def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
     """How many numbers :func:`head_parameters` holds."""
     return sum(parameter.numel() for parameter in head_parameters(model, adapter_name))
-
-
-def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:
-    """``module`` on ``device``; where it has no storage yet (``low_cpu_mem_usage``), as it is."""
-    has_storage = all(parameter.device.type != "meta" for parameter in module.parameters())
-    return module.to(device) if has_storage and device is not None else module
-
-
-def _copy_with_values(module: nn.Module) -> nn.Module:
-    """A copy that has its values where accelerate keeps the module's own elsewhere (offloading)."""
-    hooks = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
-    with gather_params_ctx(module.parameters()):  # DeepSpeed's ZeRO-3 keeps them elsewhere, too
-        copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
-    if not hooks:
-        return copied
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(copied, recurse=True)  # which puts in place the very tensors that the module's hook keeps
-    values = dict(backbone_parameters(module))
-    for name, parameter in list(copied.named_parameters()):
-        if parameter.device.type == "meta" or not is_quantized(parameter):
-            parent, _, child = name.rpartition(".")
-            setattr(copied.get_submodule(parent), child, nn.Parameter(values[name].detach().clone()))
-    return copied
-
-
-def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
-    """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
-
-    Weights are kept where sizes agree, so that a fresh adapter answers like the bare model; quantized layers become
-    ordinary ones, since a head is trained.
-    """
-    copied = _copy_with_values(module)
-    for name, layer in list(copied.named_modules()):
-        if not isinstance(layer, nn.Linear):
-            continue
-        resize = name == linear and layer.out_features != num_labels
-        if not resize and not is_quantized(layer.weight):
-            continue
-        outputs = num_labels if name == linear else layer.out_features
-        new = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
-        if resize:
-            nn.init.normal_(new.weight, std=initializer_range)
-            if new.bias is not None:
-                nn.init.zeros_(new.bias)
-        else:
-            new.weight.data.copy_(layer.weight.dequantize())
-            if layer.bias is not None:
-                new.bias.data.copy_(layer.bias)
-        move_unless_meta(new, layer.weight.device)
-        if not is_quantized(layer.weight):
-            new.to(layer.weight.dtype)
-        if not name:
-            copied = new
-        else:
-            copied.set_submodule(name, new)
-    return copied

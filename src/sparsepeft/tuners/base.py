@@ -17,7 +17,8 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, copy_with_labels, find_head, move_unless_meta
+from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
+from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
@@ -153,7 +154,10 @@ class TaskTuner(BaseTuner):
     # -- heads -------------------------------------------------------------------------------------------------------
 
     def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        """Refuse options of a head that the model does not have."""
+        """Refuse options of a head that the model does not have, and heads that cannot be trained."""
+        for name in head.modules if config.head_type == "model" else ():
+            module = model.get_submodule(name)
+            check_copyable(module.original_module if isinstance(module, HeadModule) else module, name)
         if head.output is not None:
             return
         labels = getattr(getattr(model, "config", None), "num_labels", None)

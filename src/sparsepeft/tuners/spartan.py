@@ -17,7 +17,8 @@ from sparsepeft.layers.product_memory import check_square
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, is_norm
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
+from sparsepeft.models.head_copies import copy_with_labels
+from sparsepeft.models.heads import HeadModule, HeadSpec
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.registry import RENAMED
 from sparsepeft.reprs import megabytes
