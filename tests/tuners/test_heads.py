@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -184,6 +186,30 @@ def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path) -
     folder = save_backbone("bert", tmp_path / "whole")
     model = get_peft_model(_classifier(folder, 1), SpartanConfig(**SMALL))
     assert model.peft_config["default"].head_modules == ["classifier"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("checkpoint", "head"), [("MaskedLM", ["bert.pooler", "classifier"]), ("", ["classifier"])])
+def test_a_deep_copy_has_the_same_head(checkpoint: str, head: list[str], sharded: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    bare = getattr(hf, f"BertFor{checkpoint}" if checkpoint else "BertModel")(build("bert").config)
+    bare.save_pretrained(tmp_path / "backbone", max_shard_size="20kB" if sharded else "1GB")
+    original = _classifier(str(tmp_path / "backbone"), 1)
+    model = adapted(copy.deepcopy(original))  # whose parameters do not say any more what was in the checkpoint
+    assert model.peft_config["default"].head_modules == head
+    assert get_peft_model(original, SpartanConfig(**SMALL)).peft_config["default"].head_modules == head
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(_classifier(str(tmp_path / "backbone"), 2), tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_a_pooler_of_which_nothing_is_known_is_part_of_the_fingerprint(tmp_path) -> None:
+    first, second = build("bert"), build("bert")  # not from a checkpoint
+    torch.nn.init.normal_(second.bert.pooler.dense.weight)
+    adapted(first).save_pretrained(tmp_path)
+    assert run(PeftModel.from_pretrained(build("bert"), tmp_path), INPUTS).shape == (3, 2)
+    with pytest.raises(ValueError, match=r"'pooler\.dense\.weight' has other values"):
+        PeftModel.from_pretrained(second, tmp_path)
 
 
 @pytest.mark.parametrize(

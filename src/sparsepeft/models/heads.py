@@ -19,7 +19,7 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, unwrap
 from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
-from sparsepeft.models.identity import is_loaded
+from sparsepeft.models.identity import checkpoint_names, is_loaded, without_prefix
 from sparsepeft.models.quantized import cast_for_saving
 
 
@@ -63,16 +63,19 @@ def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = N
     elif is_language_model(model):
         modules = []
     else:
-        loaded = any(is_loaded(p) for p in model.parameters())
         at_root = _has_task_head(model, following)
-        modules = [
-            name
-            for name, module in following.items()
-            if (at_root and "." not in name)
-            or (loaded and not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters()))
-        ]
+        fresh = _fresh(model, following, blocks)
+        modules = [name for name in following if (at_root and "." not in name) or name in fresh]
     output, linear = _find_output(model, modules)
     return HeadSpec(tuple(modules), output, linear)
+
+
+def unmarked_modules(model: nn.Module, blocks: list[Block]) -> list[str]:
+    """The backbone's modules after its last block, if no parameter says whether a checkpoint had it; else none."""
+    if any(is_loaded(p) for p in model.parameters()):
+        return []
+    whole = getattr(model, "base_model", model) is model
+    return [name for name in _following(model, blocks) if whole or without_prefix(model, name) != name]
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -107,6 +110,24 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
             if not holds_block and any(True for _ in module.parameters()):
                 following[full_name] = module
     return following
+
+
+def _fresh(model: nn.Module, following: dict[str, nn.Module], blocks: list[Block]) -> set[str]:
+    """Which of the modules were not in the model's checkpoint; none if it has none."""
+    if any(is_loaded(p) for p in model.parameters()):
+        return {
+            name
+            for name, module in following.items()
+            if not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
+        }
+    # A model without marks has no checkpoint, or is a deep copy. Where not even the blocks are in the file of that name,
+    # transformers has renamed the tensors on reading, and the file says nothing.
+    saved = checkpoint_names(model)
+
+    def is_saved(name: str) -> bool:
+        return any(key.startswith(f"{without_prefix(model, name)}.") for key in saved)
+
+    return {name for name in following if not is_saved(name)} if all(is_saved(b.name) for b in blocks) else set()
 
 
 def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:

@@ -18,7 +18,7 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.context import BASE, ForwardContext
 from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
-from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head
+from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head, unmarked_modules
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
@@ -142,7 +142,9 @@ class TaskTuner(BaseTuner):
             exclude = [*head.modules, *resized_embeddings(model)]
             check_fingerprint(config.backbone_fingerprint, model, exclude, expected, name)
         elif not config._is_from_file:
-            config.backbone_fingerprint = fingerprint(model, [*head.modules, *resized_embeddings(model)])
+            exclude = [*head.modules, *resized_embeddings(model)]
+            always = unmarked_modules(model, self._find_layers(model, config))
+            config.backbone_fingerprint = fingerprint(model, exclude, always)
             if config.revision is None:
                 config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
 
