@@ -321,6 +321,72 @@ def test_head_modules_can_be_chosen_and_left_out() -> None:
         adapted("roberta", head_modules=["score"])
 
 
+@pytest.mark.parametrize("head_type", ["model", "linear"])
+def test_a_dropout_may_be_named_as_a_part_of_the_head(head_type: str) -> None:
+    modules = ["dropout", "classifier"]
+    model = adapted("bert", head_modules=modules, head_type=head_type, random=False)
+    found = run(model, INPUTS)
+    if head_type == "model":
+        assert torch.equal(found, run(build("bert"), INPUTS))
+    randomize(model)
+    add(model, "other", head_modules=modules, num_labels=3, head_type=head_type)
+    alone = answers(model, INPUTS, "default", "other")
+    mixed = run(model, INPUTS, adapter_names=["default", "other", "__base__"])
+    torch.testing.assert_close(mixed[0, :2], alone["default"][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], alone["other"][1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[2, :2], alone["__base__"][2], rtol=1e-4, atol=1e-5)
+
+
+def _segmentation(name: str) -> torch.nn.Module:
+    """Models whose heads take feature maps: several tensors in one argument."""
+    torch.manual_seed(0)
+    if name == "segformer":
+        sizes = {"hidden_sizes": [32, 32], "depths": [1, 1], "num_attention_heads": [2, 2], "patch_sizes": [3, 3]}
+        ratios = {"sr_ratios": [2, 1], "strides": [2, 2], "mlp_ratios": [2, 2]}
+        config = hf.SegformerConfig(num_encoder_blocks=2, decoder_hidden_size=8, num_labels=3, **sizes, **ratios)
+        return hf.SegformerForSemanticSegmentation(config).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = hf.BeitConfig(**sizes, image_size=32, patch_size=8, out_indices=[1, 2, 3, 4], num_labels=3)
+    return hf.BeitForSemanticSegmentation(config).eval()
+
+
+@pytest.mark.parametrize("name", ["segformer", "beit"])
+def test_heads_that_take_feature_maps(name: str, tmp_path) -> None:
+    images = {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    model = adapted(_segmentation(name), random=False)
+    assert "decode_head" in model.peft_config["default"].head_modules
+    expected = run(_segmentation(name), images)
+    assert torch.equal(run(model, images), expected)
+    randomize(model)
+    add(model, "other")
+    alone = answers(model, images, "default", "other")
+    assert torch.equal(alone["__base__"], expected)
+    assert not torch.equal(alone["default"], expected)
+    names = ["other", "__base__", "default"]
+    mixed = run(model, images, adapter_names=names)
+    for row, adapter in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[adapter][row], rtol=1e-4, atol=1e-4)
+    half = adapted(_segmentation(name).bfloat16())  # its head computes in float32
+    found = run(half, {"pixel_values": images["pixel_values"].bfloat16()})
+    assert found.dtype == torch.bfloat16
+    largest = alone["default"].abs().max().item()
+    torch.testing.assert_close(found.float(), alone["default"], rtol=0, atol=0.05 * largest)  # a few roundings
+
+
+@pytest.mark.parametrize("head_type", ["model", "linear"])
+def test_heads_that_are_called_by_keyword(head_type: str) -> None:
+    model = adapted("roberta", head_type=head_type)
+    add(model, "other", num_labels=3, head_type=head_type)
+    alone = answers(model, INPUTS, "default", "other")
+    head = model.base_model.model.classifier
+    by_position = head.forward
+    head.forward = lambda features: by_position(features=features)
+    assert torch.equal(answers(model, INPUTS, "default")["default"], alone["default"])
+    mixed = run(model, INPUTS, adapter_names=["other", "default", "other"])
+    torch.testing.assert_close(mixed[0], alone["other"][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1, :2], alone["default"][1], rtol=1e-4, atol=1e-5)
+
+
 def test_layer_norms_are_each_adapters_own(tmp_path) -> None:
     expected = run(build("bert"), INPUTS)
     model = adapted("bert", "norms", train_layer_norms=True, random=False)

@@ -68,7 +68,7 @@ class CallState(threading.local):
 
     def __init__(self) -> None:  # called in each thread that asks; torch.compile needs attributes of the instance
         self.routing: Routing | None = None
-        self.head_input: torch.Tensor | None = None
+        self.head_input: Any = None
         self.last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:

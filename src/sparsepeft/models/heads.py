@@ -20,6 +20,7 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, unwrap
 from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
 from sparsepeft.models.identity import checkpoint_names, is_loaded, without_prefix
+from sparsepeft.models.nested import map_tensors, tensors_in
 from sparsepeft.models.quantized import cast_for_saving
 
 
@@ -120,7 +121,7 @@ def _fresh(model: nn.Module, following: dict[str, nn.Module], blocks: list[Block
             for name, module in following.items()
             if not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
         }
-    # A model without marks has no checkpoint, or is a deep copy. Where not even the blocks are in the file of that name,
+    # A model without marks has no checkpoint, or is a deep copy. Where not even the blocks are in its file,
     # transformers has renamed the tensors on reading, and the file says nothing.
     saved = checkpoint_names(model)
 
@@ -281,8 +282,8 @@ class HeadModule(ModulesToSaveWrapper):
         if self.disable_adapters:
             return self.original_module(*args, **kwargs)
         call = self.context.call
-        if self.is_first and args:
-            call.head_input = args[0]
+        if self.is_first:
+            call.head_input = next(iter([*args, *kwargs.values()]), None)
         head_input = call.head_input
         if self.is_output:
             call.head_input = None  # or it would keep the graph of the last pass alive
@@ -303,40 +304,52 @@ class HeadModule(ModulesToSaveWrapper):
         """The bare model's own module."""
         return self.original_module
 
-    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: torch.Tensor | None) -> Any:
+    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: Any) -> Any:
         if adapter_name not in self.modules_to_save:
             return self.original_module(*args, **kwargs)
         module = self.modules_to_save[adapter_name]
         if isinstance(module, LinearHead):
             args, kwargs = (head_input,), {}
-        input_dtype = args[0].dtype
-        module_dtype = next(module.parameters()).dtype
-        if torch.is_autocast_enabled(args[0].device.type) or module_dtype == input_dtype:
+        states = [tensor for tensor in tensors_in([args, kwargs]) if tensor.is_floating_point()]
+        module_dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+        if (
+            module_dtype is None  # a dropout that was named as a part of the head
+            or not states
+            or torch.is_autocast_enabled(states[0].device.type)
+            or states[0].dtype == module_dtype
+        ):
             return module(*args, **kwargs)
-        output = module(args[0].to(module_dtype), *args[1:], **kwargs)
-        return output.to(input_dtype) if isinstance(output, torch.Tensor) else output
+        input_dtype = states[0].dtype
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(module_dtype) if tensor.dtype == input_dtype else tensor
+
+        output = module(*map_tensors(cast, args), **map_tensors(cast, kwargs))
+        return map_tensors(lambda tensor: tensor.to(input_dtype) if tensor.is_floating_point() else tensor, output)
 
     def _mixed_batch_forward(  # type: ignore[override]
-        self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        batch = args[0].shape[0]
-        groups = routing.rows(batch, args[0].device)
-        outputs: dict[str, torch.Tensor] = {}
+        self, routing: Routing, head_input: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = next(tensors_in([args, kwargs]))
+        batch = given.shape[0]
+        groups = routing.rows(batch, given.device)
+        outputs: dict[str, Any] = {}
         for name, rows in groups.items():
 
-            def take(value: Any, rows: slice | torch.Tensor = rows) -> Any:
-                is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
-                return value[rows] if is_rows else value
+            def take(tensor: torch.Tensor, rows: slice | torch.Tensor = rows) -> torch.Tensor:
+                return tensor[rows] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
 
-            outputs[name] = self._run(
-                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(head_input)
-            )
-        width = max(output.shape[-1] for output in outputs.values())
-        first = next(iter(outputs.values()))
-        mixed = first.new_full((batch, *first.shape[1:-1], width), float("-inf"))
-        for name, rows in groups.items():
-            mixed[rows, ..., : outputs[name].shape[-1]] = outputs[name].to(mixed.dtype)
-        return mixed
+            part_args, part_kwargs, part_input = map_tensors(take, (args, kwargs, head_input))
+            outputs[name] = self._run(name, part_args, part_kwargs, part_input)
+
+        def join(*parts: torch.Tensor) -> torch.Tensor:
+            width = max(part.shape[-1] for part in parts)
+            joined = parts[0].new_full((batch, *parts[0].shape[1:-1], width), float("-inf"))
+            for rows, part in zip(groups.values(), parts, strict=True):
+                joined[rows, ..., : part.shape[-1]] = part.to(joined.dtype)
+            return joined
+
+        return map_tensors(join, *outputs.values())
 
 
 def head_parameters(model: PeftModel, adapter_name: str = "default") -> list[nn.Parameter]:

@@ -220,9 +220,11 @@ class TaskTuner(BaseTuner):
         per_position: bool,
         initializer_range: float,
     ) -> LinearHead:
-        first = model.get_submodule(head.modules[0])
-        first = first.original_module if isinstance(first, HeadModule) else first
-        linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
+        first, *others = (
+            module.original_module if isinstance(module, HeadModule) else module
+            for module in map(model.get_submodule, head.modules)
+        )
+        linear = next(m for part in (first, *others) for m in part.modules() if isinstance(m, nn.Linear))
         position = -1 if getattr(first, "summary_type", None) == "last" else 0
         created = LinearHead(linear.in_features, num_labels, per_position, initializer_range, position)
         move_unless_meta(created, execution_device(output))
@@ -421,9 +423,9 @@ def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[Forwar
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast half-precision (or, with a dtype below float32, all) floating parameters in place."""
+    """Cast half-precision (or, with a dtype below float32, all) floating parameters and buffers in place."""
     if dtype is None:
         return
-    for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float64):
-            parameter.data = parameter.data.to(dtype)
+    for tensor in (*module.parameters(), *module.buffers()):  # a batch norm computes with both
+        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64):
+            tensor.data = tensor.data.to(dtype)
