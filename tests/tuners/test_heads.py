@@ -111,6 +111,43 @@ def test_a_small_head_is_one_linear_layer_on_what_the_models_head_receives() -> 
     torch.testing.assert_close(run(model, INPUTS), expected)
 
 
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper-audiocls", "distilbert"])
+def test_a_small_head_reads_what_the_model_pools(name: str, tmp_path) -> None:
+    """Audio classifiers project their states and average them; DistilBERT takes the first token before its head."""
+    inputs = ARCHITECTURES[name].inputs()
+    if name == "wav2vec2":
+        inputs["attention_mask"] = torch.ones(3, 100, dtype=torch.long)
+        inputs["attention_mask"][1, 60:] = 0  # padding is not averaged
+    model = adapted(name, head_type="linear", num_labels=3, layers_to_transform=[0])
+    backbone = model.base_model.model
+    linear = backbone.classifier.modules_to_save["default"].out_proj
+    kept = {}
+    first = backbone.get_submodule(model.peft_config["default"].head_modules[0])
+    handle = first.register_forward_pre_hook(lambda _, args: kept.update(states=args[0]))
+    found = run(model, inputs)
+    handle.remove()
+    states = kept["states"]
+    if name == "wav2vec2":
+        mask = backbone._get_feature_vector_attention_mask(states.shape[1], inputs["attention_mask"])
+        assert not mask.all()
+        states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    elif states.dim() == 3:
+        states = states.mean(1)
+    torch.testing.assert_close(found, linear(states), rtol=1e-4, atol=1e-5)
+    add(model, "other", head_type="linear", num_labels=2)
+    add(model, "whole")
+    alone = answers(model, inputs, "default", "other", "whole")
+    names = ["other", "default", "whole"]
+    mixed = run(model, inputs, adapter_names=names)
+    for row, adapter in enumerate(names):
+        answer = alone[adapter][row]
+        torch.testing.assert_close(mixed[row, : len(answer)], answer, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = build(name)
+    torch.nn.init.normal_(again.get_submodule(model.peft_config["default"].head_modules[0]).weight)
+    assert torch.equal(run(PeftModel.from_pretrained(again, tmp_path / "other"), inputs), alone["other"])
+
+
 def test_a_small_head_on_a_model_without_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="head_type='model'"):
         adapted("llama", head_type="linear")

@@ -160,6 +160,8 @@ class LinearHead(nn.Module):
         num_labels: outputs.
         per_position: keep all positions of (B, T, D) input (token classification, question answering).
         position: that is read of (B, T, D) input otherwise: the first, or the last (-1) as XLNet does.
+        pooled_by_model: whether the model pools between the head's modules (audio classifiers), so that the pooled
+            states are what its last module receives.
     """
 
     def __init__(
@@ -169,9 +171,10 @@ class LinearHead(nn.Module):
         per_position: bool,
         initializer_range: float = 0.02,
         position: int = 0,
+        pooled_by_model: bool = False,
     ) -> None:
         super().__init__()
-        self.per_position, self.position = per_position, position
+        self.per_position, self.position, self.pooled_by_model = per_position, position, pooled_by_model
         self.out_proj = nn.Linear(in_features, num_labels)
         nn.init.normal_(self.out_proj.weight, std=initializer_range)
         nn.init.zeros_(self.out_proj.bias)
@@ -308,7 +311,7 @@ class HeadModule(ModulesToSaveWrapper):
         if adapter_name not in self.modules_to_save:
             return self.original_module(*args, **kwargs)
         module = self.modules_to_save[adapter_name]
-        if isinstance(module, LinearHead):
+        if isinstance(module, LinearHead) and not (module.pooled_by_model and head_input.dim() == 3):
             args, kwargs = (head_input,), {}
         states = [tensor for tensor in tensors_in([args, kwargs]) if tensor.is_floating_point()]
         module_dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -340,6 +343,11 @@ class HeadModule(ModulesToSaveWrapper):
                 return tensor[rows] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
 
             part_args, part_kwargs, part_input = map_tensors(take, (args, kwargs, head_input))
+            reader = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            linear = reader.out_proj if isinstance(reader, LinearHead) else reader
+            if isinstance(linear, nn.Linear) and part_args:
+                # Other rows' states may be wider: not all adapters project them.
+                part_args = (part_args[0][..., : linear.in_features], *part_args[1:])
             outputs[name] = self._run(name, part_args, part_kwargs, part_input)
 
         def join(*parts: torch.Tensor) -> torch.Tensor:

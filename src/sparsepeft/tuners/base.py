@@ -158,8 +158,7 @@ class TaskTuner(BaseTuner):
     def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         """Refuse options of a head that the model does not have, and heads that cannot be trained."""
         for name in head.modules if config.head_type == "model" else ():
-            module = model.get_submodule(name)
-            check_copyable(module.original_module if isinstance(module, HeadModule) else module, name)
+            check_copyable(_original(model, name), name)
         if head.output is not None:
             return
         labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -180,18 +179,15 @@ class TaskTuner(BaseTuner):
         initializer_range = getattr(model.config, "initializer_range", 0.02)
         for name in head.modules:
             is_output = name == head.output
-            module = model.get_submodule(name)
-            original_module = module.original_module if isinstance(module, HeadModule) else module
+            module, original_module = model.get_submodule(name), _original(model, name)
             copied: nn.Module | None
             if config.head_type == "model":
                 linear = head.linear if is_output else None
                 copied = copy_with_labels(original_module, linear, num_labels, initializer_range)
             elif is_output:
-                labels_tokens = config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-                per_position = labels_tokens or (isinstance(original_module, nn.Linear) and len(head.modules) == 1)
-                copied = self._linear_head(model, head, original_module, num_labels, per_position, initializer_range)
+                copied = self._linear_head(model, config, head, num_labels, initializer_range)
             else:
-                copied = None
+                copied = nn.Identity() if _may_be_pooled_between(model, config, head) else None
             if isinstance(module, HeadModule):
                 module.update(adapter_name, copy=copied)
                 continue
@@ -212,22 +208,19 @@ class TaskTuner(BaseTuner):
         self._label_state(model).describe(adapter_name, config)
 
     def _linear_head(
-        self,
-        model: nn.Module,
-        head: HeadSpec,
-        output: nn.Module,
-        num_labels: int,
-        per_position: bool,
-        initializer_range: float,
+        self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec, num_labels: int, initializer_range: float
     ) -> LinearHead:
-        first, *others = (
-            module.original_module if isinstance(module, HeadModule) else module
-            for module in map(model.get_submodule, head.modules)
+        parts = [_original(model, name) for name in head.modules]
+        linear = next(m for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+        created = LinearHead(
+            linear.in_features,
+            num_labels,
+            _answers_per_position(model, config, head),
+            initializer_range,
+            position=-1 if getattr(parts[0], "summary_type", None) == "last" else 0,
+            pooled_by_model=_may_be_pooled_between(model, config, head),
         )
-        linear = next(m for part in (first, *others) for m in part.modules() if isinstance(m, nn.Linear))
-        position = -1 if getattr(first, "summary_type", None) == "last" else 0
-        created = LinearHead(linear.in_features, num_labels, per_position, initializer_range, position)
-        move_unless_meta(created, execution_device(output))
+        move_unless_meta(created, execution_device(_original(model, head.output or "")))
         return created
 
     def _label_state(self, model: nn.Module) -> LabelState:
@@ -407,6 +400,29 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
             f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
+
+
+def _original(model: nn.Module, name: str) -> nn.Module:
+    """The backbone's own module of that name."""
+    module = model.get_submodule(name)
+    return module.original_module if isinstance(module, HeadModule) else module
+
+
+def _answers_per_position(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
+    """Whether the model's answers are of positions and not of whole inputs."""
+    if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        return True
+    return len(head.modules) == 1 and isinstance(_original(model, head.modules[0]), nn.Linear)
+
+
+def _may_be_pooled_between(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
+    """Whether the head projects its input, which may be of all positions, and its last module comes right after.
+
+    Audio classifiers average what they have projected. A small head leaves the projection out (it may be fresh, and is
+    not saved with it) and lets the model average the states themselves.
+    """
+    projects = len(head.modules) == 2 and isinstance(_original(model, head.modules[0]), nn.Linear)
+    return projects and head.linear == "" and not _answers_per_position(model, config, head)
 
 
 def _context_of(model: nn.Module) -> ForwardContext | None:
