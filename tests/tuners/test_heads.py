@@ -148,6 +148,18 @@ def test_a_small_head_reads_what_the_model_pools(name: str, tmp_path) -> None:
     assert torch.equal(run(PeftModel.from_pretrained(again, tmp_path / "other"), inputs), alone["other"])
 
 
+@pytest.mark.parametrize("task_type", [None, "TOKEN_CLS"])
+def test_a_small_head_of_a_class_for_tokens_labels_each_of_them(task_type: str | None) -> None:
+    class Renamed(hf.ModernBertForTokenClassification):
+        pass
+
+    config = build("modernbert").config
+    torch.manual_seed(0)
+    settings = {**SMALL, "head_type": "linear", "num_labels": 3, "task_type": task_type}
+    for cls in (hf.ModernBertForTokenClassification, Renamed):
+        assert run(get_peft_model(cls(config), SpartanConfig(**settings)).eval(), INPUTS).shape == (3, 7, 3)
+
+
 def test_a_small_head_on_a_model_without_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="head_type='model'"):
         adapted("llama", head_type="linear")

@@ -27,6 +27,8 @@ from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 
+_CLASSES_PER_POSITION = ("ForTokenClassification", "ForQuestionAnswering", "FrameClassification")
+
 
 class TaskTuner(BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
@@ -411,6 +413,8 @@ def _original(model: nn.Module, name: str) -> nn.Module:
 def _answers_per_position(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
     """Whether the model's answers are of positions and not of whole inputs."""
     if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        return True
+    if any(cls.__name__.endswith(_CLASSES_PER_POSITION) for cls in type(model).__mro__):
         return True
     return len(head.modules) == 1 and isinstance(_original(model, head.modules[0]), nn.Linear)
 
