@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx, get_bnb_param_type
@@ -45,18 +46,19 @@ def _is_quantized(weight: torch.Tensor) -> bool:
     return is_quantized(weight) or weight.dtype.itemsize < 2
 
 
-def _can_dequantize(weight: torch.Tensor) -> bool:
+def _can_dequantize(weight: Any) -> bool:
     # Tensors themselves have a `dequantize`, which knows no scales.
     return bool(get_bnb_param_type(weight)) or type(weight).dequantize is not torch.Tensor.dequantize
 
 
 def _dequantized(layer: nn.Linear) -> torch.Tensor:
     """A quantized layer's weight as numbers, (outputs, inputs)."""
-    if not get_bnb_param_type(layer.weight):
-        return layer.weight.dequantize()
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    weight: Any = layer.weight
+    if not get_bnb_param_type(weight):
+        return weight.dequantize()
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         # Once used on a CPU, bitsandbytes' 4-bit weights may be packed anew, in a way that only the layer itself reads.
-        unit_vectors = torch.eye(layer.in_features, device=layer.weight.device)
+        unit_vectors = torch.eye(layer.in_features, device=weight.device)
         with torch.no_grad():
             outputs = layer.eval()(unit_vectors)
             return (outputs if layer.bias is None else outputs - layer.bias).T

@@ -205,11 +205,12 @@ class HeadModule(ModulesToSaveWrapper):
         is_first: bool = False,
         is_output: bool = False,
         batch_dim: int = 0,
+        is_tower: bool = False,
     ) -> None:
         self.context = context  # first of all, since looking up any attribute asks it whether adapters are on
         # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
         AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
-        self.is_first, self.is_output, self.batch_dim = is_first, is_output, batch_dim
+        self.is_first, self.is_output, self.batch_dim, self.is_tower = is_first, is_output, batch_dim, is_tower
         self._inference_mode = False
         self.set_adapter([])
 
@@ -335,7 +336,7 @@ class HeadModule(ModulesToSaveWrapper):
     ) -> Any:
         given = next(tensors_in([args, kwargs]))
         batch = given.shape[0]
-        groups = routing.rows(batch, given.device)
+        groups = routing.rows(batch, given.device, is_tower=self.is_tower)
         outputs: dict[str, Any] = {}
         for name, rows in groups.items():
 
@@ -343,7 +344,7 @@ class HeadModule(ModulesToSaveWrapper):
                 return tensor[rows] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
 
             part_args, part_kwargs, part_input = map_tensors(take, (args, kwargs, head_input))
-            reader = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            reader = self.modules_to_save[name] if name in self._adapters else self.original_module
             linear = reader.out_proj if isinstance(reader, LinearHead) else reader
             if isinstance(linear, nn.Linear) and part_args:
                 # Other rows' states may be wider: not all adapters project them.

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.blocks import Block, find_blocks, media_tokens
 from sparsepeft.models.context import BASE, ForwardContext
 from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
 from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head, unmarked_modules
@@ -269,7 +269,12 @@ class TaskTuner(BaseTuner):
                 f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
                 f"{BASE!r} for the bare backbone)."
             )
-        with self._context.routed(list(names)):
+        inputs = _main_input(self.model, args, kwargs)
+        if inputs is not None and len(inputs) != len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries for a batch of {len(inputs)}; pass one adapter name per input."
+            )
+        with self._context.routed(list(names), _is_even(self.model, inputs)):
             yield
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -402,6 +407,22 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             f"The adapter name {adapter_name!r} cannot be used: it is reserved, contains a dot, or is the name of a "
             f"module of {type(model).__name__}, whose tensors could be taken for the adapter's; choose another name."
         )
+
+
+def _main_input(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor whose first dimension counts a batch's inputs: the texts, where there are others beside them."""
+    names = ("input_ids", "inputs_embeds", "inputs", getattr(model, "main_input_name", ""))
+    given = (*(kwargs.get(name) for name in names), *args[:1])
+    return next((value for value in given if isinstance(value, torch.Tensor)), None)
+
+
+def _is_even(model: nn.Module, inputs: torch.Tensor | None) -> bool:
+    """Whether all inputs of a batch bring the same numbers of images, videos and sounds, as their tokens say."""
+    tokens = media_tokens(getattr(model, "config", None))
+    if inputs is None or inputs.is_floating_point():
+        return not tokens
+    counts = [(inputs == token).sum(-1) for token in tokens]
+    return all(bool((count == count[:1]).all()) for count in counts)
 
 
 def _original(model: nn.Module, name: str) -> nn.Module:
