@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -144,6 +145,93 @@ def test_a_bitsandbytes_backbone(tmp_path) -> None:
     loaded = PeftModel.from_pretrained(again, tmp_path / "task")
     inputs = {k: v.to(model.device) for k, v in ARCHITECTURES["llama"].inputs().items()}
     assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("used", [False, True])  # use may pack weights anew
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_that_bitsandbytes_has_quantized(bits: int, used: bool, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    width = 64  # of a block of 4-bit weights
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": width}
+    backbone = hf.RobertaForSequenceClassification(hf.RobertaConfig(**sizes, vocab_size=99))
+    folder = save_backbone(backbone, tmp_path / "backbone")
+    config = hf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
+    quantized = type(backbone).from_pretrained(folder, quantization_config=config).eval()
+    if used:
+        quantized.classifier.dense(torch.ones(1, width, device=quantized.device))
+    model = get_peft_model(quantized, SpartanConfig(**SMALL))
+    head = model.base_model.model.classifier
+    assert type(head.original_module.dense).__module__.startswith("bitsandbytes")
+    assert type(head.modules_to_save["default"].dense) is torch.nn.Linear
+    expected, found = (part.dense.weight.cpu() for part in (backbone.classifier, head.modules_to_save["default"]))
+    tolerance = expected.abs().max().item() * {8: 1 / 127, 4: 1 / 6}[bits]  # a step of int8, half of nf4's widest
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+class Int8Params(torch.nn.Parameter):
+    """What bitsandbytes calls so: int8 with a scale for each row, of which ``dequantize`` knows nothing."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Int8Params:
+        return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> Int8Params:
+        copied = type(self)(self.data.clone())
+        vars(copied).update(vars(self))
+        return copied
+
+
+class Params4bit(Int8Params):
+    """Two values in a byte, in a shape of its own."""
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_with_scales_of_its_own_is_copied_with_its_values(bits: int, monkeypatch) -> None:
+    """By a stand-in for bitsandbytes, which runs everywhere."""
+    backbone = build("roberta")
+    dense = backbone.classifier.dense
+    values = dense.weight.data
+    if bits == 8:
+        scales = values.abs().amax(1)
+        dense.weight = Int8Params((values / scales[:, None] * 127).round().to(torch.int8))
+        dense.weight.SCB, dense.state = scales, SimpleNamespace(SCB=None)
+        values = dense.weight.data * scales[:, None] / 127
+    else:
+        dense.weight = Params4bit(torch.zeros(values.numel() // 2, 1, dtype=torch.uint8))
+        dense.weight.quant_state = values
+    functional = SimpleNamespace(
+        int8_vectorwise_dequant=lambda data, scales: data * scales[:, None] / 127,
+        dequantize_4bit=lambda data, quant_state: quant_state,
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=functional))
+    head = get_peft_model(backbone, SpartanConfig(**SMALL)).base_model.model.classifier.modules_to_save["default"]
+    torch.testing.assert_close(head.dense.weight.data, values)
+    assert torch.equal(head.dense.bias, build("roberta").classifier.dense.bias)
+
+
+class QuantLinear(torch.nn.Module):
+    """How GPTQ and others keep a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 32
+        self.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("kind", ["another class", "float8", "int8"])
+def test_a_head_quantized_in_an_unknown_way_is_refused(kind: str) -> None:
+    backbone = build("roberta")
+    dense = backbone.classifier.dense
+    if kind == "another class":
+        backbone.classifier.dense = QuantLinear()
+    else:
+        dtype = {"float8": torch.float8_e4m3fn, "int8": torch.int8}[kind]
+        dense.weight = torch.nn.Parameter(dense.weight.data.to(dtype), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"'classifier\.dense' was quantized as (QuantLinear|Linear).*leave the head out"
+    ):
+        get_peft_model(backbone, SpartanConfig(**SMALL))
+    assert not any("spartan" in name for name, _ in backbone.named_modules())
+    get_peft_model(backbone, SpartanConfig(**SMALL, head_type="linear"))
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -109,6 +111,55 @@ def test_a_small_head_is_one_linear_layer_on_what_the_models_head_receives() -> 
     torch.testing.assert_close(run(model, INPUTS), expected)
 
 
+@pytest.mark.parametrize("name", ["wav2vec2", "whisper-audiocls", "distilbert"])
+def test_a_small_head_reads_what_the_model_pools(name: str, tmp_path) -> None:
+    """Audio classifiers project their states and average them; DistilBERT takes the first token before its head."""
+    inputs = ARCHITECTURES[name].inputs()
+    if name == "wav2vec2":
+        inputs["attention_mask"] = torch.ones(3, 100, dtype=torch.long)
+        inputs["attention_mask"][1, 60:] = 0  # padding is not averaged
+    model = adapted(name, head_type="linear", num_labels=3, layers_to_transform=[0])
+    backbone = model.base_model.model
+    linear = backbone.classifier.modules_to_save["default"].out_proj
+    kept = {}
+    first = backbone.get_submodule(model.peft_config["default"].head_modules[0])
+    handle = first.register_forward_pre_hook(lambda _, args: kept.update(states=args[0]))
+    found = run(model, inputs)
+    handle.remove()
+    states = kept["states"]
+    if name == "wav2vec2":
+        mask = backbone._get_feature_vector_attention_mask(states.shape[1], inputs["attention_mask"])
+        assert not mask.all()
+        states = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    elif states.dim() == 3:
+        states = states.mean(1)
+    torch.testing.assert_close(found, linear(states), rtol=1e-4, atol=1e-5)
+    add(model, "other", head_type="linear", num_labels=2)
+    add(model, "whole")
+    alone = answers(model, inputs, "default", "other", "whole")
+    names = ["other", "default", "whole"]
+    mixed = run(model, inputs, adapter_names=names)
+    for row, adapter in enumerate(names):
+        answer = alone[adapter][row]
+        torch.testing.assert_close(mixed[row, : len(answer)], answer, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = build(name)
+    torch.nn.init.normal_(again.get_submodule(model.peft_config["default"].head_modules[0]).weight)
+    assert torch.equal(run(PeftModel.from_pretrained(again, tmp_path / "other"), inputs), alone["other"])
+
+
+@pytest.mark.parametrize("task_type", [None, "TOKEN_CLS"])
+def test_a_small_head_of_a_class_for_tokens_labels_each_of_them(task_type: str | None) -> None:
+    class Renamed(hf.ModernBertForTokenClassification):
+        pass
+
+    config = build("modernbert").config
+    torch.manual_seed(0)
+    settings = {**SMALL, "head_type": "linear", "num_labels": 3, "task_type": task_type}
+    for cls in (hf.ModernBertForTokenClassification, Renamed):
+        assert run(get_peft_model(cls(config), SpartanConfig(**settings)).eval(), INPUTS).shape == (3, 7, 3)
+
+
 def test_a_small_head_on_a_model_without_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="head_type='model'"):
         adapted("llama", head_type="linear")
@@ -184,6 +235,30 @@ def test_a_pooler_that_was_not_in_the_checkpoint_belongs_to_the_head(tmp_path) -
     folder = save_backbone("bert", tmp_path / "whole")
     model = get_peft_model(_classifier(folder, 1), SpartanConfig(**SMALL))
     assert model.peft_config["default"].head_modules == ["classifier"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("checkpoint", "head"), [("MaskedLM", ["bert.pooler", "classifier"]), ("", ["classifier"])])
+def test_a_deep_copy_has_the_same_head(checkpoint: str, head: list[str], sharded: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    bare = getattr(hf, f"BertFor{checkpoint}" if checkpoint else "BertModel")(build("bert").config)
+    bare.save_pretrained(tmp_path / "backbone", max_shard_size="20kB" if sharded else "1GB")
+    original = _classifier(str(tmp_path / "backbone"), 1)
+    model = adapted(copy.deepcopy(original))  # whose parameters do not say any more what was in the checkpoint
+    assert model.peft_config["default"].head_modules == head
+    assert get_peft_model(original, SpartanConfig(**SMALL)).peft_config["default"].head_modules == head
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(_classifier(str(tmp_path / "backbone"), 2), tmp_path / "task")
+    assert torch.equal(run(loaded, INPUTS), run(model, INPUTS))
+
+
+def test_a_pooler_of_which_nothing_is_known_is_part_of_the_fingerprint(tmp_path) -> None:
+    first, second = build("bert"), build("bert")  # not from a checkpoint
+    torch.nn.init.normal_(second.bert.pooler.dense.weight)
+    adapted(first).save_pretrained(tmp_path)
+    assert run(PeftModel.from_pretrained(build("bert"), tmp_path), INPUTS).shape == (3, 2)
+    with pytest.raises(ValueError, match=r"'pooler\.dense\.weight' has other values"):
+        PeftModel.from_pretrained(second, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +368,72 @@ def test_head_modules_can_be_chosen_and_left_out() -> None:
     assert all("spartan_memory" in n for n, p in model.named_parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="score"):
         adapted("roberta", head_modules=["score"])
+
+
+@pytest.mark.parametrize("head_type", ["model", "linear"])
+def test_a_dropout_may_be_named_as_a_part_of_the_head(head_type: str) -> None:
+    modules = ["dropout", "classifier"]
+    model = adapted("bert", head_modules=modules, head_type=head_type, random=False)
+    found = run(model, INPUTS)
+    if head_type == "model":
+        assert torch.equal(found, run(build("bert"), INPUTS))
+    randomize(model)
+    add(model, "other", head_modules=modules, num_labels=3, head_type=head_type)
+    alone = answers(model, INPUTS, "default", "other")
+    mixed = run(model, INPUTS, adapter_names=["default", "other", "__base__"])
+    torch.testing.assert_close(mixed[0, :2], alone["default"][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], alone["other"][1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[2, :2], alone["__base__"][2], rtol=1e-4, atol=1e-5)
+
+
+def _segmentation(name: str) -> torch.nn.Module:
+    """Models whose heads take feature maps: several tensors in one argument."""
+    torch.manual_seed(0)
+    if name == "segformer":
+        sizes = {"hidden_sizes": [32, 32], "depths": [1, 1], "num_attention_heads": [2, 2], "patch_sizes": [3, 3]}
+        ratios = {"sr_ratios": [2, 1], "strides": [2, 2], "mlp_ratios": [2, 2]}
+        config = hf.SegformerConfig(num_encoder_blocks=2, decoder_hidden_size=8, num_labels=3, **sizes, **ratios)
+        return hf.SegformerForSemanticSegmentation(config).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = hf.BeitConfig(**sizes, image_size=32, patch_size=8, out_indices=[1, 2, 3, 4], num_labels=3)
+    return hf.BeitForSemanticSegmentation(config).eval()
+
+
+@pytest.mark.parametrize("name", ["segformer", "beit"])
+def test_heads_that_take_feature_maps(name: str, tmp_path) -> None:
+    images = {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    model = adapted(_segmentation(name), random=False)
+    assert "decode_head" in model.peft_config["default"].head_modules
+    expected = run(_segmentation(name), images)
+    assert torch.equal(run(model, images), expected)
+    randomize(model)
+    add(model, "other")
+    alone = answers(model, images, "default", "other")
+    assert torch.equal(alone["__base__"], expected)
+    assert not torch.equal(alone["default"], expected)
+    names = ["other", "__base__", "default"]
+    mixed = run(model, images, adapter_names=names)
+    for row, adapter in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[adapter][row], rtol=1e-4, atol=1e-4)
+    half = adapted(_segmentation(name).bfloat16())  # its head computes in float32
+    found = run(half, {"pixel_values": images["pixel_values"].bfloat16()})
+    assert found.dtype == torch.bfloat16
+    largest = alone["default"].abs().max().item()
+    torch.testing.assert_close(found.float(), alone["default"], rtol=0, atol=0.05 * largest)  # a few roundings
+
+
+@pytest.mark.parametrize("head_type", ["model", "linear"])
+def test_heads_that_are_called_by_keyword(head_type: str) -> None:
+    model = adapted("roberta", head_type=head_type)
+    add(model, "other", num_labels=3, head_type=head_type)
+    alone = answers(model, INPUTS, "default", "other")
+    head = model.base_model.model.classifier
+    by_position = head.forward
+    head.forward = lambda features: by_position(features=features)
+    assert torch.equal(answers(model, INPUTS, "default")["default"], alone["default"])
+    mixed = run(model, INPUTS, adapter_names=["other", "default", "other"])
+    torch.testing.assert_close(mixed[0], alone["other"][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1, :2], alone["default"][1], rtol=1e-4, atol=1e-5)
 
 
 def test_layer_norms_are_each_adapters_own(tmp_path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel
-from tests.models import ARCHITECTURES, adapted, add, answers, run
+from tests.models import ARCHITECTURES, METHODS, adapted, add, answers, run
 
 INPUTS = ARCHITECTURES["bert"].inputs(batch=5)
 
@@ -79,3 +80,90 @@ def test_hidden_states_of_a_mixed_batch_are_each_adapters_own(model: PeftModel) 
             rows = [row for row, given in enumerate(names) if given == name]
             for layer, states in enumerate(mixed):
                 torch.testing.assert_close(states[rows], alone[layer][rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["spartan", "pfeiffer", "houlsby"])
+def test_gemma_3n_has_several_versions_of_its_states(method: str) -> None:
+    """Its layers hand on (4, B, T, D); with four inputs the first dimension fits, too."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.Gemma3nTextConfig(
+        **sizes,
+        head_dim=8,
+        intermediate_size=64,
+        vocab_size=99,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * 2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    options = {"train_layer_norms": True} if method == "spartan" else {}
+    model = adapted(hf.Gemma3nForCausalLM(config).eval(), "one", config=METHODS[method](**options))
+    add(model, "two", config=METHODS[method](**options))
+    for batch in (4, 3):
+        inputs = ARCHITECTURES["llama"].inputs(batch=batch)
+        names = ["one", "two", "__base__", "one"][:batch]
+        mixed, alone = run(model, inputs, adapter_names=names), answers(model, inputs, "one", "two")
+        assert not torch.allclose(alone["one"], alone["two"])
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+
+
+def _sees() -> hf.Qwen2VLForConditionalGeneration:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 64, "vocab_size": 99, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision | {"temporal_patch_size": 1}, **tokens)
+    torch.manual_seed(0)
+    return hf.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def _with_images(counts: list[int]) -> dict[str, torch.Tensor]:
+    """Texts with ``counts`` images of 16 patches, four tokens, each; all images' patches are one long row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 80, (len(counts), 14), generator=generator)
+    for row, count in enumerate(counts):
+        for image in range(count):
+            ids[row, 6 * image + 1 : 6 * image + 7] = torch.tensor([92, 90, 90, 90, 90, 93])
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == 90).long(),
+        "pixel_values": torch.randn(16 * sum(counts), 48, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * sum(counts)),
+    }
+
+
+def test_rows_of_a_tower_of_packed_images_are_known_where_all_inputs_have_as_many() -> None:
+    model = adapted(_sees(), "one")
+    add(model, "two")
+    inputs = _with_images([1, 1])
+    mixed, alone = run(model, inputs, adapter_names=["one", "two"]), answers(model, inputs, "one", "two")
+    for row, name in enumerate(("one", "two")):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+    uneven = _with_images([2, 0])  # 32 patches, which two names would share
+    with pytest.raises(ValueError, match=r"same number of image .* one adapter each"):
+        run(model, uneven, adapter_names=["one", "two"])
+    expected = answers(model, uneven, "one")["one"]
+    assert torch.equal(run(model, uneven, adapter_names=["one", "one"]), expected)
+
+
+def test_adapters_of_the_texts_layers_do_not_mind_uneven_images() -> None:
+    model = adapted(_sees(), "one", target_modules=r".*language_model\.layers\.\d+")
+    add(model, "two", target_modules=r".*language_model\.layers\.\d+")
+    inputs = _with_images([2, 0])
+    mixed, alone = run(model, inputs, adapter_names=["one", "two"]), answers(model, inputs, "one", "two")
+    for row, name in enumerate(("one", "two")):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+    model = adapted(_sees(), "one", target_modules=r".*language_model\.layers\.\d+", train_layer_norms=True)
+    add(model, "two", target_modules=r".*language_model\.layers\.\d+")
+    with pytest.raises(ValueError, match="one adapter each"):  # the tower's norms are adapted, too
+        run(model, inputs, adapter_names=["one", "two"])
+
+
+def test_a_name_for_two_inputs_is_refused(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="3 entries for a batch of 6; pass one adapter name per input"):
+        run(model, ARCHITECTURES["bert"].inputs(batch=6), adapter_names=["two", "five", "small"])

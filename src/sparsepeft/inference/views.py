@@ -19,7 +19,8 @@ from sparsepeft.methods.models import loading_adapter
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.heads import HeadSpec, copy_with_labels
+from sparsepeft.models.head_copies import copy_with_labels
+from sparsepeft.models.heads import HeadSpec
 from sparsepeft.models.onednn import use_onednn
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.sublayers import find_feed_forwards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -12,7 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-_TIME_FIRST = {"xlnet"}  # model types whose layers keep states as (T, B, D)
+# By model type, where the rows of a batch are not the states' first dimension. XLNet has (T, B, D). Gemma 3n's layers
+# hand on several versions of their states, (4, B, T, D), but have (B, T, D) inside: counted from the end, one number
+# says both.
+_BATCH_DIMS = {"xlnet": 1, "gemma3n_text": -3}
 _DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 
 
@@ -27,6 +31,7 @@ class Block:
         hidden_size: the width of its states.
         is_decoder: whether it stands in the decoder of an encoder-decoder.
         batch_dim: which dimension of its states counts the rows of a batch.
+        is_tower: whether its states are of images or sounds, which a model puts between those of a text.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Block:
     hidden_size: int
     is_decoder: bool
     batch_dim: int
+    is_tower: bool
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -68,9 +74,8 @@ def find_blocks(
     stacks = _search(model) if target_modules is None else _match(model, target_modules)
     if not stacks:
         raise ValueError(_nothing_found(model, target_modules))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     has_encoder = bool(getattr(config, "is_encoder_decoder", False))
-    batch_dim = int(getattr(config, "model_type", None) in _TIME_FIRST)
     blocks = [
         Block(
             name=name,
@@ -78,7 +83,8 @@ def find_blocks(
             index=index,
             hidden_size=_hidden_size(model, name, module),
             is_decoder=has_encoder and "decoder" in name.split("."),
-            batch_dim=batch_dim,
+            batch_dim=_BATCH_DIMS.get(_model_type(model, name), 0),
+            is_tower=in_tower(model, name),
         )
         for stack in stacks
         for index, (name, module) in enumerate(stack)
@@ -94,6 +100,27 @@ def find_blocks(
             f"0 to {deepest}; pass positions in that range."
         )
     return [block for block in blocks if block.index in positions]
+
+
+def media_tokens(config: Any) -> list[int]:
+    """Tokens that stand in a text for images, videos and sounds."""
+    names = [f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")]
+    return [token for name in names if isinstance(token := getattr(config, name, None), int)]
+
+
+def in_tower(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` has states of images or sounds, in a model that puts them between those of a text."""
+    config: Any = getattr(model, "config", None)
+    return bool(media_tokens(config)) and _model_type(model, name) != config.get_text_config().model_type
+
+
+def _model_type(model: nn.Module, name: str) -> str:
+    """That of the innermost module around ``name`` that has a config."""
+    modules = dict(named_modules(model))
+    path = name.replace(".base_layer", "").split(".")  # a layer's that is extended already
+    around = (modules.get(".".join(path[:end])) for end in range(len(path), -1, -1))
+    types = (getattr(getattr(module, "config", None), "model_type", None) for module in around)
+    return next((found for found in types if found), "")
 
 
 Stack = list[tuple[str, nn.Module]]

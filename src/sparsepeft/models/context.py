@@ -27,18 +27,34 @@ class Routing:
 
     Args:
         adapter_names: one for each input; :data:`BASE` for the bare backbone.
+        even: whether each input brings as many images (sounds, videos) as the others, in as many parts. A tower of a
+            model of several kinds of input runs all of them as rows, or as one long row, in the inputs' order.
     """
 
-    def __init__(self, adapter_names: list[str]) -> None:
-        self.adapter_names = adapter_names
+    def __init__(self, adapter_names: list[str], even: bool = True) -> None:
+        self.adapter_names, self.even = adapter_names, even
         self._rows: dict[int, dict[str, list[int]]] = {}
 
-    def rows(self, batch_size: int, device: torch.device) -> dict[str, slice | torch.Tensor]:
-        """Row indices of each adapter in a batch of ``batch_size`` (beams repeat each row in place).
+    def rows(self, batch_size: int, device: torch.device, *, is_tower: bool = False) -> dict[str, slice | torch.Tensor]:
+        """Row indices of each adapter in a batch of ``batch_size`` (beams, choices and parts repeat each row in place).
 
         Rows that follow each other are a slice, which costs no copy.
+
+        Args:
+            batch_size: rows in the states, a multiple of the inputs.
+            device: of the states.
+            is_tower: the states are of images (sounds, videos) that are later put between a text's.
+
+        Raises:
+            ValueError: no whole number of rows for each input, or not known which rows of a tower are whose.
         """
         names = self.adapter_names
+        if is_tower and len(set(names)) > 1 and not self.even:
+            raise ValueError(
+                "adapter_names mixes adapters in a batch whose inputs do not all have the same number of image (sound, "
+                "video) tokens, so that it is not known which of the tower's states are whose; pass such inputs in "
+                "batches of one adapter each, or keep the adapters to the text's layers (target_modules)."
+            )
         if not names or batch_size % len(names):
             raise ValueError(
                 f"adapter_names has {len(names)} entries for a batch of {batch_size}; pass one adapter name per input."
@@ -68,7 +84,7 @@ class CallState(threading.local):
 
     def __init__(self) -> None:  # called in each thread that asks; torch.compile needs attributes of the instance
         self.routing: Routing | None = None
-        self.head_input: torch.Tensor | None = None
+        self.head_input: Any = None
         self.last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
@@ -103,9 +119,9 @@ class ForwardContext:
             self.labels.enable(enabled)
 
     @contextmanager
-    def routed(self, adapter_names: list[str]) -> Iterator[None]:
-        """Inside the context, forward passes of this thread use these adapters, one for each row."""
-        self.call.routing = Routing(adapter_names)
+    def routed(self, adapter_names: list[str], even: bool = True) -> Iterator[None]:
+        """Inside the context, forward passes of this thread use these adapters, one for each row: see `Routing`."""
+        self.call.routing = Routing(adapter_names, even)
         try:
             yield
         finally:

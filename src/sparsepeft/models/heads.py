@@ -7,21 +7,20 @@ model's ``config`` follows the active adapter, so that losses and pipelines use 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, unwrap
 from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
-from sparsepeft.models.identity import backbone_parameters, is_loaded, is_quantized
+from sparsepeft.models.identity import checkpoint_names, is_loaded, without_prefix
+from sparsepeft.models.nested import map_tensors, tensors_in
 from sparsepeft.models.quantized import cast_for_saving
 
 
@@ -65,16 +64,19 @@ def find_head(model: nn.Module, blocks: list[Block], names: list[str] | None = N
     elif is_language_model(model):
         modules = []
     else:
-        loaded = any(is_loaded(p) for p in model.parameters())
         at_root = _has_task_head(model, following)
-        modules = [
-            name
-            for name, module in following.items()
-            if (at_root and "." not in name)
-            or (loaded and not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters()))
-        ]
+        fresh = _fresh(model, following, blocks)
+        modules = [name for name in following if (at_root and "." not in name) or name in fresh]
     output, linear = _find_output(model, modules)
     return HeadSpec(tuple(modules), output, linear)
+
+
+def unmarked_modules(model: nn.Module, blocks: list[Block]) -> list[str]:
+    """The backbone's modules after its last block, if no parameter says whether a checkpoint had it; else none."""
+    if any(is_loaded(p) for p in model.parameters()):
+        return []
+    whole = getattr(model, "base_model", model) is model
+    return [name for name in _following(model, blocks) if whole or without_prefix(model, name) != name]
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -111,6 +113,24 @@ def _following(model: nn.Module, blocks: list[Block]) -> dict[str, nn.Module]:
     return following
 
 
+def _fresh(model: nn.Module, following: dict[str, nn.Module], blocks: list[Block]) -> set[str]:
+    """Which of the modules were not in the model's checkpoint; none if it has none."""
+    if any(is_loaded(p) for p in model.parameters()):
+        return {
+            name
+            for name, module in following.items()
+            if not any(is_loaded(p) or p.device.type == "meta" for p in module.parameters())
+        }
+    # A model without marks has no checkpoint, or is a deep copy. Where not even the blocks are in its file,
+    # transformers has renamed the tensors on reading, and the file says nothing.
+    saved = checkpoint_names(model)
+
+    def is_saved(name: str) -> bool:
+        return any(key.startswith(f"{without_prefix(model, name)}.") for key in saved)
+
+    return {name for name in following if not is_saved(name)} if all(is_saved(b.name) for b in blocks) else set()
+
+
 def _has_task_head(model: nn.Module, following: dict[str, nn.Module]) -> bool:
     """Whether what follows at the root is a task's head: not in a bare encoder."""
     if getattr(model, "base_model", model) is not model:
@@ -140,6 +160,8 @@ class LinearHead(nn.Module):
         num_labels: outputs.
         per_position: keep all positions of (B, T, D) input (token classification, question answering).
         position: that is read of (B, T, D) input otherwise: the first, or the last (-1) as XLNet does.
+        pooled_by_model: whether the model pools between the head's modules (audio classifiers), so that the pooled
+            states are what its last module receives.
     """
 
     def __init__(
@@ -149,9 +171,10 @@ class LinearHead(nn.Module):
         per_position: bool,
         initializer_range: float = 0.02,
         position: int = 0,
+        pooled_by_model: bool = False,
     ) -> None:
         super().__init__()
-        self.per_position, self.position = per_position, position
+        self.per_position, self.position, self.pooled_by_model = per_position, position, pooled_by_model
         self.out_proj = nn.Linear(in_features, num_labels)
         nn.init.normal_(self.out_proj.weight, std=initializer_range)
         nn.init.zeros_(self.out_proj.bias)
@@ -182,11 +205,12 @@ class HeadModule(ModulesToSaveWrapper):
         is_first: bool = False,
         is_output: bool = False,
         batch_dim: int = 0,
+        is_tower: bool = False,
     ) -> None:
         self.context = context  # first of all, since looking up any attribute asks it whether adapters are on
         # Past ModulesToSaveWrapper's constructor, which takes no copy; `update` receives it.
         AuxiliaryTrainingWrapper.__init__(self, module, adapter_name, copy=copy)
-        self.is_first, self.is_output, self.batch_dim = is_first, is_output, batch_dim
+        self.is_first, self.is_output, self.batch_dim, self.is_tower = is_first, is_output, batch_dim, is_tower
         self._inference_mode = False
         self.set_adapter([])
 
@@ -262,8 +286,8 @@ class HeadModule(ModulesToSaveWrapper):
         if self.disable_adapters:
             return self.original_module(*args, **kwargs)
         call = self.context.call
-        if self.is_first and args:
-            call.head_input = args[0]
+        if self.is_first:
+            call.head_input = next(iter([*args, *kwargs.values()]), None)
         head_input = call.head_input
         if self.is_output:
             call.head_input = None  # or it would keep the graph of the last pass alive
@@ -284,40 +308,57 @@ class HeadModule(ModulesToSaveWrapper):
         """The bare model's own module."""
         return self.original_module
 
-    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: torch.Tensor | None) -> Any:
+    def _run(self, adapter_name: str, args: tuple, kwargs: dict, head_input: Any) -> Any:
         if adapter_name not in self.modules_to_save:
             return self.original_module(*args, **kwargs)
         module = self.modules_to_save[adapter_name]
-        if isinstance(module, LinearHead):
+        if isinstance(module, LinearHead) and not (module.pooled_by_model and head_input.dim() == 3):
             args, kwargs = (head_input,), {}
-        input_dtype = args[0].dtype
-        module_dtype = next(module.parameters()).dtype
-        if torch.is_autocast_enabled(args[0].device.type) or module_dtype == input_dtype:
+        states = [tensor for tensor in tensors_in([args, kwargs]) if tensor.is_floating_point()]
+        module_dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+        if (
+            module_dtype is None  # a dropout that was named as a part of the head
+            or not states
+            or torch.is_autocast_enabled(states[0].device.type)
+            or states[0].dtype == module_dtype
+        ):
             return module(*args, **kwargs)
-        output = module(args[0].to(module_dtype), *args[1:], **kwargs)
-        return output.to(input_dtype) if isinstance(output, torch.Tensor) else output
+        input_dtype = states[0].dtype
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(module_dtype) if tensor.dtype == input_dtype else tensor
+
+        output = module(*map_tensors(cast, args), **map_tensors(cast, kwargs))
+        return map_tensors(lambda tensor: tensor.to(input_dtype) if tensor.is_floating_point() else tensor, output)
 
     def _mixed_batch_forward(  # type: ignore[override]
-        self, routing: Routing, head_input: torch.Tensor | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        batch = args[0].shape[0]
-        groups = routing.rows(batch, args[0].device)
-        outputs: dict[str, torch.Tensor] = {}
+        self, routing: Routing, head_input: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = next(tensors_in([args, kwargs]))
+        batch = given.shape[0]
+        groups = routing.rows(batch, given.device, is_tower=self.is_tower)
+        outputs: dict[str, Any] = {}
         for name, rows in groups.items():
 
-            def take(value: Any, rows: slice | torch.Tensor = rows) -> Any:
-                is_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
-                return value[rows] if is_rows else value
+            def take(tensor: torch.Tensor, rows: slice | torch.Tensor = rows) -> torch.Tensor:
+                return tensor[rows] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
 
-            outputs[name] = self._run(
-                name, tuple(take(a) for a in args), {k: take(v) for k, v in kwargs.items()}, take(head_input)
-            )
-        width = max(output.shape[-1] for output in outputs.values())
-        first = next(iter(outputs.values()))
-        mixed = first.new_full((batch, *first.shape[1:-1], width), float("-inf"))
-        for name, rows in groups.items():
-            mixed[rows, ..., : outputs[name].shape[-1]] = outputs[name].to(mixed.dtype)
-        return mixed
+            part_args, part_kwargs, part_input = map_tensors(take, (args, kwargs, head_input))
+            reader = self.modules_to_save[name] if name in self._adapters else self.original_module
+            linear = reader.out_proj if isinstance(reader, LinearHead) else reader
+            if isinstance(linear, nn.Linear) and part_args:
+                # Other rows' states may be wider: not all adapters project them.
+                part_args = (part_args[0][..., : linear.in_features], *part_args[1:])
+            outputs[name] = self._run(name, part_args, part_kwargs, part_input)
+
+        def join(*parts: torch.Tensor) -> torch.Tensor:
+            width = max(part.shape[-1] for part in parts)
+            joined = parts[0].new_full((batch, *parts[0].shape[1:-1], width), float("-inf"))
+            for rows, part in zip(groups.values(), parts, strict=True):
+                joined[rows, ..., : part.shape[-1]] = part.to(joined.dtype)
+            return joined
+
+        return map_tensors(join, *outputs.values())
 
 
 def head_parameters(model: PeftModel, adapter_name: str = "default") -> list[nn.Parameter]:
@@ -335,60 +376,3 @@ def head_parameters(model: PeftModel, adapter_name: str = "default") -> list[nn.
 def count_head_parameters(model: PeftModel, adapter_name: str = "default") -> int:
     """How many numbers :func:`head_parameters` holds."""
     return sum(parameter.numel() for parameter in head_parameters(model, adapter_name))
-
-
-def move_unless_meta(module: nn.Module, device: torch.device | None) -> nn.Module:
-    """``module`` on ``device``; where it has no storage yet (``low_cpu_mem_usage``), as it is."""
-    has_storage = all(parameter.device.type != "meta" for parameter in module.parameters())
-    return module.to(device) if has_storage and device is not None else module
-
-
-def _copy_with_values(module: nn.Module) -> nn.Module:
-    """A copy that has its values where accelerate keeps the module's own elsewhere (offloading)."""
-    hooks = {id(m._hf_hook): m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook")}
-    with gather_params_ctx(module.parameters()):  # DeepSpeed's ZeRO-3 keeps them elsewhere, too
-        copied = copy.deepcopy(module, dict(hooks))  # a hook may hold the whole model's weights: do not copy it
-    if not hooks:
-        return copied
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(copied, recurse=True)  # which puts in place the very tensors that the module's hook keeps
-    values = dict(backbone_parameters(module))
-    for name, parameter in list(copied.named_parameters()):
-        if parameter.device.type == "meta" or not is_quantized(parameter):
-            parent, _, child = name.rpartition(".")
-            setattr(copied.get_submodule(parent), child, nn.Parameter(values[name].detach().clone()))
-    return copied
-
-
-def copy_with_labels(module: nn.Module, linear: str | None, num_labels: int, initializer_range: float) -> nn.Module:
-    """A trainable copy of a head module whose linear layer ``linear`` has ``num_labels`` outputs.
-
-    Weights are kept where sizes agree, so that a fresh adapter answers like the bare model; quantized layers become
-    ordinary ones, since a head is trained.
-    """
-    copied = _copy_with_values(module)
-    for name, layer in list(copied.named_modules()):
-        if not isinstance(layer, nn.Linear):
-            continue
-        resize = name == linear and layer.out_features != num_labels
-        if not resize and not is_quantized(layer.weight):
-            continue
-        outputs = num_labels if name == linear else layer.out_features
-        new = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
-        if resize:
-            nn.init.normal_(new.weight, std=initializer_range)
-            if new.bias is not None:
-                nn.init.zeros_(new.bias)
-        else:
-            new.weight.data.copy_(layer.weight.dequantize())
-            if layer.bias is not None:
-                new.bias.data.copy_(layer.bias)
-        move_unless_meta(new, layer.weight.device)
-        if not is_quantized(layer.weight):
-            new.to(layer.weight.dtype)
-        if not name:
-            copied = new
-        else:
-            copied.set_submodule(name, new)
-    return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 _NUM_TENSORS = 24
 _NUM_VALUES = 8
@@ -47,8 +50,40 @@ def _offloaded(module: nn.Module, name: str, parameter: torch.Tensor) -> torch.T
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
-    """Whether transformers read this tensor from a checkpoint (rather than initialising it)."""
+    """Whether transformers read this tensor from a checkpoint (rather than initialising it).
+
+    It marks the parameter itself, and ``copy.deepcopy`` drops the marks: see :func:`checkpoint_names`.
+    """
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def checkpoint_names(model: nn.Module) -> set[str]:
+    """Names of the tensors in the checkpoint that a model was read from, without its class's own prefix.
+
+    None if it has no safetensors on this machine (nothing is downloaded).
+    """
+    name = getattr(model, "name_or_path", "")
+    options: dict[str, Any] = {
+        "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "local_files_only": True,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    names: Iterable[str] = ()
+    if name and (path := cached_file(name, SAFE_WEIGHTS_NAME, **options)):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    elif name and (path := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)):
+        with open(path, encoding="utf-8") as file:
+            names = json.load(file)["weight_map"]
+    return {without_prefix(model, name) for name in names}
+
+
+def without_prefix(model: nn.Module, name: str) -> str:
+    """A tensor's or module's name without what the model's class puts before its backbone's."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    return name.removeprefix(f"{prefix}.")
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
@@ -61,12 +96,13 @@ def is_sparse(model: nn.Module) -> bool:
     return any(not getattr(module, "is_backbone", True) for module in model.modules())
 
 
-def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]:
+def fingerprint(model: nn.Module, exclude: Iterable[str] = (), always: Iterable[str] = ()) -> dict[str, Any]:
     """Sampled values of the tensors that make up the backbone.
 
     Args:
         model: the bare or the adapted model; offloaded tensors are fetched where accelerate's hooks say how.
         exclude: names of modules that are no part of the backbone (the head, embeddings that were resized).
+        always: names of modules of which every tensor is sampled; of the others, a few dozen are.
 
     Returns:
         ``{"sparse": bool, "dtype": str, "quantized": bool, "tensors": {name: {"shape": [...], "values": [...]}}}``, a
@@ -74,13 +110,15 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Any]
         Names leave out the model class's own prefix, so that ``BertModel`` and ``BertForSequenceClassification``
         of one checkpoint agree.
     """
+    exclude = tuple(exclude)
     named = _comparable(model, exclude)
     plain = {
         name: tensor for name, tensor in named.items() if not is_quantized(tensor) and tensor.device.type != "meta"
     }
     names = sorted(plain)
     step = max(1, len(names) // _NUM_TENSORS)
-    chosen = names[::step][:_NUM_TENSORS]
+    sampled = set(names[::step][:_NUM_TENSORS]) | (plain.keys() - _comparable(model, (*exclude, *always)).keys())
+    chosen = sorted(sampled)
     return {
         "sparse": is_sparse(model),
         "dtype": str(next(iter(plain.values())).dtype).removeprefix("torch.") if plain else "unknown",
@@ -148,8 +186,7 @@ def _comparable(model: nn.Module, exclude: Iterable[str]) -> dict[str, torch.Ten
         # Offloading and quantizing make new tensors, so whether one was loaded is only known of those that stayed.
         offloaded = {n for n, _, _, p in _parameters(model) if p.device.type == "meta"}
         named = {n: p for n, p in named.items() if is_loaded(p) or n in offloaded or is_quantized(p)}
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    return {n.removeprefix(f"{prefix}."): p for n, p in named.items()}
+    return {without_prefix(model, n): p for n, p in named.items()}
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

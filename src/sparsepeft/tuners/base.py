@@ -15,9 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.blocks import Block, find_blocks, media_tokens
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, copy_with_labels, find_head, move_unless_meta
+from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
+from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head, unmarked_modules
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
@@ -27,6 +28,7 @@ from sparsepeft.tuners.files import own_names, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
 
 _DEFAULT_CHECKPOINTS = {"use_reentrant": False}  # transformers' own
+_CLASSES_PER_POSITION = ("ForTokenClassification", "ForQuestionAnswering", "FrameClassification")
 
 
 class TaskTuner(BaseTuner):
@@ -134,7 +136,9 @@ class TaskTuner(BaseTuner):
             exclude = [*head.modules, *resized_embeddings(model)]
             check_fingerprint(config.backbone_fingerprint, model, exclude, expected, name)
         elif not config._is_from_file:
-            config.backbone_fingerprint = fingerprint(model, [*head.modules, *resized_embeddings(model)])
+            exclude = [*head.modules, *resized_embeddings(model)]
+            always = unmarked_modules(model, self._find_layers(model, config))
+            config.backbone_fingerprint = fingerprint(model, exclude, always)
             if config.revision is None:
                 config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
 
@@ -146,7 +150,9 @@ class TaskTuner(BaseTuner):
     # -- heads -------------------------------------------------------------------------------------------------------
 
     def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        """Refuse options of a head that the model does not have."""
+        """Refuse options of a head that the model does not have, and heads that cannot be trained."""
+        for name in head.modules if config.head_type == "model" else ():
+            check_copyable(_original(model, name), name)
         if head.output is not None:
             return
         labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -167,18 +173,15 @@ class TaskTuner(BaseTuner):
         initializer_range = getattr(model.config, "initializer_range", 0.02)
         for name in head.modules:
             is_output = name == head.output
-            module = model.get_submodule(name)
-            original_module = module.original_module if isinstance(module, HeadModule) else module
+            module, original_module = model.get_submodule(name), _original(model, name)
             copied: nn.Module | None
             if config.head_type == "model":
                 linear = head.linear if is_output else None
                 copied = copy_with_labels(original_module, linear, num_labels, initializer_range)
             elif is_output:
-                labels_tokens = config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-                per_position = labels_tokens or (isinstance(original_module, nn.Linear) and len(head.modules) == 1)
-                copied = self._linear_head(model, head, original_module, num_labels, per_position, initializer_range)
+                copied = self._linear_head(model, config, head, num_labels, initializer_range)
             else:
-                copied = None
+                copied = nn.Identity() if _may_be_pooled_between(model, config, head) else None
             if isinstance(module, HeadModule):
                 module.update(adapter_name, copy=copied)
                 continue
@@ -199,20 +202,19 @@ class TaskTuner(BaseTuner):
         self._label_state(model).describe(adapter_name, config)
 
     def _linear_head(
-        self,
-        model: nn.Module,
-        head: HeadSpec,
-        output: nn.Module,
-        num_labels: int,
-        per_position: bool,
-        initializer_range: float,
+        self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec, num_labels: int, initializer_range: float
     ) -> LinearHead:
-        first = model.get_submodule(head.modules[0])
-        first = first.original_module if isinstance(first, HeadModule) else first
-        linear = next(m for m in first.modules() if isinstance(m, nn.Linear))
-        position = -1 if getattr(first, "summary_type", None) == "last" else 0
-        created = LinearHead(linear.in_features, num_labels, per_position, initializer_range, position)
-        move_unless_meta(created, execution_device(output))
+        parts = [_original(model, name) for name in head.modules]
+        linear = next(m for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+        created = LinearHead(
+            linear.in_features,
+            num_labels,
+            _answers_per_position(model, config, head),
+            initializer_range,
+            position=-1 if getattr(parts[0], "summary_type", None) == "last" else 0,
+            pooled_by_model=_may_be_pooled_between(model, config, head),
+        )
+        move_unless_meta(created, execution_device(_original(model, head.output or "")))
         return created
 
     def _label_state(self, model: nn.Module) -> LabelState:
@@ -259,7 +261,12 @@ class TaskTuner(BaseTuner):
                 f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
                 f"{BASE!r} for the bare backbone)."
             )
-        with self._context.routed(list(names)):
+        inputs = _main_input(self.model, args, kwargs)
+        if inputs is not None and len(inputs) != len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries for a batch of {len(inputs)}; pass one adapter name per input."
+            )
+        with self._context.routed(list(names), _is_even(self.model, inputs)):
             yield
 
     def gradient_checkpointing_enable(
@@ -448,6 +455,47 @@ def _check_injected(model: nn.Module, config: TaskAdapterConfig) -> None:
         config.save_dtype = None
 
 
+def _main_input(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor whose first dimension counts a batch's inputs: the texts, where there are others beside them."""
+    names = ("input_ids", "inputs_embeds", "inputs", getattr(model, "main_input_name", ""))
+    given = (*(kwargs.get(name) for name in names), *args[:1])
+    return next((value for value in given if isinstance(value, torch.Tensor)), None)
+
+
+def _is_even(model: nn.Module, inputs: torch.Tensor | None) -> bool:
+    """Whether all inputs of a batch bring the same numbers of images, videos and sounds, as their tokens say."""
+    tokens = media_tokens(getattr(model, "config", None))
+    if inputs is None or inputs.is_floating_point():
+        return not tokens
+    counts = [(inputs == token).sum(-1) for token in tokens]
+    return all(bool((count == count[:1]).all()) for count in counts)
+
+
+def _original(model: nn.Module, name: str) -> nn.Module:
+    """The backbone's own module of that name."""
+    module = model.get_submodule(name)
+    return module.original_module if isinstance(module, HeadModule) else module
+
+
+def _answers_per_position(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
+    """Whether the model's answers are of positions and not of whole inputs."""
+    if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        return True
+    if any(cls.__name__.endswith(_CLASSES_PER_POSITION) for cls in type(model).__mro__):
+        return True
+    return len(head.modules) == 1 and isinstance(_original(model, head.modules[0]), nn.Linear)
+
+
+def _may_be_pooled_between(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
+    """Whether the head projects its input, which may be of all positions, and its last module comes right after.
+
+    Audio classifiers average what they have projected. A small head leaves the projection out (it may be fresh, and is
+    not saved with it) and lets the model average the states themselves.
+    """
+    projects = len(head.modules) == 2 and isinstance(_original(model, head.modules[0]), nn.Linear)
+    return projects and head.linear == "" and not _answers_per_position(model, config, head)
+
+
 def _context_of(model: nn.Module) -> ForwardContext | None:
     """What the adapters of ``model`` share; None without any."""
     return next((m.context for m in model.modules() if isinstance(m, (TaskTunerLayer, HeadModule))), None)
@@ -462,9 +510,9 @@ def _backbone_contexts(model: nn.Module, context: ForwardContext) -> list[Forwar
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast half-precision (or, with a dtype below float32, all) floating parameters in place."""
+    """Cast half-precision (or, with a dtype below float32, all) floating parameters and buffers in place."""
     if dtype is None:
         return
-    for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float64):
-            parameter.data = parameter.data.to(dtype)
+    for tensor in (*module.parameters(), *module.buffers()):  # a batch norm computes with both
+        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64):
+            tensor.data = tensor.data.to(dtype)

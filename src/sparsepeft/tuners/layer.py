@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsepeft.models.blocks import Block
 from sparsepeft.models.context import DATA_PARALLEL_REFUSED, ForwardContext
-from sparsepeft.models.heads import move_unless_meta
+from sparsepeft.models.head_copies import move_unless_meta
 
 MERGE_REFUSED = (
     "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of "
@@ -27,6 +27,7 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = block.module
         self.hidden_size, self.is_decoder, self.batch_dim = block.hidden_size, block.is_decoder, block.batch_dim
+        self.is_tower = block.is_tower
         self.context = context
         self._active_adapter = []
         self._inference_mode = False
@@ -63,7 +64,7 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         Args:
             container: the adapters at this place, by name; one that is not there leaves the states alone.
             apply: ``apply(adapter_name, hidden_states, *others)`` gives the new states.
-            hidden_states: (B, ..., D), or with the batch second where :attr:`batch_dim` is 1.
+            hidden_states: (B, ..., D), or with the batch where :attr:`batch_dim` says.
             others: further tensors with the same rows, handed on.
 
         Returns:
@@ -73,7 +74,8 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer):
         if routing is None:
             names = [name for name in self.active_adapters if name in container]
             return apply(names[0], hidden_states, *others) if names else hidden_states
-        groups = routing.rows(hidden_states.shape[self.batch_dim], hidden_states.device)
+        num_rows = hidden_states.shape[self.batch_dim]
+        groups = routing.rows(num_rows, hidden_states.device, is_tower=self.is_tower)
         if len(groups) == 1:
             (name,) = groups
             return apply(name, hidden_states, *others) if name in container else hidden_states

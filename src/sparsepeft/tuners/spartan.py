@@ -15,9 +15,10 @@ from sparsepeft.arguments import check_choice, check_flag, check_number, check_w
 from sparsepeft.layers import ProductKeyMemory, SparseMemory
 from sparsepeft.layers.product_memory import check_square
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block, is_norm
+from sparsepeft.models.blocks import Block, in_tower, is_norm
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.heads import HeadModule, HeadSpec, copy_with_labels
+from sparsepeft.models.head_copies import copy_with_labels
+from sparsepeft.models.heads import HeadModule, HeadSpec
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.registry import RENAMED
 from sparsepeft.reprs import megabytes
@@ -249,7 +250,15 @@ class SpartanModel(TaskTuner):
             elif _is_trainable_norm(module) and not isinstance(parent, HeadModule):
                 copied = copy_with_labels(module, None, 0, 0.0)
                 batch_dim = next((b.batch_dim for n, b in self._blocks.items() if name.startswith(f"{n}.")), 0)
-                setattr(parent, child, HeadModule(module, adapter_name, copied, self._context, batch_dim=batch_dim))
+                wrapper = HeadModule(
+                    module,
+                    adapter_name,
+                    copied,
+                    self._context,
+                    batch_dim=max(batch_dim, 0),  # inside Gemma 3n's layers rows are first
+                    is_tower=in_tower(model, name),
+                )
+                setattr(parent, child, wrapper)
 
 
 def _is_trainable_norm(module: nn.Module) -> bool:
