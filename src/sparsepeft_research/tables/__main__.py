@@ -63,6 +63,10 @@ TABLES = {
         "MPNet-base beside the paper's RoBERTa-base",
         partial(scores.beside_paper, folder="all-mpnet-base-v2/few_shot"),
     ),
+    "full-data-mpnet": Table(
+        "Table 1 on MPNet-base",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/full_data", name="table1"),
+    ),
     "labels": Table(
         "On MPNet-base: several labels, and labels of tokens",
         partial(scores.reproduced, folder="all-mpnet-base-v2/labels", name="table1"),
@@ -133,7 +137,7 @@ PAGES = {
     "scores": (
         "Scores and storage",
         (
-            *("few-shot-mpnet", "beside-paper", "labels"),
+            *("few-shot-mpnet", "beside-paper", "full-data-mpnet", "labels"),
             *("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options"),
         ),
     ),
