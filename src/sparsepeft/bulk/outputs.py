@@ -40,7 +40,7 @@ def encode(chunk: Chunk, source: Source, tasks: Mapping[str, TaskInfo], answers:
 def _table(chunk: Chunk, source: Source, tasks: Mapping[str, TaskInfo], answers: Answers) -> str:
     header = list(beside(dict.fromkeys(source.columns), dict.fromkeys(flat_names(tasks))))
     write = CsvRows(header, source.form.delimiter, source.form.is_quoted)
-    lines = [write(dict(zip(header, header, strict=True)))] if chunk.place == 0 and source.columns else []
+    lines = [write.begin(header)] if chunk.place == 0 and source.columns else []
     for question, row in zip(chunk.questions, answers, strict=True):
         added = joined({name: flat_cells(one, tasks[name]) for name, one in row.items()})
         lines.append(write(beside(question.columns, added)))

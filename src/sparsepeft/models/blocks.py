@@ -116,10 +116,13 @@ def in_tower(model: nn.Module, name: str) -> bool:
 
 def _model_type(model: nn.Module, name: str) -> str:
     """That of the innermost module around ``name`` that has a config."""
-    modules = dict(named_modules(model))
-    path = name.replace(".base_layer", "").split(".")  # a layer's that is extended already
-    around = (modules.get(".".join(path[:end])) for end in range(len(path), -1, -1))
-    types = (getattr(getattr(module, "config", None), "model_type", None) for module in around)
+    around = [unwrap(model)]
+    for part in name.replace(".base_layer", "").split("."):  # a layer's that is extended already
+        child = dict(around[-1].named_children()).get(part)
+        if child is None:  # inside one of PEFT's wrappers
+            break
+        around.append(unwrap(child))
+    types = (getattr(getattr(module, "config", None), "model_type", None) for module in reversed(around))
     return next((found for found in types if found), "")
 
 
