@@ -74,7 +74,7 @@ from sparsepeft.methods.models import (
     with_pad_token,
 )
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import find_head
+from sparsepeft.models.head_search import find_head
 from sparsepeft.models.identity import is_sparse
 from sparsepeft.models.onednn import is_onednn_faster, use_onednn
 from sparsepeft.models.token_heads import token_model

@@ -20,7 +20,7 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.head_copies import copy_with_labels
-from sparsepeft.models.heads import HeadSpec
+from sparsepeft.models.head_search import HeadSpec
 from sparsepeft.models.onednn import use_onednn
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.sublayers import find_feed_forwards

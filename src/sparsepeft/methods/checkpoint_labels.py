@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsepeft.errors import UserError
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import find_head
+from sparsepeft.models.head_search import find_head
 from sparsepeft.models.identity import is_loaded
 
 

@@ -28,7 +28,8 @@ from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.methods.checkpoint_labels import head_start, start_head
 from sparsepeft.methods.targets import choose_targets
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import count_head_parameters, find_head, head_parameters
+from sparsepeft.models.head_search import find_head
+from sparsepeft.models.heads import count_head_parameters, head_parameters
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
 from sparsepeft.reprs import first_of
 from sparsepeft.spt import load_sparse, sparsification

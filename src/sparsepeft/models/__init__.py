@@ -15,7 +15,8 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.auxiliary_loss import AuxiliaryLosses
 from sparsepeft.models.blocks import Block, find_blocks, is_norm, named_modules, unwrap
 from sparsepeft.models.context import BASE, ForwardContext, Routing
-from sparsepeft.models.heads import HeadSpec, count_head_parameters, find_head, is_language_model
+from sparsepeft.models.head_search import HeadSpec, find_head, is_language_model
+from sparsepeft.models.heads import count_head_parameters
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, is_quantized
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.logits import DeferredLogits, deferred_logits, language_model_loss

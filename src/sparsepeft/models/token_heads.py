@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from sparsepeft.errors import UserError
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import find_head
+from sparsepeft.models.head_search import find_head
 
 TOKEN_HEAD = "token_head"  # what the module is called in the model
 

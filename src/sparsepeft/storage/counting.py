@@ -26,7 +26,8 @@ from transformers import (
 
 from sparsepeft.errors import UserError
 from sparsepeft.models.blocks import find_blocks
-from sparsepeft.models.heads import count_head_parameters, find_head
+from sparsepeft.models.head_search import find_head
+from sparsepeft.models.heads import count_head_parameters
 from sparsepeft.models.quantized import cast_for_saving
 from sparsepeft.tuners import BitFitConfig, BottleneckConfig, HeadConfig, SpartanConfig
 from sparsepeft.tuners.base import TaskTuner

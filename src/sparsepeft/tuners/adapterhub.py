@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsepeft.errors import UserError
 from sparsepeft.models.blocks import Block, find_blocks
-from sparsepeft.models.heads import find_head
+from sparsepeft.models.head_search import find_head
 from sparsepeft.tuners.bottleneck import BottleneckConfig
 
 _NAMED_CONFIGS = {"pfeiffer": "pfeiffer", "seq_bn": "pfeiffer", "houlsby": "houlsby", "double_seq_bn": "houlsby"}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,21 +17,19 @@ from torch import nn
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks, media_tokens
 from sparsepeft.models.context import BASE, ForwardContext
-from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
-from sparsepeft.models.heads import HeadModule, HeadSpec, LinearHead, find_head, unmarked_modules
+from sparsepeft.models.head_search import HeadSpec, find_head, unmarked_modules
+from sparsepeft.models.heads import HeadModule
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint, resized_embeddings
-from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.models.quantized import INT8, cast_for_saving
 from sparsepeft.tuners.card import keep_section
+from sparsepeft.tuners.checkpointing import GradientCheckpointing
 from sparsepeft.tuners.config import TaskAdapterConfig
 from sparsepeft.tuners.files import own_names, rename_for_loading
-from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer, execution_device
-
-_DEFAULT_CHECKPOINTS = {"use_reentrant": False}  # transformers' own
-_CLASSES_PER_POSITION = ("ForTokenClassification", "ForQuestionAnswering", "FrameClassification")
+from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer
+from sparsepeft.tuners.task_heads import add_head, check_head
 
 
-class TaskTuner(BaseTuner):
+class TaskTuner(GradientCheckpointing, BaseTuner):
     """Base of this package's tuners; :attr:`layer_class` is the layer that a subclass puts around each block."""
 
     tuner_layer_cls = TaskTunerLayer
@@ -82,7 +80,7 @@ class TaskTuner(BaseTuner):
         # PEFT's models for token classification and question answering go through these names and cannot take none.
         config.modules_to_save = list(head.modules) or ["none"]
         if head.modules:
-            self._add_head(model, adapter_name, config, head)
+            add_head(model, adapter_name, config, head, self._context)
         config._own_names = own_names(model, adapter_name)
         active = [name for name in self.active_adapters if name in self.peft_config]
         self.set_adapter(active, inference_mode=config.inference_mode if inference_mode is None else inference_mode)
@@ -147,80 +145,8 @@ class TaskTuner(BaseTuner):
         if isinstance(child, TaskTunerLayer):
             child.detach()
 
-    # -- heads -------------------------------------------------------------------------------------------------------
-
     def _check_head(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        """Refuse options of a head that the model does not have, and heads that cannot be trained."""
-        for name in head.modules if config.head_type == "model" else ():
-            check_copyable(_original(model, name), name)
-        if head.output is not None:
-            return
-        labels = getattr(getattr(model, "config", None), "num_labels", None)
-        if config.num_labels is not None and (not head.modules or config.num_labels != labels):
-            raise ValueError(
-                f"num_labels={config.num_labels} was given, but the head of {type(model).__name__} has no layer with "
-                "num_labels outputs to resize; leave num_labels unset or use a model with a classification head."
-            )
-        if config.head_type == "linear":
-            raise ValueError(
-                f"head_type='linear' needs a model with a classification head, and {type(model).__name__} has none; "
-                "use head_type='model'."
-            )
-
-    def _add_head(self, model: nn.Module, adapter_name: str, config: TaskAdapterConfig, head: HeadSpec) -> None:
-        original = self._label_state(model).original
-        num_labels = config.num_labels or original.num_labels
-        initializer_range = getattr(model.config, "initializer_range", 0.02)
-        for name in head.modules:
-            is_output = name == head.output
-            module, original_module = model.get_submodule(name), _original(model, name)
-            copied: nn.Module | None
-            if config.head_type == "model":
-                linear = head.linear if is_output else None
-                copied = copy_with_labels(original_module, linear, num_labels, initializer_range)
-            elif is_output:
-                copied = self._linear_head(model, config, head, num_labels, initializer_range)
-            else:
-                copied = nn.Identity() if _may_be_pooled_between(model, config, head) else None
-            if isinstance(module, HeadModule):
-                module.update(adapter_name, copy=copied)
-                continue
-            is_first = name == head.modules[0]
-            wrapper = HeadModule(module, adapter_name, copied, self._context, is_first=is_first, is_output=is_output)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, wrapper)
-        is_models_own = num_labels == original.num_labels  # then the task has its label names and loss, too
-        id2label = config.id2label or (dict(original.id2label) if is_models_own else None)
-        problem_type = config.problem_type or (original.problem_type if is_models_own else None)
-        labels = Labels(
-            num_labels,
-            id2label or {index: f"LABEL_{index}" for index in range(num_labels)},
-            problem_type or ("regression" if num_labels == 1 else None),
-        )
-        config.head_modules, config.num_labels = list(head.modules), num_labels
-        self._label_state(model).add(adapter_name, labels)
-        self._label_state(model).describe(adapter_name, config)
-
-    def _linear_head(
-        self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec, num_labels: int, initializer_range: float
-    ) -> LinearHead:
-        parts = [_original(model, name) for name in head.modules]
-        linear = next(m for part in parts for m in part.modules() if isinstance(m, nn.Linear))
-        created = LinearHead(
-            linear.in_features,
-            num_labels,
-            _answers_per_position(model, config, head),
-            initializer_range,
-            position=-1 if getattr(parts[0], "summary_type", None) == "last" else 0,
-            pooled_by_model=_may_be_pooled_between(model, config, head),
-        )
-        move_unless_meta(created, execution_device(_original(model, head.output or "")))
-        return created
-
-    def _label_state(self, model: nn.Module) -> LabelState:
-        if self._context.labels is None:
-            self._context.labels = LabelState(model)
-        return self._context.labels
+        check_head(model, config, head)
 
     def parameter_formula(self, adapter_name: str = "default") -> tuple[str, int]:
         """The closed formula for the parameters an adapter adds, written out, and its value (head excluded)."""
@@ -268,43 +194,6 @@ class TaskTuner(BaseTuner):
             )
         with self._context.routed(list(names), _is_even(self.model, inputs)):
             yield
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Like the model's own, but only reentrant checkpoints, which need them, make gradients of the embeddings.
-
-        Others, such as those that are made by default, leave the backward pass to end at the lowest adapter.
-        """
-        given = _DEFAULT_CHECKPOINTS if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        self.model.disable_input_require_grads()  # an earlier call's, or the model would lose the handles of its hooks
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given, **kwargs)
-        self._set_input_gradients(given)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        """The newer name of :meth:`gradient_checkpointing_enable` in transformers."""
-        given = _DEFAULT_CHECKPOINTS if activation_checkpointing_kwargs is None else activation_checkpointing_kwargs
-        self.model.disable_input_require_grads()
-        self.model.activation_checkpointing_enable(given, *args, **kwargs)
-        self._set_input_gradients(given)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Like the model's own; takes away what enabling added to the embeddings, too."""
-        self.model.gradient_checkpointing_disable()
-        self.model.disable_input_require_grads()
-
-    def activation_checkpointing_disable(self) -> None:
-        """The newer name of :meth:`gradient_checkpointing_disable` in transformers."""
-        self.model.activation_checkpointing_disable()
-        self.model.disable_input_require_grads()
-
-    def _set_input_gradients(self, checkpoints: dict[str, Any]) -> None:
-        """Let gradients reach the embeddings for reentrant checkpoints alone, whatever transformers has done."""
-        self.model.disable_input_require_grads()
-        if checkpoints.get("use_reentrant", True):  # PyTorch may take them where nothing is said
-            self.model.enable_input_require_grads()
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -469,31 +358,6 @@ def _is_even(model: nn.Module, inputs: torch.Tensor | None) -> bool:
         return not tokens
     counts = [(inputs == token).sum(-1) for token in tokens]
     return all(bool((count == count[:1]).all()) for count in counts)
-
-
-def _original(model: nn.Module, name: str) -> nn.Module:
-    """The backbone's own module of that name."""
-    module = model.get_submodule(name)
-    return module.original_module if isinstance(module, HeadModule) else module
-
-
-def _answers_per_position(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
-    """Whether the model's answers are of positions and not of whole inputs."""
-    if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
-        return True
-    if any(cls.__name__.endswith(_CLASSES_PER_POSITION) for cls in type(model).__mro__):
-        return True
-    return len(head.modules) == 1 and isinstance(_original(model, head.modules[0]), nn.Linear)
-
-
-def _may_be_pooled_between(model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> bool:
-    """Whether the head projects its input, which may be of all positions, and its last module comes right after.
-
-    Audio classifiers average what they have projected. A small head leaves the projection out (it may be fresh, and is
-    not saved with it) and lets the model average the states themselves.
-    """
-    projects = len(head.modules) == 2 and isinstance(_original(model, head.modules[0]), nn.Linear)
-    return projects and head.linear == "" and not _answers_per_position(model, config, head)
 
 
 def _context_of(model: nn.Module) -> ForwardContext | None:

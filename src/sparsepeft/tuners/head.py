@@ -9,7 +9,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from sparsepeft.models.blocks import Block, find_blocks
-from sparsepeft.models.heads import HeadSpec
+from sparsepeft.models.head_search import HeadSpec
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import HEAD, TaskAdapterConfig
 

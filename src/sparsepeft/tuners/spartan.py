@@ -18,7 +18,8 @@ from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, in_tower, is_norm
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.head_copies import copy_with_labels
-from sparsepeft.models.heads import HeadModule, HeadSpec
+from sparsepeft.models.head_search import HeadSpec
+from sparsepeft.models.heads import HeadModule
 from sparsepeft.models.identity import is_quantized
 from sparsepeft.ops.registry import RENAMED
 from sparsepeft.reprs import megabytes
