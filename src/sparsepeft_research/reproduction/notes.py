@@ -87,7 +87,7 @@ def _seeds(finished: Finished) -> list[str]:
 
 def _data(finished: Finished) -> list[str]:
     notes = _grouped((note, run.config.task) for run, result in finished for note in result["notes"])
-    lines = [f"{', '.join(tasks)}: {note.rstrip('.')}." for note, tasks in notes.items()]
+    lines = [f"{_prefix(note, tasks)}{note.rstrip('.')}." for note, tasks in notes.items()]
     capped = {
         f"{run.config.task} ({run.config.max_train_samples:,} of {run.facts.num_train:,})": None
         for run, _ in finished
@@ -201,6 +201,11 @@ def _about_columns(name: str, finished: Finished, is_paper: bool, has_devices: b
                 "order, as seconds per batch would."
             )
     return notes
+
+
+def _prefix(note: str, tasks: list[str]) -> str:
+    """Whose note it is, unless it says so itself."""
+    return "" if len(tasks) == 1 and note.startswith(tasks[0]) else f"{', '.join(tasks)}: "
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
