@@ -132,8 +132,10 @@ def test_paths_and_numpys_numbers_are_plain_values(tmp_path: Path) -> None:
 
 
 def test_settings_are_read_as_yaml() -> None:
-    expected = {"top_k": 4, "temperature": 1.6, "train_layer_norms": True, "lr": 1e-3}
-    assert parse_settings(["top_k=4", "temperature=1.6", "train_layer_norms=true", "lr=1e-3"]) == expected
+    expected = {"top_k": 4, "temperature": 1.6, "train_layer_norms": True, "lr": 1e-3, "name": "1e-3"}
+    assert (
+        parse_settings(["top_k=4", "temperature=1.6", "train_layer_norms=true", "lr=1e-3", "name='1e-3'"]) == expected
+    )
     for wrong, match in (
         (["top_k"], "key=value"),
         (["x=[a"], r"--set 'x=\[a' was given, but '\[a' cannot be read as a value \(while parsing"),

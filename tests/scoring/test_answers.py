@@ -146,6 +146,15 @@ def test_rows_keep_their_columns_and_have_no_number_that_json_lacks() -> None:
     assert value == {"score": 3, "predicted_score": 1234.57}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_no_prediction_stands_among_labels_that_some_rows_have(kind: str) -> None:
+    line_of = AnswerLines(kind, CLASSES)
+    text = "".join(map(line_of, [*ANSWERS, Answer({"id": 10}, ANSWERS[0].prediction)]))
+    read = csv.DictReader(io.StringIO(text)) if kind == "csv" else map(json.loads, text.splitlines())
+    last = list(read)[-1]
+    assert (last.get("label") or None, last["predicted_label"]) == (None, "a")
+
+
 def test_csv_has_the_same_columns_in_all_rows() -> None:
     line_of = AnswerLines("csv", CLASSES)
     rows = list(csv.DictReader(io.StringIO("".join(map(line_of, ANSWERS)))))

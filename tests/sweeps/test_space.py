@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.tiny import topics_rows, write_jsonl
 
 from sparsepeft.errors import UserError
-from sparsepeft.sweeps import SweepOptions, read_space
+from sparsepeft.sweeps import SweepOptions, plan_sweep, read_space
+from sparsepeft.sweeps.files import DONE, FAILED, LEFT, write_failed
+from sparsepeft.training import train
 
 
 def space_file(folder: Path, content: Any) -> Path:
@@ -49,9 +52,29 @@ def test_grids_are_combined_and_the_rest_is_drawn(tmp_path: Path) -> None:
         assert (config.score_on, Path(config.output_dir)) == ("selection", tmp_path / "out" / trial.name)
         assert trial.name == ",".join([trial.group, *(f"{k}={v}" for k, v in values.items() if k != "task")])
         assert config.data_dir == str(tmp_path)
+    by_seed = [[{**t.values, "seed": 0} for t in trials if t.values["seed"] == seed] for seed in (1, 2)]
+    assert by_seed[0] == by_seed[1]  # so that scores are averaged over seeds
     again = {trial.name for trial in space.trials(tmp_path / "out", num_samples=5, seed=5)}
     assert {trial.name for trial in trials} < again  # a sweep that grows keeps its trials
     assert not again & {trial.name for trial in space.trials(tmp_path / "out", num_samples=5, seed=6)}
+
+
+@pytest.mark.slow
+def test_trials_on_data_that_changed_are_none_of_the_sweep(tiny_backbone: Path, tmp_path: Path) -> None:
+    file, out, options = tmp_path / "mine.jsonl", tmp_path / "out", SweepOptions()
+    write_jsonl(file, topics_rows("train"))
+    values = {"train_file": str(file), "model": str(tiny_backbone), "method": "head", "max_steps": 2}
+    space = read_space(space_file(tmp_path, values | {"learning_rate": {"grid": [1e-3, 1e-4]}}))
+    first, second = (standing.trial for standing in plan_sweep(space, out, options))
+    out.mkdir()
+    (out / "sweep.json").write_text("{}")
+    train(first.config)
+    write_failed(second, "it failed")
+    assert [standing.state for standing in plan_sweep(space, out, options)] == [DONE, FAILED]
+    write_jsonl(file, topics_rows("train")[:60])
+    with pytest.raises(UserError, match=r"mine\.jsonl \(its content\).*`overwrite`"):
+        plan_sweep(space, out, options)
+    assert [standing.state for standing in plan_sweep(space, out, options, overwrite=True)] == [LEFT, LEFT]
 
 
 def test_equal_draws_are_one_trial(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ the same keys under ``config``, and are config files, too: of the same run, but 
 
 from __future__ import annotations
 
-import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ import yaml
 from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.runs.config import LM, RunConfig, current_names, defaults_of, refuse_foreign_fields, require_fields
 from sparsepeft.tasks.spec import CUSTOM
+
+
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 and JSON have it: ``1e-4`` is a number, which YAML 1.1 takes for a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def load_config(flags: dict[str, Any], file: Path | None = None) -> RunConfig:
@@ -77,7 +86,7 @@ def read_config(file: Path | None, name: str = "config") -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"The config file {file} does not exist; pass an existing YAML or JSON file as `{name}`.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError also for what is not UTF-8
         raise UserError(f"{file} is not valid YAML or JSON ({first_line(error)}); correct it.") from error
     except OSError as error:
@@ -104,13 +113,10 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "top_
                 f"{option} {pair!r} was given, but settings have the form key=value, for example {option} {example}."
             )
         try:
-            parsed = yaml.safe_load(value)
+            settings[key.strip()] = yaml.load(value, _Loader)
         except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
             raise UserError(
                 f"{option} {pair!r} was given, but {value!r} cannot be read as a value ({first_line(error)}); quote "
                 f"it as YAML does, for example {option} {example}."
             ) from error
-        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
-            parsed = float(parsed) if isinstance(parsed, str) else parsed
-        settings[key.strip()] = parsed
     return settings

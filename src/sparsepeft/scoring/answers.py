@@ -32,14 +32,6 @@ class Answer:
     columns: dict[str, Any]
     prediction: Prediction
 
-    def row(self) -> dict[str, Any]:
-        """The columns as they came, then those of :func:`cells`, see :func:`beside`."""
-        return beside(self.columns, cells(self.prediction))
-
-    def flat_row(self, spec: TaskSpec) -> dict[str, Any]:
-        """Like :meth:`row`, for formats without nesting: with :func:`flat_cells`."""
-        return beside(self.columns, flat_cells(self.prediction, spec))
-
 
 class Labels(Protocol):
     """What flat answers depend on: a ``TaskSpec``, or a ``TaskInfo``."""
@@ -174,10 +166,13 @@ def format_of(format: str | None, output: Path | None) -> str:
 
 
 class AnswerLines:
-    """Turns answers into the lines of their rows.
+    """Turns answers into the lines of their rows: the columns as they came, then those of :func:`cells`.
 
-    For CSV the first line is a header, with the columns of the first input that could be read: those before it, which
-    have none, are held back until then.
+    A name that was a row's column is ours in no later one, see :func:`beside`: where some rows have their true label,
+    no prediction stands among them.
+
+    For CSV the cells are those of :func:`flat_cells`, and the first line is a header, with the columns of the first
+    input that could be read: those before it, which have none, are held back until then.
 
     Args:
         format: one of :data:`FORMATS`.
@@ -188,12 +183,13 @@ class AnswerLines:
         self._spec = spec
         self._rows = CsvRows() if format == "csv" else None
         self._held: list[Answer] = []
+        self._taken: set[str] = set()
 
     def __call__(self, answer: Answer) -> str:
         """The line, or lines, of an answer and of those that were held back."""
         if self._rows is None:
-            return json_line(answer.row())
-        row = answer.flat_row(self._spec)
+            return json_line(self._row(answer, cells(answer.prediction)))
+        row = self._flat_row(answer)
         if self._rows.has_header:
             return self._rows(row, must_fit=bool(answer.columns))
         if answer.prediction.error is not None and not answer.columns:
@@ -206,7 +202,14 @@ class AnswerLines:
         held, self._held = self._held, []
         if self._rows is None:
             return ""
-        return "".join(self._rows(each.flat_row(self._spec), must_fit=False) for each in held)
+        return "".join(self._rows(self._flat_row(each), must_fit=False) for each in held)
+
+    def _flat_row(self, answer: Answer) -> dict[str, Any]:
+        return self._row(answer, flat_cells(answer.prediction, self._spec))
+
+    def _row(self, answer: Answer, added: dict[str, Any]) -> dict[str, Any]:
+        self._taken.update(answer.columns)
+        return beside(answer.columns, added, self._taken)
 
 
 def json_line(row: dict[str, Any]) -> str:

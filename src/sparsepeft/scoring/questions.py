@@ -6,7 +6,7 @@ import gzip
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,14 +236,19 @@ def as_question(texts: list[Any], columns: dict[str, Any], asked: Asked) -> Ques
     return Question(first if len(texts) == 1 else texts, columns)
 
 
-def beside(columns: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+def beside(columns: Mapping[str, Any], added: Mapping[str, Any], taken: Container[str] = ()) -> dict[str, Any]:
     """Columns and what is added to them.
 
     A name that is a column already (often the truth) stays the column's; ours is then called ``predicted_label``.
+
+    Args:
+        columns: of the row.
+        added: by name.
+        taken: columns that other rows have, so that a name means the same in all of them.
     """
     row = dict(columns)
     for name, value in added.items():
-        while name in columns:
+        while name in columns or name in taken:
             name = _PREFIX + name
         row[name] = value
     return row

@@ -17,6 +17,7 @@ from sparsepeft.runs.history import read_history
 from sparsepeft.sweeps.space import Trial
 
 SWEEP = "sweep.json"
+_DECIDING = ("config", "data_fingerprints")
 DONE, STOPPED, FAILED, DIVERGED, LEFT = "done", "stopped", "failed", "diverged", "left"
 
 
@@ -54,11 +55,11 @@ def standing_of(trial: Trial, overwrite: bool = False) -> Standing:
     """How a trial stands by its files.
 
     Raises:
-        UserError: its folder holds a finished run with other values, and ``overwrite`` is not set.
+        UserError: its folder holds a finished run with other values or data, and ``overwrite`` is not set.
     """
     folder = Path(trial.config.output_dir)
     settle(folder)
-    if is_finished(folder, describe_run(trial.config), overwrite):
+    if is_finished(folder, described(trial), overwrite):
         results = read_results(folder)
         return Standing(
             trial,
@@ -71,9 +72,14 @@ def standing_of(trial: Trial, overwrite: bool = False) -> Standing:
         )
     for kind in (STOPPED, "error"):
         content = _read(note_file(trial, kind))
-        if content.pop("config", None) == _plain_config(trial):
+        if {name: content.pop(name, None) for name in _DECIDING} == _deciding(trial):
             return Standing(trial, **content)
     return Standing(trial, LEFT)
+
+
+def described(trial: Trial) -> dict[str, Any]:
+    """What is known of a trial's ``run.json`` before it runs, with the data that it would be trained on."""
+    return describe_run(trial.config) | {"data_fingerprints": trial.data_fingerprints}
 
 
 def write_stopped(trial: Trial, result: Mapping[str, Any]) -> None:
@@ -106,11 +112,13 @@ def note_file(trial: Trial, kind: str) -> Path:
 
 
 def _write(trial: Trial, kind: str, content: Mapping[str, Any]) -> None:
-    write_json(note_file(trial, kind), {**content, "config": _plain_config(trial)})
+    write_json(note_file(trial, kind), {**content, **_deciding(trial)})
 
 
-def _plain_config(trial: Trial) -> Any:
-    return json.loads(json.dumps(trial.config.to_dict()))
+def _deciding(trial: Trial) -> Any:
+    """What a note is of: values and data, as JSON has them."""
+    decided = zip(_DECIDING, (trial.config.to_dict(), trial.data_fingerprints), strict=True)
+    return json.loads(json.dumps(dict(decided)))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -118,6 +126,6 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    known = {f.name for f in dataclasses.fields(Standing)} | {"config"}
+    known = {f.name for f in dataclasses.fields(Standing)} | set(_DECIDING)
     is_ours = isinstance(content, dict) and {"state", "config"} <= content.keys() <= known
     return content if is_ours else {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsepeft.arguments import check_number, check_whole
 from sparsepeft.backbones import resolve_model
@@ -15,7 +17,8 @@ from sparsepeft.errors import UserError
 from sparsepeft.extras import require
 from sparsepeft.folders import UNFINISHED, check_output, locked, remove
 from sparsepeft.methods.models import adapter_config, load_model_config
-from sparsepeft.runs.files import CHECKPOINTS, describe_run
+from sparsepeft.runs.config import DATA_FIELDS
+from sparsepeft.runs.files import CHECKPOINTS
 from sparsepeft.runs.folder import check_folder
 from sparsepeft.runs.held_out import load_task_data
 from sparsepeft.sweeps.files import (
@@ -24,6 +27,7 @@ from sparsepeft.sweeps.files import (
     STOPPED,
     SWEEP,
     Standing,
+    described,
     forget,
     standing_of,
     write_stopped,
@@ -99,27 +103,27 @@ def plan_sweep(space: Space, output_dir: Path, options: SweepOptions, overwrite:
     """
     trials = space.trials(output_dir, options.num_samples, options.seed)
     check_output(output_dir, (SWEEP,), "a sweep", overwrite=True)
-    checked: set[tuple[str, str | None]] = set()
+    checked: dict[tuple[str, str | None], Any] = {}
     standings = []
     for trial in trials:
         try:
-            _check(trial, options, checked)
+            trial = dataclasses.replace(trial, data_fingerprints=_check(trial, options, checked))
             standing = standing_of(trial, overwrite)
             if standing.state != DONE:
-                check_folder(Path(trial.config.output_dir), describe_run(trial.config), overwrite)
+                check_folder(Path(trial.config.output_dir), described(trial), overwrite)
         except UserError as error:
             raise trial.refused(error) from error
         standings.append(standing)
     return standings
 
 
-def _check(trial: Trial, options: SweepOptions, checked: set[tuple[str, str | None]]) -> None:
-    """Find what is wrong with a trial before the first run.
+def _check(trial: Trial, options: SweepOptions, checked: dict[tuple[str, str | None], Any]) -> dict[str, str]:
+    """Find what is wrong with a trial before the first run; returns the fingerprints of its data.
 
     Args:
         trial: is looked at.
         options: of the sweep.
-        checked: tasks and models that were loaded, which is done once for each.
+        checked: what came of loading models' configs and tasks' data, which is done once for each.
 
     Raises:
         UserError: something is.
@@ -132,13 +136,15 @@ def _check(trial: Trial, options: SweepOptions, checked: set[tuple[str, str | No
         raise UserError(
             f"`device={config.device}` was given, but trials get no GPU; pass `gpus_per_trial`, or leave `device` out."
         )
+    data = ("task", repr([config.task, *(getattr(config, name) for name in DATA_FIELDS)]))
     for what, load in (
         (("model", config.model), lambda: load_model_config(resolve_model(config.model))),
-        (("task", trial.group), lambda: load_task_data(config)),
+        (data, lambda: dict(load_task_data(config).fingerprints)),
     ):
         if what not in checked:
-            load()
-            checked.add(what)
+            checked[what] = load()
+    fingerprints: dict[str, str] = checked[data]
+    return fingerprints
 
 
 def sweep(

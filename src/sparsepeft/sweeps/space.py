@@ -1,7 +1,8 @@
 """The space of a sweep: a config of ``sparsepeft train`` in which values may be searches, and the trials drawn from it.
 
 Searches have Ray Tune's names and meanings; nothing here needs Ray. A trial is decided by the values of the grids, the
-number of its draw and the seed, so that a sweep that grows keeps the trials that it has.
+number of its draw and the seed of the draws, so that a sweep that grows keeps the trials that it has. Where the runs'
+seed is searched, values are drawn once for all seeds, over which their scores are averaged.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ _RANGES = ("uniform", "loguniform", "randint", "lograndint")
 _NESTED = ("settings", "spt")
 _MAPPINGS = (*_NESTED, "class_weights")
 _DIGITS = 4  # of drawn numbers, so that a name has all of them
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # which YAML reads as a text
 _LONGEST_NAME = 120
+_SEED = ("seed",)
 Key = tuple[str, ...]
 
 
@@ -68,12 +69,14 @@ class Trial:
         group: the task, or the file, whose trials are compared with each other.
         values: what was searched, by name.
         config: of the run.
+        data_fingerprints: of the files that it is trained on, by name, once they were read.
     """
 
     name: str
     group: str
     values: dict[str, Any]
     config: RunConfig
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
 
     def refused(self, error: UserError) -> UserError:
         """What is wrong with the trial's values, said with its name."""
@@ -115,7 +118,7 @@ class Space:
         for combination in itertools.product(*grids.values()):
             fixed = dict(zip(grids, combination, strict=True))
             for number in range(num_samples if drawn else 1):
-                decided = [seed, number, [[list(path), value] for path, value in fixed.items()]]
+                decided = [seed, number, [[list(path), value] for path, value in fixed.items() if path != _SEED]]
                 generator = np.random.default_rng(int(_digest(decided), 16))
                 values = fixed | {path: search.draw(generator) for path, search in drawn.items()}
                 yield {path: values[path] for path in self.searched}  # in the order of the file
@@ -164,7 +167,7 @@ def read_space(file: Path, data_dir: Path | None = None) -> Space:
     Raises:
         UserError: there is no such file, it has unknown keys or what a sweep decides, or a search cannot be used.
     """
-    content = {key: _with_numbers(value) for key, value in read_config(file, "space").items() if value is not None}
+    content = {key: value for key, value in read_config(file, "space").items() if value is not None}
     valid = defaults_of(RunConfig)
     for key in content:
         if key not in valid:
@@ -263,12 +266,3 @@ def _digest(content: Any) -> str:
 
 def _rounded(drawn: float, low: float, high: float) -> float:
     return min(max(float(f"{drawn:.{_DIGITS}g}"), low), high)
-
-
-def _with_numbers(value: Any) -> Any:
-    """The value with numbers such as 1e-4 for the texts that YAML takes them for."""
-    if isinstance(value, str):
-        return float(value) if _EXPONENT.fullmatch(value) else value
-    if isinstance(value, list):
-        return [_with_numbers(each) for each in value]
-    return {key: _with_numbers(each) for key, each in value.items()} if isinstance(value, dict) else value
