@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from tests.spt.models import TARGETS, build, logits, sparse
 
@@ -116,6 +123,45 @@ def test_a_config_is_used_on_a_dense_model_afterwards(tmp_path: Path) -> None:
     dense = desparsify(model.merge_and_unload())
     assert not dense._load_state_dict_pre_hooks
     dense.load_state_dict(build("llama").state_dict())
+
+
+@pytest.mark.parametrize("settings", [FFN, ATTENTION])
+def test_tensors_that_were_asked_for_leave_no_marks(settings: dict, tmp_path: Path) -> None:
+    """As logging, a running mean and processes other than the first ask for them."""
+    model = adapted("llama", settings=settings, task_type="CAUSAL_LM")
+    config = model.peft_config["default"]
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    get_peft_model_state_dict(model)
+    get_peft_model(build("llama"), copy.deepcopy(config)).save_pretrained(tmp_path / "copied")
+    get_peft_model_state_dict(model)
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path / "shared")
+    get_peft_model_state_dict(model)
+    desparsify(model).save_pretrained(tmp_path / "dense")
+    get_peft_model_state_dict(model)
+    config.save_pretrained(tmp_path / "alone")
+    for folder in ("copied", "shared", "dense", "alone"):
+        assert PeftConfig.from_pretrained(tmp_path / folder).exclude_modules is None
+        card = tmp_path / folder / "README.md"
+        assert not card.exists() or "load_sparse" not in card.read_text()
+    plain = PeftModel.from_pretrained(build("llama"), tmp_path / "dense").eval()
+    assert torch.equal(logits(plain, "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize("how", ["pickled", "injected"])
+def test_adapters_saved_in_other_ways_are_marked_too(how: str, tmp_path: Path) -> None:
+    """Pickled, and by transformers, which writes the config first."""
+    if how == "pickled":
+        model = adapted("llama", task_type="CAUSAL_LM")
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    else:
+        model = sparse("llama", "left", **FFN)
+        model.add_adapter(LoraConfig(target_modules=TARGETS["llama"], init_lora_weights=False, task_type="CAUSAL_LM"))
+        for _ in range(2):  # the second time over a file that is marked
+            model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).exclude_modules == {"spt_settings"}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(model.eval(), "llama"))
 
 
 def test_this_packages_methods_refuse_a_dense_model_in_a_sentence(tmp_path: Path) -> None:

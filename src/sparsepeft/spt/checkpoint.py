@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from safetensors import safe_open
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparsepeft.folders import write_bytes, write_json
+from sparsepeft.folders import write_json
 from sparsepeft.models.blocks import unwrap
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward
@@ -42,7 +41,7 @@ from sparsepeft.spt.projections import inner_dims
 from sparsepeft.spt.state import SptState
 from sparsepeft.tuners.card import write_card
 from sparsepeft.tuners.config import TaskAdapterConfig
-from sparsepeft.tuners.files import PEFT_PREFIX
+from sparsepeft.tuners.files import PEFT_PREFIX, newest_file, plain_name, read_tensors, write_tensors
 
 FeedForwards = list[tuple[FeedForward, SparseFeedForward]]
 SETTINGS = "spt_settings"
@@ -80,9 +79,18 @@ def _save(
     **kwargs: Any,
 ) -> None:
     """``PreTrainedModel.save_pretrained``."""
-    if not getattr(model, "_hf_peft_config_loaded", False):  # else it is adapters that are saved
+    is_adapter = _is_injected(model)
+    if not is_adapter:
         state_dict = _dense(model, feed_forwards, state_dict or model.state_dict())
     type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    if is_adapter and is_main_process:
+        settings: Any = model.get_submodule(SETTINGS)
+        settings.mark(Path(save_directory), model.active_adapters()[0])
+
+
+def _is_injected(model: nn.Module) -> bool:
+    """Whether transformers has put adapters into the model, and saves these alone."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @torch.no_grad()
@@ -156,17 +164,35 @@ class SparseSettings(SptState):
         self._hook = model.register_load_state_dict_pre_hook(_unmark)
 
     def detach(self) -> None:
-        """Remove the hook that translates state dicts."""
+        """Remove what was put on the model and its configs."""
         self._hook.remove()
+        for config in self._configs.values():
+            vars(config).pop("save_pretrained", None)
+
+    def mark(self, folder: Path, adapter_name: str) -> None:
+        """Say in the files that transformers has written of an adapter what it was trained on."""
+        config = self._configs.get(adapter_name)
+        if config is not None:
+            _mark(folder, config, self.dense_names(), self._fits_dense)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """What is saved with an adapter. PEFT writes the adapter's config next."""
-        config = getattr(self._model[0], "peft_config", {}).get(adapter_name)
-        if isinstance(config, PeftConfig) and not isinstance(config, TaskAdapterConfig):  # these know their backbone
+        """What is saved with an adapter. PEFT writes the adapter's config next, if it saves anything."""
+        config = self._configs.get(adapter_name)
+        if config is not None and not _is_injected(self._model[0]):
             # On this object, once: only the config is told which folder it is.
             save = partial(_save_once, config, self.dense_names(), self._fits_dense)
             config.save_pretrained = save  # type: ignore[method-assign]
         return super().adapter_state_dict(adapter_name, state_dict)
+
+    @property
+    def _configs(self) -> dict[str, PeftConfig]:
+        """Of the adapters whose methods do not know their backbone."""
+        configs = getattr(self._model[0], "peft_config", {})
+        return {
+            name: config
+            for name, config in configs.items()
+            if isinstance(config, PeftConfig) and not isinstance(config, TaskAdapterConfig)
+        }
 
     @property
     def _fits_dense(self) -> bool:
@@ -192,9 +218,19 @@ def _save_once(
     config: PeftConfig, dense_names: dict[str, tuple[str, bool]], fits_dense: bool, save_directory: str, **kwargs: Any
 ) -> None:
     """``PeftConfig.save_pretrained`` of an adapter whose tensors are those of a sparse model."""
-    del config.save_pretrained
+    vars(config).pop("save_pretrained", None)
     config.save_pretrained(save_directory, **kwargs)
-    folder = Path(save_directory)
+    _mark(Path(save_directory), config, dense_names, fits_dense)
+
+
+def _mark(folder: Path, config: PeftConfig, dense_names: dict[str, tuple[str, bool]], fits_dense: bool) -> None:
+    """Say in an adapter's files that it was trained on a sparse model, as this module's docstring says."""
+    file = newest_file(folder)
+    tensors = {} if file is None else read_tensors(file)
+    # Code that only asked for the tensors, as for a running mean, has saved nothing, and by now the config may be that
+    # of a dense model. A file tells, since it has the settings.
+    if file is not None and f"{SETTINGS}.settings" not in map(plain_name, tensors):
+        return
     values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if not fits_dense:
         write_card(folder, config, is_sparse=True)
@@ -204,10 +240,8 @@ def _save_once(
             f"({excluded})|{SETTINGS}" if isinstance(excluded, str) else sorted({*excluded, SETTINGS})
         )
         write_json(folder / CONFIG_NAME, values)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if path.is_file():
-        tensors = load(path.read_bytes())
-        write_bytes(path, save(_marked(tensors, dense_names), metadata={"format": "pt"}))
+    if file is not None:
+        write_tensors(file, _marked(tensors, dense_names))
 
 
 def _marked(tensors: dict[str, Tensor], dense_names: dict[str, tuple[str, bool]]) -> dict[str, Tensor]:

@@ -65,17 +65,37 @@ def convert_saved(folder: Path, save_dtype: str | None, names: Collection[str]) 
     """
     if save_dtype is None or _is_checkpoint(folder):
         return
-    for path in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME):
-        if not path.is_file():
-            continue
-        is_pickled = path.name == WEIGHTS_NAME
-        content = path.read_bytes()
-        tensors = torch.load(io.BytesIO(content), weights_only=True) if is_pickled else load(content)
+    for path in _files(folder):
+        tensors = read_tensors(path)
         adapter = {name: tensor for name, tensor in tensors.items() if plain_name(name) in names}
-        tensors |= cast_for_saving(adapter, save_dtype)
-        if is_pickled:
-            torch.save(tensors, buffer := io.BytesIO())
-        write_bytes(path, buffer.getvalue() if is_pickled else save(tensors, metadata={"format": "pt"}))
+        write_tensors(path, tensors | cast_for_saving(adapter, save_dtype))
+
+
+def newest_file(folder: Path) -> Path | None:
+    """The file with an adapter's tensors in its ``folder``, of both kinds the one written last; None without any."""
+    return max(_files(folder), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What an adapter's file holds, safetensors or pickled."""
+    content = path.read_bytes()
+    if path.name != WEIGHTS_NAME:
+        return load(content)
+    pickled: dict[str, torch.Tensor] = torch.load(io.BytesIO(content), weights_only=True)
+    return pickled
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace an adapter's file, whole or not at all."""
+    if path.name != WEIGHTS_NAME:
+        write_bytes(path, save(tensors, metadata={"format": "pt"}))
+        return
+    torch.save(tensors, buffer := io.BytesIO())
+    write_bytes(path, buffer.getvalue())
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if path.is_file()]
 
 
 def _is_checkpoint(folder: Path) -> bool:
