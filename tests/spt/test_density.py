@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,50 @@ def test_labels_of_a_loss_outside_the_model_and_of_whole_texts(caplog: pytest.Lo
     with torch.no_grad():
         expected = texts(**inputs("bert")).logits
     torch.testing.assert_close(texts(**inputs("bert"), labels=torch.tensor([0, 1, 0])).logits, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("values", ["routed", "exact"])
+def test_passes_without_gradients_have_positions_of_their_own(values: str, checkpointing: bool | None) -> None:
+    """As reference models' passes are, between another one's forward and backward; ``checkpointing`` as above."""
+    settings = {"top_l": 3, "dense_labels": True, "load_balancing_coef": 0.0, "values": values, "num_active_blocks": 1}
+    model = without_dropout(sparse("llama", **settings)).double().train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    ids = inputs("llama", None)["input_ids"]
+    first, second = ids.clone(), ids.clone()
+    first[:, : T // 2] = second[:, T // 2 :] = -100
+
+    def backward(between: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(ids, labels=first).loss
+        between()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    @torch.no_grad()
+    def answers() -> list[torch.Tensor]:
+        found = [model(ids).logits, model(ids, labels=second).logits]
+        with labelled(model, first):
+            found.append(model(ids).logits)
+        with pytest.raises(AttributeError):  # a pass that fails
+            model(ids, labels=second, past_key_values=3)
+        return found
+
+    before = answers()
+    plain, told = backward(lambda: None), model(ids, labels=second).logits
+    torch.testing.assert_close(before[1], told)
+    assert not torch.allclose(before[0], before[1], **CLOSE)
+    assert not torch.allclose(before[1], before[2], **CLOSE)
+    for one, other in zip(plain, backward(answers), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(before, answers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+    desparsify(copied := copy.deepcopy(model))
+    assert not copied._forward_pre_hooks
+    assert not copied._forward_hooks
 
 
 def test_the_report_is_of_the_sparse_model_however_it_answers() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from sparsepeft.arguments import check_choice
@@ -35,10 +36,12 @@ class SparseContext(ForwardContext):
         self.infer = config.infer
         self.steps: Any = None
         self._dense_steps, self._dense_labels = config.dense_steps, config.dense_labels
-        # Of the latest pass with gradients; kept after it, because gradient checkpointing runs the layers again.
+        # Of the running pass; after it of the latest with gradients, whose layers gradient checkpointing runs again.
         self._positions: Tensor | None = None
+        self._kept: Tensor | None = None  # while a pass runs, what was in its place before
+        self._told: Tensor | None = None  # by `labelled`
         self._is_encoder_decoder = self._shifts_labels = False
-        self._is_told = False  # of the positions, by `labelled`
+        self._handles: list[RemovableHandle] = []
 
     def is_dense(self, training: bool) -> bool:
         """Whether all of a layer is dense now, for the mode that the layer is in."""
@@ -57,13 +60,16 @@ class SparseContext(ForwardContext):
         self._is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._shifts_labels = shifts_labels(model)
         if self._dense_labels:
-            self._handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._handles = [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, always_call=True),
+            ]
 
     def unwatch(self) -> None:
         """Undo :meth:`watch`."""
         self.losses.unwatch()
-        if self._dense_labels:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def told(self, labels: Tensor) -> Iterator[None]:
@@ -74,11 +80,11 @@ class SparseContext(ForwardContext):
                 raise ValueError(
                     f"labelled got labels {labels!r:.80}; expected whole numbers (B, T), a label of each position."
                 )
-            self._positions, self._is_told = positions, True
+            self._told = positions
         try:
             yield
         finally:
-            self._is_told = False
+            self._told = None
 
     def positions_for(self, states: Tensor, is_decoder: bool) -> Tensor | None:
         """Which positions of states (B, T, D) or (B T, D) stay dense in training, (B, T) or (B T,) of bool, if any do.
@@ -95,8 +101,10 @@ class SparseContext(ForwardContext):
         return positions.to(states.device) if positions.shape == states.shape[:-1] else None
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
-        if torch.is_grad_enabled() and model.training and not self._is_told:
+        if not model.training:
+            return
+        self._kept, self._positions = self._positions, self._told
+        if self._told is None:
             named = by_name(model, args, kwargs)
             shifted = named.get("shift_labels")
             self._positions = (
@@ -104,11 +112,16 @@ class SparseContext(ForwardContext):
                 if shifted is None
                 else self._with_labels(shifted, False)
             )
-            if self._positions is None:
-                logger.warning_once(
-                    "dense_labels=True has no effect here: the model was called without labels of positions. A loss "
-                    "of single texts has none; for one computed outside the model use sparsepeft.spt.labelled."
-                )
+        if self._positions is None and torch.is_grad_enabled():
+            logger.warning_once(
+                "dense_labels=True has no effect here: the model was called without labels of positions. A loss "
+                "of single texts has none; for one computed outside the model use sparsepeft.spt.labelled."
+            )
+
+    def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
+        if model.training and not torch.is_grad_enabled():
+            self._positions = self._kept
 
     @staticmethod
     def _with_labels(labels: Any, shifts: bool) -> Tensor | None:
