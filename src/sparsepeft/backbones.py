@@ -99,7 +99,7 @@ def backbone_of_run(folder: Path, model: str | None, stored: str | None) -> str:
     """
     if model is None and stored is not None and Path(stored).is_absolute() and not Path(stored).exists():
         raise BackboneError(
-            f"The run in {folder} was trained on the model {stored}, which is not there any more; pass the folder that "
+            f"What is in {folder} was trained on the model {stored}, which is not there any more; pass the folder that "
             "it has moved to as `model`."
         )
     return resolve_model(model if model is not None else stored)

@@ -40,7 +40,8 @@ class ReadingRequest(BaseModel):
 class LayerOfReading(BaseModel):
     """What one memory read at each of T tokens, K parents each."""
 
-    layer: int
+    layer: Annotated[int, Field(description="Its position in its stack.")]
+    name: Annotated[str, Field(description="Of the layer in the model.")]
     num_parents: int
     parents: list[list[int]]
     gates: Annotated[list[list[float]], Field(description="The weight of each parent.")]

@@ -15,11 +15,10 @@ from starlette.exceptions import HTTPException
 
 from sparsepeft import __version__
 from sparsepeft.inference import MultiTaskEngine
-from sparsepeft.inference.folders import task_folders
 from sparsepeft_serve import all_tasks, hub, open_inference, tei, vllm
 from sparsepeft_serve.access import callers_only
 from sparsepeft_serve.errors import ServiceError, content_of
-from sparsepeft_serve.folder import FolderWatch
+from sparsepeft_serve.folder import FolderWatch, Signature, signatures
 from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.settings import ServeSettings
@@ -33,12 +32,16 @@ _PROBLEM = {
 }
 
 
-def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -> FastAPI:
+def create_app(
+    engine: MultiTaskEngine, settings: ServeSettings | None = None, *, loaded: Mapping[str, Signature] | None = None
+) -> FastAPI:
     """The application that answers for an engine; its tasks are those that are loaded.
 
     Args:
         engine: with its tasks.
         settings: of the service.
+        loaded: what :func:`sparsepeft_serve.folder.signatures` said of the tasks folder before its tasks were loaded;
+            by default they were loaded as they are when the service starts.
 
     Example:
         >>> from fastapi.testclient import TestClient
@@ -55,8 +58,8 @@ def create_app(engine: MultiTaskEngine, settings: ServeSettings | None = None) -
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.batcher.start()
         if watch is not None and settings.tasks_dir is not None:
-            folders = task_folders(settings.tasks_dir)
-            watch.note_loaded({name: path for name, path in folders.items() if name in engine.tasks})
+            found = signatures(settings.tasks_dir) if loaded is None else loaded
+            watch.note_loaded({name: files for name, files in found.items() if name in engine.tasks})
             watch.start()
         yield
         if watch is not None:
@@ -123,7 +126,8 @@ async def _on_service_error(request: Request, error: Any) -> JSONResponse:
 
 
 async def _on_validation_error(request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
+    # Of forms that a value may have, the one that it comes closest to complains of something inside it.
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         return _answer(request, ServiceError(_NO_JSON, status=400))
     place = ".".join(str(part) for part in first["loc"] if part != "body")

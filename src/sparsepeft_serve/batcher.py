@@ -200,7 +200,9 @@ class Batcher:
                     self._metrics.queued(began - job.since)
             try:
                 answers = await loop.run_in_executor(self._thread, self._compute, batch)
-            except Exception as error:  # whatever it is, the next batch may be answered
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # such as a panic in a tokenizer; the next batch may be answered
                 logger.exception("A batch of %d inputs failed.", len(batch))
                 for job, _ in batch:
                     job.fail(ServiceError(f"The model failed ({type(error).__name__}); ask again later.", "Backend"))

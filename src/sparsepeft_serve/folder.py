@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from sparsepeft.errors import UserError
@@ -47,11 +49,25 @@ def signature(folder: Path) -> Signature:
     return tuple(sorted(files))
 
 
+def signatures(root: Path) -> dict[str, Signature]:
+    """Those of all tasks in a folder, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    found = {}
+    for name, path in task_folders(root).items():
+        with suppress(OSError):  # it is being replaced
+            found[name] = signature(path)
+    return found
+
+
 class FolderWatch:
     """Loads tasks that come into a folder or change there, and forgets those that go.
 
-    A task is loaded when its files have been the same at two looks in a row. One that cannot be loaded is told in the
-    log once, and its former version goes on answering.
+    A task is loaded when its files have been the same at two looks in a row, and forgotten when its folder was gone at
+    two. One that cannot be loaded is told in the log once, and its former version goes on answering, as does one whose
+    files are no task's any more. A task from elsewhere that has the name of a folder is left alone.
 
     Args:
         service: whose tasks they are.
@@ -63,12 +79,12 @@ class FolderWatch:
         self._service, self._root, self._interval_s = service, root, interval_s
         self._seen: dict[str, Signature] = {}
         self._tried: dict[str, Signature] = {}
+        self._missing: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
-    def note_loaded(self, names: dict[str, Path]) -> None:
-        """These are loaded as they are now."""
-        self._seen = {name: signature(path) for name, path in names.items()}
-        self._tried = dict(self._seen)
+    def note_loaded(self, signatures: Mapping[str, Signature]) -> None:
+        """Tasks of the folder that are loaded, with the signatures that their files had then."""
+        self._seen, self._tried = dict(signatures), dict(signatures)
 
     def start(self) -> None:
         """Begin to look, in the running event loop."""
@@ -96,17 +112,29 @@ class FolderWatch:
             self._seen[name] = now
             if is_still and self._tried.get(name) != now:
                 self._tried[name] = now
+                if not self._may_change(name):
+                    logger.warning("task %s: left as it was: its folder is %s", name, self._folder_of_task(name))
+                    continue
                 try:
                     is_new = await self._service.load(name, path)
                     logger.info("task %s: %s", name, "loaded" if is_new else "replaced")
                 except ServiceError as error:
                     logger.warning("task %s: left as it was: %s", name, error.message)
-        for name in [name for name in self._tried if name not in folders]:
+        missing = {name for name in self._tried if not (self._root / name).exists()}
+        for name in missing & self._missing:
             del self._tried[name]
             self._seen.pop(name, None)
-            if name in self._service.engine.tasks:
+            if name in self._service.engine.tasks and self._may_change(name):
                 await self._service.unload(name)
                 logger.info("task %s: gone", name)
+        self._missing = missing
+
+    def _may_change(self, name: str) -> bool:
+        """Whether a task of that name is new, or one of the folder's."""
+        return name not in self._service.engine.tasks or self._folder_of_task(name).parent == self._root.resolve()
+
+    def _folder_of_task(self, name: str) -> Path:
+        return self._service.engine.tasks[name].folder.resolve()
 
     async def _look_again_and_again(self) -> None:
         while True:

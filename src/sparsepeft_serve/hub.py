@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from sparsepeft.inference import Prediction
 from sparsepeft.inference.entities import EntityOptions, Strategy, entity_options
@@ -19,12 +19,16 @@ from sparsepeft_serve.service import Service
 class Pair(BaseModel):
     """A text, and for tasks about pairs a second one."""
 
+    model_config = ConfigDict(extra="forbid")
+
     text: str
     text_pair: str | None = None
 
 
 class Parameters(BaseModel):
     """How to answer: the first two are of tasks that label texts, the next three of those that label tokens."""
+
+    model_config = ConfigDict(extra="forbid")
 
     top_k: Annotated[int | None, Field(ge=1, description="So many labels, the best ones; all by default.")] = None
     function_to_apply: Annotated[Function | None, Field(description="Of the logits; by the task's kind.")] = None

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from sparsepeft.inference import Prediction
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class _BareCounter:
+    """A counter by its bare name, as text-embeddings-inference has it: prometheus_client's own end in ``_total``."""
+
+    def __init__(self, name: str, text: str, label: str, registry: CollectorRegistry) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._counts: dict[str, int] = {}
+        registry.register(self)
+
+    def inc(self, value: str) -> None:
+        """Count one more with this value of the label."""
+        self._counts[value] = self._counts.get(value, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        metric = Metric(self._name, self._text, "unknown")  # of a "counter" the type would be told by the other name
+        for value, count in [*self._counts.items()]:
+            metric.add_sample(self._name, {self._label: value}, count)
+        yield metric
 
 
 class Metrics:
@@ -25,9 +45,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = ()) -> Histogram:
             return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
-        self._requests = counter("te_request_count", "Requests.", ["method"])
-        self._success = counter("te_request_success", "Requests that were answered.", ["method"])
-        self._failure = counter("te_request_failure", "Requests that were not.", ["err"])
+        self._requests = _BareCounter("te_request_count", "Requests.", "method", self._registry)
+        self._success = _BareCounter("te_request_success", "Requests that were answered.", "method", self._registry)
+        self._failure = _BareCounter("te_request_failure", "Requests that were not.", "err", self._registry)
         self._duration = histogram("te_request_duration", "Seconds from a request to its answer.", _SECONDS)
         self._queue_duration = histogram("te_request_queue_duration", "Seconds until a batch took it.", _SECONDS)
         self._inference_duration = histogram("te_request_inference_duration", "Seconds of a batch.", _SECONDS)
@@ -39,16 +59,16 @@ class Metrics:
 
     def asked(self, method: str) -> None:
         """A request came: ``single``, ``batch`` or ``all``."""
-        self._requests.labels(method).inc()
+        self._requests.inc(method)
 
     def answered(self, method: str, seconds: float) -> None:
         """It was answered."""
-        self._success.labels(method).inc()
+        self._success.inc(method)
         self._duration.observe(seconds)
 
     def failed(self, kind: str) -> None:
         """It was not, for a reason of this kind."""
-        self._failure.labels(kind.lower()).inc()
+        self._failure.inc(kind.lower())
 
     def queued(self, seconds: float) -> None:
         """A request's first input got into a batch after so long."""

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from sparsepeft import __version__
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import check_labels_texts, label_names, scores
+from sparsepeft_serve.scores import check_labels_texts, label_of, scores
 from sparsepeft_serve.service import Service
 from sparsepeft_serve.tensors import read_request, request_schema
 
@@ -69,7 +69,7 @@ def router(service: Service) -> APIRouter:
         data: dict[str, list[Any]] = {
             "probs": [score for one in answers for score in scores(one, info)],
             "logits": [score for one in answers for score in scores(one, info, "none")],
-            "label": [one.label or label_names(info)[0] for one in answers],
+            "label": [label_of(one, info) for one in answers],
         }
         outputs = [_tensor(output, len(answers), info.num_outputs) | {"data": data[output]} for output in wanted]
         return {"model_name": name, "outputs": outputs} | ({} if asked.id is None else {"id": asked.id})

@@ -17,6 +17,7 @@ from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.folders import backbone_of_tasks, named_tasks
 from sparsepeft.runs.files import RUN
 from sparsepeft_serve.app import create_app
+from sparsepeft_serve.folder import signatures
 from sparsepeft_serve.protocol import HeadTimeoutProtocol
 from sparsepeft_serve.service import check_weights_format
 from sparsepeft_serve.settings import ServeSettings
@@ -100,6 +101,7 @@ def serve(
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
+    found = None if settings.tasks_dir is None else signatures(settings.tasks_dir)  # before any is loaded
     engine = load_engine(tasks, model, settings.tasks_dir, dtype=dtype, token_budget=token_budget, device=device)
     if settings.default_task is not None and settings.default_task not in engine.tasks:
         raise UserError(
@@ -108,7 +110,7 @@ def serve(
     logging.getLogger("sparsepeft_serve").setLevel(logging.INFO)
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
-        create_app(engine, settings),
+        create_app(engine, settings, loaded=found),
         host=host,
         port=port,
         http=HeadTimeoutProtocol,

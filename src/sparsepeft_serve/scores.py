@@ -17,6 +17,11 @@ def label_names(info: TaskInfo) -> tuple[str, ...]:
     return info.label_names or (VALUE,)
 
 
+def label_of(prediction: Prediction, info: TaskInfo) -> str:
+    """The likeliest label; that of a task's only output where it predicts a value."""
+    return label_names(info)[0] if prediction.label is None else prediction.label
+
+
 def check_labels_texts(task: str, info: TaskInfo) -> None:
     """See that a task can be asked for scores of a text.
 

@@ -31,6 +31,7 @@ class Service:
 
     def __init__(self, engine: MultiTaskEngine, settings: ServeSettings) -> None:
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
+        self._changing = asyncio.Lock()  # or two that load a task, or remove it, would both think that they are first
         self.batcher = Batcher(
             engine,
             longest_wait_ms=settings.longest_wait_ms,
@@ -132,14 +133,15 @@ class Service:
         Raises:
             ServiceError: the folder cannot be used; the service is as before.
         """
-        is_new = name not in self.engine.tasks
-        change = self.engine.add if is_new else self.engine.replace
-        try:
-            check_weights_format(folder)
-            await asyncio.to_thread(change, name, folder)
-        except UserError as error:
-            raise ServiceError(str(error)) from error
-        return is_new
+        async with self._changing:
+            is_new = name not in self.engine.tasks
+            change = self.engine.add if is_new else self.engine.replace
+            try:
+                check_weights_format(folder)
+                await asyncio.to_thread(change, name, folder)
+            except UserError as error:
+                raise ServiceError(str(error)) from error
+            return is_new
 
     async def unload(self, name: str) -> None:
         """Forget a task; requests for it that no batch has yet are told that it is unknown.
@@ -147,8 +149,9 @@ class Service:
         Raises:
             ServiceError: there is none.
         """
-        self.task(name)
-        await asyncio.to_thread(self.engine.remove, name)
+        async with self._changing:
+            self.task(name)
+            await asyncio.to_thread(self.engine.remove, name)
 
     def _check_size(self, count: int) -> None:
         if count == 0:

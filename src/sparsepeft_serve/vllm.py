@@ -7,14 +7,14 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from sparsepeft_serve.batcher import Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.scores import Function, check_labels_texts, label_names, scores
+from sparsepeft_serve.scores import Function, check_labels_texts, label_of, scores
 from sparsepeft_serve.service import Service
 
-Ids = list[int]
+Ids = list[StrictInt]
 
 
 class ClassifyRequest(BaseModel):
@@ -98,13 +98,12 @@ def router(service: Service) -> APIRouter:
         predictions = await service.predict(task, inputs, Options(truncation), method, in_part=is_batch)
         function: Function | None = "none" if request.use_activation is False else None
         num_tokens = sum(each.num_tokens for each in predictions)
-        names = label_names(info)
         data = [
             Classified(
                 index=index,
-                label=(each.label or names[0]) if each.error is None else None,
+                label=label_of(each, info) if each.error is None else None,
                 probs=scores(each, info, function) if each.error is None else [],
-                num_classes=len(names),
+                num_classes=info.num_outputs,
                 error=each.error,
             )
             for index, each in enumerate(predictions)

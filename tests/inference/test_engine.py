@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.inference.conftest import TASKS, save_task
 from tests.models import METHODS
 from tests.tiny import save_tiny_backbone, topics_rows
+from tokenizers import processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -411,6 +412,19 @@ def test_a_bad_backbone_is_refused_and_a_dtype_has_a_name(tmp_path: Path, backbo
     for given, words in ((adapted, "is a PeftModel.*pass its base model"), (3, "is a int; expected a hub id")):
         with pytest.raises(UserError, match=words):
             MultiTaskEngine(given)  # type: ignore[arg-type]
+
+
+def test_a_model_that_returns_tuples_and_a_tokenizer_that_adds_nothing(
+    backbone: Path, folders: dict[str, Path]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(backbone, return_dict=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    engine = MultiTaskEngine(model, {"two": folders["two"]}, tokenizer=tokenizer)
+    assert engine.logits("two", TEXTS[:2]).shape == (2, 2)
+    assert model.config.return_dict is False  # as it was
+    with pytest.raises(UserError, match="no character that the tokenizer knows"):
+        engine.logits("two", [TEXTS[0], ""])
 
 
 def test_what_is_called_wrongly_is_said_at_once(engine: MultiTaskEngine) -> None:

@@ -182,7 +182,7 @@ class Engine:
 
     @user_errors()
     def logits(self, name: str, texts: Iterable[Input]) -> np.ndarray:
-        """(N, number of labels) of a task for texts, which may be empty.
+        """(N, number of labels) of a task for texts, which may be empty where the tokenizer adds tokens of its own.
 
         Raises:
             UserError: the task is unknown or labels tokens, or an input is none of the task's.
@@ -196,6 +196,8 @@ class Engine:
                 )
             inputs = [texts_of(text, task.info.num_texts, may_be_empty=True) for text in as_list(texts)]
             rows = [Row(place, task, one) for place, one in enumerate(task.encoder(inputs, task.max_length))]
+            if not all(map(len, (row.encoded for row in rows))):
+                raise InputError(NO_TOKENS)
             result = np.zeros((len(rows), task.info.num_outputs), dtype=np.float32)
             for row, logits in self._run(rows):
                 result[row.place] = logits

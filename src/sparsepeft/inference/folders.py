@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -13,7 +14,8 @@ from sparsepeft.runs.files import RUN, read_run
 
 logger = logging.getLogger(__name__)
 
-_ONE_OF_THESE = ("adapter_config.json", RUN)  # a fully tuned run has no adapter
+_ADAPTER = "adapter_config.json"
+_ONE_OF_THESE = (_ADAPTER, RUN)  # a fully tuned run has no adapter
 
 
 def named_tasks(named: Sequence[str], tasks_dir: Path | None) -> dict[str, Path]:
@@ -58,24 +60,36 @@ def task_folders(root: Path) -> dict[str, Path]:
 
 
 def backbone_of_tasks(tasks: Mapping[str, Path], model: str | None, *, must_exist: bool = False) -> str | None:
-    """The backbone of tasks: the caller's ``model``, or else what the first run among them was trained on.
+    """The backbone of tasks: the caller's ``model``, or else what the first among them that says so was trained on.
 
     Args:
         tasks: folder of each by its name.
         model: the caller's.
-        must_exist: a backbone that is gone is an error; else one of another run is taken.
+        must_exist: a backbone that is gone is an error; else one of another task is taken.
 
     Returns:
         What an engine takes; None, which is the default, where no folder says.
 
     Raises:
-        UserError: the backbone of a run is gone, or its files are damaged.
+        UserError: the backbone of a task is gone, or its files are damaged.
     """
     for path in () if model is not None else tasks.values():
         with nullcontext() if must_exist else suppress(UserError):  # told when the task is loaded
             if (path / RUN).is_file():
                 return backbone_of_run(path, None, read_run(path)["config"]["model"])
+            if stored := _backbone_of_adapter(path):
+                return backbone_of_run(path, None, stored)
     return model
+
+
+def _backbone_of_adapter(folder: Path) -> str | None:
+    """What an adapter's config names; None where it names none, or is damaged, which is told when it is loaded."""
+    try:
+        content = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    stored = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return stored if isinstance(stored, str) else None
 
 
 def _is_task(folder: Path, root: Path) -> bool:

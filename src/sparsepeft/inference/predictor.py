@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsepeft.arguments import check_whole
 from sparsepeft.devices import find_device
-from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import Engine, try_out, user_errors
 from sparsepeft.inference.encoding import Encoder
 from sparsepeft.inference.portable import Input, OnError, Prediction, as_list, texts_of
@@ -64,8 +64,7 @@ class Predictor:
         self.folder = Path(folder)
         run = read_run(self.folder)
         info = info_of_run(self.folder, run)
-        if batch_size < 1:
-            raise UserError(f"`batch_size={batch_size}` was given; pass the number of inputs of a pass, at least 1.")
+        batch_size = check_whole("batch_size", batch_size)
         find_device(device)  # before anything is loaded
         self.spec: TaskSpec = spec_of(run)
         self.config = RunConfig(**run["config"])

@@ -217,7 +217,7 @@ class SharedView(View):
 def serving_copy(backbone: PreTrainedModel) -> PreTrainedModel:
     """A copy of the backbone's modules that shares its tensors, set up to answer."""
     copied = sharing_tensors(backbone)
-    copied.eval().config.use_cache = False
+    copied.eval().config.update({"use_cache": False, "return_dict": True})
     # Accelerate's hooks stay as they are; where the model says that it has some, PEFT would set up its own.
     vars(copied).pop("hf_device_map", None)
     return copied

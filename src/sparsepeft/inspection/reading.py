@@ -23,7 +23,8 @@ class LayerReading(NamedTuple):
     """What one layer's memory read at each of T tokens, K parents each, the one with the largest weight first.
 
     Attributes:
-        layer: the layer's position in its stack.
+        layer: the layer's position in its stack (an encoder-decoder has two such layers).
+        name: the layer's dotted name in the bare model.
         num_parents: P.
         parents: that were picked, (T, K).
         gates: their weights, which sum to one, (T, K).
@@ -32,6 +33,7 @@ class LayerReading(NamedTuple):
     """
 
     layer: int
+    name: str
     num_parents: int
     parents: np.ndarray
     gates: np.ndarray
@@ -43,7 +45,7 @@ class TextReading(NamedTuple):
     """What all memories of a task read in a text.
 
     Attributes:
-        tokens: as the tokenizer names them, T.
+        tokens: as the tokenizer names them, T. A decoder behind an encoder reads its start token first, then these.
         layers: in the model's order.
     """
 
@@ -68,16 +70,16 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
         >>> reading.layers[-1].parents.shape[0] == len(reading.tokens)
         True
     """
-    readings: dict[int, LayerReading] = {}
+    readings: dict[str, LayerReading] = {}
     thread = threading.get_ident()
 
-    def look(layer: int, memory: Any, args: tuple[torch.Tensor, ...]) -> None:
+    def look(layer: int, name: str, memory: Any, args: tuple[torch.Tensor, ...]) -> None:
         if threading.get_ident() == thread:
             parts = [part for _, part in read(memory, args[0].reshape(-1, args[0].shape[-1]))]
             parents, gates, children, shares = (
                 np.concatenate([part[field].cpu().numpy() for part in parts]) for field in range(4)
             )
-            readings[layer] = LayerReading(layer, memory.num_parents, parents, gates, children, shares)
+            readings[name] = LayerReading(layer, name, memory.num_parents, parents, gates, children, shares)
 
     with engine.loaded(name) as task, ExitStack() as hooks:
         with user_errors():
@@ -87,21 +89,27 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
         memories = _memories(task.view.model, task.adapter_name)
         if not memories:
             raise UserError(f"The task {name!r} has no SPARTAN memory to look into; ask one of the method spartan.")
-        for layer, memory in memories:
-            hooks.callback(memory.register_forward_pre_hook(partial(look, layer)).remove)
+        for layer, path, memory in memories:
+            hooks.callback(memory.register_forward_pre_hook(partial(look, layer, path)).remove)
         batch_logits([Row(0, task, encoded)])
         tokens = task.encoder.tokenizer.convert_ids_to_tokens(encoded.features["input_ids"])
-    return TextReading(list(tokens), [readings[layer] for layer, _ in memories if layer in readings])
+    return TextReading(list(tokens), [readings[path] for _, path, _ in memories if path in readings])
 
 
-def _memories(model: nn.Module, adapter_name: str) -> list[tuple[int, nn.Module]]:
-    """The memories of an adapter, each with its layer's position."""
-    found: list[tuple[int, nn.Module]] = []
+def _memories(model: nn.Module, adapter_name: str) -> list[tuple[int, str, nn.Module]]:
+    """The memories of an adapter, each with its layer's position and name."""
+    found: list[tuple[int, str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, SpartanLayer):
             # A task that is answered alone has its adapter by PEFT's name.
             own = adapter_name if adapter_name in module.spartan_memory else "default"
             if own in module.spartan_memory:
                 numbers = [int(part) for part in name.split(".") if part.isdigit()]
-                found.append((numbers[-1] if numbers else len(found), module.spartan_memory[own]))
+                found.append(
+                    (
+                        numbers[-1] if numbers else len(found),
+                        name.removeprefix("base_model.model."),
+                        module.spartan_memory[own],
+                    )
+                )
     return found

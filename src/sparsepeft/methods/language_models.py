@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -94,4 +93,5 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
     finally:
         model.train(training)
     loss = total / len(blocks)
-    return {"perplexity": math.exp(loss), "loss": loss}
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # infinite where math.exp would raise
+    return {"perplexity": float(perplexity), "loss": loss}

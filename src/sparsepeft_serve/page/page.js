@@ -112,10 +112,13 @@ async function memories() {
   } catch {
     return; // tasks without a memory, or of another number of texts, have no map
   }
-  const layers = readings[0].layers.map((each) => each.layer);
-  const before = Number($("layer").value);
-  $("layer").replaceChildren(...layers.map((layer) => element("option", layer + 1, { value: layer })));
-  $("layer").value = layers.includes(before) && $("layer").dataset.chosen ? before : layers.at(-1);
+  const layers = readings[0].layers;
+  const names = layers.map((each) => each.name);
+  const before = $("layer").value;
+  const isOneStack = new Set(layers.map((each) => each.layer)).size === layers.length;
+  const title = (each) => (isOneStack ? each.layer + 1 : each.name);
+  $("layer").replaceChildren(...layers.map((each) => element("option", title(each), { value: each.name })));
+  $("layer").value = names.includes(before) && $("layer").dataset.chosen ? before : names.at(-1);
   $("memories").hidden = false;
   draw(readings);
   $("layer").onchange = () => {
@@ -127,7 +130,7 @@ async function memories() {
 function draw(readings) {
   $("maps").replaceChildren(
     ...readings.map((reading) => {
-      const found = reading.layers.find((each) => each.layer === Number($("layer").value));
+      const found = reading.layers.find((each) => each.name === $("layer").value);
       const box = element("div", undefined, { class: "wide", tabindex: 0, role: "region", "aria-label": `Map of ${reading.task}` });
       if (found) box.append(map(reading, found));
       return box;
@@ -137,7 +140,7 @@ function draw(readings) {
 
 function map(reading, found) {
   const table = element("table", undefined, { class: "map" });
-  table.append(element("caption", `${reading.task}, layer ${found.layer + 1}, ${found.num_parents} parents`, { class: "quiet" }));
+  table.append(element("caption", `${reading.task}, layer ${$("layer").selectedOptions[0].text}, ${found.num_parents} parents`, { class: "quiet" }));
   const head = element("tr");
   head.append(element("th", "parent", { scope: "col" }), ...reading.tokens.map((token) => element("th", token, { scope: "col" })));
   table.append(head);

@@ -25,7 +25,7 @@ from sparsepeft.errors import UserError
 from sparsepeft_serve import ServeSettings, create_app
 from sparsepeft_serve.batcher import Batcher, Options
 from sparsepeft_serve.errors import ServiceError
-from sparsepeft_serve.folder import FolderWatch
+from sparsepeft_serve.folder import FolderWatch, signatures
 from sparsepeft_serve.limits import Limits
 from sparsepeft_serve.metrics import Metrics
 from sparsepeft_serve.protocol import HeadTimeoutProtocol
@@ -222,7 +222,7 @@ def test_a_watched_folder(backbone: Path, root: Path, caplog: pytest.LogCaptureF
     with TestClient(create_app(engine)) as client:
         service: Any = client.app.state.service  # type: ignore[attr-defined]
         watch = FolderWatch(service, root)
-        watch.note_loaded({"two": root / "two"})
+        watch.note_loaded({"two": signatures(root)["two"]})
 
         def look() -> set[str]:
             client.portal.call(watch.look)  # type: ignore[union-attr]
@@ -240,8 +240,66 @@ def test_a_watched_folder(backbone: Path, root: Path, caplog: pytest.LogCaptureF
             look()
         assert engine.tasks["two"].num_outputs == 5
         assert caplog.text.count("task two: left as it was") == 1
+        (root / "five" / "adapter_config.json").unlink()  # as while other files are copied to its place
+        look()
         shutil.rmtree(root / "five")
+        assert look() == {"two", "five"}  # it may be about to be replaced
         assert look() == {"two"}
+        assert client.post("/predict", json={"inputs": TEXT}).status_code == 200
+
+
+def test_a_watched_folder_leaves_tasks_from_elsewhere_alone(backbone: Path, root: Path) -> None:
+    outside = root.parent / "outside"
+    engine, before = MultiTaskEngine(backbone, {"two": root / "two", "five": outside}), signatures(root)
+    save_task(backbone, root / "two", TASKS["degree"])  # after it was loaded
+    settings = ServeSettings(tasks_dir=root)
+    with TestClient(create_app(engine, settings, loaded={"two": before["two"]})) as client:
+        deadline = time.monotonic() + 60
+        while engine.tasks["two"].problem_type != "regression":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        watch = FolderWatch(client.app.state.service, root)  # type: ignore[attr-defined]
+        for gone in (False, True):
+            if gone:
+                shutil.rmtree(root / "five")
+            for _ in range(3):
+                client.portal.call(watch.look)  # type: ignore[union-attr]
+            assert engine.tasks["five"].folder == outside
+
+
+def test_two_requests_for_the_same_change_do_not_fail_each_other(backbone: Path, root: Path) -> None:
+    engine = MultiTaskEngine(backbone, {"two": root / "two"})
+    settings = ServeSettings(admin_tokens=(ADMIN,), tasks_dir=root)
+    change, is_changing, may_change = engine.remove, threading.Event(), threading.Event()
+
+    def slow(name: str) -> None:
+        is_changing.set()
+        assert may_change.wait(60)
+        change(name)
+
+    engine.remove = slow  # type: ignore[method-assign]
+    with TestClient(create_app(engine, settings), headers=bearer(ADMIN)) as client, ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(client.delete, "/v1/tasks/two") for _ in range(2)]
+        assert is_changing.wait(60)
+        time.sleep(0.2)  # in which the second comes
+        may_change.set()
+        assert sorted(each.result().status_code for each in found) == [204, 404]
+
+
+def test_a_panic_of_the_engine_ends_no_service(backbone: Path, root: Path) -> None:
+    engine = MultiTaskEngine(backbone, {"two": root / "two"})
+    predict = engine.predict
+
+    class Panic(BaseException):
+        """As Rust's, in tokenizers."""
+
+    def panics(*args: Any, **options: Any) -> Any:
+        raise Panic
+
+    with TestClient(create_app(engine)) as client:
+        engine.predict = panics  # type: ignore[method-assign]
+        assert client.post("/predict", json={"inputs": TEXT}).status_code == 424
+        engine.predict = predict  # type: ignore[method-assign]
         assert client.post("/predict", json={"inputs": TEXT}).status_code == 200
 
 

@@ -60,7 +60,7 @@ def test_typing_answers_and_maps(page: Any) -> None:
     assert page.locator(".map td[title*='weight']").count() > 4
     page.select_option("#other", "five")
     page.wait_for_function("document.querySelectorAll('.map').length === 2")
-    page.select_option("#layer", "0")
+    page.select_option("#layer", label="1")
     assert "layer 1" in page.inner_text(".map caption >> nth=0")
     page.select_option("#task", "pfeiffer")
     page.wait_for_selector("#memories", state="hidden")  # it has no memory

@@ -92,6 +92,8 @@ def tensor(*texts: Any, **others: Any) -> dict[str, Any]:
         ("/v2/models/two/infer", tensor(TEXT, datatype="FP32"), 422, "is FP32 [1]"),
         ("/v2/models/two/infer", tensor(3), 422, "as many texts"),
         ("/v2/models/two/infer", tensor(TEXT, ""), 422, "empty text"),
+        ("/tasks/two", {"inputs": {"text": TEXT, "textpair": OTHER}}, 422, "Extra inputs"),
+        ("/tasks/two", {"inputs": TEXT, "parameters": {"topk": 1}}, 422, "`parameters.topk` cannot be used: Extra"),
         ("/nowhere", {}, 404, "Not Found"),
     ],
 )
@@ -114,6 +116,7 @@ def test_the_hub_client(address: str, engine: MultiTaskEngine, monkeypatch: pyte
 
 
 def test_vllm(client: TestClient, engine: MultiTaskEngine, backbone: Path) -> None:
+    assert client.post("/classify", json={"model": "five", "input": [True, 2]}).status_code == 422
     ids = engine._encoder.tokenizer(TEXT)["input_ids"]
     for given in (TEXT, [TEXT, OTHER], ids, [ids, ids]):
         for path in ("/classify", "/v1/classify"):
@@ -250,6 +253,6 @@ def test_about(client: TestClient, engine: MultiTaskEngine) -> None:
     for path in ("/health", "/ping"):
         assert client.get(path).status_code == 200
     metrics = client.get("/metrics").text
-    assert 'te_request_count_total{method="single"}' in metrics
+    assert '\nte_request_count{method="single"}' in metrics
     assert "te_queue_size 0.0" in metrics
     assert 'sparsepeft_task_inputs_total{task="two"}' in metrics
