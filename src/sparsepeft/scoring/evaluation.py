@@ -224,6 +224,9 @@ def _evaluate_language_model(
     infer: str | None,
 ) -> Evaluation:
     """Perplexity of a run's model on its validation text, or on a file."""
+    for name in ("label_column", "text_pair_column"):
+        if (value := getattr(table, name)) is not None:
+            raise UserError(f"`{name}={value}` was given, but {folder} is a language model's run; leave it out.")
     config, trained = RunConfig(**run["config"]), trained_run(folder, run, model, infer)
     files = [*config.text, *config.validation_text] if test_file is None else [str(test_file)]
     if test_file is None:
