@@ -68,7 +68,7 @@ def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path:
     assert f"{scores['sparse']:.4f}" not in shown
 
     refused("predict", tmp_path / "o", "some text", words="`sparsepeft generate`")
-    refused("evaluate", tmp_path / "o", "--test-file", text, "--label-column", "label", words="is a language model's run")
+    refused("evaluate", tmp_path / "o", "--test-file", text, "--label-column", "label", words="a language model")
     (tmp_path / "prompts.txt").write_text('the team won\n{"prompt": "the striker"}\n')
     arguments = ("generate", tmp_path / "o", "--max-new-tokens", 5)
     done = ran(*arguments, "--file", tmp_path / "prompts.txt", "--json")
