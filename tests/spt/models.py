@@ -35,6 +35,17 @@ FEED_FORWARD_ONLY: dict[str, tuple[type, Any]] = {
         hf.T5Config(**_T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
     ),
 }
+_GEMMA_4 = _LLAMA | {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": V,
+    "sliding_window": 9,
+}
+SHARED_KEYS: dict[str, tuple[type, Any]] = {"gemma4": (hf.Gemma4ForCausalLM, hf.Gemma4TextConfig(**_GEMMA_4))}
 _MOE = _LLAMA | {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _DEEPSEEK = {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1} | dict.fromkeys(
     ("q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 8
@@ -64,7 +75,7 @@ TARGETS = {
 
 def build(name: str) -> Any:
     """A model with weights large enough that every part matters."""
-    cls, config = (ALL | EXPERTS)[name]
+    cls, config = (ALL | EXPERTS | SHARED_KEYS)[name]
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():

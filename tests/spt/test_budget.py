@@ -64,7 +64,7 @@ def test_a_surcharge_drops_what_saves_the_least() -> None:
     assert [sparse(each) for each in (0.0, 0.004, 0.006, 0.02)] == ["abcd", "abd", "ad", "d"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "masked"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gemma4", "masked"])
 def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     model, data = masked() if name == "masked" else (build(name), inputs(name, "left"))
     labels = data.pop("labels", None)
@@ -72,7 +72,7 @@ def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     expected = model(**data, labels=text.labels).loss.item()
     meter = LossMeter(model, text)
     assert meter.initial == pytest.approx(expected, rel=1e-5)
-    first, last = find_blocks(model)
+    first, *_, last = find_blocks(model)
     with torch.no_grad():
         for parameter in last.module.parameters():
             parameter.mul_(0.9)
@@ -82,7 +82,8 @@ def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     with torch.no_grad():
         for parameter in first.module.parameters():
             parameter.mul_(0.9)
-    assert meter.loss(f"{last.name}.anything") == pytest.approx(changed, rel=1e-5)  # the layer before is not run
+    if name != "gemma4":  # whose last layers take the keys of others
+        assert meter.loss(f"{last.name}.anything") == pytest.approx(changed, rel=1e-5)  # the layer before is not run
     assert meter.loss() == pytest.approx(model(**data, labels=text.labels).loss.item(), rel=1e-5)
 
 

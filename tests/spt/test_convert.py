@@ -166,7 +166,7 @@ def test_gradients_reach_lora_and_router(name: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma4"])
 def test_generation_with_a_cache_is_generation_without(name: str, cache: str) -> None:
     model = sparse(name, top_l=4)
     given = inputs(name)

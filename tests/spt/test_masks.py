@@ -94,6 +94,16 @@ def test_a_lost_or_foreign_mask_is_an_error(wrong: torch.Tensor | None) -> None:
         read_mask(wrong, B, T, T)
 
 
+def test_the_last_queries_alone() -> None:
+    """Gemma 4 takes them, and cuts the third dimension of the mask, as if it was queries x keys."""
+    mask, expected = both(create_causal_mask, PADDINGS["left"])
+    parts = read_mask(mask[:, :, slice(-2, None), :], B, 2, T)
+    assert torch.equal(dense_mask(parts), expected[:, :, -2:])
+    for wrong in ((2, T - 1), (T + 1, T)):
+        with pytest.raises(ValueError, match="a mask of shape"):
+            read_mask(mask, B, *wrong)
+
+
 def test_patterns_that_sparse_attention_does_not_know() -> None:
     made = config("spt-test")
     embeddings = torch.zeros(B, T, 16)

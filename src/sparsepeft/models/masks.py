@@ -1,9 +1,9 @@
 """What a sparse attention layer must know about its batch, handed through a model as its attention mask.
 
 transformers builds the mask once per forward pass with a function registered beside the attention function. A mask of
-queries x keys would be what sparse attention wants to avoid, so this one is a tensor (B, 1, 1, Tk + Tq + 2) of int32:
-for each key whether it may be attended, for each query its position among the keys, whether attention is causal, and
-the sliding window. Being a tensor with four dimensions it passes through `generate`, gradient checkpointing, data
+queries x keys would be what sparse attention wants to avoid, so this one is a tensor (B, 1, 1, Tk + Tq + 3) of int32:
+for each key whether it may be attended, for each query its position among the keys, whether attention is causal, the
+sliding window, and Tk. Being a tensor with four dimensions it passes through `generate`, gradient checkpointing, data
 parallelism and compiled graphs as any mask does.
 """
 
@@ -48,7 +48,7 @@ def sparse_mask(
     """Transformers' mask interface (``AttentionMaskInterface``): never None, so that a lost mask can be told.
 
     Returns:
-        (B, 1, 1, Tk + Tq + 2), int32.
+        (B, 1, 1, Tk + Tq + 3), int32.
 
     Raises:
         ValueError: the pattern is not causal, causal with a window, or bidirectional.
@@ -60,7 +60,7 @@ def sparse_mask(
         keys = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
     else:
         keys = padding[:, kv_offset : kv_offset + kv_length].to(device, torch.int32)
-    flags = torch.tensor([causal, window or _NO_WINDOW], dtype=torch.int32, device=device)
+    flags = torch.tensor([causal, window or _NO_WINDOW, kv_length], dtype=torch.int32, device=device)
     rest = torch.cat([positions.to(torch.int32), flags]).expand(batch_size, -1)
     return torch.cat([keys, rest], dim=1)[:, None, None]
 
@@ -68,19 +68,26 @@ def sparse_mask(
 def read_mask(mask: Tensor | None, batch_size: int, q_length: int, kv_length: int) -> SparseMask:
     """Take apart what :func:`sparse_mask` made.
 
+    Of a mask for more queries, the last ones count: when it generates, Gemma 4 runs its last layers on these alone.
+
     Raises:
         ValueError: it is missing or some other mask; attending without it would let padding in.
     """
-    expected = (batch_size, 1, 1, kv_length + q_length + 2)
-    if mask is None or tuple(mask.shape) != expected or mask.dtype != torch.int32:
+    least = (batch_size, 1, 1, kv_length + q_length + 3)
+    flags = [0, 0, -1]
+    if mask is not None and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:3] == least[:3]:
+        flags = mask[0, 0, 0, -3:].tolist()
+    causal, window, num_keys = flags
+    if mask is None or num_keys != kv_length or mask.shape[3] < least[3]:
         received = "no mask" if mask is None else f"a mask of shape {tuple(mask.shape)} and type {mask.dtype}"
         raise ValueError(
             f"Sparse attention received {received}; it expects the one that this package registers with transformers "
-            f"(here {expected}, int32). Pass the model a mask of padding, (batch, keys), not one of your own making."
+            f"(here {least}, int32). Pass the model a mask of padding, (batch, keys), not one of "
+            "your own making."
         )
-    keys, positions, flags = mask[:, 0, 0].split([kv_length, q_length, 2], dim=1)
-    causal, window = flags[0].tolist()
-    return SparseMask(keys.bool(), positions[0].long(), bool(causal), window or None)
+    keys, positions = mask[:, 0, 0, :-3].split([kv_length, mask.shape[3] - kv_length - 3], dim=1)
+    queries = positions[0, positions.shape[1] - q_length :]
+    return SparseMask(keys.bool(), queries.long(), bool(causal), window or None)
 
 
 def dense_mask(mask: SparseMask) -> Tensor:

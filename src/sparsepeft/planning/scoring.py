@@ -101,7 +101,8 @@ def read_text(model: PreTrainedModel, data: Any, argument: str = "data") -> Text
 class LossMeter:
     """Mean loss of a predicted token, of a model that changes from one call to the next.
 
-    Layers before the one that changed are not run again: they give what they gave when the meter was made.
+    Layers before the one that changed are not run again: they give what they gave when the meter was made, unless the
+    model's layers share keys and values (Gemma 3n and 4).
 
     Args:
         model: a causal or masked language model.
@@ -114,7 +115,9 @@ class LossMeter:
 
     def __init__(self, model: PreTrainedModel, text: Text, *, resumable: bool = True) -> None:
         self._model = model
-        self._blocks = find_blocks(model) if resumable else []
+        # Layers that take the keys of those before them need these to be run.
+        shares_keys = any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
+        self._blocks = find_blocks(model) if resumable and not shares_keys else []
         num_rows = max(1, _TOKENS // text.labels.shape[1])
         parts = [text.rows(i, i + num_rows) for i in range(0, len(text.labels), num_rows)]
         self._parts = [part for part in parts if (part.labels != _IGNORED).any()]
@@ -136,7 +139,7 @@ class LossMeter:
         model.eval()
         try:
             for part in self._parts:
-                with deferred_logits(model):
+                with deferred_logits(model, always=True):
                     loss = model(**part.batch, labels=part.labels, **without_cache(model)).loss
                 num_labels = int((part.labels != _IGNORED).sum())
                 total, count = total + float(loss) * num_labels, count + num_labels
