@@ -70,6 +70,12 @@ def test_settings_of_single_modules() -> None:
     routed = SptConfig(num_active_blocks=0.25, overrides={"a": {"values": "routed"}}).of("a")
     assert (routed.num_blocks, routed.num_active_blocks) == (8, 2)  # the same share
     assert SptConfig(num_blocks=16, overrides={"a": {"values": "routed"}}).of("a").num_blocks == 16
+    for blocks, active in ((16, 4), (8, 2), (2, 1)):
+        finer = SptConfig(num_active_blocks=0.25, overrides={"a": {"num_blocks": blocks}}).of("a")
+        assert (finer.num_blocks, finer.num_active_blocks) == (blocks, active)
+    assert (
+        SptConfig(num_blocks=8, num_active_blocks=8, overrides={"a": {"num_blocks": 4}}).of("a").num_active_blocks == 4
+    )
     with pytest.raises(ValueError, match=r"budget=2 was given, which would let the perplexity rise by 200%"):
         SptConfig(budget=2)
     with pytest.raises(ValueError, match=r"overrides of a has 'topl'; expected some of .*top_l"):

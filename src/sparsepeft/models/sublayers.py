@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.models.blocks import Block, find_blocks, named_modules, unwrap
 from sparsepeft.models.identity import is_quantized
+from sparsepeft.models.modes import in_mode
 from sparsepeft.models.onednn import OneDnnLinear
 
 # What gives a sublayer's output h, the last thing before "residual + h": a dropout where that is a module of its own,
@@ -75,21 +79,31 @@ class PartNames(NamedTuple):
     up: str
     down: str
     activation: str
+    # Modules, or probabilities by which the FFN drops itself:
     inner_dropout: str | None = None  # between activation and down projection
     outer_dropout: str | None = None  # behind the down projection
 
 
-# A module that is nothing but an FFN, and a layer that has the FFN's parts among others.
+# A module that is nothing but an FFN, a layer that has the FFN's parts among others, and names that are used in both.
+# The first form is taken that a module has and that computes what the module does.
 _MODULES = (
+    PartNames("gate_proj", "up_proj", "down_proj", "act_fn", inner_dropout="dropout"),  # GTE, T5Gemma
+    PartNames("gate_proj", "up_proj", "down_proj", "act_fn", outer_dropout="residual_dropout"),  # Seed-OSS
     PartNames("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Mistral, Qwen, Gemma
     PartNames("wi_0", "wi_1", "wo", "act", inner_dropout="dropout"),  # T5 v1.1
     PartNames(None, "wi", "wo", "act", inner_dropout="dropout"),  # T5
     PartNames(None, "c_fc", "c_proj", "act", outer_dropout="dropout"),  # GPT-2
+    PartNames(None, "c_fc", "c_proj", "act", outer_dropout="residual_dropout"),  # StarCoder2
 )
 _LAYERS = (
-    PartNames(None, "fc1", "fc2", "activation_fn"),  # OPT
     PartNames(None, "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"),  # BERT, RoBERTa
 )
+_EITHER = (
+    PartNames(None, "fc1", "fc2", "activation_fn", inner_dropout="activation_dropout"),  # BART, Whisper
+    PartNames(None, "fc1", "fc2", "activation_fn"),  # OPT, CLIP
+)
+_FORMS = (*_EITHER, *_LAYERS, *_MODULES)
+_SCALES = (1.0, 10.0, 100.0, 1000.0)  # of states that a form is tried on
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,23 @@ def weight_of(projection: nn.Module) -> Tensor:
     )
 
 
+def compute_feed_forward(
+    owner: nn.Module, names: PartNames, activation: Callable[[Tensor], Tensor], hidden_states: Tensor
+) -> Tensor:
+    """What an FFN computes, through its parts and what PEFT has put around them: (..., D) -> (..., D)."""
+    inner = activation(owner.get_submodule(names.gate or names.up)(hidden_states))
+    if names.gate is not None:
+        inner = inner * owner.get_submodule(names.up)(hidden_states)
+    output: Tensor = owner.get_submodule(names.down)(drop(owner, names.inner_dropout, inner))
+    return drop(owner, names.outer_dropout, output)
+
+
+def drop(owner: nn.Module, name: str | None, states: Tensor) -> Tensor:
+    """States behind the dropout of this name, a module or a probability; as they are where there is none."""
+    dropout: Any = 0.0 if name is None else attrgetter(name)(owner)
+    return dropout(states) if isinstance(dropout, nn.Module) else F.dropout(states, dropout, owner.training)
+
+
 def _in_layer(block: Block) -> FeedForward:
     layer, what = block.module, f"{block.name} ({type(block.module).__name__})"
     experts = [name for name, module in layer.named_modules() if "expert" in f"{name}.{type(module).__name__}".lower()]
@@ -170,11 +201,20 @@ def _in_layer(block: Block) -> FeedForward:
             "dense with SptConfig(ffn=False), or name the layers without experts by layers_to_transform."
         )
     modules = dict(layer.named_modules())
-    found = [
-        (name, names) for name, module in modules.items() for names in (*_LAYERS, *_MODULES) if _has(module, names)
-    ]
+    found, others = [], []
+    for name, module in modules.items():
+        forms = [names for names in _FORMS if _has(module, names)]
+        is_known = [names for names in forms if not _is_alone(module, layer, names) or _computes(module, names)]
+        found += [(name, names) for names in is_known[:1]]
+        others += [type(module).__name__] if forms and not is_known else []
+    if others:
+        raise ValueError(
+            f"{what} has an FFN ({others[0]}) that computes more than projections and activation, such as a norm, a "
+            "factor or a dropout between them, which a sparse FFN would leave out; leave the FFNs dense with "
+            "SptConfig(ffn=False), or name other layers by layers_to_transform."
+        )
     if not found:
-        known = "; ".join(", ".join(part for part in names[:4] if part) for names in (*_MODULES, *_LAYERS))
+        known = "; ".join(dict.fromkeys(", ".join(part for part in names[:4] if part) for names in _FORMS))
         raise ValueError(
             f"{what} has no FFN of a known form (one of: {known}); leave the FFNs dense with SptConfig(ffn=False)."
         )
@@ -197,3 +237,39 @@ def _has(module: nn.Module, names: PartNames) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _is_alone(owner: nn.Module, layer: nn.Module, names: PartNames) -> bool:
+    """Whether an owner of these parts is nothing but the FFN, so that it can be run."""
+    return names in _MODULES or (names in _EITHER and owner is not layer)
+
+
+@torch.no_grad()
+def _computes(owner: nn.Module, names: PartNames) -> bool:
+    """Whether a module computes what its parts say, tried in training mode, with dropout, on small and large states.
+
+    Large ones since some clamp what is large. Where weights are elsewhere, it cannot be tried, and is believed.
+    """
+    weights = [weight_of(owner.get_submodule(name)) for name in (names.gate, names.up, names.down) if name]
+    if any(weight.is_meta or hasattr(weight, "full_tensor") for weight in weights):  # offloaded, or sharded
+        return True
+    up = weights[-2]
+    states = torch.randn(1, len(_SCALES), up.shape[1], generator=torch.Generator().manual_seed(0))
+    states = (states * torch.tensor(_SCALES)[:, None]).to(up)
+    kind, devices = ("cuda", []) if up.device.type == "cpu" else (up.device.type, [up.device.index or 0])
+    outputs: list[Any] = []
+    with in_mode(owner, training=True):
+        for function in (owner, partial(compute_feed_forward, owner, names, attrgetter(names.activation)(owner))):
+            with torch.random.fork_rng(devices, device_type=kind):
+                torch.manual_seed(0)
+                try:
+                    outputs.append(function(states))
+                except (TypeError, RuntimeError):  # it takes more than states, or cuts them into parts
+                    return False
+    expected, actual = outputs
+    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
+        return False
+    is_real = expected.isfinite().all(-1)  # what is large may become too large
+    expected, actual = expected[is_real].float(), actual[is_real].float()
+    allowed = torch.finfo(up.dtype).eps ** 0.5  # the same sums may be rounded elsewhere
+    return bool(((actual - expected).norm(dim=-1) <= allowed * expected.norm(dim=-1)).all())

@@ -85,7 +85,8 @@ class SptConfig:
         budget: how much higher the perplexity may become, such as 0.02 for 2 %: the layers' settings are then chosen by
             measurement on the calibration batch, see :func:`sparsepeft.sparsify`; None takes the settings above.
         overrides: settings of single modules by name, such as ``{"model.layers.0.self_attn": {"top_l": 64},
-            "model.layers.1.mlp": {"dense": True}}``; ``"dense"`` leaves one as it is.
+            "model.layers.1.mlp": {"dense": True}}``; ``"dense"`` leaves one as it is, and ``num_blocks``
+            alone keeps the share of blocks that a token uses.
         load_balancing_coef: of routed FFNs: weight of the loss that keeps all blocks in use.
         layers_to_transform: positions of the layers in their stack, or of a single one; all if None.
         seed: of the clusterings.
@@ -225,7 +226,9 @@ class SptConfig:
         if own.pop("dense", False):
             return None
         if own.get("values", self.values) != self.values and self.num_blocks == _NUM_BLOCKS[self.values]:
-            own = {"num_blocks": None, "num_active_blocks": self.num_active_blocks / self.num_blocks} | own
+            own = {"num_blocks": None} | own
+        if "num_blocks" in own:  # of other blocks the same share
+            own = {"num_active_blocks": self.num_active_blocks / self.num_blocks} | own
         return dataclasses.replace(self, overrides=None, **own) if own else self
 
     def _check_overrides(self) -> None:
