@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -62,7 +63,7 @@ def both(model: nn.Module, **values: Any) -> None:
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert not any(type(head).__name__ == "_DeferringLinear" for head in heads)
+    assert not any(type(head).__name__.startswith("Deferring") for head in heads)
 
 
 def ids_and_labels() -> dict[str, Tensor]:
@@ -162,6 +163,67 @@ def test_by_itself(taken: list[dict[str, Any]]) -> None:
         pass
 
 
+class DeferringTrainer(hf.Trainer):
+    """As docs/spt.md has it."""
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with deferred_logits(model):
+            return super().compute_loss(model, *args, **kwargs)
+
+
+def test_trainer_evaluates_as_ever(tmp_path: Path, taken: list[dict[str, Any]]) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, V, (4, 9))]
+    options = {"report_to": "none", "use_cpu": True, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
+    args = hf.TrainingArguments(str(tmp_path), **options)
+    results = []
+    for kind in (hf.Trainer, DeferringTrainer):
+        torch.manual_seed(0)
+        trainer = kind(
+            MODELS["llama"](),
+            args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            compute_metrics=lambda given: {"mean": given.predictions.mean()},
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        )
+        found = trainer.evaluate()
+        results.append([found["eval_loss"], found["eval_mean"], trainer.predict(rows).predictions.tolist()])
+        assert not taken
+        trainer.train()
+    assert len(taken) == 2
+    assert results[0] == results[1]
+
+
+def test_logits_that_are_read_late() -> None:
+    model, ids = MODELS["llama"](), torch.randint(3, V, (2, 9))
+    with torch.no_grad(), deferred_logits(model):
+        assert type(model(input_ids=ids, labels=ids).logits) is Tensor
+    with torch.no_grad(), deferred_logits(model, always=True):
+        output = model(input_ids=ids, labels=ids)
+        expected = model.lm_head(model.model(ids).last_hidden_state).compute()
+    assert not F.cross_entropy(output.logits.view(-1, V), ids.view(-1)).requires_grad
+    for one in (output.logits, copy.deepcopy(output.logits), torch.from_numpy(output.logits.numpy())):
+        torch.testing.assert_close(torch.as_tensor(one + 0), expected)
+        assert not one.requires_grad
+
+    with deferred_logits(model):
+        output, unread = model(input_ids=ids, labels=ids), model(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        assert not F.cross_entropy(output.logits.view(-1, V), ids.view(-1)).requires_grad
+        read = output.logits.compute()  # as for an accuracy, before a loss of them
+    assert read.requires_grad
+    (read.square().mean() + output.loss).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(output.logits + 0, read)
+    changed = "Logits were read after the model's head had changed"
+    for late in (lambda: unread.logits + 1, lambda: F.cross_entropy(unread.logits.view(-1, V), ids.view(-1))):
+        with pytest.raises(RuntimeError, match=changed):
+            late()
+    with torch.inference_mode(), deferred_logits(model, always=True):
+        output = model(input_ids=ids, labels=ids)
+    assert not output.logits.compute().requires_grad
+
+
 @pytest.mark.slow
 def test_training_and_perplexity_take_it(
     tiny_language_model: Path, tmp_path: Path, taken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -175,5 +237,5 @@ def test_training_and_perplexity_take_it(
         assert taken
         taken.clear()
         for module in ("sparsepeft.training.fit", "sparsepeft.models.logits"):
-            monkeypatch.setattr(f"{module}.deferred_logits", lambda model: nullcontext(taken.append({})))
+            monkeypatch.setattr(f"{module}.deferred_logits", lambda model, **values: nullcontext(taken.append({})))
     assert results[0] == pytest.approx(results[1], rel=1e-5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class DeferredLogits:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.scale, self.softcap, self.dtype = scale, softcap, dtype or hidden.dtype
         self._computed: Tensor | None = None
+        self._needs_gradients, self._version = torch.is_grad_enabled(), self._head_version()
 
     @property
     def shape(self) -> torch.Size:
@@ -58,11 +60,16 @@ class DeferredLogits:
         return self.hidden.device
 
     def compute(self) -> Tensor:
-        """All of them, computed once."""
+        """All of them, computed once; with gradients if the model was called with gradients.
+
+        Raises:
+            RuntimeError: the head has changed since then, so they would be others.
+        """
         if self._computed is None:
-            weight, bias = self.weight.to(self.hidden.dtype), self.bias
-            bias = bias if bias is None else bias.to(self.hidden.dtype)
-            with torch.autocast(self.device.type, enabled=False):
+            self._check_head()
+            with torch.set_grad_enabled(self._needs_gradients), torch.autocast(self.device.type, enabled=False):
+                weight, bias = self.weight.to(self.hidden.dtype), self.bias
+                bias = bias if bias is None else bias.to(self.hidden.dtype)
                 self._computed = head_logits(self.hidden, weight, bias, self.scale, self.softcap).to(self.dtype)
         return self._computed
 
@@ -83,8 +90,10 @@ class DeferredLogits:
             return F.cross_entropy(
                 self.compute(), target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
             )
+        self._check_head()
         how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "ignore_index": ignore_index}
-        loss = linear_cross_entropy(self.hidden, self.weight, target, bias=self.bias, reduction=reduction, **how)
+        with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
+            loss = linear_cross_entropy(self.hidden, self.weight, target, bias=self.bias, reduction=reduction, **how)
         return loss.to(self.dtype)
 
     def float(self) -> DeferredLogits:
@@ -146,6 +155,9 @@ class DeferredLogits:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.compute().__reduce_ex__(protocol)  # copied and pickled as what they stand for
+
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,7 +173,21 @@ class DeferredLogits:
 
     def _changed(self, **values: Any) -> DeferredLogits:
         names = ("hidden", "weight", "bias", "scale", "softcap", "dtype")
-        return DeferredLogits(**{name: getattr(self, name) for name in names} | values)
+        changed = DeferredLogits(**{name: getattr(self, name) for name in names} | values)
+        changed._needs_gradients, changed._version = self._needs_gradients, self._version
+        return changed
+
+    def _head_version(self) -> list[int]:
+        """Grows with each change of the head; tensors made in inference mode have no count of changes."""
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+    def _check_head(self) -> None:
+        if self._head_version() != self._version:
+            raise RuntimeError(
+                "Logits were read after the model's head had changed, as by optimizer.step(), but deferred_logits "
+                "computes them when they are read; read them before the step, or call the model outside the context."
+            )
 
 
 def _add_arithmetic() -> None:
@@ -186,23 +212,39 @@ def _computed(value: Any) -> Any:
     return value.compute() if isinstance(value, DeferredLogits) else value
 
 
-class _DeferringLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Any:
-        if torch.compiler.is_compiling():  # a graph has tensors only
+class _Deferring:
+    """Before a linear head's own class."""
+
+    _is_always: bool
+
+    def forward(self: Any, input: Tensor) -> Any:
+        # A graph has tensors only. Without gradients, callers (as Trainer in evaluation) collect the logits.
+        if torch.compiler.is_compiling() or not (self._is_always or torch.is_grad_enabled()):
             return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return DeferredLogits(input, self.weight, self.bias)
 
 
+@cache
+def _deferring(head: type[nn.Linear], always: bool) -> type[nn.Linear]:
+    return type(f"Deferring{head.__name__}", (_Deferring, head), {"_is_always": always})
+
+
 @contextmanager
-def deferred_logits(model: nn.Module) -> Iterator[None]:
+def deferred_logits(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     """Inside, a language model that is given labels computes its loss without all of its logits at once.
 
     The loss and its gradients are the model's own, whether it is a plain model, with an adapter, sparse, or wrapped for
-    several processes. Its output has :class:`DeferredLogits`, which are computed when something asks for them. It has
-    an effect where the head is a plain ``nn.Linear`` (or PEFT's trained copy of one); with a quantized head, LoRA on
-    the head, in a compiled graph or under ``nn.DataParallel`` the model computes its logits as ever.
+    several processes. Its output has :class:`DeferredLogits`, which are computed when something asks for them; they
+    must be read before the head changes. It has an effect where the head is a plain ``nn.Linear`` (or PEFT's trained
+    copy of one); with a quantized head, LoRA on the head, in a compiled graph or under ``nn.DataParallel`` the model
+    computes its logits as ever.
+
+    Args:
+        model: a language model.
+        always: also where gradients are off. There the model computes its logits as ever by default, as whoever
+            evaluates (``Trainer`` with ``compute_metrics``) expects tensors; pass True where the loss alone is read.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -214,7 +256,7 @@ def deferred_logits(model: nn.Module) -> Iterator[None]:
     heads = () if isinstance(model, nn.DataParallel) else tuple(_linear_heads(model))
     classes = [type(head) for head in heads]
     for head in heads:
-        head.__class__ = _DeferringLinear
+        head.__class__ = _deferring(type(head), always)
     try:
         yield
     finally:
@@ -260,7 +302,7 @@ def language_model_loss(
     """
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-    with deferred_logits(model):
+    with deferred_logits(model, always=True):
         output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **kwargs)
     loss: Tensor = output.loss
     return loss

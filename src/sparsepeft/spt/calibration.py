@@ -40,7 +40,8 @@ def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, T
         model.set_attn_implementation(NAME)
     model.eval()
     try:
-        with recording() as calls, deferred_logits(model):  # logits of a large vocabulary would be most of the memory
+        # Logits of a large vocabulary would be most of the memory.
+        with recording() as calls, deferred_logits(model, always=True):
             model(**batch)
     except (IndexError, TypeError, RuntimeError) as error:  # such as more positions than the model has
         if isinstance(error, torch.OutOfMemoryError):
