@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsepeft.models.masks import dense_mask, is_whole
-from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.models.sublayers import FeedForward, compute_feed_forward
 from sparsepeft.planning import DENSE, Candidate, Plan, Settings, Text, keep_to_budget
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
 from sparsepeft.spt.calibration import Calibration
@@ -131,15 +131,7 @@ def _feed_forward(config: SptConfig, calibration: Calibration, name: str, num_ro
 def _feed_forward_functions(
     config: SptConfig, calibration: Calibration, feed_forward: FeedForward, settings: Sequence[Settings]
 ) -> Iterator[list[Callable[..., Tensor]]]:
-    names = feed_forward.names
-
-    def dense(states: Tensor) -> Tensor:
-        inner = feed_forward.activation(feed_forward.part(names.gate or names.up)(states))
-        if names.gate is not None:
-            inner = inner * feed_forward.part(names.up)(states)
-        output: Tensor = feed_forward.part(names.down)(inner)
-        return output
-
+    dense = partial(compute_feed_forward, feed_forward.owner, feed_forward.names, feed_forward.activation)
     configs = [replace(config, **each) for each in settings]
     starts = [start for own in configs for _, start in calibration.starts(own, feed_forward.name)]  # of its dense form
     layers = []

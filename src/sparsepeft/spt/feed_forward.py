@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsepeft.models.sublayers import FeedForward
+from sparsepeft.models.sublayers import FeedForward, compute_feed_forward, drop
 from sparsepeft.ops.load_balancing import routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn import Projection, exact_ffn, route, routed_ffn
 from sparsepeft.spt.config import SptConfig
@@ -50,7 +50,7 @@ class SparseFeedForward(nn.Module):
             _place(self, name, feed_forward.part(name))
         for dropout in (self._names.inner_dropout, self._names.outer_dropout):
             if dropout is not None:
-                _place(self, dropout, feed_forward.part(dropout))
+                setattr(self, dropout, getattr(feed_forward.owner, dropout))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseFeedForward:
         return copied_with_model(self, self.context, memo)
@@ -77,8 +77,7 @@ class SparseFeedForward(nn.Module):
             output = self._compute_sparsely(mask, hidden_states)
         else:
             output = self._compute_in_parts(positions, mask, hidden_states)
-        outer = self._names.outer_dropout
-        return output if outer is None else self.get_submodule(outer)(output)
+        return drop(self, self._names.outer_dropout, output)
 
     def release(self) -> dict[str, nn.Module]:
         """Restore the order of the neurons and return the projections, by name."""
@@ -90,14 +89,7 @@ class SparseFeedForward(nn.Module):
 
     def _compute_densely(self, hidden_states: Tensor) -> Tensor:
         """What the FFN computes in the dense model, through the projections and what PEFT has put around them."""
-        names = self._names
-        inner = self._activation(self.get_submodule(names.gate or names.up)(hidden_states))
-        if names.gate is not None:
-            inner = inner * self.get_submodule(names.up)(hidden_states)
-        if names.inner_dropout is not None:
-            inner = self.get_submodule(names.inner_dropout)(inner)
-        output: Tensor = self.get_submodule(names.down)(inner)
-        return output
+        return compute_feed_forward(self, self._names._replace(outer_dropout=None), self._activation, hidden_states)
 
     def _compute_in_parts(self, positions: Tensor, mask: Tensor | None, hidden_states: Tensor) -> Tensor:
         """Dense at ``positions``, of the shape (...) of the states (..., D), and sparse at the others."""
@@ -116,13 +108,13 @@ class SparseFeedForward(nn.Module):
         def read(name: str) -> Projection:
             return read_projection(self.get_submodule(name), name, adapter_names)
 
-        dropout: Any = None if names.inner_dropout is None else self.get_submodule(names.inner_dropout)
+        dropout: Any = 0.0 if names.inner_dropout is None else getattr(self, names.inner_dropout)
         return {
             "up": read(names.up),
             "down": read(names.down),
             "gate": None if names.gate is None else read(names.gate),
             "activation": self._activation,
-            "dropout": dropout.p if dropout is not None and self.training else 0.0,
+            "dropout": getattr(dropout, "p", dropout) if self.training else 0.0,
         }
 
 
