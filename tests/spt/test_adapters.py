@@ -15,14 +15,16 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from tests.spt.models import TARGETS, build, logits, sparse
+from tests.spt.models import TARGETS, build, inputs, logits, sparse
 
 from sparsepeft import SpartanConfig
-from sparsepeft.spt import desparsify, load_sparse
+from sparsepeft.spt import desparsify, load_sparse, save_sparse
 
 FFN = {"attention": False}
 ATTENTION = {"ffn": False, "top_l": 6}
@@ -162,6 +164,36 @@ def test_adapters_saved_in_other_ways_are_marked_too(how: str, tmp_path: Path) -
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(build("llama"), tmp_path)
     assert torch.equal(logits(load_sparse(build("llama"), tmp_path), "llama"), logits(model.eval(), "llama"))
+
+
+@pytest.mark.parametrize("settings", [FFN, ATTENTION])
+@pytest.mark.parametrize("method", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompts_are_loaded_too(method: type, settings: dict, tmp_path: Path) -> None:
+    model = get_peft_model(sparse("llama", **settings), method(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    model.save_pretrained(tmp_path)
+    found, expected = (each(**inputs("llama")).logits for each in (load_sparse(build("llama"), tmp_path), model))
+    assert torch.equal(found, expected)
+
+
+def test_files_in_subfolders_and_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama")
+    model.save_pretrained(tmp_path / "best")
+    save_sparse(bare := sparse("llama", **FFN), tmp_path / "bare")
+    again = load_sparse(build("llama"), tmp_path, subfolder="best")
+    assert torch.equal(logits(again, "llama"), logits(model, "llama"))
+    again = load_sparse(build("llama"), tmp_path, subfolder="bare")
+    assert torch.equal(logits(again, "llama"), logits(bare, "llama"))
+
+    asked = []
+
+    def load(name: str, **where: object) -> dict:
+        asked.append(where)
+        return load_file(tmp_path / "best" / "adapter_model.safetensors")
+
+    monkeypatch.setattr("sparsepeft.spt.loading.load_peft_weights", load)
+    where = {"revision": "v1", "token": "secret", "cache_dir": str(tmp_path)}
+    load_sparse(build("llama"), tmp_path / "best", adapter_name="other", is_trainable=True, **where)
+    assert asked == [{"device": "cpu", **where}]
 
 
 def test_this_packages_methods_refuse_a_dense_model_in_a_sentence(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -64,7 +66,7 @@ def load_sparse(
         adapter: folder or hub id, as for ``PeftModel.from_pretrained``; or a folder that :func:`save_sparse`, or the
             sparse model's ``save_pretrained``, wrote.
         infer: answer as the ``"sparse"`` model, or as the ``"dense"`` one; None as the settings say.
-        kwargs: for ``PeftModel.from_pretrained``.
+        kwargs: for ``PeftModel.from_pretrained``; ``subfolder`` is looked into for all that a folder may hold.
 
     Returns:
         The model with its adapter; ``model`` itself, sparse, from a folder without one.
@@ -89,8 +91,8 @@ def load_sparse(
         check_choice("infer", infer, INFER)
     if sparsification(model) is not None:
         raise ValueError("The model is sparse already; load the adapter into a dense model.")
-    bare = _read(Path(adapter))
-    saved = bare or _adapter_tensors(adapter)
+    bare = _read(Path(adapter) / (kwargs.get("subfolder") or ""))
+    saved = bare or _adapter_tensors(adapter, kwargs)
     if _SETTINGS not in saved:
         raise UserError(f"{adapter} was not trained on a sparse model; load it with PeftModel.from_pretrained.")
     config = read_settings(saved[_SETTINGS])
@@ -136,11 +138,16 @@ def _read(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} could not be read ({error}); convert the model again.") from error
 
 
-def _adapter_tensors(adapter: str | Path) -> dict[str, Tensor]:
+def _adapter_tensors(adapter: str | Path, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """What an adapter's file holds, by name in the backbone; ``kwargs`` may say where on the hub it is."""
+    where = {name: value for name, value in kwargs.items() if name in inspect.signature(hf_hub_download).parameters}
     try:
-        return {plain_name(key): tensor for key, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+        tensors = load_peft_weights(str(adapter), device="cpu", **where)
     except (OSError, ValueError, SafetensorError) as error:  # the hub's errors are among these
         raise UserError(
             f"The adapter {adapter} could not be loaded ({first_line(error)}); pass the folder of an adapter or of "
             "what save_sparse wrote, or an id on the hub."
         ) from error
+    # Names begin with the way from PEFT's model to the backbone, which is shorter with prompt tuning and its like.
+    prefix = next((key.removesuffix(_SETTINGS) for key in tensors if key.endswith(_SETTINGS)), "")
+    return {plain_name(key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
