@@ -64,6 +64,24 @@ def test_a_surcharge_drops_what_saves_the_least() -> None:
     assert [sparse(each) for each in (0.0, 0.004, 0.006, 0.02)] == ["abcd", "abd", "ad", "d"]
 
 
+def test_what_gives_no_number_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, bad = Choice(DENSE, 0.0, 1.0, 1.0), [Choice({"top_l": 1}, loss, 1.0, 0.1) for loss in (math.nan, math.inf)]
+    for allowance in (0.0, 0.1):
+        assert fastest({"a": [dense, *bad]}, allowance) == {"a": dense}
+
+    class Failing(LossMeter):
+        """Of a whole plan."""
+
+        def loss(self, changed: str = "") -> float:
+            return super().loss(changed) if changed else math.nan
+
+    faster_when_sparser(monkeypatch)
+    monkeypatch.setattr(search, "LossMeter", Failing)
+    config = SptConfig(budget=0.5, num_blocks=4, num_active_blocks=2)
+    modules = sparsification(sparsify(build("llama"), config, inputs("llama")["input_ids"])).plan.modules
+    assert all(choice.loss_change == 0.0 for choice in modules.values())
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gemma4", "masked"])
 def test_a_meter_that_runs_the_changed_layers_alone(name: str) -> None:
     model, data = masked() if name == "masked" else (build(name), inputs(name, "left"))

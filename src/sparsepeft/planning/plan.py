@@ -141,7 +141,7 @@ def fastest(options: Mapping[str, Sequence[Choice]], allowance: float, surcharge
     picks: list[torch.Tensor] = []
     costs = {
         name: [
-            0 if nats == 0 else math.ceil(nats / unit) if unit else _BINS + 1
+            0 if nats == 0 else math.ceil(nats / unit) if nats <= allowance else _BINS + 1  # NaN is out, too
             for nats in (choice.cost(surcharge) for choice in choices)
         ]
         for name, choices in options.items()

@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from sparsepeft.models.batches import as_ids, read_batch
 from sparsepeft.models.blocks import Block, find_blocks
 from sparsepeft.models.logits import deferred_logits
+from sparsepeft.models.modes import in_mode
 
 _TOKENS = 4096  # at most so many in a pass
 _IGNORED = -100
@@ -135,16 +136,13 @@ class LossMeter:
 
     @torch.no_grad()
     def _mean_loss(self) -> float:
-        model, training, total, count = self._model, self._model.training, 0.0, 0
-        model.eval()
-        try:
+        model, total, count = self._model, 0.0, 0
+        with in_mode(model, training=False):
             for part in self._parts:
                 with deferred_logits(model, always=True):
                     loss = model(**part.batch, labels=part.labels, **without_cache(model)).loss
                 num_labels = int((part.labels != _IGNORED).sum())
                 total, count = total + float(loss) * num_labels, count + num_labels
-        finally:
-            model.train(training)
         return total / count
 
 

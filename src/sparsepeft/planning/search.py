@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsepeft.models.modes import in_mode
 from sparsepeft.ops.measured import alternately
 from sparsepeft.planning.plan import DENSE, Choice, Plan, fastest
 from sparsepeft.planning.scoring import LossMeter, Text, without_cache
@@ -79,7 +80,8 @@ def keep_to_budget(
             with install(_sparse(chosen)):
                 for name, meter in meters.items():
                     losses[name] = meter.loss()
-                    worst = max(worst, losses[name] - meter.initial)
+                    change = losses[name] - meter.initial
+                    worst = math.inf if math.isnan(change) else max(worst, change)
                     if worst > limit:  # what the other texts say changes nothing
                         break
             spent = sum(choice.cost(surcharge) for choice in chosen.values())
@@ -130,7 +132,7 @@ def _measure(
                         choice = replace(choice, loss_change=meter.loss(name) - meter.initial)
                 logger.info("%s: %s", name, choice)
                 options[name].append(choice)
-                num_beyond[beyond] = num_beyond.get(beyond, 0) + (choice.loss_change > limit)
+                num_beyond[beyond] = num_beyond.get(beyond, 0) + (not choice.loss_change <= limit)  # NaN is beyond, too
     return {name: options[name] for name in modules}
 
 
@@ -171,15 +173,11 @@ def _step_times(
 ) -> dict[str, float]:
     """Milliseconds of forward and backward through the layers, dense and by a plan."""
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    training = model.training
-    model.train()
-    try:
+    with in_mode(model, training=True):
         for _ in range(_ROUNDS):
             times["dense"] += alternately({"": partial(_step, model, text.batch)}, 1)[""]
             with install():
                 times["sparse"] += alternately({"": partial(_step, model, text.batch)}, 1)[""]
-    finally:
-        model.train(training)
     return {name: median(each) for name, each in times.items()}
 
 
