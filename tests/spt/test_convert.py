@@ -271,6 +271,73 @@ def test_layers_are_counted_in_each_stack() -> None:
     assert [each.name for each, _ in done.feed_forwards] == ["encoder.layers.1", "decoder.layers.1"]
 
 
+def llava() -> Any:
+    """A text model with a tower for images of 16 tokens."""
+    tower = hf.CLIPVisionConfig(**{**SIZES, "vocab_size": 0}, image_size=32, patch_size=8)
+    text = hf.LlamaConfig(**SIZES, num_key_value_heads=2)
+    torch.manual_seed(0)
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=tower, text_config=text, image_token_index=5, image_seq_length=16)
+    ).eval()
+
+
+@pytest.mark.parametrize("calibrated_with", ["text", "images"])
+@torch.no_grad()
+def test_towers_stay_as_they_are(calibrated_with: str) -> None:
+    model = llava()
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa", "": "sdpa"})
+    ids = inputs("llama")["input_ids"].clamp_min(6)
+    with_images = ids.clone()
+    with_images[:, 2:18] = 5
+    images = {"input_ids": with_images, "pixel_values": torch.randn(3, 3, 32, 32)}
+    expected = model(**images).logits
+    config = SptConfig(ffn=False, top_l=T)
+    done = sparsification(sparsify(model, config, ids if calibrated_with == "text" else images))
+    assert list(done.attention) == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == NAME
+    torch.testing.assert_close(model(**images).logits, expected, **CLOSE)
+    desparsify(model)
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(model(**images).logits, expected)
+
+
+@torch.no_grad()
+def test_an_encoder_without_a_mask_stays_dense() -> None:
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = hf.WhisperConfig(**BART | tokens, num_mel_bins=8, max_source_positions=20)
+    model = hf.WhisperForConditionalGeneration(config).eval()
+    given = {"input_features": torch.randn(3, 8, 40), "decoder_input_ids": inputs("llama")["input_ids"]}
+    expected = model(**given).logits
+    done = sparsification(sparsify(model, SptConfig(ffn=False, top_l=T), given))
+    assert list(done.attention) == [f"model.decoder.layers.{i}.self_attn" for i in range(2)]
+    torch.testing.assert_close(model(**given).logits, expected, **CLOSE)
+
+
+def test_a_fraction_is_of_the_longest_keys() -> None:
+    ids = inputs("llama")["input_ids"]
+    bart = sparsify(hf.BartModel(hf.BartConfig(**BART)), CONFIG, {"decoder_input_ids": ids[:, :8], "input_ids": ids})
+    assert sparsification(bart).config.top_l == T // 8
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    vit = hf.ViTModel(hf.ViTConfig(**sizes, image_size=32, patch_size=4))
+    sparsify(vit, SptConfig(ffn=False), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert sparsification(vit).config.top_l == 8  # of 64 patches and one more
+
+
+@pytest.mark.parametrize("values", ["exact", "routed"])
+def test_each_module_keeps_its_mode(values: str) -> None:
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    sparsify(model, SptConfig(top_l=5, values=values, num_blocks=4), inputs("llama")["input_ids"])
+    after = {name: module.training for name, module in model.named_modules() if name in before}
+    assert after == {name: before[name] for name in after}
+    desparsify(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_padded_batch_whose_mask_got_lost_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second registration transformers would hand on no mask, and padding would be attended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
@@ -169,15 +169,20 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query (B, H, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, H, D).
 
-    A module without :class:`SparseAttention` (cross-attention, a layer left out) attends densely.
+    A module without :class:`SparseAttention` (cross-attention, a layer left out, a tower that makes no mask) attends
+    densely.
 
     Raises:
         ValueError: the mask is not the one that belongs to it, or the layer adds something to its scores.
     """
+    sparse: SparseAttention | None = getattr(module, "spt", None)
+    if sparse is None and (attention_mask is None or attention_mask.dtype != torch.int32):
+        given = {"dropout": dropout, "scaling": scaling} | kwargs
+        attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return attended
     mask = read_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     calls = _recorder.get()
-    sparse: SparseAttention | None = getattr(module, "spt", None)
     if sparse is not None or calls is not None:
         refuse_additions(module, kwargs)
     if calls is not None:
@@ -211,6 +216,26 @@ def refuse_additions(module: nn.Module, kwargs: dict[str, Any]) -> None:
                 f"{type(module).__name__} attends with {name}, which sparse attention leaves out; convert this model "
                 "with SptConfig(attention=False)."
             )
+
+
+Implementations = list[tuple[Any, str | None]]  # the attention that each config names
+
+
+def implementations(model: nn.Module, around: Iterable[str] | None = None) -> Implementations:
+    """Of all configs in a model, or of those that modules of some names, or the models around these, have."""
+    configs: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        is_meant = around is None or any(f".{each}.".startswith(f".{name}." if name else ".") for each in around)
+        if isinstance(config, PreTrainedConfig) and is_meant:
+            configs[id(config)] = config
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def set_implementations(given: Implementations) -> None:
+    """Let each config name its attention, and leave those inside it alone."""
+    for config, implementation in given:
+        config._attn_implementation_internal = implementation
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from sparsepeft.errors import first_line
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.logits import deferred_logits
+from sparsepeft.models.modes import in_mode
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
 from sparsepeft.ops.routed_ffn.clustering import clustered_order
-from sparsepeft.spt.attention import NAME, AttentionCall, recording
+from sparsepeft.spt.attention import NAME, AttentionCall, implementations, recording, set_implementations
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import ATTENTION_OVERRIDES, FFN_OVERRIDES, SptConfig
 from sparsepeft.spt.projections import inner_tensors
@@ -35,13 +36,12 @@ from sparsepeft.spt.router import (
 @torch.no_grad()
 def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, Tensor]) -> dict[str, AttentionCall]:
     """Run the dense model; the arguments of each self-attention that is to become sparse, by its name."""
-    before, training = model.config._attn_implementation, model.training
+    before = implementations(model)
     if config.attention:
         model.set_attn_implementation(NAME)
-    model.eval()
     try:
         # Logits of a large vocabulary would be most of the memory.
-        with recording() as calls, deferred_logits(model, always=True):
+        with recording() as calls, deferred_logits(model, always=True), in_mode(model, training=False):
             model(**batch)
     except (IndexError, TypeError, RuntimeError) as error:  # such as more positions than the model has
         if isinstance(error, torch.OutOfMemoryError):
@@ -51,16 +51,15 @@ def attend_densely(model: PreTrainedModel, config: SptConfig, batch: dict[str, T
             "training."
         ) from error
     finally:
-        model.set_attn_implementation(before)
-        model.train(training)
+        set_implementations(before)
     if not config.attention:
         return {}
     names = {module: name for name, module in model.named_modules()}
     attended = {names[module]: call for module, call in calls.items() if _is_self_attention(module, names[module])}
     if not attended:
         raise ValueError(
-            f"{type(model).__name__} does not attend through transformers' attention interface, so its attention "
-            "cannot be made sparse; convert it with SptConfig(attention=False)."
+            f"{type(model).__name__} does not attend through transformers' attention interface and with its masks, so "
+            "its attention cannot be made sparse; convert it with SptConfig(attention=False)."
         )
     if config.layers_to_transform is None:
         return attended
@@ -133,7 +132,7 @@ class Calibration:
 
     Args:
         model: the dense model.
-        config: with ``top_l`` as a count.
+        config: what becomes sparse.
         batch: see :func:`sparsepeft.models.batches.read_batch`; None where nothing is to be learnt from one.
 
     Attributes:
@@ -174,6 +173,11 @@ class Calibration:
                 "choose all settings, or pass a whole plan's."
             )
         self._made: dict[str, Any] = {}
+
+    @property
+    def length(self) -> int:
+        """The most keys that attention which may become sparse had: of an encoder and a decoder, the longer one's."""
+        return max(call.key.shape[2] for call in self.calls.values())
 
     def codebooks(self, config: SptConfig, only: str | None = None) -> dict[str, Codebooks]:
         """Of all attention that becomes sparse by ``config``, or of the one of that name, by name."""

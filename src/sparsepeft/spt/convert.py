@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from sparsepeft.models.optimizer_steps import OptimizerSteps
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.planning import Plan
-from sparsepeft.spt.attention import NAME, CodebookRefresh, SparseAttention
+from sparsepeft.spt.attention import (
+    NAME,
+    CodebookRefresh,
+    Implementations,
+    SparseAttention,
+    implementations,
+    set_implementations,
+)
 from sparsepeft.spt.checkpoint import SparseSettings, save_densely
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import SptConfig
@@ -46,7 +53,7 @@ class Sparsification:
     plan: Plan | None = None
     attention: dict[str, SparseAttention] = field(default_factory=dict)
     feed_forwards: list[tuple[FeedForward, SparseFeedForward]] = field(default_factory=list)
-    attention_before: str | None = None
+    attention_before: Implementations = field(default_factory=list)
     steps: OptimizerSteps | None = None
     loading: RemovableHandle | None = None
 
@@ -86,14 +93,15 @@ def install(
         if (own := config.of(name)) is not None:
             module: Any = model.get_submodule(name)
             module.spt = state.attention[name] = SparseAttention(books, own, context).train(module.training)
-    if state.attention:
-        state.attention_before = model.config._attn_implementation
-        model.set_attn_implementation(NAME)
+    # Towers of other modalities attend as before.
+    state.attention_before = implementations(model, around=state.attention)
+    set_implementations([(each, NAME) for each, _ in state.attention_before])
     for feed_forward, start in feed_forwards:
         if (own := config.of(feed_forward.name)) is not None:
             sparse = make_sparse(feed_forward, start, own, context)
             state.feed_forwards.append((feed_forward, sparse))
             _place(model, feed_forward, sparse)
+            _set_inner_dropout(feed_forward, 0.0)
     context.watch(model)
     state.loading = save_densely(model, state.feed_forwards)
     model.spt_settings = SparseSettings(model, state.feed_forwards, Settings(config, settings), context)
@@ -161,8 +169,7 @@ def _take_out(model: Any, state: Sparsification) -> None:
         _uninstall(model, feed_forward, sparse)
     for name in state.attention:
         del model.get_submodule(name).spt
-    if state.attention_before is not None:
-        model.set_attn_implementation(state.attention_before)
+    set_implementations(state.attention_before)
     delattr(model, _ATTRIBUTE)
 
 
@@ -183,8 +190,15 @@ def _uninstall(model: nn.Module, feed_forward: FeedForward, sparse: SparseFeedFo
         _replace(model, feed_forward.name, feed_forward.owner.train(sparse.training))
     else:
         _replace(feed_forward.owner, feed_forward.names.activation, feed_forward.activation)
+        _set_inner_dropout(feed_forward, getattr(sparse, feed_forward.names.inner_dropout or "", 0.0))
     for name, projection in released.items():
         _replace(feed_forward.owner, name, projection)
+
+
+def _set_inner_dropout(feed_forward: FeedForward, probability: float) -> None:
+    """Of a layer, which would drop what the sparse FFN in its activation's place gives, and not neurons."""
+    if not feed_forward.is_module and feed_forward.names.inner_dropout is not None:
+        setattr(feed_forward.owner, feed_forward.names.inner_dropout, probability)
 
 
 def _replace(root: nn.Module, name: str, part: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparsepeft.models.masks import dense_mask
+from sparsepeft.models.modes import in_mode
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.sparse_attention import selection_recall
 from sparsepeft.spt.attention import AttentionCall, SparseAttention
@@ -101,9 +102,8 @@ def report_feed_forwards(
     dense = forward = backward = 0.0
     for feed_forward, layer in sparse:
         inputs, expected = seen[feed_forward.name]
-        training = layer.training
-        report.feed_forward_error[feed_forward.name] = _relative(layer.eval()(inputs), expected)
-        layer.train(training)
+        with in_mode(layer, training=False):
+            report.feed_forward_error[feed_forward.name] = _relative(layer(inputs), expected)
         hidden, inner = feed_forward.sizes
         products = (2 if feed_forward.names.gate is None else 3) * hidden * inner
         chosen = products * int(layer.config.num_active_blocks) / layer.config.num_blocks

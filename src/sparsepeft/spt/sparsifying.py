@@ -27,9 +27,10 @@ def sparsify(
         config: what becomes sparse.
         calibration_data: a typical batch: input ids (B, T), or (T,) for one sequence, as a tensor or lists, or the
             mapping that the model takes.
-            Codebooks are made from its queries and keys, and a fraction ``top_l`` is of its length T. Not needed
-            without ``attention``. With a ``budget`` it is what modules are measured on: causal language models predict
-            its next tokens, masked ones the ``labels`` that the mapping then has.
+            Codebooks are made from its queries and keys, and a fraction ``top_l`` is of its length: the most keys that
+            a layer attends to in it, which is T for a batch of ids. Not needed without ``attention``. With a ``budget``
+            it is what modules are measured on: causal language models predict its next tokens, masked ones the
+            ``labels`` that the mapping then has.
         held_out_data: other text, in the same form, on which a plan has to keep to the ``budget`` as well.
 
     Returns:
@@ -58,14 +59,11 @@ def sparsify(
     batch = None if calibration_data is None else read_batch(model, calibration_data, "calibration_data")
     if held_out_data is not None and config.budget is None:
         raise ValueError("held_out_data was passed without a budget to keep on it; set SptConfig(budget=...), too.")
-    counted = config
-    if config.attention or config.budget is not None:
-        if batch is None:
-            needed = "Sparse attention needs calibration_data for its codebooks"
-            if config.budget is not None:
-                needed = f"budget={config.budget} needs calibration_data to be measured on"
-            raise ValueError(f"{needed}; pass a batch of input ids.")
-        counted = config.with_length(next(iter(batch.values())).shape[1])
+    if batch is None and (config.attention or config.budget is not None):
+        needed = "Sparse attention needs calibration_data for its codebooks"
+        if config.budget is not None:
+            needed = f"budget={config.budget} needs calibration_data to be measured on"
+        raise ValueError(f"{needed}; pass a batch of input ids.")
     for name in ("compensation_rank", "reconstruction_rank"):
         if config.ffn and getattr(config, name) and batch is None:
             raise ValueError(
@@ -77,7 +75,8 @@ def sparsify(
     if config.budget is not None and not config.overrides:
         given = {"calibration": calibration_data} | ({} if held_out_data is None else {"held_out": held_out_data})
         texts = {name: read_text(model, data, f"{name}_data") for name, data in given.items()}
-    calibration = Calibration(model, counted, batch)
+    calibration = Calibration(model, config, batch)
+    counted = config.with_length(calibration.length) if calibration.calls else config
     if texts:
         plan = plan_within_budget(model, config, calibration, texts)
         counted = replace(counted, overrides=plan.overrides)
