@@ -161,6 +161,15 @@ def test_an_adapter_of_a_model_made_sparse_in_another_way_is_refused(tmp_path: A
             PeftModel.from_pretrained(model, str(tmp_path))
 
 
+@pytest.mark.parametrize("settings", [{"ffn": False}, {"attention": False}, {"attention": False, "values": "exact"}])
+def test_data_parallel_is_refused(settings: dict[str, Any]) -> None:
+    """Here ``replicate`` of DataParallel asks each module for a copy, before it touches a device."""
+    bare = sparse("llama", **settings)
+    for model in (bare, get_peft_model(bare, LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(RuntimeError, match="DataParallel cannot replicate a model with adapters or sparse layers"):
+            [module._replicate_for_data_parallel() for module in model.modules()]
+
+
 def test_copies_of_a_sparse_model_stand_alone() -> None:
     model = sparse("llama", codebook_interval=1).train()
     copied = copy.deepcopy(model)

@@ -17,8 +17,9 @@ BASE = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 # Its replicas would share the hooks, and with them the parameters, of the model on the first device.
 DATA_PARALLEL_REFUSED = (
-    "nn.DataParallel cannot replicate a model with this adapter; start one process for each GPU, with `accelerate "
-    "launch` or `torchrun` (DistributedDataParallel), or let the program see one GPU (CUDA_VISIBLE_DEVICES=0)."
+    "nn.DataParallel cannot replicate a model with adapters or sparse layers of sparsepeft; start one process for each "
+    "GPU, with `accelerate launch` or `torchrun` (DistributedDataParallel), or let the program see one GPU "
+    "(CUDA_VISIBLE_DEVICES=0)."
 )
 
 

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.context import ForwardContext, Routing
+from sparsepeft.models.context import DATA_PARALLEL_REFUSED, ForwardContext, Routing
 from sparsepeft.spt.config import SptConfig
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -43,6 +43,9 @@ class SptState(ModulesToSaveWrapper):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SptState:
         return copied_with_model(self, self.context, memo)
+
+    def _replicate_for_data_parallel(self) -> SptState:
+        raise RuntimeError(DATA_PARALLEL_REFUSED)
 
     @property
     def current(self) -> Any:
