@@ -163,6 +163,15 @@ def test_by_itself(taken: list[dict[str, Any]]) -> None:
         pass
 
 
+def test_padding_predicts_nothing() -> None:
+    model, ids = MODELS["llama"]().eval(), torch.randint(3, V, (1, 9))
+    expected = language_model_loss(model, ids)
+    padding, ones = torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)
+    for order in (1, -1):  # to the right, to the left
+        padded, mask = (torch.cat([real, padding][::order], dim=1) for real in (ids, ones))
+        torch.testing.assert_close(language_model_loss(model, padded, attention_mask=mask), expected)
+
+
 class DeferringTrainer(hf.Trainer):
     """As docs/spt.md has it."""
 

@@ -286,8 +286,8 @@ def language_model_loss(
     Args:
         model: plain, sparse, or with an adapter.
         input_ids: (B, T).
-        labels: (B, T), not shifted, -100 where a token does not count; by default the tokens themselves, where the
-            ``attention_mask`` is not 0.
+        labels: (B, T), not shifted, -100 where a token does not count; by default the tokens themselves, where
+            the ``attention_mask`` is 0 neither for them nor for the token before, which predicts them.
         attention_mask: (B, T).
         kwargs: further arguments of the model, such as ``num_items_in_batch`` (tokens that the sum is divided by).
 
@@ -301,7 +301,11 @@ def language_model_loss(
         >>> language_model_loss(model, torch.randint(99, (2, 7))).backward()
     """
     if labels is None:
-        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        labels = input_ids
+        if attention_mask is not None:
+            counts = attention_mask != 0
+            counts[:, 1:] = counts[:, 1:] & counts[:, :-1]
+            labels = input_ids.masked_fill(~counts, -100)
     with deferred_logits(model, always=True):
         output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **kwargs)
     loss: Tensor = output.loss
