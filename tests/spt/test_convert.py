@@ -68,6 +68,29 @@ def test_sparse_answers_differ_and_padding_is_never_seen(name: str, granularity:
     torch.testing.assert_close(other, found)
 
 
+@pytest.mark.parametrize("similarity", ["inner_product", "matches"])
+@pytest.mark.parametrize("granularity", ["token", "block"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+@torch.no_grad()
+def test_a_text_answers_the_same_alone_and_in_a_padded_batch(name: str, granularity: str, similarity: str) -> None:
+    settings = {"ffn": False, "granularity": granularity, "similarity": similarity, "top_l": 8, "block_size": 4}
+    model = sparse(name, **settings)
+    given = inputs(name, "left")  # 5 of 24
+    alone = {"input_ids": given["input_ids"][1:2, 5:]}
+    if name == "bert":  # no decoder, so positions are counted by hand
+        positions = (given["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        found = model.bert(**given, position_ids=positions).last_hidden_state[1:2, 5:]
+        torch.testing.assert_close(found, model.bert(**alone).last_hidden_state, **CLOSE)
+        return
+    given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    torch.testing.assert_close(model(**given).logits[1:2, 5:], model(**alone).logits, **CLOSE)
+    del given["position_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for cached in (True, False):
+        added = model.generate(**given, **options, use_cache=cached)[1, T:]
+        assert torch.equal(added, model.generate(**alone, **options, use_cache=cached)[0, T - 5 :])
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_dense_again_bit_for_bit(name: str) -> None:
     model = sparse(name, compensation_rank=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -75,8 +75,14 @@ class SparseAttention(nn.Module):
             row_mask = mask._replace(key_mask=key_mask)
             if self._refreshes(codebooks):
                 codebooks.prepare(query, key, row_mask, self.config)
-            chosen_by = codebooks.choice() | self.selection(row_mask)
-            return sparse_attention(query, key, value, scale=scale, **chosen_by)
+            chosen_by = codebooks.choice()
+
+            def attend_to_chosen(query: Tensor, key: Tensor, value: Tensor, mask: SparseMask) -> Tensor:
+                return sparse_attention(query, key, value, scale=scale, **chosen_by, **self.selection(mask))
+
+            if self.config.granularity == "token" or key_mask[:, 0].all():
+                return attend_to_chosen(query, key, value, row_mask)
+            return _with_padding_behind(attend_to_chosen, query, key, value, row_mask)
 
         attended = self.state.by_row(attend, query, key, value, mask.key_mask)
         positions = self.context.positions_for(attended[:, 0], is_decoder=mask.causal) if self.training else None
@@ -107,6 +113,36 @@ class SparseAttention(nn.Module):
             "granularity": config.granularity,
             **({"block_size": config.block_size} if config.granularity == "block" else {}),
         }
+
+
+def _with_padding_behind(
+    attend: Callable[[Tensor, Tensor, Tensor, SparseMask], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SparseMask,
+) -> Tensor:
+    """``attend``, with padding on the left put on the right: blocks are cut from a row's first real key.
+
+    So a text's blocks do not depend on how long the texts beside it are.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    first = mask.key_mask.int().argmax(1, keepdim=True)  # (B, 1)
+    num_before = (mask.query_positions < first).sum(1, keepdim=True)
+    index = torch.arange(max(num_queries, num_keys), device=query.device)
+    queries, keys = (index[:num_queries] + num_before) % num_queries, (index[:num_keys] + first) % num_keys
+    moved = SparseMask(
+        mask.key_mask.gather(1, keys),
+        (mask.query_positions[queries] - first) % num_keys,  # (B, Tq)
+        mask.causal,
+        mask.window,
+    )
+    query, key, value = (
+        each.take_along_dim(order[:, None, :, None], 2)
+        for each, order in ((query, queries), (key, keys), (value, keys))
+    )
+    back = (index[:num_queries] - num_before) % num_queries
+    return attend(query, key, value, moved).take_along_dim(back[:, None, :, None], 2)
 
 
 def _densely_at(
