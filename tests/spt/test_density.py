@@ -125,6 +125,26 @@ def test_the_first_steps_are_dense(checkpointing: bool | None) -> None:
     assert found == [(True, False)] * 2 + [(False, True)] * 4
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_adapter_that_had_its_dense_steps_is_trained_on_without(steps: int, tmp_path: Path) -> None:
+    """With a new optimizer. One that was saved before their end has them from the start."""
+
+    def dense_passes(model: Any, steps: int) -> list[bool]:
+        optimizer = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for _ in range(steps):
+            found.append(layers(model)[0].is_dense)
+            model(**inputs("llama"), labels=inputs("llama")["input_ids"]).loss.backward()
+            optimizer.step()
+        return found
+
+    model = with_lora("llama", dense_steps=3).float()
+    assert dense_passes(model, steps) == [True] * steps
+    model.save_pretrained(tmp_path)
+    for again in (load_sparse(build("llama"), tmp_path, is_trainable=True), model):
+        assert dense_passes(again, 5) == [steps < 3] * 3 + [False] * 2
+
+
 def masked_language_model(name: str) -> Any:
     if name != "bert":
         return build(name)

@@ -50,9 +50,12 @@ class SparseContext(ForwardContext):
         return self.steps is not None and int(self.steps.current.steps) < self._dense_steps
 
     def count_step(self, before: int) -> None:
-        """Note that an optimizer step was done after ``before`` others."""
+        """Note that an optimizer step was done after ``before`` others.
+
+        An adapter that is trained on with a new optimizer, which begins to count anew, keeps the steps that it has had.
+        """
         if self.steps is not None:
-            self.steps.current.steps.fill_(before + 1)
+            self.steps.current.steps.clamp_(min=before + 1)
 
     def watch(self, model: nn.Module) -> None:
         """From now on note what ``model`` is called with: masks, and positions with labels."""
