@@ -96,6 +96,10 @@ def test_the_same_where_nothing_is_to_be_left_out() -> None:
 def test_other_dtypes_and_weights_that_are_elsewhere_are_taken(dtype: torch.dtype) -> None:
     assert len(find_feed_forwards(build("gemma").to(dtype))) == 2
     assert len(find_feed_forwards(build("gemma").to("meta"))) == 2
+    model = build("t5").to(dtype)
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()  # as from_pretrained does for float16
+    assert len(find_feed_forwards(model)) == 4
 
 
 def test_looking_for_them_leaves_modes_and_random_numbers_alone() -> None:

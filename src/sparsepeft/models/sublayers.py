@@ -248,10 +248,12 @@ def _is_alone(owner: nn.Module, layer: nn.Module, names: PartNames) -> bool:
 def _computes(owner: nn.Module, names: PartNames) -> bool:
     """Whether a module computes what its parts say, tried in training mode, with dropout, on small and large states.
 
-    Large ones since some clamp what is large. Where weights are elsewhere, it cannot be tried, and is believed.
+    Large ones since some clamp what is large. What cannot be tried is believed.
     """
     weights = [weight_of(owner.get_submodule(name)) for name in (names.gate, names.up, names.down) if name]
     if any(weight.is_meta or hasattr(weight, "full_tensor") for weight in weights):  # offloaded, or sharded
+        return True
+    if len({weight.dtype for weight in weights}) > 1:  # T5 in float16 keeps a projection in float32
         return True
     up = weights[-2]
     states = torch.randn(1, len(_SCALES), up.shape[1], generator=torch.Generator().manual_seed(0))

@@ -75,10 +75,10 @@ class SparseAttention(nn.Module):
             row_mask = mask._replace(key_mask=key_mask)
             if self._refreshes(codebooks):
                 codebooks.prepare(query, key, row_mask, self.config)
-            chosen_by = codebooks.choice()
 
             def attend_to_chosen(query: Tensor, key: Tensor, value: Tensor, mask: SparseMask) -> Tensor:
-                return sparse_attention(query, key, value, scale=scale, **chosen_by, **self.selection(mask))
+                chosen_by = codebooks.choice() | self.selection(mask)
+                return sparse_attention(query, key, value, scale=scale, **chosen_by)
 
             if self.config.granularity == "token" or key_mask[:, 0].all():
                 return attend_to_chosen(query, key, value, row_mask)
