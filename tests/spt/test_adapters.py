@@ -196,6 +196,57 @@ def test_files_in_subfolders_and_on_the_hub(tmp_path: Path, monkeypatch: pytest.
     assert asked == [{"device": "cpu", **where}]
 
 
+@pytest.mark.parametrize("values", ["routed", "exact"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("opt", {"target_modules": ["fc1"], "alpha_pattern": {"layers.0.fc1": 64}}),
+        ("opt", {"target_modules": ["fc1"], "rank_pattern": {r"layers\.\d.fc1": 2}}),
+        ("opt", {"target_modules": ["q_proj", "model.decoder.layers.0.fc1"]}),
+        ("opt", {"target_modules": r".*(q_proj|layers\.1\.fc2)"}),
+        ("opt", {"target_modules": ["q_proj", "fc1"], "exclude_modules": ["0.fc1"]}),
+        ("opt", {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.fc1"]}),
+        ("bert", {"target_modules": ["query", "0.intermediate.dense"]}),
+    ],
+)
+def test_names_that_fit_the_dense_model_alone_are_refused(name: str, options: dict, values: str) -> None:
+    """They would be passed over, and be another adapter on the dense model."""
+    model = get_peft_model(sparse(name, values=values, **FFN), LoraConfig(**options))
+    *_, option = options
+    with pytest.raises(ValueError, match=rf"^{option} fits .*, but the sparse model calls that .*; pass the end of"):
+        logits(model, name)
+    bare = model.unload()
+    logits(bare, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"target_modules": ["up_proj"], "alpha_pattern": {"layers.0.mlp.up_proj": 64}}),
+        ("opt", {"target_modules": "all-linear", "alpha_pattern": {r"layers\.0\.(activation_fn\.)?fc1": 64}}),
+        ("opt", {"target_modules": ["0.activation_fn.fc1", "fc2"], "rank_pattern": {"activation_fn.fc1": 2}}),
+        ("opt", {"target_modules": r".*\.activation_fn\.fc1"}),
+        ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("bert", {"target_modules": ["dense"], "rank_pattern": {"intermediate.dense": 3, "output.dense": 2}}),
+    ],
+)
+def test_an_adapter_extends_the_same_in_the_dense_model(name: str, options: dict, tmp_path: Path) -> None:
+    config = LoraConfig(**options, init_lora_weights=False)
+    model = get_peft_model(sparse(name, values="exact", **FFN), config).eval()
+    expected = logits(model, name)
+    model.save_pretrained(tmp_path / "sparse")
+    for again in (
+        PeftModel.from_pretrained(build(name), tmp_path / "sparse"),
+        load_sparse(build(name), tmp_path / "sparse"),
+    ):
+        torch.testing.assert_close(logits(again.eval(), name), expected)
+    load_sparse(build(name), tmp_path / "sparse").save_pretrained(tmp_path / "again")
+    desparsify(model).save_pretrained(tmp_path / "dense")
+    for folder in ("again", "dense"):
+        again = PeftModel.from_pretrained(build(name), tmp_path / folder).eval()
+        torch.testing.assert_close(logits(again, name), expected)
+
+
 def test_this_packages_methods_refuse_a_dense_model_in_a_sentence(tmp_path: Path) -> None:
     model = get_peft_model(sparse("llama", "left", **ATTENTION), SpartanConfig())
     model.save_pretrained(tmp_path)

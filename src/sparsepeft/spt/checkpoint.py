@@ -37,6 +37,7 @@ from sparsepeft.models.context import ForwardContext
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.spt.attention import SparseAttention
 from sparsepeft.spt.feed_forward import ExactFeedForward, SparseFeedForward
+from sparsepeft.spt.names import check_names, with_dense_names
 from sparsepeft.spt.projections import inner_dims
 from sparsepeft.spt.state import SptState
 from sparsepeft.tuners.card import write_card
@@ -161,19 +162,33 @@ class SparseSettings(SptState):
         super().__init__(module, context)
         self._model = (model,)  # in a tuple, or torch would register the model as a part of itself
         self._feed_forwards = feed_forwards
-        self._hook = model.register_load_state_dict_pre_hook(_unmark)
+        self._checked: list[PeftConfig] = []
+        self._hooks = [
+            model.register_load_state_dict_pre_hook(_unmark),
+            model.register_forward_pre_hook(_check_names),  # PEFT shows no config before it has put the adapter in
+        ]
 
     def detach(self) -> None:
-        """Remove what was put on the model and its configs."""
-        self._hook.remove()
+        """Remove what was put on the model and its configs, which become those of adapters on the dense model."""
+        for hook in self._hooks:
+            hook.remove()
+        names = _moved(self.dense_names())
         for config in self._configs.values():
             vars(config).pop("save_pretrained", None)
+            vars(config).update(with_dense_names(vars(config), names))
 
     def mark(self, folder: Path, adapter_name: str) -> None:
         """Say in the files that transformers has written of an adapter what it was trained on."""
         config = self._configs.get(adapter_name)
         if config is not None:
             _mark(folder, config, self.dense_names(), self._fits_dense)
+
+    def check_names(self) -> None:
+        """See that adapters extend what they would extend in the dense model, see :mod:`sparsepeft.spt.names`."""
+        for config in self._configs.values():
+            if not any(config is checked for checked in self._checked):
+                check_names(config, _moved(self.dense_names()))
+                self._checked.append(config)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """What is saved with an adapter. PEFT writes the adapter's config next, if it saves anything."""
@@ -214,6 +229,11 @@ class SparseSettings(SptState):
         }
 
 
+def _check_names(model: nn.Module, args: Any) -> None:
+    settings: Any = model.get_submodule(SETTINGS)
+    settings.check_names()
+
+
 def _save_once(
     config: PeftConfig, dense_names: dict[str, tuple[str, bool]], fits_dense: bool, save_directory: str, **kwargs: Any
 ) -> None:
@@ -234,14 +254,20 @@ def _mark(folder: Path, config: PeftConfig, dense_names: dict[str, tuple[str, bo
     values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if not fits_dense:
         write_card(folder, config, is_sparse=True)
+    values |= with_dense_names(values, _moved(dense_names))
     if "exclude_modules" in values and not fits_dense:
         excluded = values["exclude_modules"] or []
         values["exclude_modules"] = (
             f"({excluded})|{SETTINGS}" if isinstance(excluded, str) else sorted({*excluded, SETTINGS})
         )
-        write_json(folder / CONFIG_NAME, values)
+    write_json(folder / CONFIG_NAME, values)
     if file is not None:
         write_tensors(file, _marked(tensors, dense_names))
+
+
+def _moved(dense_names: dict[str, tuple[str, bool]]) -> dict[str, str]:
+    """The projections that have another name in the sparse model: theirs there -> in the dense one."""
+    return {sparse[:-1]: dense[:-1] for sparse, (dense, _) in dense_names.items() if sparse != dense}
 
 
 def _marked(tensors: dict[str, Tensor], dense_names: dict[str, tuple[str, bool]]) -> dict[str, Tensor]:
