@@ -212,12 +212,12 @@ def _computed(value: Any) -> Any:
     return value.compute() if isinstance(value, DeferredLogits) else value
 
 
-class _Deferring:
+class _Deferring(nn.Linear):
     """Before a linear head's own class."""
 
     _is_always: bool
 
-    def forward(self: Any, input: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:
         # A graph has tensors only. Without gradients, callers (as Trainer in evaluation) collect the logits.
         if torch.compiler.is_compiling() or not (self._is_always or torch.is_grad_enabled()):
             return super().forward(input)
@@ -227,7 +227,7 @@ class _Deferring:
 
 
 @cache
-def _deferring(head: type[nn.Linear], always: bool) -> type[nn.Linear]:
+def _deferring(head: Any, always: bool) -> type[nn.Linear]:
     return type(f"Deferring{head.__name__}", (_Deferring, head), {"_is_always": always})
 
 
@@ -254,9 +254,9 @@ def deferred_logits(model: nn.Module, *, always: bool = False) -> Iterator[None]
         ...     model(input_ids=ids, labels=ids).loss.backward()
     """
     heads = () if isinstance(model, nn.DataParallel) else tuple(_linear_heads(model))
-    classes = [type(head) for head in heads]
-    for head in heads:
-        head.__class__ = _deferring(type(head), always)
+    classes: list[Any] = [type(head) for head in heads]
+    for head, its_class in zip(heads, classes, strict=True):
+        head.__class__ = _deferring(its_class, always)
     try:
         yield
     finally:
@@ -301,12 +301,23 @@ def language_model_loss(
         >>> language_model_loss(model, torch.randint(99, (2, 7))).backward()
     """
     if labels is None:
-        labels = input_ids
-        if attention_mask is not None:
-            counts = attention_mask != 0
-            counts[:, 1:] = counts[:, 1:] & counts[:, :-1]
-            labels = input_ids.masked_fill(~counts, -100)
+        labels = next_token_labels(input_ids, attention_mask)
     with deferred_logits(model, always=True):
         output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, **kwargs)
     loss: Tensor = output.loss
     return loss
+
+
+def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The labels of a causal language model that predicts its own input, (B, T), not shifted.
+
+    Args:
+        input_ids: (B, T).
+        attention_mask: (B, T) or None. The label is -100 where it is 0, and behind such a token: padding on the left
+            predicts nothing.
+    """
+    if attention_mask is None:
+        return input_ids
+    counts = attention_mask != 0
+    counts[:, 1:] = counts[:, 1:] & counts[:, :-1]
+    return input_ids.masked_fill(~counts, -100)
