@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.spt.models import TARGETS, build, inputs, logits, sparse
 
+from sparsepeft.layers.compensation import fit_compensation
 from sparsepeft.spt import SptConfig, load_sparse, save_sparse, sparsification, sparsify
-from sparsepeft.spt.compensation import fit_compensation
 
 
 def made(name: str, rank: int, active: int = 1) -> Any:

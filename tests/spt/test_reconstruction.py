@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.spt.models import TARGETS, build, inputs, logits, sparse
 
+from sparsepeft.layers.compensation import held_out
+from sparsepeft.layers.router import InitialRouter, compensated, inner_states, projection_of, start_from_outputs
 from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.ops.routed_ffn import project
 from sparsepeft.spt import SptConfig, desparsify, load_sparse, save_sparse, sparsification, sparsify
-from sparsepeft.spt.compensation import held_out
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import RoutedFeedForward
 from sparsepeft.spt.reconstruction import reconstruct
-from sparsepeft.spt.router import InitialRouter, compensated, inner_states, projection_of, start_from_outputs
 
 CONFIG = SptConfig(
     attention=False, values="routed", num_blocks=4, num_active_blocks=2, reconstruction_steps=60, reconstruction_rank=4

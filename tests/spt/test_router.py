@@ -6,15 +6,15 @@ import pytest
 import torch
 from tests.spt.models import TARGETS, build, inputs
 
-from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
-from sparsepeft.ops.routed_ffn.clustering import assign_evenly, clustered_order
-from sparsepeft.spt import SptConfig, sparsification, sparsify
-from sparsepeft.spt.router import (
+from sparsepeft.layers.router import (
     activity,
     inner_states,
     start_from_outputs,
     start_from_weights,
 )
+from sparsepeft.models.sublayers import FeedForward, find_feed_forwards
+from sparsepeft.ops.routed_ffn.clustering import assign_evenly, clustered_order
+from sparsepeft.spt import SptConfig, sparsification, sparsify
 
 
 def dense(feed_forward: FeedForward, x: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
-from sparsepeft.models.batches import as_ids, read_batch
 from sparsepeft.models.blocks import Block, find_blocks
-from sparsepeft.models.logits import deferred_logits
+from sparsepeft.models.logits import deferred_logits, next_token_labels
 from sparsepeft.models.modes import in_mode
+from sparsepeft.planning.batches import as_ids, read_batch
 
 _TOKENS = 4096  # at most so many in a pass
 _IGNORED = -100
@@ -54,7 +54,7 @@ def read_text(model: PreTrainedModel, data: Any, argument: str = "data") -> Text
 
     Args:
         model: a causal or masked language model.
-        data: see :func:`sparsepeft.models.batches.read_batch`, with ``input_ids``; a mapping may have ``labels`` as
+        data: see :func:`sparsepeft.planning.batches.read_batch`, with ``input_ids``; a mapping may have ``labels`` as
             transformers takes them, (B, T), and needs them for a masked model.
         argument: the name of ``data``, for errors.
 
@@ -82,8 +82,7 @@ def read_text(model: PreTrainedModel, data: Any, argument: str = "data") -> Text
             "the model with its language-model head, or leave out the budget."
         )
     if labels is None and is_causal:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        labels = ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
+        labels = next_token_labels(batch["input_ids"], batch.get("attention_mask"))
     if labels is None:
         raise ValueError(
             f"{type(model).__name__} is a masked language model, and {argument} has no labels; mask some tokens and "

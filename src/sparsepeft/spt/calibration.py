@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsepeft.errors import first_line
+from sparsepeft.layers.router import (
+    InitialRouter,
+    activity,
+    compensated,
+    deciding_weight,
+    inner_states,
+    start_from_outputs,
+    start_from_weights,
+)
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.logits import deferred_logits
 from sparsepeft.models.modes import in_mode
@@ -22,15 +31,6 @@ from sparsepeft.spt.config import ATTENTION_OVERRIDES, FFN_OVERRIDES, SptConfig
 from sparsepeft.spt.projections import inner_tensors
 from sparsepeft.spt.reconstruction import reconstruct
 from sparsepeft.spt.report import watching
-from sparsepeft.spt.router import (
-    InitialRouter,
-    activity,
-    compensated,
-    deciding_weight,
-    inner_states,
-    start_from_outputs,
-    start_from_weights,
-)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ class Calibration:
     Args:
         model: the dense model.
         config: what becomes sparse.
-        batch: see :func:`sparsepeft.models.batches.read_batch`; None where nothing is to be learnt from one.
+        batch: see :func:`sparsepeft.planning.batches.read_batch`; None where nothing is to be learnt from one.
 
     Attributes:
         feed_forwards: those that may become sparse, by name.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparsepeft.layers.router import InitialRouter
 from sparsepeft.models.optimizer_steps import OptimizerSteps
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.planning import Plan
@@ -28,7 +29,6 @@ from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.feed_forward import SparseFeedForward, make_sparse
 from sparsepeft.spt.report import SptReport
-from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import Settings
 from sparsepeft.tuners.config import TaskAdapterConfig
 

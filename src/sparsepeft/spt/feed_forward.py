@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsepeft.layers.router import InitialRouter, Router
 from sparsepeft.models.sublayers import FeedForward, compute_feed_forward, drop
 from sparsepeft.ops.load_balancing import routing_load_balancing_loss
 from sparsepeft.ops.routed_ffn import Projection, exact_ffn, route, routed_ffn
 from sparsepeft.spt.config import SptConfig
 from sparsepeft.spt.density import SparseContext
 from sparsepeft.spt.projections import inner_tensors, read_projection
-from sparsepeft.spt.router import InitialRouter, Router
 from sparsepeft.spt.state import SptState, copied_with_model
 
 

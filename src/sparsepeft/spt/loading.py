@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from sparsepeft.arguments import check_choice
 from sparsepeft.errors import UserError, first_line
 from sparsepeft.folders import write_bytes
+from sparsepeft.layers.router import InitialRouter
 from sparsepeft.models.sublayers import FeedForward, find_feed_forwards, weight_of
 from sparsepeft.spt.checkpoint import added_tensors
 from sparsepeft.spt.codebooks import Codebooks
 from sparsepeft.spt.config import INFER
 from sparsepeft.spt.convert import check_bare, install, sparsification
-from sparsepeft.spt.router import InitialRouter
 from sparsepeft.spt.state import SptState, read_settings
 from sparsepeft.tuners.files import plain_name
 

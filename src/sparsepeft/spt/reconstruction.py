@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from sparsepeft.layers.compensation import Compensation, held_out
+from sparsepeft.layers.router import InitialRouter, projection_of
 from sparsepeft.models.sublayers import FeedForward
 from sparsepeft.ops.routed_ffn import LowRank, Projection, Routing, project, route, routed_ffn
-from sparsepeft.spt.compensation import Compensation, held_out
 from sparsepeft.spt.config import SptConfig
-from sparsepeft.spt.router import InitialRouter, projection_of
 
 _BATCH = 256  # tokens in a step
 _LEARNING_RATE = 1e-3
@@ -34,7 +34,7 @@ def reconstruct(
         config: number of active blocks, ``reconstruction_steps`` and ``reconstruction_rank``, and the seed.
         inputs: hidden states (N, D) that go into it.
         inner: what they become before the down projection, (N, I), see
-            :func:`~sparsepeft.spt.router.inner_states`.
+            :func:`~sparsepeft.layers.router.inner_states`.
 
     Returns:
         ``start``, or it with the update and the trained compensation.

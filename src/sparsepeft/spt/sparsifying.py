@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsepeft.models.batches import read_batch
 from sparsepeft.planning import read_text
+from sparsepeft.planning.batches import read_batch
 from sparsepeft.spt.budget import plan_within_budget
 from sparsepeft.spt.calibration import Calibration
 from sparsepeft.spt.config import SptConfig

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsepeft.layers.compensation import Compensation, fit_compensation
 from sparsepeft.models.sublayers import FeedForward, weight_of
 from sparsepeft.ops.ridge import fit_ridge
 from sparsepeft.ops.routed_ffn import LowRank, Projection, project
-from sparsepeft.spt.compensation import Compensation, fit_compensation
 
 _RIDGE = 1e-2  # of the inputs' variance
 _FEATURES = 512
