@@ -24,6 +24,7 @@ from sparsepeft.methods.models import (
     not_loaded,
 )
 from sparsepeft.models import language_model_loss
+from sparsepeft.models.modes import in_mode
 
 CALIBRATION_BLOCKS = 8
 HELD_OUT_TOKENS = 8192  # on which a budget is kept, besides
@@ -83,15 +84,12 @@ def perplexity(model: nn.Module, blocks: Tensor, batch_size: int, precision: str
         precision: fp32, bf16 or fp16.
     """
     device = next(model.parameters()).device
-    training, total = model.training, 0.0
-    model.eval()
-    try:
+    total = 0.0
+    with in_mode(model, training=False):
         for batch in blocks.split(batch_size):
             ids = batch.to(device)
             with torch.autocast(device.type, HALF_DTYPES.get(precision), enabled=precision in HALF_DTYPES):
                 total += float(language_model_loss(model, ids)) * len(ids)
-    finally:
-        model.train(training)
     loss = total / len(blocks)
     perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # infinite where math.exp would raise
     return {"perplexity": float(perplexity), "loss": loss}

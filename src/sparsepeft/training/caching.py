@@ -22,6 +22,7 @@ from torch import nn
 from sparsepeft.errors import RunFailed, UserError
 from sparsepeft.inference.encoding import Collator
 from sparsepeft.models.blocks import Block, find_blocks
+from sparsepeft.models.modes import in_mode
 from sparsepeft.models.partial import PartialPasses
 
 if TYPE_CHECKING:
@@ -75,29 +76,24 @@ class FrozenLayerCache:
         return dataset.add_column(INDEX, list(range(len(dataset))))
 
     def _compute(self, dataset: Dataset, collator: Collator, lengths: Sequence[int], batch_size: int) -> None:
-        training = self.model.training
         # Weights that accelerate offloads are nowhere between passes, and its hooks move the inputs themselves.
         devices = (parameter.device for parameter in self.model.parameters())
         device = next((each for each in devices if each.type != "meta"), torch.device("cpu"))
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        try:
-            self.model.eval()
-            with self.attached() as passes:
-                for start in range(0, len(order), batch_size):
-                    rows = order[start : start + batch_size]
-                    batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
-                    with passes.ending_after(len(self.blocks) - 1):
-                        self.model(**{key: value for key, value in batch.items() if key != "labels"})
-                    states_above = passes.states()
-                    if states_above is None:
-                        raise UserError(
-                            f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on "
-                            "more than its hidden states, which cannot be cached; train this model without."
-                        )
-                    for row, state, mask in zip(rows, states_above, batch["attention_mask"].bool(), strict=True):
-                        self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
-        finally:
-            self.model.train(training)
+        with in_mode(self.model, training=False), self.attached() as passes:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = {key: value.to(device) for key, value in collator([dataset[row] for row in rows]).items()}
+                with passes.ending_after(len(self.blocks) - 1):
+                    self.model(**{key: value for key, value in batch.items() if key != "labels"})
+                states_above = passes.states()
+                if states_above is None:
+                    raise UserError(
+                        f"`cache_frozen_layers` was given, but {type(self.blocks[-1].module).__name__} hands on "
+                        "more than its hidden states, which cannot be cached; train this model without."
+                    )
+                for row, state, mask in zip(rows, states_above, batch["attention_mask"].bool(), strict=True):
+                    self._states[self._offsets[row] : self._offsets[row + 1]] = state[mask].float().cpu()
 
     def pad(self, rows: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
         """The states of some examples where their mask is 1, zeros elsewhere: (B, T, D)."""
