@@ -62,12 +62,7 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
             f"{type(model).__name__} is no PeftModel, so it has no SPARTAN memory to inspect; pass a model from "
             "get_peft_model or PeftModel.from_pretrained, or the folder of a run with the method spartan."
         )
-    memories: list[MemoryOfLayer] = []
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, SpartanLayer) and model.active_adapter in module.spartan_memory:
-            memory: Any = module.spartan_memory[model.active_adapter]
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            memories.append(MemoryOfLayer(numbers[-1] if numbers else len(memories), name, module, memory))
+    memories = memories_of(model.get_base_model(), model.active_adapter)
     if not memories:
         kind = getattr(model.peft_config[model.active_adapter].peft_type, "value", "unknown")
         raise UserError(
@@ -84,6 +79,19 @@ def find_memories(model: nn.Module, layer: int | None = None) -> list[MemoryOfLa
             "(layers count from 0)."
         )
     return chosen
+
+
+def memories_of(model: nn.Module, *adapter_names: str) -> list[MemoryOfLayer]:
+    """The memories of an adapter in a bare model, in the model's order; of several names each layer's first."""
+    memories: list[MemoryOfLayer] = []
+    for name, module in model.named_modules():
+        own = [each for each in adapter_names if isinstance(module, SpartanLayer) and each in module.spartan_memory]
+        if own:
+            layer: Any = module
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            number = numbers[-1] if numbers else len(memories)
+            memories.append(MemoryOfLayer(number, name, layer, layer.spartan_memory[own[0]]))
+    return memories
 
 
 def inspect_memories(

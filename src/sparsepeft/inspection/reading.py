@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from peft import PeftModel
 
 from sparsepeft.errors import UserError
 from sparsepeft.inference import MultiTaskEngine
 from sparsepeft.inference.answering import Row, batch_logits, user_errors
 from sparsepeft.inference.portable import NO_TOKENS, Input, texts_of
+from sparsepeft.inspection.collect import memories_of
 from sparsepeft.inspection.picks import read
-from sparsepeft.tuners.spartan import SpartanLayer
 
 
 class LayerReading(NamedTuple):
@@ -86,30 +86,13 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
             (encoded,) = task.encoder([texts_of(text, task.info.num_texts)], task.max_length)
         if not len(encoded):
             raise UserError(NO_TOKENS)
-        memories = _memories(task.view.model, task.adapter_name)
+        model = task.view.model
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        memories = memories_of(bare, task.adapter_name, "default")  # PEFT's name, of a task that is answered alone
         if not memories:
             raise UserError(f"The task {name!r} has no SPARTAN memory to look into; ask one of the method spartan.")
-        for layer, path, memory in memories:
-            hooks.callback(memory.register_forward_pre_hook(partial(look, layer, path)).remove)
+        for each in memories:
+            hooks.callback(each.memory.register_forward_pre_hook(partial(look, each.index, each.name)).remove)
         batch_logits([Row(0, task, encoded)])
         tokens = task.encoder.tokenizer.convert_ids_to_tokens(encoded.features["input_ids"])
-    return TextReading(list(tokens), [readings[path] for _, path, _ in memories if path in readings])
-
-
-def _memories(model: nn.Module, adapter_name: str) -> list[tuple[int, str, nn.Module]]:
-    """The memories of an adapter, each with its layer's position and name."""
-    found: list[tuple[int, str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, SpartanLayer):
-            # A task that is answered alone has its adapter by PEFT's name.
-            own = adapter_name if adapter_name in module.spartan_memory else "default"
-            if own in module.spartan_memory:
-                numbers = [int(part) for part in name.split(".") if part.isdigit()]
-                found.append(
-                    (
-                        numbers[-1] if numbers else len(found),
-                        name.removeprefix("base_model.model."),
-                        module.spartan_memory[own],
-                    )
-                )
-    return found
+    return TextReading(list(tokens), [readings[each.name] for each in memories if each.name in readings])
