@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.blocks import Block, find_blocks, media_tokens
+from sparsepeft.models.blocks import Block, find_blocks, media_tokens, unwrap
 from sparsepeft.models.context import BASE, ForwardContext
 from sparsepeft.models.head_search import HeadSpec, find_head, unmarked_modules
 from sparsepeft.models.heads import HeadModule
@@ -24,7 +24,7 @@ from sparsepeft.models.quantized import INT8, cast_for_saving
 from sparsepeft.tuners.card import keep_section
 from sparsepeft.tuners.checkpointing import GradientCheckpointing
 from sparsepeft.tuners.config import TaskAdapterConfig
-from sparsepeft.tuners.files import own_names, rename_for_loading
+from sparsepeft.tuners.files import own_names, plain_name, rename_for_loading
 from sparsepeft.tuners.layer import MERGE_REFUSED, TaskTunerLayer
 from sparsepeft.tuners.task_heads import add_head, check_head
 
@@ -73,7 +73,7 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
         self._context = _context_of(model) or ForwardContext()
         for context in (self._context, *_backbone_contexts(model, self._context)):
             context.injected, context.configs, context.call = self._injected, self.peft_config, self._context.call
-        config._resolved_names = set(self._blocks)
+        config._resolved_names = _by_visit(model, self._blocks)
         inference_mode = self._inference_mode  # of the adapter that stays active
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._after_injection(model, adapter_name, config, head)
@@ -115,15 +115,25 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        for name in peft_config._resolved_names[current_key]:
+            self._extend(peft_config, adapter_name, name)
+
+    def _extend(self, config: TaskAdapterConfig, adapter_name: str, name: str) -> None:
+        """Add an adapter to the module ``name``, around which there may be a layer already, or around what it is in."""
+        *path, child = name.split(".")
+        parent = unwrap(self.model)
+        for part in path:
+            parent = unwrap(getattr(parent, part))
+        target = getattr(parent, child)
         if isinstance(target, self.layer_class):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
             return
-        layer = self.layer_class(self._blocks[current_key], self._context)
+        layer = self.layer_class(self._blocks[name], self._context)
         layer.train(target.training)
         if adapter_name in self.active_adapters:
             layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, config)
+        self._replace_module(parent, child, layer, target)
 
     def _check_identity(self, model: nn.Module, config: TaskAdapterConfig, head: HeadSpec) -> None:
         if config._is_from_file and config.check_backbone and config.backbone_fingerprint:
@@ -243,6 +253,10 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
         self._context.losses.unwatch()
         for context in _backbone_contexts(self.model, self._context):
             context.configs = {}
+        for name, module in reversed(list(self.model.named_modules())):  # the innermost first, as PEFT knows no others
+            if isinstance(module, TaskTunerLayer):
+                parent, _, child = name.rpartition(".")
+                self._replace_module(self.model.get_submodule(parent), child, module.base_layer, module)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if labels is not None:
             labels.activate(None)
@@ -307,6 +321,16 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
             return cast_for_saving(selected, config.save_dtype)
         keep_section(model)
         return selected
+
+
+def _by_visit(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """The modules to extend, by the one at which PEFT comes by: it looks into no layer that is extended already."""
+    extended = [plain_name(name) for name, module in model.named_modules() if isinstance(module, TaskTunerLayer)]
+    visits: dict[str, list[str]] = {}
+    for name in names:
+        outermost = min((outer for outer in extended if name.startswith(f"{outer}.")), key=len, default=name)
+        visits.setdefault(outermost, []).append(name)
+    return visits
 
 
 def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:

@@ -126,7 +126,7 @@ class TaskAdapterConfig(PeftConfig):
         super().__post_init__()
         self._make_plain()
         self.formula: str | None = None  # filled in when attached: the adapter's parameter count, for its card
-        self._resolved_names: set[str] = set()  # filled in when attached: the modules to extend
+        self._resolved_names: dict[str, list[str]] = {}  # filled in when attached: the modules to extend
         self._foreign_modules: tuple[str, ...] = ()  # filled in by an engine: other tasks' modules in the model
         self._own_names: frozenset[str] = frozenset()  # filled in when attached: the tensors in its file
         # A config that arrives with a fingerprint was read from a file: its backbone is fixed.
