@@ -89,7 +89,7 @@ def test_the_options_are_the_recipe_s_and_can_be_settings(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spartan", "lora", "full"])
-def test_a_head_has_a_rate_of_its_own(tiny_backbone: Path, tmp_path: Path, method: str) -> None:
+def test_head_and_norms_have_rates_of_their_own(tiny_backbone: Path, tmp_path: Path, method: str) -> None:
     moved, sizes = {}, {}
 
     class Notes(hf.TrainerCallback):
@@ -99,21 +99,31 @@ def test_a_head_has_a_rate_of_its_own(tiny_backbone: Path, tmp_path: Path, metho
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             for name, p in kwargs["model"].named_parameters():
                 if p.requires_grad and not torch.equal(p, self.before[name]):
-                    part = "head" if "classifier" in name else "rest"
+                    part = "head" if "classifier" in name else "norms" if "LayerNorm" in name else "rest"
                     moved[part] = max(moved.get(part, 0.0), (p - self.before[name]).abs().max().item())
             for group in kwargs["optimizer"].param_groups:
                 rate = group["initial_lr"]
                 sizes[rate] = sizes.get(rate, 0) + sum(p.numel() for p in group["params"])
 
+    rates = {"head_learning_rate": 1e-6} | ({} if method == "lora" else {"norms_learning_rate": 1e-5})
     options = {"method": method, "few_shot": 32, "max_steps": 2, "learning_rate": 1e-3}
-    result = train(
-        run_config(tiny_backbone, tmp_path / "run", settings={"head_learning_rate": 1e-6}, **options), [Notes()]
-    )
-    assert moved["head"] < 1e-5 < 1e-4 < moved["rest"]
+    result = train(run_config(tiny_backbone, tmp_path / "run", settings=rates, **options), [Notes()])
+    assert moved["head"] < 4e-6 < 1e-4 < moved["rest"]
+    assert "norms_learning_rate" not in rates or 4e-6 < moved["norms"] < 1e-4
     assert sum(sizes.values()) == result["parameters"]["trained"]
     if method != "full":
         assert sizes[1e-6] == result["parameters"]["head"]
-    assert result["hyperparameters"]["head_learning_rate"] == 1e-6
+    if method != "lora":
+        assert sizes[1e-5] == 2 * 32 * (1 + 2 * 2)  # of the embeddings and of two layers
+    assert rates.items() <= result["hyperparameters"].items()
+
+
+@pytest.mark.slow
+def test_a_rate_for_norms_that_nobody_trains(tiny_backbone: Path, tmp_path: Path) -> None:
+    settings = {"train_layer_norms": False, "norms_learning_rate": 1e-4}
+    config = run_config(tiny_backbone, tmp_path, few_shot=32, max_steps=1, settings=settings)
+    with pytest.raises(UserError, match=r"`method=spartan` trains no normalisation layers.*train_layer_norms=true"):
+        train(config)
 
 
 def test_a_language_model_has_no_head_to_train(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import UserError, first_line, unknown_name
 from sparsepeft.methods.checkpoint_labels import head_start, start_head
 from sparsepeft.methods.targets import choose_targets
-from sparsepeft.models.blocks import find_blocks
+from sparsepeft.models.blocks import find_blocks, is_norm
 from sparsepeft.models.head_search import find_head
 from sparsepeft.models.heads import count_head_parameters, head_parameters
 from sparsepeft.models.identity import backbone_parameters, check_fingerprint, fingerprint
@@ -364,6 +364,12 @@ def trained_head(model: torch.nn.Module) -> list[torch.nn.Parameter]:
         return head_parameters(model)
     modules = [model.get_submodule(name) for name in find_head(model, find_blocks(model)).modules]
     return [parameter for module in modules for parameter in module.parameters()]
+
+
+def trained_norms(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of normalisation layers that are trained."""
+    norms = (module for module in model.modules() if is_norm(module) and not list(module.children()))
+    return [parameter for norm in norms for parameter in norm.parameters() if parameter.requires_grad]
 
 
 def backbone_bytes(model: Model) -> int:

@@ -28,6 +28,8 @@ class Recipe:
     Args:
         learning_rate: peak learning rate of AdamW.
         head_learning_rate: the same of the task's head; None takes that of the rest.
+        norms_learning_rate: the same of normalisation layers, where they are trained; None takes that of the rest. In a
+            head with a rate of its own, that counts.
         batch_size: examples per step.
         epochs: passes over the training data; None takes the paper's count for the task.
         warmup_ratio: share of the steps in which the rate rises linearly.
@@ -42,6 +44,7 @@ class Recipe:
 
     learning_rate: float
     head_learning_rate: float | None = field(default=None, kw_only=True)
+    norms_learning_rate: float | None = field(default=None, kw_only=True)
     batch_size: int = 16
     epochs: float | None = None
     warmup_ratio: float = 0.0
@@ -53,11 +56,16 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_number("learning_rate", self.learning_rate, above=0)
-        if self.head_learning_rate is not None:
-            check_number("head_learning_rate", self.head_learning_rate, above=0)
+        for name, rate in self.own_learning_rates().items():
+            check_number(name, rate, above=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
         check_number("weight_decay", self.weight_decay, least=0)
         check_number("warmup_ratio", self.warmup_ratio, least=0, most=1)
+
+    def own_learning_rates(self) -> dict[str, float]:
+        """The rates of parts that have one of their own, by the name of the value."""
+        rates = {name: getattr(self, name) for name in ("head_learning_rate", "norms_learning_rate")}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     def with_settings(self, settings: dict[str, Any]) -> Recipe:
         """A copy with ``--set`` values: keys of the recipe, or of the method's PEFT config.

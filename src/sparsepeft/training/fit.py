@@ -28,7 +28,7 @@ from sparsepeft.devices import find_device
 from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.launch import is_first, is_sharded, num_processes
-from sparsepeft.methods.models import to_accelerator, trained_head
+from sparsepeft.methods.models import Model, to_accelerator, trained_head, trained_norms
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -106,7 +106,7 @@ def fit(
         data_collator=collator,
         callbacks=[*callbacks, *early_stopping],
         cache=cache,
-        head_learning_rate=config.recipe_values().head_learning_rate,
+        learning_rates=tuple(_own_rates(config, built.model)),
         **scoring,
     )
     trainer.remove_callback(PrinterCallback)
@@ -118,6 +118,25 @@ def fit(
             logger.info("Resuming from %s.", checkpoint.name)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return Fitted(trainer, time.perf_counter() - start, others.share())
+
+
+def _own_rates(config: RunConfig, model: Model) -> Iterator[tuple[set[torch.nn.Parameter], float]]:
+    """The parameters that have a learning rate of their own, and that; of those that are in two parts, the last counts.
+
+    Raises:
+        UserError: a rate was given for norms, but none is trained.
+    """
+    rates = config.recipe_values().own_learning_rates()
+    if "norms_learning_rate" in rates:
+        norms = set(trained_norms(model))
+        if not norms and "norms_learning_rate" in config.settings:
+            raise UserError(
+                f"`norms_learning_rate` was given, but `method={config.method}` trains no normalisation layers here; "
+                "leave it out, or set `train_layer_norms=true` with spartan."
+            )
+        yield norms, rates["norms_learning_rate"]
+    if "head_learning_rate" in rates:
+        yield set(trained_head(model)), rates["head_learning_rate"]
 
 
 def _check_sharded(config: RunConfig, plugin: Any) -> None:
@@ -139,28 +158,30 @@ class SafeTrainer(SparseGradientTrainer):
 
     Args:
         cache: outputs of the frozen layers, which the batches of a :class:`CachingCollator` start from.
-        head_learning_rate: peak learning rate of the task's head; None takes that of the rest.
+        learning_rates: parameters that have a peak learning rate of their own, and that.
         *args, **kwargs: of ``transformers.Trainer``.
     """
 
     def __init__(
-        self, *args: Any, cache: FrozenLayerCache | None = None, head_learning_rate: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        cache: FrozenLayerCache | None = None,
+        learning_rates: Sequence[tuple[set[torch.nn.Parameter], float]] = (),
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.cache, self.head_learning_rate = cache, head_learning_rate
+        self.cache, self.learning_rates = cache, learning_rates
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As transformers has it, with groups of the head's parameters where it has a rate of its own."""
+        """As transformers has it, with further groups for the parameters that have a rate of their own."""
         is_fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_fresh and self.head_learning_rate is not None:
-            model_with_head: Any = self.model
-            head = set(trained_head(model_with_head))
+        for part, rate in self.learning_rates if is_fresh else ():
             for group in list(optimizer.param_groups):
-                of_head = [parameter for parameter in group["params"] if parameter in head]
-                group["params"] = [parameter for parameter in group["params"] if parameter not in head]
-                if of_head:
-                    optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate})
+                inside = [parameter for parameter in group["params"] if parameter in part]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in part]
+                if inside:
+                    optimizer.add_param_group({**group, "params": inside, "lr": rate})
         return optimizer
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

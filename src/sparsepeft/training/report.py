@@ -247,7 +247,7 @@ def hyperparameters(config: RunConfig, data: LabelledData | TextData, trainer: T
         if loss.weights is not None and isinstance(data, LabelledData):
             weights = [round(float(weight), 6) for weight in loss.weights]
             values |= {"class_weights": dict(zip(data.spec.label_names or (), weights, strict=True))}
-    values |= {"head_learning_rate": recipe.head_learning_rate} if recipe.head_learning_rate is not None else {}
+    values |= recipe.own_learning_rates()
     return values | ({"adapter": dict(recipe.adapter)} if recipe.adapter else {})
 
 
