@@ -32,6 +32,7 @@ TASKS = ("cola", "sst2", "stsb")
 PARTS: dict[str, dict[str, Any]] = {
     "values": {"value_initializer_range": 0.02},
     "norms": {"train_layer_norms": True},
+    "slownorms": {"train_layer_norms": True, "norms_learning_rate": 2e-4},
     "keys0.1": {"initializer_range": 0.1},
     "init0.002": {"initializer_range": 0.002},
     "balance": {"load_balancing_coef": 0.01},
