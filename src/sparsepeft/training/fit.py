@@ -29,6 +29,7 @@ from sparsepeft.errors import Diverged, RunFailed, UserError
 from sparsepeft.inference.sentences import SENTENCE, by_sentence
 from sparsepeft.launch import is_first, is_sharded, num_processes
 from sparsepeft.methods.models import Model, to_accelerator, trained_head, trained_norms
+from sparsepeft.methods.recipes import Recipe
 from sparsepeft.models import deferred_logits
 from sparsepeft.ops.dropout import CompiledDropout, is_compiled_dropout_faster
 from sparsepeft.provenance import OtherLoad
@@ -80,6 +81,7 @@ def fit(
     start, others = time.perf_counter(), OtherLoad()
     checkpoints = work / CHECKPOINTS
     rows, collator, cache = data.train, data.collator, None
+    _check_norms(config, built.model)
     scoring: dict[str, Any] = {}
     if isinstance(data, LabelledData):
         if config.cache_frozen_layers:
@@ -106,7 +108,7 @@ def fit(
         data_collator=collator,
         callbacks=[*callbacks, *early_stopping],
         cache=cache,
-        learning_rates=tuple(_own_rates(config, built.model)),
+        recipe=config.recipe_values(),
         **scoring,
     )
     trainer.remove_callback(PrinterCallback)
@@ -120,23 +122,21 @@ def fit(
     return Fitted(trainer, time.perf_counter() - start, others.share())
 
 
-def _own_rates(config: RunConfig, model: Model) -> Iterator[tuple[set[torch.nn.Parameter], float]]:
-    """The parameters that have a learning rate of their own, and that; of those that are in two parts, the last counts.
+def _check_norms(config: RunConfig, model: Model) -> None:
+    """Refuse a rate for norms that nobody trains."""
+    if config.settings.get("norms_learning_rate") is not None and not trained_norms(model):
+        raise UserError(
+            f"`norms_learning_rate` was given, but `method={config.method}` trains no normalisation layers here; "
+            "leave it out, or set `train_layer_norms=true` with spartan."
+        )
 
-    Raises:
-        UserError: a rate was given for norms, but none is trained.
-    """
-    rates = config.recipe_values().own_learning_rates()
-    if "norms_learning_rate" in rates:
-        norms = set(trained_norms(model))
-        if not norms and "norms_learning_rate" in config.settings:
-            raise UserError(
-                f"`norms_learning_rate` was given, but `method={config.method}` trains no normalisation layers here; "
-                "leave it out, or set `train_layer_norms=true` with spartan."
-            )
-        yield norms, rates["norms_learning_rate"]
-    if "head_learning_rate" in rates:
-        yield set(trained_head(model)), rates["head_learning_rate"]
+
+def _own_rates(recipe: Recipe, model: Any) -> Iterator[tuple[set[torch.nn.Parameter], float]]:
+    """The parameters that have a learning rate of their own, and that; of those in two parts, the last counts."""
+    if recipe.norms_learning_rate is not None:
+        yield set(trained_norms(model)), recipe.norms_learning_rate
+    if recipe.head_learning_rate is not None:
+        yield set(trained_head(model)), recipe.head_learning_rate
 
 
 def _check_sharded(config: RunConfig, plugin: Any) -> None:
@@ -158,25 +158,22 @@ class SafeTrainer(SparseGradientTrainer):
 
     Args:
         cache: outputs of the frozen layers, which the batches of a :class:`CachingCollator` start from.
-        learning_rates: parameters that have a peak learning rate of their own, and that.
+        recipe: with the peak learning rates of parts that have one of their own; None without such.
         *args, **kwargs: of ``transformers.Trainer``.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        cache: FrozenLayerCache | None = None,
-        learning_rates: Sequence[tuple[set[torch.nn.Parameter], float]] = (),
-        **kwargs: Any,
+        self, *args: Any, cache: FrozenLayerCache | None = None, recipe: Recipe | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.cache, self.learning_rates = cache, learning_rates
+        self.cache, self.recipe = cache, recipe
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers has it, with further groups for the parameters that have a rate of their own."""
         is_fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        for part, rate in self.learning_rates if is_fresh else ():
+        # From the model as it is now: FSDP has put other parameters in the place of those that it came with.
+        for part, rate in _own_rates(self.recipe, self.model) if is_fresh and self.recipe is not None else ():
             for group in list(optimizer.param_groups):
                 inside = [parameter for parameter in group["params"] if parameter in part]
                 group["params"] = [parameter for parameter in group["params"] if parameter not in part]
