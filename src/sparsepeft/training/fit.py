@@ -172,7 +172,7 @@ class SafeTrainer(SparseGradientTrainer):
         """As transformers has it, with further groups for the parameters that have a rate of their own."""
         is_fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        # From the model as it is now: FSDP has put other parameters in the place of those that it came with.
+        # Of the model as it is now, whose parameters FSDP may have replaced.
         for part, rate in _own_rates(self.recipe, self.model) if is_fresh and self.recipe is not None else ():
             for group in list(optimizer.param_groups):
                 inside = [parameter for parameter in group["params"] if parameter in part]
