@@ -92,7 +92,7 @@ def test_processes_with_parts_of_each_weight_train_what_one_does(backbone: Path,
     settings, rates = SETTINGS | {"save_dtype": None}, {"head_learning_rate": 3e-3, "norms_learning_rate": 1e-4}
     alone = train(run_config(backbone, tmp_path / "one", **settings, settings=rates))
     options = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if value is not None]
-    options += [f"--set={key}={value}" for key, value in rates.items()]  # of parameters that are replaced in between
+    options += [f"--set={key}={value}" for key, value in rates.items()]
     words = command(tmp_path / "two", backbone, *options, "--batch-size=8", module="tests.distributed.sharded_train")
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT | SHARDED, timeout=600)
     assert done.returncode == 0, done.stderr
