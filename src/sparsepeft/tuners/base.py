@@ -245,18 +245,15 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
         if merge:
             self._check_merge_allowed()
         labels = self._context.labels
-        # PEFT does not look inside the layers it unloads, but LayerNorms may be wrapped there.
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, HeadModule):
+        # PEFT does not look inside the layers it unloads, where LayerNorms and further targets may be wrapped.
+        for name, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, (HeadModule, TaskTunerLayer)):
                 parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
+                bare = module.original_module if isinstance(module, HeadModule) else module.base_layer
+                self._replace_module(self.model.get_submodule(parent), child, bare, module)
         self._context.losses.unwatch()
         for context in _backbone_contexts(self.model, self._context):
             context.configs = {}
-        for name, module in reversed(list(self.model.named_modules())):  # the innermost first, as PEFT knows no others
-            if isinstance(module, TaskTunerLayer):
-                parent, _, child = name.rpartition(".")
-                self._replace_module(self.model.get_submodule(parent), child, module.base_layer, module)
         super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if labels is not None:
             labels.activate(None)
