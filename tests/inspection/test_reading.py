@@ -36,3 +36,14 @@ def test_encoder_and_decoder_have_readings_of_their_own(tmp_path: Path) -> None:
     ]
     for encoders, decoders in zip(layers[:2], layers[2:], strict=True):
         assert not np.array_equal(encoders.gates, decoders.gates)
+
+
+def test_layers_that_share_a_memory_have_a_reading_each(tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(
+        tmp_path / "albert", build=lambda **c: hf.AlbertModel(hf.AlbertConfig(**c, embedding_size=16))
+    )
+    folder = save_task(backbone, tmp_path / "task", METHODS["spartan"](num_labels=2))
+    layers = read_text(MultiTaskEngine(backbone, {"task": folder}), "task", "the match was good").layers
+    assert [each.layer for each in layers] == [0, 1]
+    assert layers[0].name == layers[1].name
+    assert not np.array_equal(layers[0].gates, layers[1].gates)

@@ -23,7 +23,8 @@ class LayerReading(NamedTuple):
     """What one layer's memory read at each of T tokens, K parents each, the one with the largest weight first.
 
     Attributes:
-        layer: the layer's position in its stack (an encoder-decoder has two such layers).
+        layer: the layer's position in its stack (an encoder-decoder has two such layers); where layers share a memory,
+            as ALBERT's do, the number of the call.
         name: the layer's dotted name in the bare model.
         num_parents: P.
         parents: that were picked, (T, K).
@@ -46,7 +47,7 @@ class TextReading(NamedTuple):
 
     Attributes:
         tokens: as the tokenizer names them, T. A decoder behind an encoder reads its start token first, then these.
-        layers: in the model's order.
+        layers: in the order in which they read.
     """
 
     tokens: list[str]
@@ -70,7 +71,7 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
         >>> reading.layers[-1].parents.shape[0] == len(reading.tokens)
         True
     """
-    readings: dict[str, LayerReading] = {}
+    readings: list[LayerReading] = []
     thread = threading.get_ident()
 
     def look(layer: int, name: str, memory: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -79,7 +80,7 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
             parents, gates, children, shares = (
                 np.concatenate([part[field].cpu().numpy() for part in parts]) for field in range(4)
             )
-            readings[name] = LayerReading(layer, name, memory.num_parents, parents, gates, children, shares)
+            readings.append(LayerReading(layer, name, memory.num_parents, parents, gates, children, shares))
 
     with engine.loaded(name) as task, ExitStack() as hooks:
         with user_errors():
@@ -95,4 +96,6 @@ def read_text(engine: MultiTaskEngine, name: str, text: Input) -> TextReading:
             hooks.callback(each.memory.register_forward_pre_hook(partial(look, each.index, each.name)).remove)
         batch_logits([Row(0, task, encoded)])
         tokens = task.encoder.tokenizer.convert_ids_to_tokens(encoded.features["input_ids"])
-    return TextReading(list(tokens), [readings[each.name] for each in memories if each.name in readings])
+    if len(readings) > len(memories):
+        readings = [each._replace(layer=call) for call, each in enumerate(readings)]
+    return TextReading(list(tokens), readings)
