@@ -22,7 +22,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_every_stored_file_says_when_by_what_and_where_it_was_made() -> None:
-    files = sorted(RESULTS.rglob("*.json"))
+    # Runs that were interrupted keep their checkpoints in folders named work, which git leaves out.
+    files = sorted(file for file in RESULTS.rglob("*.json") if "work" not in file.relative_to(RESULTS).parts)
     assert len(files) > 300
     for file in files:
         result = read_result(file)
