@@ -40,7 +40,7 @@ class ReadingRequest(BaseModel):
 class LayerOfReading(BaseModel):
     """What one memory read at each of T tokens, K parents each."""
 
-    layer: Annotated[int, Field(description="Its position in its stack.")]
+    layer: Annotated[int, Field(description="Its position in its stack; where layers share a memory, the call.")]
     name: Annotated[str, Field(description="Of the layer in the model.")]
     num_parents: int
     parents: list[list[int]]

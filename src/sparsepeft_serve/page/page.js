@@ -102,6 +102,9 @@ function marked(text, entities) {
   return line;
 }
 
+// Encoder and decoder have layers of the same number; layers that share a memory, as ALBERT's do, have its one name.
+const keyOf = (each) => `${each.layer} ${each.name}`;
+
 async function memories() {
   const tasks = [$("task").value, $("other").value].filter(Boolean);
   $("memories").hidden = true;
@@ -113,12 +116,12 @@ async function memories() {
     return; // tasks without a memory, or of another number of texts, have no map
   }
   const layers = readings[0].layers;
-  const names = layers.map((each) => each.name);
+  const keys = layers.map(keyOf);
   const before = $("layer").value;
   const isOneStack = new Set(layers.map((each) => each.layer)).size === layers.length;
   const title = (each) => (isOneStack ? each.layer + 1 : each.name);
-  $("layer").replaceChildren(...layers.map((each) => element("option", title(each), { value: each.name })));
-  $("layer").value = names.includes(before) && $("layer").dataset.chosen ? before : names.at(-1);
+  $("layer").replaceChildren(...layers.map((each) => element("option", title(each), { value: keyOf(each) })));
+  $("layer").value = keys.includes(before) && $("layer").dataset.chosen ? before : keys.at(-1);
   $("memories").hidden = false;
   draw(readings);
   $("layer").onchange = () => {
@@ -130,7 +133,7 @@ async function memories() {
 function draw(readings) {
   $("maps").replaceChildren(
     ...readings.map((reading) => {
-      const found = reading.layers.find((each) => each.name === $("layer").value);
+      const found = reading.layers.find((each) => keyOf(each) === $("layer").value);
       const box = element("div", undefined, { class: "wide", tabindex: 0, role: "region", "aria-label": `Map of ${reading.task}` });
       if (found) box.append(map(reading, found));
       return box;

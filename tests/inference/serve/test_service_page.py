@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.inference.conftest import TASKS
+import transformers as hf
+from tests.inference.conftest import TASKS, save_task
 from tests.inference.serve.conftest import answering
+from tests.models import METHODS
+from tests.tiny import save_tiny_backbone
 
 from sparsepeft import MultiTaskEngine
 from sparsepeft_serve import ServeSettings
@@ -152,4 +155,25 @@ def test_what_is_found_in_a_text_is_marked(
         page.fill("#pair", "another")
         page.click("button[type=submit]")
         page.wait_for_selector("mark", state="detached")  # the task takes no pairs
+        page.close()
+
+
+def test_layers_that_share_a_memory_are_shown_one_by_one(browser: Any, tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(
+        tmp_path / "albert", build=lambda **c: hf.AlbertModel(hf.AlbertConfig(**c, embedding_size=16))
+    )
+    folder = save_task(backbone, tmp_path / "task", METHODS["spartan"](num_labels=2))
+    with answering(MultiTaskEngine(backbone, {"task": folder})) as address:
+        page = browser.new_page()
+        page.goto(f"{address}/")
+        page.wait_for_function("document.querySelectorAll('#task option').length > 0")
+        page.fill("#text", TEXT)
+        page.click("button[type=submit]")
+        page.wait_for_selector("#memories:not([hidden])")
+        last = page.inner_text(".map")
+        assert "layer 2" in last
+        page.select_option("#layer", label="1")
+        first = page.inner_text(".map")
+        assert "layer 1" in first
+        assert first.replace("layer 1", "layer 2") != last
         page.close()
