@@ -8,7 +8,7 @@ DOCS   := .venv-docs
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: env demo docs test test-cluster test-real test-arm test-image check format clean
+.PHONY: env demo docs lint check test test-docs test-research test-cluster test-real test-arm test-image format clean
 
 env: $(READY)
 
@@ -23,14 +23,24 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/sparsepeft demo
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real" -n 2 --dist worksteal
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu and not real and not cluster" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not gpu and not real and not cluster" -n 2 --dist worksteal --ignore=tests/docs --ignore=tests/research
+
+# Every code block of README, docs and docstrings.
+test-docs: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/docs
+
+# The papers' tables, the benchmarks and the experiments, on tiny models.
+test-research: $(READY)
+	$(BIN)/python -m pytest -q -m "not gpu and not cluster" -n 2 --dist worksteal tests/research
 
 # Processes that work together: Ray, Flower, torch.distributed. One worker: each test keeps two cores at work.
 test-cluster: $(READY)

@@ -23,7 +23,7 @@ from sparsepeft_cli.terminal import bulk_progress
 from sparsepeft_cli.terminal.interrupts import Stop
 
 pytestmark = pytest.mark.slow
-NUM_FILES, ROWS = 60, [{"text": row["text"].lower()} for row in topics_rows("train")[:200]]
+NUM_FILES, ROWS = 24, [{"text": row["text"].lower()} for row in topics_rows("train")[:100]]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sparsepeft.folders import UNFINISHED
 from sparsepeft.runs.history import read_history, read_lines
 
 pytestmark = pytest.mark.slow
-STEPS = 1000  # so many that a run does not end before it is stopped
+STEPS = 500  # so many that a run does not end before it is stopped
 
 
 def _start(*arguments: object) -> subprocess.Popen:

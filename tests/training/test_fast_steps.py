@@ -22,7 +22,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What runs compute by, all of it being faster here."""
     found: set[str] = set()
     monkeypatch.setattr(fit, "is_compiled_dropout_faster", lambda: True)
-    monkeypatch.setattr(model, "is_onednn_faster", lambda dtype, *, trains: can_onednn_compute(dtype))
+    monkeypatch.setattr(model, "is_onednn_faster", can_onednn_compute)
     for owner, name in ((dropout, "dropout"), (dropout, "attention"), (onednn, "onednn_product")):
 
         def noting(*args: Any, name: str = name, function: Any = getattr(owner, name)) -> Any:  # noqa: B008

@@ -7,6 +7,7 @@ a product in general instead of a linear layer's, which is a little slower.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from sparsepeft.ops.measured import fastest
 from sparsepeft.ops.native import may_replace_call
 
 _ROWS, _WIDTH = 256, 768  # of the comparison: some ten milliseconds
+_FEW, _MANY = 256, 2048  # rows, of the comparisons for backward passes
+_LARGE_WEIGHT = 2**16  # numbers; with fewer there is nothing to gain
 _MOST_EXACT = 64  # numbers of rows that are computed as they come
 _SMALL, _LARGE = 16, 64  # what others are rounded up to a multiple of: up to four times the large one, and above
 _exact: set[int] = set()
@@ -25,8 +28,8 @@ _exact: set[int] = set()
 class OneDnnLinear(nn.Linear):
     """A linear layer with the same parameters, computed by oneDNN where these need no gradient.
 
-    The operator is the one that ``torch.compile`` uses; it has no backward. A frozen layer's is a product of the same
-    kind: the gradient of its input is that of its output times the weight, and nothing need be remembered for it. Under
+    The operator is the one that ``torch.compile`` uses; it has no backward. A frozen layer's is one more product: the
+    gradient of its input is that of its output times the weight, and nothing need be remembered for it. Under
     autocast it is one for weights that autocast need not cast, see :func:`hold_frozen_linears`.
     """
 
@@ -66,8 +69,8 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad_output,), (weight,) = grad_outputs, ctx.saved_tensors
         # The operator has no backward of its own, for which gradients that are differentiated again would ask.
-        grad = grad_output @ weight if torch.is_grad_enabled() else onednn_product(grad_output, weight.t())
-        return grad, None, None
+        product = torch.matmul if torch.is_grad_enabled() else _backward_product(grad_output, weight)
+        return product(grad_output, weight), None, None
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -88,33 +91,49 @@ def can_onednn_compute(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def is_onednn_faster(dtype: torch.dtype, *, trains: bool = False) -> bool:
+def is_onednn_faster(dtype: torch.dtype) -> bool:
     """Whether oneDNN beats PyTorch's own choice on this machine, measured once; see :func:`fastest`.
 
-    Args:
-        dtype: of the layers.
-        trains: compare a frozen layer's forward and backward pass, not its forward pass alone.
+    That is so of a forward pass. What a frozen layer's backward pass computes by is measured by itself, for each shape.
     """
     if not can_onednn_compute(dtype):
         return False
     sizes = ((_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), (4 * _WIDTH,))
-    input, weight, bias = (torch.ones(size, dtype=dtype) for size in sizes)
-    input.requires_grad_(trains)
-
-    def call(form: Any) -> None:
-        output = form(input, weight, bias)
-        if trains:
-            output.backward(output.detach())
-
-    product = _FrozenProduct.apply if trains else onednn_product
-    forms = {"onednn": functools.partial(call, product), "default": functools.partial(call, nn.functional.linear)}
-    with torch.set_grad_enabled(trains):
-        return next(iter(fastest("linear_training" if trains else "linear", (str(dtype), *sizes), forms))) == "onednn"
+    tensors = [torch.ones(size, dtype=dtype) for size in sizes]
+    forms = {"onednn": onednn_product, "default": nn.functional.linear}
+    calls = {name: functools.partial(form, *tensors) for name, form in forms.items()}
+    with torch.no_grad():
+        return next(iter(fastest("linear", (str(dtype), *sizes), calls))) == "onednn"
 
 
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``nn.functional.linear`` by oneDNN, of a dtype that :func:`can_onednn_compute`; without gradients."""
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+# A gradient (..., N) times a weight (N, K). Some weights, which oneDNN has to read across, take it twice as long as MKL;
+# of their copies it is the faster one.
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "default": torch.matmul,
+    "onednn": lambda grad, weight: onednn_product(grad, weight.t()),
+    "onednn, weight copied": lambda grad, weight: onednn_product(grad, weight.t().contiguous()),
+}
+
+
+def _backward_product(grad: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The fastest form for few or many rows of this width."""
+    if weight.numel() < _LARGE_WEIGHT:
+        return torch.matmul
+    return _BACKWARD[
+        _backward_form(_FEW if grad.shape[:-1].numel() < _MANY // 2 else _MANY, weight.shape, weight.dtype)
+    ]
+
+
+@functools.cache
+def _backward_form(rows: int, shape: torch.Size, dtype: torch.dtype) -> str:
+    grad, weight = torch.ones(rows, shape[0], dtype=dtype), torch.ones(shape, dtype=dtype)
+    calls = {name: functools.partial(form, grad, weight) for name, form in _BACKWARD.items()}
+    return next(iter(fastest("linear_backward", (str(dtype), rows, *shape), calls)))
 
 
 def _product_of_any(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

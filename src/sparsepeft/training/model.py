@@ -105,5 +105,5 @@ def compute_by_onednn(model: torch.nn.Module, precision: str, wanted: bool | Non
         wanted: whether to; None is where it was measured to be faster, see :func:`is_onednn_faster`.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if is_onednn_faster(dtype, trains=True) if wanted is None else wanted:
+    if is_onednn_faster(dtype) if wanted is None else wanted:
         use_onednn(model)
