@@ -10,6 +10,7 @@ from tests.cli.test_cli import ran, refused, sparsepeft
 from tests.tiny import topics_text
 
 from sparsepeft.scoring import evaluation
+from sparsepeft.training import model
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,10 @@ SPT = (
 )
 
 
-def test_train_evaluate_predict(tiny_language_model: Path, text: Path, tmp_path: Path) -> None:
+def test_train_evaluate_predict(
+    tiny_language_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "is_onednn_faster", lambda dtype: False)  # whose last digits are others than evaluate's
     command = ("train", "--task", "lm", "--model", tiny_language_model, "--text", text, "--output-dir", tmp_path / "o")
     short = ("--max-steps", 4, "--block-length", 32, "--batch-size", 4, "--learning-rate", 0.01, "--spt", *SPT)
     done = ran(*command, *short, "--gradient-checkpointing", "--gradient-accumulation", 2)

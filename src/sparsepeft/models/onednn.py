@@ -111,8 +111,8 @@ def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
-# A gradient (..., N) times a weight (N, K). Some weights, which oneDNN has to read across, take it twice as long as MKL;
-# of their copies it is the faster one.
+# A gradient (..., N) times a weight (N, K). oneDNN has to read the weight across, and may then be half as fast as MKL;
+# of a copy it is the faster one.
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "default": torch.matmul,
     "onednn": lambda grad, weight: onednn_product(grad, weight.t()),
