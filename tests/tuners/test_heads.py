@@ -411,6 +411,8 @@ def test_heads_that_take_feature_maps(name: str, tmp_path) -> None:
     alone = answers(model, images, "default", "other")
     # Another copy of its weights, by which convolutions may round otherwise (an AMD EPYC: 2e-10 of 1e-3).
     torch.testing.assert_close(alone["__base__"], expected, rtol=1e-5, atol=1e-8)
+    with model.disable_adapter():
+        assert torch.equal(alone["__base__"], run(model, images))
     assert not torch.equal(alone["default"], expected)
     names = ["other", "__base__", "default"]
     mixed = run(model, images, adapter_names=names)
