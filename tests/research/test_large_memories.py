@@ -40,7 +40,9 @@ def test_the_experiment_takes_the_best_rate_and_lists_what_is_there(tmp_path: Pa
     assert large_memories.best_rate(tmp_path, "qnli", "product-256") == 1e-3
     assert list(large_memories.table(tmp_path)) == []
     for seed, score in enumerate((0.81, 0.83)):
-        (tmp_path / f"qnli-product-256-{seed}.json").write_text(json.dumps({"score": score}))
+        (tmp_path / f"qnli-product-256-{seed}.json").write_text(
+            json.dumps({"score": score, "hyperparameters": {"learning_rate": 1e-3}})
+        )
     (line,) = large_memories.table(tmp_path)
     assert line.split() == ["qnli", "product-256", "0.8200", "±", "0.0141", "2", "seeds,", "rate", "0.001"]
 

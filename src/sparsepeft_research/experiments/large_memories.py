@@ -4,9 +4,9 @@
     python -m sparsepeft_research.experiments.large_memories --data-dir DATA --table    # what is there so far
 
 All memories are trained for equally many steps of equal batches, in the same layers. First each size is trained at
-several learning rates and scored on a tenth of the training data that it never saw (``score_on="selection"``); then, at
-the best of these, with several seeds and scored on the validation set. A result goes to
-``research/results/large_memories/``; one that is there is not repeated, and several processes may share the work.
+several learning rates and scored on a tenth of the training data that it never saw (``score_on="selection"``), unless
+there is one rate alone; then, at the best of these, with several seeds and scored on the validation set. A result goes
+to ``research/results/large_memories/``; one that is there is not repeated, and several processes may share the work.
 
 A memory of 65,536 parents has 0.6 GB in each layer, and up to twice that in moments.
 """
@@ -55,16 +55,20 @@ def main() -> None:
         parser.error("--data-dir is needed, unless --table is given")
     for task in () if options.table else options.tasks:
         for memory in options.memories:
-            for rate in options.rates:
-                file = options.folder / "rates" / f"{task}-{memory}-lr{rate:g}.json"
-                run_once(file, partial(_run, options, task, memory, rate, options.seeds[0], "selection"))
-            best = best_rate(options.folder, task, memory)
+            best = _search(options, task, memory) if len(options.rates) > 1 else options.rates[0]
             if best is None:  # another process is at it
                 continue
             for seed in options.seeds:
                 file = options.folder / f"{task}-{memory}-{seed}.json"
                 run_once(file, partial(_run, options, task, memory, best, seed, "validation"))
     print("\n".join(table(options.folder)))
+
+
+def _search(options: argparse.Namespace, task: str, memory: str) -> float | None:
+    for rate in options.rates:
+        file = options.folder / "rates" / f"{task}-{memory}-lr{rate:g}.json"
+        run_once(file, partial(_run, options, task, memory, rate, options.seeds[0], "selection"))
+    return best_rate(options.folder, task, memory)
 
 
 def _run(options: argparse.Namespace, task: str, memory: str, rate: float, seed: int, score_on: str) -> dict[str, Any]:
@@ -99,11 +103,15 @@ def table(folder: Path) -> Iterator[str]:
     """A line for each task and memory with results: seeds, scores on the validation set, the rate that was chosen."""
     for task in TASKS:
         for memory in MEMORIES:
-            scores = [json.loads(file.read_text())["score"] for file in sorted(folder.glob(f"{task}-{memory}-*.json"))]
-            if scores:
+            runs = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{task}-{memory}-*.json"))]
+            if runs:
+                scores = [run["score"] for run in runs]
+                rates = sorted({run["hyperparameters"]["learning_rate"] for run in runs})
                 spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-                rate = best_rate(folder, task, memory)
-                yield f"{task:<6}{memory:<16}{statistics.mean(scores):.4f}{spread}  {len(scores)} seeds, rate {rate:g}"
+                yield (
+                    f"{task:<6}{memory:<16}{statistics.mean(scores):.4f}{spread}  "
+                    f"{len(scores)} seeds, rate {', '.join(f'{rate:g}' for rate in rates)}"
+                )
 
 
 if __name__ == "__main__":
