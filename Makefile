@@ -7,6 +7,8 @@ DOCS   := .venv-docs
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Where it is set, each process that the tests start would compile three thousand modules again, some twenty seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env demo docs lint check test test-docs test-research test-cluster test-real test-arm test-image format clean
 
