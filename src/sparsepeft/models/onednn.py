@@ -7,7 +7,7 @@ a product in general instead of a linear layer's, which is a little slower.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,12 +98,8 @@ def is_onednn_faster(dtype: torch.dtype) -> bool:
     """
     if not can_onednn_compute(dtype):
         return False
-    sizes = ((_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), (4 * _WIDTH,))
-    tensors = [torch.ones(size, dtype=dtype) for size in sizes]
     forms = {"onednn": onednn_product, "default": nn.functional.linear}
-    calls = {name: functools.partial(form, *tensors) for name, form in forms.items()}
-    with torch.no_grad():
-        return next(iter(fastest("linear", (str(dtype), *sizes), calls))) == "onednn"
+    return _fastest("linear", forms, (_ROWS, _WIDTH), (4 * _WIDTH, _WIDTH), dtype) == "onednn"
 
 
 def onednn_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -131,9 +127,20 @@ def _backward_product(grad: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor]
 
 @functools.cache
 def _backward_form(rows: int, shape: torch.Size, dtype: torch.dtype) -> str:
-    grad, weight = torch.ones(rows, shape[0], dtype=dtype), torch.ones(shape, dtype=dtype)
-    calls = {name: functools.partial(form, grad, weight) for name, form in _BACKWARD.items()}
-    return next(iter(fastest("linear_backward", (str(dtype), rows, *shape), calls)))
+    return _fastest("linear_backward", _BACKWARD, (rows, shape[0]), shape, dtype)
+
+
+def _fastest(
+    name: str,
+    forms: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    states: Sequence[int],
+    weight: Sequence[int],
+    dtype: torch.dtype,
+) -> str:
+    """The form of the product ``name`` that is fastest for states and a weight of these shapes."""
+    tensors = [torch.ones(*shape, dtype=dtype) for shape in (states, weight)]
+    calls = {form: functools.partial(product, *tensors) for form, product in forms.items()}
+    return next(iter(fastest(name, (str(dtype), states[0], *weight), calls)))
 
 
 def _product_of_any(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
