@@ -18,6 +18,7 @@ _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 # says both.
 _BATCH_DIMS = {"xlnet": 1, "gemma3n_text": -3}
 _DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
+Stack = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,21 @@ def in_tower(model: nn.Module, name: str) -> bool:
 
 def _model_type(model: nn.Module, name: str) -> str:
     """That of the innermost module around ``name`` that has a config."""
-    around = [unwrap(model)]
-    for part in name.replace(".base_layer", "").split("."):  # a layer's that is extended already
-        child = dict(around[-1].named_children()).get(part)
-        if child is None:  # inside one of PEFT's wrappers
-            break
-        around.append(unwrap(child))
-    types = (getattr(getattr(module, "config", None), "model_type", None) for module in reversed(around))
+    around = _around(model, name.replace(".base_layer", ""))  # a layer's that is extended already
+    types = (getattr(getattr(module, "config", None), "model_type", None) for _, module in reversed(around))
     return next((found for found in types if found), "")
 
 
-Stack = list[tuple[str, nn.Module]]
+def _around(model: nn.Module, name: str) -> Stack:
+    """The model, what holds ``name`` in it, and ``name``, by names as in :func:`named_modules`."""
+    around = [("", unwrap(model))]
+    for part in name.split("."):
+        outer, module = around[-1]
+        child = dict(module.named_children()).get(part)
+        if child is None:  # inside one of PEFT's wrappers
+            break
+        around.append((f"{outer}.{part}" if outer else part, unwrap(child)))
+    return around
 
 
 def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -193,13 +198,8 @@ def _recorded_classes(model: nn.Module) -> tuple[type, ...]:
 
 def _owner(model: nn.Module, name: str) -> str:
     """The name of the innermost ``PreTrainedModel`` that holds ``name``."""
-    modules = dict(named_modules(model))
-    path = name.split(".")
-    for end in range(len(path), -1, -1):
-        prefix = ".".join(path[:end])
-        if isinstance(modules[prefix], PreTrainedModel):
-            return prefix
-    return ""
+    owners = [outer for outer, module in _around(model, name) if isinstance(module, PreTrainedModel)]
+    return owners[-1] if owners else ""
 
 
 def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]:
@@ -219,11 +219,9 @@ def _match(model: nn.Module, target_modules: str | Iterable[str]) -> list[Stack]
 
 def _hidden_size(model: nn.Module, name: str, block: nn.Module) -> int:
     """The width of a block's states: the nearest config's, if the block has vectors of that size, else its norm's."""
-    modules = dict(named_modules(model))
     vectors = [p.shape[0] for p in block.parameters() if p.dim() == 1]
-    path = name.split(".")
-    for end in range(len(path), -1, -1):
-        config = getattr(modules[".".join(path[:end])], "config", None)
+    for _, module in reversed(_around(model, name)):
+        config = getattr(module, "config", None)
         for width_name in _WIDTH_NAMES:
             width = getattr(config, width_name, None)
             if isinstance(width, int) and (not vectors or width in vectors):
