@@ -8,6 +8,8 @@ import transformers as hf
 from peft import PeftModel
 from tests.models import ARCHITECTURES, METHODS, adapted, add, answers, run
 
+from sparsepeft.tuners.layer import TaskTunerLayer
+
 INPUTS = ARCHITECTURES["bert"].inputs(batch=5)
 
 
@@ -111,6 +113,77 @@ def test_gemma_3n_has_several_versions_of_its_states(method: str) -> None:
             torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+SIDES = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+
+
+def _translates() -> hf.FSMTForConditionalGeneration:
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in SIDES.items()}
+    config = hf.FSMTConfig(langs=["a", "b"], src_vocab_size=99, tgt_vocab_size=99, d_model=32, init_std=0.3, **sizes)
+    torch.manual_seed(0)
+    return hf.FSMTForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [8, 7])
+def test_layers_whose_batch_is_second(method: str, length: int) -> None:
+    """FSMT's; with eight tokens the first dimension fits, too."""
+    ids = torch.randint(3, 99, (4, length))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :4]}
+    model = adapted(_translates(), "one", config=METHODS[method]())
+    add(model, "two", config=METHODS[method]())
+    names = ["one", "two", "__base__", "one"]
+    mixed, alone = run(model, inputs, adapter_names=names), answers(model, inputs, "one", "two")
+    assert not torch.allclose(alone["one"], alone["two"], atol=1e-2)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_bridgetower_have_their_batch_second() -> None:
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+    model = adapted(hf.BridgeTowerModel(hf.BridgeTowerConfig(vision_config=vision)).vision_model.eval())
+    assert {layer.batch_dim for layer in model.modules() if isinstance(layer, TaskTunerLayer)} == {1}
+
+
+def test_biases_of_modules_that_turn_their_states_are_refused() -> None:
+    """Longformer's attention has (T, B, D), and T is a multiple of its window, so that most numbers of inputs fit."""
+    config = hf.LongformerConfig(**SIZES, attention_window=[4, 4], max_position_embeddings=64, pad_token_id=1)
+    model = adapted(hf.LongformerForTokenClassification(config), "one", config=METHODS["bitfit"]())
+    add(model, "two", config=METHODS["bitfit"]())
+    inputs = ARCHITECTURES["bert"].inputs(batch=4)
+    with pytest.raises(ValueError, match=r"query of Longformer.*another order.*batch of their own"):
+        run(model, inputs, adapter_names=["one", "two", "two", "one"])
+    model.set_adapter("two")
+    expected = run(model, inputs)
+    torch.testing.assert_close(run(model, inputs, adapter_names=["two"] * 4), expected)
+
+
+def test_a_norm_of_relative_positions_is_refused() -> None:
+    """DeBERTa-v3 normalises its relative positions, which have no rows, by the norm that an adapter trains."""
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+    config = hf.DebertaV2Config(**SIZES, **positions, norm_rel_ebd="layer_norm", pooler_hidden_size=32)
+    model = adapted(hf.DebertaV2ForSequenceClassification(config), "one", train_layer_norms=True)
+    add(model, "two", train_layer_norms=True)
+    with pytest.raises(ValueError, match=r"LayerNorm of the parameter \(16, 32\).*once for all rows"):
+        run(model, ARCHITECTURES["deberta-v2"].inputs(batch=4), adapter_names=["one", "two", "two", "one"])
+    expected = answers(model, ARCHITECTURES["deberta-v2"].inputs(), "two")["two"]
+    torch.testing.assert_close(run(model, ARCHITECTURES["deberta-v2"].inputs(), adapter_names=["two"] * 3), expected)
+
+
+def test_what_pefts_models_of_a_task_are_called_with_is_checked_too() -> None:
+    inputs = {"input_ids": ARCHITECTURES["llama"].inputs(batch=3)["input_ids"]}
+    for name, task_type in (("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM")):
+        model = adapted(name, "one", task_type=task_type)
+        add(model, "two", task_type=task_type)
+        labels = inputs["input_ids"] if name == "llama" else torch.tensor([1, 0, 1])
+        with pytest.raises(ValueError, match="leave labels out"):
+            model(**inputs, labels=labels, adapter_names=["one", "two", "two"])
+        alone = answers(model, inputs, "one", "two")
+        mixed = run(model, inputs, adapter_names=["one", "two", "two"])
+        torch.testing.assert_close(mixed, torch.stack([alone["one"][0], *alone["two"][1:]]), rtol=1e-4, atol=1e-5)
+        assert model(**inputs, labels=labels).loss is not None
+
+
 def _sees() -> hf.Qwen2VLForConditionalGeneration:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -137,9 +210,10 @@ def _with_images(counts: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_rows_of_a_tower_of_packed_images_are_known_where_all_inputs_have_as_many() -> None:
-    model = adapted(_sees(), "one")
-    add(model, "two")
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_rows_of_a_tower_of_packed_images_are_known_where_all_inputs_have_as_many(task_type: str | None) -> None:
+    model = adapted(_sees(), "one", task_type=task_type)
+    add(model, "two", task_type=task_type)
     inputs = _with_images([1, 1])
     mixed, alone = run(model, inputs, adapter_names=["one", "two"]), answers(model, inputs, "one", "two")
     for row, name in enumerate(("one", "two")):

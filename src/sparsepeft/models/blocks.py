@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-# By model type, where the rows of a batch are not the states' first dimension. XLNet has (T, B, D). Gemma 3n's layers
-# hand on several versions of their states, (4, B, T, D), but have (B, T, D) inside: counted from the end, one number
-# says both.
-_BATCH_DIMS = {"xlnet": 1, "gemma3n_text": -3}
+# By model type, where the rows of a batch are not the states' first dimension. XLNet, FSMT and BridgeTower's images
+# have (T, B, D). Gemma 3n's layers hand on several versions of their states, (4, B, T, D), but have (B, T, D) inside:
+# counted from the end, one number says both.
+_BATCH_DIMS = {"xlnet": 1, "fsmt": 1, "bridgetower_vision_model": 1, "gemma3n_text": -3}
 _DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
 Stack = list[tuple[str, nn.Module]]
 

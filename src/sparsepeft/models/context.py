@@ -23,6 +23,14 @@ DATA_PARALLEL_REFUSED = (
 )
 
 
+def computed_once(what: str) -> ValueError:
+    """The error for a module that mixed adapters would change and that does not know the rows of a batch."""
+    return ValueError(
+        f"{what} computes once for all rows of a batch, or has them in another order, so that it cannot be another "
+        "adapter's in each row; answer the rows of each adapter in a batch of their own, with set_adapter."
+    )
+
+
 class Routing:
     """Which adapter each row of a mixed batch uses.
 
@@ -30,10 +38,14 @@ class Routing:
         adapter_names: one for each input; :data:`BASE` for the bare backbone.
         even: whether each input brings as many images (sounds, videos) as the others, in as many parts. A tower of a
             model of several kinds of input runs all of them as rows, or as one long row, in the inputs' order.
+
+    Attributes:
+        is_mixed: whether there are several adapters.
     """
 
     def __init__(self, adapter_names: list[str], even: bool = True) -> None:
         self.adapter_names, self.even = adapter_names, even
+        self.is_mixed = len(set(adapter_names)) > 1
         self._rows: dict[int, dict[str, list[int]]] = {}
 
     def rows(self, batch_size: int, device: torch.device, *, is_tower: bool = False) -> dict[str, slice | torch.Tensor]:
@@ -50,7 +62,7 @@ class Routing:
             ValueError: no whole number of rows for each input, or not known which rows of a tower are whose.
         """
         names = self.adapter_names
-        if is_tower and len(set(names)) > 1 and not self.even:
+        if is_tower and self.is_mixed and not self.even:
             raise ValueError(
                 "adapter_names mixes adapters in a batch whose inputs do not all have the same number of image (sound, "
                 "video) tokens, so that it is not known which of the tower's states are whose; pass such inputs in "
@@ -81,12 +93,14 @@ class CallState(threading.local):
         routing: which adapter each row uses, in a mixed batch.
         head_input: what the model hands to the first module of its head (a small head reads it).
         last_norm: a layer's latest norm with its input and output (see ``BottleneckLayer``).
+        layer_shape: of the states that the latest layer got (see ``BitFitLayer``).
     """
 
     def __init__(self) -> None:  # called in each thread that asks; torch.compile needs attributes of the instance
         self.routing: Routing | None = None
         self.head_input: Any = None
         self.last_norm: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
+        self.layer_shape: torch.Size | None = None
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return CallState, ()  # a copied or pickled model takes no running pass with it
@@ -122,8 +136,8 @@ class ForwardContext:
     @contextmanager
     def routed(self, adapter_names: list[str], even: bool = True) -> Iterator[None]:
         """Inside the context, forward passes of this thread use these adapters, one for each row: see `Routing`."""
-        self.call.routing = Routing(adapter_names, even)
+        before, self.call.routing = self.call.routing, Routing(adapter_names, even)
         try:
             yield
         finally:
-            self.call.routing = None
+            self.call.routing = before

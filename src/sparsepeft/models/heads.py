@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from sparsepeft.models.adapters import AdapterDict
-from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing
+from sparsepeft.models.context import BASE, DATA_PARALLEL_REFUSED, ForwardContext, Routing, computed_once
 from sparsepeft.models.nested import map_tensors, tensors_in
 from sparsepeft.models.quantized import cast_for_saving
 
@@ -204,6 +204,10 @@ class HeadModule(ModulesToSaveWrapper):
         self, routing: Routing, head_input: Any, *args: Any, **kwargs: Any
     ) -> Any:
         given = next(tensors_in([args, kwargs]))
+        if isinstance(given, nn.Parameter):  # DeBERTa's relative positions: no rows
+            if routing.is_mixed:
+                raise computed_once(f"{type(self.original_module).__name__} of the parameter {tuple(given.shape)}")
+            return self._run(routing.adapter_names[0], args, kwargs, head_input)
         batch = given.shape[0]
         groups = routing.rows(batch, given.device, is_tower=self.is_tower)
         outputs: dict[str, Any] = {}

@@ -186,24 +186,24 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
             raise ValueError(
                 "adapter_names was passed while the model is training; call model.eval() for mixed batches."
             )
-        if kwargs.get("labels") is not None:
-            raise ValueError(
-                "adapter_names and labels were passed together, but the tasks of a mixed batch may have different "
-                "losses; leave labels out, or compute each task's loss in a batch of its own."
-            )
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(
                 f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
                 f"{BASE!r} for the bare backbone)."
             )
-        inputs = _main_input(self.model, args, kwargs)
-        if inputs is not None and len(inputs) != len(names):
-            raise ValueError(
-                f"adapter_names has {len(names)} entries for a batch of {len(inputs)}; pass one adapter name per input."
-            )
-        with self._context.routed(list(names), _is_even(self.model, inputs)):
+        with self._context.routed(list(names), _check_mixed(self.model, names, args, kwargs)):
             yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        routing = self._context.call.routing
+        if routing is None:
+            return super().forward(*args, **kwargs)
+        # PEFT's models of a task told the names alone, and not what they are passed with.
+        names = routing.adapter_names
+        with self._context.routed(names, _check_mixed(self.model, names, args, kwargs)):
+            return super().forward(*args, **kwargs)
 
     # -- removing ------------------------------------------------------------------------------------------------------
 
@@ -363,6 +363,21 @@ def _check_injected(model: nn.Module, config: TaskAdapterConfig) -> None:
             stacklevel=2,
         )
         config.save_dtype = None
+
+
+def _check_mixed(model: nn.Module, names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Refuse arguments that do not go with adapter names; return whether the inputs are even, see `Routing`."""
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            "adapter_names and labels were passed together, but the tasks of a mixed batch may have different "
+            "losses; leave labels out, or compute each task's loss in a batch of its own."
+        )
+    inputs = _main_input(model, args, kwargs)
+    if inputs is not None and len(inputs) != len(names):
+        raise ValueError(
+            f"adapter_names has {len(names)} entries for a batch of {len(inputs)}; pass one adapter name per input."
+        )
+    return _is_even(model, inputs)
 
 
 def _main_input(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

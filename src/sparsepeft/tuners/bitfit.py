@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, is_norm
-from sparsepeft.models.context import ForwardContext
+from sparsepeft.models.context import ForwardContext, computed_once
+from sparsepeft.models.nested import tensors_in
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import BITFIT, TaskAdapterConfig
 from sparsepeft.tuners.layer import TaskTunerLayer
@@ -64,6 +65,30 @@ class BitFitLayer(TaskTunerLayer):
                 "architecture."
             )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's forward, whose biases are shifted inside it."""
+        if self.context.call.routing is not None:
+            self.context.call.layer_shape = next(tensors_in([args, kwargs])).shape
+        return super().forward(*args, **kwargs)
+
+    def has_rows(self, output: torch.Tensor) -> bool:
+        """Whether the output of a module in this layer has the batch's rows where the layer's states have them.
+
+        Longformer's attention turns its states from (B, T, D) to (T, B, D), and a layer of experts hands each some of
+        the tokens.
+
+        Args:
+            output: (B, ..., D), or of a flat batch (B T, D).
+        """
+        shape = self.context.call.layer_shape
+        if shape is None or len(shape) < 3:
+            return output.shape[self.batch_dim] > 1
+        num_rows = shape[self.batch_dim]
+        if output.dim() == 2:
+            return output.shape[0] == shape[:-1].numel()
+        turned = shape[:-1] != shape[-2::-1] == output.shape[:-1]
+        return output.shape[self.batch_dim] % num_rows == 0 and not turned
+
     def update_layer(self, adapter_name: str, config: BitFitConfig) -> None:
         """Add shifts of zero for ``adapter_name``."""
         shifts = nn.ParameterDict({key: nn.Parameter(torch.zeros(size)) for key, size in self._sizes.items()})
@@ -91,12 +116,10 @@ class BiasShift:
         if layer.disable_adapters or not layer.bitfit_bias:
             return None
         routing = layer.context.call.routing
-        if routing is not None and output.shape[layer.batch_dim] == 1 < len(routing.adapter_names):
-            raise ValueError(
-                f"{self.key.replace('-', '.')} of {type(layer.base_layer).__name__} computes once for all rows of a "
-                "batch, so its bias cannot be another in each row; answer the rows of each adapter in a batch of their "
-                "own, with set_adapter."
-            )
+        if routing is not None and not layer.has_rows(output):
+            if routing.is_mixed:
+                raise computed_once(f"{self.key.replace('-', '.')} of {type(layer.base_layer).__name__}")
+            return self._add(routing.adapter_names[0], output)
         return layer.by_row(layer.bitfit_bias, self._add, output)
 
     def of(self, adapter_names: list[str] | None) -> torch.Tensor | None:

@@ -75,6 +75,10 @@ TABLES = {
         "On MPNet-base: several labels, and labels of tokens",
         partial(scores.reproduced, folder="all-mpnet-base-v2/labels", name="table1"),
     ),
+    "labels-rate": Table(
+        "Full fine-tuning on these, at twice its recipe's rate",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/labels_1e-4", name="table1"),
+    ),
     "options": Table("What the options do to scores", scores.options),
     "recipe-search": Table("On MiniLM", scores.recipe_search),
     "recipe-search-mpnet": Table(
@@ -141,7 +145,7 @@ PAGES = {
     "scores": (
         "Scores and storage",
         (
-            *("few-shot-mpnet", "beside-paper", "full-data-mpnet", "full-data-mpnet-norms", "labels"),
+            *("few-shot-mpnet", "beside-paper", "full-data-mpnet", "full-data-mpnet-norms", "labels", "labels-rate"),
             *("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options"),
         ),
     ),
