@@ -229,6 +229,36 @@ def test_labels_of_a_loss_outside_the_model_and_of_whole_texts(caplog: pytest.Lo
     torch.testing.assert_close(texts(**inputs("bert"), labels=torch.tensor([0, 1, 0])).logits, expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [{"dense_labels": True, "values": "exact"}, {"load_balancing_coef": 1.0}, {"dense_labels": True}],
+    ids=str,
+)
+def test_two_passes_of_one_loss_are_run_again_as_they_were(settings: dict[str, Any], reentrant: bool) -> None:
+    """As in a contrastive loss: the earlier pass is the later one to be differentiated."""
+    model = without_dropout(sparse("llama", **{"top_l": 3, "num_active_blocks": 1} | settings)).double().train()
+    model.enable_input_require_grads()
+    ids = inputs("llama", None)["input_ids"]
+    other, mask = ids.flip(1), torch.ones_like(ids)
+    labels, other_labels = ids.clone(), other.clone()
+    labels[:, : T // 2] = other_labels[:, T // 3 :] = -100
+    mask[0, T // 2 :] = 0
+
+    def gradients(by_logits: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        first, second = model(ids, mask, labels=labels), model(other, labels=other_labels)
+        outside = first.logits.logsumexp(-1).mean() * second.logits.square().mean()
+        (outside if by_logits else first.loss + 3 * second.loss).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = [gradients(by_logits) for by_logits in (False, True)]
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for by_logits in (False, True):
+        for name, gradient in gradients(by_logits).items():
+            torch.testing.assert_close(gradient, expected[by_logits][name], msg=name)
+
+
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 @pytest.mark.parametrize("values", ["routed", "exact"])
 def test_passes_without_gradients_have_positions_of_their_own(values: str, checkpointing: bool | None) -> None:

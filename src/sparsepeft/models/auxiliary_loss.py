@@ -12,6 +12,7 @@ backward, from the gradient that arrives at the model's loss or, where the model
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsepeft.models.logits import DeferredLogits
+from sparsepeft.models.nested import tensors_in
 
 _CHUNK = 2**24  # values of the logits that are looked at together: 64 MB each in float32
 
@@ -126,8 +128,8 @@ class AuxiliaryLosses:
 
     Attributes:
         attention_mask, decoder_attention_mask: (B, T) of the latest pass with gradients; kept after it, because
-            gradient checkpointing runs the layers again in backward.
-        scale: of the latest pass with gradients.
+            gradient checkpointing runs the layers again in backward, see :func:`resume_in_backward`.
+        scale: of the same pass.
     """
 
     def __init__(self) -> None:
@@ -160,6 +162,7 @@ class AuxiliaryLosses:
             mask = mask.reshape(-1)
         return mask if mask.shape == hidden_states.shape[:-1] else None
 
+    @torch.compiler.disable  # it would take the scale, which backward brings, for a constant
     def attach(self, hidden_states: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """``hidden_states`` unchanged, with the scalar ``loss`` added to whatever is differentiated through them.
 
@@ -184,6 +187,25 @@ class AuxiliaryLosses:
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():
             self.scale.watch(model, by_name(model, args, kwargs), output)
+            state = (self.attention_mask, self.decoder_attention_mask, self.scale)
+            resume_in_backward(model, output, partial(self._resume, state))
+
+    def _resume(self, state: tuple[torch.Tensor | None, torch.Tensor | None, LossScale]) -> None:
+        self.attention_mask, self.decoder_attention_mask, self.scale = state
+
+
+def resume_in_backward(model: nn.Module, output: Any, resume: Callable[[], None]) -> None:
+    """Call ``resume`` in backward before gradient checkpointing runs the layers of this pass again.
+
+    A loss may join several passes, as a contrastive one does. The latest is differentiated first, and whole, because
+    autograd goes by the order in which operators were called; so an earlier one begins where a gradient arrives at its
+    output, and what was noted for its layers has to be in place again.
+    """
+    if torch.compiler.is_compiling() or not getattr(model, "is_gradient_checkpointing", False):
+        return
+    for tensor in tensors_in(output):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: resume())
 
 
 def by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

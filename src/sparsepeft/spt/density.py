@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from sparsepeft.arguments import check_choice
-from sparsepeft.models.auxiliary_loss import by_name, shifts_labels
+from sparsepeft.models.auxiliary_loss import by_name, resume_in_backward, shifts_labels
 from sparsepeft.models.context import ForwardContext
 from sparsepeft.spt.config import INFER, SptConfig
 
@@ -125,6 +126,11 @@ class SparseContext(ForwardContext):
         # A pass without gradients may come between another one's forward and its checkpointed layers' second forward.
         if model.training and not torch.is_grad_enabled():
             self._positions = self._kept
+        elif model.training and output is not None:
+            resume_in_backward(model, output, partial(self._resume, self._positions))
+
+    def _resume(self, positions: Tensor | None) -> None:
+        self._positions = positions
 
     @staticmethod
     def _with_labels(labels: Any, shifts: bool) -> Tensor | None:
