@@ -34,7 +34,8 @@ def kinds(backbone: Path, folders: dict[str, Path], tmp_path_factory: pytest.Tem
     names = save_task(backbone, root / "names", config)
     file = str(write_conll(root / "train.conll", "train", 60))
     train(run_config(backbone, root / "words", task="custom", train_file=file, settings=SETTINGS, max_length=24))
-    return {"names": names, "two": folders["two"], "words": root / "words", "topics": folders["topics"]}
+    # Another number of labels than the backbone's first, of which a head for tokens is made.
+    return {"topics": folders["topics"], "names": names, "two": folders["two"], "words": root / "words"}
 
 
 def runner_of(format: str, folder: Path) -> ExportedTasks:

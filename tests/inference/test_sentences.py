@@ -178,6 +178,11 @@ def test_entities_by_word() -> None:
     assert first_pieces(["a", "中"], spans) == [0, 1, None]
     for text in ("a 中", SplitText(["a", "中"])):
         assert [one.label for one in entities_in(text, spans, guesses, names, by_word=True)] == ["PER"]
+    spans = [(0, 1), (1, 2), (2, 3), (2, 3), (3, 4)]  # a token's own white space, in bytes, after that between tokens
+    assert first_pieces(["a", "\u3000x"], spans) == [0, 1, None, None, None]
+    for given, label in ((SplitText(["a", "\u3000x"]), "PER"), ("a \u3000x", "PER")):
+        found = entities_in(given, spans, np.eye(5)[[0, 1, 3, 4, 3]], names, by_word=True)
+        assert [(one.label, one.word) for one in found] == [(label, "x")]
     spans = [(0, 1), (0, 1), (1, 5), (6, 7)]  # bytes of a character have its place
     found = entities_in("école a", spans, np.eye(5)[[1, 3, 3, 0]], names, by_word=True, joined=False)
     assert [(one.label, one.word) for one in found] == [("B-PER", "école"), ("O", "a")]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -204,6 +207,21 @@ def test_parquet_of_datasets_has_class_names(tmp_path: Path) -> None:
         {"text": "b", "label": "no", "tags": []},
     ]
     assert find_format(tmp_path / "a.parquet") == FileFormat("parquet")
+
+
+def test_parquet_of_datasets_before_version_4_and_rows_without_a_class(tmp_path: Path) -> None:
+    kinds: dict[str, Any] = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
+    kinds |= {"tags": [kinds["label"]], "turns": [{"role": {"dtype": "string", "_type": "Value"}}], "none": []}
+    table = pa.table({"label": [1, -1], "tags": [[0, -1], []], "turns": [[{"role": "x"}], []]})
+    metadata = {"huggingface": json.dumps({"info": {"features": kinds}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    assert [row.values for row in read_rows(tmp_path / "a.parquet")] == [
+        {"label": "yes", "tags": ["no", None], "turns": [{"role": "x"}]},
+        {"label": None, "tags": [], "turns": []},
+    ]
+    pq.write_table(pa.table({"label": [2]}).replace_schema_metadata(metadata), tmp_path / "b.parquet")
+    with pytest.raises(TaskError, match=r"b\.parquet: label has class 2 of 2; expected 0 to 1"):
+        list(read_rows(tmp_path / "b.parquet"))
 
 
 def test_own_files_are_read_as_the_options_say(tmp_path: Path) -> None:

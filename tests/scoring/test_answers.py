@@ -90,6 +90,9 @@ def test_files_of_lines_are_read_as_training_reads_them(tmp_path: Path, caplog: 
     assert [question.texts for question in read_questions(file, asked(CLASSES), TableOptions("topic"))] == ["x"]
     file.write_text("one\nand two\n")
     assert [question.texts for question in read_questions(file, ask)] == ["one", "and two"]
+    for name, packed in (("NEW.TXT", False), ("NEW.TXT.GZ", True)):
+        (tmp_path / name).write_bytes(gzip.compress(file.read_bytes()) if packed else file.read_bytes())
+        assert [question.texts for question in read_questions(tmp_path / name, ask)] == ["one", "and two"]
     lines, file = '{"body": "café"}\n', tmp_path / "new.jsonl"
     for encoding in ("utf-8", "utf-16", "cp1252"):
         file.write_bytes(lines.encode(encoding))

@@ -62,6 +62,10 @@ def test_another_file_may_write_the_same_labels_otherwise(tmp_path: Path) -> Non
         assert LabelReader.for_task(spec, labels).read(tmp_path, labels)[0][0] == 1
     spec = load(tmp_path / "b.jsonl", [("x", True), ("y", False)]).spec
     assert LabelReader.for_task(spec, []).read(tmp_path, [(1, "True"), (2, "FALSE"), (3, "true")]) == [1, 0, 1]
+    assert load(tmp_path / "c.jsonl", [("x", [0, 1]), ("y", [1, 0])]).spec.label_names == (
+        "0",
+        "1",
+    )  # names they may be
 
 
 def test_what_looks_like_several_is_noted(tmp_path: Path) -> None:
@@ -76,6 +80,8 @@ def test_what_looks_like_several_is_noted(tmp_path: Path) -> None:
         ([("x", ["a"]), ("y", ["b"])], "single_label", r":1: the label is \['a'\]; expected one label"),
         ([("x", ["a", ["b"]]), ("y", [])], None, r":1: tags is \['a', \['b'\]\]; expected a text, a number or a list"),
         ([("x", []), ("y", [])], None, r"no row has a label; expected at least two"),
+        ([("x", [0.0, 1.0, 1.0]), ("y", [1.0, 0.0, 0.0])], None, r"lists of 3 ones and zeros; expected the names"),
+        ([("x", "[0, 0]"), ("y", "[1, 0]")], None, r"lists of 2 ones and zeros; .* a column of 0 and 1 for each label"),
         ([("x", "[a"), ("y", "[b, c]")], "multi_label", r":2: the label '\[b, c\]' is no list"),
     ],
 )

@@ -199,6 +199,15 @@ def test_other_ways_to_train(
             train(config(tiny_backbone, files, tmp_path / "no", class_weights={"B-huge": 2.0}))
 
 
+def test_batches_with_nothing_to_learn_are_left_out(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Of a token without pieces, and of the later pieces of a long one; a mean over nothing is no number."""
+    lines = [f"the\tB-thing\nin\tO\n{'/'.join('abcdefgh' * 4)}\tO\n\n", "\u200b\tO\n\n", "of\tO\n\n"]
+    (file := tmp_path / "a.conll").write_text("".join(lines * 12))
+    files = {"train": file, "validation": file, "test": file}
+    run = config(tiny_backbone, files, tmp_path / "run", batch_size=1, max_steps=30)
+    assert 0 <= train(run)["score"] <= 1
+
+
 def test_parents_by_the_tags_of_tokens(runs: dict[str, Path]) -> None:
     report = inspect_run(runs["spartan"], max_examples=30)
     layer = report.layers[-1]

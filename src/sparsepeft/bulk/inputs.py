@@ -15,7 +15,7 @@ from typing import Any
 from sparsepeft.bulk.plan import Plan
 from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import WINDOW
-from sparsepeft.rows.decoding import UTF8
+from sparsepeft.rows.decoding import UTF8, is_gzipped, unpacked_name
 from sparsepeft.rows.formats import FileFormat, find_format
 from sparsepeft.rows.parquet import parquet_file
 from sparsepeft.rows.reading import check_columns, read_header, read_rows
@@ -44,7 +44,7 @@ class Source:
     @property
     def is_gzipped(self) -> bool:
         """Whether it is packed, as its answers then are, too."""
-        return self.path.suffix == ".gz"
+        return is_gzipped(self.path)
 
 
 @dataclass(frozen=True)
@@ -210,5 +210,5 @@ def _with_text(batch: Any, questions: Sequence[Question], names: tuple[str, ...]
 
 def _ending(path: Path) -> str:
     """The ending of a name, less .gz, which parquet never has."""
-    name = path.name.lower()
-    return name if name.endswith(f"{_PARQUET}.gz") else Path(name.removesuffix(".gz")).suffix
+    name = unpacked_name(path)
+    return path.name.lower() if is_gzipped(path) and name.endswith(_PARQUET) else Path(name).suffix

@@ -335,7 +335,8 @@ def entities_in(
         if by_word:
             begin, start = start, start + len(text[start:end]) - len(text[start:end].lstrip())
             if start >= end:
-                space = (end, row) if begin < end else space
+                if begin < end:  # of several such tokens the first speaks for the word
+                    space = (end, row if space is None or begin > space[0] else space[1])
                 continue
             if units and _are_one_word(text, units[-1], start):
                 units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)

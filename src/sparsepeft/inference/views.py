@@ -179,7 +179,6 @@ class SharedView(View):
         if labels_tokens:
             self._labels_tokens.add(adapter_name)
         self._peft.eval()
-        self._peft.base_model.set_adapter([], inference_mode=True)  # none is active: only rows that name one use it
 
     def _lowest_layer(self, adapter_name: str) -> int:
         blocks = find_blocks(self.model)

@@ -104,6 +104,9 @@ class TokenHeads:
         else:
             peft.add_adapter(adapter_name, config)
             peft.load_adapter(str(folder), **options)
+        # Its labels would stand in the model's config, from which the next one's head may be made.
+        tuner: Any = peft.base_model
+        tuner.set_adapter([], inference_mode=True)
         return peft, renamed is not None
 
     def logits(self, rows: list[int] | None = None) -> torch.Tensor:

@@ -90,6 +90,16 @@ def marked_encoding(path: Path) -> str:
     return next((name for mark, name in _MARKS if start.startswith(mark)), UTF8)
 
 
+def is_gzipped(path: Path) -> bool:
+    """Whether a file's name ends in ``.gz``, in any case."""
+    return path.suffix.lower() == ".gz"
+
+
+def unpacked_name(path: Path) -> str:
+    """A file's name in lower case, without ``.gz``; its ending says how the file is written."""
+    return path.name.lower().removesuffix(".gz")
+
+
 def lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
     r"""The lines of a file, with their numbers from 1.
 
@@ -133,7 +143,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise TaskError(f"{path} {what}; expected a file with examples, check the path")
     try:
         with path.open("rb") as plain:
-            if path.suffix != ".gz":
+            if not is_gzipped(path):
                 yield plain
                 return
             with gzip.open(plain) as unpacked:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sparsepeft.errors import TaskError
-from sparsepeft.rows.decoding import GUESS, UTF8, find_encoding, known_encoding, lines
+from sparsepeft.rows.decoding import GUESS, UTF8, find_encoding, known_encoding, lines, unpacked_name
 
 FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 DELIMITERS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
@@ -149,7 +149,7 @@ def split_raw(line: str, delimiter: str) -> list[str]:
 
 
 def _kind(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
+    name = unpacked_name(path)
     ending = Path(name).suffix
     if ending in _SPREADSHEETS:
         raise TaskError(

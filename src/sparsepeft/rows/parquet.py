@@ -36,14 +36,16 @@ def parquet_file(path: Path) -> Iterator[Any]:
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; a class of `datasets` (``ClassLabel``) is its name rather than its number.
 
+    Where there is none, `datasets` has -1, which is None here.
+
     Raises:
-        TaskError: as for :func:`parquet_file`.
+        TaskError: as for :func:`parquet_file`, or a class has no name.
     """
     with parquet_file(path) as file:
         names = _class_names(file.schema_arrow.metadata or {})
         for batch in file.iter_batches():
             for row in batch.to_pylist():
-                yield {key: _named(value, names.get(key)) for key, value in row.items()}
+                yield {key: _named(f"{path}: {key}", value, names.get(key)) for key, value in row.items()}
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
@@ -54,15 +56,21 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         return {}
     names = {}
     for column, feature in features.items():
-        inner = feature.get("feature", feature)  # a list of classes
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else feature  # a list of classes
+        if isinstance(inner, list) and len(inner) == 1:  # as it is written before version 4
+            (inner,) = inner
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
             names[column] = inner["names"]
     return names
 
 
-def _named(value: Any, names: list[str] | None) -> Any:
+def _named(where: str, value: Any, names: list[str] | None) -> Any:
     if names is None:
         return value
     if isinstance(value, list):
-        return [_named(each, names) for each in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+        return [_named(where, each, names) for each in value]
+    if not isinstance(value, int):
+        return value
+    if not -1 <= value < len(names):
+        raise TaskError(f"{where} has class {value} of {len(names)}; expected 0 to {len(names) - 1}, correct the file")
+    return None if value == -1 else names[value]

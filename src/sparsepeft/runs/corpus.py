@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsepeft.errors import UserError
-from sparsepeft.rows.decoding import marked_encoding
+from sparsepeft.rows.decoding import marked_encoding, unpacked_name
 from sparsepeft.rows.formats import find_format
 from sparsepeft.rows.reading import check_text, distinct_names, read_rows, read_text, sha256
 from sparsepeft.runs.config import RunConfig
@@ -114,7 +114,7 @@ def read_documents(
     documents = []
     for name in files:
         path = Path(name)
-        is_plain = path.name.removesuffix(".gz").endswith(".txt")
+        is_plain = unpacked_name(path).endswith(".txt")
         texts = [read_text(path, encoding)] if is_plain else _rows(path, text_column, delimiter, encoding)
         texts = [text for text in texts if text.strip()]
         if not texts:

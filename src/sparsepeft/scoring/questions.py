@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsepeft.errors import TaskError, UserError
-from sparsepeft.rows.decoding import UTF8, known_encoding
+from sparsepeft.rows.decoding import UTF8, is_gzipped, known_encoding, unpacked_name
 from sparsepeft.rows.formats import FileFormat, check_used, encoding_of, find_format
 from sparsepeft.rows.reading import read_header, read_rows
 from sparsepeft.tasks import TaskSpec
@@ -95,7 +95,7 @@ def read_questions(path: Path, asked: Asked, table: TableOptions = TableOptions(
     """
     if not path.exists():
         raise UserError(f"The file {path} does not exist; pass an existing one as `file`.")
-    if path.is_file() and (not path.name.removesuffix(".gz").endswith(_LINES) or _is_table(path, asked, table)):
+    if path.is_file() and (not unpacked_name(path).endswith(_LINES) or _is_table(path, asked, table)):
         return _read_table(path, asked, table)
     if table.delimiter is not None:
         raise UserError(
@@ -150,7 +150,7 @@ def read_lines(
 
 def _is_table(path: Path, asked: Asked, table: TableOptions) -> bool:
     """Whether a file of lines is a table with a header, as training reads a .txt file."""
-    if not path.name.removesuffix(".gz").endswith(".txt"):
+    if not unpacked_name(path).endswith(".txt"):
         return False
     if table.delimiter is not None:
         return True
@@ -178,11 +178,11 @@ def _read_table(path: Path, asked: Asked, table: TableOptions) -> Iterator[Quest
 
 def _read_file(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
     encoding = _encoding_of_lines(path, table)
-    opened: Any = gzip.open if path.suffix == ".gz" else open
+    opened: Any = gzip.open if is_gzipped(path) else open
     try:
         # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
         with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as stream:
-            must_be_json = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+            must_be_json = unpacked_name(path).endswith((".jsonl", ".json"))
             yield from read_lines(stream, asked, table, must_be_json=must_be_json)
     except (OSError, EOFError, LookupError) as error:
         raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error

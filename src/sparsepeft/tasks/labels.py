@@ -159,7 +159,13 @@ class LabelReader:
         notes: tuple[str, ...] = ()
         if others:
             notes = (f"labels were separated at {separator!r}; {quoted(others)} was taken for a part of their names",)
-        parts = {part for line, label in labels for part in _parts(path, line, label, separator)}
+        rows = [_parts(path, line, label, separator) for line, label in labels]
+        if _are_indicators(rows):
+            raise TaskError(
+                f"{path}: the labels are lists of {len(rows[0])} ones and zeros; expected the names of the labels that "
+                'hold, such as ["a", "b"]; write those, or a column of 0 and 1 for each label'
+            )
+        parts = {part for row in rows for part in row}
         integers = bool(parts) and all(_INTEGER.fullmatch(part) for part in parts)
         names = _sorted(parts, integers)
         _require_two(path, names)
@@ -249,6 +255,16 @@ def _parts(path: Path, line: int, label: Label, separator: str | None) -> tuple[
             "between them, correct the row"
         )
     return _split(label, separator)
+
+
+def _are_indicators(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether each row says of each label whether it holds: ones and zeros, equally many, of which some come twice."""
+    values = {part for row in rows for part in row}
+    return (
+        all(_INTEGER.fullmatch(value) and _whole(value) in ("0", "1") for value in values)
+        and len({len(row) for row in rows}) == 1
+        and any(len(set(map(_whole, row))) < len(row) for row in rows)
+    )
 
 
 def _split(text: str, separator: str | None) -> tuple[str, ...]:

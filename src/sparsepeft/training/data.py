@@ -153,6 +153,11 @@ def _prepare_text(config: RunConfig) -> TextData:
     )
 
 
+def _labels_some(labels: list[int]) -> bool:
+    """Whether a window has a token to learn; one of a single long token may have only later pieces of it."""
+    return any(label != NO_TOKEN for label in labels)
+
+
 def _prepare_labelled(config: RunConfig) -> LabelledData:
     model = resolve_model(config.model)
     data = load_task_data(config)
@@ -173,7 +178,11 @@ def _prepare_labelled(config: RunConfig) -> LabelledData:
                 lengths = list(map(len, part["text"][:]))
                 part = part.select(sorted(range(len(part)), key=lengths.__getitem__))
             sentences = encode_sentences(part, tokenizer, max_length)
-            encoded[name] = sentences.rows
+            encoded[name] = (
+                sentences.rows
+                if name != "train"
+                else sentences.rows.filter(_labels_some, input_columns="labels", keep_in_memory=True)
+            )
             notes += [f"{spec.name}, {name}: {note}" for note in sentences.notes(max_length)]
         else:
             encoded[name], cut = encode(part, spec, tokenizer, max_length)
