@@ -19,13 +19,13 @@ from sparsepeft.methods.models import loading_adapter
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import find_blocks
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.head_copies import copy_with_labels
 from sparsepeft.models.head_search import HeadSpec
 from sparsepeft.models.onednn import use_onednn
 from sparsepeft.models.partial import PartialPasses
 from sparsepeft.models.sublayers import find_feed_forwards
 from sparsepeft.models.token_heads import TokenHeads
 from sparsepeft.spt.config import SptConfig
+from sparsepeft.tuners.head_copies import copy_with_labels
 from sparsepeft.tuners.layer import TaskTunerLayer, execution_device
 
 AdapterSite = TaskTunerLayer | AuxiliaryTrainingWrapper  # a layer; a module of the head, a norm, a router

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsepeft.models.blocks import Block
 from sparsepeft.models.context import DATA_PARALLEL_REFUSED, ForwardContext
-from sparsepeft.models.head_copies import move_unless_meta
+from sparsepeft.tuners.head_copies import move_unless_meta
 
 MERGE_REFUSED = (
     "This adapter cannot be merged into the backbone's weights: what it adds depends on each input and is no change of "

@@ -17,7 +17,6 @@ from sparsepeft.layers.product_memory import check_square
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, in_tower, is_norm
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.head_copies import copy_with_labels
 from sparsepeft.models.head_search import HeadSpec
 from sparsepeft.models.heads import HeadModule
 from sparsepeft.models.identity import is_quantized
@@ -25,6 +24,7 @@ from sparsepeft.ops.registry import RENAMED
 from sparsepeft.reprs import megabytes
 from sparsepeft.tuners.base import TaskTuner
 from sparsepeft.tuners.config import SPARTAN, TaskAdapterConfig
+from sparsepeft.tuners.head_copies import copy_with_labels
 from sparsepeft.tuners.layer import TaskTunerLayer
 
 IMPLS = ("auto", "reference", "torch", "triton")

@@ -6,11 +6,11 @@ from peft import TaskType
 from torch import nn
 
 from sparsepeft.models.context import ForwardContext
-from sparsepeft.models.head_copies import check_copyable, copy_with_labels, move_unless_meta
 from sparsepeft.models.head_search import HeadSpec, original
 from sparsepeft.models.heads import HeadModule, LinearHead
 from sparsepeft.models.labels import Labels, LabelState
 from sparsepeft.tuners.config import TaskAdapterConfig
+from sparsepeft.tuners.head_copies import check_copyable, copy_with_labels, move_unless_meta
 from sparsepeft.tuners.layer import execution_device
 
 _CLASSES_PER_POSITION = ("ForTokenClassification", "ForQuestionAnswering", "FrameClassification")
