@@ -120,13 +120,15 @@ class LabelReader:
         kind = problem_type_of(problem_type)
         if kind == MULTI or (kind is None and _are_lists(labels)):
             return cls._of_several(path, labels)
+        if kind is None:
+            _refuse_empty_beside_lists(path, labels)
         texts = [_single(path, line, label) for line, label in labels]
         distinct = set(texts)
         integers = all(_INTEGER.fullmatch(text) for text in distinct)
         numbers = all(_NUMBER.fullmatch(text) for text in distinct)
         if kind == REGRESSION or (kind is None and numbers and not integers):
             return cls(None)
-        names = _sorted(distinct, integers)
+        names = _sorted(_written_alike(distinct), integers)
         _require_two(path, names)
         note = _note_on_classes(names, integers, len(texts)) if kind is None else None
         return cls(names, integers, notes=(note,) if note else ())
@@ -236,6 +238,22 @@ def _are_lists(labels: Lines) -> bool:
     if any(isinstance(label, tuple) for _, label in labels):
         return True
     return bool(labels) and all(isinstance(label, str) and _is_list(label) for _, label in labels)
+
+
+def _refuse_empty_beside_lists(path: Path, labels: Lines) -> None:
+    """TaskError for a label that is missing where the others are lists as text: none of the labels, or an oversight?"""
+    empty = [line for line, label in labels if not label]
+    if empty and _are_lists([each for each in labels if each[1]]):
+        raise TaskError(
+            f"{path}:{empty[0]}: the label is empty where others are lists; write [] or pass "
+            "`problem_type=multi_label` if none of the labels holds there, else fill it in or remove the row"
+        )
+
+
+def _written_alike(texts: set[str]) -> set[str]:
+    """The same labels with true and false, if they are nothing else, in one spelling each."""
+    lower = {text.lower(): text for text in sorted(texts, reverse=True)}
+    return set(lower.values()) if lower.keys() == _BOOLEANS else texts
 
 
 def _is_list(text: str) -> bool:
