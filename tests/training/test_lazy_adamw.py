@@ -65,7 +65,8 @@ def test_rows_are_updated_as_by_sparse_adam_and_others_not_at_all() -> None:
     torch.testing.assert_close(lazy, peer)
     state = optimizer.state_dict()["state"][0]
     assert state["rows"].tolist() == [3, 9, 30, 0]  # in the order of their first step
-    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == (4, 3, 5)
+    assert state["rows_exp_avg"].shape == state["rows_exp_avg_sq"].shape == (4, 3, 5)
+    assert optimizer.state[lazy]["exp_avg"].shape[1:] == (3, 5)  # which the saved one leaves as it is
     decaying = table()
     train_on(LazyAdamW([decaying], **SETTINGS), decaying, gradients)
     untouched = [row for row in range(ROWS) if row not in (0, 3, 9, 30)]
@@ -84,8 +85,15 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
     other = LazyAdamW([resumed], **SETTINGS)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.state[resumed]["rows"].dtype == torch.long
-    train_on(other, resumed, gradients[2:])
-    assert torch.equal(resumed, whole)
+    torch.save((other, resumed), file := io.BytesIO())
+    file.seek(0)
+    for each, its in (copy.deepcopy((other, resumed)), torch.load(file, weights_only=False), (other, resumed)):
+        train_on(each, its, gradients[2:])
+        assert torch.equal(its, whole)
+    with pytest.raises(KeyError, match="exp_avg"):  # and not a write beyond the end of what is there
+        fused = torch.optim.AdamW([other_table := table()], fused=True)
+        fused.load_state_dict(optimizer.state_dict())
+        train_on(fused, other_table, [gradients[0].to_dense()])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     hooks = []
     optimizer.register_step_post_hook(lambda *_: hooks.append(1))
@@ -173,6 +181,28 @@ def test_after_training_another_optimizer_can_go_on(
     model(**{name: value[None] for name, value in row.items()}).loss.backward()
     assert not any(memory.child_keys.grad.is_sparse for memory in memories)
     other.step()
+
+
+def test_a_run_with_moments_of_some_rows_goes_on_with_dense_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the processes have become several, or the config another."""
+    rows = [{"input_ids": torch.arange(5, 11) + number, "labels": torch.tensor(number % 2)} for number in range(16)]
+    initial = get_peft_model(build("bert"), SpartanConfig(**SMALL))
+    for many, steps in ((12, 2), (1 << 14, 4)):
+        monkeypatch.setattr(sparse_gradients, "_MANY_CELLS", many)
+        arguments = hf.TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        trainer = SparseGradientTrainer(copy.deepcopy(initial), arguments, train_dataset=rows)  # type: ignore[arg-type]
+        trainer.train(resume_from_checkpoint=steps > 2)
+        assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), LazyAdamW)
+        assert has_rows(trainer.optimizer) == (steps == 2)
+    assert trainer.state.global_step == 4
+
+
+def has_rows(optimizer: Any) -> bool:
+    return any("rows" in state for state in optimizer.state.values())
 
 
 @pytest.mark.slow

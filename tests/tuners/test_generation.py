@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel
 from tests.models import ARCHITECTURES, METHODS, L, adapted, add, build
 
@@ -82,3 +83,35 @@ def test_hidden_states_are_those_after_the_memory(name: str, recorded_before: bo
         assert torch.equal(states[index], received[index])
     for index in range(1, L):
         assert torch.equal(states[index], after_memory[index - 1])
+
+
+def _musicgen() -> hf.PreTrainedModel:
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "vocab_size": 99}
+    audio = {"num_filters": 2, "hidden_size": 8, "num_lstm_layers": 1}
+    decoder = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    decoder |= {"pad_token_id": 32, "bos_token_id": 32}
+    parts = {"text_encoder": hf.T5Config(**sizes), "audio_encoder": hf.EncodecConfig(**audio)}
+    config = hf.MusicgenConfig(**parts, decoder=hf.MusicgenDecoderConfig(**decoder))
+    torch.manual_seed(0)
+    return hf.MusicgenForConditionalGeneration(config).eval()
+
+
+def test_guidance_of_a_models_own_is_refused_in_a_mixed_batch() -> None:
+    model = _musicgen()
+    layers = [f"decoder.model.decoder.layers.{number}" for number in range(2)]
+    model = adapted(model, "one", target_modules=layers)
+    add(model, "two", target_modules=layers)
+    inputs = {"input_ids": torch.arange(3, 13).reshape(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    settings = {"max_new_tokens": 3, "min_new_tokens": 0, "return_dict_in_generate": True, "output_logits": True}
+
+    def scores(guidance: float, **names: list[str]) -> torch.Tensor:
+        generated = model.generate(**inputs, **settings, guidance_scale=guidance, do_sample=False, **names)
+        return generated.logits[0].reshape(2, -1)
+
+    mixed = scores(1.0, adapter_names=["one", "two"])
+    for row, name in enumerate(("one", "two")):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], scores(1.0)[row])
+        torch.testing.assert_close(scores(3.0, adapter_names=[name, name]), scores(3.0))
+    with pytest.raises(ValueError, match="guidance_scale above 1.*each adapter by itself"):
+        scores(3.0, adapter_names=["one", "two"])

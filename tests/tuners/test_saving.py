@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.models import ARCHITECTURES, METHODS, SMALL, D, adapted, add, build, randomize, run, save_backbone
 
 from sparsepeft import HeadConfig, SpartanConfig
+from sparsepeft.models import identity
 from sparsepeft.models.quantized import dequantize, quantize
 
 TASK_METHODS = METHODS | {"head": HeadConfig}
@@ -50,6 +51,30 @@ def test_embeddings_of_added_tokens_come_with_the_adapter(tmp_path, method: str,
     # An adapter from before tokens were added goes on a model with more of them, as others do.
     adapted(hf.AutoModelForCausalLM.from_pretrained(folder), config=METHODS[method]()).save_pretrained(tmp_path / "old")
     PeftModel.from_pretrained(_with_new_tokens(folder), tmp_path / "old")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_resized_embeddings_that_modules_share_are_no_part_of_what_identifies_a_backbone(
+    tmp_path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_NUM_TENSORS", 1000)  # all of them
+    folder = save_backbone(name, tmp_path / "backbone")
+
+    def resized() -> torch.nn.Module:
+        model = hf.AutoModelForSeq2SeqLM.from_pretrained(folder)
+        model.resize_token_embeddings(model.config.vocab_size + 6)
+        return model.eval()
+
+    model = adapted(resized())
+    model.save_pretrained(tmp_path / "task")
+    inputs = ARCHITECTURES[name].inputs()
+    loaded = PeftModel.from_pretrained(resized(), tmp_path / "task")
+    torch.testing.assert_close(run(loaded, inputs), run(model, inputs), rtol=0, atol=0)
+    other = resized()
+    for parameter in other.get_encoder().parameters():
+        parameter.data.mul_(1.1)
+    with pytest.raises(ValueError, match="has other values"):
+        PeftModel.from_pretrained(other, tmp_path / "task")
 
 
 @pytest.mark.parametrize("method", TASK_METHODS)

@@ -38,13 +38,14 @@ class Routing:
         adapter_names: one for each input; :data:`BASE` for the bare backbone.
         even: whether each input brings as many images (sounds, videos) as the others, in as many parts. A tower of a
             model of several kinds of input runs all of them as rows, or as one long row, in the inputs' order.
+        guided: the model puts a second copy of all inputs behind them, for its guidance without the prompt.
 
     Attributes:
         is_mixed: whether there are several adapters.
     """
 
-    def __init__(self, adapter_names: list[str], even: bool = True) -> None:
-        self.adapter_names, self.even = adapter_names, even
+    def __init__(self, adapter_names: list[str], even: bool = True, guided: bool = False) -> None:
+        self.adapter_names, self.even, self.guided = adapter_names, even, guided
         self.is_mixed = len(set(adapter_names)) > 1
         self._rows: dict[int, dict[str, list[int]]] = {}
 
@@ -59,7 +60,7 @@ class Routing:
             is_tower: the states are of images (sounds, videos) that are later put between a text's.
 
         Raises:
-            ValueError: no whole number of rows for each input, or not known which rows of a tower are whose.
+            ValueError: no whole number of rows for each input, or not known which rows are whose.
         """
         names = self.adapter_names
         if is_tower and self.is_mixed and not self.even:
@@ -71,6 +72,12 @@ class Routing:
         if not names or batch_size % len(names):
             raise ValueError(
                 f"adapter_names has {len(names)} entries for a batch of {batch_size}; pass one adapter name per input."
+            )
+        if self.guided and self.is_mixed and batch_size > len(names):
+            raise ValueError(
+                "adapter_names mixes adapters in a batch that is generated with guidance_scale above 1, of which this "
+                "model puts a second copy behind the first; generate with each adapter by itself, or with "
+                "guidance_scale=1."
             )
         if batch_size not in self._rows:
             repeats = batch_size // len(names)
@@ -134,9 +141,9 @@ class ForwardContext:
             self.labels.enable(enabled)
 
     @contextmanager
-    def routed(self, adapter_names: list[str], even: bool = True) -> Iterator[None]:
+    def routed(self, adapter_names: list[str], even: bool = True, guided: bool = False) -> Iterator[None]:
         """Inside the context, forward passes of this thread use these adapters, one for each row: see `Routing`."""
-        before, self.call.routing = self.call.routing, Routing(adapter_names, even)
+        before, self.call.routing = self.call.routing, Routing(adapter_names, even, guided)
         try:
             yield
         finally:

@@ -231,7 +231,9 @@ def embedding_layers(model: nn.Module) -> list[str]:
 
 
 def resized_embeddings(model: nn.Module) -> list[str]:
-    """:func:`embedding_layers`, if the vocabulary is another than the checkpoint's; else none.
+    """:func:`embedding_layers` by all their names, if the vocabulary is not the checkpoint's; else none.
+
+    Encoder and decoder have the same embeddings, as a module under several names or as a tensor in several modules.
 
     Told as PEFT tells it, by the config in the checkpoint; without one to read, nothing counts as resized.
     """
@@ -247,4 +249,11 @@ def resized_embeddings(model: nn.Module) -> list[str]:
     except OSError:
         return []
     changed = getattr(saved.get_text_config(), "vocab_size", size) != size
-    return embedding_layers(model) if changed else []
+    if not changed:
+        return []
+    tensors = {id(tensor) for name in embedding_layers(model) for tensor in model.get_submodule(name).parameters()}
+    return [name for name, module in model.named_modules(remove_duplicate=False) if _holds(module, tensors)]
+
+
+def _holds(module: nn.Module, tensors: set[int]) -> bool:
+    return any(id(tensor) in tensors for tensor in module.parameters(recurse=False))

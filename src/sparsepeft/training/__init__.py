@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sparsepeft.scoring import Answer, Evaluation, TableOptions, answer, evaluate, read_lines, read_questions
     from sparsepeft.training.lazy_adamw import LazyAdamW
     from sparsepeft.training.run import train
-    from sparsepeft.training.sparse_gradients import SparseGradientTrainer
+    from sparsepeft.training.sparse_gradients import SparseGradientTrainer, clip_grad_norm
     from sparsepeft.training.sparsify import sparsify_language_model
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "SparseGradientTrainer",
     "TableOptions",
     "answer",
+    "clip_grad_norm",
     "evaluate",
     "load_config",
     "parse_settings",
@@ -49,7 +50,7 @@ __getattr__, __dir__ = lazily(
         ),
         "sparsepeft.training.lazy_adamw": ("LazyAdamW",),
         "sparsepeft.training.run": ("train",),
-        "sparsepeft.training.sparse_gradients": ("SparseGradientTrainer",),
+        "sparsepeft.training.sparse_gradients": ("SparseGradientTrainer", "clip_grad_norm"),
         "sparsepeft.training.sparsify": ("sparsify_language_model",),
     },
 )

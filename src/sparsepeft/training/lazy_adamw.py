@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from sparsepeft.ops.product_memory import step_of_rows
 from sparsepeft.ops.product_memory.update import AdamStep, Rows
 
 _GROWTH = 1.5  # of the room for moments
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Before their names in a saved state, where they are those of touched rows: torch's fused AdamW would take them for those
+# of all rows, and write beyond their end.
+_OF_ROWS = "rows_"
 
 
 class LazyAdamW(AdamW):
@@ -44,6 +49,9 @@ class LazyAdamW(AdamW):
         if kwargs.get("amsgrad"):
             raise ValueError("amsgrad=True was given, which LazyAdamW does not support; leave it out.")
         super().__init__(params, **kwargs)
+        self._begin()
+
+    def _begin(self) -> None:
         self._slots: dict[Tensor, Tensor] = {}  # of each row among those with moments; -1 without
         self._aside: list[tuple[Tensor, Tensor]] = []
         self._step_supports_amp_scaling = False  # a scaler then unscales, and leaves out steps, before they are begun
@@ -51,17 +59,24 @@ class LazyAdamW(AdamW):
         self.register_step_pre_hook(LazyAdamW._step_sparsely)
         self.register_step_post_hook(LazyAdamW._give_back)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on as a copy, of which torch makes neither hooks nor what is not in ``state``."""
+        super().__setstate__(state)
+        if "_slots" not in self.__dict__:
+            self._begin()
+
     def state_dict(self) -> dict[str, Any]:
-        """The state, of touched rows alone."""
-        for state in self.state.values():
-            if "rows" in state:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = state[name][: len(state["rows"])].clone()
-        return super().state_dict()
+        """The state, of touched rows alone; AdamW cannot go on from it where there are some, but the other way round."""
+        content = super().state_dict()
+        return content | {"state": {index: _saved(state) for index, state in content["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state."""
-        super().load_state_dict(state_dict)
+        """Go on from a state, of this optimizer or of AdamW."""
+        renamed = {
+            index: {name.removeprefix(_OF_ROWS): value for name, value in state.items()}
+            for index, state in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict | {"state": renamed})
         self._slots.clear()
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -96,7 +111,7 @@ class LazyAdamW(AdamW):
         elif not state:
             state["step"] = torch.tensor(0.0)
             state["rows"] = torch.empty(0, dtype=torch.long, device=parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 state[name] = parameter.new_zeros((0, *parameter.shape[1:]))
         state["step"] += 1
         rows, values = gradient.indices()[0], gradient.values()
@@ -113,7 +128,7 @@ class LazyAdamW(AdamW):
         """Give all rows moments, as AdamW has them, where a gradient is dense from now on."""
         state = self.state[parameter]
         rows = state.pop("rows")
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in _MOMENTS:
             moments = torch.zeros_like(parameter)
             moments[rows] = state[name][: len(rows)]
             state[name] = moments
@@ -131,7 +146,7 @@ class LazyAdamW(AdamW):
             total = held + len(new)
             slots[new] = torch.arange(held, total, device=rows.device)
             state["rows"] = torch.cat([state["rows"], new])
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 moments = state[name]
                 if total > len(moments):
                     room = min(len(parameter), max(total, int(_GROWTH * held)))
@@ -139,6 +154,22 @@ class LazyAdamW(AdamW):
                     state[name][:held] = moments[:held]
                 state[name][held:total] = 0
         return slots[rows]
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as a file has it: the moments of touched rows without the room for more."""
+    if "rows" not in state:
+        return state
+    moments = {_OF_ROWS + name: state[name][: len(state["rows"])].clone() for name in _MOMENTS}
+    return {name: value for name, value in state.items() if name not in _MOMENTS} | moments
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a file with the state of an optimizer has moments of some rows alone; False where there is none."""
+    if not path.exists():
+        return False
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return any("rows" in state for state in content.get("state", {}).values())
 
 
 def coalesced(gradient: Tensor) -> Tensor:

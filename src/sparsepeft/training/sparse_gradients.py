@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from sparsepeft.errors import UserError
 from sparsepeft.layers import SparseMemory
-from sparsepeft.training.lazy_adamw import LazyAdamW, coalesced
+from sparsepeft.training.lazy_adamw import LazyAdamW, coalesced, holds_rows
 
 # Cells of a memory from which a step that touches all of them costs more than finding those that were read.
 _MANY_CELLS = 1 << 14
@@ -37,6 +39,7 @@ class SparseGradientTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._decided: list[tuple[SparseMemory, bool | None]] = []
+        self._lazy_adamw: tuple[type[LazyAdamW], dict[str, Any]] | None = None  # where it can take AdamW's place
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return
         model: Any = self.model
@@ -44,19 +47,27 @@ class SparseGradientTrainer(Trainer):
         is_possible = isinstance(optimizer_class, type) and issubclass(optimizer_class, AdamW)
         undecided = [memory for memory in _trained_memories(model) if memory.sparse_gradients is None]
         try:
+            if is_possible:
+                self._lazy_adamw = LazyAdamW, settings
             if use_sparse_gradients(model, self.args.world_size == 1 and is_possible):
-                self.optimizer_cls_and_kwargs = LazyAdamW, settings
+                self.optimizer_cls_and_kwargs = self._lazy_adamw
             self._decided = [(memory, memory.sparse_gradients) for memory in undecided]
         finally:
             _leave_open(undecided)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers has it; then memories leave open again what their config does, for other optimizers."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers has it; then memories leave open again what their config does, for other optimizers.
+
+        A checkpoint with the moments of some rows alone is gone on from with LazyAdamW, be gradients sparse or dense now.
+        """
+        checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if self._lazy_adamw is not None and checkpoint and holds_rows(Path(checkpoint) / OPTIMIZER_NAME):
+            self.optimizer_cls_and_kwargs = self._lazy_adamw
         open_now = [(memory, is_sparse) for memory, is_sparse in self._decided if memory.sparse_gradients is None]
         for memory, is_sparse in open_now:
             memory.sparse_gradients = is_sparse
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             _leave_open([memory for memory, _ in open_now])
 

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import GenerationMixin
 
 from sparsepeft.models.adapters import AdapterDict
 from sparsepeft.models.blocks import Block, find_blocks, media_tokens, unwrap
@@ -192,7 +193,7 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
                 f"adapter_names contains {unknown}, but the adapters of this model are {sorted(self.peft_config)} (and "
                 f"{BASE!r} for the bare backbone)."
             )
-        with self._context.routed(list(names), _check_mixed(self.model, names, args, kwargs)):
+        with self._context.routed(list(names), **_check_mixed(self.model, names, args, kwargs)):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +203,7 @@ class TaskTuner(GradientCheckpointing, BaseTuner):
             return super().forward(*args, **kwargs)
         # PEFT's models of a task told the names alone, and not what they are passed with.
         names = routing.adapter_names
-        with self._context.routed(names, _check_mixed(self.model, names, args, kwargs)):
+        with self._context.routed(names, **_check_mixed(self.model, names, args, kwargs)):
             return super().forward(*args, **kwargs)
 
     # -- removing ------------------------------------------------------------------------------------------------------
@@ -365,8 +366,8 @@ def _check_injected(model: nn.Module, config: TaskAdapterConfig) -> None:
         config.save_dtype = None
 
 
-def _check_mixed(model: nn.Module, names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Refuse arguments that do not go with adapter names; return whether the inputs are even, see `Routing`."""
+def _check_mixed(model: nn.Module, names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, bool]:
+    """Refuse arguments that do not go with adapter names; return what is known of the batch, see `Routing`."""
     if kwargs.get("labels") is not None:
         raise ValueError(
             "adapter_names and labels were passed together, but the tasks of a mixed batch may have different "
@@ -377,7 +378,7 @@ def _check_mixed(model: nn.Module, names: list[str], args: tuple, kwargs: dict[s
         raise ValueError(
             f"adapter_names has {len(names)} entries for a batch of {len(inputs)}; pass one adapter name per input."
         )
-    return _is_even(model, inputs)
+    return {"even": _is_even(model, inputs), "guided": _is_guided(model, kwargs)}
 
 
 def _main_input(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -394,6 +395,15 @@ def _is_even(model: nn.Module, inputs: torch.Tensor | None) -> bool:
         return not tokens
     counts = [(inputs == token).sum(-1) for token in tokens]
     return all(bool((count == count[:1]).all()) for count in counts)
+
+
+def _is_guided(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether ``generate`` has guidance of the model's own making (transformers' own runs the model once more)."""
+    if getattr(type(model), "generate", GenerationMixin.generate) is GenerationMixin.generate:
+        return False
+    settings = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    scales = (kwargs.get("guidance_scale"), *(getattr(each, "guidance_scale", None) for each in settings))
+    return next((scale for scale in scales if scale is not None), 1.0) > 1.0
 
 
 def _context_of(model: nn.Module) -> ForwardContext | None:
