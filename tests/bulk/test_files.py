@@ -168,6 +168,20 @@ def test_lists_of_tokens_are_texts(runs: dict[str, Path], tmp_path: Path) -> Non
         )
 
 
+def test_a_name_means_the_same_in_all_lines(runs: dict[str, Path], tmp_path: Path) -> None:
+    texts, tokens = (ROWS[:20], [{"tokens": row["text"].split()} for row in ROWS[:20]])
+    texts = [{"text": row["text"]} for row in texts]
+    texts[15] |= {"label": "true", "error": "none"}  # in another chunk than the first
+    tokens[15] |= {"text": "own"}
+    for name, rows, own, ours in (("mood", texts, "label", "score"), ("names", tokens, "text", "entities")):
+        file = write(tmp_path / f"{name}.jsonl", rows)
+        score_files(file, tmp_path / name, {name: runs[name]})
+        found = read(tmp_path / name / file.name)
+        assert [{key: row[key] for key in given} for row, given in zip(found, rows, strict=True)] == rows
+        assert [place for place, row in enumerate(found) if own in row] == [15]
+        assert all({f"predicted_{own}", ours} <= row.keys() for row in found)
+
+
 def test_empty_files_have_empty_answers(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "header.csv").write_text("id,text\n")
     for name in ("nothing.csv", "nothing.jsonl"):
@@ -229,7 +243,7 @@ def answered(runs: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
     return tmp_path / "out"
 
 
-def test_only_what_is_missing_or_older_is_answered(runs: dict[str, Path], answered: Path) -> None:
+def test_only_what_is_missing_or_changed_is_answered(runs: dict[str, Path], answered: Path) -> None:
     tasks, files = {"mood": runs["mood"]}, answered.parent / "*.jsonl"
     before = {path.name: path.stat().st_mtime_ns for path in answered.glob("*.jsonl")}
     assert score_files(files, answered, tasks, table=TEXT).skipped == 2
@@ -239,8 +253,37 @@ def test_only_what_is_missing_or_older_is_answered(runs: dict[str, Path], answer
     assert (report.files, report.skipped, report.rows) == (1, 1, 3)
     assert (answered / "b.jsonl").stat().st_mtime_ns == before["b.jsonl"]
     assert sorted(path.name for path in answered.iterdir()) == [MANIFEST, "a.jsonl", "b.jsonl"]
-    os.utime(answered.parent / "b.jsonl", ns=(2**62, 2**62))  # is newer than its answers
-    assert score_files(files, answered, tasks, table=TEXT).files == 1
+    changed = answered.parent / "b.jsonl"
+    write_jsonl(changed, ROWS[:2])
+    os.utime(changed, ns=(10**18, 10**18))  # another file, older than the answers
+    assert score_files(files, answered, tasks, table=TEXT).rows == 2
+    os.utime(changed, ns=(2**62, 2**62))  # newer than they will be
+    assert [score_files(files, answered, tasks, table=TEXT).files for _ in range(2)] == [1, 0]
+
+
+def test_answers_of_a_changed_file_do_not_outlive_an_interruption(runs: dict[str, Path], answered: Path) -> None:
+    tasks, files, changed = {"mood": runs["mood"]}, answered.parent / "*.jsonl", answered.parent / "b.jsonl"
+    before = (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
+    write_jsonl(changed, ROWS[:2])
+    os.utime(changed, ns=before)
+    (answered / "a.jsonl").unlink()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_files(files, answered, tasks, table=TEXT, progress=stop)
+    assert score_files(files, answered, tasks, table=TEXT).rows == 3 + 2
+
+
+def test_a_folder_without_a_note_of_its_inputs_goes_on(runs: dict[str, Path], answered: Path) -> None:
+    tasks, files = {"mood": runs["mood"]}, answered.parent / "*.jsonl"
+    note = json.loads((answered / MANIFEST).read_text())
+    assert note.pop("inputs").keys() == {"a.jsonl", "b.jsonl"}
+    (answered / MANIFEST).write_text(json.dumps(note))
+    os.utime(answered.parent / "a.jsonl", ns=(10**18, 10**18))
+    os.utime(answered.parent / "b.jsonl", ns=(2**62, 2**62))
+    assert [score_files(files, answered, tasks, table=TEXT).files for _ in range(2)] == [1, 0]  # the newer one
 
 
 def test_answers_made_otherwise_are_refused(

@@ -132,6 +132,15 @@ BAD_INPUTS = {
 }
 
 
+def test_a_tokenizer_set_to_pad_on_the_left_moves_no_position(tmp_path: Path) -> None:
+    backbone = save_tiny_backbone(tmp_path / "backbone", padding_side="left")
+    engine = MultiTaskEngine(backbone, {"two": save_task(backbone, tmp_path / "two", TASKS["two"])})
+    texts = ["bread", "the minister of the north met the team and the bank"]
+    together = engine.predict([("two", text) for text in texts])
+    for text, answer in zip(texts, together, strict=True):
+        assert answer.score == pytest.approx(engine.predict([("two", text)])[0].score, abs=1e-6)
+
+
 def test_bad_rows_do_not_stop_the_others(engine: MultiTaskEngine) -> None:
     good, (first, second) = engine.predict([("two", TEXTS[0])]), TEXTS[:2]
     bad = [(("two", given), words) for words, inputs in BAD_INPUTS.items() for given in inputs]

@@ -183,6 +183,17 @@ def test_entities_by_word() -> None:
     for given, label in ((SplitText(["a", "\u3000x"]), "PER"), ("a \u3000x", "PER")):
         found = entities_in(given, spans, np.eye(5)[[0, 1, 3, 4, 3]], names, by_word=True)
         assert [(one.label, one.word) for one in found] == [(label, "x")]
+    for text, spans, words in (  # marks on a letter, with a piece of their own or unknown to a tokenizer
+        ("नदी बड़ी", [(0, 1), (1, 2), (2, 3), (4, 5), (5, 6), (7, 8)], ["नदी", "बड़ी"]),
+        ("Jose\u0301 ran", [(0, 4), (4, 5), (6, 9)], ["Jose\u0301", "ran"]),
+        ("Jose\u0301 ran", [(0, 4), (6, 9)], ["Jose\u0301", "ran"]),
+        ("葛\U000e0100城", [(0, 1), (1, 2), (2, 3)], ["葛\U000e0100", "城"]),
+        (SplitText(["Bob\u0301", "\u202eAnn\u200b"]), [(0, 3), (6, 9)], ["Bob\u0301", "\u202eAnn\u200b"]),
+    ):
+        found = entities_in(text, spans, np.eye(5)[[1] * len(spans)], names, by_word=True)
+        assert [(one.word, text[one.start : one.end]) for one in found] == [(word, word) for word in words]
+    found = entities_in("a b c", [(0, 1), (2, 3), (4, 5)], np.eye(3), ("B-O", "I-O", "O"), by_word=True)
+    assert [(one.label, one.word) for one in found] == [("O", "a b")]  # a type of that name
     spans = [(0, 1), (0, 1), (1, 5), (6, 7)]  # bytes of a character have its place
     found = entities_in("école a", spans, np.eye(5)[[1, 3, 3, 0]], names, by_word=True, joined=False)
     assert [(one.label, one.word) for one in found] == [("B-PER", "école"), ("O", "a")]

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from sparsepeft.rows.decoding import UTF8
 from sparsepeft.rows.formats import RAW_TSV, FileFormat, find_format
-from sparsepeft.rows.reading import Row, read_rows
+from sparsepeft.rows.reading import Row, read_header, read_rows
 from sparsepeft.tasks import TaskError, load_task
 
 TABLE = 'text{d}label\r\n"Sie sagte: ""ja{d} doch"", 5 €\nnaïve"{d}a\r\nplain, text{d}b\r\n'
@@ -112,6 +112,45 @@ def test_one_column_and_other_line_ends(tmp_path: Path) -> None:
     assert [row.line for row in read_rows(path)] == [2, 3]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("name", "first", "char"), [("a.csv", "sep=;", ";"), ("a.csv", '"SEP=:"', ":"), ("a.tsv", "sep=\t", "\t")]
+)
+def test_a_first_line_for_excel_says_the_delimiter(
+    tmp_path: Path, name: str, first: str, char: str, end: str, encoding: str
+) -> None:
+    rows = [first, f"text{char}label", f'"a,b"{char}x', "", f"c{char}y"]
+    found = find_format(write(tmp_path / name, end.join(rows).encode(encoding)))
+    assert found.delimiter == char
+    read = list(read_rows(tmp_path / name, found))
+    assert [row.line for row in read] == [3, 5]
+    assert [row.values["label"] for row in read] == ["x", "y"]
+    assert read_header(tmp_path / name, found) == ["text", "label"]
+
+
+def test_quotes_in_tsv_after_the_line_for_excel(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'sep=\t\ntext\tlabel\n"a\tb\nc\td"\tx\n"e"\ty\n')
+    found = find_format(path)
+    assert found.is_quoted
+    assert [row.line for row in read_rows(path, found)] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("text,,\na,,\nb,,2\n", ["", "2"]),
+        ("text,,\na,1,\nb,,\n", ["1", ""]),
+        ("text, ,,\na,,1,\nb,,2,\n", ["1", "2"]),
+        ("text,\na,1\nb,2\n", ["1", "2"]),
+    ],
+)
+def test_of_columns_without_a_name_the_one_with_values_is_kept(tmp_path: Path, content: str, kept: list[str]) -> None:
+    assert [row.values for row in read_rows(write(tmp_path / "a.csv", content))] == [
+        {"text": text, "": value} for text, value in zip("ab", kept, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("given", ["semicolon", ";"])
 def test_a_delimiter_that_is_given(tmp_path: Path, given: str) -> None:
     path = write(tmp_path / "a.csv", "text,more;label,x\na,b;c,d\n")
@@ -132,6 +171,12 @@ def test_a_delimiter_that_is_given(tmp_path: Path, given: str) -> None:
         ("a.jsonl", '{"x": 1}\n{"x": ' + "[" * 100_000 + "\n", {}, r"a\.jsonl:2: not JSON \(maximum recursion depth"),
         ("a.jsonl", '{"x": 1' + "0" * 5000 + "}\n", {}, r"a\.jsonl:1: not JSON \(Exceeds the limit"),
         ("a.csv", "x,x\n1,2\n", {}, r"a\.csv: column 'x' occurs twice"),
+        ("a.csv", "x,,\n1,2,\n1,,2\n", {}, r"a\.csv:3: columns 2 and 3 have values, but no name in the header; give"),
+        ("a.tsv", "x\t\t\n1\t2\t3\n", {}, r"a\.tsv:2: columns 2 and 3 have values"),
+        ("a.csv", 'sep=;\nx;y\n1;2\n"1;2\n', {}, r"a\.csv:4: malformed CSV"),
+        ("a.csv", "sep=;\nx;y\n1;2;3\n", {}, r"a\.csv:3: expected 2 fields as in the header, found 3"),
+        ("a.csv", "sep=;\nx;y\n1;2\n", {"delimiter": ","}, r"but the header 'x;y' has none; pass `delimiter=semi"),
+        ("a.csv", "sep=;\n", {}, r"a\.csv has no rows"),
         ("a.jsonl", '{"x": 1}\n{"x": \n', {}, r"a\.jsonl:2: not JSON"),
         ("a.jsonl", '{"x": 1}\n[1]\n', {}, r"a\.jsonl:2: found a JSON list; expected one object per row"),
         ("a.jsonl", '{"x": 1}\n{"y": 1}\n', {}, r"a\.jsonl:2: no column 'x'; the columns found are 'y'"),

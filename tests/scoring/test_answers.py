@@ -20,6 +20,7 @@ from sparsepeft.scoring.answers import Answer, AnswerLines, arriving, format_of
 from sparsepeft.scoring.questions import TableOptions, read_lines, read_questions
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.columns import Columns
+from sparsepeft.tasks.labels import LabelReader
 
 CLASSES = TaskSpec("custom", ("text",), ("a", "b"), ("accuracy",), "accuracy", 1)
 PAIRS = TaskSpec("custom", ("text", "text_pair"), None, ("pearson",), "pearson", 1)
@@ -98,6 +99,9 @@ def test_files_of_lines_are_read_as_training_reads_them(tmp_path: Path, caplog: 
         file.write_bytes(lines.encode(encoding))
         assert [question.texts for question in read_questions(file, ask)] == ["café"]
     assert "new.jsonl is not UTF-8 and was read as cp1252" in caplog.text
+    for name, content in (("old.txt", b"one\rtwo\r"), ("old.jsonl", b'{"body": "one"}\r{"body": "two"}\r')):
+        (tmp_path / name).write_bytes(content)  # of old programs on the Macintosh
+        assert [question.texts for question in read_questions(tmp_path / name, ask)] == ["one", "two"]
     file.write_bytes(lines.encode() + lines.encode("cp1252"))  # damaged
     assert [question.texts for question in read_questions(file, ask)] == ["café", "caf\udce9"]
     (tmp_path / "new.json").write_text('[{"body": "a"}]')
@@ -108,8 +112,13 @@ def test_files_of_lines_are_read_as_training_reads_them(tmp_path: Path, caplog: 
 def test_a_column_called_text_stays_beside_lists_of_tokens() -> None:
     spec = TaskSpec("custom", ("tokens",), ("O", "B-x"), ("f1",), "f1", 1, labels_tokens=True)
     row = {"text": "O'Neil's", "tokens": ["O'Neil", "'s"]}
-    (question,) = read_lines([json.dumps(row)], asked(spec, ("tokens",)))
-    assert question.columns == row | {"predicted_text": "O'Neil 's"}
+    lines = map(json.dumps, (row, {"tokens": ["a"]}))
+    line_of, none = AnswerLines("jsonl", spec), Prediction(None, 0.0, entities=())
+    found = [
+        json.loads(line_of(Answer(one.columns, none, one.added))) for one in read_lines(lines, asked(spec, ("tokens",)))
+    ]
+    assert found[0] == row | {"predicted_text": "O'Neil 's", "entities": []}
+    assert found[1] == {"tokens": ["a"], "predicted_text": "a", "entities": []}
 
 
 def test_what_has_come_is_handed_on_without_waiting_for_more() -> None:
@@ -180,6 +189,24 @@ def test_csv_has_the_same_columns_in_all_rows() -> None:
     line = AnswerLines("csv", spec)(Answer({}, several))
     assert line == "labels,score_a,score_b,error\na|b,0.9,0.8,\n"
     assert json.loads(AnswerLines("jsonl", CLASSES)(Answer({}, several)))["labels"] == ["a", "b"]
+
+
+def test_labels_in_csv_are_read_again_as_what_they_were() -> None:
+    names = ("a", "a|b", "b")
+    spec = TaskSpec("tags", ("text",), names, ("micro_f1",), "micro_f1", 1, multi_label=True)
+    line_of, scores = AnswerLines("csv", spec), dict.fromkeys(names, 0.5)
+    text = "".join(
+        line_of(Answer({}, Prediction("a", 0.5, scores, labels=found))) for found in (names[:2], names[:1], ())
+    )
+    labels = [(2, row["labels"]) for row in csv.DictReader(io.StringIO(text))]
+    assert LabelReader.for_task(spec, labels).read(Path("a.csv"), labels) == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_ends_of_lines_within_a_field_of_csv_are_quoted(end: str) -> None:
+    row = {"text": f"a{end}b", "note": f"c{end}", "id": "plain"}
+    text = AnswerLines("csv", PAIRS)(Answer(row, Prediction(None, 1.0)))
+    assert text == f'text,note,id,score,error\n"a{end}b","c{end}",plain,1.0,\n'
 
 
 def test_the_format_is_the_files_ending_unless_it_is_given() -> None:

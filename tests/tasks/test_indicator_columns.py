@@ -51,6 +51,11 @@ def test_every_way_to_write_and_to_name_them(tmp_path: Path, ending: str, given:
     assert len(said) == (given is None)
 
 
+def test_an_index_that_pandas_left_is_no_column_of_the_data(tmp_path: Path) -> None:
+    cells = [(*row, number + 7) for number, row in enumerate(ROWS)]
+    assert load(write(tmp_path / "a.parquet", cells, (*NAMES, "__index_level_0__"))).spec.label_names == NAMES
+
+
 def test_the_order_is_the_caller_s_and_other_columns_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [(*row, 7, 0) for row in ROWS], (*NAMES, "votes", "sarcasm"))
     data = load(path, label_column="sarcasm,joy,anger", text_column="text")

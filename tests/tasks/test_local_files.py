@@ -208,6 +208,36 @@ def test_a_stratified_tenth_is_held_out_without_a_validation_file(tmp_path: Path
     assert load(tmp_path, labels, seed=1).validation["text"][:] != data.validation["text"][:]
 
 
+def test_rows_held_out_that_are_trained_on_are_noted(tmp_path: Path) -> None:
+    rows = [(("good", "bad")[number % 2], number % 2) for number in range(100)]
+    data = load_task("custom", train_file=write(tmp_path / "train.csv", ("text", "label"), rows))
+    assert any("10 of the rows held out have the texts of rows that are trained on" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ([0.5, 1, 1.5, 2, "n/a"], "taken for classes, as 'n/a' cannot be read as numbers"),
+        (["1,000.5", "2.5", "3.5"], "as '1,000.5' cannot"),
+        (["10%", "2%", "30%"], "as '10%', '2%', '30%' cannot"),
+        (["\N{MINUS SIGN}1", "-1", "1"], "as '\N{MINUS SIGN}1' cannot"),
+        (["1,5", "2,5", "3"], "labels such as '1,5' were taken for classes; if they are values, write a point for"),
+        (
+            ["0,5", "1", "1,5", "5"],
+            "labels such as '0,5' were taken for classes; if they are values, write a point for",
+        ),
+        (["caf\u00e9", "cafe\u0301"], r"the labels 'cafe\u0301' and 'caf\xe9' look alike but are two"),
+        (["so so", "so\u00a0so"], "look alike"),
+        (["good", "go\u00adod"], "look alike"),
+        (["a", "b", "1"], None),
+    ],
+)
+def test_labels_that_may_be_meant_otherwise_are_noted(tmp_path: Path, labels: list[object], note: str | None) -> None:
+    found = [each for each in load(tmp_path, labels * 3, labels).notes if "classes" in each or "alike" in each]
+    assert [note in each for each in found if note] == ([True] if note else [])
+    assert bool(found) == bool(note)
+
+
 @pytest.mark.parametrize(
     ("labels", "note"),
     [

@@ -87,6 +87,12 @@ def test_iob1_becomes_iob2_and_a_lone_i_is_an_entity(tmp_path: Path) -> None:
         ["O", "B-LOC"],
     ]
     assert any("is in IOB1" in note and "turned into IOB2" in note for note in data.notes)
+    iob2 = [(("Anna", "Bo", "x", "Rome"), ("B-PER", "B-PER", "O", "B-LOC")), (("a", "Rome"), ("O", "B-LOC"))]
+    for train, validation in ((iob2, iob1), (iob1, iob2)):  # each file by itself
+        files = conll(tmp_path / "train.conll", train), conll(tmp_path / "dev.conll", validation)
+        data = load_task("custom", train_file=files[0], validation_file=files[1])
+        assert data.train["label"][:] == data.validation["label"][:]
+        assert ["dev.conll is in IOB1" in note for note in data.notes if "IOB1" in note] == [validation is iob1]
     mixed = [(("Anna", "Lee", "Rome"), ("B-PER", "I-PER", "I-LOC")), (("a", "b"), ("O", "O"))]
     data = load(conll(tmp_path / "mixed.conll", mixed))
     assert data.train["label"][0] == [NAMES.index(tag) for tag in mixed[0][1]]

@@ -90,10 +90,10 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
     for each, its in (copy.deepcopy((other, resumed)), torch.load(file, weights_only=False), (other, resumed)):
         train_on(each, its, gradients[2:])
         assert torch.equal(its, whole)
+    fused = torch.optim.AdamW([foreign := table()], fused=True)
+    fused.load_state_dict(optimizer.state_dict())
     with pytest.raises(KeyError, match="exp_avg"):  # and not a write beyond the end of what is there
-        fused = torch.optim.AdamW([other_table := table()], fused=True)
-        fused.load_state_dict(optimizer.state_dict())
-        train_on(fused, other_table, [gradients[0].to_dense()])
+        train_on(fused, foreign, [gradients[0].to_dense()])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     hooks = []
     optimizer.register_step_post_hook(lambda *_: hooks.append(1))

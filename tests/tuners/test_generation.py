@@ -113,5 +113,5 @@ def test_guidance_of_a_models_own_is_refused_in_a_mixed_batch() -> None:
         model.set_adapter(name)
         torch.testing.assert_close(mixed[row], scores(1.0)[row])
         torch.testing.assert_close(scores(3.0, adapter_names=[name, name]), scores(3.0))
-    with pytest.raises(ValueError, match="guidance_scale above 1.*each adapter by itself"):
+    with pytest.raises(ValueError, match=r"guidance_scale above 1.*each adapter by itself"):
         scores(3.0, adapter_names=["one", "two"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,21 @@ _VERSION = 1
 
 
 @contextmanager
-def held(folder: Path, settings: dict[str, Any], names: Sequence[str], overwrite: bool) -> Iterator[None]:
-    """Hold a folder for answers, with a note of what they are made with.
+def held(
+    folder: Path, settings: dict[str, Any], names: Sequence[str], usable: Sequence[Path], overwrite: bool
+) -> Iterator[set[Path]]:
+    """Hold a folder for answers, with a note of what they are made with, and of what files.
 
     Args:
         folder: new, empty, or with answers that were made with the same settings.
         settings: what answers depend on.
         names: of the files that will be there.
+        usable: files that can be answered.
         overwrite: remove the answers that are there, with whatever they were made.
+
+    Yields:
+        The usable files that are still to be answered. Their former answers are removed, since the note is of the files
+        as they are now, which no answers are of yet.
 
     Raises:
         UserError: the folder holds other files, or answers that were made with other settings; or another process
@@ -47,27 +54,54 @@ def held(folder: Path, settings: dict[str, Any], names: Sequence[str], overwrite
             )
         for left in folder.glob(".*.tmp"):  # by a process that was killed
             left.unlink()
+        todo = _undone(usable, folder, before)
         files = sorted({*names, *(before["files"] if before else ())})
+        inputs = (before or {}).get("inputs", {}) | {path.name: _state(path) for path in todo}
+        note = {"format_version": _VERSION, "settings": settings, "files": files, "inputs": inputs}
         try:
-            write_json(folder / MANIFEST, {"format_version": _VERSION, "settings": settings, "files": files})
+            for path in todo:
+                (folder / path.name).unlink(missing_ok=True)
+            write_json(folder / MANIFEST, note)
         except OSError as error:
             raise RunFailed(f"{folder} cannot be written to ({error}); pass another `output_dir`.") from error
-        yield
+        yield {*todo}
 
 
-def is_done(path: Path, folder: Path) -> bool:
-    """Whether a file's answers are there, and not older than the file."""
-    output = folder / path.name
-    return output.is_file() and output.stat().st_mtime_ns >= path.stat().st_mtime_ns
+def undone(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """The files whose answers are not there, or are of a file that was another when it was answered.
+
+    Raises:
+        UserError: the folder's note is damaged.
+    """
+    return _undone(paths, folder, _read(folder))
+
+
+def _undone(paths: Iterable[Path], folder: Path, note: dict[str, Any] | None) -> list[Path]:
+    inputs = (note or {}).get("inputs", {})
+    return [path for path in paths if not _is_done(path, folder / path.name, inputs.get(path.name))]
+
+
+def _is_done(path: Path, output: Path, noted: Any) -> bool:
+    if not output.is_file():
+        return False
+    if noted is None:  # answered when inputs were not noted yet
+        return output.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    return bool(noted == _state(path))
+
+
+def _state(path: Path) -> dict[str, int]:
+    """What tells a file from another that takes its place, also from an older one."""
+    found = path.stat()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        valid = isinstance(content["settings"], dict) and all(
+        valid = all(isinstance(each, dict) for each in (content["settings"], content.get("inputs", {}))) and all(
             isinstance(name, str) and name == Path(name).name for name in content["files"]
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         valid = False

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import itertools
 import logging
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 from sparsepeft.bulk.plan import Plan
 from sparsepeft.errors import UserError
 from sparsepeft.inference.answering import WINDOW
-from sparsepeft.rows.decoding import UTF8, is_gzipped, unpacked_name
+from sparsepeft.rows.decoding import is_gzipped, unpacked_name
 from sparsepeft.rows.formats import FileFormat, find_format
 from sparsepeft.rows.parquet import parquet_file
 from sparsepeft.rows.reading import check_columns, read_header, read_rows
-from sparsepeft.scoring.questions import Question, as_question, beside, read_questions, text_columns
+from sparsepeft.scoring.questions import Question, as_question, beside, encoding_of_lines, read_questions, text_columns
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,7 @@ class Chunk:
         file: its number.
         questions: one for each row.
         batch: for parquet, the rows' columns; else the questions have them.
+        columns: for lines of JSON, those that any row of the file has, so that a name means the same in all of them.
         place: among the file's chunks, from 0.
         is_last: of these.
         share: of the file's rows, up to the end of these.
@@ -64,6 +64,7 @@ class Chunk:
     file: int
     questions: list[Question] = field(default_factory=list)
     batch: Any = None
+    columns: Collection[str] = ()
     place: int = 0
     is_last: bool = False
     share: float = 1.0
@@ -113,7 +114,7 @@ def look_at(path: Path, plan: Plan) -> Source:
         UserError: it cannot be read, or it cannot be told which columns are the texts.
     """
     if _ending(path) == _LINES:
-        return Source(path, FileFormat("jsonl", encoding=plan.table.encoding or UTF8))  # of the questions, if not given
+        return Source(path, FileFormat("jsonl", encoding=encoding_of_lines(path, plan.table)))
     form = find_format(path, plan.table.delimiter, plan.table.encoding)
     for note in form.notes:
         logger.warning("%s", note)
@@ -176,9 +177,13 @@ def _table_chunks(source: Source, plan: Plan) -> Iterator[Chunk]:
 
 
 def _line_chunks(source: Source, plan: Plan) -> Iterator[Chunk]:
-    with gzip.open(source.path) if source.is_gzipped else source.path.open("rb") as stream:
-        total = sum(1 for _ in stream)
-    yield from _in_chunks(read_questions(source.path, plan, replace(plan.table, delimiter=None)), total)
+    table = replace(plan.table, delimiter=None, encoding=source.form.encoding)
+    total, columns = 0, set[str]()
+    for question in read_questions(source.path, plan, table):
+        total += 1
+        columns.update(question.columns)
+    for chunk in _in_chunks(read_questions(source.path, plan, table), total):
+        yield replace(chunk, columns=columns)
 
 
 def _in_chunks(questions: Iterator[Question], total: int) -> Iterator[Chunk]:
@@ -187,7 +192,8 @@ def _in_chunks(questions: Iterator[Question], total: int) -> Iterator[Chunk]:
     size = done = 0
     for question in questions:
         waiting.append(question)
-        size += sum(len(value) for value in question.columns.values() if isinstance(value, str))
+        values = (*question.columns.values(), *question.added.values())
+        size += sum(len(value) for value in values if isinstance(value, str))
         if len(waiting) == WINDOW or size > _MOST_BYTES:
             done += len(waiting)
             yield Chunk(0, waiting, share=done / total)
@@ -203,7 +209,7 @@ def _with_text(batch: Any, questions: Sequence[Question], names: tuple[str, ...]
     kind = batch.schema.field(names[0]).type
     if not plan.spec.labels_tokens or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return batch
-    texts = pa.array([question.columns.get("text") for question in questions], pa.string())
+    texts = pa.array([question.added.get("text") for question in questions], pa.string())
     *_, name = beside(dict.fromkeys(batch.schema.names), {"text": texts})
     return batch.append_column(name, texts)
 

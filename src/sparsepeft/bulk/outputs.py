@@ -28,7 +28,8 @@ def encode(chunk: Chunk, source: Source, tasks: Mapping[str, TaskInfo], answers:
     if source.form.kind == "jsonl":
         rows = (joined({name: cells(one) for name, one in row.items()}) for row in answers)
         text = "".join(
-            json_line(beside(question.columns, row)) for question, row in zip(chunk.questions, rows, strict=True)
+            json_line(beside(question.columns, question.added | row, chunk.columns))
+            for question, row in zip(chunk.questions, rows, strict=True)
         )
     else:
         text = _table(chunk, source, tasks, answers)

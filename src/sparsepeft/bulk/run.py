@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsepeft.arguments import check_whole
 from sparsepeft.bulk.cluster import RayOptions, scored_by_ray
-from sparsepeft.bulk.folder import held, is_done
+from sparsepeft.bulk.folder import held, undone
 from sparsepeft.bulk.inputs import Source, find_files, look_at, read_chunks
 from sparsepeft.bulk.outputs import open_output
 from sparsepeft.bulk.plan import Plan, make_plan
@@ -76,9 +76,9 @@ def score_files(
     """Answer every row of files by every task.
 
     Each file becomes one of the same name and format (.csv, .tsv, .jsonl, .parquet, all but the last also with .gz) in
-    the output folder, and is there when it is whole. What is there already is not answered again, unless its input is
-    newer, so that the same call goes on after an interruption. Rows are read, answered and written a few thousand at a
-    time.
+    the output folder, and is there when it is whole. What is there already is not answered again, unless its input has
+    another size or date by now, so that the same call goes on after an interruption. Rows are read, answered and
+    written a few thousand at a time.
 
     A row has its columns, then the answers: for one task ``label``, ``score``, ... as ``sparsepeft predict`` has them;
     for several ``TASK_label``, ``TASK_score``, ..., and one ``error``.
@@ -122,12 +122,13 @@ def score_files(
         if ray.workers is not None:
             check_whole("workers", ray.workers)
     plan = make_plan(tasks, model, table, dtype=dtype, device=device, token_budget=token_budget, threads=threads)
-    sources, failed = _look_at_all([path for path in paths if overwrite or not is_done(path, folder)], plan)
+    sources, failed = _look_at_all(paths if overwrite else undone(paths, folder), plan)
     if len(failed) == len(paths):
         raise failed[paths[0]]
     check_used({source.path: source.form for source in sources}, plan.table.delimiter, plan.table.encoding)
-    with held(folder, plan.settings(), [path.name for path in paths], overwrite):
-        sources = [source for source in sources if not is_done(source.path, folder)]  # by whoever held it meanwhile
+    names, usable = [path.name for path in paths], [source.path for source in sources]
+    with held(folder, plan.settings(), names, usable, overwrite) as todo:
+        sources = [source for source in sources if source.path in todo]  # others may be done by who held it meanwhile
         report = BulkReport(
             skipped=len(paths) - len(sources) - len(failed),
             failed_files={path.name: str(error) for path, error in failed.items()},

@@ -67,6 +67,12 @@ class SplitText(str):
         """Which token the character at a place belongs to."""
         return bisect_right(self._starts, place) - 1
 
+    def bounds_at(self, place: int) -> tuple[int, int]:
+        """Where that token begins and ends, without white space at its edges."""
+        index = self.token_at(place)
+        token, start = self.tokens[index], self._starts[index]
+        return start + len(token) - len(token.lstrip()), start + len(token.rstrip())
+
 
 def read_input(value: Any) -> tuple[str, ...]:
     """The text, or the two texts, of one input.
@@ -338,7 +344,10 @@ def entities_in(
                 if begin < end:  # of several such tokens the first speaks for the word
                     space = (end, row if space is None or begin > space[0] else space[1])
                 continue
-            if units and _are_one_word(text, units[-1], start):
+            is_same = bool(units) and _are_one_word(text, units[-1], start)
+            start, end = _whole(text, start, end)
+            if is_same:
+                end = max(end, units[-1].end)
                 units[-1] = replace(units[-1], word=text[units[-1].start : end], end=end)
                 continue
             if space is not None and space[0] == begin == start:  # the first token of this word was the space before
@@ -351,16 +360,17 @@ def entities_in(
     for unit in units:
         place, kind = _place_and_kind(unit.label)
         before, kind_before = _place_and_kind(groups[-1][-1].label) if groups else ("", None)
-        if kind == kind_before and place not in ("B", "S") and before not in ("E", "S"):
+        is_alike = kind == kind_before and bool(place) == bool(before)
+        if is_alike and place not in ("B", "S") and before not in ("E", "S"):
             groups[-1].append(unit)
         else:
             groups.append([unit])
-    kinds = [_place_and_kind(group[0].label)[1] for group in groups]
     return tuple(
         Entity(kind, float(np.mean([one.score for one in group])), text[start:end], start, end)
-        for kind, group in zip(kinds, groups, strict=True)
+        for group in groups
+        for place, kind in [_place_and_kind(group[0].label)]
         for start, end in [(group[0].start, group[-1].end)]
-        if kind not in ignore_labels
+        if kind not in ignore_labels or (place and kind == "O")  # a type may be called so; its tags are B-O and I-O
     )
 
 
@@ -405,9 +415,24 @@ def _are_one_word(text: str, before: Entity, start: int) -> bool:
     return start < before.end or (start == before.end and _is_inside_word(text, start))
 
 
+def _whole(text: str, start: int, end: int) -> tuple[int, int]:
+    """A token's place with the marks on its last character, which a tokenizer may leave out; or its whole word's."""
+    if isinstance(text, SplitText):
+        return text.bounds_at(start)
+    return start, next((place for place in range(end, len(text)) if not _is_mark(text[place])), len(text))
+
+
+def _is_mark(char: str) -> bool:
+    """Whether it is written on, or joins, the character before it: an accent, a vowel sign, a variation selector."""
+    return unicodedata.category(char).startswith("M") or char in "\u200c\u200d"
+
+
 def _is_inside_word(text: str, place: int) -> bool:
     """Whether the characters before and at a place are of one word: ``O'Neil`` is one, with the comma behind it not."""
-    if any(unicodedata.name(char, "").startswith("CJK") for char in text[place - 1 : place + 1]):
+    if _is_mark(text[place]):
+        return not text[place - 1].isspace()
+    before = next((text[index] for index in range(place - 1, -1, -1) if not _is_mark(text[index])), "")
+    if any(unicodedata.name(char, "").startswith("CJK") for char in (before, text[place]) if char):
         return False
     return _meets_letter(text, range(place - 1, -1, -1)) and _meets_letter(text, range(place, len(text)))
 

@@ -49,6 +49,7 @@ _CONFIGS: dict[str, type[PeftConfig]] = {
     "head": HeadConfig,
 }
 # Set by the task or when attaching; not the user's to choose with --set.
+_READ_THE_LAST_PLACE = {"xlnet"}  # model types whose head takes the states there, be it padding
 _RESERVED = {
     *(each.name for each in dataclasses.fields(PeftConfig)),
     *("num_labels", "id2label", "problem_type", "backbone_fingerprint", "format_version", "check_backbone"),
@@ -197,9 +198,16 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer, with a padding token."""
+    """The backbone's tokenizer, with a padding token.
+
+    One that was set to pad on the left, as for generating, pads on the right again: models that count positions from
+    the first token of a row would answer by how much padding is before a text.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
+        was_set = tokenizer.padding_side == "left" and type(tokenizer).padding_side == "right"
+        if was_set and AutoConfig.from_pretrained(model).model_type not in _READ_THE_LAST_PLACE:
+            tokenizer.padding_side = "right"
     except (OSError, ValueError) as error:
         raise UserError(not_loaded("tokenizer of the model", model, error)) from error
     return with_pad_token(tokenizer)

@@ -109,7 +109,7 @@ def lines(path: Path, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
         TaskError: the file is missing, damaged, or in another encoding.
     """
     number = 0
-    end = _line_end(path, encoding)
+    end = line_end(path, encoding)
     with _opened(path) as stream, io.TextIOWrapper(stream, encoding, newline=end) as text:
         try:
             for number, line in enumerate(text, 1):
@@ -154,7 +154,12 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise TaskError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _line_end(path: Path, encoding: str) -> str:
+def line_end(path: Path, encoding: str) -> str:
+    r"""What ends a file's lines: ``\r`` where its start has that and no ``\n``, else ``\n``.
+
+    Raises:
+        TaskError: the file cannot be read.
+    """
     with _opened(path) as stream, io.TextIOWrapper(stream, encoding, errors="replace", newline="") as text:
         start = text.read(1 << 16)
     return "\r" if "\r" in start and "\n" not in start else "\n"  # "\r": old programs on the Macintosh

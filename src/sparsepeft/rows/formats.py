@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,7 @@ _SPREADSHEETS: Final = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".xml", ".num
 _NAMES: Final = {"parquet": "Parquet", "conll": "CoNLL"}  # that are no capitals
 _LONGEST_FIELD: Final = 2**31 - 1  # what a C long holds everywhere
 _SAMPLE: Final = 200  # lines that a delimiter is chosen by
+_SAID: Final = re.compile(r'("?)sep=([^\w"\r\n])\1[\r\n]*', re.IGNORECASE)  # a first line for Excel
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def find_format(
     """Tell how a file is written.
 
     The delimiter of CSV and TSV is the comma, semicolon, tab or pipe that gives all of the first rows as many fields as
-    the header. A TSV file is read with quotes where its header has them, where a field has doubled ones inside, or
-    where only that gives every row its fields; else a ``"`` in it is a character, as in GLUE's files.
+    the header, or the one that a first line for Excel says, ``sep=;``. A TSV file is read with quotes where its header
+    has them, where a field has doubled ones inside, or where only that gives every row its fields; else a ``"`` in it
+    is a character, as in GLUE's files.
 
     Args:
         path: the file; its name's ending, less ``.gz``, says the kind.
@@ -142,6 +145,19 @@ def records(rows: Iterable[str], delimiter: str) -> Any:
     return csv.reader(rows, delimiter=delimiter, strict=True)
 
 
+def table_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a CSV or TSV file, with their numbers; a first one that says the delimiter, ``sep=;``, is empty.
+
+    Raises:
+        TaskError: see :func:`sparsepeft.rows.decoding.lines`.
+    """
+    numbered = lines(path, encoding)
+    for number, line in numbered:
+        yield number, "\n" if _SAID.fullmatch(line) else line
+        break
+    yield from numbered
+
+
 def split_raw(line: str, delimiter: str) -> list[str]:
     """The fields of a line in which a ``"`` is a character; none for an empty line."""
     line = line.rstrip("\r\n")
@@ -165,7 +181,9 @@ def _kind(path: Path) -> str:
 
 
 def _delimiter(path: Path, kind: str, encoding: str, chosen: str | None) -> str:
-    sample = [line for _, line in islice(lines(path, encoding), _SAMPLE)]
+    if chosen is None and (said := next((_SAID.fullmatch(line) for _, line in lines(path, encoding)), None)):
+        return said[2]
+    sample = [line for _, line in islice(table_lines(path, encoding), _SAMPLE)]
     widths = {char: _widths(sample, char, kind) for char in DELIMITERS}
     splits = [char for char, found in widths.items() if found and found[0] > 1]
     fits = [char for char in splits if len(set(widths[char])) == 1]
@@ -212,7 +230,7 @@ def _quoted_widths(sample: list[str], delimiter: str) -> list[int]:
 def _has_quoting(path: Path, encoding: str) -> tuple[bool, str | None]:
     """Whether a TSV file has quoted fields, and what to say of a choice that could have been the other."""
     width, is_raw, header_quoted, num_quoted, doubled = 0, True, False, 0, False
-    for _, line in lines(path, encoding):
+    for _, line in table_lines(path, encoding):
         fields = split_raw(line, "\t")
         if not width:
             width, header_quoted = len(fields), any(name.startswith('"') for name in fields)
@@ -220,7 +238,7 @@ def _has_quoting(path: Path, encoding: str) -> tuple[bool, str | None]:
         quoted = [field for field in fields if field.startswith('"')]
         num_quoted += len(quoted)
         doubled = doubled or any('""' in field[1:-1] for field in quoted)
-    if not num_quoted or not _is_csv(lines(path, encoding)):
+    if not num_quoted or not _is_csv(table_lines(path, encoding)):
         return False, None
     if not is_raw or header_quoted:
         return True, None
@@ -237,7 +255,8 @@ def _is_csv(numbered: Iterator[tuple[int, str]]) -> bool:
     widths: set[int] = set()
     try:
         for record in records((line for _, line in numbered), "\t"):
-            widths.add(len(record) or max(widths, default=0))
+            if record:
+                widths.add(len(record))
             if len(widths) > 1:
                 return False
     except csv.Error:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sparsepeft.errors import TaskError
 from sparsepeft.rows.conll import read_sentences
 from sparsepeft.rows.decoding import check_size, known_encoding, lines, marked_encoding
-from sparsepeft.rows.formats import DELIMITERS, FileFormat, find_format, records, split_raw
+from sparsepeft.rows.formats import DELIMITERS, FileFormat, find_format, records, split_raw, table_lines
 from sparsepeft.rows.parquet import read_records
 
 
@@ -142,6 +142,7 @@ def _table_rows(
     path: Path, form: FileFormat, required: Collection[str], header: Sequence[str] | None, allow_short: bool
 ) -> Iterator[Row]:
     columns: list[str] | None = None
+    filled = set[int]()
     for number, fields in _quoted_fields(path, form) if form.is_quoted else _raw_fields(path, form):
         if columns is None:
             columns = [name.strip() for name in fields] if header is None else list(header)
@@ -153,17 +154,41 @@ def _table_rows(
                 f"{path}:{number}: expected {len(columns)} fields as in the header, found {len(fields)}; correct the "
                 "row"
             )
-        yield Row(number, dict(zip(columns, fields, strict=False)))
+        values = dict(zip(columns, fields, strict=False))
+        if columns.count("") > 1:
+            values[""] = _nameless(f"{path}:{number}", columns, fields, filled)
+        yield Row(number, values)
+
+
+def _nameless(where: str, columns: list[str], fields: list[str], filled: set[int]) -> str:
+    """The one value in columns without a name; spreadsheets write such columns where nothing is.
+
+    Args:
+        where: the row is, for messages.
+        columns, fields: of the row.
+        filled: numbers of the columns without a name that have a value in some row so far; changed.
+
+    Raises:
+        TaskError: two columns have values.
+    """
+    found = {number: field for number, field in enumerate(fields, 1) if field and not columns[number - 1]}
+    filled.update(found)
+    if len(filled) > 1:
+        numbers = " and ".join(map(str, sorted(filled)))
+        raise TaskError(
+            f"{where}: columns {numbers} have values, but no name in the header; give them names in the header"
+        )
+    return "".join(found.values())
 
 
 def _raw_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
-    for number, line in lines(path, form.encoding):
+    for number, line in table_lines(path, form.encoding):
         if fields := split_raw(line, form.delimiter):
             yield number, fields
 
 
 def _quoted_fields(path: Path, form: FileFormat) -> Iterator[tuple[int, list[str]]]:
-    reader = records((line for _, line in lines(path, form.encoding)), form.delimiter)
+    reader = records((line for _, line in table_lines(path, form.encoding)), form.delimiter)
     start = 1
     try:
         for fields in reader:

@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,10 +27,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Answer:
-    """A question's columns and the prediction for it."""
+    """A question's columns, the prediction for it, and what is added to the row besides."""
 
     columns: dict[str, Any]
     prediction: Prediction
+    added: dict[str, Any] = field(default_factory=dict)
 
 
 class Labels(Protocol):
@@ -70,7 +71,10 @@ def cells(prediction: Prediction) -> dict[str, Any]:
 
 
 def flat_cells(prediction: Prediction, task: Labels) -> dict[str, Any]:
-    """Like :func:`cells`, the same in all rows: a column for each label's score, and ``error``."""
+    """Like :func:`cells`, the same in all rows: a column for each label's score, and ``error``.
+
+    Several labels are one text, with ``|`` between them; they stay a list where a label of the task has one in it.
+    """
     found = cells(prediction)
     error, scores = found.pop("error", None), found.pop("scores", {})
     found.pop("truncated", None)
@@ -83,7 +87,7 @@ def flat_cells(prediction: Prediction, task: Labels) -> dict[str, Any]:
         first: dict[str, Any] = {"labels": None} if task.multi_label else {"label": None, "score": None}
         flat = first | {f"score_{name}": scores.get(name) for name in task.label_names}
     flat |= found | {"error": error}
-    if flat.get("labels") is not None:
+    if flat.get("labels") is not None and not any("|" in name for name in task.label_names or ()):
         flat["labels"] = "|".join(flat["labels"])
     return flat
 
@@ -103,7 +107,11 @@ def answer(predictor: Predictor, questions: Iterable[Question]) -> Iterator[list
         readable = [question.texts for question in batch if question.error is None]
         predictions = iter(predictor.predict(readable, on_error="return"))
         yield [
-            Answer(question.columns, next(predictions) if question.error is None else Prediction.failed(question.error))
+            Answer(
+                question.columns,
+                next(predictions) if question.error is None else Prediction.failed(question.error),
+                question.added,
+            )
             for question in batch
         ]
 
@@ -209,7 +217,7 @@ class AnswerLines:
 
     def _row(self, answer: Answer, added: dict[str, Any]) -> dict[str, Any]:
         self._taken.update(answer.columns)
-        return beside(answer.columns, added, self._taken)
+        return beside(answer.columns, answer.added | added, self._taken)
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -267,8 +275,9 @@ class CsvRows:
     def _line(self, cells: Iterable[Any]) -> str:
         if self._is_quoted:
             text = io.StringIO()
-            csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerow(cells)
-            written = text.getvalue()
+            # Python 3.11 quotes a field only for what is also in the end of the writer's own lines.
+            csv.writer(text, delimiter=self._delimiter, lineterminator="\r\n").writerow(cells)
+            written = text.getvalue().removesuffix("\r\n") + "\n"
         else:  # the csv module would refuse some characters that such a field may have
             written = self._delimiter.join(map(_raw, cells)) + "\n"
         return written.encode("utf-8", "replace").decode()

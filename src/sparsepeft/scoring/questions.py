@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsepeft.errors import TaskError, UserError
-from sparsepeft.rows.decoding import UTF8, is_gzipped, known_encoding, unpacked_name
+from sparsepeft.rows.decoding import UTF8, is_gzipped, known_encoding, line_end, unpacked_name
 from sparsepeft.rows.formats import FileFormat, check_used, encoding_of, find_format
 from sparsepeft.rows.reading import read_header, read_rows
 from sparsepeft.tasks import TaskSpec
@@ -72,11 +73,13 @@ class Question:
         texts: a text, a list of them, or a dictionary of ``tokens``, as the file has it: it may be no text.
         columns: all columns of its row, by name; empty for a line of plain text.
         error: why there is no input; None where there is one.
+        added: what goes beside the columns with the answer: the ``text`` of a list of tokens, in which entities are.
     """
 
     texts: Any
     columns: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    added: dict[str, Any] = field(default_factory=dict)
 
 
 def read_questions(path: Path, asked: Asked, table: TableOptions = TableOptions()) -> Iterator[Question]:
@@ -177,19 +180,29 @@ def _read_table(path: Path, asked: Asked, table: TableOptions) -> Iterator[Quest
 
 
 def _read_file(path: Path, asked: Asked, table: TableOptions) -> Iterator[Question]:
-    encoding = _encoding_of_lines(path, table)
+    encoding = encoding_of_lines(path, table)
     opened: Any = gzip.open if is_gzipped(path) else open
+    end = "\n"
+    if path.is_file():  # a pipe is read once
+        with contextlib.suppress(TaskError):  # of a damaged file, which is told where it is read
+            end = line_end(path, encoding)
     try:
         # What is not of that encoding becomes half of a surrogate pair, which the line's answer complains of.
-        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as stream:
+        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=end) as stream:
             must_be_json = unpacked_name(path).endswith((".jsonl", ".json"))
             yield from read_lines(stream, asked, table, must_be_json=must_be_json)
     except (OSError, EOFError, LookupError) as error:
         raise UserError(f"{path} cannot be read ({error}); pass another `file`, or its `encoding`.") from error
 
 
-def _encoding_of_lines(path: Path, table: TableOptions) -> str:
-    """As training finds it; UTF-8 for a pipe, which is read once, and for a damaged file, whose lines then say so."""
+def encoding_of_lines(path: Path, table: TableOptions) -> str:
+    """A file's encoding, as training finds it, with a note on one that was guessed.
+
+    UTF-8 for a pipe, which is read once, and for a damaged file, whose lines then say so.
+
+    Raises:
+        TaskError: the caller says one that Python does not know.
+    """
     if table.encoding is not None or not path.is_file():
         return known_encoding(table.encoding or UTF8)
     try:
@@ -232,7 +245,7 @@ def as_question(texts: list[Any], columns: dict[str, Any], asked: Asked) -> Ques
     """A row's question; of a list of tokens the text is added, since that is where answers say that entities are."""
     first = texts[0]
     if asked.spec.labels_tokens and isinstance(first, list):
-        return Question({"tokens": first}, beside(columns, {"text": " ".join(map(str, first))}))
+        return Question({"tokens": first}, columns, added={"text": " ".join(map(str, first))})
     return Question(first if len(texts) == 1 else texts, columns)
 
 

@@ -20,6 +20,7 @@ PAIRS: Final = (
 )
 SINGLES: Final = ("text", "sentence", "review", "content", "document")
 _COUNTERS: Final = ("", "id", "idx", "index", "guid", "uid", "unnamed: 0")  # "": of pandas
+_INDEX: Final = "__index_level_"  # in parquet, of pandas
 LABELS: Final = ("label", "labels", "target", "score", "class", "category", "gold_label", "is_duplicate")
 TOKENS: Final = ("tokens", "words")  # lists
 TAGS: Final = ("tags", "ner_tags", "labels", "label")  # lists, too; of several the first in this order
@@ -89,6 +90,10 @@ def choose_columns(
     if len({*texts, *labels}) != len(texts) + len(labels):
         raise TaskError(f"{path}: the columns {_listed((*texts, *labels))} must be different; name another one")
     return Columns(texts, chosen)
+
+
+def _is_counter(name: str) -> bool:
+    return name.lower() in _COUNTERS or name.startswith(_INDEX)
 
 
 def holds_tokens(row: Mapping[str, Any], text: str | None, label: str | Sequence[str] | None) -> bool:
@@ -242,7 +247,7 @@ def _detect_indicators(
     path: Path, columns: Sequence[str], texts: tuple[str, ...], indicators: Collection[str]
 ) -> Columns | None:
     """Two or more columns of 0 and 1 where all others, but for counters, are the texts; None where that is not so."""
-    others = [name for name in columns if name.lower() not in _COUNTERS and name not in texts]
+    others = [name for name in columns if not _is_counter(name) and name not in texts]
     labels = tuple(name for name in others if name in indicators)
     others = [name for name in others if name not in labels]
     if not texts:
@@ -272,7 +277,7 @@ def _detect_label(path: Path, columns: Sequence[str], texts: Sequence[str] = ())
     if not matches:  # the only column that is left
         with contextlib.suppress(TaskError):
             texts = texts or _detect_texts(path, columns)
-            matches = [name for name in columns if name not in texts and name.lower() not in _COUNTERS]
+            matches = [name for name in columns if name not in texts and not _is_counter(name)]
             matches = matches if len(matches) == 1 else []
     if len(matches) == 1:
         return matches[0]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _INTEGER: Final = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 _DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+_WITH_THOUSANDS: Final = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 MAX_FLOAT32: Final = 3.4e38  # labels are float32
 REGRESSION, SINGLE, MULTI = "regression", "single_label_classification", "multi_label_classification"
 TOKENS: Final = "token_classification"
@@ -130,8 +132,8 @@ class LabelReader:
             return cls(None)
         names = _sorted(_written_alike(distinct), integers)
         _require_two(path, names)
-        note = _note_on_classes(names, integers, len(texts)) if kind is None else None
-        return cls(names, integers, notes=(note,) if note else ())
+        notes = (_note_on_classes(names, integers, len(texts)) if kind is None else None, _note_on_looks(names))
+        return cls(names, integers, notes=tuple(note for note in notes if note))
 
     @classmethod
     def for_columns(cls, names: Sequence[str], labels: Lines, problem_type: str | None) -> LabelReader:
@@ -171,7 +173,8 @@ class LabelReader:
         integers = bool(parts) and all(_INTEGER.fullmatch(part) for part in parts)
         names = _sorted(parts, integers)
         _require_two(path, names)
-        return cls(names, integers, True, separator, notes)
+        looks = _note_on_looks(names)
+        return cls(names, integers, True, separator, (*notes, looks) if looks else notes)
 
     def read(self, path: Path, labels: Lines) -> list[int] | list[float] | list[list[float]]:
         """Give class indices, or values, or for several labels a one or zero for each class.
@@ -310,6 +313,8 @@ def _require_two(path: Path, names: Sequence[str]) -> None:
 
 def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str | None:
     """A note on classes that could be several labels or values."""
+    if not integers and (note := _note_on_numbers(names)):
+        return note
     for separator in _SEPARATORS:
         joined = [name for name in names if separator in name]
         parts = {part.strip() for name in joined for part in name.split(separator)}
@@ -318,8 +323,6 @@ def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str
                 f"labels such as {joined[0]!r} were taken for classes of their own; if they are several labels, pass "
                 "`problem_type=multi_label`"
             )
-    if all(_DECIMAL_COMMA.fullmatch(name) for name in names):
-        return f"labels such as {names[0]!r} were taken for classes; if they are values, write a point for the comma"
     if len(names) > 20 and 2 * len(names) > num_rows:
         return (
             f"{len(names):,} classes in {num_rows:,} rows: for values rather than classes pass "
@@ -332,6 +335,42 @@ def _note_on_classes(names: Sequence[str], integers: bool, num_rows: int) -> str
             "`problem_type=regression`"
         )
     return None
+
+
+def _note_on_numbers(names: Sequence[str]) -> str | None:
+    """A note on classes most of which would be values, if some were not written otherwise."""
+    others = [name for name in names if not _NUMBER.fullmatch(name)]
+    num_numbers = len(names) - len(others) + sum(map(_is_written_number, others))
+    if num_numbers == len(names) and all(_DECIMAL_COMMA.fullmatch(name) for name in others):
+        return (
+            f"labels such as {others[0]!r} were taken for classes; if they are values, write a point for the comma; if "
+            "they are several labels, pass `problem_type=multi_label`"
+        )
+    if len(names) < 3 or 2 * num_numbers <= len(names):
+        return None
+    return (
+        f"the labels were taken for classes, as {quoted(others, 3)} cannot be read as numbers; if they are values, "
+        "correct these, or pass `problem_type=regression` and be told where they are"
+    )
+
+
+def _is_written_number(text: str) -> bool:
+    """Whether people read it as a number: with a decimal comma, commas after thousands, percent or another minus."""
+    plain = text.replace("\N{MINUS SIGN}", "-").rstrip("%").strip()
+    return any(pattern.fullmatch(plain) for pattern in (_NUMBER, _DECIMAL_COMMA, _WITH_THOUSANDS))
+
+
+def _note_on_looks(names: Sequence[str]) -> str | None:
+    """A note on names that look alike: with other white space, or with characters that are not seen."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        seen = "".join(char for char in unicodedata.normalize("NFC", name) if unicodedata.category(char) != "Cf")
+        alike.setdefault(" ".join(seen.split()), []).append(name)
+    found = next((group for group in alike.values() if len(group) > 1), None)
+    if found is None:
+        return None
+    written = " and ".join(ascii(name) for name in found[:2])
+    return f"the labels {written} look alike but are two; write them in the same way if they are one"
 
 
 def _whole(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
@@ -151,14 +152,19 @@ class LocalFiles:
             reader = LabelReader.from_training(train, labels, self.problem_type)
         else:
             reader = LabelReader.for_columns(self.columns.label, labels, self.problem_type)
-        rows = {part: _rows(path, examples[part], reader) for part, path in self.paths.items()}
+        rows, found = {}, list(reader.notes)
+        for part, path in self.paths.items():
+            if isinstance(reader, TagReader) and part != "train" and entity_types(reader.names):
+                reader = reader.of_file(path, _labels(examples[part]))
+                found += reader.notes
+            rows[part] = _rows(path, examples[part], reader)
         if "validation" not in rows and len(rows["train"]) < LEAST_ROWS:
             raise TaskError(
                 f"{train} has {len(rows['train'])} row(s); expected at least {LEAST_ROWS} (one to train on, "
                 "one to choose a checkpoint by, one to score), add examples"
             )
         notes = [note for file_format in self.formats.values() for note in file_format.notes]
-        return _spec(name, self.columns, reader), rows, [*notes, *self._notes, *reader.notes]
+        return _spec(name, self.columns, reader), rows, [*notes, *self._notes, *found]
 
     def describe(self) -> dict[str, Any]:
         """How they are written and which columns are taken, in what JSON can hold: ``files`` and ``columns``."""
@@ -199,6 +205,12 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
             f"no validation file: {len(sets['validation']):,} of {num_rows:,} training rows "
             f"(a {kind} tenth, seed {seed}) are held out as validation"
         )
+        left = _texts(sets["train"], spec)
+        if num_known := sum(texts in left for texts in _texts(sets["validation"], spec).elements()):
+            notes.append(
+                f"{num_known:,} of the rows held out have the texts of rows that are trained on: their scores say "
+                "nothing about new texts; leave each text once"
+            )
     if spec.problem_type == SINGLE and spec.label_names is not None:
         seen = set(sets["validation"]["label"][:])
         missing = [label for index, label in enumerate(spec.label_names) if index not in seen]
@@ -219,6 +231,14 @@ def load_local(name: str, options: FileOptions, seed: int) -> TaskData:
         fingerprints=dict(zip(distinct_names([*paths.values()]), sums.values(), strict=True)),
         drawn=() if "validation" in paths else ("validation",),
         columns=files.columns,
+    )
+
+
+def _texts(rows: Dataset, spec: TaskSpec) -> Counter[tuple[Any, ...]]:
+    """How often each text, pair or list of tokens is among the rows."""
+    columns = (rows[name][:] for name in spec.text_columns)
+    return Counter(
+        tuple(text if isinstance(text, str) else tuple(text) for text in row) for row in zip(*columns, strict=True)
     )
 
 

@@ -99,18 +99,21 @@ class TagReader:
             return cls(tuple(sorted(tags)), notes=(note,))
         places = {tag[0] for tag in tags if tag != OUTSIDE} | {"B", "I"}
         names = (OUTSIDE, *(f"{place}-{kind}" for kind in types for place in _PLACES if place in places))
-        num_without, is_iob1 = _beginnings(labels)
+        return cls(names).of_file(path, labels)
+
+    @classmethod
+    def for_task(cls, spec: TaskSpec, labels: TagLines) -> TagReader:
+        """Read the tags of a task that was trained before from another file."""
+        return cls(spec.label_names or ()).of_file(Path(), labels)
+
+    def of_file(self, path: Path, labels: TagLines) -> TagReader:
+        """The reader of one of the task's files, each of which may be in IOB1 or not."""
+        num_without, is_iob1 = _beginnings(labels) if entity_types(self.names) else (0, False)
         if is_iob1:
             note = f"{path.name} is in IOB1 (B- only between neighbours of one type) and was turned into IOB2"
         else:
             note = f"{num_without:,} entities of {path.name} begin with I- and not with B-; they count as entities"
-        return cls(names, is_iob1, (note,) if num_without else ())
-
-    @classmethod
-    def for_task(cls, spec: TaskSpec, labels: TagLines) -> TagReader:
-        """Read the tags of a task that was trained before from another file, which may be in IOB1."""
-        known = cls(spec.label_names or ())
-        return replace(known, is_iob1=bool(entity_types(known.names)) and _beginnings(labels)[1])
+        return replace(self, is_iob1=is_iob1, notes=(note,) if num_without else ())
 
     def read(self, path: Path, labels: TagLines) -> list[list[int]]:
         """Give the indices of each row's tags.

@@ -74,10 +74,15 @@ def _labelled(
     """Logits (M, C) and classes (M,) of the tokens that have a label, and how many of them each sentence has."""
     logits, classes = np.asarray(predictions), np.asarray(labels)
     is_token = classes != NO_TOKEN
-    if classes.ndim != 2 or logits.shape != (*classes.shape, spec.num_labels) or not is_token.any():
+    if not is_token.any():
+        raise TaskError(
+            f"{spec.name}: no token can be scored; expected at least one with characters that the tokenizer knows, "
+            "correct the file"
+        )
+    if classes.ndim != 2 or logits.shape != (*classes.shape, spec.num_labels):
         raise TaskError(
             f"{spec.name}: received predictions of shape {logits.shape} and labels of shape {classes.shape}; expected "
-            f"(N, T, {spec.num_labels}) and (N, T), with a label for at least one token"
+            f"(N, T, {spec.num_labels}) and (N, T)"
         )
     return logits[is_token], classes[is_token], is_token.sum(axis=1)
 

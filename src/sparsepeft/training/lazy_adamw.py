@@ -14,8 +14,8 @@ from sparsepeft.ops.product_memory.update import AdamStep, Rows
 
 _GROWTH = 1.5  # of the room for moments
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Before their names in a saved state, where they are those of touched rows: torch's fused AdamW would take them for those
-# of all rows, and write beyond their end.
+# Before their names in a saved state, where they are those of touched rows: torch's fused AdamW would take them for
+# those of all rows, and write beyond their end.
 _OF_ROWS = "rows_"
 
 
@@ -66,7 +66,7 @@ class LazyAdamW(AdamW):
             self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, of touched rows alone; AdamW cannot go on from it where there are some, but the other way round."""
+        """The state, of touched rows alone. AdamW cannot go on from it where there are some; LazyAdamW can from its."""
         content = super().state_dict()
         return content | {"state": {index: _saved(state) for index, state in content["state"].items()}}
 

@@ -58,9 +58,11 @@ class SparseGradientTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers has it; then memories leave open again what their config does, for other optimizers.
 
-        A checkpoint with the moments of some rows alone is gone on from with LazyAdamW, be gradients sparse or dense now.
+        From a checkpoint with the moments of some rows alone LazyAdamW goes on, be gradients sparse or dense now.
         """
-        checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        checkpoint = (
+            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
         if self._lazy_adamw is not None and checkpoint and holds_rows(Path(checkpoint) / OPTIMIZER_NAME):
             self.optimizer_cls_and_kwargs = self._lazy_adamw
         open_now = [(memory, is_sparse) for memory, is_sparse in self._decided if memory.sparse_gradients is None]
