@@ -79,6 +79,14 @@ TABLES = {
         "Full fine-tuning on these, at twice its recipe's rate",
         partial(scores.reproduced, folder="all-mpnet-base-v2/labels_1e-4", name="table1"),
     ),
+    "labels-head": Table(
+        "Full fine-tuning on these, its head at SPARTAN's rate",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/labels_head", name="table1"),
+    ),
+    "labels-norms": Table(
+        "SPARTAN on labels of tokens, at twice the rate, its norms at a fifth",
+        partial(scores.reproduced, folder="all-mpnet-base-v2/labels_norms", name="table1"),
+    ),
     "options": Table("What the options do to scores", scores.options),
     "recipe-search": Table("On MiniLM", scores.recipe_search),
     "recipe-search-mpnet": Table(
@@ -145,7 +153,8 @@ PAGES = {
     "scores": (
         "Scores and storage",
         (
-            *("few-shot-mpnet", "beside-paper", "full-data-mpnet", "full-data-mpnet-norms", "labels", "labels-rate"),
+            *("few-shot-mpnet", "beside-paper", "full-data-mpnet", "full-data-mpnet-norms"),
+            *("labels", "labels-rate", "labels-head", "labels-norms"),
             *("few-shot", "full-data", "full-data-bbc", "full-data-subsets", "options"),
         ),
     ),
