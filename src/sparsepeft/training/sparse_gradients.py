@@ -45,9 +45,10 @@ class SparseGradientTrainer(Trainer):
         model: Any = self.model
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         is_possible = isinstance(optimizer_class, type) and issubclass(optimizer_class, AdamW)
-        undecided = [memory for memory in _trained_memories(model) if memory.sparse_gradients is None]
+        memories = _trained_memories(model)
+        undecided = [memory for memory in memories if memory.sparse_gradients is None]
         try:
-            if is_possible:
+            if is_possible and memories:
                 self._lazy_adamw = LazyAdamW, settings
             if use_sparse_gradients(model, self.args.world_size == 1 and is_possible):
                 self.optimizer_cls_and_kwargs = self._lazy_adamw
