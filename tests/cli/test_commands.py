@@ -54,11 +54,13 @@ def test_tasks_of_values_and_of_several_labels(tiny_backbone: Path, tmp_path: Pa
 
 
 def test_export(topics_run: Path, tmp_path: Path) -> None:
-    done = ran("export", topics_run, "--output-dir", tmp_path / "out", "--int8", "--max-examples", 9, "--json")
+    options = ("--int8", "--split", "test", "--max-examples", 9)
+    done = ran("export", topics_run, "--output-dir", tmp_path / "out", *options, "--json")
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "out" / "export.json").read_text())
     assert report["tasks"]["topics"]["num_texts"] == 9
-    table, hint = _parts(report, tmp_path / "out", "validation")  # what is printed without --json
+    assert report["tasks"]["topics"]["checked_on"] == "the task's test set"
+    table, hint = _parts(report, tmp_path / "out", "test")  # what is printed without --json
     assert list(table.columns[-3:]) == ["fp32", "int8 tasks", "int8"]
     assert hint == f'next: python {tmp_path / "out" / "run.py"} topics "some text"'
     run_py = [sys.executable, str(tmp_path / "out" / "run.py"), "topics", "The striker scored twice."]

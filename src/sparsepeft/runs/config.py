@@ -7,7 +7,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -315,6 +315,9 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(key, key): value for key, value in values.items()}
 
 
+_types_of = cache(get_type_hints)  # a class's are read once
+
+
 def _plain_fields(config: RunConfig) -> dict[str, Any]:
     """A config's values as plain Python has them: paths as texts, NumPy's numbers as numbers.
 
@@ -324,7 +327,7 @@ def _plain_fields(config: RunConfig) -> dict[str, Any]:
         UserError: a value is of none of its field's types.
     """
     values = {}
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _types_of(type(config)).items():
         value = getattr(config, name)
         kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
         if isinstance(value, os.PathLike) and str in kinds:

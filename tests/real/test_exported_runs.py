@@ -1,4 +1,4 @@
-"""Real tasks on the real MiniLM: a text, a pair of texts, and a value for a pair."""
+"""Three real tasks on MiniLM, exported: a text, a pair of texts, and a value for a pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASKS = ("sst2", "rte", "stsb")
 MOST = 64  # texts of a task
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_validation_sets_get_pytorchs_answers(data_dir: Path, tmp_path: Path) -> None:
     values = {"data_dir": str(data_dir), "max_steps": 2, "max_train_samples": 32, "max_length": 48}
     for task in TASKS:
