@@ -111,7 +111,7 @@ def report_tables(report: Mapping[str, Mapping[str, Any]]) -> Iterator[Any]:
             [name, *(f"{each[key]:.3f}" for key in ("precision", "recall", "f1")), f"{each['support']:,}"]
             for name, each in classes.items()
         ]
-        yield table(f"classes of {part}", ["class", "precision", "recall", "F1", "rows"], rows)
+        yield table(f"classes of {part}", ["class", "precision", "recall", "F1", "support"], rows)
         if matrix := content.get("confusion_matrix"):
             yield from _confusions(part, list(classes), matrix)
 

@@ -87,7 +87,9 @@ def report_tables(report: Any) -> list[Any]:
     for layer, untrained in zip(report.layers, fresh, strict=True):
         name = f"{layer.index}, decoder" if "decoder" in layer.name.split(".") else layer.index
         row = [name, *([_number(layer.nmi_documents), _number(layer.nmi_positions)] if has_labels else [])]
-        row += [_number(untrained.nmi_documents)] if has_labels and untrained else []
+        if has_labels and untrained:
+            of_positions = untrained.nmi_documents is None  # labels of tokens
+            row.append(_number(untrained.nmi_positions if of_positions else untrained.nmi_documents))
         rows.append([*row, _number(layer.gate_entropy), f"{layer.moved:.1%}", layer.describe_dead()])
     title = f"{last.documents:,} documents, {last.positions:,} positions"
     layers = table(title, [*columns, "entropy", "moved", "dead"], rows)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers as hf
 from tests.cli.test_cli import ran, sparsepeft
 from tests.tiny import topics_rows, topics_text, write_jsonl
+from transformers.integrations import integration_utils
 
 from sparsepeft.reprs import duration
 from sparsepeft.runs import pushing
@@ -114,13 +117,21 @@ def test_options_by_transformers_names(tiny_backbone: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["topics", "lm"])
 def test_a_dry_run_says_what_would_be_done(
-    tiny_backbone: Path, tiny_language_model: Path, tmp_path: Path, task: str
+    tiny_backbone: Path, tiny_language_model: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = ("--model", tiny_backbone)
     if task == "lm":
         own = ("--model", tiny_language_model, "--text", topics_text(tmp_path), "--block-length", 16)
     before = sorted(tmp_path.iterdir())
+    told: list[str] = []
+
+    class Tracker(hf.TrainerCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            told.append("a log")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
     command = ("train", "--task", task, "--output-dir", tmp_path / "o", "--max-steps", 50, "--dry-run", *own)
+    command += ("--report-to", "wandb")
     done = ran(*command)
     for words in ("50 steps of", "trained: ", "s a step", "Nothing was written"):
         assert words in done.stdout
@@ -129,3 +140,4 @@ def test_a_dry_run_says_what_would_be_done(
     assert found["plan"]["steps"] == 50
     assert found["saved_bytes"] > 0
     assert found["estimated_seconds"] > 50 * found["seconds_per_step"]
+    assert not told

@@ -13,6 +13,7 @@ from tests.matrices import Recorder
 from tests.tiny import Interrupt, run_config, topics_rows, write_jsonl
 
 from sparsepeft.comparison import Compared, Comparison, compare, noise, speed
+from sparsepeft.comparison.running import _check_output
 from sparsepeft.comparison.speed import Repeats, _medians
 from sparsepeft.errors import UserError
 from sparsepeft.folders import UNFINISHED, locked
@@ -218,6 +219,8 @@ def test_what_cannot_be_used_is_refused(tiny_backbone: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=rf"holds other files \({name}"):
             compare(config, ["head"])
         (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "head-7").mkdir()  # a run of another seed, without a result
+    _check_output(tmp_path / "out")
 
 
 def test_calls_take_turns() -> None:

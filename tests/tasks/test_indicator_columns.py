@@ -117,14 +117,15 @@ def test_files_that_come_later(tmp_path: Path) -> None:
     header = ["id", "text", *NAMES[::-1]]
     for trained in (NAMES, "tags"):  # of a task whose labels were columns, or lists
         label = choose_label_column(path, header, None, trained, NAMES)
-        found = load_labelled(path, spec, Columns(("text",), label), find_format(path))
+        found, _ = load_labelled(path, spec, Columns(("text",), label), find_format(path))
         assert found["label"][:] == [list(row) for row in ROWS]
     tags.write_text("".join(json.dumps({"text": "x", "tags": tags}) + "\n" for tags in (["fear"], [])))
     assert choose_label_column(tags, ["text", "tags"], None, NAMES, NAMES) == "tags"
-    found = load_labelled(tags, spec, Columns(("text",), "tags"), find_format(tags))
+    found, _ = load_labelled(tags, spec, Columns(("text",), "tags"), find_format(tags))
     assert found["label"][:] == [[0, 0, 1], [0, 0, 0]]
-    with pytest.raises(TaskError, match=r"of the labels 'joy', 'anger', 'fear' no column is called 'fear'; add"):
-        choose_label_column(path, ["text", "joy", "anger"], None, NAMES, NAMES)
+    for named in (None, "joy,anger", NAMES[:2]):
+        with pytest.raises(TaskError, match=r"of the labels 'joy', 'anger', 'fear' no column is called 'fear'; have"):
+            choose_label_column(path, ["text", "joy", "anger"], named, NAMES, NAMES)
     with pytest.raises(TaskError, match=r"`label_column=mood` was given, but the columns are"):
         choose_label_column(path, header, "mood", NAMES, NAMES)
     with pytest.raises(TaskError, match=r"no column 'fear'; the columns found are 'id', 'text', 'joy', 'anger'"):

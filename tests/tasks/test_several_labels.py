@@ -62,6 +62,8 @@ def test_another_file_may_write_the_same_labels_otherwise(tmp_path: Path) -> Non
         assert LabelReader.for_task(spec, labels).read(tmp_path, labels)[0][0] == 1
     spec = load(tmp_path / "b.jsonl", [("x", True), ("y", False)]).spec
     assert LabelReader.for_task(spec, []).read(tmp_path, [(1, "True"), (2, "FALSE"), (3, "true")]) == [1, 0, 1]
+    with pytest.raises(TaskError, match=r"the label is \['true'\]; expected one label, correct the row$"):
+        LabelReader.for_task(spec, []).read(tmp_path, [(1, ("true",))])
     numbers = load(tmp_path / "c.jsonl", [("x", [0, 1]), ("y", [1, 0])])  # which may be names
     assert numbers.spec.label_names == ("0", "1")
 

@@ -20,6 +20,7 @@ from sparsepeft.inspection import inspect_run
 from sparsepeft.runs.files import RUN, spec_of
 from sparsepeft.training import Predictor, evaluate, train
 from sparsepeft_cli.app import app
+from sparsepeft_cli.inspect import report_tables
 
 pytestmark = pytest.mark.slow
 KINDS = dict.fromkeys(("the", "a", "an"), "thing") | dict.fromkeys(("in", "of", "to", "for", "on", "at"), "place")
@@ -157,6 +158,11 @@ def test_files_of_answers(runs: dict[str, Path], files: dict[str, Path], tmp_pat
     shown = ask.invoke(app, ["evaluate", str(runs["full"]), "--report"]).stdout
     assert "f1" in shown
     assert "place" in shown
+    iob1 = tmp_path / "iob1.conll"
+    iob1.write_text(files["test"].read_text().replace("B-", "I-"))
+    scores = evaluate(runs["full"], test_file=iob1)
+    assert scores.metrics == evaluate(runs["full"], test_file=files["test"]).metrics
+    assert [note for note in scores.notes if note.startswith("iob1.conll is in IOB1")]
     texts = tmp_path / "texts.csv"
     texts.write_text("text,label\na,b\n")
     with pytest.raises(UserError, match="which column has the tokens"):
@@ -209,8 +215,11 @@ def test_batches_with_nothing_to_learn_are_left_out(tiny_backbone: Path, tmp_pat
 
 
 def test_parents_by_the_tags_of_tokens(runs: dict[str, Path]) -> None:
-    report = inspect_run(runs["spartan"], max_examples=30)
+    report = inspect_run(runs["spartan"], max_examples=30, compare_untrained=True)
     layer = report.layers[-1]
+    layers = report_tables(report)[0]
+    fresh = [float(row[list(layers.columns).index("untrained")]) for row in layers.rows]
+    assert fresh == pytest.approx([each.nmi_positions for each in report.untrained.layers], abs=5e-4)
     assert report.label_names == ("O", "B-place", "I-place", "B-thing", "I-thing")
     assert layer.nmi_positions is not None
     assert layer.nmi_documents is None

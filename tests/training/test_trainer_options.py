@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.tiny import Interrupt, run_config, save_tiny_backbone, topics_rows, w
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from sparsepeft.errors import UserError
+from sparsepeft.runs.history import read_history
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training import RunConfig, load_config, train
 from sparsepeft.training.loss import TaskLoss, check_loss, task_loss
@@ -42,6 +44,27 @@ def test_the_loss_of_single_labels_is_torchs(given: Any, weights: list[float] | 
     count = loss.count([LABELS[:3], LABELS[3:]])
     parts = [loss({"logits": logits[part]}, LABELS[part], count) for part in (slice(3), slice(3, 7))]
     torch.testing.assert_close(sum(parts), expected(logits, LABELS))
+
+
+def test_a_class_without_rows_does_not_count_when_weights_are_balanced() -> None:
+    """As in scikit-learn; by smoothing it would have the gradient of all others together."""
+    balanced = RunConfig("topics", "o", class_weights="balanced", label_smoothing_factor=0.1)
+    loss = task_loss(MAIL, [0] * 6 + [2] * 2, balanced)
+    assert loss is not None
+    assert loss.weights.tolist() == pytest.approx([8 / 12, 1, 8 / 4])
+
+
+def test_class_weights_by_labels_as_files_write_them() -> None:
+    truth, number = (replace(MAIL, label_names=names) for names in (("false", "true"), ("0", "1")))
+    for spec, given in ((truth, {True: 3, False: 1}), (truth, "TRUE=3"), (number, {1: 3, 0: 1}), (number, "1.0=3,0=1")):
+        config = RunConfig("topics", "o", class_weights=given)
+        check_loss(spec, config)
+        loss = task_loss(spec, [0, 1], config)
+        assert loss is not None
+        assert loss.weights.tolist() == [1, 3]
+    yes = replace(MAIL, label_names=("no", "yes"))
+    with pytest.raises(UserError, match=r"'true' is unknown; valid are no, yes. YAML reads yes, no, on and off so"):
+        check_loss(yes, RunConfig("topics", "o", class_weights={True: 3}))
 
 
 def test_the_loss_of_several_labels_is_torchs() -> None:
@@ -172,9 +195,16 @@ def test_a_run_that_stops_early_resumes_as_if_it_had_not_been_interrupted(tiny_b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [{"few_shot": 20}, {"eval_steps": 2}])
+@pytest.mark.parametrize(
+    ("choice", "steps"),
+    [
+        ({"few_shot": 20}, 5),
+        ({"eval_steps": 2}, 5),
+        ({"eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 1e-9}, 2),
+    ],
+)
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
-    tiny_backbone: Path, tmp_path: Path, choice: dict[str, int]
+    tiny_backbone: Path, tmp_path: Path, choice: dict[str, Any], steps: int
 ) -> None:
     class Kill(hf.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,7 +215,8 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
     with pytest.raises(KeyboardInterrupt):
         train(run_config(tiny_backbone, tmp_path / "cut", **options), callbacks=[Kill()])
     cut = train(run_config(tiny_backbone, tmp_path / "cut", **options))
-    assert cut["steps"] == whole["steps"] == 5
+    assert cut["steps"] == whole["steps"] == steps
+    assert cut["train_seconds"] >= read_history(tmp_path / "cut")[-1]["seconds"]  # of all parts
     assert (cut["best_step"], cut["metrics"]) == (whole["best_step"], whole["metrics"])
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "cut" / "adapter_model.safetensors")[name], tensor)

@@ -21,7 +21,6 @@ from sparsepeft.provenance import environment
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import HELD_OUT, HISTORY, RESULTS
 from sparsepeft.runs.held_out import load_task_data, rows_of
-from sparsepeft.runs.history import read_lines
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.thresholds import cuts
 from sparsepeft.training.callbacks import Watcher
@@ -170,7 +169,7 @@ def _compared(
         interval=scorers["validation"].interval(answers["validation"]),
         scores=tuple(scores["validation"]),
         test_score=statistics.mean(scores["test"]) if "test" in scores else None,
-        train_seconds=statistics.mean(map(_train_seconds, runs)),
+        train_seconds=statistics.mean(result["train_seconds"] for result in results),
         trained_parameters=results[0]["parameters"]["trained"],
         file_bytes=results[0]["saved_bytes"],
         task_bytes=_task_bytes(runs[0].folder),
@@ -178,12 +177,6 @@ def _compared(
         latency_ms=speed.latency_ms,
         texts_per_second=speed.texts_per_second,
     )
-
-
-def _train_seconds(run: Run) -> float:
-    """Seconds of a run's training; those of one that was interrupted are in its history, without the pauses."""
-    history = read_lines(run.folder / HISTORY)
-    return max((run.results or {})["train_seconds"], history[-1]["seconds"] if history else 0.0)
 
 
 def _task_bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import logging
+import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from sparsepeft.training.fit import training_device
 from sparsepeft.training.run import train
 
 logger = logging.getLogger(__name__)
+_RUN = re.compile(rf"({'|'.join(METHODS)})-\d+")  # a run's folder
 
 
 def compare(
@@ -81,7 +83,7 @@ def compare(
     }
     require("datasets", "train", "Training").disable_progress_bars()
     training_device(config.device)
-    _check_output(folder, seeds)
+    _check_output(folder)
     data = prepare_data(config)
     assert isinstance(data, LabelledData)  # a language model was refused
     if data.spec.labels_tokens:
@@ -104,7 +106,7 @@ def _name(method: str, seed: int) -> str:
     return f"{method}-{seed}"
 
 
-def _check_output(folder: Path, seeds: Sequence[int]) -> None:
+def _check_output(folder: Path) -> None:
     """See that the folder is new, empty, or a comparison's.
 
     Raises:
@@ -119,8 +121,9 @@ def _check_output(folder: Path, seeds: Sequence[int]) -> None:
             content = None
         if not isinstance(content, dict) or content.get("measured") != MEASURED:
             refuse_foreign(folder)
-    runs = [_name(method, seed) for method in METHODS for seed in seeds]
-    check_output(folder, (RESULT, *runs), "a comparison", overwrite=True)
+    # Runs of other seeds, too, of a comparison that was interrupted before it had a result.
+    found = [path.name for path in folder.glob("*-*") if _RUN.fullmatch(path.name) and path.is_dir()]
+    check_output(folder, (RESULT, *found), "a comparison", overwrite=True)
 
 
 def _is_done(config: RunConfig, data: LabelledData, overwrite: bool) -> bool:

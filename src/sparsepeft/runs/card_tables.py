@@ -83,7 +83,7 @@ def _beside(results: Mapping[str, Any]) -> list[str]:
         )
         for name, v in per_class.items()
     ]
-    header = ("label", "precision", "recall", "F1", "rows", *(["holds above"] if thresholds else []))
+    header = ("label", "precision", "recall", "F1", "support", *(["holds above"] if thresholds else []))
     paragraphs.append(f"By label, on {part}:\n\n" + table(header, rows))
     matrix = report.get("confusion_matrix")
     if matrix and len(per_class) <= _MOST_LABELS:

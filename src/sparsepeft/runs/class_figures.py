@@ -102,7 +102,7 @@ def _bars(per_class: Mapping[str, Mapping[str, float]], title: str) -> Figure:
         look: dict[str, Any] = {"marker": MARKERS[number], "color": COLOURS[number], "linestyle": "", "markersize": 3}
         axis.plot([values[key] for _, values in shown], places, label=key, **look)
     for place, (_, values) in zip(places, shown, strict=True):
-        axis.text(1.02, place, f"{values['support']:,} rows", va="center", fontsize=7)
+        axis.text(1.02, place, f"of {values['support']:,}", va="center", fontsize=7)
     _name_ticks(axis.yaxis, [_short(name) for name, _ in shown])
     axis.set_xlim(0, 1)
     axis.set_ylim(-0.6, len(shown) - 0.4)

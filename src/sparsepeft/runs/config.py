@@ -315,7 +315,9 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(key, key): value for key, value in values.items()}
 
 
-_types_of = cache(get_type_hints)  # a class's are read once
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(RunConfig)
 
 
 def _plain_fields(config: RunConfig) -> dict[str, Any]:
@@ -327,7 +329,7 @@ def _plain_fields(config: RunConfig) -> dict[str, Any]:
         UserError: a value is of none of its field's types.
     """
     values = {}
-    for name, hint in _types_of(type(config)).items():
+    for name, hint in _types().items():
         value = getattr(config, name)
         kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
         if isinstance(value, os.PathLike) and str in kinds:

@@ -45,13 +45,17 @@ def read_class_weights(value: Any) -> str | dict[str, float] | None:
     weights = {}
     for label, weight in pairs:
         try:
-            weights[str(label).strip()] = float(weight)
+            weights[_label(label)] = float(weight)
         except (TypeError, ValueError):
-            weights[str(label)] = math.nan
+            weights[_label(label)] = math.nan
     is_valid = all(label and 0 < weight < math.inf for label, weight in weights.items())
     if not weights or not is_valid or len(weights) < len(pairs):
         raise UserError(f"`class_weights={value}` was given; {_WEIGHTS_FORM}.")
     return weights
+
+
+def _label(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()  # YAML's true, as JSON writes it
 
 
 def read_thresholds(value: Any) -> str | float:

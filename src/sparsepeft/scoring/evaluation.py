@@ -117,8 +117,8 @@ def evaluate(
     if test_file is not None:
         path = Path(test_file)
         file_format, digest = table.format_of(path), sha256(path)
-        part = _rows(path, predictor, table, file_format)
-        notes = file_format.notes
+        part, of_labels = _rows(path, predictor, table, file_format)
+        notes = (*file_format.notes, *of_labels)
         if next(iter((run.get("data_fingerprints") or {}).values()), None) == digest:
             notes += (f"{path.name} is the file that the run was trained on: its scores say nothing about new texts",)
         return _evaluation(predictor, {"test": part}, notes, {path.name: digest}, infer)
@@ -126,7 +126,9 @@ def evaluate(
     return _evaluation(predictor, data.scored_parts, data.notes, data.fingerprints, infer)
 
 
-def _rows(path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat) -> Dataset:
+def _rows(
+    path: Path, predictor: Predictor, table: TableOptions, file_format: FileFormat
+) -> tuple[Dataset, tuple[str, ...]]:
     from sparsepeft.tasks.local import load_labelled
 
     trained = predictor.columns or Columns((), "")

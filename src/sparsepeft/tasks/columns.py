@@ -202,21 +202,27 @@ def choose_label_column(
         TaskError: a named column is not there, or it cannot be told which one it is.
     """
     if label:
-        return _named_label(path, columns, label)
+        chosen = _named_label(path, columns, label)
+        if not isinstance(chosen, str):
+            _check_every_label(path, names, chosen)
+        return chosen
     if trained and set(Columns((), trained).labels) <= set(columns):
         return trained
     try:
         return _detect_label(path, columns)
     except TaskError:
-        missing = [name for name in names if name not in columns]
-        if len(missing) == len(names):
+        if not set(names) & set(columns):
             raise
-        if missing:
-            raise TaskError(
-                f"{path}: of the labels {_listed(names)} no column is called {_listed(missing)}; add a column of 0 and "
-                "1 for each, or name the label column with `label_column`"
-            ) from None
-        return tuple(names)
+    _check_every_label(path, names, columns)
+    return tuple(names)
+
+
+def _check_every_label(path: Path, names: Sequence[str], columns: Collection[str]) -> None:
+    if missing := [name for name in names if name not in columns]:
+        raise TaskError(
+            f"{path}: of the labels {_listed(names)} no column is called {_listed(missing)}; have a column of 0 and 1 "
+            "for each, or name one that holds all labels with `label_column`"
+        )
 
 
 def _check_named(path: Path, columns: Sequence[str], parameter: str, name: str) -> None:

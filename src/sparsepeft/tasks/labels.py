@@ -124,7 +124,8 @@ class LabelReader:
             return cls._of_several(path, labels)
         if kind is None:
             _refuse_empty_beside_lists(path, labels)
-        texts = [_single(path, line, label) for line, label in labels]
+        remedy = " or pass `problem_type=multi_label`"
+        texts = [_single(path, line, label, remedy) for line, label in labels]
         distinct = set(texts)
         integers = all(_INTEGER.fullmatch(text) for text in distinct)
         numbers = all(_NUMBER.fullmatch(text) for text in distinct)
@@ -186,7 +187,7 @@ class LabelReader:
         if self.names is None:
             return [_finite(path, line, _single(path, line, label)) for line, label in labels]
         index = {name: number for number, name in enumerate(self.names)}
-        rows = [(line, [self._name(part) for part in self._parts(path, line, label)]) for line, label in labels]
+        rows = [(line, [self.name_of(part) for part in self._parts(path, line, label)]) for line, label in labels]
         unseen = sorted({name for _, names in rows for name in names if name not in index})
         if unseen:
             line = next(line for line, names in rows if not index.keys() >= set(names))
@@ -204,9 +205,10 @@ class LabelReader:
     def _knows_all(self, labels: Lines) -> bool:
         """Whether every label between separators is one of the names; those in lists say nothing of separators."""
         texts = {label for _, label in labels if isinstance(label, str) and not _is_list(label)}
-        return all(self._name(part) in (self.names or ()) for text in texts for part in _split(text, self.separator))
+        return all(self.name_of(part) in (self.names or ()) for text in texts for part in _split(text, self.separator))
 
-    def _name(self, text: str) -> str:
+    def name_of(self, text: str) -> str:
+        """A label's name, of which numbers and truth values have several forms."""
         if self.integers and _INTEGER.fullmatch(text):
             return _whole(text)
         return self._booleans.get(text.lower(), text)
@@ -225,12 +227,9 @@ def _separators(labels: Lines) -> tuple[str | None, list[str]]:
     return (present[0] if present else None), present[1:]
 
 
-def _single(path: Path, line: int, label: Label) -> str:
+def _single(path: Path, line: int, label: Label, remedy: str = "") -> str:
     if isinstance(label, tuple):
-        raise TaskError(
-            f"{path}:{line}: the label is {list(label)!r:.60}; expected one label, correct the row or pass "
-            "`problem_type=multi_label`"
-        )
+        raise TaskError(f"{path}:{line}: the label is {list(label)!r:.60}; expected one label, correct the row{remedy}")
     if not label:
         raise TaskError(f"{path}:{line}: the label is empty; expected one in every row, fill it in or remove the row")
     return label

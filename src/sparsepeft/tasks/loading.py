@@ -151,6 +151,6 @@ def _load_topics(source: str) -> TaskData:
             raise TaskError(f"the built-in sample is missing at {folder}; the installation is incomplete, reinstall it")
         paths = {part: folder / f"{part}.jsonl" for part in ("train", "validation", "test")}
         spec, columns = SPECS["topics"], Columns(("text",), "label")
-        sets = {part: load_labelled(path, spec, columns, find_format(path)) for part, path in paths.items()}
+        sets = {part: load_labelled(path, spec, columns, find_format(path))[0] for part, path in paths.items()}
         sums = {path.name: sha256(path) for path in paths.values()}
         return TaskData(spec, **sets, source="topics (built in)", fingerprints=sums)

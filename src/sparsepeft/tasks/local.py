@@ -242,15 +242,18 @@ def _texts(rows: Dataset, spec: TaskSpec) -> Counter[tuple[Any, ...]]:
     )
 
 
-def load_labelled(path: Path, spec: TaskSpec, columns: Columns, file_format: FileFormat) -> Dataset:
-    """Rows of a file for a task that was trained before, whose labels are the ones that are valid.
+def load_labelled(
+    path: Path, spec: TaskSpec, columns: Columns, file_format: FileFormat
+) -> tuple[Dataset, tuple[str, ...]]:
+    """Rows of a file for a task that was trained before, whose labels are the ones that are valid, and notes.
 
     Raises:
         TaskError: the file cannot be read, or has labels that training never saw.
     """
     examples = list((_read_sentences if spec.labels_tokens else _read)(path, file_format, columns))
-    reader = (TagReader if spec.labels_tokens else LabelReader).for_task(spec, _labels(examples))
-    return build_dataset(spec, _rows(path, examples, reader))
+    labels = _labels(examples)
+    reader = TagReader.for_task(path, spec, labels) if spec.labels_tokens else LabelReader.for_task(spec, labels)
+    return build_dataset(spec, _rows(path, examples, reader)), reader.notes
 
 
 def _read(path: Path, file_format: FileFormat, columns: Columns) -> Iterator[Example]:

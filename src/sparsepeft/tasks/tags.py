@@ -102,9 +102,9 @@ class TagReader:
         return cls(names).of_file(path, labels)
 
     @classmethod
-    def for_task(cls, spec: TaskSpec, labels: TagLines) -> TagReader:
+    def for_task(cls, path: Path, spec: TaskSpec, labels: TagLines) -> TagReader:
         """Read the tags of a task that was trained before from another file."""
-        return cls(spec.label_names or ()).of_file(Path(), labels)
+        return cls(spec.label_names or ()).of_file(path, labels)
 
     def of_file(self, path: Path, labels: TagLines) -> TagReader:
         """The reader of one of the task's files, each of which may be in IOB1 or not."""

@@ -33,6 +33,6 @@ def load_wnut(spec: TaskSpec, data_dir: Path | None) -> TaskData:
     """Load the three parts; the test part has its labels."""
     paths = find_wnut_files(spec.name, data_dir)
     columns = Columns(("tokens",), "tags")
-    sets = {part: load_labelled(path, spec, columns, find_format(path)) for part, path in paths.items()}
+    sets = {part: load_labelled(path, spec, columns, find_format(path))[0] for part, path in paths.items()}
     sums = {f"{spec.name}/{path.name}": sha256(path) for path in paths.values()}
     return TaskData(spec, **sets, source=next(iter(sums)), fingerprints=sums)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from sparsepeft.backbones import describe_backbone
@@ -121,15 +121,6 @@ class Recorder(TrainerCallback):
         epoch = None if state.epoch is None else round(state.epoch, 4)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line({"step": state.global_step, "epoch": epoch, "seconds": seconds, **values}))
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Early stopping that a run which is resumed after it had stopped remembers."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at what the checkpoint said."""
-        super().on_train_begin(args, state, control, **kwargs)
-        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class StopAfterStep(TrainerCallback):

@@ -18,7 +18,7 @@ from sparsepeft.methods.saving import write_weights
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import describe_run
 from sparsepeft.runs.folder import check_folder
-from sparsepeft.training.callbacks import RunPlan
+from sparsepeft.training.callbacks import RunPlan, make_reporters
 from sparsepeft.training.run import train
 
 _NUM_STEPS = 4  # measured, after a first that is slower
@@ -83,7 +83,8 @@ def dry_run(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         weights = Path(temporary) / "weights"
         weights.mkdir()
         measure = _Measure(weights, config.save_dtype)
-        elsewhere = dataclasses.replace(config, output_dir=str(Path(temporary) / "run"))
+        make_reporters(config.report_to, weights)  # that they are there; none is told of these steps
+        elsewhere = dataclasses.replace(config, output_dir=str(Path(temporary) / "run"), report_to=())
         with contextlib.suppress(_Enough):
             train(elsewhere, callbacks=[measure], announce=plans.append)
     plan = dataclasses.replace(plans[0], folder=Path(config.output_dir))

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -37,7 +37,6 @@ from sparsepeft.runs.config import RunConfig
 from sparsepeft.runs.files import CHECKPOINTS
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.training.caching import STATES, CachingCollator, FrozenLayerCache
-from sparsepeft.training.callbacks import EarlyStopping
 from sparsepeft.training.checkpoints import has_weights, last_checkpoint
 from sparsepeft.training.data import LabelledData, TextData
 from sparsepeft.training.loss import TaskLoss, task_loss
@@ -100,7 +99,7 @@ def fit(
     else:
         rows = [{"input_ids": block, "labels": block} for block in rows]
     patience = config.early_stopping_patience
-    early_stopping = [] if patience is None else [EarlyStopping(early_stopping_patience=patience)]
+    early_stopping = [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
     trainer = SafeTrainer(
         model=built.model,
         args=training_arguments(config, data, checkpoints),
@@ -188,10 +187,11 @@ class SafeTrainer(SparseGradientTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; the checkpoint of a last step is taken as it is, where Trainer would do a step more."""
+        """Train; the checkpoint of a last step, early or not, is taken as it is, where Trainer would do a step more."""
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:
+            control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+            if state.global_step >= state.max_steps or control.get("should_training_stop"):
                 self.state = state
                 if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()

@@ -15,6 +15,7 @@ from sparsepeft.errors import UserError, unknown_name
 from sparsepeft.launch import num_processes
 from sparsepeft.runs.config import RunConfig
 from sparsepeft.tasks import TaskSpec
+from sparsepeft.tasks.labels import LabelReader
 from sparsepeft.tasks.token_metrics import NO_TOKEN
 
 _MULTI_LABEL = "multi_label_classification"
@@ -84,9 +85,13 @@ def check_loss(spec: TaskSpec, config: RunConfig) -> None:
             f"`label_smoothing_factor` was given, but the examples of {spec.name} have several labels each; leave it "
             "out."
         )
-    for label in class_weights if isinstance(class_weights, Mapping) else ():
-        if label not in (spec.label_names or ()):
-            raise UserError(unknown_name("`class_weights`: the label", label, spec.label_names or ()))
+    names = spec.label_names or ()
+    for label in _by_name(class_weights, names) if isinstance(class_weights, Mapping) else ():
+        if label not in names:
+            hint = (
+                " YAML reads yes, no, on and off so, unless they are in quotes." if label in ("true", "false") else ""
+            )
+            raise UserError(unknown_name("`class_weights`: the label", label, names) + hint)
 
 
 def task_loss(spec: TaskSpec, labels: Sequence[Any] | np.ndarray, config: RunConfig) -> TaskLoss | None:
@@ -115,5 +120,14 @@ def _weights(spec: TaskSpec, labels: np.ndarray, class_weights: str | Mapping[st
             positive = labels.sum(axis=0)
             return ((len(labels) - positive) / np.maximum(positive, 1)).clip(min=1 / len(labels)).tolist()
         counts = np.bincount(labels.astype(int), minlength=len(names))
-        return (len(labels) / (len(names) * np.maximum(counts, 1))).tolist()
-    return [float(class_weights.get(name, 1.0)) for name in names]
+        balanced = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        # Of a class that no row has, smoothing would make the most important one.
+        return np.where(counts, balanced, 1.0).tolist()
+    by_name = _by_name(class_weights, names)
+    return [by_name.get(name, 1.0) for name in names]
+
+
+def _by_name(class_weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Weights by the task's names of the labels, which may be written as in its files."""
+    name_of = LabelReader.for_names(names).name_of
+    return {name_of(label): float(weight) for label, weight in class_weights.items()}

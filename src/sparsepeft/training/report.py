@@ -21,7 +21,8 @@ from sparsepeft.provenance import environment
 from sparsepeft.runs.config import LM, RunConfig
 from sparsepeft.runs.config_values import SELECTION
 from sparsepeft.runs.corpus import num_predicted
-from sparsepeft.runs.files import RESULTS_VERSION, THRESHOLDS
+from sparsepeft.runs.files import HISTORY, RESULTS_VERSION, THRESHOLDS
+from sparsepeft.runs.history import read_lines
 from sparsepeft.tasks import TaskSpec
 from sparsepeft.tasks.metrics import report
 from sparsepeft.training.data import LabelledData, TextData
@@ -66,7 +67,7 @@ def save_and_score(
         "saved_bytes": saved_bytes,
         "model_bytes": backbone_bytes(built.model),
         "model": describe_backbone(data.model),
-        "train_seconds": round(fitted.seconds, 1),
+        "train_seconds": round(max(fitted.seconds, _seconds_so_far(work)), 1),
         "others_cpu_share": fitted.others_share,
         "processes": num_processes(),
         "steps": int(trainer.state.global_step),
@@ -79,6 +80,12 @@ def save_and_score(
     if sparse is not None:
         results["spt"] = describe(sparse)
     return results
+
+
+def _seconds_so_far(work: Path) -> float:
+    """Of training, by its history, which a run that was interrupted has whole, without the pauses."""
+    history = read_lines(work / HISTORY)
+    return history[-1]["seconds"] if history else 0.0
 
 
 def _save(config: RunConfig, data: LabelledData | TextData, built: RunModel, fitted: Fitted, work: Path) -> int:

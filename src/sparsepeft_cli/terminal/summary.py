@@ -180,9 +180,9 @@ def _classes(per_class: Mapping[str, Mapping[str, float]] | None) -> list[str]:
         present = [one for one in shown if one[1]["support"]]
         shown = sorted(present, key=lambda one: one[1]["f1"])[:_WORST_CLASSES]
     width = max(len("label"), *(len(_short(name)) for name, _ in shown))
-    head = f"{'label':<{width}}  precision  recall      f1    rows"
+    head = f"{'label':<{width}}  precision  recall      f1  support"
     lines = (
-        f"{_short(name):<{width}}  {v['precision']:>9.3f}  {v['recall']:>6.3f}  {v['f1']:>6.3f}  {v['support']:>6,}"
+        f"{_short(name):<{width}}  {v['precision']:>9.3f}  {v['recall']:>6.3f}  {v['f1']:>6.3f}  {v['support']:>7,}"
         for name, v in shown
     )
     rest = [f"(the {len(shown)} labels with the lowest f1, of {len(per_class)})"] if len(shown) < len(per_class) else []
