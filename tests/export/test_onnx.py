@@ -75,14 +75,7 @@ OTHERS = {
     "upper": SpartanConfig(
         num_parents=4, top_k=4, num_labels=3, head_type="linear", temperature=1.6, layers_to_transform=[1]
     ),
-    "product": SpartanConfig(
-        parent_keys="product",
-        num_parents=49,
-        top_k=3,
-        num_labels=2,
-        train_layer_norms=True,
-        layers_to_transform=[1],  # tracing its search takes long
-    ),
+    "product": SpartanConfig(parent_keys="product", num_parents=49, top_k=3, num_labels=2, train_layer_norms=True),
     "houlsby": METHODS["houlsby"](num_labels=2),
     "bitfit": METHODS["bitfit"](num_labels=3),
 }

@@ -38,7 +38,7 @@ def test_the_report_says_what_was_compared(exported_openvino: Path, folders: dic
 
 OTHERS = {
     "pfeiffer": METHODS["pfeiffer"](num_labels=4),
-    "product": SpartanConfig(parent_keys="product", num_parents=49, top_k=3, num_labels=2, layers_to_transform=[1]),
+    "product": SpartanConfig(parent_keys="product", num_parents=49, top_k=3, num_labels=2),
 }
 
 
